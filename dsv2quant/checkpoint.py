@@ -1,0 +1,216 @@
+"""A checkpoint: its configuration, and an index over the headers of its safetensors shards.
+
+Opening reads headers only and compares them with the complete list of tensors that config.json implies; a weight's
+bytes are read when asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant import hub
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import decode_block_to_float32
+from dsv2quant.formats.part import PLAIN_DTYPES
+from dsv2quant.headers import StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
+from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
+
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model as this checkpoint stores it: its scheme, and its parts by suffix.
+
+    `scheme` is 'bf16' for every unquantized tensor; `parts` then has one entry, whose dtype may be BF16, F16 or F32.
+    """
+
+    slot: Slot
+    scheme: str
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The part that holds the weight itself."""
+        return self.parts[self.slot.name.rpartition(".")[2]]
+
+
+class Checkpoint:
+    """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached."""
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path | None,
+        revision: str | None,
+        raw_config: dict[str, Any],
+        headers: dict[str, dict[str, Any]],
+        data_starts: dict[str, int] | None = None,
+    ) -> None:
+        self.model, self.folder, self.revision, self.raw_config = model, folder, revision, raw_config
+        where = folder if folder is not None else model
+        self.config = ModelConfig.from_dict(raw_config, f"{where}/config.json")
+        self.files = sorted(headers)
+        _check_quantization(self.config.quantization, where)
+        tensors = _index(headers, where)
+        self.weights = _match(model_slots(self.config), tensors, where)
+        self._data_starts = data_starts or {}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        offline: bool = False,
+        headers_only: bool = False,
+    ) -> Checkpoint:
+        """Open a folder, or a hub id (downloaded unless `headers_only`). An existing path wins over a hub id.
+
+        Raises InputError for whatever is missing, surplus, mis-shaped, truncated, overlapping or not understood.
+        """
+        name = os.fspath(model)
+        folder = Path(name)
+        commit = None
+        if not folder.exists():
+            if not hub.is_repo_id(name):
+                raise InputError("no such folder", where=name, fix="give a checkpoint's folder or a hub id, owner/name")
+            if headers_only and not offline:
+                raw_config, headers, commit = hub.read_headers(name, revision, cache_dir)
+                return cls(name, None, commit, raw_config, headers)
+            folder, commit = hub.download(name, revision, cache_dir, offline)
+        elif not folder.is_dir():
+            raise InputError("not a folder", where=name, fix="give the folder that holds config.json")
+        else:
+            name = folder.resolve().name
+        raw_config = read_json(folder / "config.json")
+        headers, starts = {}, {}
+        for file in shard_files(folder):
+            headers[file], starts[file] = read_header(folder / file)
+        check_index(folder, headers)
+        return cls(name, folder, commit, raw_config, headers, starts)
+
+    def read(self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None) -> np.ndarray:
+        """`nbytes` bytes (default: all) of a tensor from offset `begin`, as a new uint8 array."""
+        buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
+        offset = self._data_starts[tensor.file] + tensor.begin + begin
+        view, done = buffer.data, 0
+        while done < len(view):
+            count = os.preadv(self._descriptor(tensor.file), [view[done:]], offset + done)
+            if count == 0:
+                raise InputError(f"{tensor.name} ends early", where=self._path(tensor.file), fix="download it again")
+            done += count
+        return buffer
+
+    def array(self, tensor: StoredTensor) -> np.ndarray:
+        """A whole tensor in its shape: BF16 as its bits (uint16), F8_E4M3 as its codes (uint8)."""
+        return self.read(tensor).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
+
+    def encodable(self, weight: Weight) -> np.ndarray:
+        """A weight as codecs take it: BF16 bits (uint16), or float32 for every other source."""
+        stored = self.array(weight.stored)
+        if weight.scheme == "fp8-block":
+            scales = self.array(weight.parts["weight_scale_inv"]).astype(np.float32, copy=False)
+            return decode_block_to_float32(stored, scales)
+        return stored if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
+
+    def fingerprint(self) -> list[list[object]]:
+        """Name, size and modification time of every shard: tells whether a source changed between two runs."""
+        stats = [(file, os.stat(self._path(file))) for file in self.files]
+        return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _path(self, file: str) -> Path:
+        if self.folder is None:
+            raise InputError("weights were not downloaded", where=self.model)
+        return self.folder / file
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[file]
+
+
+def _check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:
+    method = quantization.get("quant_method") if quantization else None
+    if quantization is not None and method not in ("fp8", "compressed-tensors"):
+        what = f"is quantized with {method!r}"
+        raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+
+
+def _index(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for tensor in stored_tensors(header, file, f"{where}/{file}"):
+            if tensor.name in tensors:
+                what = f"{tensor.name} lies in {tensors[tensor.name].file} and in {file}"
+                raise InputError(what, where=where, fix="each tensor must lie in one shard")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _match(slots: Iterable[Slot], tensors: dict[str, StoredTensor], where: object) -> list[Weight]:
+    """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
+    slots = list(slots)
+    missing = [slot.name for slot in slots if slot.name not in tensors]
+    if missing:
+        what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
+        raise InputError(what, where=where, fix="download the missing shards, or correct config.json")
+    weights = [_weight(slot, tensors, where) for slot in slots]
+    used = {part.name for weight in weights for part in weight.parts.values()}
+    # Old checkpoints store RoPE's frequencies, which follow from config.json.
+    surplus = [name for name in tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
+    if surplus:
+        what = f"{len(surplus)} tensors that config.json does not imply: {listing(surplus)}"
+        raise InputError(what, where=where, fix="correct config.json, or remove them")
+    return weights
+
+
+def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> Weight:
+    stored = tensors[slot.name]
+    where = f"{where}/{stored.file}"
+    if stored.shape != slot.shape:
+        what = f"{slot.name} has shape {list(stored.shape)}, config.json implies {list(slot.shape)}"
+        raise InputError(what, where=where, fix="correct config.json, or download the right shard")
+    if stored.dtype in PLAIN_DTYPES:
+        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: stored})
+    if slot.role not in LINEAR_ROLES or stored.dtype != "F8_E4M3":
+        readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
+        raise InputError(f"{slot.name} has dtype {stored.dtype}", where=where, fix=f"it must be one of {readable}")
+    scale_names = []
+    for codec in CODECS.values():
+        layout = codec.layout(slot.shape)
+        scale = layout[-1]
+        held = tensors.get(f"{slot.module}.{scale.suffix}")
+        if len(layout) > 1 and held is not None:
+            scale_names.append(held)
+            if held.shape == scale.shape and held.dtype in PLAIN_DTYPES:
+                return Weight(slot, codec.name, {"weight": stored, scale.suffix: held})
+    if scale_names:
+        held = scale_names[0]
+        what = f"{held.name}, {held.dtype} {list(held.shape)}, does not fit a weight of shape {list(slot.shape)}"
+        raise InputError(what, where=where, fix="scales are per 128×128 block, per row or per tensor")
+    what = f"{slot.name} is FP8 but has no {slot.module.rpartition('.')[2]}.weight_scale_inv"
+    raise InputError(what, where=where, fix="download the shard that holds it: without scales the codes mean nothing")

@@ -1,0 +1,125 @@
+"""`dsv2quant eval-ppl`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv2quant.cli import common
+
+if TYPE_CHECKING:
+    from dsv2quant.evaluate.text import Text
+
+
+@click.command(cls=common.Command)
+@click.argument("model")
+@click.option("--reference", metavar="MODEL", help="What to compare with, normally the BF16 model it was made from.")
+@click.option("--text", "text_file", metavar="FILE", help="A UTF-8 text to score.")
+@click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead.")
+@click.option(
+    "--ctx", type=click.IntRange(min=8), help="Window length. Default: 2048, or the trained context if that is shorter."
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows.")
+@click.option("--batch", type=click.IntRange(min=1), help="Windows that go through a layer together.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["default", "llama.cpp"]),
+    default="default",
+    show_default=True,
+    help="default scores every text token; llama.cpp the second half of each window.",
+)
+@click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA.",
+)
+@click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme.")
+@click.option("--max-ppl-increase", type=float, metavar="P", help="Fail (exit 4) if perplexity grows by more than P %.")
+@click.option("--max-kld", type=float, metavar="K", help="Fail (exit 4) if mean KLD exceeds K nats.")
+@common.hub_options
+@common.output_options
+def command(
+    model: str,
+    reference: str | None,
+    text_file: str | None,
+    dataset: str | None,
+    ctx: int | None,
+    limit: int | None,
+    batch: int | None,
+    protocol: Any,
+    stream: bool,
+    device: str,
+    dtype: str,
+    weight_only: bool,
+    max_ppl_increase: float | None,
+    max_kld: float | None,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Measure MODEL's perplexity and, with --reference, how far it is from the model it was made from.
+
+    Schemes that quantize activations when served are evaluated with them quantized in the same way. Without a text it
+    scores Python's own help topics, which are on every machine.
+
+    \b
+    Examples:
+      dsv2quant eval-ppl DeepSeek-V2-Lite-FP8-BLOCK --reference deepseek-ai/DeepSeek-V2-Lite --dataset wikitext2
+      dsv2quant eval-ppl OUT --reference BF16 --max-kld 0.05 --json
+    """
+    common.set_verbosity(verbose, quiet)
+    if reference is None and (max_ppl_increase is not None or max_kld is not None):
+        raise click.UsageError("--max-ppl-increase and --max-kld need --reference")
+    if text_file and dataset:
+        raise click.UsageError("--text and --dataset exclude each other")
+    common.check_device(device)
+
+    import torch
+
+    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.evaluate.measure import Settings, check_gates, evaluate
+    from dsv2quant.report.evaluation import evaluation_text
+
+    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    against = None
+    if reference is not None:
+        against = Checkpoint.open(reference, cache_dir=cache_dir, offline=offline)
+    trained = checkpoint.config.trained_context
+    if ctx is not None and ctx > trained and not quiet:
+        print(f"warning: --ctx {ctx} is beyond the trained context, {trained}: perplexity may explode", file=sys.stderr)
+    settings = Settings(
+        ctx=ctx,
+        limit=limit,
+        batch=batch,
+        protocol=protocol,
+        stream=stream,
+        device=device,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        weight_only=weight_only,
+    )
+    text = _text(text_file, dataset, cache_dir, offline)
+    result = evaluate(
+        checkpoint, against, text, settings, lambda total, label: common.progress_bar(total, "tok·layer", label, quiet)
+    )
+    if as_json:
+        common.print_json(result)
+    else:
+        print(evaluation_text(result))
+    check_gates(result, max_ppl_increase, max_kld)
+
+
+def _text(text_file: str | None, dataset: str | None, cache_dir: str | None, offline: bool) -> Text:
+    from dsv2quant.evaluate import text
+
+    if text_file:
+        return text.from_file(text_file)
+    return text.from_dataset(dataset, cache_dir, offline) if dataset else text.python_topics()

@@ -1,0 +1,80 @@
+"""The `dsv2quant` command: finds the verb, and turns failures into one line and an exit code.
+
+0 done · 1 a bug · 2 wrong usage · 3 bad input · 4 a gate failed · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from dsv2quant import __version__
+from dsv2quant.errors import Dsv2quantError
+
+# Verb → (module, one line). Listing them needs no import, which keeps --help instant.
+VERBS = {
+    "plan": ("dsv2quant.cli.plan", "Show what a conversion would do, from headers alone."),
+    "convert": ("dsv2quant.cli.convert", "Quantize a checkpoint."),
+    "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),
+    "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
+    "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsv2quant")
+def cli() -> None:
+    """Quantize DeepSeek-V2 checkpoints for vLLM, SGLang and transformers, and measure what it cost.
+
+    \b
+    Example:
+      dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8 -o DeepSeek-V2-Lite-FP8-BLOCK
+      dsv2quant eval-ppl DeepSeek-V2-Lite-FP8-BLOCK --reference deepseek-ai/DeepSeek-V2-Lite
+    """
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        code = cli.main(standalone_mode=False) or 0
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        code = 130
+    except Dsv2quantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output left: `dsv2quant inspect … | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 3
+    sys.exit(code)

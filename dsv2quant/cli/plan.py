@@ -1,0 +1,47 @@
+"""`dsv2quant plan`."""
+
+from __future__ import annotations
+
+import click
+
+from dsv2quant.cli import common
+
+
+@click.command(cls=common.Command)
+@click.argument("model")
+@common.plan_options
+@common.hub_options
+@common.output_options
+def command(
+    model: str,
+    fp8: str | None,
+    recipe_file: str | None,
+    targets: tuple[str, ...],
+    tp: int,
+    max_shard_size: str,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Show what a conversion of MODEL (a folder or hub id) would do, from headers alone.
+
+    Prints each role's scheme, sizes and bits per weight, and every tensor that falls back with the rule behind it.
+    No weight is read or downloaded.
+
+    \b
+    Example:
+      dsv2quant plan deepseek-ai/DeepSeek-V2-Lite --fp8 --target vllm --tp 2
+    """
+    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.report.plans import plan_json, plan_text
+
+    common.set_verbosity(verbose, quiet)
+    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
+    plan = common.plan_for(checkpoint, fp8, recipe_file, targets, tp, max_shard_size)
+    if as_json:
+        common.print_json(plan_json(plan))
+    else:
+        print(plan_text(plan, every_tensor=verbose > 0))

@@ -1,0 +1,254 @@
+"""The typed DeepSeek-V2 configuration, read from every spelling of `config.json` in the wild.
+
+Keys and defaults are those of DeepSeek's own `configuration_deepseek.py` (published with the V2 checkpoints), not of
+transformers, whose class has other defaults. A value that this tool would have to guess at is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv2quant.errors import InputError
+
+CAUSAL_LM = "DeepseekV2ForCausalLM"
+SEQUENCE_CLASSIFICATION = "DeepseekV2ForSequenceClassification"
+DTYPES = ("bfloat16", "float16", "float32")
+
+_YARN_KEYS = {
+    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension as DeepSeek uses it (arXiv:2309.00071; `DeepseekV2YarnRotaryEmbedding`)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the shapes and the arithmetic of a DeepSeek-V2 model depend on. Absent experts are 0, absent groups 1."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: Yarn | None
+    max_position_embeddings: int
+    attention_bias: bool
+    tie_word_embeddings: bool
+    num_labels: int
+    dtype: str | None
+    quantization: Mapping[str, Any] | None
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def trained_context(self) -> int:
+        """The longest sequence of the pre-YaRN training, in tokens."""
+        return self.yarn.original_max_position_embeddings if self.yarn else self.max_position_embeddings
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer's FFN is routed experts (`DeepseekV2DecoderLayer.__init__`)."""
+        return (
+            self.n_routed_experts > 0
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: object) -> ModelConfig:
+        """Build from a parsed `config.json`; `where` names it in errors.
+
+        Raises InputError for another architecture, a value of the wrong type or range, or an unknown RoPE key.
+        """
+        read = _Reader(raw, where)
+        n_routed = read.integer("n_routed_experts", 0, minimum=0, maximum=4096)
+        n_group, topk_group = _groups(read, n_routed)
+        yarn, theta = _rope(read)
+        config = cls(
+            architecture=_architecture(read),
+            vocab_size=read.integer("vocab_size", 102400),
+            hidden_size=read.integer("hidden_size", 4096),
+            intermediate_size=read.integer("intermediate_size", 11008),
+            moe_intermediate_size=read.integer("moe_intermediate_size", 1407),
+            num_hidden_layers=read.integer("num_hidden_layers", 30, maximum=1024),
+            num_attention_heads=read.integer("num_attention_heads", 32),
+            q_lora_rank=read.integer("q_lora_rank", None if "q_lora_rank" in raw else 1536) or None,
+            kv_lora_rank=read.integer("kv_lora_rank", 512),
+            qk_nope_head_dim=read.integer("qk_nope_head_dim", 128),
+            qk_rope_head_dim=read.integer("qk_rope_head_dim", 64),
+            v_head_dim=read.integer("v_head_dim", 128),
+            n_routed_experts=n_routed,
+            n_shared_experts=read.integer("n_shared_experts", 0, minimum=0),
+            num_experts_per_tok=read.integer("num_experts_per_tok", 0, minimum=0),
+            n_group=n_group,
+            topk_group=topk_group,
+            routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
+            norm_topk_prob=read.boolean("norm_topk_prob", False),
+            first_k_dense_replace=read.integer("first_k_dense_replace", 0, minimum=0),
+            moe_layer_freq=read.integer("moe_layer_freq", 1),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            yarn=yarn,
+            max_position_embeddings=read.integer("max_position_embeddings", 2048),
+            attention_bias=read.boolean("attention_bias", False),
+            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+            num_labels=len(raw.get("id2label") or ()) or read.integer("num_labels", 2),
+            dtype=_dtype(read),
+            quantization=read.mapping("quantization_config"),
+        )
+        read.require("hidden_act", "silu", ("silu",))
+        read.require("scoring_func", "softmax", ("softmax",))
+        if read.boolean("mlp_bias", False):
+            raise read.error("mlp_bias", "true", "DeepSeek-V2 has no FFN biases")
+        if config.qk_rope_head_dim % 2:
+            raise read.error("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs: it must be even")
+        reachable = n_routed // n_group * topk_group
+        if n_routed and not 1 <= config.num_experts_per_tok <= reachable:
+            raise read.error(
+                "num_experts_per_tok", config.num_experts_per_tok, f"it must be 1 to {reachable}, the experts in reach"
+            )
+        return config
+
+
+class _Reader:
+    """Typed access to the raw dictionary; null counts as absent, as in DeepSeek's configuration class."""
+
+    def __init__(self, raw: Mapping[str, Any], where: object) -> None:
+        self.raw, self.where = raw, where
+
+    def error(self, key: str, value: object, rule: str) -> InputError:
+        return InputError(f"{key} is {value!r}", where=self.where, fix=rule)
+
+    def integer(self, key: str, default: Any, minimum: int = 1, maximum: int = 1 << 31) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.error(key, value, f"it must be an integer from {minimum} to {maximum}")
+        return value
+
+    def number(self, key: str, default: float, raw: Mapping[str, Any] | None = None) -> float:
+        value = (self.raw if raw is None else raw).get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise self.error(key, value, "it must be a finite number, not negative")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, value, "it must be true or false")
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any] | None:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, value, "it must be an object")
+        return value
+
+    def require(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if value not in allowed:
+            raise self.error(key, value, f"supported: {', '.join(allowed)}")
+        return str(value)
+
+
+def _architecture(read: _Reader) -> str:
+    names = read.raw.get("architectures")
+    if names is None and read.raw.get("model_type") == "deepseek_v2":
+        return CAUSAL_LM
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in (CAUSAL_LM, SEQUENCE_CLASSIFICATION):
+        raise read.error("architectures", names, f"supported: {CAUSAL_LM}, {SEQUENCE_CLASSIFICATION}")
+    read.require("model_type", "deepseek_v2", ("deepseek_v2",))
+    return str(names[0])
+
+
+def _groups(read: _Reader, n_routed: int) -> tuple[int, int]:
+    # 'gready' is the default's spelling in DeepSeek's configuration class.
+    method = read.require("topk_method", "greedy", ("greedy", "gready", "group_limited_greedy"))
+    if method != "group_limited_greedy" or not n_routed:
+        return 1, 1
+    n_group = read.integer("n_group", None)
+    topk_group = read.integer("topk_group", None)
+    if n_group is None or n_routed % n_group:
+        raise read.error("n_group", n_group, f"it must divide the {n_routed} routed experts")
+    if topk_group is None or topk_group > n_group:
+        raise read.error("topk_group", topk_group, f"it must be 1 to n_group, {n_group}")
+    return n_group, topk_group
+
+
+def _rope(read: _Reader) -> tuple[Yarn | None, float]:
+    """(YaRN or None, theta) from `rope_scaling` + `rope_theta`, or from transformers 5's `rope_parameters`."""
+    rope = dict(read.mapping("rope_parameters") or {})
+    rope.update(read.mapping("rope_scaling") or {})
+    theta = read.number("rope_theta", read.number("rope_theta", 10000.0), raw=rope)
+    if theta <= 1:
+        raise read.error("rope_theta", theta, "it must be greater than 1")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None, theta
+    if kind != "yarn":
+        raise read.error("rope type", kind, "supported: yarn, default")
+    unknown = sorted(key for key, value in rope.items() if key not in _YARN_KEYS and value is not None)
+    if unknown:
+        raise read.error("rope key", unknown[0], f"supported: {', '.join(sorted(_YARN_KEYS))}")
+    original = rope.get("original_max_position_embeddings", 4096)
+    factor = read.number("factor", 1.0, raw=rope)
+    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+        raise read.error("original_max_position_embeddings", original, "it must be a positive integer")
+    if factor < 1:
+        raise read.error("factor", factor, "YaRN's factor must be at least 1")
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=read.number("beta_fast", 32.0, raw=rope),
+        beta_slow=read.number("beta_slow", 1.0, raw=rope),
+        mscale=read.number("mscale", 1.0, raw=rope),
+        mscale_all_dim=read.number("mscale_all_dim", 0.0, raw=rope),
+    ), theta
+
+
+def _dtype(read: _Reader) -> str | None:
+    value = read.raw.get("dtype") or read.raw.get("torch_dtype")
+    name = str(value).removeprefix("torch.") if value is not None else None
+    if name is not None and name not in DTYPES:
+        raise read.error("dtype", value, f"supported: {', '.join(DTYPES)}")
+    return name

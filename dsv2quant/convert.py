@@ -1,0 +1,226 @@
+"""Run a plan: read, encode and write overlap, one step at a time per worker, in bounded memory.
+
+Workers read a step's weights and encode them (both release the GIL); the main thread writes results in plan order;
+hashing, fsync and renaming run behind it. At most `MAX_IN_FLIGHT` bytes of steps are held, or one step if it is larger,
+so peak memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.errors import InputError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import E4M3_VALUES
+from dsv2quant.formats.part import NonFiniteError
+from dsv2quant.formats.plain import check_finite
+from dsv2quant.headers import INDEX_FILE
+from dsv2quant.plan import Line, Plan, Step
+from dsv2quant.report.card import copied_files, manifest, model_card
+from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
+
+MAX_IN_FLIGHT = 192 << 20
+CHUNK = 32 << 20  # a copied tensor is read and written in pieces of this size
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did. `files` is the manifest's list; `resumed` counts shards kept from an earlier run."""
+
+    out: Path
+    files: dict[str, dict[str, Any]]
+    bytes_in: int
+    bytes_out: int
+    resumed: int
+    already_complete: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A piece of work for one worker: a step to encode, or a chunk of a part to copy."""
+
+    step: Step
+    line: Line | None = None
+    suffix: str = ""
+    begin: int = 0
+    nbytes: int = 0
+
+    @property
+    def bytes_in(self) -> int:
+        return self.nbytes if self.line else self.step.bytes_in
+
+    @property
+    def memory(self) -> int:
+        return self.nbytes if self.line else self.step.bytes_in + self.step.bytes_out
+
+
+Piece = tuple[str, int, np.ndarray]  # output name, first byte, bytes
+
+
+def convert(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    command: str,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Result:
+    """Write the plan's artifact into folder `out`; `progress` is called with bytes of the source dealt with.
+
+    A run that was killed continues from its finished shards. Raises InputError where the plan quantizes nothing, a
+    weight is NaN or infinite, or `out` can't take the artifact.
+    """
+    started = time.perf_counter()
+    if not plan.schemes:
+        fix = "`dsv2quant plan` shows the rules; change the recipe or --target"
+        raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
+    folder = ArtifactFolder(Path(out), plan, force=force)
+    try:
+        resumed = len(folder.finished)
+        files = {file: hash_file(folder.path / file) for file in sorted(folder.finished)}
+        if folder.is_complete:
+            progress(plan.bytes_in)
+        else:
+            files |= _write_shards(plan, folder, device, progress)
+            files = _write_small_files(plan, folder, command, files)
+            folder.finish()
+    finally:
+        folder.close()
+    seconds = time.perf_counter() - started
+    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, folder.is_complete, seconds)
+
+
+def _write_shards(
+    plan: Plan, folder: ArtifactFolder, device: str, progress: Callable[[int], object]
+) -> dict[str, dict[str, Any]]:
+    """Encode and write every shard that is not finished; returns their manifest entries."""
+    with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
+        pipeline = _Pipeline(plan, folder, progress)
+        try:
+            for job in _jobs(plan, folder.finished, progress):
+                pipeline.make_room(job)
+                pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, device)))
+            return pipeline.drain()
+        finally:
+            pipeline.close()
+
+
+class _Pipeline:
+    """Jobs in flight, the shard being written, and the shards being hashed, fsynced and renamed behind it."""
+
+    def __init__(self, plan: Plan, folder: ArtifactFolder, progress: Callable[[int], object]) -> None:
+        self._plan, self._folder, self._progress = plan, folder, progress
+        self.running: deque[tuple[_Job, Future[list[Piece]]]] = deque()
+        self._writer: ShardWriter | None = None
+        self._finishing: dict[str, Future[dict[str, Any]]] = {}
+        self._hasher, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def make_room(self, job: _Job) -> None:
+        """Write finished results, oldest first, until `job` fits beside the rest."""
+        while self.running and sum(j.memory for j, _ in self.running) + job.memory > MAX_IN_FLIGHT:
+            self._write_oldest()
+
+    def drain(self) -> dict[str, dict[str, Any]]:
+        """Write what is left and wait until every shard is durable; returns the manifest entries."""
+        while self.running:
+            self._write_oldest()
+        return {file: future.result() for file, future in self._finishing.items()}
+
+    def _write_oldest(self) -> None:
+        job, future = self.running.popleft()
+        pieces = future.result()
+        shard = self._plan.shards[job.step.shard]
+        if self._writer is None:
+            self._writer = ShardWriter(self._folder.path, shard, self._hasher, self._finisher)
+        for name, begin, data in pieces:
+            self._writer.put(name, begin, data)
+        self._progress(job.bytes_in)
+        if self._writer.is_full:
+            self._finishing[shard.file], self._writer = self._writer.finish(), None
+
+    def close(self) -> None:
+        """Stop: drop waiting jobs and the unfinished shard, and wait for the threads."""
+        for _, future in self.running:
+            future.cancel()
+        if self._writer is not None:
+            self._writer.abandon()
+        self._hasher.shutdown(cancel_futures=True)
+        self._finisher.shutdown()
+
+
+def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> Iterator[_Job]:
+    for step in plan.steps:
+        if plan.shards[step.shard].file in finished:
+            progress(step.bytes_in)
+        elif all(line.is_copy for line in step.lines):
+            for line in step.lines:
+                for suffix, part in line.weight.parts.items():
+                    for begin in range(0, part.nbytes, CHUNK):
+                        yield _Job(step, line, suffix, begin, min(CHUNK, part.nbytes - begin))
+        else:
+            yield _Job(step)
+
+
+def _run(checkpoint: Checkpoint, job: _Job, device: str) -> list[Piece]:
+    """A worker's part: read, and encode or check."""
+    if job.line is not None:
+        return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
+    lines = job.step.lines
+    weights = [checkpoint.encodable(line.weight) for line in lines]
+    try:
+        encoded = CODECS[lines[0].scheme].encode(weights, device)
+    except NonFiniteError as error:
+        raise _not_finite(checkpoint, lines[error.which], error.index) from None
+    return [
+        (output.name, 0, array)
+        for line, arrays in zip(lines, encoded, strict=True)
+        for output, array in zip(line.outputs, arrays.values(), strict=True)
+    ]
+
+
+def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: int) -> list[Piece]:
+    part = line.weight.parts[suffix]
+    data = checkpoint.read(part, begin, nbytes)
+    values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
+    try:
+        check_finite(values if part.dtype != "F8_E4M3" else E4M3_VALUES[values])
+    except NonFiniteError as error:
+        element = begin // values.itemsize + error.index[0]
+        raise _not_finite(checkpoint, line, tuple(int(i) for i in np.unravel_index(element, part.shape))) from None
+    output = next(o for o in line.outputs if o.name == part.name)
+    return [(output.name, begin, data)]
+
+
+def _not_finite(checkpoint: Checkpoint, line: Line, index: tuple[int, ...]) -> InputError:
+    weight = line.weight.stored
+    what = f"{weight.name} is NaN, infinite or beyond BF16's range at {list(index)}"
+    return InputError(what, where=f"{checkpoint.folder}/{weight.file}", fix="the checkpoint is damaged: get it again")
+
+
+def _write_small_files(
+    plan: Plan, folder: ArtifactFolder, command: str, files: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Everything beside the shards, config.json last; returns the whole manifest's file list."""
+    for name, content in copied_files(plan.checkpoint).items():
+        files[name] = folder.write_file(name, content)
+    files["README.md"] = folder.write_file("README.md", model_card(plan, command).encode())
+    if (index := plan.index()) is not None:
+        files[INDEX_FILE] = folder.write_file(INDEX_FILE, dump_json(index))
+    config = dump_json(plan.config)
+    files["config.json"] = file_entry(config)
+    files = dict(sorted(files.items()))
+    folder.write_file(MANIFEST_FILE, dump_json(manifest(plan, command, files)))
+    folder.write_file("config.json", config)
+    return files

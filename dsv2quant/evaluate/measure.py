@@ -1,0 +1,160 @@
+"""One evaluation, start to end: text to windows, one or two models, and the numbers with what they rest on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv2quant.calib.tokens import Protocol, Tokenizer, Windows, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import CAUSAL_LM
+from dsv2quant.errors import GateError, InputError, UsageError
+from dsv2quant.evaluate import divergence
+from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
+from dsv2quant.evaluate.text import Text
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+
+FLOOR_WINDOWS = 8
+TOKENS_PER_BATCH = 4096
+
+# Opens a progress bar: (total, label) → context giving the function that advances it.
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device."""
+
+    ctx: int | None = None
+    limit: int | None = None
+    batch: int | None = None
+    protocol: Protocol = "default"
+    stream: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    weight_only: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.dtype or (torch.float32 if self.device == "cpu" else torch.bfloat16)
+
+
+def default_ctx(checkpoint: Checkpoint) -> int:
+    """The smaller of 2048 and the context the model was trained for."""
+    return min(2048, checkpoint.config.trained_context)
+
+
+def evaluate(
+    checkpoint: Checkpoint, reference: Checkpoint | None, text: Text, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """The object of `eval-ppl --json`. Raises InputError where model, reference and text don't go together."""
+    started = time.perf_counter()
+    windows = _windows(checkpoint, text, settings)
+    if reference is not None:
+        _check_same_tokens(checkpoint, reference)
+    ids, first = windows.ids, windows.first
+    batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
+    result: dict[str, Any] = {"schema": "dsv2quant.eval-ppl/1", "model": checkpoint.model}
+    passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress)
+    if reference is None:
+        result["perplexity"] = divergence.perplexity(negative_log_likelihoods(passed, ids, first))
+    else:
+        floor_ids = ids[:FLOOR_WINDOWS]
+        # The reference also runs its first windows again, one at a time (or all at once): the kernels then round
+        # differently, and what that alone does to the numbers is the floor under every comparison.
+        again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
+        both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
+        referred = _run(reference, np.concatenate([ids, floor_ids]), both, settings, progress)
+        compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first)
+        result["perplexity"] = divergence.perplexity(compared.nll)
+        result |= divergence.summarize(compared)
+        result["reference"]["model"] = reference.model
+        result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, settings, progress)
+    return result | {
+        "tokens": len(ids) * windows.scored,
+        "windows": len(ids),
+        "ctx": int(ids.shape[1]),
+        "protocol": settings.protocol,
+        "text": {"source": text.source, "sha256": text.sha256},
+        "dtype": str(settings.compute_dtype).removeprefix("torch."),
+        "weight_only": settings.weight_only,
+        "device": _device_name(settings.device),
+        "backend": "torch",
+        "stream": settings.stream,
+        "versions": {"torch": torch.__version__},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def check_gates(result: dict[str, Any], max_ppl_increase: float | None, max_kld: float | None) -> None:
+    """Raise GateError where perplexity grew by more than `max_ppl_increase` percent, or mean KLD exceeds `max_kld`."""
+    if max_ppl_increase is not None:
+        increase = 100 * np.expm1(result["delta"]["ln_ratio"])
+        if not increase <= max_ppl_increase:
+            raise GateError(f"perplexity grew by {increase:.3f}%, more than --max-ppl-increase {max_ppl_increase:g}%")
+    if max_kld is not None and not result["kld"]["mean"] <= max_kld:
+        raise GateError(f"mean KLD is {result['kld']['mean']:.5f} nats, more than --max-kld {max_kld:g}")
+
+
+def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
+    if checkpoint.config.architecture != CAUSAL_LM:
+        fix = "perplexity needs a language model"
+        raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
+    ctx = settings.ctx or default_ctx(checkpoint)
+    if not 8 <= ctx <= checkpoint.config.max_position_embeddings:
+        limit = checkpoint.config.max_position_embeddings
+        raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
+    assert checkpoint.folder is not None
+    tokenizer = Tokenizer(checkpoint.folder)
+    stream = tokenizer.encode(text.content)
+    if not 0 <= tokenizer.bos_id < checkpoint.config.vocab_size or (stream >= checkpoint.config.vocab_size).any():
+        what = f"knows ids beyond the model's vocabulary of {checkpoint.config.vocab_size}"
+        raise InputError(what, where=checkpoint.folder / "tokenizer.json", fix="use the tokenizer of this model")
+    windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source)
+    return Windows(windows.ids[: settings.limit], windows.first)
+
+
+def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    ours, theirs = checkpoint.config.vocab_size, reference.config.vocab_size
+    if ours != theirs:
+        what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {ours}"
+        raise InputError(what, where=reference.model, fix="give the model it was made from")
+
+
+def _run(checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress) -> Pass:
+    options = LoadOptions(settings.compute_dtype, settings.device, settings.weight_only)
+    with progress(ids.size * checkpoint.config.num_hidden_layers, checkpoint.model) as advance:
+        return run(Model(checkpoint, options, stream=settings.stream), ids, batches, advance)
+
+
+def _noise_floor(
+    reference: Checkpoint,
+    referred: Pass,
+    ids: np.ndarray,
+    first: int,
+    batch: int,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Mean KLD of the reference against itself: under another batch size, and in the other compute dtype."""
+    count = len(ids)
+    baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
+    other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
+    changed = Settings(stream=settings.stream, device=settings.device, dtype=other, weight_only=settings.weight_only)
+    rerun = _run(reference, ids, batches_of(count, batch), changed, progress)
+    return {
+        "windows": count,
+        "kld_other_batch": float(divergence.compare(again, baseline, ids, first).kld.mean()),
+        f"kld_{str(other).removeprefix('torch.')}": float(divergence.compare(rerun, baseline, ids, first).kld.mean()),
+    }
+
+
+def _device_name(device: str) -> str:
+    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"

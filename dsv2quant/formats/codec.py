@@ -1,0 +1,56 @@
+"""The codec protocol, and the table of codecs.
+
+A codec is the code of one scheme. `layout` predicts from a shape alone exactly what `encode` returns; `decode` is what
+a consumer reconstructs. Adding a scheme is adding a class with these members and one line in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from dsv2quant.formats.fp8 import Fp8
+from dsv2quant.formats.part import Part
+from dsv2quant.formats.plain import Bf16
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Codec(Protocol):
+    @property
+    def name(self) -> str:
+        """The scheme's name."""
+
+    @property
+    def quant_method(self) -> str | None:
+        """The `quant_method` of `quantization_config` that describes it; None for unquantized."""
+
+    @property
+    def activation(self) -> str | None:
+        """How activations are quantized when it is served: 'token', 'group128' or None."""
+
+    @property
+    def shares_scale(self) -> bool:
+        """Whether the members of a fused module must be encoded together, with one scale."""
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """The stored parts of a weight of this shape."""
+
+    def encode(self, weights: Sequence[np.ndarray], device: str = "cpu") -> list[dict[str, np.ndarray]]:
+        """Encode weights that belong together (one, or a fused group with a shared scale).
+
+        Each weight is [out, in], as BF16 bits (uint16) or float32. Returns per weight {suffix: array}, with arrays of
+        `layout`'s shapes holding its dtypes' bits. Raises NonFiniteError.
+        """
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The weight a consumer reconstructs: scales rounded to `scale_dtype` (None: as stored), the product in
+        float32, rounded once to `dtype`."""
+
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor"))}

@@ -1,0 +1,131 @@
+"""FP8 (e4m3) weights with one scale per 128×128 block, per output channel, or per tensor.
+
+    scale = amax / 448                    float32, of the block, row or tensor
+    code  = e4m3(weight / scale)          round to nearest even, saturating at ±448
+    weight' = code × scale                float32
+
+An all-zero block has scale 1, and no scale is subnormal: hardware that flushes subnormals to zero would divide by it.
+`block` is the layout of DeepSeek-V3's published checkpoints (`weight_scale_inv`, which despite its name multiplies);
+`channel` and `tensor` are compressed-tensors' `float-quantized` (`weight_scale`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dsv2quant.formats.part import Part
+from dsv2quant.formats.plain import check_finite
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128
+E4M3_MAX = 448.0
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal float32
+
+Grid = Literal["block", "channel", "tensor"]
+
+
+class Fp8:
+    """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.name = f"fp8-{grid}"
+        self.quant_method = "fp8" if grid == "block" else "compressed-tensors"
+        self.activation = "group128" if grid == "block" else "token"
+        self.shares_scale = grid == "tensor"
+        self.scale_suffix = "weight_scale_inv" if grid == "block" else "weight_scale"
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        scales = {
+            "block": (-(-rows // BLOCK), -(-cols // BLOCK)),
+            "channel": (rows, 1),
+            # [1], not []: transformers refuses a scalar.
+            "tensor": (1,),
+        }[self.grid]
+        return Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales)
+
+    def encode(self, weights: Sequence[np.ndarray], device: str = "cpu") -> list[dict[str, np.ndarray]]:
+        """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes."""
+        if device == "cpu":
+            from dsv2quant.formats.fp8_cpu import encode as encode_on_cpu
+
+            encoded = encode_on_cpu(weights, self.grid)
+        else:
+            encoded = encode_with_torch(weights, self.grid, device)
+        return [{"weight": codes, self.scale_suffix: scales} for codes, scales in encoded]
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """code × scale in float32, rounded once to `dtype`; transformers' default load of compressed-tensors rounds
+        the scales to the model's dtype first (`scale_dtype`)."""
+        codes, scales = parts["weight"].float(), parts[self.scale_suffix]
+        if scale_dtype is not None:
+            scales = scales.to(scale_dtype)
+        scales = scales.float()
+        if self.grid == "block":
+            scales = expand_blocks(scales, codes.shape[0], codes.shape[1])
+        return codes.mul_(scales).to(dtype)
+
+
+def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Block scales [⌈rows/128⌉, ⌈cols/128⌉] → one per weight [rows, cols]."""
+    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+
+
+def encode_with_torch(
+    weights: Sequence[np.ndarray], grid: Grid, device: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The torch path: (codes uint8 [out, in], scales float32) of each weight, computed on `device`."""
+    import torch
+
+    tensors = []
+    for which, weight in enumerate(weights):
+        if weight.dtype == np.uint16:
+            x = torch.from_numpy(weight.view(np.int16)).to(device).view(torch.bfloat16).float()
+        else:
+            x = torch.from_numpy(weight).to(device)
+        if not bool(torch.isfinite(x).all()):
+            check_finite(weight, which)
+        tensors.append(x)
+    if grid == "tensor":
+        shared = torch.stack([x.abs().max() for x in tensors]).max().reshape(1)
+    encoded = []
+    for x in tensors:
+        rows, cols = x.shape
+        if grid == "block":
+            padded = torch.nn.functional.pad(x.abs(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+            amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+        else:
+            amax = x.abs().amax(1, keepdim=True) if grid == "channel" else shared
+        scales = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=MIN_SCALE), 1.0)
+        per_weight = expand_blocks(scales, rows, cols) if grid == "block" else scales
+        codes = (x / per_weight).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        encoded.append((codes.view(torch.uint8).cpu().numpy(), scales.cpu().numpy()))
+    return encoded
+
+
+def decode_block_to_float32(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """fp8-block codes (uint8 [rows, cols]) and scales → float32, in numpy: reading a block-FP8 source needs no torch."""
+    weights = E4M3_VALUES[codes]
+    for i, row in enumerate(scales):  # row: [⌈cols/128⌉]
+        weights[i * BLOCK : (i + 1) * BLOCK] *= np.repeat(row, BLOCK)[: codes.shape[1]]
+    return weights
+
+
+def _e4m3_values() -> np.ndarray:
+    """The 256 values of e4m3 (OCP 8-bit floating point, `S.EEEE.MMM`, bias 7; 0x7F and 0xFF are NaN)."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    magnitude = np.where(exponent == 0, mantissa / 512.0, (1 + mantissa / 8.0) * 2.0 ** (exponent - 7.0))
+    magnitude[(code & 127) == 127] = np.nan
+    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+
+
+E4M3_VALUES = _e4m3_values()

@@ -1,0 +1,38 @@
+"""The stored tensors a weight becomes, and the dtypes they may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes per element of the safetensors dtypes (safetensors/src/tensor.rs); the sub-byte ones never occur here.
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a weight: `<module>.<suffix>`, its safetensors dtype and its shape."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        n = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            n *= dim
+        return n
+
+
+class NonFiniteError(ValueError):
+    """A weight holds NaN or infinity: `which` of the weights given to `encode`, and its first offending index."""
+
+    def __init__(self, which: int, index: tuple[int, ...]) -> None:
+        super().__init__(f"weight {which} is not finite at {index}")
+        self.which, self.index = which, index

@@ -1,0 +1,123 @@
+"""`quantization_config` of config.json: what vLLM, SGLang and transformers read to find each module's scheme.
+
+fp8-block is written as DeepSeek-V3 writes it, with the unquantized modules under both keys in use: `ignored_layers`
+(vLLM, SGLang) and `modules_to_not_convert` (transformers). The compressed-tensors schemes become `config_groups`.
+Consumers match the names of *fused* modules too, so these are listed beside their members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.names import LINEAR_ROLES, Slot
+
+# Names under which vLLM and SGLang know a fused module, by the roles of its members.
+_FUSED_ALIASES = {
+    "q_a_proj": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    "kv_a_proj_with_mqa": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj",),
+}
+
+
+def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
+    """The configuration of a model whose tensors have these schemes; None where nothing is quantized.
+
+    Raises ValueError when two schemes belong to different quant methods: one artifact has one.
+    """
+    methods = {CODECS[scheme].quant_method for scheme in schemes.values()} - {None}
+    if not methods:
+        return None
+    if len(methods) > 1:
+        raise ValueError(" and ".join(sorted(str(m) for m in methods)))
+    ignored = _ignored_modules(schemes)
+    if methods == {"fp8"}:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "ignored_layers": ignored,
+            "modules_to_not_convert": ignored,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": _config_groups(schemes),
+        "ignore": ignored,
+    }
+
+
+def _ignored_modules(schemes: Mapping[Slot, str]) -> list[str]:
+    """Every unquantized module that holds a matrix, with its fused aliases; experts by their stack's name alone."""
+    names: dict[str, None] = {}
+    for slot, scheme in schemes.items():
+        if scheme != "bf16" or slot.role not in (*LINEAR_ROLES, "router", "lm_head", "score"):
+            continue
+        parent, _, leaf = slot.module.rpartition(".")
+        if slot.role.startswith("routed."):
+            names[f"model.layers.{slot.layer}.mlp.experts"] = None
+        for alias in () if slot.role.startswith("routed.") else _FUSED_ALIASES.get(leaf, ()):
+            names[f"{parent}.{alias}"] = None
+        names[slot.module] = None
+    return list(names)
+
+
+def _config_groups(schemes: Mapping[Slot, str]) -> dict[str, Any]:
+    """One group per scheme. With one scheme the target is every `Linear`; with several, each role is spelled out.
+
+    SGLang looks at class names before it unfuses, so "Linear" beside another group would swallow fused modules.
+    transformers takes the first group with "experts" in a pattern for the routed experts, and the first without for
+    everything else: the group of the routed experts comes first, and no other pattern spells the word.
+    """
+    used = {s for slot, s in schemes.items() if s != "bf16"}
+    if len(used) == 1:
+        return {"group_0": {"targets": ["Linear"], **_group(used.pop())}}
+    routed = {s for slot, s in schemes.items() if s != "bf16" and slot.role.startswith("routed.")}
+    return {
+        f"group_{i}": {"targets": _targets(schemes, scheme), **_group(scheme)}
+        for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
+    }
+
+
+def _group(scheme: str) -> dict[str, Any]:
+    def args(strategy: str, dynamic: bool) -> dict[str, Any]:
+        return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
+
+    weights, activations = args(scheme.removeprefix("fp8-"), False), args("token", True)
+    return {"weights": weights, "input_activations": activations, "output_activations": None, "format": "float-quantized"}
+
+
+def _targets(schemes: Mapping[Slot, str], scheme: str) -> list[str]:
+    """Regular expressions for the modules of one scheme: one per role, naming layers only where it must."""
+    patterns = []
+    for role in LINEAR_ROLES:
+        everywhere = {slot.layer: s for slot, s in schemes.items() if slot.role == role}
+        layers = [layer for layer, s in everywhere.items() if s == scheme]
+        if layers:
+            at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
+            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(role)}$")
+    return patterns
+
+
+def _module_pattern(role: str) -> str:
+    ffn, _, leaf = role.rpartition(".")
+    names = "|".join((leaf, *_FUSED_ALIASES.get(leaf, ())))
+    if ffn == "routed":
+        return rf"mlp\.experts\.\d+\.{leaf}"
+    parent = {"": "self_attn", "dense": "mlp", "shared": r"mlp\.shared_\w+"}[ffn]
+    return rf"{parent}\.({names})"
+
+
+def activations_quantized(config: Mapping[str, Any] | None) -> bool:
+    """Whether a consumer quantizes activations: always for `fp8`; in compressed-tensors where a group says so."""
+    if config is None:
+        return False
+    if config.get("quant_method") == "fp8":
+        return True
+    groups: Iterable[Any] = (config.get("config_groups") or {}).values()
+    return any(isinstance(group, dict) and group.get("input_activations") for group in groups)

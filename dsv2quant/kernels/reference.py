@@ -1,0 +1,45 @@
+"""Torch twins of the kernels: the arithmetic in plain operations, on any device. They define what is right."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
+
+
+def quantize_activation(x: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dynamic e4m3 quantization of activations [..., K], as served.
+
+    'token' has one scale per row, [..., 1]; 'group128' one per 128 columns, [..., ⌈K/128⌉] (DeepSeek-V3
+    `inference/kernel.py`, act_quant). scale = amax / 448 in float32; returns (codes float8_e4m3fn, scales float32).
+    """
+    x = x.float()
+    columns = x.shape[-1]
+    width = columns if granularity == "token" else BLOCK
+    groups = F.pad(x, (0, -columns % width)).unflatten(-1, (-1, width))  # [..., groups, width]
+    amax = groups.abs().amax(-1)
+    scales = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=MIN_SCALE), 1.0)
+    codes = (groups / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.flatten(-2)[..., :columns], scales
+
+
+def dequantize_activation(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """code × scale in float32; the inverse of `quantize_activation` up to its rounding."""
+    columns = codes.shape[-1]
+    per_column = scales if scales.shape[-1] == 1 else scales.repeat_interleave(BLOCK, -1)[..., :columns]
+    return codes.float() * per_column
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+) -> torch.Tensor:
+    """x [..., K] @ weight [N, K]ᵀ + bias, in x's dtype.
+
+    With `activation`, x is quantized as served, and the product of the two dequantized operands is taken in float32,
+    which FP8 matrix units also accumulate in; `weight` should then be float32 so that no second rounding enters.
+    """
+    if activation is None:
+        return F.linear(x, weight.to(x.dtype), bias)
+    served = dequantize_activation(*quantize_activation(x, activation))
+    return F.linear(served, weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -1,0 +1,1 @@
+"""The reference runtime: a DeepSeek-V2 forward pass in torch, for plain and quantized checkpoints."""

@@ -1,0 +1,47 @@
+"""A decoder layer, and what stands before the first and behind the last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.model.attention import Attention, LatentCache
+from dsv2quant.model.linear import RMSNorm
+from dsv2quant.model.moe import FFN, MoE
+
+
+@dataclass
+class DecoderLayer:
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    input_layernorm: RMSNorm
+    attention: Attention
+    post_attention_layernorm: RMSNorm
+    ffn: FFN | MoE
+
+    def __call__(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
+        x = x + self.attention(self.input_layernorm(x), rope, cache, absorbed)
+        normed = self.post_attention_layernorm(x)
+        out, chosen = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
+        return x + out, chosen
+
+
+@dataclass
+class Ends:
+    """Embedding [vocab, hidden], final norm, and head: [vocab, hidden], or [labels, hidden] of a classifier."""
+
+    embedding: torch.Tensor
+    norm: RMSNorm
+    head: torch.Tensor
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the last layer, [..., hidden] → [..., vocab], in x's dtype."""
+        return F.linear(self.norm(x), self.head)

@@ -1,0 +1,116 @@
+"""Building the runtime's layers from a checkpoint, one layer at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.config import ModelConfig
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.quant_config import activations_quantized
+from dsv2quant.headers import StoredTensor
+from dsv2quant.model.attention import Attention
+from dsv2quant.model.decoder import DecoderLayer, Ends
+from dsv2quant.model.linear import Linear, RMSNorm
+from dsv2quant.model.moe import FFN, MoE
+
+_TORCH = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+_LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how to compute. `weight_only` leaves activations unquantized; `scale_dtype` rounds scales first, as
+    one of transformers' load modes does."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    weight_only: bool = False
+    scale_dtype: torch.dtype | None = None
+
+
+def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
+    """A part with its bytes unchanged, in its own dtype."""
+    return torch.from_numpy(checkpoint.read(part)).to(device).view(_TORCH[part.dtype]).view(part.shape)
+
+
+def decode(
+    checkpoint: Checkpoint,
+    weight: Weight,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    scale_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A weight as a consumer reconstructs it in `dtype`."""
+    parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
+    if weight.scheme == "bf16":
+        return next(iter(parts.values())).to(dtype)
+    return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
+
+
+class Loader:
+    """Decodes weights by name. Layers are built when asked for and belong to the caller."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
+        self._activations = activations_quantized(checkpoint.config.quantization) and not options.weight_only
+
+    def ends(self) -> Ends:
+        c = self.checkpoint.config
+        embedding = self._tensor("model.embed_tokens.weight")
+        head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), None)
+        return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), self._tensor(head) if head else embedding)
+
+    def layer(self, index: int) -> DecoderLayer:
+        c, at = self.checkpoint.config, f"model.layers.{index}"
+        return DecoderLayer(
+            input_layernorm=self._norm(f"{at}.input_layernorm", c.rms_norm_eps),
+            attention=self._attention(c, f"{at}.self_attn"),
+            post_attention_layernorm=self._norm(f"{at}.post_attention_layernorm", c.rms_norm_eps),
+            ffn=self._moe(c, f"{at}.mlp") if c.is_moe(index) else self._ffn(f"{at}.mlp"),
+        )
+
+    def _attention(self, c: ModelConfig, at: str) -> Attention:
+        latent_query = c.q_lora_rank is not None
+        return Attention(
+            config=c,
+            kv_a_proj_with_mqa=self._linear(f"{at}.kv_a_proj_with_mqa"),
+            kv_a_layernorm=self._norm(f"{at}.kv_a_layernorm", _LATENT_NORM_EPS),
+            kv_b_proj=self._linear(f"{at}.kv_b_proj"),
+            o_proj=self._linear(f"{at}.o_proj"),
+            q_proj=None if latent_query else self._linear(f"{at}.q_proj"),
+            q_a_proj=self._linear(f"{at}.q_a_proj") if latent_query else None,
+            q_a_layernorm=self._norm(f"{at}.q_a_layernorm", _LATENT_NORM_EPS) if latent_query else None,
+            q_b_proj=self._linear(f"{at}.q_b_proj") if latent_query else None,
+        )
+
+    def _moe(self, c: ModelConfig, at: str) -> MoE:
+        return MoE(
+            config=c,
+            router=self._tensor(f"{at}.gate.weight", torch.float32),
+            experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
+            shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
+        )
+
+    def _ffn(self, at: str) -> FFN:
+        return FFN(*(self._linear(f"{at}.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
+
+    def _linear(self, module: str) -> Linear:
+        weight = self._by_name[f"{module}.weight"]
+        activation = CODECS[weight.scheme].activation if self._activations else None
+        # Where activations are quantized the product is taken in float32: see `reference.linear`.
+        dtype = self.options.dtype if activation is None else torch.float32
+        bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation)
+
+    def _norm(self, module: str, eps: float) -> RMSNorm:
+        return RMSNorm(self._tensor(f"{module}.weight"), eps)
+
+    def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        o = self.options
+        return decode(self.checkpoint, self._by_name[name], dtype or o.dtype, o.device, o.scale_dtype)

@@ -1,0 +1,67 @@
+"""Feed-forward layers: gated FFNs, and the mixture of routed and shared experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.model.linear import Linear
+
+
+@dataclass
+class FFN:
+    """down(silu(gate(x)) · up(x))."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, expert indices), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden].
+
+    DeepSeek's `MoEGate`: softmax over all experts in float32; with groups, only the topk_group groups whose best
+    expert scores highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
+    """
+    scores = F.linear(x.float(), router.float()).softmax(-1)
+    eligible = scores
+    if config.n_group > 1:
+        best = scores.unflatten(-1, (config.n_group, -1)).amax(-1)  # [tokens, n_group]
+        groups = best.topk(config.topk_group, sorted=False).indices
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
+        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // config.n_group, -1), 0.0)
+    weights, experts = eligible.topk(config.num_experts_per_tok, sorted=False)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
+    return weights * config.routed_scaling_factor, experts
+
+
+@dataclass
+class MoE:
+    """Routed experts, each token weighted over its top k, plus the shared ones. `router` is [experts, hidden]."""
+
+    config: ModelConfig
+    router: torch.Tensor
+    experts: list[FFN]
+    shared: FFN | None
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., hidden] → (output of that shape, chosen experts [tokens, k])."""
+        tokens = x.flatten(0, -2)
+        weights, chosen = route(tokens, self.router, self.config)
+        out = torch.zeros_like(tokens, dtype=torch.float32)
+        # Token-expert pairs sorted by expert: each expert then works on one contiguous slice.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        for expert, pairs in zip(self.experts, order.split(counts), strict=True):
+            if pairs.numel():
+                rows = pairs // chosen.shape[1]
+                out.index_add_(0, rows, expert(tokens[rows]).float() * weights.flatten()[pairs, None])
+        out = out.to(x.dtype).view_as(x)
+        return (out if self.shared is None else out + self.shared(x)), chosen

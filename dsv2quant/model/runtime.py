@@ -1,0 +1,63 @@
+"""The model: resident, or streamed with one layer's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.model.attention import LatentCache
+from dsv2quant.model.decoder import DecoderLayer
+from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.model.rope import Rope
+
+
+class Model:
+    """A DeepSeek-V2 forward pass over a checkpoint, quantized or not.
+
+    Resident models load every layer when made. Streamed ones load a layer whenever they come to it: that pays where
+    many windows go through a layer at once, as in evaluation.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions | None = None, *, stream: bool = False) -> None:
+        self.options = options or LoadOptions()
+        self.config = checkpoint.config
+        self._loader = Loader(checkpoint, self.options)
+        self.ends = self._loader.ends()
+        self._rope = Rope(self.config, torch.device(self.options.device))
+        self._resident = None if stream else [self._loader.layer(i) for i in range(self.config.num_hidden_layers)]
+
+    def layers(self) -> Iterator[DecoderLayer]:
+        """The layers in order."""
+        if self._resident is not None:
+            yield from self._resident
+            return
+        for index in range(self.config.num_hidden_layers):
+            yield self._loader.layer(index)
+
+    def rope(self, first: int, count: int) -> torch.Tensor:
+        """The rotation table of positions first … first + count − 1."""
+        return self._rope.table(torch.arange(first, first + count, device=self.options.device))
+
+    def caches(self, batch: int, capacity: int) -> list[LatentCache]:
+        """An empty latent cache per layer for `capacity` tokens."""
+        device = torch.device(self.options.device)
+        return [
+            LatentCache(self.config, batch, capacity, self.options.dtype, device)
+            for _ in range(self.config.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None = None, *, absorbed: bool = False
+    ) -> torch.Tensor:
+        """Logits [batch, new, vocab] of tokens [batch, new], which continue what the caches hold.
+
+        `absorbed` attends over latents without expanding them, as decoding does; the default expands, as prefill does.
+        """
+        x = self.ends.embed(tokens.to(self.options.device))
+        rope = self.rope(caches[0].length if caches else 0, tokens.shape[1])
+        for index, layer in enumerate(self.layers()):
+            x, _ = layer(x, rope, caches[index] if caches else None, absorbed)
+        return self.ends.logits(x)

@@ -1,0 +1,285 @@
+"""The plan: recipe × checkpoint, one line per tensor, made from headers alone.
+
+It fixes every output byte's place before a weight is read: schemes, with the rule behind each fallback, output tensors,
+shards and sizes. Its digest covers all that determines the output bytes, so that a resumed run continues the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dsv2quant import __version__, targets
+from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.part import DTYPE_BYTES
+from dsv2quant.formats.quant_config import quantization_config
+from dsv2quant.headers import SINGLE_FILE
+from dsv2quant.names import Slot
+from dsv2quant.recipe import Recipe
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the artifact."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for."""
+
+    weight: Weight
+    scheme: str
+    method: str
+    reason: str | None
+    outputs: tuple[Output, ...]
+
+    @property
+    def slot(self) -> Slot:
+        return self.weight.slot
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the stored bytes pass through unchanged, because the source has this very scheme and layout."""
+        stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
+        return self.scheme == self.weight.scheme and stored == [(o.dtype, o.shape) for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Lines encoded together: one, or the fused group that shares a scale. `shard` is where their outputs go."""
+
+    lines: tuple[Line, ...]
+    shard: int
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(line.weight.nbytes for line in self.lines)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the artifact and its tensors in file order."""
+
+    file: str
+    outputs: tuple[Output, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header: length, then JSON padded with spaces to a multiple of 8."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for output in self.outputs:
+            offsets = [position, position + output.nbytes]
+            entries[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": offsets}
+            position += output.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    checkpoint: Checkpoint
+    recipe: Recipe
+    targets: tuple[str, ...]
+    tp: int
+    lines: tuple[Line, ...]
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(step.bytes_in for step in self.steps)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        return sum(line.slot.size for line in self.lines)
+
+    @property
+    def schemes(self) -> set[str]:
+        return {line.scheme for line in self.lines} - {"bf16"}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over what determines the output bytes, the weights' values aside."""
+        content = {
+            "dsv2quant": __version__,
+            "config": self.config,
+            "recipe": self.recipe.text,
+            "targets": [self.targets, self.tp],
+            "lines": [[x.slot.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.lines],
+            "steps": [[[line.slot.name for line in step.lines], step.shard] for step in self.steps],
+            "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json; None for a single file, which needs none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {output.name: shard.file for shard in self.shards for output in shard.outputs}
+        total = sum(output.nbytes for shard in self.shards for output in shard.outputs)
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    for_targets: Sequence[str] = targets.TARGETS,
+    tp: int = 1,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+) -> Plan:
+    """Plan a conversion. Raises InputError where the checkpoint or the recipe can't give one artifact, and UsageError
+    where `tp` does not divide the model."""
+    chosen = tuple(t for t in targets.TARGETS if t in for_targets)
+    if set(chosen) & set(targets.ENGINES):
+        targets.check_parallel(checkpoint.config, tp)
+    quantized = [w.slot.name for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
+    if quantized:
+        what = f"already quantized: {listing(quantized, 1)}"
+        raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
+    schemes = _choose(checkpoint, recipe, chosen, tp)
+    lines = tuple(_line(weight, *schemes[weight.slot]) for weight in checkpoint.weights)
+    steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
+    try:
+        quantization = quantization_config({line.slot: line.scheme for line in lines})
+    except ValueError as error:
+        what = f"mixes the quant methods {error}"
+        raise InputError(what, where=f"recipe {recipe.name}", fix="one artifact has one quant method") from None
+    return Plan(checkpoint, recipe, chosen, tp, lines, steps, shards, _out_config(checkpoint, quantization))
+
+
+def parse_size(text: str) -> int:
+    """'5GB' → 5,000,000,000 bytes; also KB, MB, TB and the binary KiB, MiB, GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise UsageError(f"{text!r} is not a size", fix="write it as 5GB, 500MB or a number of bytes")
+    return int(float(match[1]) * unit)
+
+
+def _choose(
+    checkpoint: Checkpoint, recipe: Recipe, chosen: Sequence[str], tp: int
+) -> dict[Slot, tuple[str, str, str | None]]:
+    """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
+
+    Fused modules are decided as one: the first member that a target refuses takes the others along.
+    """
+    config = checkpoint.config
+    modules: dict[str, list[Slot]] = defaultdict(list)
+    for weight in checkpoint.weights:
+        slot = weight.slot
+        modules[targets.fused_module(slot, config, chosen) or slot.name].append(slot)
+    decided: dict[Slot, tuple[str, str, str | None]] = {}
+    for slots in modules.values():
+        wishes = {slot: recipe.assign(slot) for slot in slots}
+        scheme = wishes[slots[0]][0]
+        odd = next((slot for slot in slots if wishes[slot][0] != scheme), None)
+        if odd is not None:
+            reason = f"the recipe gives the fused {slots[0].role} and {odd.role} different schemes"
+            decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in slots}
+            continue
+        reasons: dict[Slot, str] = {}
+        while scheme != "bf16":
+            refusals = {slot: targets.refusal(slot, scheme, config, chosen, tp) for slot in slots}
+            first = next(((slot, r) for slot, r in refusals.items() if r is not None), None)
+            if first is None:
+                break
+            culprit, refused = first
+            for slot, own in refusals.items():
+                reasons[slot] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
+            scheme = refused.instead
+        decided |= {slot: (scheme, wishes[slot][1], reasons.get(slot)) for slot in slots}
+    return decided
+
+
+def _line(weight: Weight, scheme: str, method: str, reason: str | None) -> Line:
+    slot = weight.slot
+    outputs: tuple[Output, ...] = (Output(slot.name, "BF16", slot.shape, 2 * slot.size),)
+    if scheme != "bf16":
+        parts = CODECS[scheme].layout(slot.shape)
+        outputs = tuple(Output(f"{slot.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
+    return Line(weight, scheme, method, reason, outputs)
+
+
+def _lay_out(
+    lines: Sequence[Line], checkpoint: Checkpoint, chosen: Sequence[str], max_shard_size: int
+) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Group lines into steps and fill shards in order; a step never spans two shards."""
+    grouped: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        group = None
+        if CODECS[line.scheme].shares_scale:
+            group = targets.scale_group(line.slot, checkpoint.config, chosen)
+        grouped[group or line.slot.name].append(line)
+    steps: list[Step] = []
+    filled: list[list[Output]] = [[]]
+    size = 0
+    for members in grouped.values():
+        nbytes = sum(line.nbytes for line in members)
+        if filled[-1] and size + nbytes > max_shard_size:
+            filled.append([])
+            size = 0
+        size += nbytes
+        filled[-1] += [output for line in members for output in line.outputs]
+        steps.append(Step(tuple(members), len(filled) - 1))
+    if len(filled) == 1:
+        return tuple(steps), (Shard(SINGLE_FILE, _aligned(filled[0])),)
+    name = SINGLE_FILE.replace(".safetensors", "")
+    files = [f"{name}-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
+    return tuple(steps), tuple(Shard(f, _aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
+
+
+def _aligned(outputs: list[Output]) -> tuple[Output, ...]:
+    """Plan order where every tensor then starts at a multiple of its element size; otherwise widest elements first,
+    as the safetensors library writes them."""
+    position = 0
+    for output in outputs:
+        if position % DTYPE_BYTES[output.dtype]:
+            return tuple(sorted(outputs, key=lambda o: -DTYPE_BYTES[o.dtype]))
+        position += output.nbytes
+    return tuple(outputs)
+
+
+def _out_config(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """config.json of the artifact: the source's, without remote code, in BF16, with the schemes declared."""
+    config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization_config", "auto_map")}
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return config

@@ -1,0 +1,101 @@
+"""What accompanies the weights of an artifact: copied files, the manifest, and the model card.
+
+Nothing here depends on when or where the conversion ran, so that the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv2quant import __version__
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.errors import InputError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.plan import Plan
+from dsv2quant.report.summary import roles_table, summarize
+from dsv2quant.report.tables import gigabytes
+
+# Tokenizer, generation defaults and chat template. No Python: consumers have DeepSeek-V2 built in.
+COPIED = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "generation_config.json", "chat_template.*", "LICENSE*",
+)  # fmt: skip
+MAX_COPIED_BYTES = 256 << 20
+
+
+def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """{name: content} of the source's files that an artifact carries along."""
+    if checkpoint.folder is None:
+        return {}
+    files: dict[str, bytes] = {}
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED):
+            if path.stat().st_size > MAX_COPIED_BYTES:
+                raise InputError(f"larger than {MAX_COPIED_BYTES:,} bytes", where=path, fix="remove it")
+            files[path.name] = path.read_bytes()
+    return files
+
+
+def manifest(plan: Plan, command: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """dsv2quant.json: where the artifact comes from and the sha256 of each of its files."""
+    libraries = ("numpy", "numba", "torch")
+    return {
+        "schema": "dsv2quant.manifest/1",
+        "plan": plan.digest,
+        "command": command,
+        "source": {"model": plan.checkpoint.model, "revision": plan.checkpoint.revision},
+        "targets": {"consumers": list(plan.targets), "tp": plan.tp},
+        "versions": {"dsv2quant": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in libraries},
+        "files": files,
+    }
+
+
+def model_card(plan: Plan, command: str) -> str:
+    """README.md of the artifact: front matter for the hub, then base model, recipe, command and sizes."""
+    base = plan.checkpoint.model
+    front: dict[str, Any] = _licence(plan.checkpoint.folder)
+    front |= {"base_model": base, "base_model_relation": "quantized", "quantized_by": "dsv2quant"}
+    front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
+    summary = summarize((line.slot, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.lines)
+    sizes = roles_table(summary, before=True, markdown=True)
+    activations = sorted({str(CODECS[s].activation) for s in plan.schemes})
+    served = {"token": "per token", "group128": "per 1×128 group"}
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {base.rpartition('/')[2]}, {plan.recipe.name}",
+        f"{base}"
+        + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
+        + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}"
+        + (f" at tensor-parallel size {plan.tp}." if plan.tp > 1 else "."),
+        f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served.",
+        f"```\n{command}\n```",
+        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",
+        sizes,
+        f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _licence(folder: Path | None) -> dict[str, Any]:
+    """The base model's licence keys from its own card, if it has one that can be read."""
+    card = folder / "README.md" if folder is not None else None
+    if card is None or not card.is_file() or card.stat().st_size > 1 << 20:
+        return {}
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    return {key: front[key] for key in ("license", "license_name", "license_link", "language") if key in front}

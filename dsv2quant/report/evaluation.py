@@ -1,0 +1,41 @@
+"""An evaluation as text: the numbers, their errors, and what they rest on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def evaluation_text(r: dict[str, Any]) -> str:
+    """What `dsv2quant eval-ppl` prints without --json."""
+    lines = [f"{r['model']}: perplexity {_pm(r['perplexity'], 4)}"]
+    if "reference" in r:
+        ratio, error = r["delta"]["ln_ratio"], r["delta"]["stderr"]
+        kld, floor = r["kld"], r["noise_floor"]
+        lines += [
+            f"reference {r['reference']['model']}: perplexity {_pm(r['reference']['perplexity'], 4)}",
+            f"ln perplexity ratio  {ratio:+.5f} ± {error:.5f}  ({100 * math.expm1(ratio):+.3f}%)",
+            f"KLD, nats            {kld['mean']:.5f} ± {kld['stderr']:.5f}  "
+            f"median {kld['median']:.5f}, 99% {kld['p99']:.4f}, 99.9% {kld['p999']:.4f}, max {kld['max']:.3f}",
+            f"same top-1           {100 * r['top1_agreement']:.2f}% ± {100 * r['top1_agreement_stderr']:.2f}",
+        ]
+        if r["router_agreement"] is not None:
+            worst = min(r["router_agreement_by_layer"].items(), key=lambda item: item[1])
+            lines.append(
+                f"same routed experts  {100 * r['router_agreement']:.2f}% ± {100 * r['router_agreement_stderr']:.2f}  "
+                f"lowest in layer {worst[0]}: {100 * worst[1]:.2f}%"
+            )
+        klds = {key.removeprefix("kld_").replace("_", " "): value for key, value in floor.items() if key != "windows"}
+        others = ", ".join(f"{change} {value:.1e}" for change, value in klds.items())
+        lines.append(f"noise floor, KLD     of the reference against itself, {floor['windows']} windows: {others}")
+    activations = "unquantized" if r["weight_only"] else "as served"
+    lines.append(
+        f"{r['tokens']:,} tokens in {r['windows']} windows of {r['ctx']} of {r['text']['source']} "
+        f"(sha256 {r['text']['sha256'][:12]}), {r['protocol']} protocol, {r['dtype']} on {r['device']}, "
+        f"activations {activations}, {r['seconds']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def _pm(value: dict[str, float], digits: int) -> str:
+    return f"{value['value']:.{digits}f} ± {value['stderr']:.{digits}f}"

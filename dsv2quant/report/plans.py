@@ -1,0 +1,180 @@
+"""A plan, and a checkpoint's contents, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import ModelConfig
+from dsv2quant.plan import Line, Plan
+from dsv2quant.report.summary import RoleSummary, roles_table, summarize
+from dsv2quant.report.tables import count, gigabytes
+
+
+def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
+    """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks are listed one by one."""
+    roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
+    at = f" at tensor-parallel size {plan.tp}" if plan.tp > 1 else ""
+    parts = [
+        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, recipe {plan.recipe.name}, "
+        f"for {', '.join(plan.targets)}{at}",
+        roles_table(roles, before=True),
+        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
+        f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+    ]
+    fallbacks = _fallbacks(plan)
+    if fallbacks:
+        parts.append("Fallbacks:")
+    for (role, scheme, reason), lines in fallbacks.items():
+        parts.append(f"  {_where(role, lines)} → {scheme}: {reason}")
+        if every_tensor:
+            parts += [f"      {line.slot.name} {list(line.slot.shape)}" for line in lines]
+    parts += [f"note: {note}" for note in notes(plan)]
+    parts.append(f"plan {plan.digest[:16]}")
+    return "\n".join(parts)
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a user should know about serving this plan's artifact, beyond its schemes."""
+    config = plan.checkpoint.config
+    found = []
+    if config.attention_bias and set(plan.targets) & {"vllm", "sglang"}:
+        found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
+    if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:
+        found.append(
+            "norm_topk_prob with a routed_scaling_factor: DeepSeek-V2's own code does not scale normalised weights; "
+            "vLLM and SGLang do, and transformers ignores norm_topk_prob"
+        )
+    elif config.norm_topk_prob and "transformers" in plan.targets:
+        found.append("transformers ignores norm_topk_prob: its logits differ")
+    return found
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The object of `dsv2quant plan --json`."""
+    roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
+    return {
+        "schema": "dsv2quant.plan/1",
+        "model": plan.checkpoint.model,
+        "revision": plan.checkpoint.revision,
+        "recipe": plan.recipe.name,
+        "targets": list(plan.targets),
+        "tp": plan.tp,
+        "parameters": plan.parameters,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
+        "digest": plan.digest,
+        "roles": [_role_json(r) for r in roles],
+        "fallbacks": [
+            {"tensor": x.slot.name, "shape": list(x.slot.shape), "scheme": x.scheme, "reason": x.reason}
+            for x in plan.lines
+            if x.reason
+        ],
+        "notes": notes(plan),
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.outputs)} for s in plan.shards],
+        "quantization_config": plan.config.get("quantization_config"),
+    }
+
+
+def inspect_text(checkpoint: Checkpoint) -> str:
+    """What `dsv2quant inspect` prints."""
+    roles = _stored_roles(checkpoint)
+    weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
+    revision = f" at {checkpoint.revision}" if checkpoint.revision else ""
+    lines = [
+        f"{checkpoint.model}{revision}: {checkpoint.config.architecture}, {count(weights)} parameters, "
+        f"{gigabytes(nbytes)} in {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}, "
+        f"{8 * nbytes / weights:.2f} bits per weight",
+        roles_table(roles, before=False),
+        *(f"{key}: {value}" for key, value in _describe(checkpoint.config).items()),
+    ]
+    return "\n".join(lines)
+
+
+def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The object of `dsv2quant inspect --json`."""
+    roles = _stored_roles(checkpoint)
+    weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
+    return {
+        "schema": "dsv2quant.inspect/1",
+        "model": checkpoint.model,
+        "revision": checkpoint.revision,
+        "architecture": checkpoint.config.architecture,
+        "parameters": weights,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / weights,
+        "files": checkpoint.files,
+        "roles": [{k: v for k, v in _role_json(r).items() if k != "bytes_before"} for r in roles],
+        "configuration": _describe(checkpoint.config),
+        "quantization_config": checkpoint.config.quantization,
+    }
+
+
+def _stored_roles(checkpoint: Checkpoint) -> list[RoleSummary]:
+    def stored_scheme(scheme: str, dtype: str) -> str:
+        return {"F16": "f16", "F32": "f32"}.get(dtype, scheme)
+
+    return summarize((w.slot, stored_scheme(w.scheme, w.stored.dtype), w.nbytes, w.nbytes) for w in checkpoint.weights)
+
+
+def _role_json(r: RoleSummary) -> dict[str, Any]:
+    return {
+        "role": r.role,
+        "scheme": r.scheme,
+        "tensors": r.count,
+        "weights": r.weights,
+        "bytes_before": r.bytes_before,
+        "bytes_after": r.bytes_after,
+        "bits_per_weight": r.bits,
+    }
+
+
+def _fallbacks(plan: Plan) -> dict[tuple[str, str, str], list[Line]]:
+    grouped: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    for line in plan.lines:
+        if line.reason:
+            grouped[line.slot.role, line.scheme, line.reason].append(line)
+    return grouped
+
+
+def _where(role: str, lines: Sequence[Line]) -> str:
+    """'kv_a_proj_with_mqa [576, 5120], 60 tensors in layers 0-59'."""
+    layers = sorted({line.slot.layer for line in lines if line.slot.layer is not None})
+    count = f"{len(lines)} tensor{'s' * (len(lines) > 1)}"
+    shape = f"{role} {list(lines[0].slot.shape)}, {count}"
+    if not layers:
+        return shape
+    if len(layers) == 1:
+        return f"{shape} in layer {layers[0]}"
+    contiguous = layers[-1] - layers[0] + 1 == len(layers)
+    return f"{shape} in layers {f'{layers[0]}-{layers[-1]}' if contiguous else ', '.join(map(str, layers))}"
+
+
+def _describe(c: ModelConfig) -> dict[str, Any]:
+    """The configuration in the terms of the paper."""
+    query = f"latent {c.q_lora_rank}" if c.q_lora_rank else "direct"
+    experts = "none"
+    if c.n_routed_experts:
+        groups = f", best {c.topk_group} of {c.n_group} groups" if c.n_group > 1 else ""
+        experts = (
+            f"{c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, {c.n_shared_experts} shared, "
+            f"width {c.moe_intermediate_size}, from layer {c.first_k_dense_replace}"
+        )
+    rope = f"theta {c.rope_theta:g}"
+    if c.yarn:
+        rope += f", YaRN factor {c.yarn.factor:g} over {c.yarn.original_max_position_embeddings}"
+        rope += f", mscale {c.yarn.mscale:g} / {c.yarn.mscale_all_dim:g}"
+    return {
+        "layers": c.num_hidden_layers,
+        "hidden": c.hidden_size,
+        "vocabulary": c.vocab_size,
+        "attention": f"{c.num_attention_heads} heads, query {query}, KV latent {c.kv_lora_rank} + "
+        f"{c.qk_rope_head_dim} RoPE, head {c.qk_nope_head_dim} + {c.qk_rope_head_dim} / {c.v_head_dim}",
+        "dense FFN": c.intermediate_size,
+        "experts": experts,
+        "rope": rope,
+        "context": c.max_position_embeddings,
+    }

@@ -1,0 +1,143 @@
+"""What each consumer takes: the rules that make a scheme fall back for a tensor, and the modules consumers fuse.
+
+Read from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.23.0; the file of each rule stands beside it. `tp` is the
+tensor-parallel size of vLLM and SGLang; transformers loads whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import UsageError
+from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.names import LINEAR_ROLES, Slot
+
+ENGINES = ("vllm", "sglang")
+TARGETS = (*ENGINES, "transformers")
+
+_COLUMN_PARALLEL = (
+    "q_proj",
+    "q_b_proj",
+    "kv_b_proj",
+    "dense.gate_proj",
+    "dense.up_proj",
+    "shared.gate_proj",
+    "shared.up_proj",
+)
+_ROW_PARALLEL = ("o_proj", "dense.down_proj", "shared.down_proj")
+_FIRST_OF_FUSED = ("q_a_proj", "dense.gate_proj", "shared.gate_proj")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule that a scheme breaks for a tensor, and the scheme to try next."""
+
+    reason: str
+    instead: str = "bf16"
+
+
+def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str], tp: int) -> Refusal | None:
+    """The first rule of `targets` that forbids `scheme` for this tensor, or None."""
+    if scheme == "bf16":
+        return None
+    if slot.role not in LINEAR_ROLES:
+        return Refusal(f"no consumer loads a quantized {slot.role}")
+    for target in targets:
+        found = _RULES[target](slot, scheme, config, target, tp)
+        if found is not None:
+            return found
+    return None
+
+
+def fused_module(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
+    """The module that a consumer fuses this tensor into; its members must share a scheme. None: fused into nothing.
+
+    vLLM `DeepSeekV2FusedQkvAProjLinear`, SGLang `fused_qkv_a_proj_with_mqa` (only with a query latent); gate and up are
+    one matrix in both; every consumer stacks a layer's routed experts.
+    """
+    if slot.role.startswith("routed."):
+        return f"model.layers.{slot.layer}.mlp.experts"
+    if not set(targets) & set(ENGINES):
+        return None
+    parent = slot.module.rpartition(".")[0]
+    if config.q_lora_rank is not None and slot.role in ("q_a_proj", "kv_a_proj_with_mqa"):
+        return f"{parent}.fused_qkv_a_proj"
+    if slot.role in ("dense.gate_proj", "dense.up_proj", "shared.gate_proj", "shared.up_proj"):
+        return f"{parent}.gate_up_proj"
+    return None
+
+
+def scale_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
+    """The group of tensors that must share one scale where the scheme has one per tensor; None: a scale of its own.
+
+    A fused matrix has one scale in the engines; with several they requantize to the largest. Of routed experts, each
+    expert's gate and up are one matrix.
+    """
+    if slot.role in ("routed.gate_proj", "routed.up_proj") and set(targets) & set(ENGINES):
+        return slot.module.rpartition(".")[0]
+    return None if slot.role.startswith("routed.") else fused_module(slot, config, targets)
+
+
+def check_parallel(config: ModelConfig, tp: int) -> None:
+    """Raise UsageError where the engines can't split the model over `tp` GPUs at all."""
+    widths = {"num_attention_heads": config.num_attention_heads}
+    if config.n_routed_experts:
+        widths["moe_intermediate_size"] = config.moe_intermediate_size
+    if any(not config.is_moe(layer) for layer in range(config.num_hidden_layers)):
+        widths["intermediate_size"] = config.intermediate_size
+    for key, value in widths.items():
+        if tp < 1 or value % tp:
+            raise UsageError(f"--tp {tp} does not divide {key}, {value}", fix="give a tensor-parallel size that does")
+
+
+def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    routed = slot.role.startswith("routed.")
+    if scheme == "fp8-tensor":
+        # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
+        # tensor activations, or channel weights with token activations, and assert on anything else.
+        if routed:
+            why = "routed experts with per-token activations need per-channel scales"
+            return Refusal(f"{target}: {why}", "fp8-channel")
+        # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
+        if target == "sglang" and config.q_lora_rank is not None and slot.role in ("q_a_proj", "kv_a_proj_with_mqa"):
+            return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
+        return None
+    if scheme != "fp8-block":
+        return None
+    # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
+    rows, cols = slot.shape
+    if routed:
+        return _multiple(target, "the experts' width", config.moe_intermediate_size, tp)
+    if tp > 1 and slot.role in _COLUMN_PARALLEL:
+        return _multiple(target, "rows", rows, tp)
+    if tp > 1 and slot.role in _ROW_PARALLEL:
+        return _multiple(target, "columns", cols, tp)
+    if slot.role in _FIRST_OF_FUSED:
+        return _multiple(target, "rows of a fused matrix's first member", rows, 1)
+    return None
+
+
+def _multiple(target: str, what: str, size: int, tp: int) -> Refusal | None:
+    share = size // tp
+    if share % BLOCK == 0:
+        return None
+    split = f"{size} / tp {tp} = {share}" if tp > 1 else str(size)
+    return Refusal(f"{target}: {what}, {split}, must be a multiple of {BLOCK}")
+
+
+def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
+    # fails to load, or loads wrong where the division happens to be exact.
+    ragged = [dim for dim in slot.shape if dim > BLOCK and dim % BLOCK]
+    if scheme == "fp8-block" and ragged:
+        return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
+    return None
+
+
+_RULES: dict[str, Callable[[Slot, str, ModelConfig, str, int], Refusal | None]] = {
+    "vllm": _engine,
+    "sglang": _engine,
+    "transformers": _transformers,
+}

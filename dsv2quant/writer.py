@@ -1,0 +1,246 @@
+"""Writing an artifact so that nothing looks finished until it is.
+
+A shard is written front to back under `<name>.partial`, hashed on the way, fsynced and renamed. config.json comes last:
+without it no consumer loads the folder. A state file names the plan while the work is unfinished; a later run with the
+same plan and source continues from the finished shards.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant.errors import InputError
+from dsv2quant.headers import INDEX_FILE
+from dsv2quant.plan import Plan, Shard
+
+STATE_FILE = ".dsv2quant-state.json"
+MANIFEST_FILE = "dsv2quant.json"
+PARTIAL = ".partial"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+_MAX_UNHASHED = 64 << 20
+_ASIDE = 1 << 20  # what the small files may need beside the shards
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failing file system into one line: what can't be written, and that running again resumes."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free space and run the same command again: finished shards are kept" if full else "check the folder"
+        raise InputError(f"can't be written: {error.strerror or error}", where=path, fix=fix) from None
+
+
+class ArtifactFolder:
+    """The output folder of one conversion, locked while it is open."""
+
+    def __init__(self, path: Path, plan: Plan, *, force: bool = False) -> None:
+        """Create or resume. Raises InputError where the folder holds something else, or another run is writing to it.
+
+        `is_complete` is then true if it already holds this very artifact, and `finished` has the shards to keep.
+        """
+        self.path, self.plan = path, plan
+        self._state: int | None = None
+        source = plan.checkpoint.folder
+        if source is not None and path.resolve() == source.resolve():
+            raise InputError("is the checkpoint's own folder", where=path, fix="give another output folder")
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._claim(force)
+            if not self.is_complete:
+                self._check_space()
+
+    def _claim(self, force: bool) -> None:
+        wanted = {"plan": self.plan.digest, "source": self.plan.checkpoint.fingerprint()}
+        state_path = self.path / STATE_FILE
+        held = sorted(entry.name for entry in self.path.iterdir() if entry.name != STATE_FILE)
+        self.is_complete = not state_path.exists() and not force and self._holds(wanted["plan"])
+        if self.is_complete:
+            self.finished = {shard.file for shard in self.plan.shards}
+            return
+        self._state = os.open(state_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise InputError("another run is writing to it", where=self.path, fix="wait for it, or stop it") from None
+        unfinished = os.pread(self._state, 1 << 20, 0)
+        if unfinished == json.dumps(wanted).encode() and not force:
+            self.finished = {shard.file for shard in self.plan.shards if self._is_whole(shard)}
+            return
+        if held and not force:
+            if not unfinished:
+                os.unlink(state_path)
+            self.close()
+            what = "holds an unfinished conversion with another plan or source" if unfinished else "is not empty"
+            raise InputError(what, where=self.path, fix="give another output folder, or --force to start over")
+        for name in held:
+            if _SHARD.fullmatch(name) or name in ("config.json", INDEX_FILE, MANIFEST_FILE):
+                os.unlink(self.path / name)
+        self.finished = set()
+        os.ftruncate(self._state, 0)
+        os.pwrite(self._state, json.dumps(wanted).encode(), 0)
+        os.fsync(self._state)
+        sync_folder(self.path)
+
+    def _holds(self, digest: object) -> bool:
+        """Whether the folder is a finished artifact of this plan, all files at their sizes."""
+        try:
+            manifest = json.loads((self.path / MANIFEST_FILE).read_text(encoding="utf-8"))
+            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+            return manifest["plan"] == digest and all(
+                (self.path / name).stat().st_size == size for name, size in sizes.items()
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self.path / shard.file
+        if not path.exists() or path.stat().st_size != shard.nbytes:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(shard.header)) == shard.header
+
+    def _check_space(self) -> None:
+        needed = sum(shard.nbytes for shard in self.plan.shards if shard.file not in self.finished) + _ASIDE
+        partial = [entry for entry in self.path.iterdir() if entry.name.endswith(PARTIAL)]
+        free = shutil.disk_usage(self.path).free + sum(entry.stat().st_size for entry in partial)
+        if needed > free:
+            if not self.finished and not partial:
+                os.unlink(self.path / STATE_FILE)
+            self.close()
+            what = f"needs {needed:,} bytes, the disk has {free:,} free"
+            raise InputError(what, where=self.path, fix="free space, or give a folder on another disk")
+
+    def write_file(self, name: str, content: bytes) -> dict[str, Any]:
+        """Write a small file at once or not at all; returns its manifest entry."""
+        path, partial = self.path / name, self.path / (name + PARTIAL)
+        with disk_errors(path):
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.rename(path)
+                sync_folder(self.path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+        return file_entry(content)
+
+    def finish(self) -> None:
+        """Remove the state file: the artifact is whole."""
+        with disk_errors(self.path):
+            os.unlink(self.path / STATE_FILE)
+            sync_folder(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; an unfinished folder stays resumable."""
+        if self._state is not None:
+            os.close(self._state)
+            self._state = None
+
+
+class ShardWriter:
+    """Writes one shard. Data may come in any order; what is ahead of its turn is held in memory.
+
+    Hashing runs on `hasher`, fsync and rename on `finisher`, both single threads, so that they overlap the encoding.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, hasher: ThreadPoolExecutor, finisher: ThreadPoolExecutor) -> None:
+        self._path, self._partial = folder / shard.file, folder / (shard.file + PARTIAL)
+        self._hasher, self._finisher = hasher, finisher
+        self._sha256 = hashlib.sha256()
+        self._hashing: deque[tuple[int, Future[None]]] = deque()
+        self._held: dict[int, np.ndarray] = {}
+        self._starts: dict[str, int] = {}
+        self._position = 0
+        self._size = shard.nbytes
+        position = len(shard.header)
+        for output in shard.outputs:
+            self._starts[output.name] = position
+            position += output.nbytes
+        with disk_errors(self._path):
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._append(np.frombuffer(shard.header, np.uint8))
+
+    def put(self, name: str, begin: int, data: np.ndarray) -> None:
+        """Write `data` at byte `begin` of a tensor. The array must not change afterwards."""
+        self._held[self._starts[name] + begin] = data.reshape(-1).view(np.uint8)
+        while self._position in self._held:
+            self._append(self._held.pop(self._position))
+
+    def _append(self, data: np.ndarray) -> None:
+        with disk_errors(self._path):
+            view, done = data.data, 0
+            while done < len(view):
+                done += os.write(self._file, view[done:])
+        self._position += data.nbytes
+        self._hashing.append((data.nbytes, self._hasher.submit(self._sha256.update, data.data)))
+        while sum(nbytes for nbytes, _ in self._hashing) > _MAX_UNHASHED:
+            self._hashing.popleft()[1].result()
+
+    @property
+    def is_full(self) -> bool:
+        return self._position == self._size
+
+    def finish(self) -> Future[dict[str, Any]]:
+        """Make the shard durable under its final name, in the background; gives its manifest entry."""
+        return self._finisher.submit(self._finish)
+
+    def _finish(self) -> dict[str, Any]:
+        for _, hashed in self._hashing:
+            hashed.result()
+        with disk_errors(self._path):
+            os.fsync(self._file)
+            self._partial.rename(self._path)
+            sync_folder(self._path.parent)
+        os.close(self._file)
+        return {"size": self._size, "sha256": self._sha256.hexdigest()}
+
+    def abandon(self) -> None:
+        """Give the disk space of an unfinished shard back."""
+        os.close(self._file)
+        self._partial.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_entry(content: bytes) -> dict[str, Any]:
+    """The manifest entry, {size, sha256}, of a file with this content."""
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """The manifest entry, {size, sha256}, of a file on disk."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def dump_json(value: Mapping[str, Any]) -> bytes:
+    """JSON as Hugging Face writes it: two spaces, keys in order, a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
