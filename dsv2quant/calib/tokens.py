@@ -35,7 +35,10 @@ class Tokenizer:
 
         path = folder / "tokenizer.json"
         read_json(path)  # one clear line for a missing or damaged file
-        self._backend: Any = Backend.from_file(str(path))
+        try:
+            self._backend: Any = Backend.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
         # Special tokens spelled out in a text are text: it must not be able to end a window's document.
         self._backend.encode_special_tokens = True
         self.bos_id = self._find_bos(folder)

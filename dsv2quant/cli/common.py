@@ -130,6 +130,7 @@ def progress_bar(total: int, unit: str, label: str, quiet: bool) -> Iterator[Cal
         unit_scale=True,
         desc=label,
         disable=disabled,
+        delay=0.3,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
         file=sys.stderr,
     ) as bar:

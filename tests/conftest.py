@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run the command in this process: `cli("plan", folder)` → exit code, stdout, stderr."""
+    from dsv2quant.cli.main import main
+
+    def run(*args: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["dsv2quant", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny V2-Lite-like checkpoint."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("lite") / "lite", tiny.LITE)
+
+
+@pytest.fixture(scope="session")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with V2-Lite's true awkward widths, in two shards."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("awkward") / "awkward", tiny.AWKWARD, shards=2)

@@ -1,0 +1,120 @@
+"""Small DeepSeek-V2 checkpoints with random weights, written with the safetensors library itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from dsv2quant.config import CAUSAL_LM, ModelConfig
+from dsv2quant.names import model_slots
+
+MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
+YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+
+# As DeepSeek-V2-Lite: direct queries, greedy routing.
+LITE: dict[str, Any] = {
+    "architectures": [CAUSAL_LM], "model_type": "deepseek_v2", "torch_dtype": "bfloat16", "vocab_size": 160,
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": YARN, "hidden_act": "silu", "attention_bias": False,
+    "max_position_embeddings": 1280, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+# As DeepSeek-V2: latent queries, group-limited routing, routed weights scaled by 16.
+V2 = LITE | {
+    "q_lora_rank": 40, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+    "routed_scaling_factor": 16.0,
+}  # fmt: skip
+# V2-Lite's true awkward widths (576 = 4.5 × 128, 1408, 2816, 10944 = 85.5 × 128) in a model that is small elsewhere.
+AWKWARD = LITE | {
+    "hidden_size": 256, "intermediate_size": 10944, "moe_intermediate_size": 1408, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def random_weights(
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the model: norms near 1, matrices scaled so that activations stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for slot in model_slots(ModelConfig.from_dict(config, "config.json")):
+        noise = torch.randn(slot.shape, generator=generator)
+        if slot.role == "norm":
+            value = 1 + 0.1 * noise
+        elif slot.role in ("embed", "bias"):
+            value = noise
+        else:
+            value = noise * slot.shape[-1] ** -0.5
+        tensors[slot.name] = value.to(dtype)
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None, shards: int = 1
+) -> Path:
+    """A checkpoint folder, with dsv2-mini's tokenizer beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = random_weights(config) if tensors is None else tensors
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        names = np.array_split(list(tensors), shards)
+        files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+        for file, members in zip(files, names, strict=True):
+            save_file({str(n): tensors[str(n)] for n in members}, folder / file, {"format": "pt"})
+        weight_map = {str(n): file for file, members in zip(files, names, strict=True) for n in members}
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(MINI / name, folder / name)
+    return folder
+
+
+def transformers_config(config: dict[str, Any]) -> Any:
+    """The same configuration as transformers' class, which writes into the dictionaries it is given."""
+    from transformers import DeepseekV2Config
+
+    return DeepseekV2Config(**copy.deepcopy(config))
+
+
+def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_000_000) -> Path:
+    """A checkpoint of any size that is headers and holes: sparse files of the right length."""
+    from dsv2quant.plan import Output, Shard
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    outputs = [
+        Output(s.name, "BF16", s.shape, 2 * s.size) for s in model_slots(ModelConfig.from_dict(config, "config.json"))
+    ]
+    groups: list[list[Any]] = [[]]
+    size = 0
+    for output in outputs:
+        if groups[-1] and size + output.nbytes > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.nbytes
+    files = [f"model-{i:05d}-of-{len(groups):06d}.safetensors" for i in range(1, len(groups) + 1)]
+    for file, members in zip(files, groups, strict=True):
+        shard = Shard(file, tuple(members))
+        with (folder / file).open("wb") as out:
+            out.write(shard.header)
+            out.truncate(shard.nbytes)
+    weight_map = {o.name: file for file, members in zip(files, groups, strict=True) for o in members}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
