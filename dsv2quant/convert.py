@@ -156,8 +156,8 @@ class _Pipeline:
             future.cancel()
         if self._writer is not None:
             self._writer.abandon()
+        self._finisher.shutdown()  # first: shards being finished still wait for their hashes
         self._hasher.shutdown(cancel_futures=True)
-        self._finisher.shutdown()
 
 
 def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> Iterator[_Job]:
