@@ -24,8 +24,8 @@ _LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how to compute. `weight_only` leaves activations unquantized; `scale_dtype` rounds scales first, as
-    one of transformers' load modes does."""
+    """Where and how to compute. `weight_only` leaves activations unquantized. `scale_dtype` rounds the scales of all
+    but the routed experts first, as transformers' default load of compressed-tensors does."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -112,5 +112,6 @@ class Loader:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)
 
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        o = self.options
-        return decode(self.checkpoint, self._by_name[name], dtype or o.dtype, o.device, o.scale_dtype)
+        o, weight = self.options, self._by_name[name]
+        scale_dtype = None if weight.slot.role.startswith("routed.") else o.scale_dtype
+        return decode(self.checkpoint, weight, dtype or o.dtype, o.device, scale_dtype)

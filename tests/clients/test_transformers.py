@@ -1,0 +1,199 @@
+"""Every artifact is loaded by transformers, in each of its load modes: the same weights bit for bit, the same logits.
+
+Modes: dtype float32 or bfloat16; compressed-tensors by default (activations of `nn.Linear` modules fake-quantized, not
+those of routed experts, which transformers fuses) or with `dequantize=True`. Block FP8 is always dequantized without an
+FP8 GPU; in float32 it must be loaded and then cast, because its unquantized modules stay in BF16.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from dsv2quant import recipe
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.convert import convert
+from dsv2quant.evaluate.divergence import compare, perplexity
+from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
+from dsv2quant.evaluate.text import python_topics
+from dsv2quant.kernels.reference import quantize_activation
+from dsv2quant.model.linear import Linear
+from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.moe import MoE
+from dsv2quant.model.runtime import Model
+from dsv2quant.plan import make_plan
+from dsv2quant.targets import TARGETS
+
+# name: (recipe, targets). Tensor scales for every consumer are mixed with channel scales, for transformers alone not.
+ARTIFACTS = {
+    "block": ("fp8-block", TARGETS),
+    "channel": ("fp8-channel", TARGETS),
+    "tensor": ("fp8-tensor", TARGETS),
+    "tensor for transformers": ("fp8-tensor", ("transformers",)),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WINDOWS, LAYERS = 12, 4
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory, awkward):
+    """{(source, artifact): folder}."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    made = {}
+    for source, path in (("mini", tiny.MINI), ("awkward", awkward)):
+        for name, (asked, targets) in ARTIFACTS.items():
+            out = folder / f"{source}-{name.replace(' ', '-')}"
+            convert(make_plan(Checkpoint.open(path), recipe.builtin(asked), for_targets=targets), out, command="")
+            made[source, name] = out
+    return made
+
+
+def load(folder, dtype: torch.dtype, dequantize: bool):
+    """The artifact as transformers loads it."""
+    import transformers
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).eval()
+    declared = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    return model.float() if declared.get("quant_method") == "fp8" and dtype == torch.float32 else model
+
+
+def their_weight(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A weight under its checkpoint name; transformers stacks experts, gate before up."""
+    if name in state:
+        return state[name]
+    prefix, _, rest = name.partition(".experts.")
+    expert, leaf, _ = rest.split(".")
+    if leaf == "down_proj":
+        return state[f"{prefix}.experts.down_proj"][int(expert)]
+    gate, up = state[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if leaf == "gate_proj" else up
+
+
+MODES = [
+    (name, dtype, dequantize)
+    for name in ARTIFACTS
+    for dtype in DTYPES
+    for dequantize in ((False,) if name == "block" else (False, True))
+]
+mode_ids = [f"{name}-{dtype}{'-dequantize' * dequantize}".replace(" ", "-") for name, dtype, dequantize in MODES]
+
+
+@pytest.mark.parametrize("source", ["mini", "awkward"])
+@pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES, ids=mode_ids)
+def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts):
+    folder, torch_dtype = artifacts[source, name], DTYPES[dtype]
+    theirs = load(folder, torch_dtype, dequantize)
+    checkpoint = Checkpoint.open(folder)
+    vocabulary = checkpoint.config.vocab_size
+    tokens = torch.randint(2, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = theirs(tokens).logits.double()
+    state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
+    # Loaded by default, compressed-tensors keeps scales in parameters of the model's dtype.
+    rounds_scales = name != "block" and not dequantize and torch_dtype == torch.bfloat16
+    for weight in checkpoint.weights:
+        routed = weight.slot.role.startswith("routed.")
+        scale_dtype = torch.bfloat16 if rounds_scales and not routed else None
+        ours = decode(checkpoint, weight, torch_dtype, scale_dtype=scale_dtype)
+        assert torch.equal(their_weight(state, weight.slot.name), ours), weight.slot.name
+
+    served = name != "block" and not dequantize
+    options = LoadOptions(torch_dtype, "cpu", not served, torch.bfloat16 if rounds_scales else None)
+    got = like_transformers(Model(checkpoint, options)).forward(tokens).double()
+    error = float((got - want).norm() / want.norm())
+    if torch_dtype == torch.float32:
+        # Weight-only: float32 sums in another order. Quantized activations: a last-place difference moves about one
+        # in 10^6 codes by a step of 2^-3 or less, each time within a sum of hundreds: √1e-6 · 2^-4 ≈ 6e-5 a layer,
+        # and a moved router choice where scores are that close.
+        assert error < (1e-2 if served else 1e-5)
+    else:
+        exact = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens).double()
+        assert error < 2 * float((want - exact).norm() / exact.norm())
+
+
+def like_transformers(model: Model) -> Model:
+    """The runtime with transformers' departures from what engines do: activations of routed experts are not quantized,
+    and those of kv_b_proj with one scale per sequence, because its input has four dimensions there."""
+    for layer in model.layers():
+        if layer.attention.kv_b_proj.activation is not None:
+            layer.attention.kv_b_proj = PerSequence(layer.attention.kv_b_proj)
+        for expert in layer.ffn.experts if isinstance(layer.ffn, MoE) else []:
+            for linear in (expert.gate_proj, expert.up_proj, expert.down_proj):
+                linear.activation = None
+    return model
+
+
+class PerSequence(Linear):
+    """A linear layer whose input [batch, tokens, ·] is quantized with one scale per batch entry."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(linear.weight, linear.bias, linear.activation)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scales = quantize_activation(x.flatten(1), "token")
+        return Linear(self.weight)((codes.float() * scales).view_as(x)).to(x.dtype)
+
+
+class TheirLogits:
+    """Stands in for the runtime's ends: hidden states are positions, whose logits transformers computed."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits.flatten(0, 1)
+
+    def logits(self, positions: torch.Tensor) -> torch.Tensor:
+        return self._logits[positions[:, 0].long()]
+
+
+def their_pass(model, ids: np.ndarray) -> Pass:
+    with torch.inference_mode():
+        logits = torch.cat([model(torch.from_numpy(part)).logits for part in np.array_split(ids, len(ids) // 4)])
+    positions = torch.arange(ids.size).view(*ids.shape, 1)
+    stand_in = type("Model", (), {"ends": TheirLogits(logits)})()
+    return Pass(stand_in, positions, [None] * LAYERS)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """(token windows, our pass and transformers' pass over BF16 dsv2-mini)."""
+    tokenizer = Tokenizer(tiny.MINI)
+    ids = cut(tokenizer.encode(python_topics().content), 512, tokenizer.bos_id, "default", "topics").ids[:WINDOWS]
+    ours = run(Model(Checkpoint.open(tiny.MINI)), ids, batches_of(WINDOWS, 4))
+    return ids, ours, their_pass(load(tiny.MINI, torch.float32, False), ids)
+
+
+def test_perplexity_of_dsv2_mini_is_transformers(scored):
+    ids, ours, theirs = scored
+    got = perplexity(negative_log_likelihoods(ours, ids, 0))["value"]
+    want = perplexity(negative_log_likelihoods(theirs, ids, 0))["value"]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_weight_only_kld_is_transformers(name, scored, artifacts):
+    ids, ours, theirs = scored
+    folder = artifacts["mini", name]
+    model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    got = compare(run(model, ids, batches_of(WINDOWS, 4)), ours, ids, 0).kld.mean()
+    want = compare(their_pass(load(folder, torch.float32, name != "block"), ids), theirs, ids, 0).kld.mean()
+    assert got == pytest.approx(want, abs=1e-4)
+    assert got > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in ARTIFACTS if name != "block"])
+def test_kld_with_quantized_activations_is_transformers(name, scored, artifacts):
+    ids, ours, theirs = scored
+    folder = artifacts["mini", name]
+    served = run(like_transformers(Model(Checkpoint.open(folder))), ids, batches_of(WINDOWS, 4))
+    got = compare(served, ours, ids, 0).kld.mean()
+    want = compare(their_pass(load(folder, torch.float32, False), ids), theirs, ids, 0).kld.mean()
+    # A code near a tie may round either way after a last-place difference: noise of the sampling error's order.
+    assert got == pytest.approx(want, rel=0.01)
+    everywhere = run(Model(Checkpoint.open(folder)), ids, batches_of(WINDOWS, 4))
+    assert compare(everywhere, ours, ids, 0).kld.mean() > got
