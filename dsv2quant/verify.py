@@ -92,7 +92,7 @@ def _tensor_error(artifact: Checkpoint, weight: Weight, source: Checkpoint, want
 
 
 def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
-    """The object of `verify --json`."""
+    """The object of `verify --json`; an exact weight has infinite SQNR, which JSON shows as null."""
     result: dict[str, Any] = {
         "schema": "dsv2quant.verify/1",
         "artifact": artifact.model,
@@ -112,19 +112,14 @@ def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[T
             "role": role,
             "scheme": scheme,
             "tensors": len(members),
-            "sqnr_db": _finite(sqnr(sum(e.signal for e in members), sum(e.noise for e in members))),
-            "lowest_sqnr_db": _finite(min(e.sqnr for e in members)),
+            "sqnr_db": sqnr(sum(e.signal for e in members), sum(e.noise for e in members)),
+            "lowest_sqnr_db": min(e.sqnr for e in members),
             "max_error": max(e.max_error for e in members),
         }
         for (role, scheme), members in ordered
     ]
     worst = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)[:WORST]
     result["worst"] = [
-        {"tensor": e.name, "scheme": e.scheme, "sqnr_db": _finite(e.sqnr), "max_error": e.max_error} for e in worst
+        {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in worst
     ]
     return result
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: null stands for an exact weight."""
-    return value if math.isfinite(value) else None

@@ -36,4 +36,4 @@ def count(number: int) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] in ("-", "+", "±", "–") or not cell
+    return cell[:1].isdigit() or cell[:1] in ("-", "+") or cell in ("", "exact")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from dsv2quant.report.tables import table
@@ -24,5 +25,5 @@ def verification_text(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _db(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _db(value: float) -> str:
+    return "exact" if value == math.inf else f"{value:.2f}"
