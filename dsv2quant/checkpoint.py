@@ -6,8 +6,8 @@ bytes are read when asked for.
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import decode_block_to_float32
 from dsv2quant.formats.part import PLAIN_DTYPES
-from dsv2quant.headers import StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
+from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
 from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
 
+logger = logging.getLogger(__name__)
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
 
 
@@ -68,8 +69,7 @@ class Checkpoint:
         tensors = _index(headers, where)
         self.weights = _match(model_slots(self.config), tensors, where)
         self._data_starts = data_starts or {}
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
 
     @classmethod
     def open(
@@ -111,11 +111,15 @@ class Checkpoint:
         buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
         offset = self._data_starts[tensor.file] + tensor.begin + begin
         view, done = buffer.data, 0
-        while done < len(view):
-            count = os.preadv(self._descriptor(tensor.file), [view[done:]], offset + done)
-            if count == 0:
-                raise InputError(f"{tensor.name} ends early", where=self._path(tensor.file), fix="download it again")
-            done += count
+        descriptor = os.open(self._path(tensor.file), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+                if count == 0:
+                    raise InputError(f"{tensor.name} ends early", where=self._path(tensor.file), fix=AGAIN)
+                done += count
+        finally:
+            os.close(descriptor)
         return buffer
 
     def array(self, tensor: StoredTensor) -> np.ndarray:
@@ -135,22 +139,10 @@ class Checkpoint:
         stats = [(file, os.stat(self._path(file))) for file in self.files]
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
     def _path(self, file: str) -> Path:
         if self.folder is None:
             raise InputError("weights were not downloaded", where=self.model)
         return self.folder / file
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
 
 
 def _check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:

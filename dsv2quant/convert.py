@@ -7,6 +7,7 @@ so peak memory does not grow with the model.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.report.card import copied_files, manifest, model_card
 from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
 
+logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
 CHUNK = 32 << 20  # a copied tensor is read and written in pieces of this size
 
@@ -89,6 +91,8 @@ def convert(
     folder = ArtifactFolder(Path(out), plan, force=force)
     try:
         resumed = len(folder.finished)
+        if resumed and not folder.is_complete:
+            logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
         files = {file: hash_file(folder.path / file) for file in sorted(folder.finished)}
         if folder.is_complete:
             progress(plan.bytes_in)
@@ -148,6 +152,7 @@ class _Pipeline:
             self._writer.put(name, begin, data)
         self._progress(job.bytes_in)
         if self._writer.is_full:
+            logger.debug("%s is written", shard.file)
             self._finishing[shard.file], self._writer = self._writer.finish(), None
 
     def close(self) -> None:

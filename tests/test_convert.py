@@ -224,6 +224,17 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / STATE_FILE).exists()
 
 
+def test_verbose_says_what_is_continued(lite, tmp_path, cli, monkeypatch, caplog):
+    command = ("convert", lite, "--fp8=channel", "-o", tmp_path / "out", "--max-shard-size", "120KB", "-v")
+    with monkeypatch.context() as m:
+        m.setattr("dsv2quant.convert._write_small_files", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*command).code == 130
+    ran = cli(*command)
+    assert ran.code == 0
+    assert "continuing: 3 of 3 shards are finished" in caplog.messages
+    assert "recipe fp8-channel" in ran.err
+
+
 def test_ctrl_c_exits_130_with_one_line(lite, tmp_path, cli, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from dsv2quant.evaluate.text import Text
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 
+logger = logging.getLogger(__name__)
 FLOOR_WINDOWS = 8
 TOKENS_PER_BATCH = 4096
 
@@ -118,6 +120,7 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
         what = f"knows ids beyond the model's vocabulary of {checkpoint.config.vocab_size}"
         raise InputError(what, where=checkpoint.folder / "tokenizer.json", fix="use the tokenizer of this model")
     windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source)
+    logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
     return Windows(windows.ids[: settings.limit], windows.first)
 
 

@@ -1,0 +1,88 @@
+"""The main job on the shipped checkpoint: BF16 to FP8 in each layout, loaded twice and measured against BF16.
+
+`make demo` runs this. Artifacts go to ./demo; delete the folder to start over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+from dsv2quant.report.tables import gigabytes, table
+
+ROOT = Path(__file__).parent.parent
+SOURCE = "examples/dsv2-mini"
+WINDOWS = 60
+
+
+def dsv2quant(*args: str) -> dict[str, Any]:
+    """Show and run a command; the object it prints with --json."""
+    print(f"\n$ dsv2quant {shlex.join(args)}", flush=True)
+    command = [sys.executable, "-m", "dsv2quant", *args, "--json"]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if ran.returncode:
+        sys.exit(ran.returncode)
+    result: dict[str, Any] = json.loads(ran.stdout)
+    return result
+
+
+def difference_from_transformers(folder: Path) -> float:
+    """Relative difference of float32 logits between transformers and the runtime, on weights alone."""
+    import transformers
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    block = "weight_block_size" in (folder / "config.json").read_text()
+    extra = {} if block else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
+    model = model.float() if block else model  # its unquantized modules load in BF16
+    tokens = torch.arange(512)[None] + 100
+    with torch.inference_mode():
+        theirs = model(tokens).logits
+    ours = Model(Checkpoint.open(folder), LoadOptions(weight_only=True)).forward(tokens)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def main() -> None:
+    rows = []
+    for grid in ("block", "channel", "tensor"):
+        out = f"demo/dsv2-mini-FP8-{grid.upper()}"
+        converted = dsv2quant("convert", SOURCE, f"--fp8={grid}", "-o", out)
+        measured = dsv2quant("eval-ppl", out, "--reference", SOURCE, "--ctx", "512", "--limit", str(WINDOWS))
+        different = difference_from_transformers(ROOT / out)
+        print(f"transformers loads it; its logits and the runtime's differ by {different:.1e}", flush=True)
+        if not different < 1e-5:
+            sys.exit("error: they should agree to 1e-5")
+        if not rows:
+            ppl = measured["reference"]["perplexity"]
+            size = gigabytes(converted["bytes_in"])
+            rows.append(["BF16", size, "16.00", f"{ppl['value']:.3f} ± {ppl['stderr']:.3f}", "", "", ""])
+        ppl, kld, ratio = measured["perplexity"], measured["kld"], measured["delta"]
+        rows.append(
+            [
+                f"FP8 {grid}",
+                gigabytes(converted["bytes_out"]),
+                f"{converted['bits_per_weight']:.2f}",
+                f"{ppl['value']:.3f} ± {ppl['stderr']:.3f}",
+                f"{100 * math.expm1(ratio['ln_ratio']):+.2f} ± {100 * ratio['stderr']:.2f}",
+                f"{kld['mean']:.4f} ± {kld['stderr']:.4f}",
+                f"{100 * measured['top1_agreement']:.2f}%",
+            ]
+        )
+    print(f"\n{WINDOWS} windows of 512 tokens of {measured['text']['source']}, activations quantized as when served:\n")
+    print(table(["dsv2-mini", "size", "bits/weight", "perplexity", "Δ %", "KLD, nats", "same top-1"], rows))
+
+
+if __name__ == "__main__":
+    main()
