@@ -74,6 +74,16 @@ class Fp8:
         return codes.mul_(scales).to(dtype)
 
 
+def scales_of(amax: torch.Tensor) -> torch.Tensor:
+    """The scales of largest magnitudes (float32): amax / 448, at least the smallest normal number; 1 where all is zero.
+
+    The divisor is a tensor because CUDA multiplies by the reciprocal of a scalar one, which rounds differently.
+    """
+    import torch
+
+    return torch.where(amax > 0, (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE), 1.0)
+
+
 def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """Block scales [⌈rows/128⌉, ⌈cols/128⌉] → one per weight [rows, cols]."""
     return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
@@ -104,7 +114,7 @@ def encode_with_torch(
             amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
         else:
             amax = x.abs().amax(1, keepdim=True) if grid == "channel" else shared
-        scales = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=MIN_SCALE), 1.0)
+        scales = scales_of(amax)
         per_weight = expand_blocks(scales, rows, cols) if grid == "block" else scales
         codes = (x / per_weight).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         encoded.append((codes.view(torch.uint8).cpu().numpy(), scales.cpu().numpy()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, scales_of
 
 
 def quantize_activation(x: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,8 +18,7 @@ def quantize_activation(x: torch.Tensor, granularity: str) -> tuple[torch.Tensor
     columns = x.shape[-1]
     width = columns if granularity == "token" else BLOCK
     groups = F.pad(x, (0, -columns % width)).unflatten(-1, (-1, width))  # [..., groups, width]
-    amax = groups.abs().amax(-1)
-    scales = torch.where(amax > 0, (amax / E4M3_MAX).clamp(min=MIN_SCALE), 1.0)
+    scales = scales_of(groups.abs().amax(-1))
     codes = (groups / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(-2)[..., :columns], scales
 
