@@ -106,9 +106,13 @@ class Checkpoint:
         check_index(folder, headers)
         return cls(name, folder, commit, raw_config, headers, starts)
 
-    def read(self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None) -> np.ndarray:
-        """`nbytes` bytes (default: all) of a tensor from offset `begin`, as a new uint8 array."""
-        buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
+    def read(
+        self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None, buffer: np.ndarray | None = None
+    ) -> np.ndarray:
+        """`nbytes` bytes (default: all) of a tensor from offset `begin`: uint8, in `buffer` if one of that size is
+        given, otherwise in a new array."""
+        if buffer is None:
+            buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
         offset = self._data_starts[tensor.file] + tensor.begin + begin
         view, done = buffer.data, 0
         descriptor = os.open(self._path(tensor.file), os.O_RDONLY | os.O_CLOEXEC)
@@ -122,13 +126,14 @@ class Checkpoint:
             os.close(descriptor)
         return buffer
 
-    def array(self, tensor: StoredTensor) -> np.ndarray:
+    def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
         """A whole tensor in its shape: BF16 as its bits (uint16), F8_E4M3 as its codes (uint8)."""
-        return self.read(tensor).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
+        return self.read(tensor, buffer=buffer).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
-    def encodable(self, weight: Weight) -> np.ndarray:
-        """A weight as codecs take it: BF16 bits (uint16), or float32 for every other source."""
-        stored = self.array(weight.stored)
+    def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
+        """A weight as codecs take it: BF16 bits (uint16), or float32 for every other source. `buffer` has the stored
+        weight's size and may hold the result."""
+        stored = self.array(weight.stored, buffer)
         if weight.scheme == "fp8-block":
             scales = self.array(weight.parts["weight_scale_inv"]).astype(np.float32, copy=False)
             return decode_block_to_float32(stored, scales)

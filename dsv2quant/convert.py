@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_js
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
-CHUNK = 32 << 20  # a copied tensor is read and written in pieces of this size
+CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,19 @@ class _Job:
         return self.nbytes if self.line else self.step.bytes_in + self.step.bytes_out
 
 
+class _Scratch(threading.local):
+    """One buffer per worker, kept between jobs: touching fresh pages costs more than filling them."""
+
+    _buffer = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """`nbytes` bytes, valid until this worker's next call."""
+        if self._buffer.nbytes < nbytes:
+            self._buffer = np.empty(nbytes, np.uint8)
+        return self._buffer[:nbytes]
+
+
+_scratch = _Scratch()
 Piece = tuple[str, int, np.ndarray]  # output name, first byte, bytes
 
 
@@ -159,10 +173,10 @@ class _Pipeline:
         """Stop: drop waiting jobs and the unfinished shard, and wait for the threads."""
         for _, future in self.running:
             future.cancel()
-        if self._writer is not None:
-            self._writer.abandon()
         self._finisher.shutdown()  # first: shards being finished still wait for their hashes
         self._hasher.shutdown(cancel_futures=True)
+        if self._writer is not None:
+            self._writer.abandon()
 
 
 def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> Iterator[_Job]:
@@ -183,7 +197,9 @@ def _run(checkpoint: Checkpoint, job: _Job, device: str) -> list[Piece]:
     if job.line is not None:
         return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
     lines = job.step.lines
-    weights = [checkpoint.encodable(line.weight) for line in lines]
+    sizes = [line.weight.stored.nbytes for line in lines]
+    buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
+    weights = [checkpoint.encodable(line.weight, buffer) for line, buffer in zip(lines, buffers, strict=True)]
     try:
         encoded = CODECS[lines[0].scheme].encode(weights, device)
     except NonFiniteError as error:

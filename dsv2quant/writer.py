@@ -32,6 +32,7 @@ MANIFEST_FILE = "dsv2quant.json"
 PARTIAL = ".partial"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _MAX_UNHASHED = 64 << 20
+_FLUSH_EVERY = 64 << 20
 _ASIDE = 1 << 20  # what the small files may need beside the shards
 
 
@@ -168,9 +169,10 @@ class ShardWriter:
         self._hasher, self._finisher = hasher, finisher
         self._sha256 = hashlib.sha256()
         self._hashing: deque[tuple[int, Future[None]]] = deque()
+        self._flushing: list[Future[None]] = []
         self._held: dict[int, np.ndarray] = {}
         self._starts: dict[str, int] = {}
-        self._position = 0
+        self._position = self._flushed = 0
         self._size = shard.nbytes
         position = len(shard.header)
         for output in shard.outputs:
@@ -192,6 +194,10 @@ class ShardWriter:
             while done < len(view):
                 done += os.write(self._file, view[done:])
         self._position += data.nbytes
+        if self._position - self._flushed > _FLUSH_EVERY:
+            # Start the disk early: otherwise all of it waits for the last fsync.
+            self._flushed = self._position
+            self._flushing.append(self._finisher.submit(os.fdatasync, self._file))
         self._hashing.append((data.nbytes, self._hasher.submit(self._sha256.update, data.data)))
         while sum(nbytes for nbytes, _ in self._hashing) > _MAX_UNHASHED:
             self._hashing.popleft()[1].result()
@@ -208,6 +214,8 @@ class ShardWriter:
         for _, hashed in self._hashing:
             hashed.result()
         with disk_errors(self._path):
+            for flushed in self._flushing:
+                flushed.result()  # an error is reported once, so the last fsync may not repeat it
             os.fsync(self._file)
             self._partial.rename(self._path)
             sync_folder(self._path.parent)

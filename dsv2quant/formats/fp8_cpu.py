@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from dsv2quant.formats.amax_cpu import amax_bits, compiled, larger, magnitude, row_amax
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE, Grid
 from dsv2quant.formats.plain import check_finite
 
@@ -35,26 +36,6 @@ def _as_float(context: Any, bits: Any) -> Any:
         return b.bitcast(word, _F32)
 
     return types.float32(bits), codegen
-
-
-@intrinsic
-def _magnitude(context: Any, bits: Any) -> Any:
-    """The bits without their sign; magnitudes of floats order as their bits do."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.and_(args[0], ir.Constant(args[0].type, (1 << (bits.bitwidth - 1)) - 1))
-
-    return bits(bits), codegen
-
-
-@intrinsic
-def _larger(context: Any, x: Any, y: Any) -> Any:
-    """max(x, y) of two unsigned integers of one width."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.select(b.icmp_unsigned(">", args[0], args[1]), args[0], args[1])
-
-    return x(x, x), codegen
 
 
 @intrinsic
@@ -79,51 +60,32 @@ def _e4m3(context: Any, x: Any) -> Any:
     return types.uint8(types.float32), codegen
 
 
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
-
-
-@_compiled
+@compiled
 def _scale(amax):  # type: ignore[no-untyped-def]
     if amax == np.float32(0):
         return np.float32(1)
     return max(amax / np.float32(E4M3_MAX), np.float32(MIN_SCALE))
 
 
-@_compiled
-def _row_amax(row):  # type: ignore[no-untyped-def]
-    most = _magnitude(row[0])
-    for j in range(row.size):
-        most = _larger(most, _magnitude(row[j]))
-    return most
-
-
-@_compiled
-def _amax(weight):  # type: ignore[no-untyped-def]
-    most = _row_amax(weight[0])
-    for i in range(weight.shape[0]):
-        most = _larger(most, _row_amax(weight[i]))
-    return most
-
-
-@_compiled
+@compiled
 def _column_amax(row, most):  # type: ignore[no-untyped-def]
     for j in range(row.size):
-        most[j] = _larger(most[j], _magnitude(row[j]))
+        most[j] = larger(most[j], magnitude(row[j]))
 
 
-@_compiled
+@compiled
 def _encode_row(row, scale, codes):  # type: ignore[no-untyped-def]
     for j in range(row.size):
         codes[j] = _e4m3(_as_float(row[j]) / scale)
 
 
-@_compiled
+@compiled
 def _encode_row_by_column(row, scale, codes):  # type: ignore[no-untyped-def]
     for j in range(row.size):
         codes[j] = _e4m3(_as_float(row[j]) / scale[j])
 
 
-@_compiled
+@compiled
 def _encode_block(weight, codes, scales, infinity):  # type: ignore[no-untyped-def]
     """Fill codes [rows, cols] and scales [⌈rows/128⌉, ⌈cols/128⌉]; False when a weight is not finite."""
     rows, cols = weight.shape
@@ -136,7 +98,7 @@ def _encode_block(weight, codes, scales, infinity):  # type: ignore[no-untyped-d
             _column_amax(weight[i], most)
         for block in range(scales.shape[1]):
             left, right = block * BLOCK, min((block + 1) * BLOCK, cols)
-            amax = _row_amax(most[left:right])
+            amax = row_amax(most[left:right])
             if amax >= infinity:
                 return False
             scales[strip, block] = _scale(_as_float(amax))
@@ -146,11 +108,11 @@ def _encode_block(weight, codes, scales, infinity):  # type: ignore[no-untyped-d
     return True
 
 
-@_compiled
+@compiled
 def _encode_channel(weight, codes, scales, infinity):  # type: ignore[no-untyped-def]
     """Fill codes [rows, cols] and scales [rows, 1]; False when a weight is not finite."""
     for i in range(weight.shape[0]):
-        amax = _row_amax(weight[i])
+        amax = row_amax(weight[i])
         if amax >= infinity:
             return False
         scales[i, 0] = _scale(_as_float(amax))
@@ -158,7 +120,7 @@ def _encode_channel(weight, codes, scales, infinity):  # type: ignore[no-untyped
     return True
 
 
-@_compiled
+@compiled
 def _encode_tensor(weight, codes, scales, shared_amax):  # type: ignore[no-untyped-def]
     """Fill codes [rows, cols] and scales [1] from the bits of the largest magnitude, which may be another tensor's."""
     scales[0] = _scale(_as_float(shared_amax))
@@ -174,7 +136,7 @@ def encode(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.ndarray, 
     all_bits = [np.ascontiguousarray(w if w.dtype == np.uint16 else w.view(np.uint32)) for w in weights]
     infinity = np.uint16(0x7F80) if all_bits[0].dtype == np.uint16 else np.uint32(0x7F800000)
     if grid == "tensor":
-        amaxes = [_amax(bits) for bits in all_bits]
+        amaxes = [amax_bits(bits) for bits in all_bits]
         for which, amax in enumerate(amaxes):
             if amax >= infinity:
                 check_finite(weights[which], which)

@@ -49,13 +49,10 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 def check_finite(weight: np.ndarray, which: int = 0) -> None:
     """Raise NonFiniteError at the first NaN or infinity of BF16 bits (uint16) or of a float32 array."""
-    if weight.dtype == np.uint16:
-        # All exponent bits set is infinity or NaN. The maximum is cheap; the index is only sought on failure.
-        magnitude = weight & np.uint16(0x7FFF)
-        if magnitude.size and magnitude.max() < 0x7F80:
-            return
-        bad = magnitude >= 0x7F80
-    else:
-        bad = ~np.isfinite(weight)
-    if bad.any():
+    from dsv2quant.formats.amax_cpu import amax_bits
+
+    bits = np.ascontiguousarray(weight if weight.dtype == np.uint16 else weight.view(np.uint32))
+    infinity = np.array(0x7F80 if bits.dtype == np.uint16 else 0x7F800000, bits.dtype)
+    if amax_bits(bits.reshape(1, -1)) >= infinity:
+        bad = (bits & ~np.array(1 << (8 * bits.itemsize - 1), bits.dtype)) >= infinity
         raise NonFiniteError(which, tuple(int(i) for i in np.unravel_index(int(bad.argmax()), weight.shape)))

@@ -17,6 +17,7 @@ import torch
 from dsv2quant import recipe
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.convert import convert
 from dsv2quant.evaluate.divergence import compare, perplexity
 from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
@@ -197,3 +198,27 @@ def test_kld_with_quantized_activations_is_transformers(name, scored, artifacts)
     assert got == pytest.approx(want, rel=0.01)
     everywhere = run(Model(Checkpoint.open(folder)), ids, batches_of(WINDOWS, 4))
     assert compare(everywhere, ours, ids, 0).kld.mean() > got
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": True}, {"architectures": [SEQUENCE_CLASSIFICATION], "pad_token_id": 2}],
+    ids=["biases", "classifier"],
+)
+@pytest.mark.parametrize("asked", ["fp8-channel", "fp8-tensor"])
+def test_biases_and_a_classifiers_head_load_too(changes, asked, tmp_path):
+    import transformers
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    raw = tiny.V2 | changes
+    model = tiny.write_checkpoint(tmp_path / "model", raw)
+    convert(make_plan(Checkpoint.open(model), recipe.builtin(asked)), tmp_path / "out", command="")
+    loader = getattr(transformers, raw["architectures"][0])
+    dequantize = CompressedTensorsConfig(dequantize=True)
+    theirs = loader.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=dequantize).eval()
+    tokens = torch.randint(3, 160, (2, 20))
+    with torch.inference_mode():
+        want = theirs(tokens).logits
+    got = Model(Checkpoint.open(tmp_path / "out"), LoadOptions(weight_only=True)).forward(tokens)
+    got = got if want.dim() == 3 else got[:, -1]  # a classifier gives the score of the last token
+    assert (got - want).norm() / want.norm() < 1e-5
