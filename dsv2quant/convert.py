@@ -102,36 +102,39 @@ def convert(
     if not plan.schemes:
         fix = "`dsv2quant plan` shows the rules; change the recipe or --target"
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
-    folder = ArtifactFolder(Path(out), plan, force=force)
+    small = _small_files(plan, command)
+    folder = ArtifactFolder(Path(out), plan, aside=sum(map(len, small.values())), force=force)
     try:
         resumed = len(folder.finished)
-        if resumed and not folder.is_complete:
-            logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
-        files = {file: hash_file(folder.path / file) for file in sorted(folder.finished)}
-        if folder.is_complete:
+        if folder.complete is not None:
+            files = folder.complete
             progress(plan.bytes_in)
         else:
-            files |= _write_shards(plan, folder, device, progress)
-            files = _write_small_files(plan, folder, command, files)
+            if resumed:
+                logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
+            files = _write_shards(plan, folder, device, progress)
+            files = _write_small_files(plan, folder, command, small, files)
             folder.finish()
     finally:
         folder.close()
     seconds = time.perf_counter() - started
-    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, folder.is_complete, seconds)
+    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, folder.complete is not None, seconds)
 
 
 def _write_shards(
     plan: Plan, folder: ArtifactFolder, device: str, progress: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
-    """Encode and write every shard that is not finished; returns their manifest entries."""
+    """Encode and write every shard that is not finished; returns the manifest entries of all."""
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
         pipeline = _Pipeline(plan, folder, progress)
+        kept = {file: workers.submit(hash_file, folder.path / file) for file in sorted(folder.finished)}
         try:
             for job in _jobs(plan, folder.finished, progress):
                 pipeline.make_room(job)
                 pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, device)))
-            return pipeline.drain()
+            return pipeline.drain() | {file: entry.result() for file, entry in kept.items()}
         finally:
+            workers.shutdown(wait=False, cancel_futures=True)
             pipeline.close()
 
 
@@ -166,13 +169,14 @@ class _Pipeline:
             self._writer.put(name, begin, data)
         self._progress(job.bytes_in)
         if self._writer.is_full:
+            for finished in self._finishing.values():
+                if finished.done():
+                    finished.result()  # a disk that fails ends the run now
             logger.debug("%s is written", shard.file)
             self._finishing[shard.file], self._writer = self._writer.finish(), None
 
     def close(self) -> None:
-        """Stop: drop waiting jobs and the unfinished shard, and wait for the threads."""
-        for _, future in self.running:
-            future.cancel()
+        """Drop the unfinished shard, and wait for the threads."""
         self._finisher.shutdown()  # first: shards being finished still wait for their hashes
         self._hasher.shutdown(cancel_futures=True)
         if self._writer is not None:
@@ -230,18 +234,21 @@ def _not_finite(checkpoint: Checkpoint, line: Line, index: tuple[int, ...]) -> I
     return InputError(what, where=f"{checkpoint.folder}/{weight.file}", fix="the checkpoint is damaged: get it again")
 
 
-def _write_small_files(
-    plan: Plan, folder: ArtifactFolder, command: str, files: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Everything beside the shards, config.json last; returns the whole manifest's file list."""
-    for name, content in copied_files(plan.checkpoint).items():
-        files[name] = folder.write_file(name, content)
-    files["README.md"] = folder.write_file("README.md", model_card(plan, command).encode())
+def _small_files(plan: Plan, command: str) -> dict[str, bytes]:
+    """Everything beside the shards and the manifest, config.json last."""
+    files = copied_files(plan.checkpoint) | {"README.md": model_card(plan, command).encode()}
     if (index := plan.index()) is not None:
-        files[INDEX_FILE] = folder.write_file(INDEX_FILE, dump_json(index))
-    config = dump_json(plan.config)
-    files["config.json"] = file_entry(config)
-    files = dict(sorted(files.items()))
-    folder.write_file(MANIFEST_FILE, dump_json(manifest(plan, command, files)))
-    folder.write_file("config.json", config)
+        files[INDEX_FILE] = dump_json(index)
+    return files | {"config.json": dump_json(plan.config)}
+
+
+def _write_small_files(
+    plan: Plan, folder: ArtifactFolder, command: str, small: dict[str, bytes], files: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Write them, and the manifest before config.json; returns the manifest's whole file list."""
+    files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
+    for name, content in small.items():
+        if name == "config.json":
+            folder.write_file(MANIFEST_FILE, dump_json(manifest(plan, command, files)))
+        folder.write_file(name, content)
     return files

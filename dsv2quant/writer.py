@@ -33,7 +33,7 @@ PARTIAL = ".partial"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _MAX_UNHASHED = 64 << 20
 _FLUSH_EVERY = 64 << 20
-_ASIDE = 1 << 20  # what the small files may need beside the shards
+_ASIDE = 1 << 20  # what the manifest may need, and the file system
 
 
 @contextmanager
@@ -50,10 +50,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 class ArtifactFolder:
     """The output folder of one conversion, locked while it is open."""
 
-    def __init__(self, path: Path, plan: Plan, *, force: bool = False) -> None:
-        """Create or resume. Raises InputError where the folder holds something else, or another run is writing to it.
+    def __init__(self, path: Path, plan: Plan, *, aside: int = 0, force: bool = False) -> None:
+        """Create or resume; `aside` is what the files beside the shards need, in bytes. Raises InputError where the
+        folder holds something else, another run is writing to it, or the disk is too small.
 
-        `is_complete` is then true if it already holds this very artifact, and `finished` has the shards to keep.
+        `complete` is then the manifest's file list if it already holds this very artifact, and `finished` has the
+        shards to keep.
         """
         self.path, self.plan = path, plan
         self._state: int | None = None
@@ -63,21 +65,21 @@ class ArtifactFolder:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._claim(force)
-            if not self.is_complete:
-                self._check_space()
+            if self.complete is None:
+                self._check_space(aside)
 
     def _claim(self, force: bool) -> None:
         wanted = {"plan": self.plan.digest, "source": self.plan.checkpoint.fingerprint()}
         state_path = self.path / STATE_FILE
         held = sorted(entry.name for entry in self.path.iterdir() if entry.name != STATE_FILE)
-        self.is_complete = not state_path.exists() and not force and self._holds(wanted["plan"])
-        if self.is_complete:
+        self.complete = None if state_path.exists() or force else self._complete(wanted["plan"])
+        if self.complete is not None:
             self.finished = {shard.file for shard in self.plan.shards}
             return
         self._state = os.open(state_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise InputError("another run is writing to it", where=self.path, fix="wait for it, or stop it") from None
         unfinished = os.pread(self._state, 1 << 20, 0)
@@ -99,16 +101,15 @@ class ArtifactFolder:
         os.fsync(self._state)
         sync_folder(self.path)
 
-    def _holds(self, digest: object) -> bool:
-        """Whether the folder is a finished artifact of this plan, all files at their sizes."""
+    def _complete(self, digest: object) -> dict[str, dict[str, Any]] | None:
+        """The manifest's file list if the folder is a finished artifact of this plan, all files at their sizes."""
         try:
             manifest = json.loads((self.path / MANIFEST_FILE).read_text(encoding="utf-8"))
-            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-            return manifest["plan"] == digest and all(
-                (self.path / name).stat().st_size == size for name, size in sizes.items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            files: dict[str, dict[str, Any]] = manifest["files"]
+            whole = all((self.path / name).stat().st_size == entry["size"] for name, entry in files.items())
+            return files if whole and manifest["plan"] == digest else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def _is_whole(self, shard: Shard) -> bool:
         path = self.path / shard.file
@@ -117,8 +118,8 @@ class ArtifactFolder:
         with path.open("rb") as file:
             return file.read(len(shard.header)) == shard.header
 
-    def _check_space(self) -> None:
-        needed = sum(shard.nbytes for shard in self.plan.shards if shard.file not in self.finished) + _ASIDE
+    def _check_space(self, aside: int) -> None:
+        needed = sum(shard.nbytes for shard in self.plan.shards if shard.file not in self.finished) + aside + _ASIDE
         partial = [entry for entry in self.path.iterdir() if entry.name.endswith(PARTIAL)]
         free = shutil.disk_usage(self.path).free + sum(entry.stat().st_size for entry in partial)
         if needed > free:
@@ -211,14 +212,18 @@ class ShardWriter:
         return self._finisher.submit(self._finish)
 
     def _finish(self) -> dict[str, Any]:
-        for _, hashed in self._hashing:
-            hashed.result()
-        with disk_errors(self._path):
-            for flushed in self._flushing:
-                flushed.result()  # an error is reported once, so the last fsync may not repeat it
-            os.fsync(self._file)
-            self._partial.rename(self._path)
-            sync_folder(self._path.parent)
+        try:
+            for _, hashed in self._hashing:
+                hashed.result()
+            with disk_errors(self._path):
+                for flushed in self._flushing:
+                    flushed.result()  # an error is reported once, so the last fsync may not repeat it
+                os.fsync(self._file)
+                self._partial.rename(self._path)
+                sync_folder(self._path.parent)
+        except BaseException:
+            self.abandon()
+            raise
         os.close(self._file)
         return {"size": self._size, "sha256": self._sha256.hexdigest()}
 

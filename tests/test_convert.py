@@ -222,6 +222,11 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
     assert result.resumed == len(kept)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == when for name, when in kept.items())
     assert not (tmp_path / "out" / STATE_FILE).exists()
+    run(lite, tmp_path / "whole", max_shard_size=120_000)
+    assert (
+        json.loads((tmp_path / "whole" / MANIFEST_FILE).read_text())["files"].items()
+        >= {name: result.files[name] for name in kept}.items()
+    )
 
 
 def test_verbose_says_what_is_continued(lite, tmp_path, cli, monkeypatch, caplog):
@@ -277,9 +282,12 @@ def test_a_folder_that_is_not_empty_is_left_alone(lite, tmp_path):
 
 
 def test_a_finished_artifact_is_recognised(lite, tmp_path):
-    assert not run(lite, tmp_path / "out").already_complete
+    first = run(lite, tmp_path / "out")
+    assert not first.already_complete
     before = contents(tmp_path / "out")
-    assert run(lite, tmp_path / "out").already_complete
+    again = run(lite, tmp_path / "out")
+    assert again.already_complete
+    assert again.files == first.files
     assert contents(tmp_path / "out") == before
     with pytest.raises(InputError, match="is not empty"):
         run(lite, tmp_path / "out", "fp8-tensor")
@@ -303,6 +311,17 @@ def test_space_is_checked_before_the_first_byte(lite, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"needs [\d,]+ bytes, the disk has 100,000 free"):
         run(lite, tmp_path / "out")
     assert contents(tmp_path / "out") == {}
+
+
+def test_the_space_check_counts_the_small_files(lite, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(lite, model)
+    (model / "tokenizer.json").write_bytes(b"{" + b" " * (8 << 20) + b"}")
+    made = make_plan(Checkpoint.open(model), recipe.builtin("fp8-channel"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=made.bytes_out + (8 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="the disk has"):
+        convert(made, tmp_path / "out", command="")
 
 
 def limit_file_size() -> None:
@@ -343,6 +362,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_resumes(call, lite, tmp_path,
     assert "can't be written: No space left on device" in ran.err
     assert ran.err.count("\n") == 1
     assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").glob("*.partial"))
     assert cli(*command).code == 0
     run(lite, tmp_path / "whole", max_shard_size=120_000)
     ours, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")

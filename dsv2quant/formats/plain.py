@@ -28,7 +28,7 @@ class Bf16:
         """BF16 bits (uint16) of BF16-bit or float32 arrays. Raises NonFiniteError, also where BF16 overflows."""
         encoded = []
         for which, weight in enumerate(weights):
-            bits = weight if weight.dtype == np.uint16 else to_bf16(weight)
+            bits = weight.copy() if weight.dtype == np.uint16 else to_bf16(weight)
             check_finite(bits, which)
             encoded.append({"weight": bits})
         return encoded
