@@ -20,7 +20,8 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import decode_block_to_float32
-from dsv2quant.formats.part import PLAIN_DTYPES
+from dsv2quant.formats.int4 import PACKED
+from dsv2quant.formats.part import PLAIN_DTYPES, Part
 from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
 from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
 
@@ -45,8 +46,8 @@ class Weight:
 
     @property
     def stored(self) -> StoredTensor:
-        """The part that holds the weight itself."""
-        return self.parts[self.slot.name.rpartition(".")[2]]
+        """The part that holds the weight itself, or its codes."""
+        return next(iter(self.parts.values()))
 
 
 class Checkpoint:
@@ -171,7 +172,7 @@ def _index(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str,
 def _match(slots: Iterable[Slot], tensors: dict[str, StoredTensor], where: object) -> list[Weight]:
     """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
     slots = list(slots)
-    missing = [slot.name for slot in slots if slot.name not in tensors]
+    missing = [slot.name for slot in slots if _held(slot, tensors) is None]
     if missing:
         what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
         raise InputError(what, where=where, fix="download the missing shards, or correct config.json")
@@ -185,29 +186,46 @@ def _match(slots: Iterable[Slot], tensors: dict[str, StoredTensor], where: objec
     return weights
 
 
+def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor under the slot's own name or, of a matrix, its packed codes."""
+    plain = tensors.get(slot.name)
+    packed = f"{slot.module}.{PACKED}"
+    return tensors.get(packed) if plain is None and slot.role in LINEAR_ROLES else plain
+
+
 def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> Weight:
-    stored = tensors[slot.name]
-    where = f"{where}/{stored.file}"
-    if stored.shape != slot.shape:
-        what = f"{slot.name} has shape {list(stored.shape)}, config.json implies {list(slot.shape)}"
+    held = _held(slot, tensors)
+    assert held is not None
+    where = f"{where}/{held.file}"
+    if held.name == slot.name and held.shape != slot.shape:
+        what = f"{slot.name} has shape {list(held.shape)}, config.json implies {list(slot.shape)}"
         raise InputError(what, where=where, fix="correct config.json, or download the right shard")
-    if stored.dtype in PLAIN_DTYPES:
-        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: stored})
-    if slot.role not in LINEAR_ROLES or stored.dtype != "F8_E4M3":
+    if held.dtype in PLAIN_DTYPES:
+        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: held})
+    if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
-        raise InputError(f"{slot.name} has dtype {stored.dtype}", where=where, fix=f"it must be one of {readable}")
-    scale_names = []
+        raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
+    scales = []
     for codec in CODECS.values():
-        layout = codec.layout(slot.shape)
-        scale = layout[-1]
-        held = tensors.get(f"{slot.module}.{scale.suffix}")
-        if len(layout) > 1 and held is not None:
-            scale_names.append(held)
-            if held.shape == scale.shape and held.dtype in PLAIN_DTYPES:
-                return Weight(slot, codec.name, {"weight": stored, scale.suffix: held})
-    if scale_names:
-        held = scale_names[0]
-        what = f"{held.name}, {held.dtype} {list(held.shape)}, does not fit a weight of shape {list(slot.shape)}"
-        raise InputError(what, where=where, fix="scales are per 128×128 block, per row or per tensor")
-    what = f"{slot.name} is FP8 but has no {slot.module.rpartition('.')[2]}.weight_scale_inv"
+        layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
+        found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
+        parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+        if len(layout) > 1 and held in parts.values():
+            scales += [tensor for tensor in parts.values() if tensor is not held]
+            if len(parts) == len(layout) and all(_fits(part, parts[part.suffix]) for part in layout):
+                return Weight(slot, codec.name, parts)
+    if scales:
+        odd = scales[0]
+        what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
+        fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
+        raise InputError(what, where=where, fix=fix)
+    kind, missing = ("INT4", "weight_scale") if held.dtype == "I32" else ("FP8", "weight_scale_inv")
+    what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{missing}"
     raise InputError(what, where=where, fix="download the shard that holds it: without scales the codes mean nothing")
+
+
+def _fits(part: Part, stored: StoredTensor) -> bool:
+    """Whether a stored tensor is this part; scales may have any plain dtype."""
+    return stored.shape == part.shape and (
+        stored.dtype == part.dtype or (stored.dtype in PLAIN_DTYPES and part.dtype in PLAIN_DTYPES)
+    )

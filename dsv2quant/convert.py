@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, work_bytes, work_tokens
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
@@ -28,8 +29,10 @@ from dsv2quant.formats.part import NonFiniteError
 from dsv2quant.formats.plain import check_finite
 from dsv2quant.headers import INDEX_FILE
 from dsv2quant.plan import Line, Plan, Step
+from dsv2quant.progress import Progress, no_progress
+from dsv2quant.recipe import CALIBRATED
 from dsv2quant.report.card import copied_files, manifest, model_card
-from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
+from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, disk_errors, dump_json, file_entry, hash_file
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
@@ -38,7 +41,8 @@ CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. `files` is the manifest's list; `resumed` counts shards kept from an earlier run."""
+    """What a conversion did. `files` is the manifest's list; `resumed` counts shards kept from an earlier run,
+    `outcomes` say what calibration did to each matrix."""
 
     out: Path
     files: dict[str, dict[str, Any]]
@@ -46,6 +50,7 @@ class Result:
     bytes_out: int
     resumed: int
     already_complete: bool
+    outcomes: list[Outcome]
     seconds: float
 
 
@@ -89,40 +94,66 @@ def convert(
     out: str | os.PathLike[str],
     *,
     command: str,
+    calibration: Calibration | None = None,
     device: str = "cpu",
     force: bool = False,
-    progress: Callable[[int], object] = lambda nbytes: None,
+    progress: Progress = no_progress,
 ) -> Result:
-    """Write the plan's artifact into folder `out`; `progress` is called with bytes of the source dealt with.
+    """Write the plan's artifact into folder `out`. `calibration` is needed where the plan has methods that use it.
 
-    A run that was killed continues from its finished shards. Raises InputError where the plan quantizes nothing, a
-    weight is NaN or infinite, or `out` can't take the artifact.
+    A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
+    nothing, a weight is NaN or infinite, or `out` can't take the artifact.
     """
     started = time.perf_counter()
     if not plan.schemes:
         fix = "`dsv2quant plan` shows the rules; change the recipe or --target"
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
+    if needs_calibration(plan) and calibration is None:
+        raise ValueError(f"recipe {plan.recipe.name} needs calibration")
     small = _small_files(plan, command)
-    folder = ArtifactFolder(Path(out), plan, aside=sum(map(len, small.values())), force=force)
+    aside = sum(map(len, small.values()))
+    described = None
+    if calibration is not None:
+        described = calibration.describe(device)
+        aside += work_bytes(plan, calibration)
+    folder = ArtifactFolder(Path(out), plan, calibration=described, aside=aside, force=force)
+    outcomes: list[Outcome] = []
     try:
         resumed = len(folder.finished)
         if folder.complete is not None:
             files = folder.complete
-            progress(plan.bytes_in)
         else:
             if resumed:
                 logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
-            files = _write_shards(plan, folder, device, progress)
-            files = _write_small_files(plan, folder, command, small, files)
+            encoded = None
+            if calibration is not None:
+                encoded = _calibrate(plan, folder, calibration, device, progress)
+                outcomes = encoded.outcomes
+            with progress(plan.bytes_in, "B", "convert") as advance:
+                files = _write_shards(plan, folder, encoded, device, advance)
+            sketch = calibration.fingerprint if calibration is not None else None
+            about = manifest(plan, command, described, sketch, outcomes)
+            files = _write_small_files(folder, small, files, about)
             folder.finish()
     finally:
         folder.close()
     seconds = time.perf_counter() - started
-    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, folder.complete is not None, seconds)
+    complete = folder.complete is not None
+    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, complete, outcomes, seconds)
+
+
+def _calibrate(
+    plan: Plan, folder: ArtifactFolder, calibration: Calibration, device: str, progress: Progress
+) -> Encoded:
+    """Encode what needs calibration, in the work folder."""
+    from dsv2quant.calib.sequence import quantize_layers
+
+    with disk_errors(folder.path), progress(work_tokens(plan, calibration), "tok·layer", "calibrate") as advance:
+        return quantize_layers(plan, folder.work, calibration, device, advance)
 
 
 def _write_shards(
-    plan: Plan, folder: ArtifactFolder, device: str, progress: Callable[[int], object]
+    plan: Plan, folder: ArtifactFolder, encoded: Encoded | None, device: str, progress: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
     """Encode and write every shard that is not finished; returns the manifest entries of all."""
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
@@ -131,7 +162,7 @@ def _write_shards(
         try:
             for job in _jobs(plan, folder.finished, progress):
                 pipeline.make_room(job)
-                pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, device)))
+                pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, encoded, device)))
             return pipeline.drain() | {file: entry.result() for file, entry in kept.items()}
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
@@ -196,21 +227,24 @@ def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> 
             yield _Job(step)
 
 
-def _run(checkpoint: Checkpoint, job: _Job, device: str) -> list[Piece]:
-    """A worker's part: read, and encode or check."""
+def _run(checkpoint: Checkpoint, job: _Job, encoded: Encoded | None, device: str) -> list[Piece]:
+    """A worker's part: read, and encode or check; or fetch what calibration encoded."""
     if job.line is not None:
         return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
     lines = job.step.lines
+    if lines[0].method in CALIBRATED:
+        assert encoded is not None
+        return [(o.name, 0, encoded.part(o.name)) for line in lines for o in line.outputs]
     sizes = [line.weight.stored.nbytes for line in lines]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
     weights = [checkpoint.encodable(line.weight, buffer) for line, buffer in zip(lines, buffers, strict=True)]
     try:
-        encoded = CODECS[lines[0].scheme].encode(weights, device)
+        found = CODECS[lines[0].scheme].encode(weights, device, lines[0].method)
     except NonFiniteError as error:
         raise _not_finite(checkpoint, lines[error.which], error.index) from None
     return [
         (output.name, 0, array)
-        for line, arrays in zip(lines, encoded, strict=True)
+        for line, arrays in zip(lines, found, strict=True)
         for output, array in zip(line.outputs, arrays.values(), strict=True)
     ]
 
@@ -243,12 +277,12 @@ def _small_files(plan: Plan, command: str) -> dict[str, bytes]:
 
 
 def _write_small_files(
-    plan: Plan, folder: ArtifactFolder, command: str, small: dict[str, bytes], files: dict[str, dict[str, Any]]
+    folder: ArtifactFolder, small: dict[str, bytes], files: dict[str, dict[str, Any]], about: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Write them, and the manifest before config.json; returns the manifest's whole file list."""
     files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
     for name, content in small.items():
         if name == "config.json":
-            folder.write_file(MANIFEST_FILE, dump_json(manifest(plan, command, files)))
+            folder.write_file(MANIFEST_FILE, dump_json(about | {"files": files}))
         folder.write_file(name, content)
     return files

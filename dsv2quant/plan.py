@@ -61,7 +61,8 @@ class Line:
     def is_copy(self) -> bool:
         """Whether the stored bytes pass through unchanged, because the source has this very scheme and layout."""
         stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
-        return self.scheme == self.weight.scheme and stored == [(o.dtype, o.shape) for o in self.outputs]
+        same = self.scheme == self.weight.scheme and self.method == "rtn"
+        return same and stored == [(o.dtype, o.shape) for o in self.outputs]
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,10 @@ def _choose(
             for slot, own in refusals.items():
                 reasons[slot] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
             scheme = refused.instead
-        decided |= {slot: (scheme, wishes[slot][1], reasons.get(slot)) for slot in slots}
+        possible = CODECS[scheme].methods
+        for slot in slots:
+            wished = wishes[slot][1]
+            decided[slot] = (scheme, wished if wished in possible else "rtn", reasons.get(slot))
     return decided
 
 

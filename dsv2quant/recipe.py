@@ -25,7 +25,8 @@ from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.names import ROLES, Slot
 
-METHODS = ("rtn",)
+CALIBRATED = ("gptq", "fit")  # methods that need calibration
+METHODS = ("rtn", "mse", *CALIBRATED)
 _RULE_KEYS = {"roles", "layers", "scheme", "method"}
 _RECIPE_KEYS = {"name", "description", "rules"}
 
@@ -59,9 +60,13 @@ class Recipe:
         return "bf16", "rtn"
 
 
-def builtin(name: str) -> Recipe:
-    """A recipe that comes with the package, such as 'fp8-block'."""
+def builtin(name: str, *, method: str | None = None, group_size: int | None = None) -> Recipe:
+    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method or group size."""
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    if method is not None:
+        text = text.replace("method: gptq", f"method: {method}")
+    if group_size is not None:
+        text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
     return parse(text, f"recipe {name}")
 
 
@@ -103,6 +108,9 @@ def _rule(raw: Any, where: str) -> Rule:
         raise InputError(f"unknown scheme {scheme!r}", where=where, fix=f"schemes: {', '.join(CODECS)}")
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}", where=where, fix=f"methods: {', '.join(METHODS)}")
+    possible = CODECS[scheme].methods
+    if method not in possible:
+        raise InputError(f"{scheme} has no method {method!r}", where=where, fix=f"methods: {', '.join(possible)}")
     return Rule(tuple(roles), _layers(raw.get("layers"), where), scheme, method)
 
 

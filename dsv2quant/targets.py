@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import UsageError
+from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.int4 import Int4
 from dsv2quant.names import LINEAR_ROLES, Slot
 
 ENGINES = ("vllm", "sglang")
@@ -44,6 +46,9 @@ def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str]
         return None
     if slot.role not in LINEAR_ROLES:
         return Refusal(f"no consumer loads a quantized {slot.role}")
+    why = CODECS[scheme].refusal(slot.shape)
+    if why is not None:
+        return Refusal(why, _finer(scheme))
     for target in targets:
         found = _RULES[target](slot, scheme, config, target, tp)
         if found is not None:
@@ -92,7 +97,21 @@ def check_parallel(config: ModelConfig, tp: int) -> None:
             raise UsageError(f"--tp {tp} does not divide {key}, {value}", fix="give a tensor-parallel size that does")
 
 
+def _group_size(scheme: str) -> int | None:
+    """Columns that share a scale in an INT4 scheme; None for whole rows, and for every other scheme."""
+    codec = CODECS[scheme]
+    return codec.group_size if isinstance(codec, Int4) else None
+
+
+def _finer(scheme: str) -> str:
+    """The scheme to try where an INT4 group is too wide: half the group, down to 32."""
+    group = _group_size(scheme)
+    return f"int4-g{group // 2}" if group and group > 32 else "bf16"
+
+
 def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    if scheme.startswith("int4"):
+        return _engine_int4(slot, scheme, config, target, tp)
     routed = slot.role.startswith("routed.")
     if scheme == "fp8-tensor":
         # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
@@ -119,12 +138,35 @@ def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) 
     return None
 
 
-def _multiple(target: str, what: str, size: int, tp: int) -> Refusal | None:
+def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # vLLM marlin.py, compressed_tensors_moe_wna16.py, marlin_utils.py (pads ragged tiles, never groups);
+    # SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
+    if slot.role == "kv_b_proj":
+        # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
+        return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix")
+    rows, cols = slot.shape
+    group = _group_size(scheme) or 1
+    if slot.role.startswith("routed."):
+        if config.hidden_size % 128:
+            return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
+        unit = max(64, group) if target == "sglang" else group
+        instead = _finer(scheme) if group == unit else "bf16"
+        return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
+    found = None
+    if slot.role in _ROW_PARALLEL:
+        found = _multiple(target, "columns", cols, tp, group, _finer(scheme))
+    if found is None and target == "sglang":
+        found = _multiple(target, "columns", cols, tp if slot.role in _ROW_PARALLEL else 1, 128)
+        found = found or _multiple(target, "rows", rows, tp if slot.role in _COLUMN_PARALLEL else 1, 64)
+    return found
+
+
+def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, instead: str = "bf16") -> Refusal | None:
     share = size // tp
-    if share % BLOCK == 0:
+    if share % unit == 0:
         return None
     split = f"{size} / tp {tp} = {share}" if tp > 1 else str(size)
-    return Refusal(f"{target}: {what}, {split}, must be a multiple of {BLOCK}")
+    return Refusal(f"{target}: {what}, {split}, must be a multiple of {unit}", instead)
 
 
 def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:

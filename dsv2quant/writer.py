@@ -29,6 +29,7 @@ from dsv2quant.plan import Plan, Shard
 
 STATE_FILE = ".dsv2quant-state.json"
 MANIFEST_FILE = "dsv2quant.json"
+WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _MAX_UNHASHED = 64 << 20
@@ -50,14 +51,24 @@ def disk_errors(path: Path) -> Iterator[None]:
 class ArtifactFolder:
     """The output folder of one conversion, locked while it is open."""
 
-    def __init__(self, path: Path, plan: Plan, *, aside: int = 0, force: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        *,
+        calibration: Mapping[str, Any] | None = None,
+        aside: int = 0,
+        force: bool = False,
+    ) -> None:
         """Create or resume; `aside` is what the files beside the shards need, in bytes. Raises InputError where the
         folder holds something else, another run is writing to it, or the disk is too small.
+
+        An artifact is the same if its plan is and what it was calibrated on.
 
         `complete` is then the manifest's file list if it already holds this very artifact, and `finished` has the
         shards to keep.
         """
-        self.path, self.plan = path, plan
+        self.path, self.plan, self._calibration = path, plan, calibration
         self._state: int | None = None
         source = plan.checkpoint.folder
         if source is not None and path.resolve() == source.resolve():
@@ -69,10 +80,12 @@ class ArtifactFolder:
                 self._check_space(aside)
 
     def _claim(self, force: bool) -> None:
-        wanted = {"plan": self.plan.digest, "source": self.plan.checkpoint.fingerprint()}
+        wanted: dict[str, Any] = {"plan": self.plan.digest, "source": self.plan.checkpoint.fingerprint()}
+        if self._calibration is not None:
+            wanted["calibration"] = self._calibration
         state_path = self.path / STATE_FILE
         held = sorted(entry.name for entry in self.path.iterdir() if entry.name != STATE_FILE)
-        self.complete = None if state_path.exists() or force else self._complete(wanted["plan"])
+        self.complete = None if state_path.exists() or force else self._complete()
         if self.complete is not None:
             self.finished = {shard.file for shard in self.plan.shards}
             return
@@ -95,19 +108,21 @@ class ArtifactFolder:
         for name in held:
             if _SHARD.fullmatch(name) or name in ("config.json", INDEX_FILE, MANIFEST_FILE):
                 os.unlink(self.path / name)
+        shutil.rmtree(self.work, ignore_errors=True)
         self.finished = set()
         os.ftruncate(self._state, 0)
         os.pwrite(self._state, json.dumps(wanted).encode(), 0)
         os.fsync(self._state)
         sync_folder(self.path)
 
-    def _complete(self, digest: object) -> dict[str, dict[str, Any]] | None:
+    def _complete(self) -> dict[str, dict[str, Any]] | None:
         """The manifest's file list if the folder is a finished artifact of this plan, all files at their sizes."""
         try:
             manifest = json.loads((self.path / MANIFEST_FILE).read_text(encoding="utf-8"))
             files: dict[str, dict[str, Any]] = manifest["files"]
             whole = all((self.path / name).stat().st_size == entry["size"] for name, entry in files.items())
-            return files if whole and manifest["plan"] == digest else None
+            same = manifest["plan"] == self.plan.digest and manifest.get("calibration") == self._calibration
+            return files if whole and same else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -145,9 +160,15 @@ class ArtifactFolder:
                 raise
         return file_entry(content)
 
+    @property
+    def work(self) -> Path:
+        """Where an unfinished calibration keeps what a resumed run needs."""
+        return self.path / WORK_FOLDER
+
     def finish(self) -> None:
-        """Remove the state file: the artifact is whole."""
+        """Remove the work folder and the state file: the artifact is whole."""
         with disk_errors(self.path):
+            shutil.rmtree(self.work, ignore_errors=True)
             os.unlink(self.path / STATE_FILE)
             sync_folder(self.path)
         self.close()

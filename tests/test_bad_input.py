@@ -311,7 +311,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
         3,
         "nothing would be quantized",
     ),
-    ("fp8 and recipe", None, (*CONVERT, "--recipe", "x.yaml"), 2, "--fp8 and --recipe exclude each other"),
+    ("fp8 and recipe", None, (*CONVERT, "--recipe", "x.yaml"), 2, "--fp8, --int4 and --recipe exclude each other"),
     ("unknown grid", None, ("convert", "{model}", "--fp8=row", "-o", "{out}"), 2, "'row' is not one of"),
     ("unknown target", None, (*CONVERT, "--target", "tgi"), 2, "'tgi' is not one of"),
     ("no output", None, ("convert", "{model}", "--fp8"), 2, "give -o OUT"),

@@ -41,12 +41,27 @@ class Tokenizer:
             raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
         # Special tokens spelled out in a text are text: it must not be able to end a window's document.
         self._backend.encode_special_tokens = True
+        self._path = path
         self.bos_id = self._find_bos(folder)
         self.vocab_size: int = self._backend.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (int64) without any special token."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_chat(self, text: str) -> np.ndarray:
+        """Token ids (int64) of a rendered chat: special tokens spelled out in it become themselves, none is added."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    def check_ids(self, ids: np.ndarray, vocabulary: int) -> None:
+        """Raise InputError where token ids, or BOS, lie beyond the model's vocabulary."""
+        if not 0 <= self.bos_id < vocabulary or (ids >= vocabulary).any():
+            what = f"knows ids beyond the model's vocabulary of {vocabulary}"
+            raise InputError(what, where=self._path, fix="use the tokenizer of this model")
 
     def _find_bos(self, folder: Path) -> int:
         config_path = folder / "tokenizer_config.json"

@@ -16,21 +16,26 @@ import click
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.plan import Plan
+    from dsv2quant.progress import Progress
     from dsv2quant.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 FP8_GRIDS = ("block", "channel", "tensor")
+INT4_KINDS = ("mixed", "pure", "experts")
+GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
 
 
 class Command(click.Command):
-    """A verb. `--fp8` may stand alone, before or after MODEL: then it means `--fp8=block`."""
+    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, ["--fp8=block" if self._bare_fp8(args, i) else a for i, a in enumerate(args)])
+        return super().parse_args(ctx, [self._with_kind(args, i) for i in range(len(args))])
 
     @staticmethod
-    def _bare_fp8(args: list[str], i: int) -> bool:
-        return args[i] == "--fp8" and args[i + 1 : i + 2] not in ([grid] for grid in FP8_GRIDS)
+    def _with_kind(args: list[str], i: int) -> str:
+        kinds = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}.get(args[i])
+        stands_alone = kinds is not None and args[i + 1 : i + 2] not in ([kind] for kind in kinds)
+        return f"{args[i]}={kinds[0]}" if kinds and stands_alone else args[i]
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -53,6 +58,12 @@ hub_options = stack(
 plan_options = stack(
     click.option("--fp8", "fp8", type=click.Choice(FP8_GRIDS), metavar="[=block|channel|tensor]",
                  help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor."),
+    click.option("--int4", "int4", type=click.Choice(INT4_KINDS), metavar="[=mixed|pure|experts]",
+                 help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
+    click.option("--method", type=click.Choice(("rtn", "mse", "gptq")),
+                 help="How INT4 codes are chosen. Default: gptq, which calibrates."),
+    click.option("--group-size", type=click.Choice(tuple(GROUP_SIZES)),
+                 help="Columns that share an INT4 scale. Default: 128."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="A YAML recipe of your own instead."),
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
                  help="A consumer that must load the artifact; repeat for several. Default: all of them."),
@@ -85,34 +96,55 @@ def check_device(device: str) -> None:
         raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from None
 
 
-def choose_recipe(fp8: str | None, recipe_file: str | None) -> Recipe:
-    """The recipe of --fp8 or --recipe; block FP8 when neither is given."""
+def choose_recipe(options: Mapping[str, Any]) -> Recipe:
+    """The recipe of --fp8, --int4 or --recipe; block FP8 when none is given."""
     from dsv2quant import recipe
 
-    if fp8 and recipe_file:
-        raise click.UsageError("--fp8 and --recipe exclude each other")
-    return recipe.load(recipe_file) if recipe_file else recipe.builtin(f"fp8-{fp8 or 'block'}")
+    fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
+    method, group = options["method"], options["group_size"]
+    if sum(map(bool, (fp8, int4, file))) > 1:
+        raise click.UsageError("--fp8, --int4 and --recipe exclude each other")
+    if (method or group) and not int4:
+        raise click.UsageError("--method and --group-size go with --int4; a recipe names them itself")
+    if file:
+        return recipe.load(file)
+    if int4:
+        return recipe.builtin(f"int4-{int4}", method=method, group_size=GROUP_SIZES[group] if group else None)
+    return recipe.builtin(f"fp8-{fp8 or 'block'}")
 
 
-def plan_for(
-    checkpoint: Checkpoint,
-    fp8: str | None,
-    recipe_file: str | None,
-    targets: tuple[str, ...],
-    tp: int,
-    max_shard_size: str,
-) -> Plan:
-    """The plan that the shared options ask for."""
+def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_options` ask for."""
     from dsv2quant.plan import make_plan, parse_size
     from dsv2quant.targets import TARGETS
 
     return make_plan(
         checkpoint,
-        choose_recipe(fp8, recipe_file),
-        for_targets=targets or TARGETS,
-        tp=tp,
-        max_shard_size=parse_size(max_shard_size),
+        choose_recipe(options),
+        for_targets=options["targets"] or TARGETS,
+        tp=options["tp"],
+        max_shard_size=parse_size(options["max_shard_size"]),
     )
+
+
+def words(options: Mapping[str, Any]) -> list[str]:
+    """`plan_options` as the model card shows them: everything that shapes the artifact, and no path of this machine."""
+    if options["recipe_file"]:
+        found = [f"--recipe {options['recipe_file'].rpartition('/')[2]}"]
+    elif options["int4"]:
+        found = [f"--int4={options['int4']}"]
+        found += [f"--{key.replace('_', '-')} {options[key]}" for key in ("method", "group_size") if options[key]]
+    else:
+        found = [f"--fp8={options['fp8'] or 'block'}"]
+    found += [f"--target {target}" for target in options["targets"]]
+    found += [f"--tp {options['tp']}"] * (options["tp"] > 1)
+    size = options["max_shard_size"]
+    return found + [f"--max-shard-size {size}"] * (size != "5GB")
+
+
+def progress(quiet: bool) -> Progress:
+    """Bars on stderr for the library's long work."""
+    return lambda total, unit, label: progress_bar(total, unit, label, quiet)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

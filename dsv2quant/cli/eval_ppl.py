@@ -10,6 +10,7 @@ import click
 from dsv2quant.cli import common
 
 if TYPE_CHECKING:
+    from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.evaluate.text import Text
 
 
@@ -107,14 +108,28 @@ def command(
         weight_only=weight_only,
     )
     text = _text(text_file, dataset, cache_dir, offline)
-    result = evaluate(
-        checkpoint, against, text, settings, lambda total, label: common.progress_bar(total, "tok·layer", label, quiet)
-    )
+    if (shared := _shared_with_calibration(checkpoint, text)) and not quiet:
+        print(f"warning: {shared:.1%} of the text's lines were calibrated on: it flatters the model", file=sys.stderr)
+    result = evaluate(checkpoint, against, text, settings, common.progress(quiet))
     if as_json:
         common.print_json(result)
     else:
         print(evaluation_text(result))
     check_gates(result, max_ppl_increase, max_kld)
+
+
+def _shared_with_calibration(checkpoint: Checkpoint, text: Text) -> float:
+    """The share of the text's lines that an artifact was calibrated on, where that is more than chance."""
+    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap
+    from dsv2quant.headers import read_json
+    from dsv2quant.writer import MANIFEST_FILE
+
+    manifest = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
+    if manifest is None or not manifest.exists():
+        return 0.0
+    calibrated = read_json(manifest).get("calibration_fingerprint")
+    shared = overlap(fingerprint(text.content), calibrated) if isinstance(calibrated, list) else 0.0
+    return shared if shared > MAX_OVERLAP else 0.0
 
 
 def _text(text_file: str | None, dataset: str | None, cache_dir: str | None, offline: bool) -> Text:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from dsv2quant.cli import common
@@ -14,17 +16,13 @@ from dsv2quant.cli import common
 @common.output_options
 def command(
     model: str,
-    fp8: str | None,
-    recipe_file: str | None,
-    targets: tuple[str, ...],
-    tp: int,
-    max_shard_size: str,
     revision: str | None,
     cache_dir: str | None,
     offline: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **plan_options: Any,
 ) -> None:
     """Show what a conversion of MODEL (a folder or hub id) would do, from headers alone.
 
@@ -40,7 +38,7 @@ def command(
 
     common.set_verbosity(verbose, quiet)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
-    plan = common.plan_for(checkpoint, fp8, recipe_file, targets, tp, max_shard_size)
+    plan = common.plan_for(checkpoint, plan_options)
     if as_json:
         common.print_json(plan_json(plan))
     else:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +19,11 @@ from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelih
 from dsv2quant.evaluate.text import Text
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
+from dsv2quant.progress import Progress
 
 logger = logging.getLogger(__name__)
 FLOOR_WINDOWS = 8
 TOKENS_PER_BATCH = 4096
-
-# Opens a progress bar: (total, label) → context giving the function that advances it.
-Progress = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 
 
 @dataclass(frozen=True)
@@ -116,9 +112,7 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     assert checkpoint.folder is not None
     tokenizer = Tokenizer(checkpoint.folder)
     stream = tokenizer.encode(text.content)
-    if not 0 <= tokenizer.bos_id < checkpoint.config.vocab_size or (stream >= checkpoint.config.vocab_size).any():
-        what = f"knows ids beyond the model's vocabulary of {checkpoint.config.vocab_size}"
-        raise InputError(what, where=checkpoint.folder / "tokenizer.json", fix="use the tokenizer of this model")
+    tokenizer.check_ids(stream, checkpoint.config.vocab_size)
     windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source)
     logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
     return Windows(windows.ids[: settings.limit], windows.first)
@@ -133,7 +127,7 @@ def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
 def _run(checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress) -> Pass:
     options = LoadOptions(settings.compute_dtype, settings.device, settings.weight_only)
-    with progress(ids.size * checkpoint.config.num_hidden_layers, checkpoint.model) as advance:
+    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
         return run(Model(checkpoint, options, stream=settings.stream), ids, batches, advance)
 
 

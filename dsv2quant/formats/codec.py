@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dsv2quant.formats.fp8 import Fp8
+from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.part import Part
 from dsv2quant.formats.plain import Bf16
 
@@ -36,11 +37,21 @@ class Codec(Protocol):
     def shares_scale(self) -> bool:
         """Whether the members of a fused module must be encoded together, with one scale."""
 
-    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """The stored parts of a weight of this shape."""
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that can choose its codes."""
 
-    def encode(self, weights: Sequence[np.ndarray], device: str = "cpu") -> list[dict[str, np.ndarray]]:
-        """Encode weights that belong together (one, or a fused group with a shared scale).
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape can't have the scheme; None where it can."""
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """The stored parts of a weight of this shape, which `refusal` lets pass."""
+
+    def encode(
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+    ) -> list[dict[str, np.ndarray]]:
+        """Encode weights that belong together (one, or a fused group with a shared scale) by a method that needs no
+        calibration.
 
         Each weight is [out, in], as BF16 bits (uint16) or float32. Returns per weight {suffix: array}, with arrays of
         `layout`'s shapes holding its dtypes' bits. Raises NonFiniteError.
@@ -53,4 +64,9 @@ class Codec(Protocol):
         float32, rounded once to `dtype`."""
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor"))}
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor"), Int4(128), Int4(64), Int4(32), Int4(None),
+    )
+}  # fmt: skip

@@ -32,6 +32,8 @@ Grid = Literal["block", "channel", "tensor"]
 class Fp8:
     """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`."""
 
+    methods = ("rtn",)
+
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.name = f"fp8-{grid}"
@@ -39,6 +41,10 @@ class Fp8:
         self.activation = "group128" if grid == "block" else "token"
         self.shares_scale = grid == "tensor"
         self.scale_suffix = "weight_scale_inv" if grid == "block" else "weight_scale"
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """None: every matrix can be encoded."""
+        return None
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape
@@ -50,7 +56,9 @@ class Fp8:
         }[self.grid]
         return Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales)
 
-    def encode(self, weights: Sequence[np.ndarray], device: str = "cpu") -> list[dict[str, np.ndarray]]:
+    def encode(
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+    ) -> list[dict[str, np.ndarray]]:
         """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes."""
         if device == "cpu":
             from dsv2quant.formats.fp8_cpu import encode as encode_on_cpu

@@ -20,11 +20,18 @@ class Bf16:
     quant_method = None
     activation = None
     shares_scale = False
+    methods = ("rtn", "fit")
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """None: every shape is taken."""
+        return None
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
 
-    def encode(self, weights: Sequence[np.ndarray], device: str = "cpu") -> list[dict[str, np.ndarray]]:
+    def encode(
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+    ) -> list[dict[str, np.ndarray]]:
         """BF16 bits (uint16) of BF16-bit or float32 arrays. Raises NonFiniteError, also where BF16 overflows."""
         encoded = []
         for which, weight in enumerate(weights):

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.int4 import Int4
 from dsv2quant.names import LINEAR_ROLES, Slot
 
 # Names under which vLLM and SGLang know a fused module, by the roles of its members.
@@ -43,11 +44,15 @@ def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
             "ignored_layers": ignored,
             "modules_to_not_convert": ignored,
         }
+    groups = _config_groups(schemes)
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        # Each group names its own. compressed-tensors would say "mixed-precision" here, but SGLang reads this key for
+        # experts in INT4, and takes only "pack-quantized" (compressed_tensors_wNa16_moe.py).
+        "format": "pack-quantized" if "pack-quantized" in formats else "float-quantized",
         "quantization_status": "compressed",
-        "config_groups": _config_groups(schemes),
+        "config_groups": groups,
         "ignore": ignored,
     }
 
@@ -85,6 +90,12 @@ def _config_groups(schemes: Mapping[Slot, str]) -> dict[str, Any]:
 
 
 def _group(scheme: str) -> dict[str, Any]:
+    codec = CODECS[scheme]
+    if isinstance(codec, Int4):
+        group = {"strategy": "group", "group_size": codec.group_size} if codec.group_size else {"strategy": "channel"}
+        weights = {"num_bits": 4, "type": "int", **group, "symmetric": True, "dynamic": False}
+        return {"weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+
     def args(strategy: str, dynamic: bool) -> dict[str, Any]:
         return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
 

@@ -55,6 +55,12 @@ class Attention:
         self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
     ) -> torch.Tensor:
         """x [batch, new, hidden] → the same shape; `rope` [new, ·] is the table of the new positions."""
+        return self.o_proj(self.context(x, rope, cache, absorbed))
+
+    def context(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
+    ) -> torch.Tensor:
+        """What `o_proj` is applied to: the heads' weighted values, [batch, new, heads · v_head_dim]."""
         c = self.config
         q = self._queries(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
@@ -63,9 +69,8 @@ class Attention:
         latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)  # [batch, new, ·]
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe)  # [batch, all, ·]
-        mask = _causal_mask(x.shape[1], latent.shape[1], x.device)
         attend = self._absorbed if absorbed else self._expanded
-        return self.o_proj(attend(q_nope, q_pe, latent, k_pe, mask).transpose(1, 2).flatten(2))
+        return attend(q_nope, q_pe, latent, k_pe).transpose(1, 2).flatten(2)
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         if self.q_proj is not None:
@@ -76,17 +81,22 @@ class Attention:
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _expanded(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, mask: torch.Tensor
+        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
     ) -> torch.Tensor:
         c = self.config
         kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
         k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
         q = torch.cat([q_nope, q_pe], -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale(c))
+        # torch has no fast attention for values narrower than keys, nor for a mask that it doesn't know to be causal.
+        padded = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
+        causal = q.shape[2] == k.shape[2]
+        mask = None if causal else _causal_mask(q.shape[2], k.shape[2], q.device)
+        scale = softmax_scale(c)
+        return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=causal, scale=scale)[..., : c.v_head_dim]
 
     def _absorbed(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, mask: torch.Tensor
+        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
     ) -> torch.Tensor:
         c = self.config
         # Engines decode with kv_b's halves dequantized to the compute dtype, and no activation is quantized here.
@@ -94,6 +104,7 @@ class Attention:
         w_k, w_v = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # [heads, ·, kv_lora_rank]
         q_latent = torch.einsum("bhqn,hnl->bhql", q_nope, w_k)
         scores = torch.einsum("bhql,bkl->bhqk", q_latent, latent) + torch.einsum("bhqr,bkr->bhqk", q_pe, k_pe)
+        mask = _causal_mask(scores.shape[2], scores.shape[3], scores.device)
         scores = (scores.float() * softmax_scale(c)).masked_fill(~mask, float("-inf"))
         weights = scores.softmax(-1).to(latent.dtype)
         return torch.einsum("bhql,hvl->bhqv", torch.einsum("bhqk,bkl->bhql", weights, latent), w_v)

@@ -16,8 +16,9 @@ from dsv2quant.model.decoder import DecoderLayer, Ends
 from dsv2quant.model.linear import Linear, RMSNorm
 from dsv2quant.model.moe import FFN, MoE
 
-_TORCH = {
+TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 _LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
 
@@ -35,7 +36,7 @@ class LoadOptions:
 
 def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
     """A part with its bytes unchanged, in its own dtype."""
-    return torch.from_numpy(checkpoint.read(part)).to(device).view(_TORCH[part.dtype]).view(part.shape)
+    return torch.from_numpy(checkpoint.read(part)).to(device).view(TORCH_DTYPES[part.dtype]).view(part.shape)
 
 
 def decode(

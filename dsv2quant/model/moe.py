@@ -20,7 +20,11 @@ class FFN:
     down_proj: Linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(x))
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        """What `down_proj` is applied to."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 
 from dsv2quant import __version__
+from dsv2quant.calib.calibration import Outcome
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.plan import Plan
+from dsv2quant.report.calibration import calibration_json
 from dsv2quant.report.summary import roles_table, summarize
 from dsv2quant.report.tables import gigabytes
 
@@ -42,10 +44,12 @@ def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     return files
 
 
-def manifest(plan: Plan, command: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """dsv2quant.json: where the artifact comes from and the sha256 of each of its files."""
+def manifest(
+    plan: Plan, command: str, calibration: dict[str, Any] | None, fingerprint: list[int] | None, outcomes: list[Outcome]
+) -> dict[str, Any]:
+    """dsv2quant.json without the list of its files: where the artifact comes from, and how it was calibrated."""
     libraries = ("numpy", "numba", "torch")
-    return {
+    content: dict[str, Any] = {
         "schema": "dsv2quant.manifest/1",
         "plan": plan.digest,
         "command": command,
@@ -53,8 +57,12 @@ def manifest(plan: Plan, command: str, files: dict[str, dict[str, Any]]) -> dict
         "targets": {"consumers": list(plan.targets), "tp": plan.tp},
         "versions": {"dsv2quant": __version__, "python": platform.python_version()}
         | {name: version(name) for name in libraries},
-        "files": files,
     }
+    if calibration is not None:
+        content["calibration"] = calibration
+        content["calibration_fingerprint"] = fingerprint
+        content["calibrated"] = calibration_json(plan, outcomes)
+    return content
 
 
 def model_card(plan: Plan, command: str) -> str:
@@ -65,7 +73,7 @@ def model_card(plan: Plan, command: str) -> str:
     front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
     summary = summarize((line.slot, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.lines)
     sizes = roles_table(summary, before=True, markdown=True)
-    activations = sorted({str(CODECS[s].activation) for s in plan.schemes})
+    activations = sorted({str(a) for a in (CODECS[s].activation for s in plan.schemes) if a})
     served = {"token": "per token", "group128": "per 1×128 group"}
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
@@ -74,7 +82,9 @@ def model_card(plan: Plan, command: str) -> str:
         + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
         + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}"
         + (f" at tensor-parallel size {plan.tp}." if plan.tp > 1 else "."),
-        f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served.",
+        f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served."
+        if activations
+        else "Activations are not quantized.",
         f"```\n{command}\n```",
         f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
         f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",

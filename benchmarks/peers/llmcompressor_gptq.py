@@ -1,0 +1,118 @@
+"""W4A16 of DeepSeek-V2 by llm-compressor (round to nearest or GPTQ) on given calibration tokens, as a peer to compare.
+
+    python -m venv /tmp/lc/.venv && /tmp/lc/.venv/bin/pip install -r benchmarks/peers/requirements-llmcompressor.txt
+    /tmp/lc/.venv/bin/python benchmarks/peers/llmcompressor_gptq.py MODEL --tokens ids.npy --method gptq \\
+        --group-size 64 --ignore 're:.*kv_b_proj$' -o OUT
+
+Runs in llm-compressor's own environment and imports nothing of dsv2quant. Apart from the options here all settings are
+llm-compressor's defaults: the model in the checkpoint's dtype, min-max scales, one window at a time, every expert
+calibrated on all tokens, block 128, dampening 0.01, and each layer calibrated on the outputs of the quantized layers
+before it. GPTQ orders columns by activation (`static`). The log goes to standard error, one JSON object to standard
+output. Loading the model and splitting its experts is in neither of the two times; compressing it is in `save_s`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+PACKAGES = [
+    "torch", "llmcompressor", "compressed-tensors", "transformers", "datasets", "accelerate", "numpy", "safetensors",
+]  # fmt: skip
+ALWAYS_IGNORED = ["lm_head", r"re:.*mlp\.gate$"]
+
+
+def read_tokens(path: Path):
+    """The windows as llm-compressor takes tokenized data: it neither tokenizes nor cuts rows of one length."""
+    import numpy as np
+    from datasets import Dataset
+
+    ids = np.load(path)
+    if ids.ndim != 2 or ids.dtype != np.int64:
+        sys.exit(f"{path}: expected int64 [windows, ctx], found {ids.dtype} {list(ids.shape)}")
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+
+
+def recipe(method: str, group_size: int, ignore: list[str]):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=True)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    if method == "rtn":
+        return QuantizationModifier(config_groups=groups, ignore=ignore)
+    return GPTQModifier(config_groups=groups, ignore=ignore, actorder="static")
+
+
+def quantize(options: argparse.Namespace) -> dict[str, object]:
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Without this context the routed experts are one 3-D parameter, not the `Linear`s which the recipe targets.
+    with load_quantizable_moe():
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = {}
+    if options.method == "gptq":
+        windows = read_tokens(options.tokens)
+        # The order of the windows does not matter to GPTQ; unshuffled, two runs add them up alike.
+        data = {
+            "dataset": windows,
+            "num_calibration_samples": len(windows),
+            "shuffle_calibration_samples": False,
+            "pipeline": "sequential",
+        }
+    modifier = recipe(options.method, options.group_size, ALWAYS_IGNORED + options.ignore)
+
+    started = time.perf_counter()
+    oneshot(model=model, processor=tokenizer, recipe=modifier, **data)
+    quantized = time.perf_counter()
+    model.save_pretrained(options.out, save_compressed=True)
+    tokenizer.save_pretrained(options.out)
+    saved = time.perf_counter()
+    return {
+        "method": options.method,
+        "group_size": options.group_size,
+        "windows": len(data["dataset"]) if data else 0,
+        "ignore": ALWAYS_IGNORED + options.ignore,
+        "quantize_s": round(quantized - started, 2),
+        "save_s": round(saved - quantized, 2),
+        "threads": torch.get_num_threads(),
+        "device": str(torch.accelerator.current_accelerator() or "cpu"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=Path, help=".npy of int64 [windows, ctx], complete windows; RTN uses none")
+    parser.add_argument("--method", required=True, choices=["rtn", "gptq"])
+    parser.add_argument("--group-size", type=int, default=128, choices=[64, 128])
+    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="module name or `re:` pattern")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.method == "gptq" and not options.tokens:
+        parser.error("GPTQ needs --tokens")
+    # llm-compressor logs to what standard output is when it is first imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = quantize(options)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a calibrated conversion is made with, and what it leaves: token windows, encoded layers, and how each came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from dsv2quant.plan import Plan
+from dsv2quant.recipe import CALIBRATED
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows [windows, ctx] (int64), where they come from, and the fingerprint of their text."""
+
+    ids: np.ndarray
+    source: str
+    text_sha256: str
+    seed: int
+    fingerprint: list[int]
+
+    def describe(self, device: str) -> dict[str, Any]:
+        """What the manifest says of it; two runs with equal descriptions choose the same codes."""
+        from importlib.metadata import version
+
+        return {
+            "source": self.source,
+            "text_sha256": self.text_sha256,
+            "tokens_sha256": hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest(),
+            "windows": len(self.ids),
+            "ctx": int(self.ids.shape[1]),
+            "seed": self.seed,
+            "device": device.partition(":")[0],
+            "torch": version("torch"),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one matrix: tokens it was fitted on; relative output error ‖(W − Q) x‖² / ‖W x‖² of its codes and
+    of plain rounding's, on the windows kept aside; whether plain rounding won there."""
+
+    module: str
+    role: str
+    tokens: int
+    error: float
+    rtn_error: float
+    kept_rtn: bool
+
+
+def needs_calibration(plan: Plan) -> bool:
+    """Whether any tensor's method needs calibration."""
+    return any(line.method in CALIBRATED for line in plan.lines)
+
+
+def work_tokens(plan: Plan, calibration: Calibration) -> int:
+    """Tokens that pass a layer, over all layers: the total of a progress bar."""
+    return calibration.ids.size * plan.checkpoint.config.num_hidden_layers
+
+
+def work_bytes(plan: Plan, calibration: Calibration) -> int:
+    """Disk that the work folder takes at most: encoded matrices, the two streams before and behind a layer, and the
+    attention's output on both."""
+    c = plan.checkpoint.config
+    width = 2 * c.hidden_size + c.num_attention_heads * c.v_head_dim
+    encoded = sum(line.nbytes for line in plan.lines if line.method in CALIBRATED)
+    return encoded + 2 * 4 * calibration.ids.size * width
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where the work folder keeps a finished layer."""
+    return folder / f"layer-{layer:05d}.safetensors"
+
+
+class Encoded:
+    """The tensors that calibration encoded, on disk, and how each matrix came out."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self._file_of: dict[str, Any] = {}
+        self.outcomes: list[Outcome] = []
+        for layer in range(layers):
+            file = safe_open(layer_file(folder, layer), "np")
+            self._file_of |= dict.fromkeys(file.keys(), file)
+            self.outcomes += [Outcome(**outcome) for outcome in json.loads(file.metadata()["outcomes"])]
+
+    def part(self, name: str) -> np.ndarray:
+        """The bits of an encoded tensor."""
+        found: np.ndarray = self._file_of[name].get_tensor(name)
+        return found

@@ -1,0 +1,171 @@
+"""GPTQ for a batch of matrices: codes that make up, column by column, for the rounding of the columns before.
+
+For inputs x of the quantized model and x̂ of the unquantized one, a matrix W is first refitted to give on x what W gave
+on x̂ (GPTAQ, arXiv:2504.02692, in closed form), and the result is rounded with GPTQ (arXiv:2210.17323):
+
+    H = Σ w x xᵀ     S = Σ w (x̂ − x) xᵀ     W' = W + W S (H + λI)⁻¹
+
+Groups are those of the unpermuted columns ("static"), so that no index is stored; columns are visited in order of
+falling diag H; scales are searched with diag H as weights. No column is ever zeroed: where H knows nothing, damping
+leaves plain rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv2quant.formats.int4_cpu import FACTORS, search_scales
+
+DAMPING = 0.05  # λ, as a share of the mean of diag H
+BLOCK = 64  # columns whose updates of the rest are gathered into one product
+
+
+@dataclass
+class Moments:
+    """Second moments of a batch of linears' inputs: H and S, [batch, K, K], and token counts [batch]."""
+
+    h: torch.Tensor
+    s: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def zeros(cls, batch: int, columns: int, device: torch.device) -> Moments:
+        def square() -> torch.Tensor:
+            return torch.zeros(batch, columns, columns, device=device)
+
+        return cls(square(), square(), torch.zeros(batch, device=device))
+
+    def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
+        weighted = x if weight is None else x * weight[:, None]
+        self.h[which].addmm_(x.T, weighted)
+        self.s[which].addmm_((ideal - x).T, weighted)
+        self.count[which] += len(x)
+
+    def shrunk(self, prior: Moments) -> Moments:
+        """Moments per token, drawn toward `prior` (batch of 1, or the same batch) as if by K of its tokens.
+
+        The prior is scaled to the same trace, since it may carry other weights. Without any token, it is all there is.
+        """
+        columns = self.h.shape[1]
+        share = (self.count / (self.count + columns))[:, None, None]
+        own, other = (_trace(m.h).clamp(min=torch.finfo(torch.float32).tiny) for m in (self, prior))
+        per_token = 1 / self.count.clamp(min=1)[:, None, None]
+        scale = torch.where(self.count[:, None, None] > 0, own * per_token / other, 1 / prior.count[:, None, None])
+        h = share * self.h * per_token + (1 - share) * prior.h * scale
+        s = share * self.s * per_token + (1 - share) * prior.s * scale
+        return Moments(h, s, self.count)
+
+
+def _trace(h: torch.Tensor) -> torch.Tensor:
+    return h.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """(H + λI)⁻¹ = Uᵀ U of permuted columns, upper triangular U float32 [batch, K, K], and the permutation [batch, K]."""
+
+    u: torch.Tensor
+    order: torch.Tensor
+
+    def solve(self, x: torch.Tensor) -> torch.Tensor:
+        """x (H + λI)⁻¹ for x [batch, R, K] in the columns' own order."""
+        y = _columns(x, self.order) @ self.u.mT @ self.u
+        return _columns(y, self.order.argsort(-1))
+
+
+def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
+    """Factor H [batch, K, K]. Damping grows tenfold until every matrix is positive definite."""
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    permuted = _columns(_columns(h, order).mT, order).double()
+    level = diagonal.double().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
+    while True:
+        # H = V Vᵀ with V upper triangular, from the Cholesky factor of H read backwards; then U = V⁻¹.
+        damped = permuted + (damping * level)[:, None, None] * eye
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        if not failed.any():
+            upper = lower.flip(1, 2)
+            return Factor(torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float(), order)
+        damping *= 10
+
+
+def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tensor:
+    """W' of the module's docstring, [batch, R, K]."""
+    return weight + factored.solve(weight @ moments.s)
+
+
+def quantize(weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K]."""
+    scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group)
+    columns = weight.shape[2]
+    w = _columns(weight, factored.order).clone()
+    step = _columns(scales.repeat_interleave(group, -1), factored.order)
+    codes = torch.empty_like(w)
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        u = factored.u[:, begin:end, begin:]  # [batch, block, rest]
+        block = w[:, :, begin:end]
+        errors = torch.empty_like(block)
+        for j in range(end - begin):
+            column, scale = block[:, :, j], step[:, :, begin + j]
+            code = (column / scale).round_().clamp_(-8, 7)
+            codes[:, :, begin + j] = code
+            errors[:, :, j] = (column - code * scale) / u[:, j, j, None]
+            block[:, :, j + 1 :] -= errors[:, :, j, None] * u[:, None, j, j + 1 : end - begin]
+        w[:, :, end:] -= errors @ u[:, :, end - begin :]
+    return _columns(codes, factored.order.argsort(-1)).to(torch.int8), scales
+
+
+def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
+    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `int4_cpu.search_scales`."""
+    batch, rows, columns = weight.shape
+    if weight.device.type == "cpu":
+        found = [
+            torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))
+            for w, i in zip(weight.contiguous(), importance.float(), strict=True)
+        ]
+        return torch.stack(found)
+    w = weight.unflatten(2, (-1, group))
+    weights = importance.float().unflatten(1, (-1, group))[:, None]
+    unit = w.abs().amax(-1, keepdim=True) / torch.full((), 7.0, device=weight.device)
+    best, least = torch.ones_like(unit), torch.full_like(unit, float("inf"))
+    for value in FACTORS:
+        candidate = (unit * float(value)).bfloat16().float()
+        candidate = torch.where(candidate > 0, candidate, 1.0)
+        error = ((w / candidate).round_().clamp_(-8, 7) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best.squeeze(-1)
+
+
+def nearest(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 codes nearest to weight / scale; weight [..., K], scales [..., groups]."""
+    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    return (groups / scales.unsqueeze(-1)).round_().clamp_(-8, 7).flatten(-2).to(torch.int8)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """codes [..., K] × scales [..., groups], float32."""
+    return (codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """Σ w ‖W x̂ − Q x‖², up to what does not depend on Q: [batch], of W and Q [batch, R, K]."""
+    off = weight - quantized
+    return ((off @ moments.h + 2 * (weight @ moments.s)) * off).sum((1, 2), dtype=torch.float64)
+
+
+def relative_error(weight: torch.Tensor, quantized: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """‖(W − Q) x‖² / ‖W x‖² over the moments' tokens: [batch], of W and Q [batch, R, K]."""
+    off = weight - quantized
+    lost = ((off @ moments.h) * off).sum((1, 2), dtype=torch.float64)
+    return lost / ((weight @ moments.h) * weight).sum((1, 2), dtype=torch.float64).clamp(min=1e-300)
+
+
+def _columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x [batch, R, K] with its columns in `order` [batch, K]."""
+    return x.gather(2, order[:, None].expand(x.shape))

@@ -1,0 +1,58 @@
+"""Activations of all calibration tokens, in a file: the operating system keeps in memory what fits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROWS = 8192  # tokens that go through a layer at once
+
+
+class Spool:
+    """A float32 array [tokens, width] on disk; `device` is where its parts are handed out.
+
+    A new one lies under `<name>.partial` until `keep` makes it durable under its own name.
+    """
+
+    def __init__(self, path: Path, tokens: int, width: int, device: str) -> None:
+        self.path, self.device = path, device
+        self._partial = path.with_name(path.name + ".partial")
+        self._array: np.memmap
+        if path.exists():
+            self._array = np.memmap(path, np.float32, "r", shape=(tokens, width))
+        else:
+            self._array = np.memmap(self._partial, np.float32, "w+", shape=(tokens, width))
+
+    @staticmethod
+    def holds(path: Path, tokens: int, width: int) -> bool:
+        """Whether a whole spool of this size lies there."""
+        return path.exists() and path.stat().st_size == 4 * tokens * width
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def width(self) -> int:
+        return int(self._array.shape[1])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> torch.Tensor:
+        """A copy of some tokens, [·, width]."""
+        return torch.from_numpy(np.array(self._array[rows])).to(self.device)
+
+    def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
+        self._array[rows] = values.cpu().numpy()
+
+    def keep(self) -> None:
+        """Write everything to disk and give the file its name."""
+        self._array.flush()
+        with self._partial.open("rb") as file:
+            os.fsync(file.fileno())
+        self._partial.rename(self.path)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)

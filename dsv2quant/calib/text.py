@@ -1,0 +1,200 @@
+"""The text to calibrate on: a file, or the docstrings and sources of Python's standard library.
+
+Evaluation texts are kept out: `wikitext2` is refused, the default text leaves out `pydoc_data`, and a fingerprint of
+what was calibrated on travels with the artifact, so that a later measurement can tell what it shares with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+import re
+import sysconfig
+import tokenize
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant.calib.chat import renderer
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.errors import InputError
+from dsv2quant.evaluate.text import DATASETS, from_file
+
+# Rich in docstrings, pure Python, the same on every platform. A package stands for the files directly in its folder.
+# What a version lacks is skipped: datetime's docstrings lie in _pydatetime from 3.12 on, decimal's in _pydecimal.
+MODULES = (
+    "_collections_abc", "_pydatetime", "_pydecimal", "argparse", "ast", "asyncio", "collections", "concurrent.futures",
+    "configparser", "contextlib", "csv", "dataclasses", "datetime", "difflib", "doctest", "email", "enum", "fractions",
+    "ftplib", "functools", "heapq", "http", "imaplib", "importlib.metadata", "inspect", "ipaddress", "json", "logging",
+    "mailbox", "multiprocessing", "optparse", "os", "pathlib", "pickle", "pickletools", "platform", "random", "re",
+    "shutil", "smtplib", "socket", "socketserver", "sqlite3", "ssl", "statistics", "string", "subprocess", "tarfile",
+    "tempfile", "textwrap", "threading", "traceback", "turtle", "typing", "unittest", "urllib", "uuid", "wsgiref",
+    "xml.etree", "xml.sax", "xmlrpc", "zipfile",
+)  # fmt: skip
+# Characters, some 2,000 tokens. Whole sources reach 79,000 tokens: one could fill half of a calibration set.
+SECTION = 8_000
+
+# A fingerprint: hashes of lines that are long enough to be nobody else's, one in 8 of them, and no more than 4,096.
+LINE = 40
+ONE_IN = 8
+SKETCH = 4096
+MAX_OVERLAP = 0.01  # a larger share of common lines is no coincidence
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text; in a rendered chat, special tokens that are spelled out are meant as such."""
+
+    text: str
+    is_chat: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents, where they come from, and the hash that says whether two calibrations had the same ones."""
+
+    source: str
+    documents: tuple[Document, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the documents as JSON, which keeps their borders: [[text, is_chat], ...]."""
+        return hashlib.sha256(json.dumps([[d.text, d.is_chat] for d in self.documents]).encode()).hexdigest()
+
+
+def load(spec: str | None, folder: Path) -> CalibrationText:
+    """The text that `spec` names: a UTF-8 text file, a .jsonl file, or None for the default text.
+
+    A line of a .jsonl file is an object with `text`, or with `messages`, which the chat template of the checkpoint in
+    `folder` renders. Raises InputError naming the file, and the line, where one can't be read or holds no text.
+    """
+    if spec is None:
+        return standard_library()
+    if spec in DATASETS:
+        what = "an evaluation text, on which a model calibrated on it would look better than it is"
+        raise InputError(what, where=spec, fix="give another text")
+    found = _records(spec, folder) if spec.lower().endswith(".jsonl") else _sections(from_file(spec).content)
+    documents = tuple(document for document in found if document.text.strip())
+    if not documents:
+        raise InputError("holds no text", where=spec, fix="give a file with text")
+    return CalibrationText(Path(spec).name, documents)
+
+
+def standard_library() -> CalibrationText:
+    """The docstrings of each file of MODULES, then its source, in sections. The same for the same Python version.
+
+    Files are read and parsed, not imported. Raises InputError where Python was installed without its sources.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documents: list[Document] = []
+    for name in MODULES:
+        path = library.joinpath(*name.split("."))
+        single = path.with_name(f"{path.name}.py")
+        for file in [single] if single.exists() else sorted(path.glob("*.py")):
+            with tokenize.open(file) as lines:  # decodes as Python does
+                source = lines.read()
+            documents += [*_sections(_docstrings(source)), *_sections(source)]
+    if not documents:
+        raise InputError("no sources of Python's standard library", where=library, fix="give a text file")
+    return CalibrationText(f"Python {platform.python_version()} standard library", tuple(documents))
+
+
+def _sections(text: str) -> Iterator[Document]:
+    """Documents of SECTION characters and the rest of a line: windows shall come from all over a long text."""
+    return map(Document, re.findall(rf"(?s).{{{SECTION}}}.*?\n|.+", text))
+
+
+def _docstrings(source: str) -> str:
+    """The docstrings of a module, its classes and its functions in order of their lines, dedented."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line and comes first
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def _records(path: str, folder: Path) -> Iterator[Document]:
+    """The documents of a .jsonl file; blank lines are none. Raises InputError naming the line."""
+    render: Callable[[list[Any], str], str] | None = None
+    # Not splitlines(): it breaks at U+2028 too, which JSON strings may hold.
+    for number, line in enumerate(from_file(path).content.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = str(error).replace("line 1 ", "")  # of this line, not of the file
+            raise InputError(f"not valid JSON: {what}", where=where, fix="one object a line") from None
+        match record:
+            case {"text": str(text)} if "messages" not in record:
+                document = Document(text)
+            case {"messages": [_, *_] as messages} if "text" not in record and all(map(_is_message, messages)):
+                render = render or renderer(folder)
+                document = Document(render(messages, where), is_chat=True)
+            case _:
+                what = "not an object with either a 'text' string or a list of 'messages'"
+                raise InputError(what, where=where, fix="a message has a 'role' and a 'content', both strings")
+        try:
+            document.text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"not valid Unicode: {error.reason}", where=where, fix="surrogates are pairs") from None
+        yield document
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int, seed: int) -> np.ndarray:
+    """Token ids (int64) [count, length], or fewer windows where the text gives fewer: BOS and length − 1 tokens each.
+
+    The documents are shuffled by `seed` and tokenized one after the other until there are enough. A chat's own BOS is
+    left out. Raises InputError when the text is too short for a single window.
+    """
+    needed = count * (length - 1)
+    stream = [np.empty(0, np.int64)]
+    for i in np.random.default_rng(seed).permutation(len(text.documents)):
+        document = text.documents[i]
+        if document.is_chat:
+            ids = tokenizer.encode_chat(document.text)
+            ids = ids[1:] if ids[:1].tolist() == [tokenizer.bos_id] else ids
+        else:
+            ids = tokenizer.encode(f"{document.text}\n\n")  # the next one begins a paragraph
+        stream.append(ids)
+        needed -= len(ids)
+        if needed <= 0:
+            break
+    joined = np.concatenate(stream)[: count * (length - 1)]
+    if len(joined) < length - 1:
+        what = f"{len(joined)} tokens don't fill one window of {length}"
+        raise InputError(what, where=text.source, fix="give a longer text or make windows shorter")
+    return cut(joined, length, tokenizer.bos_id, "default", text.source).ids
+
+
+def fingerprint(text: str) -> list[int]:
+    """What is kept of a text to compare it with others later: the smallest SKETCH of its lines' hashes, sorted.
+
+    Lines of at least LINE characters count, whitespace normalised, each once, by a 64-bit hash; of the hashes those
+    that ONE_IN divides. It finds lines that were copied, not text that was reworded or wrapped anew.
+    """
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    digests = (hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines if len(line) >= LINE)
+    hashes = (int.from_bytes(digest, "big") for digest in digests)
+    return sorted(value for value in hashes if value % ONE_IN == 0)[:SKETCH]
+
+
+def overlap(a: Collection[int], b: Collection[int]) -> float:
+    """The share of the lines of fingerprint `a` that occur in `b`: 0 to 1, and 0 where there are none to compare.
+
+    A full fingerprint knows all of its text's hashes up to its largest and none beyond. So only hashes up to the
+    smaller of two full fingerprints' largest are compared: up to there both are complete, and as hashes are uniform,
+    the lines below are a random sample of a's lines. The longer text decides how many there are.
+    """
+    reach = min((max(full) for full in (a, b) if len(full) >= SKETCH), default=2**64)
+    sample = {value for value in a if value <= reach}
+    return len(sample & set(b)) / len(sample) if sample else 0.0

@@ -1,0 +1,96 @@
+"""INT4 weights in groups along the input, symmetric: compressed-tensors' `pack-quantized`.
+
+    weight' = code × scale      code −8 … 7, one BF16 scale per `group_size` columns of a row, or per row
+
+`weight_packed` holds code + 8, eight to an int32 along the input, the first in the lowest bits
+(compressed-tensors 0.20, compressors/pack_quantized/helpers.py). How codes and scales are chosen is the method:
+
+    rtn   scale = amax / 7.5, codes to nearest
+    mse   the scale among 61 that leaves the least squared error, codes to nearest
+    gptq  with calibration: see `calib/gptq.py`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv2quant.formats.part import Part
+from dsv2quant.formats.plain import check_finite, to_bf16
+
+if TYPE_CHECKING:
+    import torch
+
+PACKED = "weight_packed"
+PER_WORD = 8  # codes of 4 bits in an int32
+OFFSET = 8  # code −8 is stored as 0
+
+
+class Int4:
+    """The codec of `int4-g128`, `int4-g64`, `int4-g32` and, without a group size, `int4-channel`."""
+
+    quant_method = "compressed-tensors"
+    activation = None
+    shares_scale = False
+    methods = ("rtn", "mse", "gptq")
+
+    def __init__(self, group_size: int | None) -> None:
+        self.group_size = group_size
+        self.name = f"int4-g{group_size}" if group_size else "int4-channel"
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape can't have the scheme: its columns don't fill whole groups, or whole words."""
+        unit = self.group_size or PER_WORD
+        return f"{shape[1]} columns are not a multiple of {unit}" if shape[1] % unit else None
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        return (
+            Part(PACKED, "I32", (rows, cols // PER_WORD)),
+            Part("weight_scale", "BF16", (rows, cols // (self.group_size or cols))),
+            Part("weight_shape", "I64", (2,)),
+        )
+
+    def encode(
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+    ) -> list[dict[str, np.ndarray]]:
+        """Encode by `rtn` or `mse`; both run on the CPU, whatever the device."""
+        from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales, search_scales
+
+        encoded = []
+        for which, weight in enumerate(weights):
+            check_finite(weight, which)
+            x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+            group = self.group_size or x.shape[1]
+            if method == "mse":
+                scales = search_scales(x, np.ones((1, x.shape[1]), np.float32), group)
+            else:
+                scales = rtn_scales(x, group)
+            encoded.append(self.pack(nearest_codes(x, scales), scales))
+        return encoded
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], BF16 values) → the stored parts."""
+        nibbles = (codes + np.int8(OFFSET)).view(np.uint8)
+        words = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
+        return {
+            PACKED: words,
+            "weight_scale": to_bf16(scales),
+            "weight_shape": np.array(codes.shape, np.int64),
+        }
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """code × scale in float32, rounded once to `dtype`."""
+        import torch
+
+        packed, scales = parts[PACKED], parts["weight_scale"]
+        if scale_dtype is not None:
+            scales = scales.to(scale_dtype)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+        codes = ((packed.unsqueeze(-1) >> shifts) & 15).flatten(1).float().sub_(OFFSET)  # [out, in]
+        groups = codes.unflatten(1, (scales.shape[1], -1))
+        return groups.mul_(scales.float().unsqueeze(-1)).flatten(1).to(dtype)

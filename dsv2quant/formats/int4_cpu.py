@@ -1,0 +1,109 @@
+"""Choosing INT4 scales and codes on the CPU, compiled (numba).
+
+Sixteen rows are searched at a time and the innermost loop runs over rows: each row's sum then adds in order of its
+columns, so that the result does not depend on the processor's vector width. One thread each; the GIL is released.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+FACTORS = np.linspace(0.45, 1.05, 61).astype(np.float32)  # candidates, in units of amax / 7
+_LANES = 16
+
+compiled = njit(nogil=True, error_model="numpy", cache=True)
+
+
+def round_to_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 → the nearest BF16 value, ties to even, as float32; x must be finite."""
+    bits = x.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(
+        np.float32
+    )
+
+
+def rtn_scales(weight: np.ndarray, group: int) -> np.ndarray:
+    """amax / 7.5 of each group, rounded to BF16: weight float32 [rows, cols] → [rows, cols / group].
+
+    The range is that of 16 levels (compressed-tensors, quantization/utils/helpers.py, calculate_qparams). All-zero
+    groups get scale 1.
+    """
+    scales = round_to_bf16(_group_amax(weight, group) / np.float32(7.5))
+    return np.where(scales > 0, scales, np.float32(1))
+
+
+def search_scales(weight: np.ndarray, importance: np.ndarray, group: int) -> np.ndarray:
+    """The BF16 scale of each group with the least Σ importance · (code × scale − weight)², of `FACTORS` × amax / 7.
+
+    weight float32 [rows, cols], importance float32 [1 or rows, cols] → float32 [rows, cols / group].
+    """
+    unit = _group_amax(weight, group) / np.float32(7)
+    candidates = round_to_bf16(unit[:, :, None] * FACTORS)  # [rows, groups, factors]
+    candidates = np.where(candidates > 0, candidates, np.float32(1))
+    best = np.empty(unit.shape, np.float32)
+    _search(np.ascontiguousarray(weight), np.ascontiguousarray(importance), candidates, best)
+    return best
+
+
+def nearest_codes(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """int8 codes −8 … 7 nearest to weight / scale, ties to even."""
+    codes = np.empty(weight.shape, np.int8)
+    _round(np.ascontiguousarray(weight), scales, codes)
+    return codes
+
+
+def _group_amax(weight: np.ndarray, group: int) -> np.ndarray:
+    return np.abs(weight).reshape(len(weight), -1, group).max(-1)
+
+
+@compiled
+def _round(weight, scales, codes):  # type: ignore[no-untyped-def]
+    rows, cols = weight.shape
+    group = cols // scales.shape[1]
+    for i in range(rows):
+        for g in range(scales.shape[1]):
+            scale = scales[i, g]
+            for j in range(g * group, (g + 1) * group):
+                codes[i, j] = np.int8(min(max(np.rint(weight[i, j] / scale), np.float32(-8)), np.float32(7)))
+
+
+@compiled
+def _search(weight, importance, candidates, best):  # type: ignore[no-untyped-def]
+    rows, cols = weight.shape
+    groups, factors = candidates.shape[1], candidates.shape[2]
+    group = cols // groups
+    tile = np.zeros((group, _LANES), np.float32)
+    weights = np.zeros((group, _LANES), np.float32)
+    scale, error = np.ones(_LANES, np.float32), np.empty(_LANES, np.float32)
+    least = np.empty(_LANES, np.float32)
+    for first in range(0, rows, _LANES):
+        lanes = min(_LANES, rows - first)
+        for g in range(groups):
+            for lane in range(lanes):
+                row = first + lane
+                at = row if importance.shape[0] > 1 else 0
+                for k in range(group):
+                    tile[k, lane] = weight[row, g * group + k]
+                    weights[k, lane] = importance[at, g * group + k]
+            least[:] = np.inf
+            for f in range(factors):
+                for lane in range(lanes):
+                    scale[lane] = candidates[first + lane, g, f]
+                _errors(tile, weights, scale, error)
+                for lane in range(lanes):
+                    if error[lane] < least[lane]:
+                        least[lane] = error[lane]
+                        best[first + lane, g] = scale[lane]
+
+
+@compiled
+def _errors(tile, weights, scale, error):  # type: ignore[no-untyped-def]
+    """error[lane] = Σ_k weights · (code × scale − tile)²."""
+    error[:] = 0
+    for k in range(tile.shape[0]):
+        for lane in range(_LANES):
+            x = tile[k, lane]
+            code = min(max(np.rint(x / scale[lane]), np.float32(-8)), np.float32(7))
+            off = code * scale[lane] - x
+            error[lane] += weights[k, lane] * off * off
