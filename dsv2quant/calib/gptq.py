@@ -65,7 +65,7 @@ def _trace(h: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """(H + λI)⁻¹ = Uᵀ U of permuted columns, upper triangular U float32 [batch, K, K], and the permutation [batch, K]."""
+    """(H + λI)⁻¹ = Uᵀ U of permuted columns: upper triangular U [batch, K, K] in H's dtype, and the order [batch, K]."""
 
     u: torch.Tensor
     order: torch.Tensor
@@ -77,7 +77,7 @@ class Factor:
 
 
 def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
-    """Factor H [batch, K, K]. Damping grows tenfold until every matrix is positive definite."""
+    """Factor H [batch, K, K], in float64. Damping grows tenfold until every matrix is positive definite."""
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     permuted = _columns(_columns(h, order).mT, order).double()
@@ -89,7 +89,7 @@ def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             upper = lower.flip(1, 2)
-            return Factor(torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float(), order)
+            return Factor(torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).to(h.dtype), order)
         damping *= 10
 
 
@@ -99,11 +99,11 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
 
 
 def quantize(weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K]."""
+    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their dtype."""
     scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group)
     columns = weight.shape[2]
     w = _columns(weight, factored.order).clone()
-    step = _columns(scales.repeat_interleave(group, -1), factored.order)
+    step = _columns(scales.to(w.dtype).repeat_interleave(group, -1), factored.order)
     codes = torch.empty_like(w)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
@@ -126,10 +126,10 @@ def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> t
     if weight.device.type == "cpu":
         found = [
             torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))
-            for w, i in zip(weight.contiguous(), importance.float(), strict=True)
+            for w, i in zip(weight.float().contiguous(), importance.float(), strict=True)
         ]
         return torch.stack(found)
-    w = weight.unflatten(2, (-1, group))
+    w = weight.float().unflatten(2, (-1, group))
     weights = importance.float().unflatten(1, (-1, group))[:, None]
     unit = w.abs().amax(-1, keepdim=True) / torch.full((), 7.0, device=weight.device)
     best, least = torch.ones_like(unit), torch.full_like(unit, float("inf"))

@@ -192,12 +192,15 @@ def test_kld_with_quantized_activations_is_transformers(name, scored, artifacts)
     ids, ours, theirs = scored
     folder = artifacts["mini", name]
     served = run(like_transformers(Model(Checkpoint.open(folder))), ids, batches_of(WINDOWS, 4))
-    got = compare(served, ours, ids, 0).kld.mean()
-    want = compare(their_pass(load(folder, torch.float32, False), ids), theirs, ids, 0).kld.mean()
-    # A code near a tie may round either way after a last-place difference: noise of the sampling error's order.
-    assert got == pytest.approx(want, rel=0.01)
+    got = compare(served, ours, ids, 0).kld.mean(1)  # by window
+    want = compare(their_pass(load(folder, torch.float32, False), ids), theirs, ids, 0).kld.mean(1)
+    # A code near a tie rounds either way after a last-place difference. Each flip moves the KLD up or down: the mean
+    # difference is noise whose size the spread over windows tells, and 4 standard errors are hardly ever passed.
+    noise = 4 * (got - want).std(ddof=1) / WINDOWS**0.5
+    assert abs((got - want).mean()) < noise
+    assert noise < 0.05 * want.mean()
     everywhere = run(Model(Checkpoint.open(folder)), ids, batches_of(WINDOWS, 4))
-    assert compare(everywhere, ours, ids, 0).kld.mean() > got
+    assert (compare(everywhere, ours, ids, 0).kld.mean(1) - want).mean() > noise
 
 
 @pytest.mark.parametrize(
