@@ -65,6 +65,8 @@ def builtin(name: str, *, method: str | None = None, group_size: int | None = No
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     if method is not None:
         text = text.replace("method: gptq", f"method: {method}")
+    if method in ("rtn", "mse"):
+        text = text.replace(", method: fit", "")  # needs calibration, which these do without
     if group_size is not None:
         text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
     return parse(text, f"recipe {name}")

@@ -1,7 +1,7 @@
 """W4A16 of DeepSeek-V2 by llm-compressor (round to nearest or GPTQ) on given calibration tokens, as a peer to compare.
 
-    python -m venv /tmp/lc/.venv && /tmp/lc/.venv/bin/pip install -r benchmarks/peers/requirements-llmcompressor.txt
-    /tmp/lc/.venv/bin/python benchmarks/peers/llmcompressor_gptq.py MODEL --tokens ids.npy --method gptq \\
+    python -m venv peer/.venv && peer/.venv/bin/pip install -r benchmarks/peers/requirements-llmcompressor.txt
+    peer/.venv/bin/python benchmarks/peers/llmcompressor_gptq.py MODEL --tokens ids.npy --method gptq \\
         --group-size 64 --ignore 're:.*kv_b_proj$' -o OUT
 
 Runs in llm-compressor's own environment and imports nothing of dsv2quant. Apart from the options here all settings are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors import safe_open
 
 from dsv2quant.plan import Plan
 from dsv2quant.recipe import CALIBRATED
+
+MOMENT_BYTES = 4 << 30  # experts are calibrated in batches whose moments and factors fit into this
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,24 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
     width = 2 * c.hidden_size + c.num_attention_heads * c.v_head_dim
     encoded = sum(line.nbytes for line in plan.lines if line.method in CALIBRATED)
     return encoded + 2 * 4 * calibration.ids.size * width
+
+
+def work_memory(plan: Plan) -> int:
+    """Memory that calibration takes beside the runtime's own: the widest layer in float32, unquantized and quantized,
+    and the moments and factors of one batch of experts."""
+    layers: dict[int, int] = defaultdict(int)
+    for line in plan.lines:
+        if line.slot.layer is not None:
+            layers[line.slot.layer] += 4 * line.slot.size
+    c = plan.checkpoint.config
+    one = moment_bytes(max(c.hidden_size, c.num_attention_heads * c.v_head_dim))
+    return 2 * max(layers.values()) + max(one, min(MOMENT_BYTES, c.n_routed_experts * one))
+
+
+def moment_bytes(columns: int) -> int:
+    """Memory for one matrix of so many columns: H and S of tokens to fit on and of those kept aside, in float32, and
+    the factorisation in float64."""
+    return 8 * 4 * columns**2
 
 
 def layer_file(folder: Path, layer: int) -> Path:

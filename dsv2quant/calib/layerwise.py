@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dsv2quant.calib import gptq
-from dsv2quant.calib.calibration import Outcome
+from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, moment_bytes
 from dsv2quant.calib.gptq import Moments
 from dsv2quant.calib.spool import ROWS, Spool
 from dsv2quant.config import ModelConfig
@@ -30,7 +30,6 @@ from dsv2quant.model.moe import FFN, MoE, route
 from dsv2quant.recipe import CALIBRATED
 
 HELD = 16  # one window in so many is kept aside
-MOMENT_BYTES = 4 << 30  # experts are taken in batches whose moments and factors fit into this
 
 Parts = dict[str, np.ndarray]
 
@@ -211,8 +210,7 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
             for m, keep in zip(pool, (~held, held), strict=True):
                 m.add(0, x[keep], y[keep])
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
-    per_expert = 8 * 4 * max(hidden, real.config.moe_intermediate_size) ** 2
-    batch = max(1, MOMENT_BYTES // per_expert)
+    batch = max(1, MOMENT_BYTES // moment_bytes(max(hidden, real.config.moe_intermediate_size)))
     if job.wanted([f"mlp.experts.{e}.{p}_proj" for e in range(len(real.experts)) for p in ("gate", "up", "down")]):
         for first in range(0, len(real.experts), batch):
             members = range(first, min(first + batch, len(real.experts)))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import Calibration, Encoded, layer_file
 from dsv2quant.calib.layerwise import Job, quantize_layer, twin
@@ -114,7 +114,8 @@ def _save(folder: Path, layer: int, job: Job) -> None:
     path = layer_file(folder, layer)
     partial = path.with_name(path.name + ".partial")
     tensors = {f"{module}.{suffix}": bits for module, parts in job.parts.items() for suffix, bits in parts.items()}
-    save_file(tensors, partial, {"outcomes": json.dumps([asdict(o) for o in job.outcomes])})
+    # Not save_file(): on a full disk it raises no OSError.
+    partial.write_bytes(save(tensors, {"outcomes": json.dumps([asdict(o) for o in job.outcomes])}))
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path)

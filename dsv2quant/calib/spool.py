@@ -25,6 +25,9 @@ class Spool:
             self._array = np.memmap(path, np.float32, "r", shape=(tokens, width))
         else:
             self._array = np.memmap(self._partial, np.float32, "w+", shape=(tokens, width))
+            with self._partial.open("rb+") as file:
+                # On a full disk, writing to a hole that is mapped would kill the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, self._array.nbytes)
 
     @staticmethod
     def holds(path: Path, tokens: int, width: int) -> bool:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.plan import Line, Plan
@@ -40,6 +41,8 @@ def notes(plan: Plan) -> list[str]:
     """What a user should know about serving this plan's artifact, beyond its schemes."""
     config = plan.checkpoint.config
     found = []
+    if needs_calibration(plan):
+        found.append(f"calibration takes about {gigabytes(work_memory(plan))} of memory on the device")
     if config.attention_bias and set(plan.targets) & {"vllm", "sglang"}:
         found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
     if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:

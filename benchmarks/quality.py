@@ -1,0 +1,139 @@
+"""INT4 quality and time against llm-compressor: one checkpoint, the same calibration tokens, one evaluator, one run.
+
+    python -m venv peer/.venv && peer/.venv/bin/pip install -r benchmarks/peers/requirements-llmcompressor.txt
+    python benchmarks/quality.py --peer peer/.venv/bin/python --scratch DIR --results benchmarks/results/quality.csv
+
+Both sides quantize the same modules: all linears but kv_b_proj, router and head, and at group size 128 not layer 0's
+down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoint in float32, weights decoded in
+float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
+quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
+`--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv2quant import __version__, recipe
+from dsv2quant.calib.calibration import Calibration, needs_calibration
+from dsv2quant.calib.text import standard_library, windows
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.convert import convert
+from dsv2quant.evaluate.divergence import compare
+from dsv2quant.evaluate.perplexity import Pass, batches_of, run
+from dsv2quant.evaluate.text import python_topics
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+from dsv2quant.plan import make_plan
+
+MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
+CTX, EVALUATED = 512, 60
+TARGETS = ("vllm", "transformers")  # SGLang's kernels would leave kv_a's 144 rows unquantized
+
+
+class Evaluator:
+    """KLD from the BF16 checkpoint on windows of the default evaluation text."""
+
+    def __init__(self) -> None:
+        tokenizer = Tokenizer(MODEL)
+        stream = tokenizer.encode(python_topics().content)
+        self._ids = cut(stream, CTX, tokenizer.bos_id, "default", "topics").ids[:EVALUATED]
+        self.tokens = EVALUATED * (CTX - 1)
+        self._reference = self._pass(MODEL)
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        compared = compare(self._pass(folder), self._reference, self._ids, 0)
+        by_window = compared.kld.mean(1)
+        stderr = by_window.std(ddof=1) / math.sqrt(EVALUATED)
+        return {
+            "KLD": f"{by_window.mean():.4f}",
+            "stderr": f"{stderr:.4f}",
+            "ppl": f"{math.exp(compared.nll.mean()):.3f}",
+        }
+
+    def _pass(self, folder: Path) -> Pass:
+        model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+        return run(model, self._ids, batches_of(EVALUATED, 8))
+
+
+def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> tuple[float, float, str]:
+    """(seconds, bits per weight, versions) of one of our recipes."""
+    plan = make_plan(Checkpoint.open(MODEL), recipe.builtin(name, **options), for_targets=TARGETS)
+    calibration = Calibration(ids, "benchmark", "", 0, []) if needs_calibration(plan) else None
+    result = convert(plan, out, command="", calibration=calibration)
+    versions = f"dsv2quant {__version__}, torch {torch.__version__}"
+    return result.seconds, 8 * plan.bytes_out / plan.parameters, versions
+
+
+def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> tuple[float, float, str]:
+    """(seconds, bits per weight, versions) of llm-compressor."""
+    script = Path(__file__).parent / "peers" / "llmcompressor_gptq.py"
+    ignored = [r"re:.*kv_b_proj$"] + ["model.layers.0.mlp.down_proj"] * (group == 128)
+    command = [python, str(script), str(MODEL), "--tokens", str(tokens), "--method", method]
+    command += ["--group-size", str(group), "-o", str(out), *(f"--ignore={name}" for name in ignored)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    printed = json.loads(ran.stdout)
+    checkpoint = Checkpoint.open(out)
+    bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
+    return printed["quantize_s"], bits / sum(w.slot.size for w in checkpoint.weights), versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="Python of llm-compressor's environment")
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--starved", action="store_true")
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    all_ids = windows(standard_library(), Tokenizer(MODEL), options.windows, CTX, seed=0)
+    evaluate = Evaluator()
+    rows: list[dict[str, Any]] = []
+
+    def record(tool: str, method: str, group: int, count: int, made: tuple[float, float, str], out: Path) -> None:
+        seconds, bits, versions = made
+        row = {"tool": tool, "method": method, "group": group, "windows": count, "bits/weight": f"{bits:.3f}"}
+        row |= evaluate(out) | {"seconds": f"{seconds:.1f}", "cores": os.cpu_count()}
+        rows.append(row | {"evaluated": evaluate.tokens, "versions": versions})
+        print("  ".join(f"{key} {value}" for key, value in list(row.items())), file=sys.stderr)
+        shutil.rmtree(out)
+
+    counts = [2, 4, 8] if options.starved else [options.windows]
+    for count in counts:
+        ids, tokens, out = all_ids[:count], options.scratch / "ids.npy", options.scratch / "out"
+        np.save(tokens, ids)
+        for group in (64,) if options.starved else (64, 128):
+            shutil.rmtree(out, ignore_errors=True)
+            for method in ("rtn", "gptq"):
+                record("llm-compressor", method, group, count, peers(options.peer, method, group, tokens, out), out)
+            for method in ("rtn", "mse", "gptq"):
+                made = ours("int4-pure", ids, out, method=method, group_size=group)
+                record("dsv2quant pure", method, group, count, made, out)
+            if not options.starved:
+                record("dsv2quant mixed", "gptq", group, count, ours("int4-mixed", ids, out, group_size=group), out)
+    if options.results:
+        new = not options.results.exists()
+        with options.results.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
