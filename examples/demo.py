@@ -50,6 +50,9 @@ def difference_from_transformers(folder: Path) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
     if "weight_block_size" in config:
         model = model.float()  # unquantized modules of a block-FP8 model load in BF16
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data = parameter.data.float()  # INT4 experts load in BF16, and then compute in it
     tokens = torch.arange(512)[None] + 100
     with torch.inference_mode():
         theirs = model(tokens).logits
