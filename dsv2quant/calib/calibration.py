@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from dsv2quant.config import ModelConfig
 from dsv2quant.plan import Plan
 from dsv2quant.recipe import CALIBRATED
 
-MOMENT_BYTES = 4 << 30  # experts are calibrated in batches whose moments and factors fit into this
+MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,25 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
 
 def work_memory(plan: Plan) -> int:
     """Memory that calibration takes beside the runtime's own: the widest layer in float32, unquantized and quantized,
-    and the moments and factors of one batch of experts."""
+    one batch of matrices with their moments and factors, and as much again for the experts' inputs."""
     layers: dict[int, int] = defaultdict(int)
     for line in plan.lines:
         if line.slot.layer is not None:
             layers[line.slot.layer] += 4 * line.slot.size
     c = plan.checkpoint.config
-    one = moment_bytes(max(c.hidden_size, c.num_attention_heads * c.v_head_dim))
-    return 2 * max(layers.values()) + max(one, min(MOMENT_BYTES, c.n_routed_experts * one))
+    one = max(expert_bytes(c), matrix_bytes(c.num_attention_heads * c.v_head_dim, c.hidden_size))
+    return 2 * max(layers.values()) + max(one, min(MOMENT_BYTES, c.n_routed_experts * expert_bytes(c))) + MOMENT_BYTES
 
 
-def moment_bytes(columns: int) -> int:
-    """Memory for one matrix of so many columns: H and S of tokens to fit on and of those kept aside, in float32, and
-    the factorisation in float64."""
-    return 8 * 4 * columns**2
+def expert_bytes(config: ModelConfig) -> int:
+    """Memory to calibrate one routed expert's gate and up, which takes more than its down."""
+    return matrix_bytes(config.hidden_size, config.moe_intermediate_size)
+
+
+def matrix_bytes(columns: int, rows: int) -> int:
+    """Memory to calibrate a matrix: H and S of the tokens to fit on and of those kept aside, as summed and shrunk, in
+    float32; six steps of the factorisation in float64; and a dozen float32 matrices of the weight's own size."""
+    return (2 * 4 * 4 + 6 * 8) * columns**2 + 12 * 4 * rows * columns
 
 
 def layer_file(folder: Path, layer: int) -> Path:

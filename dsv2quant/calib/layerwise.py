@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dsv2quant.calib import gptq
-from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, moment_bytes
+from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, expert_bytes
 from dsv2quant.calib.gptq import Moments
 from dsv2quant.calib.spool import ROWS, Spool
 from dsv2quant.config import ModelConfig
@@ -210,11 +210,12 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
             for m, keep in zip(pool, (~held, held), strict=True):
                 m.add(0, x[keep], y[keep])
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
-    batch = max(1, MOMENT_BYTES // moment_bytes(max(hidden, real.config.moe_intermediate_size)))
+    batch = max(1, MOMENT_BYTES // expert_bytes(real.config))
+    gather = _gatherer(job, streams)
     if job.wanted([f"mlp.experts.{e}.{p}_proj" for e in range(len(real.experts)) for p in ("gate", "up", "down")]):
         for first in range(0, len(real.experts), batch):
             members = range(first, min(first + batch, len(real.experts)))
-            _experts(job, streams, members, weights, chosen, pool)
+            _experts(job, gather, members, weights, chosen, pool)
     if real.shared is not None:
         assert ideal.shared is not None
         _ffn(job, "mlp.shared_experts", real.shared, ideal.shared, inputs)
@@ -225,9 +226,27 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
             spool[rows] = x + layer.ffn(layer.post_attention_layernorm(x))[0]
 
 
+Gather = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # tokens → real and ideal FFN inputs
+
+
+def _gatherer(job: Job, streams: tuple[Spool, Spool]) -> Gather:
+    """The FFN's inputs by token: held on the device if they fit into the budget, otherwise read from the spools."""
+    if 2 * 4 * len(streams[0]) * streams[0].width <= MOMENT_BYTES:
+        _, real, ideal = zip(*_normed(job, streams)(), strict=True)
+        x, y = torch.cat(real), torch.cat(ideal)
+        return lambda tokens: (x[tokens], y[tokens])
+
+    def read(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        index = tokens.cpu().numpy()
+        x, y = streams[0][index], streams[1][index]
+        return job.real.post_attention_layernorm(x), job.ideal.post_attention_layernorm(y)
+
+    return read
+
+
 def _experts(
     job: Job,
-    streams: tuple[Spool, Spool],
+    gather: Gather,
     members: range,
     weights: torch.Tensor,
     chosen: torch.Tensor,
@@ -241,13 +260,8 @@ def _experts(
     stride = max(1, len(chosen) // (4 * real.config.moe_intermediate_size))
     sample = torch.arange(stride // 2, len(chosen), stride, device=device)
 
-    def gather(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        index = tokens.cpu().numpy()
-        x, y = streams[0][index], streams[1][index]
-        return job.real.post_attention_layernorm(x), job.ideal.post_attention_layernorm(y)
-
     routed = [(chosen == expert).nonzero(as_tuple=True) for expert in members]
-    names = [[f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj"] for e in members]
+    names = [job.wanted([f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj"]) for e in members]
 
     def moments(columns: int) -> tuple[Moments, Moments]:
         return Moments.zeros(len(members), columns, device), Moments.zeros(len(members), columns, device)
@@ -255,8 +269,8 @@ def _experts(
     def split(tokens: torch.Tensor) -> torch.Tensor:
         return (tokens // job.ctx) % HELD == HELD // 2
 
-    if job.wanted(names[0]):
-        found = moments(streams[0].width)
+    if names[0]:
+        found = moments(real.config.hidden_size)
         for i, (tokens, _) in enumerate(routed):
             x, y = gather(tokens)
             held = split(tokens)

@@ -57,11 +57,7 @@ def quantize_layers(
     if start == 0:
         shutil.rmtree(folder)
         folder.mkdir()
-        embed, flat = loader.ends().embed, torch.from_numpy(calibration.ids.reshape(-1)).to(device)
-        for stream in streams(0):
-            for first in range(0, tokens, ROWS):
-                stream[slice(first, first + ROWS)] = embed(flat[first : first + ROWS])
-            stream.keep()
+        _embed(loader, torch.from_numpy(calibration.ids.reshape(-1)), streams(0))
     for layer in range(start, layers):
         for path in _stream_files(folder, layer + 1):
             path.unlink(missing_ok=True)
@@ -78,6 +74,14 @@ def quantize_layers(
     return Encoded(folder, layers)
 
 
+def _embed(loader: Loader, tokens: torch.Tensor, streams: tuple[Spool, Spool]) -> None:
+    ends = loader.ends()
+    for stream in streams:
+        for first in range(0, len(tokens), ROWS):
+            stream[slice(first, first + ROWS)] = ends.embed(tokens[first : first + ROWS].to(stream.device))
+        stream.keep()
+
+
 def _job(plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, ctx: int, device: str) -> Job:
     """The layer unquantized, and its twin in which everything that needs no calibration is quantized already."""
     ideal = loader.layer(layer)
@@ -86,7 +90,7 @@ def _job(plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, ctx: int, d
     for step in plan.steps:
         lines = [line for line in step.lines if line.slot.layer == layer and line.slot.role in LINEAR_ROLES]
         choices |= {line.slot.module: (line.slot.role, line.scheme, line.method) for line in lines}
-        if not lines or lines[0].scheme == "bf16" or lines[0].method in CALIBRATED:
+        if not lines or lines[0].is_copy or lines[0].method in CALIBRATED:
             continue
         codec = CODECS[lines[0].scheme]
         weights = [plan.checkpoint.encodable(line.weight) for line in lines]

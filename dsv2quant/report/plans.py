@@ -42,7 +42,7 @@ def notes(plan: Plan) -> list[str]:
     config = plan.checkpoint.config
     found = []
     if needs_calibration(plan):
-        found.append(f"calibration takes about {gigabytes(work_memory(plan))} of memory on the device")
+        found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     if config.attention_bias and set(plan.targets) & {"vllm", "sglang"}:
         found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
     if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:
