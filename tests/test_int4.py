@@ -1,0 +1,396 @@
+"""The INT4 codecs: packing and scales bit for bit compressed-tensors', codes and searched scales against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fp8 import as_float32, divide, to_bf16
+
+from dsv2quant import recipe
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.int4_cpu import FACTORS, nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.part import NonFiniteError
+from dsv2quant.plan import make_plan
+
+SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
+# Rows around the search's tiles of 16; columns of one and several groups.
+SHAPES = [(1, 128), (3, 256), (16, 128), (17, 384), (40, 128)]
+NUMPY = {"I32": np.int32, "BF16": np.uint16, "I64": np.int64}
+U = 2.0**-24  # float32's largest relative rounding error
+
+
+def weights(shape: tuple[int, int], dtype: str, seed: int = 0) -> np.ndarray:
+    """Rows of different sizes; a zero row and -0.0."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(shape) * np.exp2(rng.integers(-20, 8, (shape[0], 1)))).astype(np.float32)
+    if shape[0] > 2:
+        x[1] = 0.0
+        x[2, 0] = -0.0
+    return to_bf16(x) if dtype == "bf16" else x
+
+
+def group_of(scheme: str, cols: int) -> int:
+    return CODECS[scheme].group_size or cols
+
+
+def encode(weight: np.ndarray, scheme: str, method: str = "rtn") -> tuple[np.ndarray, np.ndarray]:
+    """(codes, unpacked by compressed-tensors, and scales float32)."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    (parts,) = CODECS[scheme].encode([weight], method=method)
+    codes = unpack_from_int32(torch.from_numpy(parts["weight_packed"]), 4, torch.Size(weight.shape))
+    return codes.numpy(), as_float32(parts["weight_scale"])
+
+
+def spread(scales: np.ndarray, cols: int) -> np.ndarray:
+    return scales.repeat(cols // scales.shape[1], 1)
+
+
+def expected_rtn(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    x = as_float32(weight)
+    rows, cols = x.shape
+    amax = np.abs(x).reshape(rows, -1, group_of(scheme, cols)).max(2)
+    scales = as_float32(to_bf16(divide(amax, np.full_like(amax, 7.5))))
+    scales[scales == 0] = 1
+    # Two BF16 values: the exact quotient is never so near a tie that float32 would move it there.
+    quotient = x.astype(np.float64) / spread(scales, cols)
+    quotient = quotient if weight.dtype == np.uint16 else divide(x, spread(scales, cols)).astype(np.float64)
+    return np.clip(np.rint(quotient), -8, 7), scales
+
+
+def assert_rtn(weight: np.ndarray, scheme: str) -> None:
+    codes, scales = encode(weight, scheme)
+    want_codes, want_scales = expected_rtn(weight, scheme)
+    np.testing.assert_array_equal(scales, want_scales)
+    np.testing.assert_array_equal(codes, want_codes)
+
+
+def candidate_errors(x: np.ndarray, importance: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every candidate scale [rows, groups, 61] and, in float64, what it loses."""
+    amax = np.abs(x).reshape(len(x), -1, group).max(2)
+    unit = divide(amax, np.full_like(amax, 7))
+    scales = as_float32(to_bf16(unit[..., None] * FACTORS)).astype(np.float64)
+    scales[scales == 0] = 1
+    values = x.astype(np.float64).reshape(len(x), -1, 1, group)
+    weighted = np.broadcast_to(importance.astype(np.float64), x.shape).reshape(values.shape)
+    steps = scales[..., None]
+    lost = weighted * (np.clip(np.rint(values / steps), -8, 7) * steps - values) ** 2
+    return scales, lost.sum(-1)
+
+
+def assert_searched(x: np.ndarray, importance: np.ndarray, group: int) -> int:
+    """The scale of least error, up to what float32 can tell; how many groups have another than float64's choice.
+
+    In float32 each term is rounded four times (the difference, twice, and two products) and the sum of `group` terms
+    as often. A quotient of 8 or less is off by 8 U, and rounding it to the wrong side of a tie makes a term larger by
+    (1/2 + 8U)² / (1/2 - 8U)² ≈ 1 + 64 U. Two candidates within twice that can change places.
+    """
+    got = search_scales(x, importance, group)
+    scales, errors = candidate_errors(x, importance, group)
+    assert (scales == got[..., None]).any(-1).all()
+    of_got = np.where(scales == got[..., None], errors, np.inf).min(-1)
+    assert (of_got <= errors.min(-1) * (1 + 2 * (group + 68) * U)).all()
+    unscaled = errors[..., FACTORS == 1][..., 0]
+    assert (of_got <= unscaled * (1 + 2 * (group + 68) * U)).all()
+    best = np.take_along_axis(scales, errors.argmin(-1)[..., None], -1)[..., 0]
+    return int((best != got).sum())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rtn_codes_and_scales_equal_float64_arithmetic(scheme, dtype, shape):
+    assert_rtn(weights(shape, dtype), scheme)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 24), (17, 1000)])
+def test_channels_need_only_whole_words(shape):
+    assert CODECS["int4-channel"].refusal(shape) is None
+    assert_rtn(weights(shape, "bf16"), "int4-channel")
+
+
+def test_ties_round_to_even_and_ends_are_clamped():
+    row = np.array([7.5, -7.5, 6.5, 5.5, 0.5, -0.5, 1.5, -2.5], np.float32)  # the scale is a power of two
+    for scale in (1.0, 2.0**-30, 2.0**20):
+        codes, scales = encode(row[None] * np.float32(scale), "int4-channel")
+        assert scales == scale
+        assert codes.tolist() == [[7, -8, 6, 6, 0, 0, 2, -2]]
+
+
+def test_scales_at_ties_round_to_even():
+    halfway = 1 + (2 * np.arange(128, dtype=np.float32) + 1) / 256  # between neighbours among BF16's 8 bits
+    scales = rtn_scales(7.5 * halfway[:, None].repeat(32, 1), 32)
+    np.testing.assert_array_equal(scales[:, 0], as_float32(to_bf16(halfway)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 3), st.sampled_from(SCHEMES), st.sampled_from(["bf16", "f32"]), st.integers(0)
+)
+def test_any_shape(rows, groups, scheme, dtype, seed):
+    cols = groups * (CODECS[scheme].group_size or 8)
+    weight = weights((rows, cols), dtype, seed)
+    assert_rtn(weight, scheme)
+    rng = np.random.default_rng(seed)
+    importance = rng.chisquare(1, (rng.choice([1, rows]), cols)).astype(np.float32)
+    assert_searched(as_float32(weight), importance, group_of(scheme, cols))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32))
+def test_any_finite_row(row):
+    assert_rtn(np.array([row], np.float32), "int4-g32")
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_zero_and_tiny_weights_have_usable_scales(method):
+    smallest = np.full((2, 32), 1e-45, np.float32)  # amax / 7 underflows to zero in BF16
+    for x in (np.zeros((2, 32), np.float32), np.full((2, 32), -0.0, np.float32), smallest):
+        codes, scales = encode(x, "int4-g32", method)
+        assert (scales == 1).all()
+        assert not codes.any()
+
+
+def test_subnormal_scales_are_scales_too():
+    codes, scales = encode(np.full((2, 32), -(2.0**-126), np.float32), "int4-g32")
+    np.testing.assert_array_equal(scales, np.float32(17 * 2.0**-133))  # 2^-126 / 7.5 = 17.07 · 2^-133
+    assert (codes == -8).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_packing_equals_compressed_tensors(scheme, method):
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    weight = weights((17, 384), "f32")
+    (parts,) = CODECS[scheme].encode([weight], method=method)
+    ours = {name: torch.from_numpy(array) for name, array in parts.items()}
+    scales = torch.from_numpy(as_float32(parts["weight_scale"]))
+    codes = nearest_codes(weight, scales.numpy())
+    assert set(np.unique(codes)) == set(range(-8, 8))
+    assert torch.equal(ours["weight_packed"], pack_to_int32(torch.from_numpy(codes), 4))
+    # Their compressor takes codes with our scales, in float32: in BF16 it would round the quotients.
+    args = scheme_of(scheme)
+    theirs = PackedQuantizationCompressor.compress({"weight": torch.from_numpy(weight), "weight_scale": scales}, args)
+    assert torch.equal(ours["weight_packed"], theirs["weight_packed"])
+    assert torch.equal(ours["weight_shape"], theirs["weight_shape"])
+    # and gives the weights that we do.
+    for dtype in (torch.float32, torch.bfloat16):
+        ours["weight_scale"] = scales.to(torch.bfloat16)
+        stored = ours | {"weight_scale": scales.to(dtype)}
+        plain = PackedQuantizationCompressor.decompress(stored, args)["weight"]
+        assert plain.dtype == dtype
+        assert torch.equal(plain, CODECS[scheme].decode(ours, dtype))
+
+
+def scheme_of(scheme: str):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    size = CODECS[scheme].group_size
+    group = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, dynamic=False, **group)
+    return QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
+
+
+def test_the_scale_of_every_bf16_amax_is_compressed_tensors():
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    bits = np.arange(0x7F80, dtype=np.uint16)  # every finite magnitude
+    amax = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    theirs, _ = calculate_qparams(-amax, amax, scheme_of("int4-g32").weights)
+    ours = rtn_scales(as_float32(bits)[:, None].repeat(32, 1), 32)
+    # Up to 3 · 2^-133 the scale underflows: ours is then 1, theirs an epsilon.
+    np.testing.assert_array_equal(ours[4:, 0], theirs[4:].float().numpy())
+    assert (ours[:4] == 1).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+@pytest.mark.parametrize("kind", ["equal", "per column", "per weight"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_searched_scales_equal_a_search_in_float64(group, kind, dtype):
+    x = as_float32(weights((50, 384), dtype, seed=group))
+    shape = {"equal": (1, 1), "per column": (1, 384), "per weight": x.shape}[kind]
+    rng = np.random.default_rng(group)
+    importance = np.ones((1, 384), np.float32) if kind == "equal" else rng.chisquare(1, shape).astype(np.float32)
+    if kind != "equal":
+        importance[:, ::7] = 0
+    others = assert_searched(x, importance, group)
+    assert others <= 2  # of 50 to 600 groups: ties within 2^-15 are rare
+
+
+def test_a_row_is_searched_alike_whatever_stands_beside_it():
+    x, importance = as_float32(weights((50, 128), "f32")), weights((50, 128), "f32", seed=1) ** 2
+    together = search_scales(x, importance, 32)
+    for i in range(50):
+        np.testing.assert_array_equal(search_scales(x[i : i + 1], importance[i : i + 1], 32), together[i : i + 1])
+    shared = importance[3:4]
+    np.testing.assert_array_equal(search_scales(x, shared, 32), search_scales(x, shared.repeat(50, 0), 32))
+
+
+def test_importance_decides_whom_the_scale_serves():
+    x = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    x[:, 0] = 6.0  # an outlier: all 16 levels reach it, or serve the others
+    only, never = np.full((1, 64), 1e-6, np.float32), np.ones((1, 64), np.float32)
+    only[0, 0], never[0, 0] = 1, 0
+
+    def error(importance: np.ndarray) -> np.ndarray:
+        scales = search_scales(x, importance, 64)
+        return np.abs(nearest_codes(x, scales) * scales - x)
+
+    assert error(only)[:, 0].max() < 0.02 < 1 < error(never)[:, 0].min()
+    assert error(never)[:, 1:].mean() < 0.7 * error(only)[:, 1:].mean()
+    np.testing.assert_array_equal(search_scales(x, never, 64), search_scales(x, never * 1024, 64))
+
+
+def test_mse_is_the_search_with_equal_weights_and_loses_less_than_rtn():
+    for scheme in SCHEMES:
+        weight = weights((40, 384), "bf16")
+        x, group = as_float32(weight), group_of(scheme, 384)
+        codes, scales = encode(weight, scheme, "mse")
+        np.testing.assert_array_equal(scales, search_scales(x, np.ones((1, 384), np.float32), group))
+        np.testing.assert_array_equal(codes, nearest_codes(x, scales))
+        plain_codes, plain_scales = encode(weight, scheme)
+        lost = ((codes * spread(scales, 384) - x) ** 2).sum()
+        assert lost < 0.95 * ((plain_codes * spread(plain_scales, 384) - x) ** 2).sum()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_layout_predicts_what_encode_returns(scheme, method):
+    codec = CODECS[scheme]
+    for shape in ((1, 128), (17, 384)):
+        (parts,) = codec.encode([weights(shape, "bf16")], method=method)
+        assert [(suffix, array.shape, array.dtype) for suffix, array in parts.items()] == [
+            (part.suffix, part.shape, NUMPY[part.dtype]) for part in codec.layout(shape)
+        ]
+        assert [array.nbytes for array in parts.values()] == [part.nbytes for part in codec.layout(shape)]
+        assert parts["weight_shape"].tolist() == list(shape)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_decode_is_the_float32_product_rounded_once(scheme):
+    weight = weights((17, 384), "bf16")
+    codec = CODECS[scheme]
+    (encoded,) = codec.encode([weight])
+    codes, scales = encode(weight, scheme)
+    parts = {suffix: torch.from_numpy(array) for suffix, array in encoded.items()}
+    parts["weight_scale"] = parts["weight_scale"].view(torch.bfloat16)
+    exact = codes.astype(np.float64) * spread(scales, 384)
+    want = torch.from_numpy(exact.astype(np.float32))  # a product of 4 and 8 bits: exact in float32 too
+    assert (want.double().numpy() == exact).all()
+    assert torch.equal(codec.decode(parts, torch.float32), want)
+    assert torch.equal(codec.decode(parts, torch.bfloat16), want.to(torch.bfloat16))
+    assert torch.equal(codec.decode(parts, torch.float32, torch.bfloat16), want)
+    # Half a step; and 7.5 steps reach amax only up to the scale's own rounding by 2^-8, where 8 is clamped to 7.
+    error = np.abs(exact - as_float32(weight))
+    assert (error <= spread(scales, 384) * (0.5 + 7.5 * 2.0**-8)).all()
+    wide = parts["weight_scale"].float() * 1.001  # scales that BF16 can't hold, as other tools may store them
+    product = torch.from_numpy(codes).float() * wide.repeat_interleave(384 // scales.shape[1], 1)
+    rounded = torch.from_numpy(codes).float() * wide.bfloat16().float().repeat_interleave(384 // scales.shape[1], 1)
+    assert not torch.equal(product, rounded)
+    assert torch.equal(codec.decode(parts | {"weight_scale": wide}, torch.bfloat16), product.to(torch.bfloat16))
+    assert torch.equal(codec.decode(parts | {"weight_scale": wide}, torch.float32, torch.bfloat16), rounded)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "unit"), [("int4-g128", 128), ("int4-g64", 64), ("int4-g32", 32), ("int4-channel", 8)]
+)
+def test_columns_must_fill_whole_groups_and_words(scheme, unit):
+    codec = CODECS[scheme]
+    assert codec.refusal((3, 5 * unit)) is None
+    for cols in (5 * unit + 1, 5 * unit + unit // 2, unit - 1):
+        assert codec.refusal((128, cols)) == f"{cols} columns are not a multiple of {unit}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named_with_its_first_index(scheme, method, dtype, value):
+    x = weights((40, 256), "f32")
+    x[13, 7] = x[17, 255] = value
+    bad = to_bf16(x) if dtype == "bf16" else x
+    with pytest.raises(NonFiniteError) as error:
+        CODECS[scheme].encode([weights((40, 256), dtype), bad], method=method)
+    assert (error.value.which, error.value.index) == (1, (13, 7))
+
+
+def planned(name: str, group_size: int | None = None):
+    """(plan of dsv2-mini, its quantization_config)."""
+    asked = recipe.builtin(name, method="rtn", group_size=group_size)
+    made = make_plan(Checkpoint.open(tiny.MINI), asked, for_targets=("vllm", "transformers"))
+    return made, made.config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "declared"),
+    [
+        (64, {"strategy": "group", "group_size": 64}),
+        (32, {"strategy": "group", "group_size": 32}),
+        (0, {"strategy": "channel"}),
+    ],
+)
+def test_config_of_int4_alone(group_size, declared):
+    made, config = planned("int4-pure", group_size)
+    assert len(made.schemes) == 1
+    assert config == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", **declared, "symmetric": True, "dynamic": False},
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+        "ignore": config["ignore"],
+    }
+    assert set(config["ignore"]) == {
+        "lm_head",
+        *(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(4)),
+        *(f"model.layers.{i}.mlp.gate" for i in range(1, 4)),
+    }
+
+
+def test_config_of_mixed_schemes_names_each_groups_format():
+    _, config = planned("int4-mixed")
+    # SGLang takes only this word for experts in INT4; each group's own format overrides it everywhere else.
+    assert config["format"] == "pack-quantized"
+    experts, rest = config["config_groups"].values()
+    assert (experts["format"], experts["input_activations"]) == ("pack-quantized", None)
+    assert (rest["format"], rest["input_activations"]["strategy"]) == ("float-quantized", "token")
+    # transformers finds the experts' group by the word, and the other one by its absence.
+    assert all("experts" in target for target in experts["targets"])
+    assert not any("experts" in target for target in rest["targets"])
+    assert {f"model.layers.{i}.self_attn.kv_b_proj" for i in range(4)} <= set(config["ignore"])
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size"), [("int4-pure", 64), ("int4-pure", 128), ("int4-experts", 64), ("int4-mixed", 128)]
+)
+def test_compressed_tensors_finds_every_modules_scheme(name, group_size):
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import is_match
+
+    made, raw = planned(name, group_size)
+    config = QuantizationConfig.model_validate(raw)
+    linear = torch.nn.Linear(1, 1)
+    for line in made.lines:
+        if len(line.slot.shape) != 2 or line.slot.role == "embed":
+            continue
+        groups = [
+            g for g in config.config_groups.values() if is_match(line.slot.module, linear, g.targets, config.ignore)
+        ]
+        found = [(g.weights.num_bits, g.weights.strategy, g.weights.group_size) for g in groups]
+        size = line.scheme.removeprefix("int4-g")
+        want = {"bf16": [], "fp8-channel": [(8, "channel", None)]}.get(line.scheme)
+        assert found == ([(4, "group", int(size))] if want is None else want), line.slot.module
