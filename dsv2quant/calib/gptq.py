@@ -53,7 +53,8 @@ class Moments:
         share = (self.count / (self.count + columns))[:, None, None]
         own, other = (_trace(m.h).clamp(min=torch.finfo(torch.float32).tiny) for m in (self, prior))
         per_token = 1 / self.count.clamp(min=1)[:, None, None]
-        scale = torch.where(self.count[:, None, None] > 0, own * per_token / other, 1 / prior.count[:, None, None])
+        matched = torch.where(_trace(prior.h) > 0, own * per_token / other, 0.0)  # an empty prior adds nothing
+        scale = torch.where(self.count[:, None, None] > 0, matched, 1 / prior.count[:, None, None])
         h = share * self.h * per_token + (1 - share) * prior.h * scale
         s = share * self.s * per_token + (1 - share) * prior.s * scale
         return Moments(h, s, self.count)
@@ -77,7 +78,12 @@ class Factor:
 
 
 def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
-    """Factor H [batch, K, K], in float64. Damping grows tenfold until every matrix is positive definite."""
+    """Factor H [batch, K, K], in float64. Damping grows tenfold until every matrix is positive definite.
+
+    Raises ValueError where H is not finite: no damping would end that.
+    """
+    if not h.isfinite().all():
+        raise ValueError("second moments are not finite")
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     permuted = _columns(_columns(h, order).mT, order).double()
@@ -132,7 +138,8 @@ def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> t
     w = weight.float().unflatten(2, (-1, group))
     weights = importance.float().unflatten(1, (-1, group))[:, None]
     unit = w.abs().amax(-1, keepdim=True) / torch.full((), 7.0, device=weight.device)
-    best, least = torch.ones_like(unit), torch.full_like(unit, float("inf"))
+    best = (unit * float(FACTORS[0])).bfloat16().float()
+    best, least = torch.where(best > 0, best, 1.0), torch.full_like(unit, float("inf"))
     for value in FACTORS:
         candidate = (unit * float(value)).bfloat16().float()
         candidate = torch.where(candidate > 0, candidate, 1.0)
