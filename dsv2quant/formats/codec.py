@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv2quant.formats.fp8 import Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.formats.part import Part
+from dsv2quant.formats.part import Inputs, Part
 from dsv2quant.formats.plain import Bf16
 
 if TYPE_CHECKING:
@@ -48,13 +48,18 @@ class Codec(Protocol):
         """The stored parts of a weight of this shape, which `refusal` lets pass."""
 
     def encode(
-        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+        self,
+        weights: Sequence[np.ndarray],
+        device: str = "cpu",
+        method: str = "rtn",
+        inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """Encode weights that belong together (one, or a fused group with a shared scale) by a method that needs no
-        calibration.
+        forward pass.
 
-        Each weight is [out, in], as BF16 bits (uint16) or float32. Returns per weight {suffix: array}, with arrays of
-        `layout`'s shapes holding its dtypes' bits. Raises NonFiniteError.
+        Each weight is [out, in], as BF16 bits (uint16) or float32; `inputs` are theirs, where the method or the scheme
+        needs them. Returns per weight {suffix: array}, with arrays of `layout`'s shapes holding its dtypes' bits.
+        Raises NonFiniteError.
         """
 
     def decode(

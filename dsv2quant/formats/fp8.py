@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dsv2quant.formats.part import Part
+from dsv2quant.formats.part import Inputs, Part
 from dsv2quant.formats.plain import check_finite
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class Fp8:
         return Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales)
 
     def encode(
-        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+        self,
+        weights: Sequence[np.ndarray],
+        device: str = "cpu",
+        method: str = "rtn",
+        inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes."""
         if device == "cpu":

@@ -6,7 +6,8 @@
 (compressed-tensors 0.20, compressors/pack_quantized/helpers.py). How codes and scales are chosen is the method:
 
     rtn   scale = amax / 7.5, codes to nearest
-    mse   the scale among 61 that leaves the least squared error, codes to nearest
+    mse   the scale among 61 that leaves the least squared error, weighted by the inputs' mean squares; codes to nearest
+    awq   the same, behind a fold that widens the columns of strong inputs: see `calib/awq.py`
     gptq  with calibration: see `calib/gptq.py`
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv2quant.formats.part import Part
+from dsv2quant.formats.part import Inputs, Part
 from dsv2quant.formats.plain import check_finite, to_bf16
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ class Int4:
         )
 
     def encode(
-        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+        self,
+        weights: Sequence[np.ndarray],
+        device: str = "cpu",
+        method: str = "rtn",
+        inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """Encode by `rtn` or `mse`; both run on the CPU, whatever the device."""
         from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales, search_scales
@@ -65,7 +70,7 @@ class Int4:
             x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
             group = self.group_size or x.shape[1]
             if method == "mse":
-                scales = search_scales(x, np.ones((1, x.shape[1]), np.float32), group)
+                scales = search_scales(x, inputs[which].importance[None], group)
             else:
                 scales = rtn_scales(x, group)
             encoded.append(self.pack(nearest_codes(x, scales), scales))

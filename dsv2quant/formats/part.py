@@ -1,8 +1,10 @@
-"""The stored tensors a weight becomes, and the dtypes they may have."""
+"""The stored tensors a weight becomes, the dtypes they may have, and what encoding may know of its inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 # Bytes per element of the safetensors dtypes (safetensors/src/tensor.rs); the sub-byte ones never occur here.
 DTYPE_BYTES = {
@@ -28,6 +30,15 @@ class Part:
         for dim in self.shape:
             n *= dim
         return n
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration measured of a weight's inputs: the mean square of each channel (float32 [in]), and the largest
+    magnitude of all."""
+
+    importance: np.ndarray
+    amax: float
 
 
 class NonFiniteError(ValueError):

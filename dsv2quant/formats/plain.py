@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv2quant.formats.part import NonFiniteError, Part
+from dsv2quant.formats.part import Inputs, NonFiniteError, Part
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,11 @@ class Bf16:
         return (Part("weight", "BF16", shape),)
 
     def encode(
-        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn"
+        self,
+        weights: Sequence[np.ndarray],
+        device: str = "cpu",
+        method: str = "rtn",
+        inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """BF16 bits (uint16) of BF16-bit or float32 arrays. Raises NonFiniteError, also where BF16 overflows."""
         encoded = []
