@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, work_bytes, work_tokens
+from dsv2quant.calib.calibration import Calibration, Outcome, needs_calibration, needs_statistics, work_bytes
+from dsv2quant.calib.prepared import Prepared, prepare
+from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
+from dsv2quant.folds import FOLDS_FILE
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_VALUES
 from dsv2quant.formats.part import NonFiniteError
@@ -31,8 +34,8 @@ from dsv2quant.headers import INDEX_FILE
 from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
-from dsv2quant.report.card import copied_files, manifest, model_card
-from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, disk_errors, dump_json, file_entry, hash_file
+from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
+from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
@@ -42,7 +45,7 @@ CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
 @dataclass(frozen=True)
 class Result:
     """What a conversion did. `files` is the manifest's list; `resumed` counts shards kept from an earlier run,
-    `outcomes` say what calibration did to each matrix."""
+    `outcomes` say what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
 
     out: Path
     files: dict[str, dict[str, Any]]
@@ -51,6 +54,7 @@ class Result:
     resumed: int
     already_complete: bool
     outcomes: list[Outcome]
+    expert_tokens: dict[int, list[int]]
     seconds: float
 
 
@@ -95,11 +99,13 @@ def convert(
     *,
     command: str,
     calibration: Calibration | None = None,
+    statistics: Statistics | None = None,
     device: str = "cpu",
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Result:
-    """Write the plan's artifact into folder `out`. `calibration` is needed where the plan has methods that use it.
+    """Write the plan's artifact into folder `out`. Where the plan's methods need it, `calibration` is what they
+    calibrate on; `statistics`, measured before, save the pass that measures.
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
     nothing, a weight is NaN or infinite, or `out` can't take the artifact.
@@ -108,16 +114,19 @@ def convert(
     if not plan.schemes:
         fix = "`dsv2quant plan` shows the rules; change the recipe or --target"
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
-    if needs_calibration(plan) and calibration is None:
+    if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
     small = _small_files(plan, command)
     aside = sum(map(len, small.values()))
-    described = None
+    described: dict[str, Any] = {}
     if calibration is not None:
-        described = calibration.describe(device)
+        described |= calibration.describe(device)
         aside += work_bytes(plan, calibration)
-    folder = ArtifactFolder(Path(out), plan, calibration=described, aside=aside, force=force)
-    outcomes: list[Outcome] = []
+    if statistics is not None:
+        statistics.check_model(plan.checkpoint)
+        described |= {"statistics": statistics.describe()}
+    folder = ArtifactFolder(Path(out), plan, calibration=described or None, aside=aside, force=force)
+    prepared = Prepared()
     try:
         resumed = len(folder.finished)
         if folder.complete is not None:
@@ -125,35 +134,26 @@ def convert(
         else:
             if resumed:
                 logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
-            encoded = None
-            if calibration is not None:
-                encoded = _calibrate(plan, folder, calibration, device, progress)
-                outcomes = encoded.outcomes
+            prepared = prepare(plan, folder.work, calibration, statistics, device, progress)
+            if prepared.folds.tensors:
+                small = {FOLDS_FILE: prepared.folds.to_bytes()} | small
             with progress(plan.bytes_in, "B", "convert") as advance:
-                files = _write_shards(plan, folder, encoded, device, advance)
-            sketch = calibration.fingerprint if calibration is not None else None
-            about = manifest(plan, command, described, sketch, outcomes)
+                files = _write_shards(plan, folder, prepared, device, advance)
+            about = manifest(plan, command, described) | calibrated(plan, calibration, prepared)
             files = _write_small_files(folder, small, files, about)
             folder.finish()
     finally:
         folder.close()
     seconds = time.perf_counter() - started
     complete = folder.complete is not None
-    return Result(folder.path, files, plan.bytes_in, plan.bytes_out, resumed, complete, outcomes, seconds)
-
-
-def _calibrate(
-    plan: Plan, folder: ArtifactFolder, calibration: Calibration, device: str, progress: Progress
-) -> Encoded:
-    """Encode what needs calibration, in the work folder."""
-    from dsv2quant.calib.sequence import quantize_layers
-
-    with disk_errors(folder.path), progress(work_tokens(plan, calibration), "tok·layer", "calibrate") as advance:
-        return quantize_layers(plan, folder.work, calibration, device, advance)
+    return Result(
+        folder.path, files, plan.bytes_in, plan.bytes_out, resumed, complete,
+        prepared.outcomes, prepared.expert_tokens, seconds,
+    )  # fmt: skip
 
 
 def _write_shards(
-    plan: Plan, folder: ArtifactFolder, encoded: Encoded | None, device: str, progress: Callable[[int], object]
+    plan: Plan, folder: ArtifactFolder, prepared: Prepared, device: str, progress: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
     """Encode and write every shard that is not finished; returns the manifest entries of all."""
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
@@ -162,7 +162,7 @@ def _write_shards(
         try:
             for job in _jobs(plan, folder.finished, progress):
                 pipeline.make_room(job)
-                pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, encoded, device)))
+                pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, prepared, device)))
             return pipeline.drain() | {file: entry.result() for file, entry in kept.items()}
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
@@ -227,19 +227,23 @@ def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> 
             yield _Job(step)
 
 
-def _run(checkpoint: Checkpoint, job: _Job, encoded: Encoded | None, device: str) -> list[Piece]:
+def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> list[Piece]:
     """A worker's part: read, and encode or check; or fetch what calibration encoded."""
     if job.line is not None:
         return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
     lines = job.step.lines
     if lines[0].method in CALIBRATED:
-        assert encoded is not None
-        return [(o.name, 0, encoded.part(o.name)) for line in lines for o in line.outputs]
+        assert prepared.encoded is not None
+        return [(o.name, 0, prepared.encoded.part(o.name)) for line in lines for o in line.outputs]
     sizes = [line.weight.stored.nbytes for line in lines]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
-    weights = [checkpoint.encodable(line.weight, buffer) for line, buffer in zip(lines, buffers, strict=True)]
+    weights = [
+        prepared.weight(line, checkpoint.encodable(line.weight, buffer))
+        for line, buffer in zip(lines, buffers, strict=True)
+    ]
+    inputs = [prepared.inputs(line) for line in lines if line.needs_inputs]
     try:
-        found = CODECS[lines[0].scheme].encode(weights, device, lines[0].method)
+        found = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
     except NonFiniteError as error:
         raise _not_finite(checkpoint, lines[error.which], error.index) from None
     return [

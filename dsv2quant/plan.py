@@ -10,22 +10,24 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from dsv2quant import __version__, targets
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.part import DTYPE_BYTES
 from dsv2quant.formats.quant_config import quantization_config
 from dsv2quant.headers import SINGLE_FILE
 from dsv2quant.names import Slot
-from dsv2quant.recipe import Recipe
+from dsv2quant.recipe import CALIBRATED, MEASURED, Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+FOLDED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -58,6 +60,16 @@ class Line:
         return sum(output.nbytes for output in self.outputs)
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether encoding needs statistics of the weight's inputs."""
+        return self.method in MEASURED
+
+    @property
+    def encoding(self) -> str:
+        """The method that the codec is asked for."""
+        return "rtn" if self.method == FOLDED else self.method
+
+    @property
     def is_copy(self) -> bool:
         """Whether the stored bytes pass through unchanged, because the source has this very scheme and layout."""
         stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
@@ -83,15 +95,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the artifact and its tensors in file order."""
+    """One safetensors file, its tensors in file order, and its header's metadata."""
 
     file: str
     outputs: tuple[Output, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     @cached_property
     def header(self) -> bytes:
         """The safetensors header: length, then JSON padded with spaces to a multiple of 8."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": dict(self.metadata)}
         position = 0
         for output in self.outputs:
             offsets = [position, position + output.nbytes]
@@ -175,6 +188,7 @@ def make_plan(
         what = f"already quantized: {listing(quantized, 1)}"
         raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
     schemes = _choose(checkpoint, recipe, chosen, tp)
+    _mark_folded(checkpoint, recipe, schemes)
     lines = tuple(_line(weight, *schemes[weight.slot]) for weight in checkpoint.weights)
     steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
     try:
@@ -230,6 +244,25 @@ def _choose(
             wished = wishes[slot][1]
             decided[slot] = (scheme, wished if wished in possible else "rtn", reasons.get(slot))
     return decided
+
+
+def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tuple[str, str, str | None]]) -> None:
+    """Give what AWQ scales along with its tensors a method of its own: such tensors are no copies."""
+    methods = {method for _, method, _ in schemes.values()}
+    if "awq" not in methods:
+        return
+    if methods & set(CALIBRATED):
+        fix = "use one of them in all rules"
+        raise InputError(
+            "mixes awq with gptq, which calibrates on unscaled layers", where=f"recipe {recipe.name}", fix=fix
+        )
+    for layer in range(checkpoint.config.num_hidden_layers):
+        for fold in layer_folds(checkpoint.config, layer):
+            if any(schemes[slot][1] == "awq" for slot in fold.consumers):
+                for slot in (*fold.consumers, fold.producer):
+                    scheme, method, reason = schemes[slot]
+                    if method == "rtn":
+                        schemes[slot] = scheme, FOLDED, reason
 
 
 def _line(weight: Weight, scheme: str, method: str, reason: str | None) -> Line:

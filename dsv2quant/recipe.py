@@ -25,8 +25,9 @@ from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.names import ROLES, Slot
 
-CALIBRATED = ("gptq", "fit")  # methods that need calibration
-METHODS = ("rtn", "mse", *CALIBRATED)
+CALIBRATED = ("gptq", "fit")  # methods that need what the layers before, quantized, make of calibration text
+MEASURED = ("mse", "awq")  # methods that need statistics of the unquantized model
+METHODS = ("rtn", *MEASURED, *CALIBRATED)
 _RULE_KEYS = {"roles", "layers", "scheme", "method"}
 _RECIPE_KEYS = {"name", "description", "rules"}
 
@@ -65,8 +66,8 @@ def builtin(name: str, *, method: str | None = None, group_size: int | None = No
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     if method is not None:
         text = text.replace("method: gptq", f"method: {method}")
-    if method in ("rtn", "mse"):
-        text = text.replace(", method: fit", "")  # needs calibration, which these do without
+    if method not in (None, "gptq"):
+        text = text.replace(", method: fit", "")  # refits to what GPTQ's layers before left
     if group_size is not None:
         text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
     return parse(text, f"recipe {name}")

@@ -11,6 +11,7 @@ import torch
 
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
+from dsv2quant.folds import FOLDS_FILE, Folds
 from dsv2quant.headers import read_json
 from dsv2quant.model.load import decode
 from dsv2quant.names import ROLES
@@ -75,17 +76,22 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
 
 
 def compare_tensors(artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object]) -> list[TensorError]:
-    """The error of every weight as consumers decode it in BF16, against the source's exact values."""
+    """The error of every weight as consumers decode it in BF16, against the source's exact values, folded as in the
+    artifact."""
     wanted = {w.slot.name: w for w in source.weights}
+    assert artifact.folder is not None
+    folds = Folds.open(artifact.folder / FOLDS_FILE)
     errors = []
     for weight in artifact.weights:
-        errors.append(_tensor_error(artifact, weight, source, wanted[weight.slot.name]))
+        errors.append(_tensor_error(artifact, weight, source, wanted[weight.slot.name], folds))
         progress(weight.nbytes)
     return errors
 
 
-def _tensor_error(artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight) -> TensorError:
-    exact = decode(source, wanted, torch.float32)
+def _tensor_error(
+    artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, folds: Folds
+) -> TensorError:
+    exact = torch.from_numpy(folds.apply(wanted.slot, decode(source, wanted, torch.float32).numpy()))
     difference = decode(artifact, weight, torch.bfloat16).float() - exact
     signal, noise = (float(x.double().square().sum()) for x in (exact, difference))
     return TensorError(weight.slot.name, weight.slot.role, weight.scheme, signal, noise, float(difference.abs().max()))

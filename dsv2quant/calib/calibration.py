@@ -63,6 +63,11 @@ def needs_calibration(plan: Plan) -> bool:
     return any(line.method in CALIBRATED for line in plan.lines)
 
 
+def needs_statistics(plan: Plan) -> bool:
+    """Whether any tensor's method or scheme needs statistics."""
+    return any(line.needs_inputs for line in plan.lines)
+
+
 def work_tokens(plan: Plan, calibration: Calibration) -> int:
     """Tokens that pass a layer, over all layers: the total of a progress bar."""
     return calibration.ids.size * plan.checkpoint.config.num_hidden_layers
@@ -114,7 +119,7 @@ class Encoded:
         for layer in range(layers):
             file = safe_open(layer_file(folder, layer), "np")
             self._file_of |= dict.fromkeys(file.keys(), file)
-            self.outcomes += [Outcome(**outcome) for outcome in json.loads(file.metadata()["outcomes"])]
+            self.outcomes += [Outcome(**outcome) for outcome in json.loads(file.metadata()["about"])]
 
     def part(self, name: str) -> np.ndarray:
         """The bits of an encoded tensor."""

@@ -19,7 +19,8 @@ import torch
 from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, expert_bytes
 from dsv2quant.calib.gptq import Moments
-from dsv2quant.calib.spool import ROWS, Spool
+from dsv2quant.calib.spool import Spool
+from dsv2quant.calib.streams import batches
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
@@ -84,7 +85,7 @@ def quantize_layer(
     """Fill `job.parts`; (real, ideal) hidden states go from `streams` to `out`. `context` is scratch."""
     _attention(job, streams, context)
     for spool, x, c, layer in zip(out, streams, context, (job.real, job.ideal), strict=True):
-        for rows in _batches(len(x), job.ctx):
+        for rows in batches(len(x), job.ctx):
             spool[rows] = x[rows] + layer.attention.o_proj(c[rows])
     progress(len(out[0]) // 2)
     if isinstance(job.real.ffn, MoE):
@@ -94,19 +95,13 @@ def quantize_layer(
         assert isinstance(job.ideal.ffn, FFN)
         _ffn(job, "mlp", job.real.ffn, job.ideal.ffn, _normed(job, out))
         for spool, layer in zip(out, (job.real, job.ideal), strict=True):
-            for rows in _batches(len(spool), job.ctx):
+            for rows in batches(len(spool), job.ctx):
                 x = spool[rows]
                 spool[rows] = x + layer.ffn(layer.post_attention_layernorm(x))
     progress(len(out[0]) - len(out[0]) // 2)
 
 
 Pair = tuple[slice, torch.Tensor, torch.Tensor]  # rows, real and ideal inputs [tokens, K]
-
-
-def _batches(tokens: int, ctx: int) -> Iterator[slice]:
-    """Slices of whole windows."""
-    size = max(1, ROWS // ctx) * ctx
-    return (slice(first, min(first + size, tokens)) for first in range(0, tokens, size))
 
 
 def _held(rows: slice, ctx: int) -> torch.Tensor:
@@ -117,7 +112,7 @@ def _held(rows: slice, ctx: int) -> torch.Tensor:
 
 def _normed(job: Job, streams: tuple[Spool, Spool]) -> Callable[[], Iterator[Pair]]:
     def pairs() -> Iterator[Pair]:
-        for rows in _batches(len(streams[0]), job.ctx):
+        for rows in batches(len(streams[0]), job.ctx):
             real, ideal = (
                 layer.post_attention_layernorm(x[rows]) for x, layer in zip(streams, (job.real, job.ideal), strict=True)
             )
@@ -130,7 +125,7 @@ def _attention(job: Job, streams: tuple[Spool, Spool], context: tuple[Spool, Spo
     real, ideal = job.real.attention, job.ideal.attention
 
     def inputs() -> Iterator[Pair]:
-        for rows in _batches(len(streams[0]), job.ctx):
+        for rows in batches(len(streams[0]), job.ctx):
             yield rows, job.real.input_layernorm(streams[0][rows]), job.ideal.input_layernorm(streams[1][rows])
 
     def query_latents() -> Iterator[Pair]:
@@ -161,7 +156,7 @@ def _attention(job: Job, streams: tuple[Spool, Spool], context: tuple[Spool, Spo
         context[1][rows] = ideal.context(y.unflatten(0, windows), job.rope).flatten(0, 1)
 
     def contexts() -> Iterator[Pair]:
-        for rows in _batches(len(context[0]), job.ctx):
+        for rows in batches(len(context[0]), job.ctx):
             yield rows, context[0][rows], context[1][rows]
 
     _settle(job, ["self_attn.o_proj"], contexts)
@@ -220,7 +215,7 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
         assert ideal.shared is not None
         _ffn(job, "mlp.shared_experts", real.shared, ideal.shared, inputs)
     for spool, layer in zip(streams, (job.real, job.ideal), strict=True):
-        for rows in _batches(len(spool), job.ctx):
+        for rows in batches(len(spool), job.ctx):
             x = spool[rows]
             assert isinstance(layer.ffn, MoE)
             spool[rows] = x + layer.ffn(layer.post_attention_layernorm(x))[0]

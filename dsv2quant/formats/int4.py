@@ -35,7 +35,7 @@ class Int4:
     quant_method = "compressed-tensors"
     activation = None
     shares_scale = False
-    methods = ("rtn", "mse", "gptq")
+    methods = ("rtn", "mse", "awq", "gptq")
 
     def __init__(self, group_size: int | None) -> None:
         self.group_size = group_size
@@ -61,7 +61,7 @@ class Int4:
         method: str = "rtn",
         inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
-        """Encode by `rtn` or `mse`; both run on the CPU, whatever the device."""
+        """Encode by `rtn`, `mse` or `awq`; all run on the CPU, whatever the device."""
         from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales, search_scales
 
         encoded = []
@@ -69,7 +69,7 @@ class Int4:
             check_finite(weight, which)
             x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
             group = self.group_size or x.shape[1]
-            if method == "mse":
+            if method in ("mse", "awq"):
                 scales = search_scales(x, inputs[which].importance[None], group)
             else:
                 scales = rtn_scales(x, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,17 @@ def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[t
     return weights * config.routed_scaling_factor, experts
 
 
+def dispatch(
+    weights: torch.Tensor, chosen: torch.Tensor, experts: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, its tokens [n], their weights [n]) of each expert that has any, of weights and experts [tokens, k]."""
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=experts).tolist()
+    for expert, pairs in enumerate(order.split(counts)):
+        if pairs.numel():
+            yield expert, pairs // chosen.shape[1], weights.flatten()[pairs]
+
+
 @dataclass
 class MoE:
     """Routed experts, each token weighted over its top k, plus the shared ones. `router` is [experts, hidden]."""
@@ -60,12 +72,7 @@ class MoE:
         tokens = x.flatten(0, -2)
         weights, chosen = route(tokens, self.router, self.config)
         out = torch.zeros_like(tokens, dtype=torch.float32)
-        # Token-expert pairs sorted by expert: each expert then works on one contiguous slice.
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        for expert, pairs in zip(self.experts, order.split(counts), strict=True):
-            if pairs.numel():
-                rows = pairs // chosen.shape[1]
-                out.index_add_(0, rows, expert(tokens[rows]).float() * weights.flatten()[pairs, None])
+        for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
+            out.index_add_(0, rows, self.experts[expert](tokens[rows]).float() * routed[:, None])
         out = out.to(x.dtype).view_as(x)
         return (out if self.shared is None else out + self.shared(x)), chosen

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv2quant.calib.calibration import Outcome
 from dsv2quant.errors import listing
 from dsv2quant.plan import Plan
+from dsv2quant.report.coverage import coverage_json, coverage_text, tokens_by_layer
 from dsv2quant.report.tables import table
 
 
-def calibration_json(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+def expert_tokens(outcomes: Sequence[Outcome], counts: Mapping[str, int]) -> dict[int, list[int]]:
+    """Tokens of each routed expert, by layer: those that its matrices were fitted on, or that were measured."""
+    fitted = {f"{o.module.rpartition('.')[0]}.gate_proj": o.tokens for o in outcomes if o.role.startswith("routed.")}
+    return tokens_by_layer(fitted or counts)
+
+
+def calibration_json(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[int, list[int]]) -> dict[str, Any] | None:
     """Errors by layer and role, experts by tokens, and where plain rounding was kept; None without calibration."""
-    if not outcomes:
+    if not outcomes and not tokens:
         return None
     layer_of = {line.slot.module: line.slot.layer for line in plan.lines}
     groups: dict[tuple[int | None, str], list[Outcome]] = defaultdict(list)
@@ -26,13 +32,13 @@ def calibration_json(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any] 
             {"layer": layer, "role": role, "matrices": len(found), **_errors(found)}
             for (layer, role), found in groups.items()
         ],
-        "experts": _experts(plan, outcomes),
+        "experts": coverage_json(tokens, plan.checkpoint.config.hidden_size),
         "kept_rtn": [outcome.module for outcome in outcomes if outcome.kept_rtn],
     }
 
 
-def calibration_text(plan: Plan, outcomes: Sequence[Outcome]) -> str:
-    """The same for people: a row per role, a line on the experts."""
+def calibration_text(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[int, list[int]]) -> str:
+    """The same for people: a row per role, and a row per layer of experts."""
     by_role: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_role[outcome.role].append(outcome)
@@ -44,20 +50,15 @@ def calibration_text(plan: Plan, outcomes: Sequence[Outcome]) -> str:
         rows.append(
             [role, str(len(found)), f"{errors['error']:.2e}", f"{errors['rtn_error']:.2e}", f"{ratio:.2f}", str(kept)]
         )
-    lines = [table(["role", "matrices", "output error", "of rounding", "ratio", "rounding kept"], rows)]
-    experts = _experts(plan, outcomes)
-    if experts:
-        lines.append(
-            f"tokens per expert: {experts['fewest']:,} to {experts['most']:,}, median {experts['median']:,}; "
-            f"{experts['starved']} of {experts['experts']} saw fewer than {experts['full_rank']:,}, which a full-rank "
-            f"Hessian needs, {len(experts['unseen'])} none"
-        )
-        if experts["unseen"]:
-            lines.append(f"unseen: {listing(experts['unseen'])}")
+    parts = []
+    if rows:
+        parts.append(table(["role", "matrices", "output error", "of rounding", "ratio", "rounding kept"], rows))
+    if tokens:
+        parts.append(coverage_text(tokens, plan.checkpoint.config.hidden_size))
     kept_names = [outcome.module for outcome in outcomes if outcome.kept_rtn]
     if kept_names:
-        lines.append(f"plain rounding was better on windows kept aside, and is kept, in {listing(kept_names)}")
-    return "\n".join(lines)
+        parts.append(f"plain rounding was better on windows kept aside, and is kept, in {listing(kept_names)}")
+    return "\n".join(parts)
 
 
 def _errors(found: Sequence[Outcome]) -> dict[str, float]:
@@ -65,20 +66,4 @@ def _errors(found: Sequence[Outcome]) -> dict[str, float]:
     return {
         "error": sum(o.error for o in found) / len(found),
         "rtn_error": sum(o.rtn_error for o in found) / len(found),
-    }
-
-
-def _experts(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
-    seen = {o.module.rpartition(".")[0]: o.tokens for o in outcomes if o.role.startswith("routed.")}
-    if not seen:
-        return None
-    full_rank = plan.checkpoint.config.hidden_size
-    return {
-        "experts": len(seen),
-        "fewest": min(seen.values()),
-        "median": int(median(seen.values())),
-        "most": max(seen.values()),
-        "full_rank": full_rank,
-        "starved": sum(tokens < full_rank for tokens in seen.values()),
-        "unseen": [expert for expert, tokens in seen.items() if not tokens],
     }

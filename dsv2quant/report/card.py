@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from dsv2quant import __version__
-from dsv2quant.calib.calibration import Outcome
+from dsv2quant.calib.calibration import Calibration
+from dsv2quant.calib.prepared import Prepared
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
@@ -44,10 +45,8 @@ def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     return files
 
 
-def manifest(
-    plan: Plan, command: str, calibration: dict[str, Any] | None, fingerprint: list[int] | None, outcomes: list[Outcome]
-) -> dict[str, Any]:
-    """dsv2quant.json without the list of its files: where the artifact comes from, and how it was calibrated."""
+def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str, Any]:
+    """dsv2quant.json without the list of its files: where the artifact comes from, and what it was calibrated on."""
     libraries = ("numpy", "numba", "torch")
     content: dict[str, Any] = {
         "schema": "dsv2quant.manifest/1",
@@ -58,11 +57,19 @@ def manifest(
         "versions": {"dsv2quant": __version__, "python": platform.python_version()}
         | {name: version(name) for name in libraries},
     }
+    return content | ({"calibration": calibration} if calibration else {})
+
+
+def calibrated(plan: Plan, calibration: Calibration | None, prepared: Prepared) -> dict[str, Any]:
+    """What the manifest says of calibration: a fingerprint of its text, what experts saw, and how matrices came out."""
     if calibration is not None:
-        content["calibration"] = calibration
-        content["calibration_fingerprint"] = fingerprint
-        content["calibrated"] = calibration_json(plan, outcomes)
-    return content
+        sketch = calibration.fingerprint
+    elif prepared.statistics is not None:
+        sketch = prepared.statistics.about["fingerprint"]
+    else:
+        return {}
+    about = calibration_json(plan, prepared.outcomes, prepared.expert_tokens)
+    return {"calibration_fingerprint": sketch, "calibrated": about}
 
 
 def model_card(plan: Plan, command: str) -> str:

@@ -1,0 +1,90 @@
+"""AWQ (arXiv:2306.00978): columns that strong inputs meet are widened before rounding, and what produces these inputs is
+narrowed by as much (`folds.py`).
+
+For each fold, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is folded), 0.05 … 1; the one with
+the least Σ E[x²] (w − rounded w)² over the consumers stays. rms is that of the input's channels, from statistics, so
+that no forward pass is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from dsv2quant.calib.calibration import layer_file
+from dsv2quant.calib.statistics import Statistics
+from dsv2quant.folds import Fold, Folds, layer_folds
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.int4 import Int4
+from dsv2quant.model.load import decode
+from dsv2quant.plan import Line, Plan
+
+ALPHAS = np.linspace(0, 1, 21)
+CLIPS = (1.0, 0.9, 0.8, 0.7)  # scales that a candidate is judged by, in units of amax / 7
+REACH = 8  # exponents lie within ±8: far beyond what helps, far within BF16's range
+
+
+def choose_folds(
+    plan: Plan, folder: Path, statistics: Statistics, device: str, progress: Callable[[int], object]
+) -> Folds:
+    """Exponents for every fold that a line with method `awq` reads, layer by layer in `folder`, which keeps what is
+    finished; `progress` is called with weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = {line.slot.name: line for line in plan.lines if line.method == "awq"}
+    tensors: dict[str, np.ndarray] = {}
+    for layer in range(plan.checkpoint.config.num_hidden_layers):
+        path = layer_file(folder, layer)
+        if not path.exists():
+            found: dict[str, np.ndarray] = {}
+            for fold in layer_folds(plan.checkpoint.config, layer):
+                readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
+                if readers:
+                    found |= Folds.of(fold, _exponents(plan, fold, readers, statistics, device))
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(save(found))
+            partial.rename(path)
+        file = safe_open(path, "np")
+        tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        progress(sum(line.slot.size for line in lines.values() if line.slot.layer == layer))
+    return Folds(tensors)
+
+
+def _exponents(plan: Plan, fold: Fold, readers: Iterable[Line], statistics: Statistics, device: str) -> np.ndarray:
+    """The best exponents, int8 [K]."""
+    reader = min(fold.consumers, key=lambda slot: slot.expert is not None)  # what sees all tokens, where there is one
+    strength = statistics.mean_square(reader)
+    logs = 0.5 * np.log2(np.maximum(strength, strength.max() * 1e-12 or 1.0))
+    raised = np.rint(ALPHAS[:, None] * (logs - logs.mean())).clip(-REACH, REACH).astype(np.int8)  # [alphas, K]
+    candidates = torch.from_numpy(np.unique(raised, axis=0)).to(device)
+    losses = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    for line in readers:
+        codec = CODECS[line.scheme]
+        assert isinstance(codec, Int4)
+        weight = decode(plan.checkpoint, line.weight, torch.float32, device)
+        importance = torch.from_numpy(statistics.mean_square(line.slot)).to(device) * max(1, statistics.count(line.slot))
+        group = codec.group_size or weight.shape[1]
+        losses += torch.stack([_loss(weight, importance, e.float(), group) for e in candidates])
+    # Ties go to the candidate that folds least.
+    least = candidates[losses == losses.min()]
+    best: np.ndarray = least[least.abs().sum(1).argmin()].cpu().numpy()
+    return best
+
+
+def _loss(weight: torch.Tensor, importance: torch.Tensor, e: torch.Tensor, group: int) -> torch.Tensor:
+    """Σ importance (w − rounded w)² for a weight [R, K] whose columns are × 2ᵉ while it is rounded, each group by the best
+    of a few scales."""
+    groups = (weight * e.exp2()).unflatten(1, (-1, group))
+    weights = (importance * (-2 * e).exp2()).unflatten(0, (-1, group))
+    unit = groups.abs().amax(-1, keepdim=True) / 7
+    least = torch.full(unit.shape[:-1], float("inf"), device=weight.device)
+    for factor in CLIPS:
+        scales = (unit * factor).bfloat16().float()
+        scales = torch.where(scales > 0, scales, 1.0)
+        off = (groups / scales).round_().clamp_(-8, 7).mul_(scales).sub_(groups)
+        least = torch.minimum(least, off.square_().mul_(weights).sum(-1))
+    return least.sum(dtype=torch.float64)

@@ -1,0 +1,93 @@
+"""Taking calibration tokens through a model layer by layer, resumable after each.
+
+A work folder holds, per finished layer, what was made of it (`layer-N.safetensors`), and one or two streams of hidden
+states in front of the next. Only one layer's weights are in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from dsv2quant.calib.calibration import layer_file
+from dsv2quant.calib.spool import ROWS, Spool
+from dsv2quant.model.load import Loader
+
+logger = logging.getLogger(__name__)
+
+Made = tuple[dict[str, np.ndarray], Any]  # tensors, and what goes beside them as JSON
+# layer, hidden states before it, where those behind it go → what was made of it
+Process = Callable[[int, Sequence[Spool], Sequence[Spool]], Made]
+
+
+def through_layers(
+    folder: Path, loader: Loader, ids: np.ndarray, sides: Sequence[str], process: Process, progress: Callable[[int], object]
+) -> None:
+    """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
+
+    `ids` are token windows [windows, ctx]; each of `sides` names a stream, all of which begin with their embeddings.
+    `progress` is called with the tokens of layers that were finished before.
+    """
+    config, device, tokens = loader.checkpoint.config, loader.options.device, ids.size
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def files(layer: int) -> list[Path]:
+        return [folder / f"hidden-{layer:05d}-{side}" for side in sides]
+
+    def streams(layer: int) -> list[Spool]:
+        return [Spool(path, tokens, config.hidden_size, device) for path in files(layer)]
+
+    start = 0
+    while start < config.num_hidden_layers and layer_file(folder, start).exists():
+        start += 1
+    if not all(Spool.holds(path, tokens, config.hidden_size) for path in files(start)):
+        start = 0
+    progress(start * tokens)
+    if start:
+        logger.info("calibration continues at layer %d of %d", start, config.num_hidden_layers)
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        _embed(loader, torch.from_numpy(ids.reshape(-1)), streams(0))
+    for layer in range(start, config.num_hidden_layers):
+        for path in files(layer + 1):
+            path.unlink(missing_ok=True)
+        before, behind = streams(layer), streams(layer + 1)
+        tensors, about = process(layer, before, behind)
+        for spool in behind:
+            spool.keep()
+        _save(layer_file(folder, layer), tensors, about)
+        for spool in before:
+            spool.remove()
+
+
+def batches(tokens: int, ctx: int) -> list[slice]:
+    """Slices of whole windows, about `ROWS` tokens each."""
+    size = max(1, ROWS // ctx) * ctx
+    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Spool]) -> None:
+    ends = loader.ends()
+    for stream in streams:
+        for first in range(0, len(tokens), ROWS):
+            stream[slice(first, first + ROWS)] = ends.embed(tokens[first : first + ROWS].to(stream.device))
+        stream.keep()
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray], about: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    # Not save_file(): on a full disk it raises no OSError.
+    partial.write_bytes(save(tensors, {"about": json.dumps(about)}))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(path)

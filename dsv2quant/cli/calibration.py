@@ -1,0 +1,72 @@
+"""Calibration text on the command line: the options that `convert` and `calibrate` share, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv2quant.cli import common
+
+if TYPE_CHECKING:
+    from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.checkpoint import Checkpoint
+
+calibration_options = common.stack(
+    click.option("--calibration", "text", metavar="FILE",
+                 help="Text, or .jsonl with text or messages. Default: Python's library."),
+    click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512, show_default=True,
+                 help="Windows of calibration text."),
+    click.option("--max-seq-length", "length", type=click.IntRange(min=8),
+                 help="Tokens of a window. Default: 2048, or the context the model was trained for."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="Order of calibration texts."),
+    click.option("--figure", metavar="FILE", help="Draw tokens per expert: .png, .svg or .pdf (viz extra)."),
+)  # fmt: skip
+
+
+def words(options: Mapping[str, Any], calibration: Calibration) -> list[str]:
+    """The options as the model card shows them."""
+    found = [f"--calibration {calibration.source}"] * (options["text"] is not None)
+    windows = f"--num-calibration-samples {options['samples']} --max-seq-length {calibration.ids.shape[1]}"
+    return [*found, f"{windows} --seed {options['seed']}"]
+
+
+def load(checkpoint: Checkpoint, options: Mapping[str, Any], quiet: bool) -> Calibration:
+    """The calibration windows, with a word on stderr where the user should know about them."""
+    from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap, windows
+    from dsv2quant.calib.text import load as load_text
+    from dsv2quant.calib.tokens import Tokenizer
+    from dsv2quant.evaluate.text import python_topics
+
+    assert checkpoint.folder is not None
+    spec, samples = options["text"], options["samples"]
+    text = load_text(spec, checkpoint.folder)
+    length = options["length"] or min(2048, checkpoint.config.trained_context)
+    tokenizer = Tokenizer(checkpoint.folder)
+    ids = windows(text, tokenizer, samples, length, options["seed"])
+    tokenizer.check_ids(ids, checkpoint.config.vocab_size)
+    sketch = fingerprint("\n".join(document.text for document in text.documents))
+    if not quiet:
+        if spec is None:
+            click.echo(f"no --calibration: using {text.source}; text like what the model will see is better", err=True)
+        if len(ids) < samples:
+            click.echo(f"warning: {text.source} fills {len(ids)} of {samples} windows of {length} tokens", err=True)
+        shared = overlap(fingerprint(python_topics().content), sketch)
+        if shared > MAX_OVERLAP:
+            click.echo(f"warning: {shared:.1%} of the text that eval-ppl scores by default is in it", err=True)
+    return Calibration(ids, text.source, text.sha256, options["seed"], sketch)
+
+
+def check_figure(path: str | None) -> None:
+    """Raise a usage error where a figure is wanted that can't be drawn, before the work begins."""
+    if path is None:
+        return
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise click.UsageError("--figure needs matplotlib: pip install 'dsv2quant[viz]'")
+    if not path.lower().endswith((".png", ".svg", ".pdf")):
+        raise click.UsageError(f"--figure {path}: the name must end in .png, .svg or .pdf")
