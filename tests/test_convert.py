@@ -205,11 +205,11 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
     made = make_plan(Checkpoint.open(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
     encode, calls = CODECS["fp8-channel"].encode, []
 
-    def fail_late(weights, device, method):
+    def fail_late(weights, device, method, inputs):
         calls.append(1)
         if len(calls) == 60:
             raise KeyboardInterrupt
-        return encode(weights, device, method)
+        return encode(weights, device, method, inputs)
 
     monkeypatch.setattr(CODECS["fp8-channel"], "encode", fail_late)
     with pytest.raises(KeyboardInterrupt):

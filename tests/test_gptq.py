@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,12 +146,13 @@ def test_scales_are_searched_with_the_diagonal_as_weights():
 
 def test_nearest_and_dequantize_are_the_codecs():
     from dsv2quant.formats.codec import CODECS
+    from dsv2quant.formats.part import Inputs
 
     w = weights(1, 9, 128).float()[0]
     scales = gptq.best_scales(w[None], torch.ones(1, 128), 32)[0]
     codes = gptq.nearest(w, scales)
     codec = CODECS["int4-g32"]
-    (encoded,) = codec.encode([w.numpy()], method="mse")
+    (encoded,) = codec.encode([w.numpy()], method="mse", inputs=[Inputs(np.ones(128, np.float32), 1.0)])
     ours = codec.pack(codes.numpy(), scales.numpy())
     assert all((ours[name] == array).all() for name, array in encoded.items())
     parts = {name: torch.from_numpy(array) for name, array in ours.items()}

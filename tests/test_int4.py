@@ -14,7 +14,7 @@ from dsv2quant import recipe
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4_cpu import FACTORS, nearest_codes, rtn_scales, search_scales
-from dsv2quant.formats.part import NonFiniteError
+from dsv2quant.formats.part import Inputs, NonFiniteError
 from dsv2quant.plan import make_plan
 
 SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
@@ -38,11 +38,18 @@ def group_of(scheme: str, cols: int) -> int:
     return CODECS[scheme].group_size or cols
 
 
-def encode(weight: np.ndarray, scheme: str, method: str = "rtn") -> tuple[np.ndarray, np.ndarray]:
+def flat(weight: np.ndarray) -> Inputs:
+    """Inputs that make no difference between channels."""
+    return Inputs(np.ones(weight.shape[1], np.float32), 1.0)
+
+
+def encode(
+    weight: np.ndarray, scheme: str, method: str = "rtn", inputs: Inputs | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(codes, unpacked by compressed-tensors, and scales float32)."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    (parts,) = CODECS[scheme].encode([weight], method=method)
+    (parts,) = CODECS[scheme].encode([weight], method=method, inputs=[inputs or flat(weight)])
     codes = unpack_from_int32(torch.from_numpy(parts["weight_packed"]), 4, torch.Size(weight.shape))
     return codes.numpy(), as_float32(parts["weight_scale"])
 
@@ -169,7 +176,7 @@ def test_packing_equals_compressed_tensors(scheme, method):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     weight = weights((17, 384), "f32")
-    (parts,) = CODECS[scheme].encode([weight], method=method)
+    (parts,) = CODECS[scheme].encode([weight], method=method, inputs=[flat(weight)])
     ours = {name: torch.from_numpy(array) for name, array in parts.items()}
     scales = torch.from_numpy(as_float32(parts["weight_scale"]))
     codes = nearest_codes(weight, scales.numpy())
@@ -248,16 +255,18 @@ def test_importance_decides_whom_the_scale_serves():
     np.testing.assert_array_equal(search_scales(x, never, 64), search_scales(x, never * 1024, 64))
 
 
-def test_mse_is_the_search_with_equal_weights_and_loses_less_than_rtn():
+@pytest.mark.parametrize("method", ["mse", "awq"])
+def test_mse_is_the_search_weighted_by_the_inputs_and_loses_less_than_rtn(method):
+    importance = np.random.default_rng(1).chisquare(1, 384).astype(np.float32)
     for scheme in SCHEMES:
         weight = weights((40, 384), "bf16")
         x, group = as_float32(weight), group_of(scheme, 384)
-        codes, scales = encode(weight, scheme, "mse")
-        np.testing.assert_array_equal(scales, search_scales(x, np.ones((1, 384), np.float32), group))
+        codes, scales = encode(weight, scheme, method, Inputs(importance, 1.0))
+        np.testing.assert_array_equal(scales, search_scales(x, importance[None], group))
         np.testing.assert_array_equal(codes, nearest_codes(x, scales))
         plain_codes, plain_scales = encode(weight, scheme)
-        lost = ((codes * spread(scales, 384) - x) ** 2).sum()
-        assert lost < 0.95 * ((plain_codes * spread(plain_scales, 384) - x) ** 2).sum()
+        lost = (importance * (codes * spread(scales, 384) - x) ** 2).sum()
+        assert lost < 0.9 * (importance * (plain_codes * spread(plain_scales, 384) - x) ** 2).sum()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -265,7 +274,7 @@ def test_mse_is_the_search_with_equal_weights_and_loses_less_than_rtn():
 def test_layout_predicts_what_encode_returns(scheme, method):
     codec = CODECS[scheme]
     for shape in ((1, 128), (17, 384)):
-        (parts,) = codec.encode([weights(shape, "bf16")], method=method)
+        (parts,) = codec.encode([weights(shape, "bf16")], method=method, inputs=[flat(np.empty(shape))])
         assert [(suffix, array.shape, array.dtype) for suffix, array in parts.items()] == [
             (part.suffix, part.shape, NUMPY[part.dtype]) for part in codec.layout(shape)
         ]
@@ -317,7 +326,7 @@ def test_what_is_not_finite_is_named_with_its_first_index(scheme, method, dtype,
     x[13, 7] = x[17, 255] = value
     bad = to_bf16(x) if dtype == "bf16" else x
     with pytest.raises(NonFiniteError) as error:
-        CODECS[scheme].encode([weights((40, 256), dtype), bad], method=method)
+        CODECS[scheme].encode([weights((40, 256), dtype), bad], method=method, inputs=[flat(x)] * 2)
     assert (error.value.which, error.value.index) == (1, (13, 7))
 
 

@@ -275,8 +275,8 @@ def test_the_digest_covers_method_and_group_size(models):
         ("{roles: [o_proj], scheme: fp8-channel, method: gptq}", r"rule 1: fp8-channel has no method 'gptq'.*rtn"),
         ("{roles: [o_proj], scheme: fp8-block, method: mse}", "fp8-block has no method 'mse'"),
         ("{roles: [o_proj], scheme: bf16, method: gptq}", r"bf16 has no method 'gptq' \(methods: rtn, fit\)"),
-        ("{roles: [o_proj], scheme: int4-g128, method: fit}", r"no method 'fit' \(methods: rtn, mse, gptq\)"),
-        ("{roles: [o_proj], scheme: int4-g128, method: awq}", "unknown method 'awq'.*rtn, mse, gptq, fit"),
+        ("{roles: [o_proj], scheme: int4-g128, method: fit}", r"no method 'fit' \(methods: rtn, mse, awq, gptq\)"),
+        ("{roles: [o_proj], scheme: int4-g128, method: hqq}", "unknown method 'hqq'.*rtn, mse, awq, gptq, fit"),
         ("{roles: [o_proj], scheme: int4-g256}", "unknown scheme 'int4-g256'.*int4-g128, int4-g64, int4-g32"),
     ],
 )

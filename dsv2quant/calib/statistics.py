@@ -109,7 +109,7 @@ class Statistics:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of them."""
-        return {key: value for key, value in self.about.items() if key not in ("counts", "fingerprint")}
+        return {key: value for key, value in self.about.items() if key not in ("schema", "counts", "fingerprint")}
 
     def _read(self, name: str, columns: int | None = None) -> np.ndarray:
         fix = "calibrate again"
