@@ -24,7 +24,7 @@ from dsv2quant.calib.streams import Made, batches, through_layers
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.load import Loader, LoadOptions
-from dsv2quant.model.moe import FFN, MoE, dispatch, route
+from dsv2quant.model.moe import FFN, MoE, add_rows, dispatch, route
 from dsv2quant.model.rope import Rope
 
 
@@ -147,5 +147,5 @@ def _moe(moe: MoE, at: str, x: torch.Tensor, sums: Sums) -> torch.Tensor:
         sums.add(f"{name}.gate_proj", x[rows], routed)
         activation = ffn.activation(x[rows])
         sums.add(f"{name}.down_proj", activation, routed)
-        out.index_add_(0, rows, ffn.down_proj(activation) * routed[:, None])
+        add_rows(out, rows, ffn.down_proj(activation) * routed[:, None])
     return out if moe.shared is None else out + _ffn(moe.shared, f"{at}.shared_experts", x, sums)

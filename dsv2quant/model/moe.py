@@ -58,6 +58,11 @@ def dispatch(
             yield expert, pairs // chosen.shape[1], weights.flatten()[pairs]
 
 
+def add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """out[rows] += values for distinct rows: on the CPU many times faster than `index_add_`, which allows for others."""
+    out.index_copy_(0, rows, out.index_select(0, rows).add_(values))
+
+
 @dataclass
 class MoE:
     """Routed experts, each token weighted over its top k, plus the shared ones. `router` is [experts, hidden]."""
@@ -73,6 +78,6 @@ class MoE:
         weights, chosen = route(tokens, self.router, self.config)
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
-            out.index_add_(0, rows, self.experts[expert](tokens[rows]).float() * routed[:, None])
+            add_rows(out, rows, self.experts[expert](tokens[rows]).float() * routed[:, None])
         out = out.to(x.dtype).view_as(x)
         return (out if self.shared is None else out + self.shared(x)), chosen
