@@ -21,13 +21,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dsv2quant import __version__, recipe
-from dsv2quant.calib.calibration import Calibration, needs_calibration
+from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
 from dsv2quant.calib.text import standard_library, windows
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.checkpoint import Checkpoint
@@ -42,6 +42,15 @@ from dsv2quant.plan import make_plan
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
 TARGETS = ("vllm", "transformers")  # SGLang's kernels would leave kv_a's 144 rows unquantized
+
+
+class Made(NamedTuple):
+    """An artifact: seconds to make it, bits per weight, matrices for which plain rounding was kept, versions."""
+
+    seconds: float
+    bits: float
+    kept: str
+    versions: str
 
 
 class Evaluator:
@@ -69,17 +78,19 @@ class Evaluator:
         return run(model, self._ids, batches_of(EVALUATED, 8))
 
 
-def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> tuple[float, float, str]:
-    """(seconds, bits per weight, versions) of one of our recipes."""
+def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> Made:
+    """One of our recipes."""
     plan = make_plan(Checkpoint.open(MODEL), recipe.builtin(name, **options), for_targets=TARGETS)
-    calibration = Calibration(ids, "benchmark", "", 0, []) if needs_calibration(plan) else None
+    calibrates = needs_calibration(plan) or needs_statistics(plan)
+    calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
     result = convert(plan, out, command="", calibration=calibration)
+    kept = f"{sum(o.kept_rtn for o in result.outcomes)} of {len(result.outcomes)}" if result.outcomes else ""
     versions = f"dsv2quant {__version__}, torch {torch.__version__}"
-    return result.seconds, 8 * plan.bytes_out / plan.parameters, versions
+    return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
 
 
-def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> tuple[float, float, str]:
-    """(seconds, bits per weight, versions) of llm-compressor."""
+def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> Made:
+    """llm-compressor."""
     script = Path(__file__).parent / "peers" / "llmcompressor_gptq.py"
     ignored = [r"re:.*kv_b_proj$"] + ["model.layers.0.mlp.down_proj"] * (group == 128)
     command = [python, str(script), str(MODEL), "--tokens", str(tokens), "--method", method]
@@ -89,7 +100,7 @@ def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> tupl
     checkpoint = Checkpoint.open(out)
     bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
-    return printed["quantize_s"], bits / sum(w.slot.size for w in checkpoint.weights), versions
+    return Made(printed["quantize_s"], bits / sum(w.slot.size for w in checkpoint.weights), "", versions)
 
 
 def main() -> None:
@@ -105,11 +116,10 @@ def main() -> None:
     evaluate = Evaluator()
     rows: list[dict[str, Any]] = []
 
-    def record(tool: str, method: str, group: int, count: int, made: tuple[float, float, str], out: Path) -> None:
-        seconds, bits, versions = made
-        row = {"tool": tool, "method": method, "group": group, "windows": count, "bits/weight": f"{bits:.3f}"}
-        row |= evaluate(out) | {"seconds": f"{seconds:.1f}", "cores": os.cpu_count()}
-        rows.append(row | {"evaluated": evaluate.tokens, "versions": versions})
+    def record(tool: str, method: str, group: int, count: int, made: Made, out: Path) -> None:
+        row = {"tool": tool, "method": method, "group": group, "windows": count, "bits/weight": f"{made.bits:.3f}"}
+        row |= evaluate(out) | {"rounding kept": made.kept, "seconds": f"{made.seconds:.1f}", "cores": os.cpu_count()}
+        rows.append(row | {"evaluated": evaluate.tokens, "versions": made.versions})
         print("  ".join(f"{key} {value}" for key, value in list(row.items())), file=sys.stderr)
         shutil.rmtree(out)
 
@@ -121,7 +131,7 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             for method in ("rtn", "gptq"):
                 record("llm-compressor", method, group, count, peers(options.peer, method, group, tokens, out), out)
-            for method in ("rtn", "mse", "gptq"):
+            for method in ("rtn", "mse", "awq", "gptq"):
                 made = ours("int4-pure", ids, out, method=method, group_size=group)
                 record("dsv2quant pure", method, group, count, made, out)
             if not options.starved:
