@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,12 @@ class Checkpoint:
             scales = self.array(weight.parts["weight_scale_inv"]).astype(np.float32, copy=False)
             return decode_block_to_float32(stored, scales)
         return stored if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
+
+    def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
+        """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
+        what = f"{weight.stored.name} is NaN, infinite or beyond BF16's range at {list(index)}"
+        where = self._path(weight.stored.file)
+        return InputError(what, where=where, fix="the checkpoint is damaged: get it again")
 
     def fingerprint(self) -> list[list[object]]:
         """Name, size and modification time of every shard: tells whether a source changed between two runs."""

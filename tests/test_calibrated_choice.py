@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from test_convert import bits, tensors
 
 from dsv2quant.calib import gptq
 from dsv2quant.calib.layerwise import HELD
+from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.part import Inputs
 from dsv2quant.report.calibration import calibration_text
@@ -111,6 +114,36 @@ def test_no_matrix_is_worse_than_plain_rounding_on_windows_kept_aside(count, tmp
         checked.append(outcome.kept_rtn)
     assert len(checked) == 5 * 3 + 3 * 3
     assert not all(checked)
+
+
+# Damaged checkpoints
+
+GATE = "model.layers.2.mlp.experts.7.gate_proj"
+SHARED = "model.layers.1.mlp.shared_experts"
+O_PROJ = "model.layers.1.self_attn.o_proj"
+WEIGHT = "{name}.weight is NaN, infinite or beyond BF16's range at [3, 5] (the checkpoint is damaged: get it again)"
+INPUTS = ": its inputs are not finite (the checkpoint is damaged, or its activations overflow float32)"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "recipe", "message"),
+    [
+        (GATE, np.nan, "int4-pure", WEIGHT),  # of the last layer: no later input tells
+        ("model.layers.0.self_attn.kv_b_proj", -np.inf, "int4-pure", WEIGHT),
+        (O_PROJ, np.nan, "int4-experts", WEIGHT),  # stays BF16
+        (O_PROJ, np.nan, "int4-mixed", WEIGHT),  # becomes FP8
+        (O_PROJ, 3.4e38, "int4-mixed", WEIGHT),  # finite in float32
+        ("model.embed_tokens", np.nan, "int4-pure", f"model.layers.0.self_attn.q_proj{INPUTS}"),
+        ("model.layers.2.mlp.gate", np.nan, "int4-pure", f"model.layers.2.mlp.experts.0.down_proj{INPUTS}"),
+        (f"{SHARED}.gate_proj", 1e25, "int4-pure", f"{SHARED}.down_proj{INPUTS}"),
+    ],
+)
+def test_what_is_not_finite_is_refused(name, value, recipe, message, tmp_path):
+    source = tiny.random_weights(tiny.GROUPED, dtype=torch.float32)
+    source[f"{name}.weight"][3, 5] = value
+    model = tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED, source)
+    with pytest.raises(InputError, match=re.escape(message.format(name=name))):
+        run(planned(model, recipe), tmp_path / "out")
 
 
 # Refitting what stays BF16
