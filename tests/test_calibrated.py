@@ -184,19 +184,27 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     plan = planned(model)
     choose, shrink = layerwise._choose, gptq.Moments.shrunk
     chosen: dict[str, tuple[gptq.Moments, gptq.Moments]] = {}
-    experts: list[gptq.Moments] = []
+    # A layer's experts: gate and up to fit on, the same kept aside, down to fit on, kept aside.
+    own: list[gptq.Moments] = []
+    priors: list[gptq.Moments] = []
+    shrunk: list[gptq.Moments] = []
+    used: list[gptq.Moments] = []
 
     def record(job, names, moments):
         if len(names) == 1:
             chosen.update({f"{job.at.removeprefix('model.layers.')}.{name}": moments for name in names[0]})
+        else:
+            used.extend(moments)
         choose(job, names, moments)
 
-    def keep_own(self, prior):
-        experts.append(self)
-        return shrink(self, prior)
+    def record_shrinking(self, prior):
+        own.append(self)
+        priors.append(prior)
+        shrunk.append(shrink(self, prior))
+        return shrunk[-1]
 
     monkeypatch.setattr(layerwise, "_choose", record)
-    monkeypatch.setattr(gptq.Moments, "shrunk", keep_own)
+    monkeypatch.setattr(gptq.Moments, "shrunk", record_shrinking)
     run(plan, tmp_path / "out", using)
     (real, artifact), (ideal, source) = inputs(tmp_path / "out", using), inputs(model, using)
     held = torch.arange(using.ids.size) // CTX % HELD == HELD // 2
@@ -211,16 +219,19 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
             continue
         x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
         weights, routed = route(x.float(), ours.ffn.router, ours.ffn.config)
-        gate_up, down = experts[:2], experts[2:4]  # each to fit on, and kept aside
-        del experts[:4]
+        first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
             tokens, slots = (routed == e).nonzero(as_tuple=True)
             weight = weights[tokens, slots, None].double()
             a, b = expert.activation(x[tokens].float()), original.activation(y[tokens].float())
-            for k, keep in enumerate((~held[tokens], held[tokens])):
-                assert_moments(gate_up[k], e, x[tokens], y[tokens], keep)
-                assert_moments(down[k], e, a.double() * weight, b.double() * weight, keep)
-    assert not experts
+            every_a, every_b = expert.activation(x.float()).double(), original.activation(y.float()).double()
+            for k, keep in enumerate((~held, held)):
+                assert_moments(own[first + k], e, x[tokens], y[tokens], keep[tokens])
+                assert_moments(own[first + 2 + k], e, a.double() * weight, b.double() * weight, keep[tokens])
+                assert_moments(priors[first + k], 0, x, y, keep)
+                assert_moments(priors[first + 2 + k], e, every_a, every_b, keep)
+    assert len(used) == 8
+    assert all(a is b for a, b in zip(used, shrunk, strict=True))
 
 
 def test_outcomes_count_the_tokens_that_the_artifact_routes(made):

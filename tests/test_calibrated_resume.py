@@ -149,6 +149,18 @@ def interrupt_in_layer(m: pytest.MonkeyPatch, layer: int) -> None:
     m.setattr(sequence, "quantize_layer", quantize_layer)
 
 
+def calibrated_layers(m: pytest.MonkeyPatch) -> list[int]:
+    """Layers that are calibrated from here on, in the order in which they will be."""
+    original, layers = sequence.quantize_layer, []
+
+    def quantize_layer(job, *args):
+        layers.append(int(job.at.rpartition(".")[2]))
+        original(job, *args)
+
+    m.setattr(sequence, "quantize_layer", quantize_layer)
+    return layers
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_ctrl_c_while_calibrating_exits_130_and_the_next_run_continues(
     layer, command, tmp_path, cli, monkeypatch, caplog
@@ -160,11 +172,9 @@ def test_ctrl_c_while_calibrating_exits_130_and_the_next_run_continues(
     assert ran.code == 130
     assert ran.err.strip() == "interrupted; the same command continues where it stopped"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {STATE_FILE, WORK_FOLDER}
-    calls = []
-    original = sequence.quantize_layer
-    monkeypatch.setattr(sequence, "quantize_layer", lambda job, *args: (calls.append(job.at), original(job, *args)))
+    layers = calibrated_layers(monkeypatch)
     assert cli(*options, "-v").code == 0
-    assert calls == [f"model.layers.{i}" for i in range(layer, 2)]
+    assert layers == list(range(layer, 2))
     assert (f"calibration continues at layer {layer} of 2" in caplog.messages) == (layer > 0)
     assert cli(*command(tmp_path / "whole")).code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -195,6 +205,26 @@ def test_what_is_lost_of_the_work_folder_is_made_again(lost, grouped, tmp_path, 
     run(plan, tmp_path / "out")
     run(plan, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    # Layer 0 has two streams of embeddings and two behind it to keep, and removes four files.
+    ("owner", "name", "calls", "repeated"),
+    [(Spool, "keep", 5, [1, 2]), (sequence, "_save", 2, [1, 2]), (Spool, "remove", 5, [2])],
+    ids=["before its streams are kept", "before it is saved", "before its files go"],
+)
+def test_interrupted_at_a_layers_end_no_finished_layer_is_repeated(
+    owner, name, calls, repeated, grouped, tmp_path, monkeypatch
+):
+    original, left = getattr(owner, name), iter(range(1, calls))
+    plan = planned(grouped)
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, lambda *args: original(*args) if next(left, None) else interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, tmp_path / "out")
+    layers = calibrated_layers(monkeypatch)
+    run(plan, tmp_path / "out")
+    assert layers == repeated
 
 
 # Full disks
