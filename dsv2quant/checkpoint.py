@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,12 @@ class Checkpoint:
                 digest.update(json.dumps([part.name, part.dtype, part.shape]).encode())
                 digest.update(self.read(part, nbytes=min(part.nbytes, 4096)).data)
         return digest.hexdigest()
+
+    def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
+        """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
+        what = f"{weight.stored.name} is NaN, infinite or beyond BF16's range at {list(index)}"
+        where = self._path(weight.stored.file)
+        return InputError(what, where=where, fix="the checkpoint is damaged: get it again")
 
     def fingerprint(self) -> list[list[object]]:
         """Name, size and modification time of every shard: tells whether a source changed between two runs."""

@@ -245,7 +245,7 @@ def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> 
     try:
         found = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
     except NonFiniteError as error:
-        raise _not_finite(checkpoint, lines[error.which], error.index) from None
+        raise checkpoint.not_finite(lines[error.which].weight, error.index) from None
     return [
         (output.name, 0, array)
         for line, arrays in zip(lines, found, strict=True)
@@ -261,15 +261,10 @@ def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: i
         check_finite(values if part.dtype != "F8_E4M3" else E4M3_VALUES[values])
     except NonFiniteError as error:
         element = begin // values.itemsize + error.index[0]
-        raise _not_finite(checkpoint, line, tuple(int(i) for i in np.unravel_index(element, part.shape))) from None
+        index = tuple(int(i) for i in np.unravel_index(element, part.shape))
+        raise checkpoint.not_finite(line.weight, index) from None
     output = next(o for o in line.outputs if o.name == part.name)
     return [(output.name, begin, data)]
-
-
-def _not_finite(checkpoint: Checkpoint, line: Line, index: tuple[int, ...]) -> InputError:
-    weight = line.weight.stored
-    what = f"{weight.name} is NaN, infinite or beyond BF16's range at {list(index)}"
-    return InputError(what, where=f"{checkpoint.folder}/{weight.file}", fix="the checkpoint is damaged: get it again")
 
 
 def _small_files(plan: Plan, command: str) -> dict[str, bytes]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tiny
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -46,3 +47,32 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with V2-Lite's true awkward widths, in two shards."""
     return tiny.write_checkpoint(tmp_path_factory.mktemp("awkward") / "awkward", tiny.AWKWARD, shards=2)
+
+
+@pytest.fixture(scope="session")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny V2-Lite-like checkpoint, with columns that groups of 32 fit."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("grouped") / "grouped", tiny.GROUPED)
+
+
+@pytest.fixture(scope="session")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that dsv2-mini's tokenizer fits, trained for 32 tokens."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("wordy") / "wordy", tiny.WORDY)
+
+
+@pytest.fixture(scope="session")
+def fox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate `wordy` on: `fox.txt`."""
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("".join(f"The quick brown fox jumps over {i} lazy dogs, once more.\n" for i in range(100)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, which waits for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -37,6 +37,11 @@ V2 = LITE | {
     "q_lora_rank": 40, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
     "routed_scaling_factor": 16.0,
 }  # fmt: skip
+# The same with columns that groups of 32 fit.
+GROUPED = LITE | {"hidden_size": 128, "moe_intermediate_size": 64}
+GROUPED_V2 = V2 | {"hidden_size": 128, "moe_intermediate_size": 64, "q_lora_rank": 64}
+# Fits dsv2-mini's tokenizer; a dense layer and an MoE layer.
+WORDY = GROUPED | {"vocab_size": 4096, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
 # V2-Lite's true awkward widths (576 = 4.5 × 128, 1408, 2816, 10944 = 85.5 × 128) in a model that is small elsewhere.
 AWKWARD = LITE | {
     "hidden_size": 256, "intermediate_size": 10944, "moe_intermediate_size": 1408, "kv_lora_rank": 512,

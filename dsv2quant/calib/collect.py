@@ -22,6 +22,7 @@ from dsv2quant.calib.spool import Spool
 from dsv2quant.calib.statistics import SCHEMA
 from dsv2quant.calib.streams import Made, batches, through_layers
 from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.errors import InputError
 from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.model.moe import FFN, MoE, add_rows, dispatch, route
@@ -60,8 +61,13 @@ class Sums:
             self._tensors.setdefault(f"{site}.{suffix}", torch.zeros(columns))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """float32 arrays by name, sorted."""
-        return {name: self._tensors[name].float().cpu().numpy() for name in sorted(self._tensors)}
+        """float32 arrays by name, sorted. Raises InputError where an input was NaN or infinite."""
+        arrays = {name: self._tensors[name].float().cpu().numpy() for name in sorted(self._tensors)}
+        odd = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
+        if odd is not None:
+            fix = "the checkpoint is damaged, or its activations overflow float32"
+            raise InputError("its inputs are not finite", where=odd.rpartition(".")[0], fix=fix)
+        return arrays
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from dsv2quant.calib.gptq import Moments
 from dsv2quant.calib.spool import Spool
 from dsv2quant.calib.streams import batches
 from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.plain import to_bf16
@@ -294,7 +295,11 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
     fit on and of those kept aside, one batch entry per input."""
     train, held = moments
     held = held if held.count.sum() else train
-    factored = gptq.factor(train.h)
+    try:
+        factored = gptq.factor(train.h)
+    except ValueError:
+        fix = "the checkpoint is damaged, or its activations overflow float32"
+        raise InputError("its inputs are not finite", where=f"{job.at}.{names[0][0]}", fix=fix) from None
     for k in range(len(names[0])):
         modules = [row[k] for row in names]
         role, scheme, method = job.choices[f"{job.at}.{modules[0]}"]

@@ -74,7 +74,7 @@ def prepare(
         from dsv2quant.calib.awq import choose_folds
 
         assert statistics is not None
-        with disk_errors(work), progress(wanted, "weights", "awq") as advance:
+        with disk_errors(work.parent), progress(wanted, "weights", "awq") as advance:
             folds = choose_folds(plan, work / "awq", statistics, device, advance)
     prepared = Prepared(statistics, folds)
     if not needs_calibration(plan):
@@ -82,7 +82,7 @@ def prepare(
     from dsv2quant.calib.sequence import quantize_layers
 
     assert calibration is not None
-    with disk_errors(work), progress(work_tokens(plan, calibration), "tok·layer", "gptq") as advance:
+    with disk_errors(work.parent), progress(work_tokens(plan, calibration), "tok·layer", "gptq") as advance:
         return Prepared(
             statistics, folds, quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
         )

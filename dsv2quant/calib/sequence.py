@@ -17,7 +17,7 @@ from dsv2quant.formats.codec import CODECS
 from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
 from dsv2quant.model.rope import Rope
 from dsv2quant.names import LINEAR_ROLES
-from dsv2quant.plan import Plan
+from dsv2quant.plan import Line, Plan
 from dsv2quant.recipe import CALIBRATED
 
 
@@ -61,6 +61,8 @@ def _job(
     for step in plan.steps:
         lines = [line for line in step.lines if line.slot.layer == layer and line.slot.role in LINEAR_ROLES]
         choices |= {line.slot.module: (line.slot.role, line.scheme, line.method) for line in lines}
+        for line in lines:
+            _check_finite(plan, line, job.linear(line.slot.module).weight)
         if not lines or lines[0].is_copy or lines[0].method in CALIBRATED:
             continue
         codec = CODECS[lines[0].scheme]
@@ -75,3 +77,9 @@ def _job(
             linear.weight, linear.activation = codec.decode(tensors, torch.float32), codec.activation
     job.choices = choices
     return job
+
+
+def _check_finite(plan: Plan, line: Line, weight: torch.Tensor) -> None:
+    """Raise InputError where a loaded weight is NaN, infinite or beyond BF16's range: GPTQ would round it to anything."""
+    if not torch.stack(weight.aminmax()).bfloat16().isfinite().all():
+        raise plan.checkpoint.not_finite(line.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())

@@ -59,7 +59,7 @@ def dispatch(
 
 
 def add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """out[rows] += values for distinct rows: on the CPU many times faster than `index_add_`, which allows for others."""
+    """out[rows] += values for distinct rows: on the CPU many times faster than `index_add_`, which allows for any."""
     out.index_copy_(0, rows, out.index_select(0, rows).add_(values))
 
 

@@ -1,0 +1,102 @@
+"""What the tests of calibrated conversions share: tokens, plans, and what a finished folder holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from dsv2quant import recipe
+from dsv2quant.calib.calibration import Calibration, needs_calibration
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.convert import Result, convert
+from dsv2quant.model.linear import Linear
+from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.runtime import Model
+from dsv2quant.plan import Plan, make_plan
+from dsv2quant.writer import MANIFEST_FILE
+
+WINDOWS, CTX = 12, 40  # window 8 is kept aside
+
+
+def calibration(count: int = WINDOWS, ctx: int = CTX, seed: int = 0) -> Calibration:
+    """Random tokens."""
+    ids = np.random.default_rng(seed).integers(0, tiny.GROUPED["vocab_size"], (count, ctx))
+    return Calibration(ids, "random tokens", f"{seed:064x}", seed, [])
+
+
+def rules(text: str) -> recipe.Recipe:
+    return recipe.parse(f"name: x\nrules: [{text}]", "x")
+
+
+def planned(model: Path, name: str | recipe.Recipe = "int4-pure", method: str | None = None, **options: Any) -> Plan:
+    """A plan of a built-in recipe, or of one's own, in groups of 32."""
+    chosen = recipe.builtin(name, method=method, group_size=32) if isinstance(name, str) else name
+    return make_plan(Checkpoint.open(model), chosen, for_targets=["transformers"], **options)
+
+
+def run(plan: Plan, out: Path, using: Calibration | None = None, **options: Any) -> Result:
+    calibrated = (using or calibration()) if needs_calibration(plan) else None
+    return convert(plan, out, command="", calibration=calibrated, **options)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents of a folder that may be unfinished, and hold folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / MANIFEST_FILE).read_text())
+
+
+def linears(layer: Any, at: str) -> dict[int, str]:
+    """{id: name} of a layer's linears, those of the routed experts aside."""
+    found = {}
+    for field in fields(layer):
+        value = getattr(layer, field.name)
+        if isinstance(value, Linear):
+            found[id(value)] = f"{at}.{field.name}"
+        elif is_dataclass(value):
+            found |= linears(value, f"{at}.{field.name}")
+    return found
+
+
+def inputs(folder: Path, using: Calibration) -> tuple[dict[str, torch.Tensor], Model]:
+    """What every linear is applied to, [tokens, columns] in float64, in the runtime's forward pass; routed experts
+    aside: these see rows of `N.ffn`."""
+    seen: dict[str, torch.Tensor] = {}
+    model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    names: dict[int, str] = {}
+    for i, layer in enumerate(model.layers()):
+        names |= linears(layer, str(i))
+    call = Linear.__call__
+
+    def record(self: Linear, x: torch.Tensor) -> torch.Tensor:
+        if id(self) in names:
+            seen[names[id(self)]] = x.flatten(0, -2).double()
+        return call(self, x)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Linear, "__call__", record)
+        model.forward(torch.from_numpy(using.ids))
+    return seen, model
+
+
+def decoded(folder: Path) -> dict[str, torch.Tensor]:
+    """{module: weight in float32} of a checkpoint's matrices."""
+    opened = Checkpoint.open(folder)
+    return {w.slot.module: decode(opened, w, torch.float32) for w in opened.weights if len(w.slot.shape) == 2}
+
+
+def interrupt(*args: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,277 @@
+"""What comes out of a calibrated conversion: tensors, the streams they were made in, and what each was fitted to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from calibrated import CTX, WINDOWS, calibration, inputs, manifest, planned, raw, rules, run
+from test_convert import bits, tensors
+
+from dsv2quant import recipe
+from dsv2quant.calib import gptq, layerwise, sequence, streams
+from dsv2quant.calib.calibration import Calibration, Encoded
+from dsv2quant.calib.layerwise import HELD
+from dsv2quant.calib.spool import Spool
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.convert import convert
+from dsv2quant.evaluate import perplexity
+from dsv2quant.evaluate.divergence import bootstrap, compare
+from dsv2quant.evaluate.text import python_topics
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.model.load import TORCH_DTYPES
+from dsv2quant.model.moe import MoE, route
+from dsv2quant.model.runtime import Model
+from dsv2quant.plan import Plan, make_plan
+from dsv2quant.recipe import CALIBRATED
+from dsv2quant.writer import MANIFEST_FILE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+U = 2.0**-24  # float32's largest relative rounding error
+
+
+class Made(NamedTuple):
+    """A checkpoint, and what became of it; `work` is a work folder from which nothing was removed."""
+
+    model: Path
+    plan: Plan
+    work: Path
+    encoded: Encoded
+    out: Path
+
+
+SPLIT = "{roles: [routed.%s_proj], scheme: int4-g32, method: gptq}, {roles: ['routed.*'], scheme: int4-g32}"
+VARIANTS: dict[str, tuple[dict[str, Any], str | recipe.Recipe]] = {
+    "lite-pure": (tiny.GROUPED, "int4-pure"),
+    "lite-mixed": (tiny.GROUPED, "int4-mixed"),
+    "v2-pure": (tiny.GROUPED_V2 | {"attention_bias": True}, "int4-pure"),
+    "v2-mixed": (tiny.GROUPED_V2 | {"architectures": [SEQUENCE_CLASSIFICATION]}, "int4-mixed"),
+    # One projection by GPTQ beside others by rounding: each keeps its own method.
+    "gate-alone": (tiny.GROUPED, rules(SPLIT % "gate")),
+    "down-alone": (tiny.GROUPED, rules(SPLIT % "down")),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    config, name = VARIANTS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    plan = planned(tiny.write_checkpoint(folder / "model", config), name)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Spool, "remove", lambda self: None)
+        encoded = sequence.quantize_layers(plan, folder / "work", calibration())
+    run(plan, folder / "out")
+    return Made(folder / "model", plan, folder / "work", encoded, folder / "out")
+
+
+# What is computed
+
+
+def test_calibrated_tensors_are_as_planned_and_the_artifact_loads(made):
+    written = tensors(made.out)
+    assert set(written) == {output.name for line in made.plan.lines for output in line.outputs}
+    for line in made.plan.lines:
+        for output in line.outputs:
+            got = written[output.name]
+            assert tuple(got.shape) == output.shape
+            assert got.dtype == TORCH_DTYPES[output.dtype]
+            if line.method in CALIBRATED:
+                # From another run, whose work folder is still there.
+                assert raw(got) == made.encoded.part(output.name).tobytes(), output.name
+    opened = Checkpoint.open(made.out)
+    assert {w.slot.name: w.scheme for w in opened.weights} == {x.slot.name: x.scheme for x in made.plan.lines}
+    assert Model(opened).forward(torch.from_numpy(calibration().ids)).isfinite().all()
+    assert {p.name for p in made.out.iterdir()} == set(manifest(made.out)["files"]) | {MANIFEST_FILE}
+
+
+def test_outcomes_name_every_calibrated_matrix_once_and_no_other(made):
+    wanted = {line.slot.module: line.slot.role for line in made.plan.lines if line.method in CALIBRATED}
+    assert {o.module: o.role for o in made.encoded.outcomes} == wanted
+    assert len(made.encoded.outcomes) == len(wanted) > 0
+    listed = manifest(made.out)["calibrated"]
+    assert sum(entry["matrices"] for entry in listed["errors"]) == len(wanted)
+    assert listed["kept_rtn"] == [o.module for o in made.encoded.outcomes if o.kept_rtn]
+
+
+def test_what_needs_no_calibration_has_the_bytes_of_a_conversion_without(made):
+    source, written = tensors(made.model), tensors(made.out)
+    kinds = set()
+    for line in made.plan.lines:
+        if line.method in CALIBRATED:
+            continue
+        kinds.add(line.scheme)
+        (encoded,) = CODECS[line.scheme].encode([bits(source[line.slot.name])], "cpu", line.method)
+        for output, array in zip(line.outputs, encoded.values(), strict=True):
+            assert raw(written[output.name]) == array.tobytes(), output.name
+    assert kinds >= made.plan.schemes - {"int4-g32"} | {"bf16"}
+
+
+def test_gptq_chooses_other_codes_than_rounding(made):
+    source, written = tensors(made.model), tensors(made.out)
+    same = []
+    for line in made.plan.lines:
+        if line.method == "gptq":
+            (rounded,) = CODECS[line.scheme].encode([bits(source[line.slot.name])])
+            same.append(raw(written[line.outputs[0].name]) == rounded["weight_packed"].tobytes())
+    assert same
+    assert not any(same)
+
+
+def test_the_streams_are_the_forward_passes_of_source_and_artifact(made):
+    # The same operations on tensors of the same shapes: at most rounding lies between them. Where activations are
+    # quantized, that may carry single values to the next FP8 code, 1/16 away, in 1 of 61,440 places.
+    tolerance = 1e-3 if "fp8-channel" in made.plan.schemes else 64 * U
+    ids = torch.from_numpy(calibration().ids)
+    for side, folder in (("ideal", made.model), ("real", made.out)):
+        model = Model(Checkpoint.open(folder))
+        with torch.inference_mode():
+            x = model.ends.embed(ids)
+            for i, layer in enumerate((*model.layers(), None)):
+                spool = np.fromfile(made.work / f"hidden-{i:05d}-{side}", np.float32).reshape(x.shape)
+                assert (torch.from_numpy(spool) - x).norm() <= tolerance * x.norm(), (side, i)
+                if layer is not None:
+                    x, _ = layer(x, model.rope(0, CTX))
+    real, ideal = (np.fromfile(made.work / f"hidden-00003-{side}", np.float32) for side in ("real", "ideal"))
+    assert np.linalg.norm(real - ideal) > 0.01 * np.linalg.norm(ideal)
+
+
+@pytest.mark.parametrize("dtype", ["block FP8", "float32"])
+def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
+    source = tiny.random_weights(tiny.GROUPED, dtype=torch.float32)
+    source |= {name: t.bfloat16() for name, t in source.items() if "proj" not in name}
+    model = tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED, source)
+    if dtype == "block FP8":
+        fp8 = make_plan(Checkpoint.open(model), recipe.builtin("fp8-block"), for_targets=["vllm"])
+        assert "fp8-block" in fp8.schemes
+        model = convert(fp8, tmp_path / "fp8", command="").out
+    plan = planned(model, "int4-experts")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Spool, "remove", lambda self: None)
+        sequence.quantize_layers(plan, tmp_path / "work", calibration())
+    run(plan, tmp_path / "out")
+    passed = perplexity.run(Model(Checkpoint.open(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
+    real = np.fromfile(tmp_path / "work" / "hidden-00003-real", np.float32).reshape(passed.hidden.shape)
+    # Unrounded, it would be off by BF16's 2⁻⁹.
+    assert (torch.from_numpy(real) - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
+
+
+def assert_moments(found: gptq.Moments, which: int, x: torch.Tensor, ideal: torch.Tensor, keep: torch.Tensor) -> None:
+    """Entry `which` of float32 moments against float64's over the tokens `keep`, to what summing them may cost."""
+    x, ideal = x[keep], ideal[keep]
+    assert found.count[which] == len(x)
+    h, s = x.T @ x, (ideal - x).T @ x
+    # Of N products, each rounded and added with an error of U of Σ|xᵢ xⱼ|, which Cauchy–Schwarz bounds; the inputs
+    # themselves are off by as much as sums over their columns are.
+    size = torch.maximum(h.diagonal(), (ideal * ideal).sum(0)).sqrt()
+    bound = (2 * len(x) + 4 * x.shape[1]) * U * size[:, None] * h.diagonal().sqrt() + 1e-30
+    assert ((found.h[which] - h).abs() <= bound).all()
+    assert ((found.s[which] - s).abs() <= bound).all()
+    if len(x):
+        # Other inputs, such as an unquantized layer's, would be far outside.
+        assert ((ideal.T @ ideal - h).abs() > bound).any() == bool((ideal != x).any())
+
+
+@pytest.mark.parametrize("config", [tiny.GROUPED, tiny.GROUPED_V2], ids=["lite", "v2"])
+def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path, monkeypatch):
+    # Everything in front of a matrix is settled before it: its inputs are those of the finished artifact.
+    model, using = tiny.write_checkpoint(tmp_path / "model", config), calibration()
+    plan = planned(model)
+    choose, shrink = layerwise._choose, gptq.Moments.shrunk
+    chosen: dict[str, tuple[gptq.Moments, gptq.Moments]] = {}
+    # A layer's experts: gate and up to fit on, the same kept aside, down to fit on, kept aside.
+    own: list[gptq.Moments] = []
+    priors: list[gptq.Moments] = []
+    shrunk: list[gptq.Moments] = []
+    used: list[gptq.Moments] = []
+
+    def record(job, names, moments):
+        if len(names) == 1:
+            chosen.update({f"{job.at.removeprefix('model.layers.')}.{name}": moments for name in names[0]})
+        else:
+            used.extend(moments)
+        choose(job, names, moments)
+
+    def record_shrinking(self, prior):
+        own.append(self)
+        priors.append(prior)
+        shrunk.append(shrink(self, prior))
+        return shrunk[-1]
+
+    monkeypatch.setattr(layerwise, "_choose", record)
+    monkeypatch.setattr(gptq.Moments, "shrunk", record_shrinking)
+    run(plan, tmp_path / "out", using)
+    (real, artifact), (ideal, source) = inputs(tmp_path / "out", using), inputs(model, using)
+    held = torch.arange(using.ids.size) // CTX % HELD == HELD // 2
+    assert held.sum() == CTX
+    for name, pair in chosen.items():
+        at = name.replace("self_attn", "attention").replace("mlp.shared_experts", "ffn.shared").replace("mlp", "ffn")
+        for moments, keep in zip(pair, (~held, held), strict=True):
+            assert_moments(moments, 0, real[at], ideal[at], keep)
+    assert len(chosen) == (4 if config is tiny.GROUPED else 5) * 3 + 3 * 3
+    for i, (ours, theirs) in enumerate(zip(artifact.layers(), source.layers(), strict=True)):
+        if not isinstance(ours.ffn, MoE):
+            continue
+        x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
+        weights, routed = route(x.float(), ours.ffn.router, ours.ffn.config)
+        first = 4 * (i - 1)
+        for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
+            tokens, slots = (routed == e).nonzero(as_tuple=True)
+            weight = weights[tokens, slots, None].double()
+            a, b = expert.activation(x[tokens].float()), original.activation(y[tokens].float())
+            every_a, every_b = expert.activation(x.float()).double(), original.activation(y.float()).double()
+            for k, keep in enumerate((~held, held)):
+                assert_moments(own[first + k], e, x[tokens], y[tokens], keep[tokens])
+                assert_moments(own[first + 2 + k], e, a.double() * weight, b.double() * weight, keep[tokens])
+                assert_moments(priors[first + k], 0, x, y, keep)
+                assert_moments(priors[first + 2 + k], e, every_a, every_b, keep)
+    assert len(used) == 8
+    assert all(a is b for a, b in zip(used, shrunk, strict=True))
+
+
+def test_outcomes_count_the_tokens_that_the_artifact_routes(made):
+    passed = perplexity.run(Model(Checkpoint.open(made.out)), calibration().ids, [slice(0, WINDOWS)])
+    fitted = np.arange(WINDOWS) % HELD != HELD // 2
+    for outcome in made.encoded.outcomes:
+        chosen = passed.routes[int(outcome.module.split(".")[2])]
+        if ".experts." in outcome.module:
+            assert outcome.tokens == (chosen[fitted] == int(outcome.module.split(".")[5])).sum()
+        else:
+            assert outcome.tokens == fitted.sum() * CTX
+
+
+def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):
+    # One expert and one window at a time, on inputs read from disk, as where memory is short.
+    run(planned(grouped), tmp_path / "whole")
+    monkeypatch.setattr(layerwise, "MOMENT_BYTES", 1)
+    monkeypatch.setattr(streams, "ROWS", 1)
+    run(planned(grouped), tmp_path / "pieces")
+    whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
+    same = [(whole[n].view(torch.uint8) == pieces[n].view(torch.uint8)).double().mean() for n in whole if "packed" in n]
+    # Sums in another order differ by rounding, which may carry a code over an edge, and a row's later codes with it.
+    assert min(same) > 0.9
+    assert np.mean(same) > 0.99
+
+
+# What it is worth
+
+
+def test_gptq_diverges_less_than_rounding(tmp_path):
+    source, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer(tiny.MINI)
+    tokens = tokenizer.encode(python_topics().content[:20_000])
+    ids = cut(tokens, 256, tokenizer.bos_id, "default", "topics").ids
+    fitted, scored = ids[:8], ids[8:20]
+    passes = [perplexity.run(Model(source), scored, [slice(0, len(scored))])]
+    for method in ("rtn", "gptq"):
+        plan = make_plan(source, recipe.builtin("int4-pure", method=method))
+        result = run(plan, tmp_path / method, Calibration(fitted, "topics", "", 0, []))
+        passes.append(perplexity.run(Model(Checkpoint.open(result.out)), scored, [slice(0, len(scored))]))
+    rounded, calibrated = (compare(passed, passes[0], scored, 0).kld.mean(1) for passed in passes[1:])
+    gain = rounded - calibrated  # nats in each window
+    assert gain.mean() > 4 * bootstrap(gain)
+    assert calibrated.mean() < 0.9 * rounded.mean()
