@@ -21,6 +21,7 @@ from dsv2quant.calib.calibration import Calibration, Encoded, layer_file
 from dsv2quant.calib.layerwise import Job, quantize_layer, twin
 from dsv2quant.calib.spool import ROWS, Spool
 from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
 from dsv2quant.model.rope import Rope
 from dsv2quant.names import LINEAR_ROLES
@@ -101,6 +102,7 @@ def _job(plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, ctx: int, d
             }
             linear = job.linear(line.slot.module)
             linear.weight, linear.activation = codec.decode(tensors, torch.float32), codec.activation
+            linear.input_scale = tensors.get(INPUT_SCALE)
     job.choices = choices
     return job
 
