@@ -41,11 +41,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Line:
-    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for.
-
-    `outputs` are its parts; behind those of kv_a_proj_with_mqa stand its layer's KV-cache scales, where the plan has
-    them.
-    """
+    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for. Behind the parts of
+    a kv_a_proj_with_mqa, `outputs` has its layer's KV-cache scales, if the plan has them."""
 
     weight: Weight
     scheme: str
@@ -170,9 +167,8 @@ def make_plan(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     kv_scales: bool = False,
 ) -> Plan:
-    """Plan a conversion, by default for every consumer that loads the recipe's schemes at all; `kv_scales` adds
-    KV-cache scales. Raises InputError where the checkpoint or the recipe can't give one artifact, and UsageError
-    where `tp` does not divide the model."""
+    """Plan a conversion, by default for every consumer that loads the recipe's schemes; `kv_scales` adds a KV cache's.
+    Raises InputError where they can't give one artifact, and UsageError where `tp` does not divide the model."""
     loading = set(targets.TARGETS).intersection(*map(targets.loadable, recipe.schemes))
     chosen = tuple(t for t in targets.TARGETS if t in (loading if for_targets is None else for_targets))
     if set(chosen) & set(targets.ENGINES):
@@ -190,7 +186,7 @@ def make_plan(
         raise InputError(what, where=where, fix="one artifact has one quant method") from None
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
-        what = "its artifact can't declare KV-cache scales: no consumer would look for them"
+        what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     lines = tuple(_line(weight, *schemes[weight.slot], kv_parts) for weight in checkpoint.weights)
     steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)

@@ -111,7 +111,7 @@ class Loader:
         input_scale = None
         if activation == "static":
             stored = stored_tensor(self.checkpoint, weight.parts[INPUT_SCALE], self.options.device)
-            input_scale = stored.float().reshape(1)
+            input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
         return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
