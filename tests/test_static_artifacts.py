@@ -284,6 +284,14 @@ def test_a_scale_that_is_missing_or_misshaped_is_one_clear_line(scheme, edit, me
     assert "Traceback" not in ran.err
 
 
+def test_dynamic_and_static_inputs_of_tensor_scales_mix(tmp_path, lite, monkeypatch):
+    rules = "name: both\nrules: [{roles: [o_proj], scheme: fp8-tensor}, {roles: [q_proj], scheme: fp8-static}]"
+    monkeypatch.setitem(static.RECIPES, "both", recipe.parse(rules, "both"))
+    static.write(lite, tmp_path / "out", "both")
+    found = {w.slot.role: w.scheme for w in Checkpoint.open(tmp_path / "out").weights}
+    assert (found["o_proj"], found["q_proj"]) == ("fp8-tensor", "fp8-static")
+
+
 def test_without_kv_scales_nothing_is_missed(artifacts, tmp_path):
     def drop(tensors):
         for name in [name for name in tensors if name.endswith(("k_scale", "v_scale"))]:

@@ -73,7 +73,7 @@ class Codec(Protocol):
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"),
+        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
         Int4(128), Int4(64), Int4(32), Int4(None),
     )
 }  # fmt: skip

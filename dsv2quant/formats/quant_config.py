@@ -157,8 +157,8 @@ def activations_quantized(config: Mapping[str, Any] | None) -> bool:
 
 
 def readable_codecs(config: Mapping[str, Any] | None) -> list[Codec]:
-    """The codecs whose layouts a checkpoint of this configuration may hold. Whether a weight with one scale per tensor
-    must have an input scale is for the configuration to say: without the tensor, the layouts look alike."""
+    """The codecs whose layouts a checkpoint of this configuration may hold, static ones before fp8-tensor, which has
+    their parts but one. Whether that one must be there is for the configuration to say."""
     inputs = _inputs_of_tensor_scales(config or {})
     return [
         codec

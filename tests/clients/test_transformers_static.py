@@ -50,7 +50,9 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
             assert torch.equal(given[weight.slot.module], scale.to(rounding or torch.float32))
 
     options = LoadOptions(torch_dtype, "cpu", dequantize, rounding)
-    got = like_transformers(Model(checkpoint, options)).forward(tokens).double()
+    model = Model(checkpoint, options)
+    assert all(torch.equal(static.watch(model)[module].input_scale, scale.float()) for module, scale in given.items())
+    got = like_transformers(model).forward(tokens).double()
     error = float((got - want).norm() / want.norm())
     if torch_dtype == torch.float32:
         assert error < (1e-5 if dequantize else 1e-2)  # as for the other schemes: see test_transformers.py
