@@ -20,10 +20,11 @@ import numpy as np
 from dsv2quant import hub
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.codec import Codec
 from dsv2quant.formats.fp8 import decode_block_to_float32
 from dsv2quant.formats.int4 import PACKED
 from dsv2quant.formats.part import PLAIN_DTYPES, Part
+from dsv2quant.formats.quant_config import kv_scale_parts, readable_codecs
 from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
 from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
 
@@ -53,7 +54,10 @@ class Weight:
 
 
 class Checkpoint:
-    """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached."""
+    """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached.
+
+    `kv_scales` holds the KV-cache scale of each layer's keys, where the checkpoint has them.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,8 @@ class Checkpoint:
         self.files = sorted(headers)
         _check_quantization(self.config.quantization, where)
         tensors = _index(headers, where)
-        self.weights = _match(model_slots(self.config), tensors, where)
+        self.kv_scales = _kv_scales(self.config, tensors, where)
+        self.weights = _match(model_slots(self.config), tensors, readable_codecs(self.config.quantization), where)
         self._data_starts = data_starts or {}
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
 
@@ -187,14 +192,38 @@ def _index(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str,
     return tensors
 
 
-def _match(slots: Iterable[Slot], tensors: dict[str, StoredTensor], where: object) -> list[Weight]:
+def _kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where: object) -> dict[int, StoredTensor]:
+    """Take the KV-cache scales that the configuration declares out of `tensors`: every layer's, or none. Only the keys'
+    are kept: MLA caches no values."""
+    found: dict[int, StoredTensor] = {}
+    names = {
+        f"model.layers.{layer}.self_attn.{part.suffix}": layer
+        for part in kv_scale_parts(config.quantization)
+        for layer in range(config.num_hidden_layers)
+    }
+    missing = [name for name in names if name not in tensors]
+    if len(missing) < len(names) and missing:
+        what = f"{len(missing)} KV-cache scales are missing: {listing(missing)}"
+        raise InputError(what, where=where, fix="download the missing shards")
+    for name, layer in names.items() if not missing else ():
+        tensor = tensors.pop(name)
+        if tensor.dtype not in PLAIN_DTYPES or tensor.shape not in ((), (1,)):
+            what = f"{name} is {tensor.dtype} {list(tensor.shape)}"
+            raise InputError(what, where=f"{where}/{tensor.file}", fix="a KV-cache scale is one plain number")
+        found.setdefault(layer, tensor)
+    return found
+
+
+def _match(
+    slots: Iterable[Slot], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
+) -> list[Weight]:
     """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
     slots = list(slots)
     missing = [slot.name for slot in slots if _held(slot, tensors) is None]
     if missing:
         what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
         raise InputError(what, where=where, fix="download the missing shards, or correct config.json")
-    weights = [_weight(slot, tensors, where) for slot in slots]
+    weights = [_weight(slot, tensors, codecs, where) for slot in slots]
     used = {part.name for weight in weights for part in weight.parts.values()}
     # Old checkpoints store RoPE's frequencies, which follow from config.json.
     surplus = [name for name in tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
@@ -211,7 +240,7 @@ def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | Non
     return tensors.get(packed) if plain is None and slot.role in LINEAR_ROLES else plain
 
 
-def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> Weight:
+def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
     held = _held(slot, tensors)
     assert held is not None
     where = f"{where}/{held.file}"
@@ -223,22 +252,24 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> W
     if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
-    scales = []
-    for codec in CODECS.values():
+    scales, lacking = [], None
+    for codec in codecs:
         layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
         found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
         parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
         if len(layout) > 1 and held in parts.values():
             scales += [tensor for tensor in parts.values() if tensor is not held]
-            if len(parts) == len(layout) and all(_fits(part, parts[part.suffix]) for part in layout):
-                return Weight(slot, codec.name, parts)
-    if scales:
+            if len(parts) > 1 and all(_fits(part, parts[part.suffix]) for part in layout if part.suffix in parts):
+                lacking = next((part.suffix for part in layout if part.suffix not in parts), None)
+                if lacking is None:
+                    return Weight(slot, codec.name, parts)
+    if scales and lacking is None:
         odd = scales[0]
         what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
         fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
         raise InputError(what, where=where, fix=fix)
-    kind, missing = ("INT4", "weight_scale") if held.dtype == "I32" else ("FP8", "weight_scale_inv")
-    what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{missing}"
+    kind, scale = ("INT4", "weight_scale") if held.dtype == "I32" else ("FP8", "weight_scale_inv")
+    what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{lacking or scale}"
     raise InputError(what, where=where, fix="download the shard that holds it: without scales the codes mean nothing")
 
 

@@ -20,8 +20,8 @@ from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.part import DTYPE_BYTES
-from dsv2quant.formats.quant_config import quantization_config
+from dsv2quant.formats.part import DTYPE_BYTES, Part
+from dsv2quant.formats.quant_config import kv_scale_parts, quantization_config
 from dsv2quant.headers import SINGLE_FILE
 from dsv2quant.names import Slot
 from dsv2quant.recipe import CALIBRATED, MEASURED, Recipe
@@ -43,7 +43,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Line:
-    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for."""
+    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for. Behind the parts of
+    a kv_a_proj_with_mqa, `outputs` has its layer's KV-cache scales, if the plan has them."""
 
     weight: Weight
     scheme: str
@@ -174,13 +175,15 @@ def make_plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
     *,
-    for_targets: Sequence[str] = targets.TARGETS,
+    for_targets: Sequence[str] | None = None,
     tp: int = 1,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    kv_scales: bool = False,
 ) -> Plan:
-    """Plan a conversion. Raises InputError where the checkpoint or the recipe can't give one artifact, and UsageError
-    where `tp` does not divide the model."""
-    chosen = tuple(t for t in targets.TARGETS if t in for_targets)
+    """Plan a conversion, by default for every consumer that loads the recipe's schemes; `kv_scales` adds a KV cache's.
+    Raises InputError where they can't give one artifact, and UsageError where `tp` does not divide the model."""
+    loading = set(targets.TARGETS).intersection(*map(targets.loadable, recipe.schemes))
+    chosen = tuple(t for t in targets.TARGETS if t in (loading if for_targets is None else for_targets))
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, tp)
     quantized = [w.slot.name for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
@@ -189,13 +192,18 @@ def make_plan(
         raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
     schemes = _choose(checkpoint, recipe, chosen, tp)
     _mark_folded(checkpoint, recipe, schemes)
-    lines = tuple(_line(weight, *schemes[weight.slot]) for weight in checkpoint.weights)
-    steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
+    where = f"recipe {recipe.name}"
     try:
-        quantization = quantization_config({line.slot: line.scheme for line in lines})
+        quantization = quantization_config({w.slot: schemes[w.slot][0] for w in checkpoint.weights}, kv_scales)
     except ValueError as error:
         what = f"mixes the quant methods {error}"
-        raise InputError(what, where=f"recipe {recipe.name}", fix="one artifact has one quant method") from None
+        raise InputError(what, where=where, fix="one artifact has one quant method") from None
+    kv_parts = kv_scale_parts(quantization)
+    if kv_scales and not kv_parts:
+        what = "its artifact can't declare KV-cache scales"
+        raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
+    lines = tuple(_line(weight, *schemes[weight.slot], kv_parts) for weight in checkpoint.weights)
+    steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
     return Plan(checkpoint, recipe, chosen, tp, lines, steps, shards, _out_config(checkpoint, quantization))
 
 
@@ -252,10 +260,8 @@ def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tup
     if "awq" not in methods:
         return
     if methods & set(CALIBRATED):
-        fix = "use one of them in all rules"
-        raise InputError(
-            "mixes awq with gptq, which calibrates on unscaled layers", where=f"recipe {recipe.name}", fix=fix
-        )
+        what = "mixes awq with gptq, which calibrates on unscaled layers"
+        raise InputError(what, where=f"recipe {recipe.name}", fix="use one of them in all rules")
     for layer in range(checkpoint.config.num_hidden_layers):
         for fold in layer_folds(checkpoint.config, layer):
             if any(schemes[slot][1] == "awq" for slot in fold.consumers):
@@ -265,12 +271,15 @@ def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tup
                         schemes[slot] = scheme, FOLDED, reason
 
 
-def _line(weight: Weight, scheme: str, method: str, reason: str | None) -> Line:
+def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Line:
     slot = weight.slot
     outputs: tuple[Output, ...] = (Output(slot.name, "BF16", slot.shape, 2 * slot.size),)
     if scheme != "bf16":
         parts = CODECS[scheme].layout(slot.shape)
         outputs = tuple(Output(f"{slot.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
+    if slot.role == "kv_a_proj_with_mqa":
+        attention = slot.module.rpartition(".")[0]
+        outputs += tuple(Output(f"{attention}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Line(weight, scheme, method, reason, outputs)
 
 

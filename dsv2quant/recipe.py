@@ -53,6 +53,11 @@ class Recipe:
     rules: tuple[Rule, ...]
     text: str
 
+    @property
+    def schemes(self) -> set[str]:
+        """Every scheme that a rule names."""
+        return {rule.scheme for rule in self.rules}
+
     def assign(self, slot: Slot) -> tuple[str, str]:
         """(scheme, method) of a tensor."""
         for rule in self.rules:

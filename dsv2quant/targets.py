@@ -74,6 +74,12 @@ def fused_module(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str
     return None
 
 
+def loadable(scheme: str) -> tuple[str, ...]:
+    """The consumers that load artifacts of this scheme at all: what an artifact is planned for unless told."""
+    # transformers' FP8 quantizer knows `weight_scale_inv` alone (integrations/finegrained_fp8.py).
+    return ENGINES if scheme == "fp8-autofp8" else TARGETS
+
+
 def scale_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
     """The group of tensors that must share one scale where the scheme has one per tensor; None: a scale of its own.
 
@@ -83,6 +89,18 @@ def scale_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str 
     if slot.role in ("routed.gate_proj", "routed.up_proj") and set(targets) & set(ENGINES):
         return slot.module.rpartition(".")[0]
     return None if slot.role.startswith("routed.") else fused_module(slot, config, targets)
+
+
+def input_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str:
+    """The group of tensors that must share one static input scale; alone, the tensor's own name.
+
+    A fused matrix has one input. Over a layer's routed experts the engines take the largest, of gate and up as of down
+    (vLLM fp8_utils.py, process_fp8_input_tensor_strategy_moe; SGLang fp8.py, compressed_tensors_w8a8_fp8_moe.py), and
+    refuse an expert whose gate and up differ.
+    """
+    if not slot.role.startswith("routed."):
+        return fused_module(slot, config, targets) or slot.name
+    return f"model.layers.{slot.layer}.mlp.experts.{'w2' if slot.role == 'routed.down_proj' else 'w13'}"
 
 
 def check_parallel(config: ModelConfig, tp: int) -> None:
@@ -113,10 +131,14 @@ def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) 
     if scheme.startswith("int4"):
         return _engine_int4(slot, scheme, config, target, tp)
     routed = slot.role.startswith("routed.")
-    if scheme == "fp8-tensor":
+    if CODECS[scheme].activation == "static" and slot.role == "kv_b_proj" and target == "vllm":
+        # quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity.
+        why = "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
+        return Refusal(f"{target}: {why}")
+    if scheme in ("fp8-tensor", "fp8-static"):
         # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
         # tensor activations, or channel weights with token activations, and assert on anything else.
-        if routed:
+        if routed and scheme == "fp8-tensor":
             why = "routed experts with per-token activations need per-channel scales"
             return Refusal(f"{target}: {why}", "fp8-channel")
         # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
@@ -170,6 +192,8 @@ def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, ins
 
 
 def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    if target not in loadable(scheme):
+        return Refusal(f"{target}: its FP8 loader knows no weight_scale")
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
     ragged = [dim for dim in slot.shape if dim > BLOCK and dim % BLOCK]

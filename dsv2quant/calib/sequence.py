@@ -14,6 +14,7 @@ from dsv2quant.calib.prepared import Prepared
 from dsv2quant.calib.spool import Spool
 from dsv2quant.calib.streams import Made, through_layers
 from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
 from dsv2quant.model.rope import Rope
 from dsv2quant.names import LINEAR_ROLES
@@ -75,6 +76,7 @@ def _job(
             }
             linear = job.linear(line.slot.module)
             linear.weight, linear.activation = codec.decode(tensors, torch.float32), codec.activation
+            linear.input_scale = tensors.get(INPUT_SCALE)
     job.choices = choices
     return job
 

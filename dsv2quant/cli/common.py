@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsv2quant.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-FP8_GRIDS = ("block", "channel", "tensor")
+FP8_GRIDS = ("block", "channel", "tensor", "static")
 INT4_KINDS = ("mixed", "pure", "experts")
 GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
 
@@ -56,8 +56,9 @@ hub_options = stack(
 )
 
 plan_options = stack(
-    click.option("--fp8", "fp8", type=click.Choice(FP8_GRIDS), metavar="[=block|channel|tensor]",
-                 help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor."),
+    click.option("--fp8", "fp8", type=click.Choice(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
+                 help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "
+                 "per tensor, and activations with calibrated scales."),
     click.option("--int4", "int4", type=click.Choice(INT4_KINDS), metavar="[=mixed|pure|experts]",
                  help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
     click.option("--method", type=click.Choice(("rtn", "mse", "awq", "gptq")),
@@ -66,7 +67,7 @@ plan_options = stack(
                  help="Columns that share an INT4 scale. Default: 128."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="A YAML recipe of your own instead."),
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
-                 help="A consumer that must load the artifact; repeat for several. Default: all of them."),
+                 help="A consumer that must load the artifact; repeat for several. Default: all that can."),
     click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Tensor-parallel size that vLLM or SGLang will use."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
@@ -116,12 +117,11 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
     """The plan that `plan_options` ask for."""
     from dsv2quant.plan import make_plan, parse_size
-    from dsv2quant.targets import TARGETS
 
     return make_plan(
         checkpoint,
         choose_recipe(options),
-        for_targets=options["targets"] or TARGETS,
+        for_targets=options["targets"] or None,
         tp=options["tp"],
         max_shard_size=parse_size(options["max_shard_size"]),
     )

@@ -31,7 +31,8 @@ class Codec(Protocol):
 
     @property
     def activation(self) -> str | None:
-        """How activations are quantized when it is served: 'token', 'group128' or None."""
+        """How activations are quantized when it is served: 'token', 'group128', 'static' (by the stored `input_scale`)
+        or None."""
 
     @property
     def shares_scale(self) -> bool:
@@ -72,6 +73,7 @@ class Codec(Protocol):
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor"), Int4(128), Int4(64), Int4(32), Int4(None),
+        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
+        Int4(128), Int4(64), Int4(32), Int4(None),
     )
 }  # fmt: skip

@@ -7,6 +7,10 @@
 An all-zero block has scale 1, and no scale is subnormal: hardware that flushes subnormals to zero would divide by it.
 `block` is the layout of DeepSeek-V3's published checkpoints (`weight_scale_inv`, which despite its name multiplies);
 `channel` and `tensor` are compressed-tensors' `float-quantized` (`weight_scale`).
+
+`static` and `autofp8` store with each weight, which has one scale per tensor, the scale of its input: `input_scale`,
+from the largest magnitude that calibration saw. `static` is compressed-tensors' layout, with scales of shape [1];
+`autofp8` is AutoFP8's (auto_fp8/quantize.py), which published Neural Magic's FP8 models, with scales of shape [].
 """
 
 from __future__ import annotations
@@ -27,20 +31,23 @@ E4M3_MAX = 448.0
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal float32
 
 Grid = Literal["block", "channel", "tensor"]
+INPUT_SCALE = "input_scale"
 
 
 class Fp8:
-    """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`."""
+    """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`; with a static layout, of `fp8-static`, `fp8-autofp8`."""
 
     methods = ("rtn",)
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.name = f"fp8-{grid}"
-        self.quant_method = "fp8" if grid == "block" else "compressed-tensors"
-        self.activation = "group128" if grid == "block" else "token"
+    def __init__(self, grid: Grid, static: Literal["static", "autofp8"] | None = None) -> None:
+        self.grid, self.static = grid, static is not None
+        self.name = f"fp8-{static or grid}"
+        self.quant_method = "fp8" if grid == "block" or static == "autofp8" else "compressed-tensors"
+        self.activation = "static" if static else "group128" if grid == "block" else "token"
         self.shares_scale = grid == "tensor"
         self.scale_suffix = "weight_scale_inv" if grid == "block" else "weight_scale"
+        # compressed-tensors: [1], not []: transformers refuses a scalar.
+        self.tensor_shape: tuple[int, ...] = () if static == "autofp8" else (1,)
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """None: every matrix can be encoded."""
@@ -51,10 +58,10 @@ class Fp8:
         scales = {
             "block": (-(-rows // BLOCK), -(-cols // BLOCK)),
             "channel": (rows, 1),
-            # [1], not []: transformers refuses a scalar.
-            "tensor": (1,),
+            "tensor": self.tensor_shape,
         }[self.grid]
-        return Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales)
+        parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
+        return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
 
     def encode(
         self,
@@ -63,14 +70,24 @@ class Fp8:
         method: str = "rtn",
         inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
-        """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes."""
+        """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes.
+
+        A static layout needs `inputs`; the caller gives weights whose inputs share a scale the same `amax`.
+        """
+        if self.static and len(inputs) != len(weights):
+            raise ValueError(f"{self.name} needs the inputs of every weight")
         if device == "cpu":
             from dsv2quant.formats.fp8_cpu import encode as encode_on_cpu
 
             encoded = encode_on_cpu(weights, self.grid)
         else:
             encoded = encode_with_torch(weights, self.grid, device)
-        return [{"weight": codes, self.scale_suffix: scales} for codes, scales in encoded]
+        parts = [{"weight": codes, self.scale_suffix: scales} for codes, scales in encoded]
+        if self.static:
+            for found, x in zip(parts, inputs, strict=True):
+                found[self.scale_suffix] = found[self.scale_suffix].reshape(self.tensor_shape)
+                found[INPUT_SCALE] = np.full(self.tensor_shape, scale_of(x.amax), np.float32)
+        return parts
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
@@ -94,6 +111,14 @@ def scales_of(amax: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.where(amax > 0, (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE), 1.0)
+
+
+def scale_of(amax: float) -> np.float32:
+    """`scales_of` of one magnitude. Raises ValueError where it is negative, NaN or beyond float32."""
+    largest = np.float32(amax)
+    if not (np.isfinite(largest) and largest >= 0):
+        raise ValueError(f"{amax} is no largest magnitude")
+    return max(largest / np.float32(E4M3_MAX), np.float32(MIN_SCALE)) if largest else np.float32(1)
 
 
 def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

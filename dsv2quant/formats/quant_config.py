@@ -1,18 +1,20 @@
 """`quantization_config` of config.json: what vLLM, SGLang and transformers read to find each module's scheme.
 
 fp8-block is written as DeepSeek-V3 writes it, with the unquantized modules under both keys in use: `ignored_layers`
-(vLLM, SGLang) and `modules_to_not_convert` (transformers). The compressed-tensors schemes become `config_groups`.
+(vLLM, SGLang) and `modules_to_not_convert` (transformers). fp8-autofp8 is written as AutoFP8 writes it
+(auto_fp8/modeling.py). The compressed-tensors schemes become `config_groups`.
 Consumers match the names of *fused* modules too, so these are listed beside their members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.codec import CODECS, Codec
+from dsv2quant.formats.fp8 import BLOCK, Fp8
 from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.part import Part
 from dsv2quant.names import LINEAR_ROLES, Slot
 
 # Names under which vLLM and SGLang know a fused module, by the roles of its members.
@@ -24,18 +26,24 @@ _FUSED_ALIASES = {
 }
 
 
-def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
-    """The configuration of a model whose tensors have these schemes; None where nothing is quantized.
+def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) -> dict[str, Any] | None:
+    """The configuration of a model whose tensors have these schemes; None where nothing is quantized. `kv_scales`
+    declares KV-cache scales where the quant method has a word for them.
 
     Raises ValueError when two schemes belong to different quant methods: one artifact has one.
     """
-    methods = {CODECS[scheme].quant_method for scheme in schemes.values()} - {None}
+    # `fp8` has one weight layout and one activation scheme for all modules.
+    used = {s: CODECS[s].quant_method for s in schemes.values() if s != "bf16"}
+    methods = {s if method == "fp8" else str(method) for s, method in used.items()}
     if not methods:
         return None
     if len(methods) > 1:
-        raise ValueError(" and ".join(sorted(str(m) for m in methods)))
+        raise ValueError(" and ".join(sorted(methods)))
     ignored = _ignored_modules(schemes)
-    if methods == {"fp8"}:
+    if methods == {"fp8-autofp8"}:
+        declared = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ignored}
+        return declared | ({"kv_cache_scheme": "static"} if kv_scales else {})
+    if methods == {"fp8-block"}:
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -54,7 +62,20 @@ def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
-    }
+    } | ({"kv_cache_scheme": _float8("tensor", dynamic=False)} if kv_scales else {})
+
+
+def kv_scale_parts(quantization: Mapping[str, Any] | None) -> tuple[Part, ...]:
+    """The KV-cache scales of one layer, `model.layers.N.self_attn.<suffix>`, that a configuration declares: none,
+    or k_scale and v_scale, shaped as the weights' scales are. Dynamic schemes store none."""
+    scheme = (quantization or {}).get("kv_cache_scheme")
+    if scheme == "static":
+        shape: tuple[int, ...] = ()
+    elif isinstance(scheme, Mapping) and scheme.get("strategy") == "tensor" and not scheme.get("dynamic"):
+        shape = (1,)
+    else:
+        return ()
+    return Part("k_scale", "F32", shape), Part("v_scale", "F32", shape)
 
 
 def _ignored_modules(schemes: Mapping[Slot, str]) -> list[str]:
@@ -95,12 +116,14 @@ def _group(scheme: str) -> dict[str, Any]:
         group = {"strategy": "group", "group_size": codec.group_size} if codec.group_size else {"strategy": "channel"}
         weights = {"num_bits": 4, "type": "int", **group, "symmetric": True, "dynamic": False}
         return {"weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
-
-    def args(strategy: str, dynamic: bool) -> dict[str, Any]:
-        return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
-
-    weights, activations = args(scheme.removeprefix("fp8-"), False), args("token", True)
+    assert isinstance(codec, Fp8)
+    weights = _float8(codec.grid, dynamic=False)
+    activations = _float8("tensor", dynamic=False) if codec.static else _float8("token", dynamic=True)
     return {"weights": weights, "input_activations": activations, "output_activations": None, "format": "float-quantized"}
+
+
+def _float8(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
 
 
 def _targets(schemes: Mapping[Slot, str], scheme: str) -> list[str]:
@@ -130,5 +153,32 @@ def activations_quantized(config: Mapping[str, Any] | None) -> bool:
         return False
     if config.get("quant_method") == "fp8":
         return True
-    groups: Iterable[Any] = (config.get("config_groups") or {}).values()
-    return any(isinstance(group, dict) and group.get("input_activations") for group in groups)
+    return any(group.get("input_activations") for group in _groups(config))
+
+
+def readable_codecs(config: Mapping[str, Any] | None) -> list[Codec]:
+    """The codecs whose layouts a checkpoint of this configuration may hold, static ones before fp8-tensor, which has
+    their parts but one. Whether that one must be there is for the configuration to say."""
+    inputs = _inputs_of_tensor_scales(config or {})
+    return [
+        codec
+        for codec in CODECS.values()
+        if (True in inputs if codec.activation == "static" else codec.name != "fp8-tensor" or inputs != {True})
+    ]
+
+
+def _inputs_of_tensor_scales(config: Mapping[str, Any]) -> set[bool]:
+    """Whether the inputs of weights with one scale per tensor are static: True, False, both or neither."""
+    if config.get("quant_method") == "fp8":
+        return {config.get("activation_scheme") == "static"}
+    static = set()
+    for group in _groups(config):
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if isinstance(weights, Mapping) and weights.get("strategy") == "tensor":
+            static.add(isinstance(inputs, Mapping) and not inputs.get("dynamic"))
+    return static
+
+
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = config.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []

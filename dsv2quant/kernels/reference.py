@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, scales_of
 
 
-def quantize_activation(x: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic e4m3 quantization of activations [..., K], as served.
+def quantize_activation(
+    x: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 quantization of activations [..., K], as served: (codes float8_e4m3fn, scales float32).
 
     'token' has one scale per row, [..., 1]; 'group128' one per 128 columns, [..., ⌈K/128⌉] (DeepSeek-V3
-    `inference/kernel.py`, act_quant). scale = amax / 448 in float32; returns (codes float8_e4m3fn, scales float32).
+    `inference/kernel.py`, act_quant); both are amax / 448 in float32. 'static' is given its one `scale`, float32 [1],
+    and clips what lies beyond 448 of it.
     """
     x = x.float()
+    if granularity == "static":
+        assert scale is not None
+        return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
     columns = x.shape[-1]
     width = columns if granularity == "token" else BLOCK
     groups = F.pad(x, (0, -columns % width)).unflatten(-1, (-1, width))  # [..., groups, width]
@@ -31,14 +37,18 @@ def dequantize_activation(codes: torch.Tensor, scales: torch.Tensor) -> torch.Te
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] @ weight [N, K]ᵀ + bias, in x's dtype.
 
-    With `activation`, x is quantized as served, and the product of the two dequantized operands is taken in float32,
+    With `activation`, x is quantized as served ('static' by `input_scale`), and the product of the two dequantized operands is taken in float32,
     which FP8 matrix units also accumulate in; `weight` should then be float32 so that no second rounding enters.
     """
     if activation is None:
         return F.linear(x, weight.to(x.dtype), bias)
-    served = dequantize_activation(*quantize_activation(x, activation))
+    served = dequantize_activation(*quantize_activation(x, activation, input_scale))
     return F.linear(served, weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -11,14 +11,16 @@ from dsv2quant.kernels import reference
 
 @dataclass
 class Linear:
-    """y = x Wᵀ + b. `weight` [out, in] is decoded; `activation` says how x is quantized first, as when served."""
+    """y = x Wᵀ + b. `weight` [out, in] is decoded; `activation` says how x is quantized first, as when served:
+    'static' by `input_scale` (float32 [1])."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     activation: str | None = None
+    input_scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.linear(x, self.weight, self.bias, self.activation)
+        return reference.linear(x, self.weight, self.bias, self.activation, self.input_scale)
 
 
 @dataclass

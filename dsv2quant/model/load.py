@@ -9,6 +9,7 @@ import torch
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.headers import StoredTensor
 from dsv2quant.model.attention import Attention
@@ -107,7 +108,11 @@ class Loader:
         # Where activations are quantized the product is taken in float32: see `reference.linear`.
         dtype = self.options.dtype if activation is None else torch.float32
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation)
+        input_scale = None
+        if activation == "static":
+            stored = stored_tensor(self.checkpoint, weight.parts[INPUT_SCALE], self.options.device)
+            input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)

@@ -81,7 +81,7 @@ def model_card(plan: Plan, command: str) -> str:
     summary = summarize((line.slot, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.lines)
     sizes = roles_table(summary, before=True, markdown=True)
     activations = sorted({str(a) for a in (CODECS[s].activation for s in plan.schemes) if a})
-    served = {"token": "per token", "group128": "per 1×128 group"}
+    served = {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"}
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {base.rpartition('/')[2]}, {plan.recipe.name}",

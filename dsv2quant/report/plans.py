@@ -12,6 +12,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.plan import Line, Plan
 from dsv2quant.report.summary import RoleSummary, roles_table, summarize
 from dsv2quant.report.tables import count, gigabytes
+from dsv2quant.targets import ENGINES
 
 
 def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
@@ -43,7 +44,10 @@ def notes(plan: Plan) -> list[str]:
     found = []
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
-    if config.attention_bias and set(plan.targets) & {"vllm", "sglang"}:
+    if (plan.config.get("quantization_config") or {}).get("kv_cache_scheme") and set(plan.targets) & set(ENGINES):
+        # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
+        found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
+    if config.attention_bias and set(plan.targets) & set(ENGINES):
         found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
     if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:
         found.append(
@@ -93,6 +97,7 @@ def inspect_text(checkpoint: Checkpoint) -> str:
         f"{8 * nbytes / weights:.2f} bits per weight",
         roles_table(roles, before=False),
         *(f"{key}: {value}" for key, value in _describe(checkpoint.config).items()),
+        *(["KV-cache scales: one per layer"] if checkpoint.kv_scales else []),
     ]
     return "\n".join(lines)
 
@@ -112,6 +117,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": checkpoint.files,
         "roles": [{k: v for k, v in _role_json(r).items() if k != "bytes_before"} for r in roles],
         "configuration": _describe(checkpoint.config),
+        "kv_scales": len(checkpoint.kv_scales),
         "quantization_config": checkpoint.config.quantization,
     }
 
