@@ -161,13 +161,16 @@ def make_plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
     *,
-    for_targets: Sequence[str] = targets.TARGETS,
+    for_targets: Sequence[str] | None = None,
     tp: int = 1,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
 ) -> Plan:
-    """Plan a conversion. Raises InputError where the checkpoint or the recipe can't give one artifact, and UsageError
-    where `tp` does not divide the model."""
-    chosen = tuple(t for t in targets.TARGETS if t in for_targets)
+    """Plan a conversion for some targets, or for all that load what the recipe makes.
+
+    Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
+    `tp` does not divide the model or a target does not load what the recipe makes.
+    """
+    chosen = targets.choose(for_targets, {CODECS[rule.scheme].quant_method for rule in recipe.rules})
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, tp)
     quantized = [w.slot.name for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
@@ -177,11 +180,12 @@ def make_plan(
     schemes = _choose(checkpoint, recipe, chosen, tp)
     lines = tuple(_line(weight, *schemes[weight.slot]) for weight in checkpoint.weights)
     steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
+    planned = {line.slot: line.scheme for line in lines}
     try:
-        quantization = quantization_config({line.slot: line.scheme for line in lines})
+        quantization = quantization_config(planned)
     except ValueError as error:
-        what = f"mixes the quant methods {error}"
-        raise InputError(what, where=f"recipe {recipe.name}", fix="one artifact has one quant method") from None
+        raise InputError(str(error), where=f"recipe {recipe.name}") from None
+    targets.check_unquantized(planned, checkpoint.config, chosen, tp)
     return Plan(checkpoint, recipe, chosen, tp, lines, steps, shards, _out_config(checkpoint, quantization))
 
 

@@ -60,15 +60,16 @@ class Recipe:
         return "bf16", "rtn"
 
 
-def builtin(name: str, *, method: str | None = None, group_size: int | None = None) -> Recipe:
-    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method or group size."""
+def builtin(name: str, *, method: str | None = None, group_size: int | None = None, family: str = "int4") -> Recipe:
+    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method, group size (0: whole
+    rows) or family of schemes ('gptq', 'awq')."""
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     if method is not None:
         text = text.replace("method: gptq", f"method: {method}")
     if method in ("rtn", "mse"):
         text = text.replace(", method: fit", "")  # needs calibration, which these do without
-    if group_size is not None:
-        text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
+    grid = "channel" if group_size == 0 else f"g{group_size or 128}"
+    text = text.replace("scheme: int4-g128", f"scheme: {family}-{grid}")
     return parse(text, f"recipe {name}")
 
 

@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FP8_GRIDS = ("block", "channel", "tensor")
 INT4_KINDS = ("mixed", "pure", "experts")
 GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
+FORMATS = {"compressed-tensors": "int4", "gptq": "gptq", "awq": "awq"}
 
 
 class Command(click.Command):
@@ -64,9 +65,11 @@ plan_options = stack(
                  help="How INT4 codes are chosen. Default: gptq, which calibrates."),
     click.option("--group-size", type=click.Choice(tuple(GROUP_SIZES)),
                  help="Columns that share an INT4 scale. Default: 128."),
+    click.option("--format", type=click.Choice(tuple(FORMATS)),
+                 help="Layout of INT4 weights. Default: compressed-tensors."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="A YAML recipe of your own instead."),
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
-                 help="A consumer that must load the artifact; repeat for several. Default: all of them."),
+                 help="A consumer that must load the artifact; repeat for several. Default: all that can."),
     click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Tensor-parallel size that vLLM or SGLang will use."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
@@ -101,27 +104,30 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
     from dsv2quant import recipe
 
     fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
-    method, group = options["method"], options["group_size"]
+    method, group, layout = options["method"], options["group_size"], options["format"]
     if sum(map(bool, (fp8, int4, file))) > 1:
         raise click.UsageError("--fp8, --int4 and --recipe exclude each other")
-    if (method or group) and not int4:
-        raise click.UsageError("--method and --group-size go with --int4; a recipe names them itself")
+    if (method or group or layout) and not int4:
+        raise click.UsageError("--method, --group-size and --format go with --int4; a recipe names them itself")
+    if (layout, group) == ("awq", "channel"):
+        raise click.UsageError("--format awq has scales per group alone: --group-size 128, 64 or 32")
     if file:
         return recipe.load(file)
     if int4:
-        return recipe.builtin(f"int4-{int4}", method=method, group_size=GROUP_SIZES[group] if group else None)
+        size = GROUP_SIZES[group] if group else None
+        family = FORMATS[layout or "compressed-tensors"]
+        return recipe.builtin(f"int4-{int4}", method=method, group_size=size, family=family)
     return recipe.builtin(f"fp8-{fp8 or 'block'}")
 
 
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
     """The plan that `plan_options` ask for."""
     from dsv2quant.plan import make_plan, parse_size
-    from dsv2quant.targets import TARGETS
 
     return make_plan(
         checkpoint,
         choose_recipe(options),
-        for_targets=options["targets"] or TARGETS,
+        for_targets=options["targets"] or None,
         tp=options["tp"],
         max_shard_size=parse_size(options["max_shard_size"]),
     )
@@ -133,7 +139,8 @@ def words(options: Mapping[str, Any]) -> list[str]:
         found = [f"--recipe {options['recipe_file'].rpartition('/')[2]}"]
     elif options["int4"]:
         found = [f"--int4={options['int4']}"]
-        found += [f"--{key.replace('_', '-')} {options[key]}" for key in ("method", "group_size") if options[key]]
+        keys = ("method", "group_size", "format")
+        found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
     else:
         found = [f"--fp8={options['fp8'] or 'block'}"]
     found += [f"--target {target}" for target in options["targets"]]

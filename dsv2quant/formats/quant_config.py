@@ -3,10 +3,16 @@
 fp8-block is written as DeepSeek-V3 writes it, with the unquantized modules under both keys in use: `ignored_layers`
 (vLLM, SGLang) and `modules_to_not_convert` (transformers). The compressed-tensors schemes become `config_groups`.
 Consumers match the names of *fused* modules too, so these are listed beside their members.
+
+GPTQ and AWQ have one group size. What GPTQ leaves out are patterns of `dynamic`, matched from the start of a name as
+GPTQModel has them (vLLM gptq_utils.py, SGLang quantization/utils.py); vLLM also looks which modules hold integers.
+AWQ's `modules_to_not_convert` matches anywhere in a name, so that whole names are given: "mlp.gate" alone would also
+be found in `mlp.gate_proj`. Both lists are of modules; neither engine looks for the router in them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,14 +33,20 @@ _FUSED_ALIASES = {
 def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
     """The configuration of a model whose tensors have these schemes; None where nothing is quantized.
 
-    Raises ValueError when two schemes belong to different quant methods: one artifact has one.
+    Raises ValueError, with what to do, where the schemes don't go together: an artifact has one quant method, and one
+    group size in GPTQ's and AWQ's layouts.
     """
     methods = {CODECS[scheme].quant_method for scheme in schemes.values()} - {None}
     if not methods:
         return None
     if len(methods) > 1:
-        raise ValueError(" and ".join(sorted(str(m) for m in methods)))
+        what = f"mixes the quant methods {' and '.join(sorted(str(m) for m in methods))}: an artifact has one"
+        if methods & {"gptq", "awq"}:
+            what += "; take --int4=pure or --int4=experts, or --format compressed-tensors"
+        raise ValueError(what)
     ignored = _ignored_modules(schemes)
+    if methods <= {"gptq", "awq"}:
+        return _transposed(schemes, ignored)
     if methods == {"fp8"}:
         return {
             "quant_method": "fp8",
@@ -54,6 +66,34 @@ def quantization_config(schemes: Mapping[Slot, str]) -> dict[str, Any] | None:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
+    }
+
+
+def _transposed(schemes: Mapping[Slot, str], ignored: list[str]) -> dict[str, Any]:
+    """The configuration of GPTQ's and AWQ's layouts, as AutoGPTQ, GPTQModel and AutoAWQ write it."""
+    used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
+    if len(used) > 1:
+        raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
+    codec = CODECS[used[0]]
+    assert isinstance(codec, Int4)
+    if codec.quant_method == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": codec.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ignored,
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": codec.group_size or -1,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "dynamic": {f"-:{re.escape(name)}$": {} for name in ignored},
     }
 
 
