@@ -214,7 +214,8 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> W
     if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
-    odd, lacking = None, []
+    lacking: list[str] = []
+    misfits: list[list[StoredTensor]] = []
     for codec in CODECS.values():
         layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
         found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
@@ -223,16 +224,15 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], where: object) -> W
             continue
         lacking += [suffix for suffix in found if suffix not in parts]
         if len(parts) == len(layout):
-            misfits = [parts[part.suffix] for part in layout if not _fits(part, parts[part.suffix])]
-            if not misfits:
+            misfits.append([parts[part.suffix] for part in layout if not _fits(part, parts[part.suffix])])
+            if not misfits[-1]:
                 return Weight(slot, codec.name, parts)
-            odd = odd or misfits[0]
-    if lacking and odd is None:
+    if lacking and not misfits:
         kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
         what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{lacking[0]}"
         fix = "download the shard that holds it: without it the codes mean nothing"
         raise InputError(what, where=where, fix=fix)
-    odd = odd or held
+    odd = min(misfits, key=len)[0] if misfits else held
     what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
     fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
     raise InputError(what, where=where, fix=fix)

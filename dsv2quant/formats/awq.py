@@ -55,7 +55,7 @@ class Awq(Int4):
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
         nibbles = (codes.T + np.int8(OFFSET)).view(np.uint8)  # [in, out]
         ordered = nibbles.reshape(len(nibbles), -1, PER_WORD)[:, :, ORDER]
-        words = pack_words(np.ascontiguousarray(ordered).reshape(nibbles.shape))
+        words = pack_words(ordered.reshape(nibbles.shape))
         return {
             "qweight": words,
             "qzeros": np.full((scales.shape[1], words.shape[1]), _ZEROS),

@@ -31,6 +31,7 @@ OFFSET = 8  # code −8 is stored as 0
 
 def pack_words(nibbles: np.ndarray) -> np.ndarray:
     """uint8 [rows, cols], 0 … 15 → int32 [rows, cols / 8], the first of eight in the lowest bits."""
+    nibbles = np.ascontiguousarray(nibbles)
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
 
 
