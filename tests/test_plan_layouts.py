@@ -165,6 +165,15 @@ def test_the_format_is_an_option_of_int4(models, cli):
         assert message in ran.err
 
 
+def test_the_model_card_says_how_to_serve(tmp_path, cli):
+    ran = cli("convert", tiny.MINI, "--int4=pure", "--method", "rtn", "--format", "awq", "-o", tmp_path / "out", "-q")
+    assert ran.code == 0, ran.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"\n\nF{SERVE[1:]}.\n\n" in card
+    assert "dsv2quant convert dsv2-mini --int4=pure --method rtn --format awq" in card
+    assert '{roles: ["*"], scheme: awq-g128, method: rtn}' in card
+
+
 def engine_modules(checkpoint) -> dict[str, list[str]]:
     """Modules that vLLM and SGLang give a quantization method, by their names there → modules of the checkpoint.
 
