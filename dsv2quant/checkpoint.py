@@ -22,7 +22,6 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import Codec
 from dsv2quant.formats.fp8 import decode_block_to_float32
-from dsv2quant.formats.int4 import PACKED
 from dsv2quant.formats.part import PLAIN_DTYPES, Part
 from dsv2quant.formats.quant_config import kv_scale_parts, readable_codecs
 from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
@@ -30,6 +29,7 @@ from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
 
 logger = logging.getLogger(__name__)
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
+_PACKED = ("weight_packed", "qweight")  # suffixes of INT4 codes
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,20 @@ class Checkpoint:
 
 
 def _check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:
-    method = quantization.get("quant_method") if quantization else None
-    if quantization is not None and method not in ("fp8", "compressed-tensors"):
+    if quantization is None:
+        return
+    method = quantization.get("quant_method")
+    if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
         what = f"is quantized with {method!r}"
         raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+    if method not in ("gptq", "awq"):
+        return
+    key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
+    found = {key: quantization.get(key, layout), "bits": quantization.get("bits", quantization.get("w_bit"))}
+    for name, value in {key: layout, "bits": 4}.items():
+        if (found[name].lower() if isinstance(found[name], str) else found[name]) != value:
+            what = f"is {method.upper()} with {name} {found[name]!r}"
+            raise InputError(what, where=where, fix=f"only {value!r} is read")
 
 
 def _index(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str, StoredTensor]:
@@ -235,9 +245,8 @@ def _match(
 
 def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
     """The tensor under the slot's own name or, of a matrix, its packed codes."""
-    plain = tensors.get(slot.name)
-    packed = f"{slot.module}.{PACKED}"
-    return tensors.get(packed) if plain is None and slot.role in LINEAR_ROLES else plain
+    names = [slot.name, *(f"{slot.module}.{suffix}" for suffix in _PACKED if slot.role in LINEAR_ROLES)]
+    return next((tensors[name] for name in names if name in tensors), None)
 
 
 def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
@@ -252,25 +261,31 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Co
     if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
-    scales, lacking = [], None
+    lacking: list[str] = []
+    misfits: list[list[StoredTensor]] = []
     for codec in codecs:
         layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
         found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
         parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
-        if len(layout) > 1 and held in parts.values():
-            scales += [tensor for tensor in parts.values() if tensor is not held]
-            if len(parts) > 1 and all(_fits(part, parts[part.suffix]) for part in layout if part.suffix in parts):
-                lacking = next((part.suffix for part in layout if part.suffix not in parts), None)
-                if lacking is None:
-                    return Weight(slot, codec.name, parts)
-    if scales and lacking is None:
-        odd = scales[0]
-        what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
-        fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
+        if held not in parts.values() or not _fits(layout[0], held):
+            continue
+        missing = [suffix for suffix in found if suffix not in parts]
+        wrong = [parts[part.suffix] for part in layout if part.suffix in parts and not _fits(part, parts[part.suffix])]
+        if not missing and not wrong:
+            return Weight(slot, codec.name, parts)
+        if missing and not wrong:
+            lacking += missing
+        if wrong:
+            misfits.append(wrong)
+    if lacking and not misfits:
+        kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
+        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{lacking[0]}"
+        fix = "download the shard that holds it: without it the codes mean nothing"
         raise InputError(what, where=where, fix=fix)
-    kind, scale = ("INT4", "weight_scale") if held.dtype == "I32" else ("FP8", "weight_scale_inv")
-    what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{lacking or scale}"
-    raise InputError(what, where=where, fix="download the shard that holds it: without scales the codes mean nothing")
+    odd = min(misfits, key=len)[0] if misfits else held
+    what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
+    fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
+    raise InputError(what, where=where, fix=fix)
 
 
 def _fits(part: Part, stored: StoredTensor) -> bool:

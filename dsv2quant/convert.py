@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ def convert(
         statistics.check_model(plan.checkpoint)
         described |= {"statistics": statistics.describe()}
     folder = ArtifactFolder(Path(out), plan, calibration=described or None, aside=aside, force=force)
-    prepared = Prepared()
+    prepared = Prepared(plan)
     try:
         resumed = len(folder.finished)
         if folder.complete is not None:
@@ -233,8 +233,17 @@ def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> 
         return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
     lines = job.step.lines
     if lines[0].method in CALIBRATED:
-        assert prepared.encoded is not None
-        return [(o.name, 0, prepared.encoded.part(o.name)) for line in lines for o in line.outputs]
+        found = [prepared.encoded_parts(line) for line in lines]
+    else:
+        found = _encode(checkpoint, lines, prepared, device)
+    return [
+        (output.name, 0, array)
+        for line, arrays in zip(lines, found, strict=True)
+        for output, array in zip(line.outputs, (*arrays, *prepared.kv_scales(line)), strict=True)
+    ]
+
+
+def _encode(checkpoint: Checkpoint, lines: Sequence[Line], prepared: Prepared, device: str) -> list[list[np.ndarray]]:
     sizes = [line.weight.stored.nbytes for line in lines]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
     weights = [
@@ -243,14 +252,10 @@ def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> 
     ]
     inputs = [prepared.inputs(line) for line in lines if line.needs_inputs]
     try:
-        found = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
+        encoded = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
     except NonFiniteError as error:
         raise checkpoint.not_finite(lines[error.which].weight, error.index) from None
-    return [
-        (output.name, 0, array)
-        for line, arrays in zip(lines, found, strict=True)
-        for output, array in zip(line.outputs, arrays.values(), strict=True)
-    ]
+    return [list(parts.values()) for parts in encoded]
 
 
 def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: int) -> list[Piece]:

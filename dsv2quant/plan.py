@@ -63,7 +63,12 @@ class Line:
     @property
     def needs_inputs(self) -> bool:
         """Whether encoding needs statistics of the weight's inputs."""
-        return self.method in MEASURED
+        return self.method in MEASURED or CODECS[self.scheme].activation == "static"
+
+    @property
+    def kv_scales(self) -> tuple[Output, ...]:
+        """The KV-cache scales that are stored beside kv_a_proj_with_mqa."""
+        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.slot.module}."))
 
     @property
     def encoding(self) -> str:
@@ -180,10 +185,12 @@ def make_plan(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     kv_scales: bool = False,
 ) -> Plan:
-    """Plan a conversion, by default for every consumer that loads the recipe's schemes; `kv_scales` adds a KV cache's.
-    Raises InputError where they can't give one artifact, and UsageError where `tp` does not divide the model."""
-    loading = set(targets.TARGETS).intersection(*map(targets.loadable, recipe.schemes))
-    chosen = tuple(t for t in targets.TARGETS if t in (loading if for_targets is None else for_targets))
+    """Plan a conversion for some targets, or for all that load what the recipe makes; `kv_scales` adds a KV cache's.
+
+    Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
+    `tp` does not divide the model or a target does not load what the recipe makes.
+    """
+    chosen = targets.choose(for_targets, recipe.schemes)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, tp)
     quantized = [w.slot.name for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
@@ -193,11 +200,12 @@ def make_plan(
     schemes = _choose(checkpoint, recipe, chosen, tp)
     _mark_folded(checkpoint, recipe, schemes)
     where = f"recipe {recipe.name}"
+    planned = {weight.slot: schemes[weight.slot][0] for weight in checkpoint.weights}
     try:
-        quantization = quantization_config({w.slot: schemes[w.slot][0] for w in checkpoint.weights}, kv_scales)
+        quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
-        what = f"mixes the quant methods {error}"
-        raise InputError(what, where=where, fix="one artifact has one quant method") from None
+        raise InputError(str(error), where=where) from None
+    targets.check_unquantized(planned, checkpoint.config, chosen, tp)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"

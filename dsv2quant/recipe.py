@@ -66,8 +66,11 @@ class Recipe:
         return "bf16", "rtn"
 
 
-def builtin(name: str, *, method: str | None = None, group_size: int | None = None) -> Recipe:
-    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method or group size."""
+def builtin(
+    name: str, *, method: str | None = None, group_size: int | None = None, layout: str | None = None
+) -> Recipe:
+    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method, group size (0: whole
+    rows) or layout ('gptq', 'awq'), 'fp8-static' with 'autofp8'."""
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     if method is not None:
         text = text.replace("method: gptq", f"method: {method}")
@@ -75,6 +78,10 @@ def builtin(name: str, *, method: str | None = None, group_size: int | None = No
         text = text.replace(", method: fit", "")  # refits to what GPTQ's layers before left
     if group_size is not None:
         text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
+    if layout in ("gptq", "awq"):
+        text = text.replace("scheme: int4-", f"scheme: {layout}-")
+    if layout == "autofp8":
+        text = text.replace("scheme: fp8-static", "scheme: fp8-autofp8")
     return parse(text, f"recipe {name}")
 
 

@@ -6,14 +6,14 @@ tensor-parallel size of vLLM and SGLang; transformers loads whole tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import UsageError
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.int4 import PER_WORD, Int4
 from dsv2quant.names import LINEAR_ROLES, Slot
 
 ENGINES = ("vllm", "sglang")
@@ -31,6 +31,18 @@ _COLUMN_PARALLEL = (
 _ROW_PARALLEL = ("o_proj", "dense.down_proj", "shared.down_proj")
 _FIRST_OF_FUSED = ("q_a_proj", "dense.gate_proj", "shared.gate_proj")
 
+_3D = "keeps DeepSeek-V2's experts in 3-D parameters, and this layout is loaded into Linear modules alone"
+# Which target can't serve DeepSeek-V2 in which quant method or scheme, and why.
+_NEVER = {
+    # integrations/finegrained_fp8.py
+    ("transformers", "fp8-autofp8"): "knows `weight_scale_inv` alone, and takes AutoFP8's codes for weights",
+    # quantizer_gptq.py (optimum's convert_model) and integrations/awq.py; modeling_deepseek_v2.py, DeepseekV2Experts
+    ("transformers", "gptq"): _3D,
+    ("transformers", "awq"): _3D,
+    # gptq/schemes/gptq_moe.py makes the experts' scales float16; fused_marlin_moe.py asserts that inputs are alike.
+    ("sglang", "gptq"): "computes GPTQ experts in float16, in which DeepSeek-V2 overflows",
+}
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -38,6 +50,23 @@ class Refusal:
 
     reason: str
     instead: str = "bf16"
+
+
+def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ...]:
+    """The targets asked for, in order; for None, all that load artifacts of these schemes at all.
+
+    Raises UsageError where one asked for can't.
+    """
+    layouts = {layout for scheme in schemes for layout in (scheme, CODECS[scheme].quant_method)}
+    never = {target: (layout, why) for (target, layout), why in _NEVER.items() if layout in layouts}
+    if asked is None:
+        return tuple(target for target in TARGETS if target not in never)
+    for target in asked:
+        if target in never:
+            layout, why = never[target]
+            fix = "compressed-tensors loads in every target"
+            raise UsageError(f"no {layout} for --target {target}: it {why}", fix=fix)
+    return tuple(target for target in TARGETS if target in asked)
 
 
 def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str], tp: int) -> Refusal | None:
@@ -56,6 +85,22 @@ def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str]
     return None
 
 
+def check_unquantized(schemes: Mapping[Slot, str], config: ModelConfig, targets: Iterable[str], tp: int) -> None:
+    """Raise InputError where a target can't load what a GPTQ or AWQ artifact leaves in BF16."""
+    used = {CODECS[scheme].quant_method: scheme for scheme in schemes.values()}
+    for slot in (slot for slot, scheme in schemes.items() if scheme == "bf16"):
+        # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
+        if "gptq" in used and "vllm" in targets and slot.role.startswith("routed."):
+            found = refusal(slot, used["gptq"], config, ("vllm",), tp)
+            if found is not None:
+                what = f"{found.reason}, and GPTQ experts can't stay in BF16 where it is not"
+                raise InputError(what, where=slot.module, fix="take a smaller group size, or compressed-tensors")
+        # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
+        if "awq" in used and "sglang" in targets and slot.role == "q_a_proj":
+            what = "sglang: an AWQ artifact has no q_a_proj and kv_a_proj_with_mqa in BF16"
+            raise InputError(what, where=slot.module, fix="take --int4=pure, or --target vllm alone")
+
+
 def fused_module(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
     """The module that a consumer fuses this tensor into; its members must share a scheme. None: fused into nothing.
 
@@ -72,12 +117,6 @@ def fused_module(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str
     if slot.role in ("dense.gate_proj", "dense.up_proj", "shared.gate_proj", "shared.up_proj"):
         return f"{parent}.gate_up_proj"
     return None
-
-
-def loadable(scheme: str) -> tuple[str, ...]:
-    """The consumers that load artifacts of this scheme at all: what an artifact is planned for unless told."""
-    # transformers' FP8 quantizer knows `weight_scale_inv` alone (integrations/finegrained_fp8.py).
-    return ENGINES if scheme == "fp8-autofp8" else TARGETS
 
 
 def scale_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
@@ -122,13 +161,13 @@ def _group_size(scheme: str) -> int | None:
 
 
 def _finer(scheme: str) -> str:
-    """The scheme to try where an INT4 group is too wide: half the group, down to 32."""
+    """The scheme to try where an INT4 group is too wide: half the group, down to 32. GPTQ and AWQ have no other."""
     group = _group_size(scheme)
-    return f"int4-g{group // 2}" if group and group > 32 else "bf16"
+    return f"int4-g{group // 2}" if scheme.startswith("int4") and group and group > 32 else "bf16"
 
 
 def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    if scheme.startswith("int4"):
+    if isinstance(CODECS[scheme], Int4):
         return _engine_int4(slot, scheme, config, target, tp)
     routed = slot.role.startswith("routed.")
     if CODECS[scheme].activation == "static" and slot.role == "kv_b_proj" and target == "vllm":
@@ -161,13 +200,14 @@ def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) 
 
 
 def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # vLLM marlin.py, compressed_tensors_moe_wna16.py, marlin_utils.py (pads ragged tiles, never groups);
-    # SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
+    # vLLM marlin.py, compressed_tensors_moe_wna16.py, auto_gptq.py, auto_awq.py, marlin_utils.py (pads ragged tiles,
+    # never groups); SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
     if slot.role == "kv_b_proj":
         # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
         return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix")
     rows, cols = slot.shape
-    group = _group_size(scheme) or 1
+    transposed = CODECS[scheme].quant_method in ("gptq", "awq")
+    group = _group_size(scheme) or (PER_WORD if transposed else 1)
     if slot.role.startswith("routed."):
         if config.hidden_size % 128:
             return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
@@ -177,7 +217,10 @@ def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: 
     found = None
     if slot.role in _ROW_PARALLEL:
         found = _multiple(target, "columns", cols, tp, group, _finer(scheme))
-    if found is None and target == "sglang":
+    if found is None and transposed and slot.role in _COLUMN_PARALLEL:
+        found = _multiple(target, "rows", rows, tp, PER_WORD)  # packed along the output
+    # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
+    if found is None and target == "sglang" and not transposed:
         found = _multiple(target, "columns", cols, tp if slot.role in _ROW_PARALLEL else 1, 128)
         found = found or _multiple(target, "rows", rows, tp if slot.role in _COLUMN_PARALLEL else 1, 64)
     return found
@@ -192,8 +235,6 @@ def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, ins
 
 
 def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    if target not in loadable(scheme):
-        return Refusal(f"{target}: its FP8 loader knows no weight_scale")
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
     ragged = [dim for dim in slot.shape if dim > BLOCK and dim % BLOCK]

@@ -162,10 +162,10 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
     ("unknown RoPE", config(rope_scaling={"type": "longrope", "factor": 2}), CONVERT, 3, "rope type is 'longrope'"),
     (
         "quantized otherwise",
-        config(quantization_config={"quant_method": "gptq"}),
+        config(quantization_config={"quant_method": "hqq"}),
         CONVERT,
         3,
-        "is quantized with 'gptq'",
+        "is quantized with 'hqq'",
     ),
     ("shape against config", config(kv_lora_rank=24), CONVERT, 3, "config.json implies"),
     (

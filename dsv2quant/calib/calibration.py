@@ -65,7 +65,7 @@ def needs_calibration(plan: Plan) -> bool:
 
 def needs_statistics(plan: Plan) -> bool:
     """Whether any tensor's method or scheme needs statistics."""
-    return any(line.needs_inputs for line in plan.lines)
+    return any(line.needs_inputs or line.kv_scales for line in plan.lines)
 
 
 def work_tokens(plan: Plan, calibration: Calibration) -> int:

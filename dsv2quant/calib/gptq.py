@@ -104,9 +104,12 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
     return weight + factored.solve(weight @ moments.s)
 
 
-def quantize(weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their dtype."""
-    scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group)
+def quantize(
+    weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their dtype;
+    the scales are searched unless given."""
+    scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group) if scales is None else scales
     columns = weight.shape[2]
     w = _columns(weight, factored.order).clone()
     step = _columns(scales.to(w.dtype).repeat_interleave(group, -1), factored.order)

@@ -309,8 +309,9 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
         codec = CODECS[scheme]
         if isinstance(codec, Int4):
             group = codec.group_size or weight.shape[2]
-            codes, scales = gptq.quantize(wished, train.h, factored, group)
-            plain_scales = gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group)
+            scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group))
+            codes, _ = gptq.quantize(wished, train.h, factored, group, scales)
+            plain_scales = _stored(codec, gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group))
             plain_codes = gptq.nearest(weight, plain_scales)
             quantized, plain = gptq.dequantize(codes, scales), gptq.dequantize(plain_codes, plain_scales)
         else:
@@ -327,3 +328,8 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
                 job.parts[module] = {"weight": to_bf16(linear.weight.cpu().numpy())}
             seen = int(train.count[i])
             job.outcomes.append(Outcome(module, role, seen, errors[0][i], errors[1][i], bool(worse[i])))
+
+
+def _stored(codec: Int4, scales: torch.Tensor) -> torch.Tensor:
+    """The scales that the codec stores in place of these."""
+    return torch.from_numpy(codec.storable(scales.cpu().numpy())).to(scales.device)

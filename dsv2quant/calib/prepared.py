@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, needs_statistics, work_tokens
+from dsv2quant.calib.kv import kv_scale
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.folds import Folds
 from dsv2quant.formats.part import Inputs
 from dsv2quant.plan import Line, Plan
 from dsv2quant.progress import Progress
 from dsv2quant.report.calibration import expert_tokens
+from dsv2quant.targets import input_group
 from dsv2quant.writer import disk_errors
 
 
-@dataclass(frozen=True)
 class Prepared:
-    """Use `weight` and `inputs` for what a codec is given; `encoded` holds what needs no codec any more."""
+    """Use `weight` and `inputs` for what a codec is given, and `kv_scales`; `encoded` holds what needs no codec any
+    more."""
 
-    statistics: Statistics | None = None
-    folds: Folds = Folds({})  # noqa: RUF009 - nothing changes it
-    encoded: Encoded | None = None
+    def __init__(
+        self,
+        plan: Plan,
+        statistics: Statistics | None = None,
+        folds: Folds | None = None,
+        encoded: Encoded | None = None,
+    ) -> None:
+        self.statistics, self.folds, self.encoded = statistics, folds or Folds({}), encoded
+        self._plan = plan
+        self._amax: dict[str, float] = defaultdict(float)  # by group of tensors that share an input scale
+        for line in plan.lines:
+            if statistics is not None and line.needs_inputs:
+                amax, columns = statistics.amax(line.slot), self.folds.columns(line.slot)
+                largest = float((amax if columns is None else np.ldexp(amax, -columns)).max())
+                self._amax[self._group(line)] = max(largest, self._amax[self._group(line)])
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -35,18 +49,35 @@ class Prepared:
         """Tokens that each routed expert was calibrated on, by layer."""
         return expert_tokens(self.outcomes, self.statistics.counts if self.statistics is not None else {})
 
+    def encoded_parts(self, line: Line) -> list[np.ndarray]:
+        """The parts of a matrix that is encoded already."""
+        assert self.encoded is not None
+        return [self.encoded.part(output.name) for output in line.outputs if output not in line.kv_scales]
+
     def weight(self, line: Line, weight: np.ndarray) -> np.ndarray:
         """The weight to encode: BF16 bits (uint16) or float32, scaled where it is part of a fold."""
         return self.folds.apply(line.slot, weight)
 
     def inputs(self, line: Line) -> Inputs:
-        """What the inputs of a weight that needs them were in calibration, behind the folds."""
+        """What the inputs of a weight that needs them were in calibration, behind the folds. The largest magnitude is
+        that of all that must share an input scale."""
         assert self.statistics is not None
-        amax, importance = self.statistics.amax(line.slot), self.statistics.mean_square(line.slot)
-        columns = self.folds.columns(line.slot)
+        importance, columns = self.statistics.mean_square(line.slot), self.folds.columns(line.slot)
         if columns is not None:
-            amax, importance = np.ldexp(amax, -columns), np.ldexp(importance, -2 * columns)
-        return Inputs(importance, float(amax.max()))
+            importance = np.ldexp(importance, -2 * columns)
+        return Inputs(importance, self._amax[self._group(line)])
+
+    def kv_scales(self, line: Line) -> list[np.ndarray]:
+        """The values of `line.kv_scales`: one for keys and values."""
+        if not line.kv_scales:
+            return []
+        assert self.statistics is not None
+        assert line.slot.layer is not None
+        value = kv_scale(*self.statistics.kv_ranges(line.slot.layer))
+        return [np.full(output.shape, value, np.float32) for output in line.kv_scales]
+
+    def _group(self, line: Line) -> str:
+        return input_group(line.slot, self._plan.checkpoint.config, self._plan.targets)
 
 
 def prepare(
@@ -76,13 +107,12 @@ def prepare(
         assert statistics is not None
         with disk_errors(work.parent), progress(wanted, "weights", "awq") as advance:
             folds = choose_folds(plan, work / "awq", statistics, device, advance)
-    prepared = Prepared(statistics, folds)
+    prepared = Prepared(plan, statistics, folds)
     if not needs_calibration(plan):
         return prepared
     from dsv2quant.calib.sequence import quantize_layers
 
     assert calibration is not None
     with disk_errors(work.parent), progress(work_tokens(plan, calibration), "tok·layer", "gptq") as advance:
-        return Prepared(
-            statistics, folds, quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
-        )
+        encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
+    return Prepared(plan, statistics, folds, encoded)

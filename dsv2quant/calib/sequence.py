@@ -29,10 +29,11 @@ def quantize_layers(
     calibration: Calibration,
     device: str = "cpu",
     progress: Callable[[int], object] = lambda tokens: None,
-    prepared: Prepared = Prepared(),  # noqa: B008 - nothing changes it
+    prepared: Prepared | None = None,
 ) -> Encoded:
     """Encode every line whose method needs calibration, in `folder`, which keeps what is finished; `progress` is called
     with tokens that passed a layer. Other lines may need statistics, in `prepared`."""
+    prepared = prepared or Prepared(plan)
     config, ids = plan.checkpoint.config, calibration.ids
     loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     ctx = int(ids.shape[1])

@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FP8_GRIDS = ("block", "channel", "tensor", "static")
 INT4_KINDS = ("mixed", "pure", "experts")
 GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
+FORMATS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
 
 
 class Command(click.Command):
@@ -65,6 +66,9 @@ plan_options = stack(
                  help="How INT4 codes are chosen; all but rtn calibrate. Default: gptq."),
     click.option("--group-size", type=click.Choice(tuple(GROUP_SIZES)),
                  help="Columns that share an INT4 scale. Default: 128."),
+    click.option("--format", type=click.Choice(tuple(FORMATS)),
+                 help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
+    click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="A YAML recipe of your own instead."),
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
                  help="A consumer that must load the artifact; repeat for several. Default: all that can."),
@@ -102,16 +106,21 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
     from dsv2quant import recipe
 
     fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
-    method, group = options["method"], options["group_size"]
+    method, group, layout = options["method"], options["group_size"], options["format"]
     if sum(map(bool, (fp8, int4, file))) > 1:
         raise click.UsageError("--fp8, --int4 and --recipe exclude each other")
     if (method or group) and not int4:
         raise click.UsageError("--method and --group-size go with --int4; a recipe names them itself")
+    if layout and not (int4 and "int4" in FORMATS[layout]) and not (fp8 == "static" and "fp8" in FORMATS[layout]):
+        raise click.UsageError(f"--format {layout}: gptq and awq go with --int4, autofp8 with --fp8=static")
+    if (layout, group) == ("awq", "channel"):
+        raise click.UsageError("--format awq has scales per group alone: --group-size 128, 64 or 32")
     if file:
         return recipe.load(file)
     if int4:
-        return recipe.builtin(f"int4-{int4}", method=method, group_size=GROUP_SIZES[group] if group else None)
-    return recipe.builtin(f"fp8-{fp8 or 'block'}")
+        size = GROUP_SIZES[group] if group else None
+        return recipe.builtin(f"int4-{int4}", method=method, group_size=size, layout=layout)
+    return recipe.builtin(f"fp8-{fp8 or 'block'}", layout=layout)
 
 
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
@@ -124,6 +133,7 @@ def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
         for_targets=options["targets"] or None,
         tp=options["tp"],
         max_shard_size=parse_size(options["max_shard_size"]),
+        kv_scales=options["kv_scales"],
     )
 
 
@@ -133,9 +143,11 @@ def words(options: Mapping[str, Any]) -> list[str]:
         found = [f"--recipe {options['recipe_file'].rpartition('/')[2]}"]
     elif options["int4"]:
         found = [f"--int4={options['int4']}"]
-        found += [f"--{key.replace('_', '-')} {options[key]}" for key in ("method", "group_size") if options[key]]
     else:
         found = [f"--fp8={options['fp8'] or 'block'}"]
+    keys = ("method", "group_size", "format")
+    found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
+    found += ["--kv-scales"] * options["kv_scales"]
     found += [f"--target {target}" for target in options["targets"]]
     found += [f"--tp {options['tp']}"] * (options["tp"] > 1)
     size = options["max_shard_size"]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dsv2quant.formats.awq import Awq
 from dsv2quant.formats.fp8 import Fp8
+from dsv2quant.formats.gptq import Gptq
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.part import Inputs, Part
 from dsv2quant.formats.plain import Bf16
@@ -75,5 +77,6 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
         Int4(128), Int4(64), Int4(32), Int4(None),
+        Gptq(128), Gptq(64), Gptq(32), Gptq(None), Awq(128), Awq(64), Awq(32),
     )
 }  # fmt: skip

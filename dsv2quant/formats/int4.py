@@ -29,9 +29,27 @@ PER_WORD = 8  # codes of 4 bits in an int32
 OFFSET = 8  # code −8 is stored as 0
 
 
-class Int4:
-    """The codec of `int4-g128`, `int4-g64`, `int4-g32` and, without a group size, `int4-channel`."""
+def pack_words(nibbles: np.ndarray) -> np.ndarray:
+    """uint8 [rows, cols], 0 … 15 → int32 [rows, cols / 8], the first of eight in the lowest bits."""
+    nibbles = np.ascontiguousarray(nibbles)
+    return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
 
+
+def unpack_words(words: torch.Tensor) -> torch.Tensor:
+    """int32 [rows, n] → [rows, 8n], 0 … 15: the inverse of `pack_words`."""
+    import torch
+
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)
+
+
+class Int4:
+    """The codec of `int4-g128`, `int4-g64`, `int4-g32` and, without a group size, `int4-channel`.
+
+    Other layouts of the same codes are subclasses (`gptq.py`, `awq.py`).
+    """
+
+    family = "int4"
     quant_method = "compressed-tensors"
     activation = None
     shares_scale = False
@@ -39,7 +57,7 @@ class Int4:
 
     def __init__(self, group_size: int | None) -> None:
         self.group_size = group_size
-        self.name = f"int4-g{group_size}" if group_size else "int4-channel"
+        self.name = f"{self.family}-g{group_size}" if group_size else f"{self.family}-channel"
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape can't have the scheme: its columns don't fill whole groups, or whole words."""
@@ -73,15 +91,21 @@ class Int4:
                 scales = search_scales(x, inputs[which].importance[None], group)
             else:
                 scales = rtn_scales(x, group)
+            scales = self.storable(scales)
             encoded.append(self.pack(nearest_codes(x, scales), scales))
         return encoded
 
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """The scales of float32 that `pack` stores without loss in place of these: to be applied before codes are
+        chosen."""
+        from dsv2quant.formats.int4_cpu import round_to_bf16
+
+        return round_to_bf16(scales)
+
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], BF16 values) → the stored parts."""
-        nibbles = (codes + np.int8(OFFSET)).view(np.uint8)
-        words = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
+        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], `storable`) → the stored parts."""
         return {
-            PACKED: words,
+            PACKED: pack_words((codes + np.int8(OFFSET)).view(np.uint8)),
             "weight_scale": to_bf16(scales),
             "weight_shape": np.array(codes.shape, np.int64),
         }
@@ -90,12 +114,9 @@ class Int4:
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """code × scale in float32, rounded once to `dtype`."""
-        import torch
-
-        packed, scales = parts[PACKED], parts["weight_scale"]
+        scales = parts["weight_scale"]
         if scale_dtype is not None:
             scales = scales.to(scale_dtype)
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-        codes = ((packed.unsqueeze(-1) >> shifts) & 15).flatten(1).float().sub_(OFFSET)  # [out, in]
+        codes = unpack_words(parts[PACKED]).float().sub_(OFFSET)  # [out, in]
         groups = codes.unflatten(1, (scales.shape[1], -1))
         return groups.mul_(scales.float().unsqueeze(-1)).flatten(1).to(dtype)

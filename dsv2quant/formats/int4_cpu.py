@@ -24,6 +24,14 @@ def round_to_bf16(x: np.ndarray) -> np.ndarray:
     )
 
 
+def round_to_float16(x: np.ndarray) -> np.ndarray:
+    """float32 → a near positive value that BF16 and float16 both hold, from 2^-24 to 65280, as float32.
+
+    Rounded to BF16 first: below 2^-17, where float16's spacing is 2^-24, it has no more bits than BF16 either.
+    """
+    return np.clip(round_to_bf16(x), np.float32(2.0**-24), np.float32(65280)).astype(np.float16).astype(np.float32)
+
+
 def rtn_scales(weight: np.ndarray, group: int) -> np.ndarray:
     """amax / 7.5 of each group, rounded to BF16: weight float32 [rows, cols] → [rows, cols / group].
 

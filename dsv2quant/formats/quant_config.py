@@ -4,10 +4,16 @@ fp8-block is written as DeepSeek-V3 writes it, with the unquantized modules unde
 (vLLM, SGLang) and `modules_to_not_convert` (transformers). fp8-autofp8 is written as AutoFP8 writes it
 (auto_fp8/modeling.py). The compressed-tensors schemes become `config_groups`.
 Consumers match the names of *fused* modules too, so these are listed beside their members.
+
+GPTQ and AWQ have one group size. What GPTQ leaves out are patterns of `dynamic`, matched from the start of a name as
+GPTQModel has them (vLLM gptq_utils.py, SGLang quantization/utils.py); vLLM also looks which modules hold integers.
+AWQ's `modules_to_not_convert` matches anywhere in a name, so that whole names are given: "mlp.gate" alone would also
+be found in `mlp.gate_proj`. Both lists are of modules; neither engine looks for the router in them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +36,8 @@ def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) ->
     """The configuration of a model whose tensors have these schemes; None where nothing is quantized. `kv_scales`
     declares KV-cache scales where the quant method has a word for them.
 
-    Raises ValueError when two schemes belong to different quant methods: one artifact has one.
+    Raises ValueError, with what to do, where the schemes don't go together: an artifact has one quant method, and one
+    group size in GPTQ's and AWQ's layouts.
     """
     # `fp8` has one weight layout and one activation scheme for all modules.
     used = {s: CODECS[s].quant_method for s in schemes.values() if s != "bf16"}
@@ -38,8 +45,13 @@ def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) ->
     if not methods:
         return None
     if len(methods) > 1:
-        raise ValueError(" and ".join(sorted(methods)))
+        what = f"mixes the quant methods {' and '.join(sorted(methods))}: an artifact has one"
+        if methods & {"gptq", "awq"}:
+            what += "; take --int4=pure or --int4=experts, or --format compressed-tensors"
+        raise ValueError(what)
     ignored = _ignored_modules(schemes)
+    if methods <= {"gptq", "awq"}:
+        return _transposed(schemes, ignored)
     if methods == {"fp8-autofp8"}:
         declared = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ignored}
         return declared | ({"kv_cache_scheme": "static"} if kv_scales else {})
@@ -76,6 +88,34 @@ def kv_scale_parts(quantization: Mapping[str, Any] | None) -> tuple[Part, ...]:
     else:
         return ()
     return Part("k_scale", "F32", shape), Part("v_scale", "F32", shape)
+
+
+def _transposed(schemes: Mapping[Slot, str], ignored: list[str]) -> dict[str, Any]:
+    """The configuration of GPTQ's and AWQ's layouts, as AutoGPTQ, GPTQModel and AutoAWQ write it."""
+    used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
+    if len(used) > 1:
+        raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
+    codec = CODECS[used[0]]
+    assert isinstance(codec, Int4)
+    if codec.quant_method == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": codec.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ignored,
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": codec.group_size or -1,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "dynamic": {f"-:{re.escape(name)}$": {} for name in ignored},
+    }
 
 
 def _ignored_modules(schemes: Mapping[Slot, str]) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
@@ -47,11 +48,15 @@ def decode(
     device: str = "cpu",
     scale_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """A weight as a consumer reconstructs it in `dtype`."""
+    """A weight as a consumer reconstructs it in `dtype`. Raises InputError where its parts contradict each other."""
     parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
     if weight.scheme == "bf16":
         return next(iter(parts.values())).to(dtype)
-    return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
+    try:
+        return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
+    except ValueError as error:
+        fix = "the checkpoint is damaged: get it again"
+        raise InputError(f"{weight.slot.module}: {error}", where=checkpoint.model, fix=fix) from None
 
 
 class Loader:

@@ -21,6 +21,7 @@ from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.plan import Plan
 from dsv2quant.report.calibration import calibration_json
+from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.summary import roles_table, summarize
 from dsv2quant.report.tables import gigabytes
 
@@ -92,6 +93,7 @@ def model_card(plan: Plan, command: str) -> str:
         f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served."
         if activations
         else "Activations are not quantized.",
+        *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
         f"```\n{command}\n```",
         f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
         f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",

@@ -6,13 +6,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dsv2quant import targets
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.int4 import Int4
 from dsv2quant.plan import Line, Plan
 from dsv2quant.report.summary import RoleSummary, roles_table, summarize
 from dsv2quant.report.tables import count, gigabytes
 from dsv2quant.targets import ENGINES
+
+# vLLM pull 13232
+_FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
 
 
 def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
@@ -44,7 +50,9 @@ def notes(plan: Plan) -> list[str]:
     found = []
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
-    if (plan.config.get("quantization_config") or {}).get("kv_cache_scheme") and set(plan.targets) & set(ENGINES):
+    found += serving_notes(plan)
+    found += _finer_groups(plan)
+    if any(line.kv_scales for line in plan.lines) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
     if config.attention_bias and set(plan.targets) & set(ENGINES):
@@ -57,6 +65,26 @@ def notes(plan: Plan) -> list[str]:
     elif config.norm_topk_prob and "transformers" in plan.targets:
         found.append("transformers ignores norm_topk_prob: its logits differ")
     return found
+
+
+def serving_notes(plan: Plan) -> list[str]:
+    """What whoever serves the artifact must know."""
+    return [_FLOAT16] if any(output.dtype == "F16" for line in plan.lines for output in line.outputs) else []
+
+
+def _finer_groups(plan: Plan) -> list[str]:
+    """What a smaller group would quantize too, in a layout that has one group size for all."""
+    fallen = [line.slot for line in plan.lines if line.reason and line.scheme == "bf16"]
+    for codec in (CODECS[scheme] for scheme in plan.schemes):
+        if not isinstance(codec, Int4) or codec.quant_method == "compressed-tensors":
+            continue
+        for size in (size for size in (64, 32) if size < (codec.group_size or 0)):
+            rules = (f"{codec.family}-g{size}", plan.checkpoint.config, plan.targets, plan.tp)
+            roles = list(dict.fromkeys(slot.role for slot in fallen if targets.refusal(slot, *rules) is None))
+            if roles:
+                what = f"--group-size {size} would quantize {', '.join(roles)} too"
+                return [f"{codec.quant_method} has one group size in an artifact: {what}"]
+    return []
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

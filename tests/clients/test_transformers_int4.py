@@ -124,3 +124,15 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
         float32 = torch.nn.Module.float(theirs)(tokens).logits  # transformers' own .float() refuses quantized models
     different = apart(ours, float32)
     assert (different.median() if served else different.max()) < 1e-5
+
+
+def test_gptq_and_awq_would_find_no_expert_to_load():
+    # Both replace Linear modules (integrations/awq.py; optimum for GPTQ), and experts are none.
+    from transformers import DeepseekV2ForCausalLM
+
+    with torch.device("meta"):
+        model = DeepseekV2ForCausalLM(tiny.transformers_config(tiny.LITE))
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert "model.layers.1.mlp.shared_experts.up_proj" in linear
+    assert not [name for name in linear if ".mlp.experts" in name]
+    assert model.model.layers[1].mlp.experts.down_proj.dim() == 3

@@ -1,0 +1,79 @@
+"""INT4 in AutoGPTQ's layout, `checkpoint_format: gptq` (version 1): symmetric codes with float16 scales.
+
+    weight'[n, k] = (u − zero[g, n]) × scale[g, n]      g = g_idx[k]; u = code + 8, zero = 8
+
+Everything is transposed. `qweight` [in / 8, out] holds eight codes to an int32 along the input, the first in the
+lowest bits; `qzeros` [groups, out / 8] holds zero − 1, along the output; `scales` [groups, out]; `g_idx` [in]
+(AutoGPTQ, nn_modules/qlinear/qlinear_cuda.py; SGLang 0.5.23, gptq/schemes/gptq_marlin.py). vLLM 0.33 drops `g_idx`
+and, in symmetric files, takes every zero for 8. The layout can be had with every method that INT4 has, not just `gptq`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_words
+from dsv2quant.formats.part import Part
+
+if TYPE_CHECKING:
+    import torch
+
+_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
+
+
+class Gptq(Int4):
+    """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`."""
+
+    family = "gptq"
+    quant_method = "gptq"
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """As INT4's; and rows must fill the words of `qzeros`."""
+        return super().refusal(shape) or ragged_rows(shape)
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        groups = cols // (self.group_size or cols)
+        return (
+            Part("qweight", "I32", (cols // PER_WORD, rows)),
+            Part("qzeros", "I32", (groups, rows // PER_WORD)),
+            Part("scales", "F16", (groups, rows)),
+            Part("g_idx", "I32", (cols,)),
+        )
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """Float16 values that BF16 holds too, so that consumers may load them in either."""
+        from dsv2quant.formats.int4_cpu import round_to_float16
+
+        return round_to_float16(scales)
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+        (rows, cols), groups = codes.shape, scales.shape[1]
+        return {
+            "qweight": np.ascontiguousarray(pack_words((codes + np.int8(OFFSET)).view(np.uint8)).T),
+            "qzeros": np.full((groups, rows // PER_WORD), _ZEROS),
+            "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
+            "g_idx": (np.arange(cols) // (cols // groups)).astype(np.int32),
+        }
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """(u − zero) × scale in float32, rounded once to `dtype`, with zero points and groups as stored: others' files
+        may be asymmetric, and ordered by activation. Raises ValueError where g_idx names a group that is not there."""
+        scales, group = parts["scales"], parts["g_idx"].long()
+        if scale_dtype is not None:
+            scales = scales.to(scale_dtype)
+        if int(group.min()) < 0 or int(group.max()) >= len(scales):
+            raise ValueError(f"g_idx names groups beyond its {len(scales)}")
+        zeros = (unpack_words(parts["qzeros"]) + 1).float()
+        weight = unpack_words(parts["qweight"].T).float()  # [out, in]
+        return weight.sub_(zeros.T[:, group]).mul_(scales.float().T[:, group]).to(dtype)
+
+
+def ragged_rows(shape: tuple[int, ...]) -> str | None:
+    """Why the rows of a weight can't be packed along the output; None where they can."""
+    return f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
