@@ -261,7 +261,7 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Co
     if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
-    lacking: list[str] = []
+    lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []
     for codec in codecs:
         layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
@@ -273,16 +273,17 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Co
         wrong = [parts[part.suffix] for part in layout if part.suffix in parts and not _fits(part, parts[part.suffix])]
         if not missing and not wrong:
             return Weight(slot, codec.name, parts)
-        if missing and not wrong:
-            lacking += missing
         if wrong:
             misfits.append(wrong)
-    if lacking and not misfits:
+        else:
+            lacking.append((len(parts), missing[0]))
+    found_parts, first = max(lacking, key=lambda item: item[0], default=(0, ""))
+    if found_parts > 1 or (lacking and not misfits):
         kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
-        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{lacking[0]}"
+        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{first}"
         fix = "download the shard that holds it: without it the codes mean nothing"
         raise InputError(what, where=where, fix=fix)
-    odd = min(misfits, key=len)[0] if misfits else held
+    odd = min(misfits, key=len, default=[held])[0]
     what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
     fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
     raise InputError(what, where=where, fix=fix)

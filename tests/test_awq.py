@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file
-from test_statistics import calibration, one_thread  # noqa: F401
+from test_statistics import calibration
 
 from dsv2quant import recipe
 from dsv2quant.calib import awq
@@ -26,6 +26,7 @@ from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
 from dsv2quant.plan import Plan, make_plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Inputs with a few strong channels, as trained models have: otherwise nothing is worth folding.
 STRONG = [3, 17, 40]
 

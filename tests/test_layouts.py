@@ -258,7 +258,7 @@ def artifacts(source, tmp_path_factory):
     calibration = Calibration(ids, "random", "", 0, [])
     made = {}
     for family, method in [("int4", "rtn"), ("gptq", "rtn"), ("awq", "rtn"), ("int4", "gptq"), ("gptq", "gptq")]:
-        chosen = recipe.builtin("int4-pure", method=method, group_size=32, family=family)
+        chosen = recipe.builtin("int4-pure", method=method, group_size=32, layout=family)
         plan = make_plan(Checkpoint.open(source), chosen, for_targets=["vllm"])
         assert plan.schemes == {f"{family}-g32"}
         made[family, method] = folder / f"{family}-{method}"

@@ -34,7 +34,7 @@ def models(tmp_path_factory):
 
 
 def plan(checkpoint, name="int4-pure", *, family, group_size=None, **options):
-    asked = recipe.builtin(name, method="rtn", group_size=group_size, family=family)
+    asked = recipe.builtin(name, method="rtn", group_size=group_size, layout=family)
     return make_plan(checkpoint, asked, **options)
 
 
@@ -156,7 +156,7 @@ def test_the_format_is_an_option_of_int4(models, cli):
     plain = json.loads(cli("plan", tiny.MINI, "--int4=pure", "--format", "compressed-tensors", "--json").out)
     assert plain["quantization_config"]["quant_method"] == "compressed-tensors"
     for words, message in [
-        (("--fp8", "--format", "gptq"), "--format go with --int4"),
+        (("--fp8", "--format", "gptq"), "gptq and awq go with --int4"),
         (("--int4", "--format", "gguf"), "'gguf' is not one of"),
         (("--int4=pure", "--format", "awq", "--group-size", "channel"), "awq has scales per group alone"),
     ]:

@@ -26,17 +26,10 @@ from dsv2quant.model.rope import Rope
 from dsv2quant.model.runtime import Model
 from dsv2quant.names import LINEAR_ROLES
 
-WORDY = tiny.LITE | {"vocab_size": json.loads((tiny.MINI / "config.json").read_text())["vocab_size"]}
 WINDOWS, CTX = 5, 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums in one order, whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def calibration(windows: int = WINDOWS, ctx: int = CTX, seed: int = 0, vocabulary: int = 160) -> Calibration:
@@ -281,30 +274,27 @@ def test_a_damaged_file_is_one_line(damage, message, tmp_path):
         Statistics(path)
 
 
-def test_the_command_prints_coverage_and_draws_it(tmp_path, cli):
-    model = tiny.write_checkpoint(tmp_path / "wordy", WORDY)
-    text = tmp_path / "fox.txt"
-    text.write_text("".join(f"The quick brown fox jumps over {i} lazy dogs, once more.\n" for i in range(100)))
+def test_the_command_prints_coverage_and_draws_it(wordy, fox, tmp_path, cli):
     out, figure = tmp_path / "stats.safetensors", tmp_path / "experts.svg"
-    options = ("--calibration", text, "--num-calibration-samples", "4", "--max-seq-length", "16", "--figure", figure)
-    ran = cli("calibrate", model, "-o", out, *options)
+    options = ("--calibration", fox, "--num-calibration-samples", "4", "--max-seq-length", "16", "--figure", figure)
+    ran = cli("calibrate", wordy, "-o", out, *options)
     assert ran.code == 0, ran.err
     assert ran.out.splitlines()[0].split() == [
-        "layer", "fewest", "tokens", "median", "most", "variation", "below", "64", "unseen", "experts",
+        "layer", "fewest", "tokens", "median", "most", "variation", "below", "128", "unseen", "experts",
     ]  # fmt: skip
     assert ran.out.splitlines()[-1].endswith("inputs of wordy, 64 tokens")
     assert "<svg" in figure.read_text()
-    result = json.loads(cli("calibrate", model, "-o", out, *options, "--json", "-q").out)
+    result = json.loads(cli("calibrate", wordy, "-o", out, *options, "--json", "-q").out)
     assert result["schema"] == "dsv2quant.calibrate/1"
     statistics = Statistics(out)
     for row in result["experts"]:
-        tokens = [statistics.counts[f"model.layers.{row['layer']}.mlp.experts.{e}.gate_proj"] for e in range(8)]
-        assert sum(tokens) == 64 * 3
+        tokens = [statistics.counts[f"model.layers.{row['layer']}.mlp.experts.{e}.gate_proj"] for e in range(4)]
+        assert sum(tokens) == 64 * 2
         assert (row["fewest"], row["most"]) == (min(tokens), max(tokens))
         assert row["median"] == int(np.median(tokens))
         assert math.isclose(row["variation"], np.std(tokens) / np.mean(tokens))
-        assert row["starved"] == sum(n < 64 for n in tokens)
-        assert row["unseen"] == [e for e in range(8) if not tokens[e]]
+        assert row["starved"] == sum(n < 128 for n in tokens)
+        assert row["unseen"] == [e for e in range(4) if not tokens[e]]
 
 
 @pytest.mark.parametrize(
