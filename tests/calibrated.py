@@ -22,7 +22,16 @@ from dsv2quant.model.runtime import Model
 from dsv2quant.plan import Plan, make_plan
 from dsv2quant.writer import MANIFEST_FILE
 
-WINDOWS, CTX = 12, 40  # window 8 is kept aside
+WINDOWS, CTX = 17, 30  # window 8 is kept aside
+
+
+def aside(windows: int = WINDOWS, ctx: int = CTX) -> torch.Tensor:
+    """[windows · ctx], true for tokens that are kept aside: one window in 16, or the last 16th of fewer windows."""
+    window, position = torch.arange(windows)[:, None], torch.arange(ctx)
+    kept = (
+        (window % 16 == 8).expand(windows, ctx) if windows >= 16 else (position >= ctx - ctx // 16).expand(windows, ctx)
+    )
+    return kept.flatten()
 
 
 def calibration(count: int = WINDOWS, ctx: int = CTX, seed: int = 0) -> Calibration:

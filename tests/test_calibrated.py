@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from calibrated import CTX, WINDOWS, calibration, inputs, manifest, planned, raw, rules, run
+from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
 from test_convert import bits, tensors
 
 from dsv2quant import recipe
 from dsv2quant.calib import gptq, layerwise, sequence, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
-from dsv2quant.calib.layerwise import HELD
 from dsv2quant.calib.spool import Spool
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.checkpoint import Checkpoint
@@ -207,7 +206,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     monkeypatch.setattr(gptq.Moments, "shrunk", record_shrinking)
     run(plan, tmp_path / "out", using)
     (real, artifact), (ideal, source) = inputs(tmp_path / "out", using), inputs(model, using)
-    held = torch.arange(using.ids.size) // CTX % HELD == HELD // 2
+    held = aside()
     assert held.sum() == CTX
     for name, pair in chosen.items():
         at = name.replace("self_attn", "attention").replace("mlp.shared_experts", "ffn.shared").replace("mlp", "ffn")
@@ -236,13 +235,15 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
 
 def test_outcomes_count_the_tokens_that_the_artifact_routes(made):
     passed = perplexity.run(Model(Checkpoint.open(made.out)), calibration().ids, [slice(0, WINDOWS)])
-    fitted = np.arange(WINDOWS) % HELD != HELD // 2
+    fitted = ~aside().numpy()
     for outcome in made.encoded.outcomes:
         chosen = passed.routes[int(outcome.module.split(".")[2])]
         if ".experts." in outcome.module:
-            assert outcome.tokens == (chosen[fitted] == int(outcome.module.split(".")[5])).sum()
+            assert (
+                outcome.tokens == (chosen.reshape(len(fitted), -1)[fitted] == int(outcome.module.split(".")[5])).sum()
+            )
         else:
-            assert outcome.tokens == fitted.sum() * CTX
+            assert outcome.tokens == fitted.sum()
 
 
 def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):

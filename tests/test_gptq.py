@@ -228,6 +228,7 @@ def test_the_fit_solves_least_squares(damping):
     ideal = x + 0.1 * inputs(2, 200, 40, seed=5)
     w, moments = weights(2, 6, 40), moments_of(x, ideal)
     got = gptq.fit(w, moments, gptq.factor(moments.h, damping))
+    got = w + (got - w) * (200 + 4 * 40) / 200  # 200 tokens are trusted that much
     for i in range(2):
         shift = (damping * moments.h[i].diagonal().mean()).sqrt() * torch.eye(40, dtype=F64)
         system, target = torch.cat([x[i], shift]), torch.cat([ideal[i] @ w[i].T, shift @ w[i].T])
@@ -346,3 +347,21 @@ def test_gptq_loses_less_than_rounding_and_less_still_after_the_fit():
     assert (lost(x, x, w, rounded(w)) < 0.6 * lost(x, x, w, plain)).all()
     fitted = gptq.fit(w, moments, factored)
     assert (lost(x, ideal, w, rounded(fitted)) < 0.7 * lost(x, ideal, w, rounded(w))).all()
+
+
+def test_few_tokens_are_damped_and_trusted_less():
+    x = inputs(2, 300, 40)
+    moments = moments_of(x, x + 0.1 * inputs(2, 300, 40, seed=5))
+    moments.count[1] = 10
+    torch.testing.assert_close(moments.damping, torch.tensor([0.05 + 40 / 300, 0.05 + 40 / 10], dtype=F64))
+    w = weights(2, 6, 40)
+    factored = gptq.factor(moments.h, moments.damping)
+    refit = gptq.fit(w, moments, factored) - w
+    whole = factored.solve(w @ moments.s)
+    torch.testing.assert_close(refit[0], whole[0] * 300 / (300 + 4 * 40))
+    torch.testing.assert_close(refit[1], whole[1] * 10 / (10 + 4 * 40))
+    for i in range(2):
+        inverse = torch.linalg.inv(damped(moments.h[i], float(moments.damping[i])))
+        torch.testing.assert_close(factored.u[i].mT @ factored.u[i], inverse[factored.order[i]][:, factored.order[i]])
+    none = Moments.zeros(1, 8, torch.device("cpu"))
+    assert none.damping == 0.05 + 8

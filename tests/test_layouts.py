@@ -221,7 +221,7 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     # Inputs like none that GPTQ saw: what it makes up for there is lost here.
     held = Moments(torch.eye(64)[None], torch.zeros(1, 64, 64), torch.ones(1)) if plain_wins else train
     linear = Linear(weight)
-    job = layerwise.Job("m", {"m.self_attn.o_proj": ("o_proj", scheme, "gptq")}, None, None, None, 1)
+    job = layerwise.Job("m", {"m.self_attn.o_proj": ("o_proj", scheme, "gptq")}, None, None, None, 1, 96)
     job.real = SimpleNamespace(attention=SimpleNamespace(o_proj=linear))
     layerwise._choose(job, [["self_attn.o_proj"]], (train, held))
     assert job.outcomes[0].kept_rtn == plain_wins
@@ -233,7 +233,7 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     if plain_wins:
         assert torch.equal(codes, (weight / steps).round().clamp(-8, 7))
     else:
-        factored = gptq.factor(train.h)
+        factored = gptq.factor(train.h, train.damping)
         wished = gptq.fit(weight[None], train, factored)
         assert torch.equal(codes[None], gptq.quantize(wished, train.h, factored, 32, scales[None])[0].float())
 

@@ -3,8 +3,11 @@
 For inputs x of the quantized model and x̂ of the unquantized one, a matrix W is first refitted to give on x what W gave
 on x̂ (GPTAQ, arXiv:2504.02692, in closed form), and the result is rounded with GPTQ (arXiv:2210.17323):
 
-    H = Σ w x xᵀ     S = Σ w (x̂ − x) xᵀ     W' = W + W S (H + λI)⁻¹
+    H = Σ w x xᵀ     S = Σ w (x̂ − x) xᵀ     W' = W + τ W S (H + λI)⁻¹
 
+of K columns on m tokens, with λ = (0.05 + K / m) of the mean of diag H, and τ = m / (m + 4K): both H and S are sums over
+few tokens where m is not many times K, and what they say of others is less than they seem to (on dsv2-mini with 1,024
+tokens this took the divergence from 0.141 to 0.100, with 65,536 from 0.076 to 0.075).
 Groups are those of the unpermuted columns ("static"), so that no index is stored; columns are visited in order of
 falling diag H; scales are searched with diag H as weights. No column is ever zeroed: where H knows nothing, damping
 leaves plain rounding.
@@ -18,7 +21,8 @@ import torch
 
 from dsv2quant.formats.int4_cpu import FACTORS, search_scales
 
-DAMPING = 0.05  # λ, as a share of the mean of diag H
+DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
+DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
 
 
@@ -59,6 +63,11 @@ class Moments:
         s = share * self.s * per_token + (1 - share) * prior.s * scale
         return Moments(h, s, self.count)
 
+    @property
+    def damping(self) -> torch.Tensor:
+        """λ / mean diag H for each matrix: [batch], float64."""
+        return DAMPING + self.h.shape[1] / self.count.double().clamp(min=1)
+
 
 def _trace(h: torch.Tensor) -> torch.Tensor:
     return h.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -77,8 +86,9 @@ class Factor:
         return _columns(y, self.order.argsort(-1))
 
 
-def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
-    """Factor H [batch, K, K], in float64. Damping grows tenfold until every matrix is positive definite.
+def factor(h: torch.Tensor, damping: torch.Tensor | float = DAMPING) -> Factor:
+    """Factor H [batch, K, K], in float64, with λ / mean diag H ([batch], or for all). Damping grows tenfold until every
+    matrix is positive definite.
 
     Raises ValueError where H is not finite: no damping would end that.
     """
@@ -96,12 +106,13 @@ def factor(h: torch.Tensor, damping: float = DAMPING) -> Factor:
         if not failed.any():
             upper = lower.flip(1, 2)
             return Factor(torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).to(h.dtype), order)
-        damping *= 10
+        damping = 10 * damping
 
 
 def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tensor:
     """W' of the module's docstring, [batch, R, K]."""
-    return weight + factored.solve(weight @ moments.s)
+    count = moments.count.to(weight.dtype)[:, None, None]
+    return weight + count / (count + DOUBT * weight.shape[2]) * factored.solve(weight @ moments.s)
 
 
 def quantize(

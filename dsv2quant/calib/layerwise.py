@@ -2,8 +2,8 @@
 
 Two streams run side by side over all calibration tokens: `ideal`, through the unquantized model, and `real`, through
 what has been quantized so far. A linear is refitted so that it gives on the real stream what its original gives on the
-ideal one, rounded with GPTQ, and used at once for everything behind it. One window in 16 is kept aside: there each
-matrix's codes compete with plain rounding's, and the better ones stay.
+ideal one, rounded with GPTQ, and used at once for everything behind it. One window in 16 is kept aside, of fewer
+windows the last 16th of each: there each matrix's codes compete with those of rounding, and the better ones stay.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dsv2quant.model.linear import Linear
 from dsv2quant.model.moe import FFN, MoE, route
 from dsv2quant.recipe import CALIBRATED
 
-HELD = 16  # one window in so many is kept aside
+HELD = 16  # one window in so many is kept aside, or one token
 
 Parts = dict[str, np.ndarray]
 
@@ -45,9 +45,16 @@ class Job:
     ideal: DecoderLayer
     real: DecoderLayer
     rope: torch.Tensor
+    windows: int
     ctx: int
     parts: dict[str, Parts] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+
+    def aside(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens are kept aside."""
+        if self.windows >= HELD:
+            return (tokens // self.ctx) % HELD == HELD // 2
+        return tokens % self.ctx >= self.ctx - self.ctx // HELD
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """Those of the layer's modules that need calibration."""
@@ -103,12 +110,6 @@ def quantize_layer(
 
 
 Pair = tuple[slice, torch.Tensor, torch.Tensor]  # rows, real and ideal inputs [tokens, K]
-
-
-def _held(rows: slice, ctx: int) -> torch.Tensor:
-    """[tokens] of some rows, true in the windows kept aside."""
-    windows = np.arange(rows.start, rows.stop) // ctx
-    return torch.from_numpy(windows % HELD == HELD // 2)
 
 
 def _normed(job: Job, streams: tuple[Spool, Spool]) -> Callable[[], Iterator[Pair]]:
@@ -181,7 +182,7 @@ def _settle(job: Job, names: list[str], inputs: Callable[[], Iterator[Pair]]) ->
     for rows, x, y in inputs():
         if moments is None:
             moments = Moments.zeros(1, x.shape[1], x.device), Moments.zeros(1, x.shape[1], x.device)
-        held = _held(rows, job.ctx).to(x.device)
+        held = job.aside(torch.arange(rows.start, rows.stop, device=x.device))
         for m, keep in zip(moments, (~held, held), strict=True):
             m.add(0, x[keep], y[keep])
     assert moments is not None
@@ -202,7 +203,7 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
     for rows, x, y in inputs():
         routes.append(route(x, real.router, real.config))
         if needed:
-            held = _held(rows, job.ctx).to(device)
+            held = job.aside(torch.arange(rows.start, rows.stop, device=device))
             for m, keep in zip(pool, (~held, held), strict=True):
                 m.add(0, x[keep], y[keep])
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
@@ -262,14 +263,11 @@ def _experts(
     def moments(columns: int) -> tuple[Moments, Moments]:
         return Moments.zeros(len(members), columns, device), Moments.zeros(len(members), columns, device)
 
-    def split(tokens: torch.Tensor) -> torch.Tensor:
-        return (tokens // job.ctx) % HELD == HELD // 2
-
     if names[0]:
         found = moments(real.config.hidden_size)
         for i, (tokens, _) in enumerate(routed):
             x, y = gather(tokens)
-            held = split(tokens)
+            held = job.aside(tokens)
             for m, keep in zip(found, (~held, held), strict=True):
                 m.add(i, x[keep], y[keep])
         _choose(job, names, (found[0].shrunk(pool[0]), found[1].shrunk(pool[1] if pool[1].count else pool[0])))
@@ -283,7 +281,7 @@ def _experts(
             x, y = gather(where)
             x, y = real.experts[expert].activation(x), ideal.experts[expert].activation(y)
             squared = weights[tokens, slots].square() if into is found else torch.ones(len(x), device=device)
-            held = split(where)
+            held = job.aside(where)
             for m, keep in zip(into, (~held, held), strict=True):
                 m.add(i, x[keep], y[keep], squared[keep])
     aside = prior[1] if prior[1].count.all() else prior[0]
@@ -296,7 +294,7 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
     train, held = moments
     held = held if held.count.sum() else train
     try:
-        factored = gptq.factor(train.h)
+        factored = gptq.factor(train.h, train.damping)
     except ValueError:
         fix = "the checkpoint is damaged, or its activations overflow float32"
         raise InputError("its inputs are not finite", where=f"{job.at}.{names[0][0]}", fix=fix) from None

@@ -36,12 +36,12 @@ def quantize_layers(
     prepared = prepared or Prepared(plan)
     config, ids = plan.checkpoint.config, calibration.ids
     loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
-    ctx = int(ids.shape[1])
+    windows, ctx = (int(n) for n in ids.shape)
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
     width = config.num_attention_heads * config.v_head_dim
 
     def process(layer: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
-        job = _job(plan, loader, layer, rope, ctx, device, prepared)
+        job = _job(plan, loader, layer, rope, (windows, ctx), device, prepared)
         real, ideal = (Spool(folder / f"context-{side}", ids.size, width, device) for side in ("real", "ideal"))
         quantize_layer(job, (before[0], before[1]), (behind[0], behind[1]), (real, ideal), progress)
         real.remove()
@@ -54,11 +54,11 @@ def quantize_layers(
 
 
 def _job(
-    plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, ctx: int, device: str, prepared: Prepared
+    plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, shape: tuple[int, int], device: str, prepared: Prepared
 ) -> Job:
     """The layer unquantized, and its twin in which everything that needs no calibration is quantized already."""
     ideal = loader.layer(layer)
-    job = Job(f"model.layers.{layer}", {}, ideal, twin(ideal), rope, ctx)
+    job = Job(f"model.layers.{layer}", {}, ideal, twin(ideal), rope, *shape)
     choices: dict[str, tuple[str, str, str]] = {}
     for step in plan.steps:
         lines = [line for line in step.lines if line.slot.layer == layer and line.slot.role in LINEAR_ROLES]
