@@ -80,7 +80,11 @@ class Evaluator:
 
 def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> Made:
     """One of our recipes."""
-    plan = make_plan(Checkpoint.open(MODEL), recipe.builtin(name, **options), for_targets=TARGETS)
+    chosen = recipe.builtin(name, **options)
+    if options["group_size"] == 128:
+        text = chosen.text.replace("rules:\n", "rules:\n  - {roles: [dense.down_proj], scheme: bf16}\n", 1)
+        chosen = recipe.parse(text, name)
+    plan = make_plan(Checkpoint.open(MODEL), chosen, for_targets=TARGETS)
     calibrates = needs_calibration(plan) or needs_statistics(plan)
     calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
     result = convert(plan, out, command="", calibration=calibration)
