@@ -8,37 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dsv2quant import __version__, targets
 from dsv2quant.checkpoint import Checkpoint, Weight
-from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.errors import InputError, listing
 from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.part import DTYPE_BYTES, Part
+from dsv2quant.formats.part import Part
 from dsv2quant.formats.quant_config import kv_scale_parts, quantization_config
 from dsv2quant.headers import SINGLE_FILE
 from dsv2quant.names import Slot
 from dsv2quant.recipe import CALIBRATED, MEASURED, Recipe
+from dsv2quant.shards import DEFAULT_SHARD_SIZE, Output, Shard, aligned
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
 FOLDED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor of the artifact."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -97,33 +85,6 @@ class Step:
     @property
     def bytes_out(self) -> int:
         return sum(line.nbytes for line in self.lines)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file, its tensors in file order, and its header's metadata."""
-
-    file: str
-    outputs: tuple[Output, ...]
-    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
-
-    @cached_property
-    def header(self) -> bytes:
-        """The safetensors header: length, then JSON padded with spaces to a multiple of 8."""
-        entries: dict[str, Any] = {"__metadata__": dict(self.metadata)}
-        position = 0
-        for output in self.outputs:
-            offsets = [position, position + output.nbytes]
-            entries[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": offsets}
-            position += output.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + sum(output.nbytes for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -215,15 +176,6 @@ def make_plan(
     return Plan(checkpoint, recipe, chosen, tp, lines, steps, shards, _out_config(checkpoint, quantization))
 
 
-def parse_size(text: str) -> int:
-    """'5GB' → 5,000,000,000 bytes; also KB, MB, TB and the binary KiB, MiB, GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise UsageError(f"{text!r} is not a size", fix="write it as 5GB, 500MB or a number of bytes")
-    return int(float(match[1]) * unit)
-
-
 def _choose(
     checkpoint: Checkpoint, recipe: Recipe, chosen: Sequence[str], tp: int
 ) -> dict[Slot, tuple[str, str, str | None]]:
@@ -313,21 +265,10 @@ def _lay_out(
         filled[-1] += [output for line in members for output in line.outputs]
         steps.append(Step(tuple(members), len(filled) - 1))
     if len(filled) == 1:
-        return tuple(steps), (Shard(SINGLE_FILE, _aligned(filled[0])),)
+        return tuple(steps), (Shard(SINGLE_FILE, aligned(filled[0])),)
     name = SINGLE_FILE.replace(".safetensors", "")
     files = [f"{name}-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
-    return tuple(steps), tuple(Shard(f, _aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
-
-
-def _aligned(outputs: list[Output]) -> tuple[Output, ...]:
-    """Plan order where every tensor then starts at a multiple of its element size; otherwise widest elements first,
-    as the safetensors library writes them."""
-    position = 0
-    for output in outputs:
-        if position % DTYPE_BYTES[output.dtype]:
-            return tuple(sorted(outputs, key=lambda o: -DTYPE_BYTES[o.dtype]))
-        position += output.nbytes
-    return tuple(outputs)
+    return tuple(steps), tuple(Shard(f, aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
 
 
 def _out_config(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:

@@ -25,7 +25,8 @@ import numpy as np
 
 from dsv2quant.errors import InputError
 from dsv2quant.headers import INDEX_FILE
-from dsv2quant.plan import Plan, Shard
+from dsv2quant.plan import Plan
+from dsv2quant.shards import Shard
 
 STATE_FILE = ".dsv2quant-state.json"
 MANIFEST_FILE = "dsv2quant.json"

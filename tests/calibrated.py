@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_convert import KILLER
 
 from dsv2quant import recipe
 from dsv2quant.calib.calibration import Calibration, needs_calibration
@@ -109,3 +116,31 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
 
 def interrupt(*args: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def killer() -> Iterator[Callable[..., list[int]]]:
+    """`run(n, …)` runs the command and kills it at its n-th change to the file system: [its exit status], after the
+    number of changes where n is 0."""
+    serve, pipe = [sys.executable, str(KILLER), "serve"], subprocess.PIPE
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(serve, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(n: int, *args: str) -> list[int]:
+            print(json.dumps([n, *args]), file=server.stdin, flush=True)
+            return [int(server.stdout.readline()) for _ in range(1 if n else 2)]
+
+        yield run
+
+
+@contextmanager
+def files_no_larger_than(nbytes: int) -> Iterator[None]:
+    """The kernel lets no file grow further (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

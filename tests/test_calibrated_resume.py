@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calibrated import CTX, WINDOWS, calibration, files, interrupt, planned, run
-from test_convert import KILLER, contents
+from calibrated import CTX, WINDOWS, calibration, files, files_no_larger_than, interrupt, killer, planned, run
+from test_convert import contents
 
 from dsv2quant.calib import gptq, sequence, streams
 from dsv2quant.calib.calibration import Calibration
@@ -92,23 +86,6 @@ def test_a_calibrated_plan_needs_a_calibration(grouped, tmp_path):
 
 
 # Interruptions
-
-
-@contextmanager
-def killer() -> Iterator[Callable[..., list[int]]]:
-    """`run(n, …)` runs the command and kills it at its n-th change to the file system: [its exit status], after the
-    number of changes where n is 0."""
-    serve, pipe = [sys.executable, str(KILLER), "serve"], subprocess.PIPE
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(serve, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def run(n: int, *args: str) -> list[int]:
-            print(json.dumps([n, *args]), file=server.stdin, flush=True)
-            return [int(server.stdout.readline()) for _ in range(1 if n else 2)]
-
-        yield run
 
 
 def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_path):
@@ -228,17 +205,6 @@ def test_interrupted_at_a_layers_end_no_finished_layer_is_repeated(
 
 
 # Full disks
-
-
-@contextmanager
-def files_no_larger_than(nbytes: int) -> Iterator[None]:
-    """The kernel lets no file grow further (EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def transformers_config(config: dict[str, Any]) -> Any:
 
 def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_000_000) -> Path:
     """A checkpoint of any size that is headers and holes: sparse files of the right length."""
-    from dsv2quant.plan import Output, Shard
+    from dsv2quant.shards import Output, Shard
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

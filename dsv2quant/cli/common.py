@@ -125,7 +125,8 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
 
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
     """The plan that `plan_options` ask for."""
-    from dsv2quant.plan import make_plan, parse_size
+    from dsv2quant.plan import make_plan
+    from dsv2quant.shards import parse_size
 
     return make_plan(
         checkpoint,

@@ -7,12 +7,14 @@ product whatever dtype is asked for. Where experts stay BF16 in a float32 model,
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
 from dsv2quant import recipe
+from dsv2quant.calib.calibration import Calibration
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.convert import convert
 from dsv2quant.model.linear import Linear
@@ -21,13 +23,14 @@ from dsv2quant.model.moe import MoE
 from dsv2quant.model.runtime import Model
 from dsv2quant.plan import make_plan
 
-# name: (recipe, group size). 704 and 10944 columns hold no groups of 128: "two sizes" has dense.down_proj in 64.
+# name: (recipe, group size, method). 704 and 10944 columns hold no groups of 128: "two sizes" has them in 64.
 ARTIFACTS = {
-    "pure": ("int4-pure", 64),
-    "channel": ("int4-pure", 0),
-    "two sizes": ("int4-pure", 128),
-    "experts": ("int4-experts", 64),
-    "mixed": ("int4-mixed", 64),
+    "pure": ("int4-pure", 64, "rtn"),
+    "channel": ("int4-pure", 0, "rtn"),
+    "two sizes": ("int4-pure", 128, "rtn"),
+    "experts": ("int4-experts", 64, "rtn"),
+    "mixed": ("int4-mixed", 64, "rtn"),
+    "folded": ("int4-pure", 64, "awq"),
 }
 # `dequantize=True` takes one group of the configuration for all linears but experts: not for two sizes.
 MODES = [
@@ -43,14 +46,15 @@ mode_ids = [f"{name}-{dtype}{'-dequantize' * dequantize}".replace(" ", "-") for 
 def artifacts(tmp_path_factory, awkward):
     """{(source, artifact): folder}."""
     folder = tmp_path_factory.mktemp("artifacts")
+    tokens = Calibration(np.random.default_rng(0).integers(2, 150, (8, 64)), "random", "", 0, [])
     made = {}
     for source, path in (("mini", tiny.MINI), ("awkward", awkward)):
-        for name, (asked, group_size) in ARTIFACTS.items():
+        for name, (asked, group_size, method) in ARTIFACTS.items():
             out = folder / f"{source}-{name.replace(' ', '-')}"
-            chosen = recipe.builtin(asked, method="rtn", group_size=group_size)
+            chosen = recipe.builtin(asked, method=method, group_size=group_size)
             plan = make_plan(Checkpoint.open(path), chosen, for_targets=("vllm", "transformers"))
             assert len(plan.schemes) == (2 if name in ("two sizes", "mixed") else 1)
-            convert(plan, out, command="")
+            convert(plan, out, command="", calibration=tokens if method == "awq" else None)
             made[source, name] = out
     return made
 
