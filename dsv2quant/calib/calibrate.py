@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dsv2quant.shards import Output, Shard
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.writer import ShardWriter, disk_errors, dump_json, sync_folder
 
+logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 
 
@@ -62,7 +64,9 @@ def calibrate(
     config = checkpoint.config
     total = calibration.ids.size * config.num_hidden_layers
     with disk_errors(out), _claimed(work, wanted, force):
-        _check_space(out, statistics_bytes(config) * 2 + 2 * 4 * calibration.ids.size * config.hidden_size)
+        needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
+        logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
+        _check_space(out, needed)
         with progress(total, "tok·layer", "calibrate") as advance:
             about = collect(checkpoint, work / "layers", calibration, device, advance)
         _write(out, work / "layers", config.num_hidden_layers, about)
