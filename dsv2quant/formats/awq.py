@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv2quant.formats.gptq import ragged_rows
-from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_words
+from dsv2quant.formats.gptq import Transposed
+from dsv2quant.formats.int4 import OFFSET, PER_WORD, pack_words, unpack_words
 from dsv2quant.formats.part import Part
 
 if TYPE_CHECKING:
@@ -27,15 +27,11 @@ _INVERSE = tuple(int(i) for i in np.argsort(ORDER))
 _ZEROS = np.uint32(0x88888888).view(np.int32)
 
 
-class Awq(Int4):
+class Awq(Transposed):
     """The codec of `awq-g128`, `awq-g64` and `awq-g32`."""
 
     family = "awq"
     quant_method = "awq"
-
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """As INT4's; and rows must fill words."""
-        return super().refusal(shape) or ragged_rows(shape)
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape
@@ -45,12 +41,6 @@ class Awq(Int4):
             Part("qzeros", "I32", (groups, rows // PER_WORD)),
             Part("scales", "F16", (groups, rows)),
         )
-
-    def storable(self, scales: np.ndarray) -> np.ndarray:
-        """Float16 values that BF16 holds too, so that consumers may load them in either."""
-        from dsv2quant.formats.int4_cpu import round_to_float16
-
-        return round_to_float16(scales)
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
         nibbles = (codes.T + np.int8(OFFSET)).view(np.uint8)  # [in, out]

@@ -24,15 +24,26 @@ if TYPE_CHECKING:
 _ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
 
 
-class Gptq(Int4):
+class Transposed(Int4):
+    """What GPTQ's and AWQ's layouts share."""
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """As INT4's; and rows must fill the words that are packed along the output."""
+        ragged = f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
+        return super().refusal(shape) or ragged
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """Float16 values that BF16 holds too, so that consumers may load them in either."""
+        from dsv2quant.formats.int4_cpu import round_to_float16
+
+        return round_to_float16(scales)
+
+
+class Gptq(Transposed):
     """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`."""
 
     family = "gptq"
     quant_method = "gptq"
-
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """As INT4's; and rows must fill the words of `qzeros`."""
-        return super().refusal(shape) or ragged_rows(shape)
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape
@@ -43,12 +54,6 @@ class Gptq(Int4):
             Part("scales", "F16", (groups, rows)),
             Part("g_idx", "I32", (cols,)),
         )
-
-    def storable(self, scales: np.ndarray) -> np.ndarray:
-        """Float16 values that BF16 holds too, so that consumers may load them in either."""
-        from dsv2quant.formats.int4_cpu import round_to_float16
-
-        return round_to_float16(scales)
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
         (rows, cols), groups = codes.shape, scales.shape[1]
@@ -72,8 +77,3 @@ class Gptq(Int4):
         zeros = (unpack_words(parts["qzeros"]) + 1).float()
         weight = unpack_words(parts["qweight"].T).float()  # [out, in]
         return weight.sub_(zeros.T[:, group]).mul_(scales.float().T[:, group]).to(dtype)
-
-
-def ragged_rows(shape: tuple[int, ...]) -> str | None:
-    """Why the rows of a weight can't be packed along the output; None where they can."""
-    return f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
