@@ -22,7 +22,7 @@ class Spool:
         self._partial = path.with_name(path.name + ".partial")
         self._array: np.memmap
         if path.exists():
-            self._array = np.memmap(path, np.float32, "r", shape=(tokens, width))
+            self._array = np.memmap(path, np.float32, "c", shape=(tokens, width))
         else:
             self._array = np.memmap(self._partial, np.float32, "w+", shape=(tokens, width))
             with self._partial.open("rb+") as file:
@@ -42,11 +42,11 @@ class Spool:
         return int(self._array.shape[1])
 
     def __getitem__(self, rows: slice | np.ndarray) -> torch.Tensor:
-        """A copy of some tokens, [·, width]."""
-        return torch.from_numpy(np.array(self._array[rows])).to(self.device)
+        """Some tokens, [·, width]; not to be changed."""
+        return torch.from_numpy(self._array[rows]).to(self.device)
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        self._array[rows] = values.cpu().numpy()
+        torch.from_numpy(self._array[rows]).copy_(values)
 
     def keep(self) -> None:
         """Write everything to disk and give the file its name."""
