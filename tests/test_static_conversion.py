@@ -144,7 +144,7 @@ def test_wrong_usage(options, message, tmp_path, cli, wordy, fox):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--fp8=static", "--statistics", "{none}"), "no such file (`dsv2quant calibrate` makes it)"),
+        (("--fp8=static", "--statistics", "{none}"), "no such file (give the file that `dsv2quant calibrate` made)"),
         (("--fp8", "--kv-scales"), "its artifact can't declare KV-cache scales"),
     ],
 )

@@ -261,10 +261,13 @@ def test_statistics_of_another_model_are_refused(measured, tmp_path):
     ("damage", "message"),
     [
         (lambda p: p.unlink(), "no such file .*dsv2quant calibrate"),
+        (lambda p: (p.unlink(), p.mkdir()), "stats: is a folder"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "not a statistics file"),
         (lambda p: p.write_bytes(b"{}"), "not a statistics file"),
         (lambda p: p.write_bytes(next(tiny.MINI.glob("*.safetensors")).read_bytes()), "not a statistics file"),
         (lambda p: p.write_bytes(p.read_bytes().replace(b"statistics/1", b"statistics/9")), "schema .*calibrate again"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b"identity", b"identitx")), "its header is incomplete"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b'counts\\": {', b'countx\\": {')), "its header is incomplete"),
     ],
 )
 def test_a_damaged_file_is_one_line(damage, message, tmp_path):

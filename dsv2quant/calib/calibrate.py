@@ -57,7 +57,7 @@ def calibrate(
     if out.exists() and not force:
         made = Statistics(out)
         shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
-        if wanted == {"model": made.about["model"]["identity"], "calibration": made.about["calibration"]}:
+        if wanted == {"model": made.identity, "calibration": made.about["calibration"]}:
             return made
         what = "holds statistics of another model or another calibration"
         raise InputError(what, where=out, fix="give another file, or --force to replace it")

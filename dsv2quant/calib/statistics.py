@@ -41,35 +41,36 @@ def site(slot: Slot) -> str:
 
 
 class Statistics:
-    """An opened statistics file; arrays are read when asked for."""
+    """An opened statistics file; arrays are read when asked for. `counts` are tokens by site, `tokens` those of the
+    text, `identity` is the model's."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError where the file is missing, damaged or none of ours."""
         self.path = path
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise InputError(what, where=path, fix="give the file that `dsv2quant calibrate` made")
         try:
             self._file: Any = safe_open(path, "np")
-            self.about: dict[str, Any] = json.loads((self._file.metadata() or {})["statistics"])
-        except FileNotFoundError:
-            raise InputError("no such file", where=path, fix="`dsv2quant calibrate` makes it") from None
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            self.about: dict[str, Any] = json.loads((self._file.metadata() or {}).get("statistics", ""))
+        except (OSError, SafetensorError, ValueError) as error:
             fix = "give a file that `dsv2quant calibrate` made"
             raise InputError(f"not a statistics file: {error}", where=path, fix=fix) from None
-        if self.about.get("schema") != SCHEMA:
-            what = f"has schema {self.about.get('schema')!r}, not {SCHEMA}"
-            raise InputError(what, where=path, fix="calibrate again with this version")
-        self.counts: Mapping[str, int] = self.about["counts"]
+        schema = self.about.get("schema") if isinstance(self.about, dict) else None
+        if schema != SCHEMA:
+            raise InputError(f"has schema {schema!r}, not {SCHEMA}", where=path, fix="calibrate again with this version")
+        try:
+            self.counts: Mapping[str, int] = {str(name): int(count) for name, count in self.about["counts"].items()}
+            self.identity = str(self.about["model"]["identity"])
+            self.tokens = int(self.about["calibration"]["windows"]) * int(self.about["calibration"]["ctx"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError("its header is incomplete", where=path, fix="calibrate again") from None
         self._names = set(self._file.keys())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that were measured."""
-        calibration = self.about["calibration"]
-        return int(calibration["windows"] * calibration["ctx"])
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the statistics are of another model."""
-        if self.about["model"]["identity"] != checkpoint.identity():
-            what = f"statistics of another model, {self.about['model']['name']}"
+        if self.identity != checkpoint.identity():
+            what = f"statistics of another model, {self.about['model'].get('name')}"
             raise InputError(what, where=self.path, fix=f"calibrate {checkpoint.model}")
 
     def count(self, slot: Slot) -> int:
