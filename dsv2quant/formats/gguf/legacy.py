@@ -15,7 +15,7 @@ def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         size = np.int32(0)
         for k in range(32):  # magnitudes compare as their bits do
-            size = max(size, np.int32(x[i, k].view(np.int32) & np.int32(0x7FFFFFFF)))
+            size = max(size, np.int32(np.float32(x[i, k]).view(np.int32) & np.int32(0x7FFFFFFF)))
         d = np.int32(size).view(np.float32) / np.float32(127)
         put_half(out[i], 0, d)
         inverse = np.float32(1) / d if d != 0 else np.float32(0)
