@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from dsv2quant.formats.gguf import kquants, legacy
+from dsv2quant.formats.gguf import iq4, kquants, legacy
 
 
 class BlockType(NamedTuple):
@@ -24,6 +24,7 @@ TYPES = {
     "Q8_0": BlockType(32, 34), "Q4_0": BlockType(32, 18), "Q4_1": BlockType(32, 20),
     "Q5_0": BlockType(32, 22), "Q5_1": BlockType(32, 24),
     "Q4_K": BlockType(256, 144), "Q5_K": BlockType(256, 176), "Q6_K": BlockType(256, 210),
+    "IQ4_NL": BlockType(32, 18), "IQ4_XS": BlockType(256, 136),
 }  # fmt: skip
 
 
@@ -67,6 +68,9 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
             kquants.encode_q45_k(x.reshape(-1, 256), weights.reshape(-1, 256), int(name[1]), out)
         case "Q6_K":
             kquants.encode_q6_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "IQ4_NL" | "IQ4_XS":
+            values = TYPES[name].values
+            iq4.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
     return out.reshape(rows, row_bytes)
 
 

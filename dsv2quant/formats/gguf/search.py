@@ -76,9 +76,9 @@ def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth
     for lane in range(LANES):
         top[lane] = tile[0, lane]
         low[lane] = tile[0, lane]
-        sum_w[lane] = 0
-        sum_x[lane] = 0
-    for k in range(tile.shape[0]):
+        sum_w[lane] = weight[0, lane]
+        sum_x[lane] = weight[0, lane] * tile[0, lane]  # not added to 0: it may be −0
+    for k in range(1, tile.shape[0]):
         for lane in range(LANES):
             x, w = tile[k, lane], weight[k, lane]
             low[lane] = x if x < low[lane] else low[lane]
