@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from dsv2quant.formats.gguf import iq4, kquants, legacy
+from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
 
 
 class BlockType(NamedTuple):
@@ -23,6 +23,7 @@ TYPES = {
     "F32": BlockType(1, 4), "F16": BlockType(1, 2), "BF16": BlockType(1, 2),
     "Q8_0": BlockType(32, 34), "Q4_0": BlockType(32, 18), "Q4_1": BlockType(32, 20),
     "Q5_0": BlockType(32, 22), "Q5_1": BlockType(32, 24),
+    "Q2_K": BlockType(256, 84), "Q3_K": BlockType(256, 110),
     "Q4_K": BlockType(256, 144), "Q5_K": BlockType(256, 176), "Q6_K": BlockType(256, 210),
     "IQ4_NL": BlockType(32, 18), "IQ4_XS": BlockType(256, 136),
 }  # fmt: skip
@@ -64,6 +65,10 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
             legacy.encode_q8_0(x.reshape(-1, 32), out)
         case "Q4_0" | "Q4_1" | "Q5_0" | "Q5_1":
             legacy.encode_q45(x, weights, int(name[1]), name.endswith("_1"), out)
+        case "Q2_K":
+            lowbits.encode_q2_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "Q3_K":
+            lowbits.encode_q3_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
         case "Q4_K" | "Q5_K":
             kquants.encode_q45_k(x.reshape(-1, 256), weights.reshape(-1, 256), int(name[1]), out)
         case "Q6_K":
