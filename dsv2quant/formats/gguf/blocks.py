@@ -84,7 +84,7 @@ def decode(name: str, data: np.ndarray) -> np.ndarray:
 
     Raises ValueError where a row is not whole blocks.
     """
-    values, size = TYPES[name]
+    size = TYPES[name].bytes
     if data.shape[-1] % size:
         raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
     return quants.dequantize(data, GGMLQuantizationType[name])

@@ -125,8 +125,7 @@ def _value(v):  # type: ignore[no-untyped-def]
     q = q if v < np.float32(45.5) else np.float32(53)
     q = q if v < np.float32(61.0) else np.float32(69)
     q = q if v < np.float32(79.0) else np.float32(89)
-    q = q if v < np.float32(101.0) else np.float32(113)
-    return q
+    return q if v < np.float32(101.0) else np.float32(113)
 
 
 @compiled

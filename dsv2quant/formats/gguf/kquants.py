@@ -14,7 +14,10 @@ from dsv2quant.formats.gguf.search import search_affine, search_positive, search
 
 @compiled
 def encode_q45_k(x, importance, bits, out):  # type: ignore[no-untyped-def]
-    """x float32 [blocks, 256], importance float32 [blocks of a row or 0, 256], bits 4 or 5 → out uint8 [blocks, bytes]."""
+    """Q4_K (bits 4) and Q5_K (5): x float32 [blocks, 256], importance float32 [blocks of a row or 0, 256].
+
+    out uint8 [blocks, 144 or 176].
+    """
     subs, nmax = x.reshape(-1, 32), (1 << bits) - 1
     weights = importance.reshape(-1, 32)
     tile, weight = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
@@ -52,7 +55,9 @@ def encode_q45_k(x, importance, bits, out):  # type: ignore[no-untyped-def]
             _pack_scales(codes[0, lane], codes[1, lane], bits == 5, row)
             for j in range(8):
                 sub = lane * 8 + j
-                _round_affine(subs[first * 8 + sub], d, m, row, j, nmax, factor[sub], origin[sub], levels[j * 32 : j * 32 + 32])
+                _round_affine(
+                    subs[first * 8 + sub], d, m, row, j, nmax, factor[sub], origin[sub], levels[j * 32 : j * 32 + 32]
+                )
             if bits == 5:
                 _pack5(levels, row)
             else:

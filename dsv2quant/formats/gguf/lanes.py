@@ -1,8 +1,9 @@
 """What the compiled block quantizers share: blocks in lockstep, ggml's rounding, float16 by its bits.
 
-ggml's x86-64 library adds a block's terms in order, without FMA. So that compiled code may use the vector unit and still
-add in that order, `LANES` blocks are searched at a time: arrays are [element, lane] and the innermost loop runs over lanes.
-One thread each; the GIL is released.
+ggml's x86-64 library adds a block's terms in order, without FMA. To use the vector unit and still add in that order,
+`LANES` blocks are searched at a time: arrays are [element, lane] and the innermost loop runs over lanes. One thread
+each; the GIL is released. numba's cache of a function does not see a change of one it calls in another file: delete
+the files *.nbi after editing this one or search.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Blocks of 32 values with one scale, and a min in Q4_1 and Q5_1 (ggml/src/ggml-quants.c, quantize_row_q4_0_ref and _impl
-and their like)."""
+"""Blocks of 32 values with one scale, and a min in Q4_1 and Q5_1 (ggml/src/ggml-quants.c, quantize_row_q4_0_ref and
+_impl and their like)."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def _symmetric_searched(tile, weight, nmax, scale, levels):  # type: ignore[no-u
     search_symmetric(tile, weight, nmax, scale, factor)
     for k in range(32):
         for lane in range(LANES):
-            l = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
-            levels[k, lane] = l if factor[lane] != 0 else np.uint8(0)
+            code = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
+            levels[k, lane] = code if factor[lane] != 0 else np.uint8(0)
 
 
 @compiled

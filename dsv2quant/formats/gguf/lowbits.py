@@ -122,8 +122,8 @@ def _search_levels(tile, weight, nmax, scale, levels):  # type: ignore[no-untype
     search_symmetric(tile, weight, nmax, scale, factor)
     for k in range(16):
         for lane in range(LANES):
-            l = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
-            levels[k, lane] = l if factor[lane] != 0 else np.uint8(0)
+            code = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
+            levels[k, lane] = code if factor[lane] != 0 else np.uint8(0)
 
 
 @compiled
@@ -135,22 +135,22 @@ def _descend(tile, nmax, scale, levels):  # type: ignore[no-untyped-def]
     for k in range(16):
         for lane in range(LANES):
             x = tile[k, lane]
-            l = level(np.float32(-nmax) / peak[lane] * x, -nmax, nmax - 1)
-            current[k, lane] = l
+            code = level(np.float32(-nmax) / peak[lane] * x, -nmax, nmax - 1)
+            current[k, lane] = code
             w = x * x
-            sum_xl[lane] += w * x * l
-            sum_ll[lane] += w * l * l
+            sum_xl[lane] += w * x * code
+            sum_ll[lane] += w * code * code
     for _ in range(5):  # ggml stops at a pass without change: the passes left would change nothing
         for k in range(16):
             for lane in range(LANES):
                 x, old = tile[k, lane], current[k, lane]
                 w = x * x
                 xl, ll = sum_xl[lane] - w * x * old, sum_ll[lane] - w * old * old
-                l = level(x * ll / xl, -nmax, nmax - 1)
-                new_xl, new_ll = xl + w * x * l, ll + w * l * l
+                code = level(x * ll / xl, -nmax, nmax - 1)
+                new_xl, new_ll = xl + w * x * code, ll + w * code * code
                 better = new_xl * new_xl * sum_ll[lane] > sum_xl[lane] * sum_xl[lane] * new_ll
-                better = better & (xl > 0) & (new_ll > 0) & (l != old)
-                current[k, lane] = l if better else old
+                better = better & (xl > 0) & (new_ll > 0) & (code != old)
+                current[k, lane] = code if better else old
                 sum_xl[lane] = new_xl if better else sum_xl[lane]
                 sum_ll[lane] = new_ll if better else sum_ll[lane]
     for lane in range(LANES):

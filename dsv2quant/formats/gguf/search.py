@@ -23,7 +23,7 @@ def signed_peak(tile, peak):  # type: ignore[no-untyped-def]
 
 @compiled
 def search_symmetric(tile, weight, nmax, scale, factor):  # type: ignore[no-untyped-def]
-    """make_qx_quants (rmse_type 1): x ≈ scale · l, l = −nmax … nmax − 1; l = nearest(factor · x).
+    """make_qx_quants (rmse_type 1): x ≈ scale · code, code = −nmax … nmax − 1; code = nearest(factor · x).
 
     A lane of zeros gets scale 0 and factor 0.
     """
@@ -40,9 +40,9 @@ def search_symmetric(tile, weight, nmax, scale, factor):  # type: ignore[no-unty
         for k in range(tile.shape[0]):
             for lane in range(LANES):
                 x, w = tile[k, lane], weight[k, lane]
-                l = level(trial[lane] * x, -nmax, nmax - 1)
-                sum_xl[lane] += w * x * l
-                sum_ll[lane] += w * l * l
+                code = level(trial[lane] * x, -nmax, nmax - 1)
+                sum_xl[lane] += w * x * code
+                sum_ll[lane] += w * code * code
         for lane in range(LANES):
             xl, ll = sum_xl[lane], sum_ll[lane]
             if step == 0:
@@ -61,9 +61,9 @@ def search_symmetric(tile, weight, nmax, scale, factor):  # type: ignore[no-unty
 
 @compiled
 def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth, factor, origin):  # type: ignore[no-untyped-def]
-    """make_qkx2_quants and make_qkx3_quants: x ≈ scale · l − depth, l = 0 … nmax; l = nearest(factor · (x − origin)).
+    """make_qkx2_quants and make_qkx3_quants: x ≈ scale · code − depth, code = 0 … nmax.
 
-    Candidates are factors (nmax + start + i · step) / (max − min) for i = 0 … steps; the error is weighted, squared or
+    code = nearest(factor · (x − origin)). Candidates are factors (nmax + start + i · step) / (max − min) for i = 0 … steps; the error is weighted, squared or
     absolute. As in ggml, an accepted candidate's min replaces the block's for the candidates after it.
     """
     levels = np.empty((tile.shape[0], LANES), np.float32)
@@ -73,6 +73,7 @@ def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth
     sum_xl, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     trial, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     new_scale, new_low = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    fits = np.empty(LANES, np.bool_)
     for lane in range(LANES):
         top[lane] = tile[0, lane]
         low[lane] = tile[0, lane]
@@ -103,15 +104,15 @@ def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth
             trial[lane] = reach / (top[lane] - low[lane])
         _sums(tile, weight, nmax, trial, low, levels, sum_l, sum_ll, sum_xl)
         for lane in range(LANES):
-            w, x, l, ll, xl = sum_w[lane], sum_x[lane], sum_l[lane], sum_ll[lane], sum_xl[lane]
-            det = w * ll - l * l
-            fitted = (ll * x - l * xl) / det
-            new_scale[lane] = xl / ll if fitted > 0 else (w * xl - x * l) / det
+            w, wx, wl, wll, wxl = sum_w[lane], sum_x[lane], sum_l[lane], sum_ll[lane], sum_xl[lane]
+            det = w * wll - wl * wl
+            fitted = (wll * wx - wl * wxl) / det
+            new_scale[lane] = wxl / wll if fitted > 0 else (w * wxl - wx * wl) / det
             new_low[lane] = np.float32(0) if fitted > 0 else fitted
-            sum_l[lane] = det
+            fits[lane] = det > 0
         _error(tile, weight, levels, new_scale, new_low, absolute, error)
         for lane in range(LANES):
-            better = (sum_l[lane] > 0) & (error[lane] < least[lane])
+            better = fits[lane] & (error[lane] < least[lane])
             least[lane] = error[lane] if better else least[lane]
             factor[lane] = trial[lane] if better else factor[lane]
             origin[lane] = low[lane] if better else origin[lane]
@@ -130,18 +131,18 @@ def _levels(tile, nmax, factor, low, levels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _sums(tile, weight, nmax, factor, low, levels, sum_l, sum_ll, sum_xl):  # type: ignore[no-untyped-def]
-    """levels, and per lane Σ w·l, Σ w·l², Σ w·l·x."""
+    """levels, and per lane Σ w·code, Σ w·l², Σ w·code·x."""
     sum_l[:] = 0
     sum_ll[:] = 0
     sum_xl[:] = 0
     for k in range(tile.shape[0]):
         for lane in range(LANES):
             x = tile[k, lane]
-            l = level(factor[lane] * (x - low[lane]), 0, nmax)
-            levels[k, lane] = l
-            wl = weight[k, lane] * l
+            code = level(factor[lane] * (x - low[lane]), 0, nmax)
+            levels[k, lane] = code
+            wl = weight[k, lane] * code
             sum_l[lane] += wl
-            sum_ll[lane] += wl * l
+            sum_ll[lane] += wl * code
             sum_xl[lane] += wl * x
 
 
@@ -157,7 +158,10 @@ def _error(tile, weight, levels, scale, low, absolute, error):  # type: ignore[n
 
 @compiled
 def search_positive(tile, weight, nmax, scale, levels):  # type: ignore[no-untyped-def]
-    """make_qp_quants: x ≈ scale · l, l = 0 … nmax as uint8 levels [element, lane]; a lane of zeros gets scale 0."""
+    """make_qp_quants: x ≈ scale · code, code = 0 … nmax in levels uint8 [element, lane].
+
+    A lane of zeros gets scale 0.
+    """
     n = tile.shape[0]
     top, factor = np.zeros(LANES, np.float32), np.empty(LANES, np.float32)
     trial, unit = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -174,9 +178,9 @@ def search_positive(tile, weight, nmax, scale, levels):  # type: ignore[no-untyp
             error[lane] = 0
         for k in range(n):
             for lane in range(LANES):
-                l = nearest(trial[lane] * tile[k, lane])
-                l = l & np.int32(0xFF) if step == 0 else min(l, np.int32(nmax))
-                off = tile[k, lane] - unit[lane] * np.float32(l)
+                code = nearest(trial[lane] * tile[k, lane])
+                code = code & np.int32(0xFF) if step == 0 else min(code, np.int32(nmax))
+                off = tile[k, lane] - unit[lane] * np.float32(code)
                 error[lane] += weight[k, lane] * off * off
         for lane in range(LANES):
             if step == 0 or error[lane] < least[lane]:
@@ -185,22 +189,22 @@ def search_positive(tile, weight, nmax, scale, levels):  # type: ignore[no-untyp
     for k in range(n):
         for lane in range(LANES):
             x, w = tile[k, lane], weight[k, lane]
-            l = min(nearest(factor[lane] * x), np.int32(nmax))
-            levels[k, lane] = np.uint8(l & np.int32(0xFF))
-            sum_xl[lane] += w * x * np.float32(l)
-            sum_ll[lane] += w * np.float32(l) * np.float32(l)
+            code = min(nearest(factor[lane] * x), np.int32(nmax))
+            levels[k, lane] = np.uint8(code & np.int32(0xFF))
+            sum_xl[lane] += w * x * np.float32(code)
+            sum_ll[lane] += w * np.float32(code) * np.float32(code)
     for _ in range(5):  # ggml stops at a pass without change: the passes left would change nothing
         for k in range(n):
             for lane in range(LANES):
                 x, w, old = tile[k, lane], weight[k, lane], np.float32(levels[k, lane])
                 xl = sum_xl[lane] - w * x * old
                 ll = sum_ll[lane] - w * old * old
-                l = min(nearest(x * ll / xl), np.int32(nmax))
-                l_float = np.float32(l)
-                new_xl, new_ll = xl + w * x * l_float, ll + w * l_float * l_float
+                code = min(nearest(x * ll / xl), np.int32(nmax))
+                value = np.float32(code)
+                new_xl, new_ll = xl + w * x * value, ll + w * value * value
                 better = new_xl * new_xl * sum_ll[lane] > sum_xl[lane] * sum_xl[lane] * new_ll
-                better = better & (xl > 0) & (ll > 0) & (l_float != old)
-                levels[k, lane] = np.uint8(l & np.int32(0xFF)) if better else levels[k, lane]
+                better = better & (xl > 0) & (ll > 0) & (value != old)
+                levels[k, lane] = np.uint8(code & np.int32(0xFF)) if better else levels[k, lane]
                 sum_xl[lane] = new_xl if better else sum_xl[lane]
                 sum_ll[lane] = new_ll if better else sum_ll[lane]
     for lane in range(LANES):
