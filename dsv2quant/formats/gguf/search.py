@@ -63,8 +63,9 @@ def search_symmetric(tile, weight, nmax, scale, factor):  # type: ignore[no-unty
 def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth, factor, origin):  # type: ignore[no-untyped-def]
     """make_qkx2_quants and make_qkx3_quants: x ≈ scale · code − depth, code = 0 … nmax.
 
-    code = nearest(factor · (x − origin)). Candidates are factors (nmax + start + i · step) / (max − min) for i = 0 … steps; the error is weighted, squared or
-    absolute. As in ggml, an accepted candidate's min replaces the block's for the candidates after it.
+    code = nearest(factor · (x − origin)). Candidates are factors (nmax + start + i · step) / (max − min) for i = 0 …
+    steps; the error is weighted, squared or absolute. As in ggml, an accepted candidate's min replaces the block's for
+    the candidates after it.
     """
     levels = np.empty((tile.shape[0], LANES), np.float32)
     top, low = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
