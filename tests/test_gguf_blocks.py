@@ -50,6 +50,18 @@ def test_bytes_are_those_of_gguf_py(name: str, seed: int, rows: int, exponent: i
     np.testing.assert_array_equal(encode(name, x), expected.view(np.uint8))
 
 
+def test_scales_are_rounded_to_float16_as_numpy_does() -> None:
+    """Every float16, every midpoint of two and its float32 neighbours, as the min of a constant Q4_1 block."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves + np.append(halves[1:], np.float32(65536))) / np.float32(2)
+    values = np.concatenate([halves, middles, np.nextafter(middles, 0), np.nextafter(middles, np.float32(np.inf))])
+    values = np.concatenate([values, -values])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    data = encode("Q4_1", np.repeat(values[:, None], 32, 1))
+    np.testing.assert_array_equal(np.ascontiguousarray(data[:, 2:4]).view(np.float16)[:, 0], expected)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32), rows=st.integers(2, 70), weighted=st.booleans(), data=st.data())
