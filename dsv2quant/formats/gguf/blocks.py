@@ -1,0 +1,90 @@
+"""The block types of GGUF: their sizes, and a matrix encoded into and decoded from them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+
+from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
+
+
+class BlockType(NamedTuple):
+    """`values` consecutive values of a row are stored in `bytes` bytes."""
+
+    values: int
+    bytes: int
+
+
+# ggml/src/ggml-common.h: the static_asserts beside each block's struct.
+TYPES = {
+    "F32": BlockType(1, 4), "F16": BlockType(1, 2), "BF16": BlockType(1, 2),
+    "Q8_0": BlockType(32, 34), "Q4_0": BlockType(32, 18), "Q4_1": BlockType(32, 20),
+    "Q5_0": BlockType(32, 22), "Q5_1": BlockType(32, 24),
+    "Q2_K": BlockType(256, 84), "Q3_K": BlockType(256, 110),
+    "Q4_K": BlockType(256, 144), "Q5_K": BlockType(256, 176), "Q6_K": BlockType(256, 210),
+    "IQ4_NL": BlockType(32, 18), "IQ4_XS": BlockType(256, 136),
+}  # fmt: skip
+
+
+def nbytes(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of `shape` (rows last, as numpy has it) in the block type `name`.
+
+    Raises ValueError where the last dimension is not a multiple of the type's block.
+    """
+    values, size = TYPES[name]
+    if shape[-1] % values:
+        raise ValueError(f"{name} stores blocks of {values} values: a row of {shape[-1]} is not whole blocks")
+    return prod(shape) // values * size
+
+
+def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 [rows, cols] → uint8 [rows, bytes of a row], the bytes of ggml_quantize_chunk on x86-64.
+
+    `importance` float32 [cols] is the mean square of each input channel (llama-imatrix); Q8_0 and the plain types have
+    no use for it. x must be finite. One thread; the GIL is released.
+    Raises ValueError where cols is not a multiple of the type's block or importance has another length.
+    """
+    rows, cols = x.shape
+    row_bytes = nbytes(name, (cols,))
+    if importance is not None and importance.shape != (cols,):
+        raise ValueError(f"importance has shape {importance.shape}; {cols} columns need ({cols},)")
+    x = np.ascontiguousarray(x, np.float32)
+    weights = np.ascontiguousarray(np.empty(0) if importance is None else importance, np.float32)
+    out = np.empty((rows * cols // TYPES[name].values, TYPES[name].bytes), np.uint8)
+    match name:
+        case "F32":
+            return x.view(np.uint8)
+        case "F16":
+            return x.astype(np.float16).view(np.uint8)
+        case "BF16":
+            return quants.quantize(x, GGMLQuantizationType.BF16)
+        case "Q8_0":
+            legacy.encode_q8_0(x.reshape(-1, 32), out)
+        case "Q4_0" | "Q4_1" | "Q5_0" | "Q5_1":
+            legacy.encode_q45(x, weights, int(name[1]), name.endswith("_1"), out)
+        case "Q2_K":
+            lowbits.encode_q2_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "Q3_K":
+            lowbits.encode_q3_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "Q4_K" | "Q5_K":
+            kquants.encode_q45_k(x.reshape(-1, 256), weights.reshape(-1, 256), int(name[1]), out)
+        case "Q6_K":
+            kquants.encode_q6_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "IQ4_NL" | "IQ4_XS":
+            values = TYPES[name].values
+            iq4.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
+    return out.reshape(rows, row_bytes)
+
+
+def decode(name: str, data: np.ndarray) -> np.ndarray:
+    """uint8 [rows, bytes of a row] → float32 [rows, cols], as ggml's dequantize_row does.
+
+    Raises ValueError where a row is not whole blocks.
+    """
+    size = TYPES[name].bytes
+    if data.shape[-1] % size:
+        raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
+    return quants.dequantize(data, GGMLQuantizationType[name])

@@ -1,0 +1,222 @@
+"""Q4_K, Q5_K and Q6_K blocks of 256 values (ggml/src/ggml-quants.c, quantize_row_q4_K_ref and _impl and their like).
+
+A block is 8 sub-blocks of 32 values (Q4_K, Q5_K) or 16 of 16 (Q6_K); `LANES` blocks are a batch. Levels are rounded
+once more with the scales as they are stored; a sub-block whose stored scale is 0 keeps the levels of its search.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, load, load_cyclic, nearest, put_half, sum_squares
+from dsv2quant.formats.gguf.search import search_affine, search_positive, search_symmetric
+
+
+@compiled
+def encode_q45_k(x, importance, bits, out):  # type: ignore[no-untyped-def]
+    """Q4_K (bits 4) and Q5_K (5): x float32 [blocks, 256], importance float32 [blocks of a row or 0, 256].
+
+    out uint8 [blocks, 144 or 176].
+    """
+    subs, nmax = x.reshape(-1, 32), (1 << bits) - 1
+    weights = importance.reshape(-1, 32)
+    tile, weight = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
+    batch = np.empty((5, LANES * 8), np.float32)  # of each sub-block: scale, depth, factor, origin, total weight
+    scale, depth, factor, origin, total = batch[0], batch[1], batch[2], batch[3], batch[4]
+    energy = np.zeros(LANES, np.float32)
+    levels = np.empty((256,), np.uint8)
+    codes, steps = np.empty((2, LANES, 8), np.uint8), np.empty((2, LANES), np.float32)
+    for first in range(0, len(x), LANES):
+        count = min(LANES, len(x) - first)
+        if len(weights):
+            sum_squares(x, first, energy)
+        for at in range(0, count * 8, LANES):
+            end = at + LANES
+            load(subs, first * 8 + at, tile)
+            if len(weights):
+                load_cyclic(weights, first * 8 + at, weight)
+                _weigh_by_importance(tile, weight, energy, at // 8)
+                _sum_weights(weight, total[at:end])
+                search_affine(tile, weight, nmax, -0.9, 0.05, 36, False,
+                              scale[at:end], depth[at:end], factor[at:end], origin[at:end])  # fmt: skip
+            else:
+                _weigh_by_size(tile, weight)
+                start, count_steps = (-1.0, 20) if bits == 4 else (-0.5, 15)
+                search_affine(tile, weight, nmax, start, 0.1, count_steps, False,
+                              scale[at:end], depth[at:end], factor[at:end], origin[at:end])  # fmt: skip
+        for i, values in enumerate((scale, depth)):
+            if len(weights):
+                _fit_scales(values, total, steps[i], codes[i])
+            else:
+                _round_scales(values, count, steps[i], codes[i])
+        for lane in range(count):
+            row = out[first + lane]
+            d, m = put_half(row, 0, steps[0, lane]), put_half(row, 2, steps[1, lane])
+            _pack_scales(codes[0, lane], codes[1, lane], bits == 5, row)
+            for j in range(8):
+                sub = lane * 8 + j
+                _round_affine(
+                    subs[first * 8 + sub], d, m, row, j, nmax, factor[sub], origin[sub], levels[j * 32 : j * 32 + 32]
+                )
+            if bits == 5:
+                _pack5(levels, row)
+            else:
+                _pack4(levels, row[16:])
+
+
+@compiled
+def encode_q6_k(x, importance, out):  # type: ignore[no-untyped-def]
+    """x float32 [blocks, 256], importance float32 [blocks of a row or 0, 256] → out uint8 [blocks, 210]."""
+    subs, weights = x.reshape(-1, 16), importance.reshape(-1, 16)
+    tile, weight = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
+    scale, factor = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    levels = np.empty(256, np.uint8)
+    for first in range(0, len(x), LANES // 16):
+        load(subs, first * 16, tile)
+        if len(weights):
+            load_cyclic(weights, first * 16, weight)
+        else:
+            for k in range(16):
+                for lane in range(LANES):
+                    weight[k, lane] = tile[k, lane] * tile[k, lane]
+        search_symmetric(tile, weight, 32, scale, factor)
+        for block in range(min(LANES // 16, len(x) - first)):
+            _store_q6_k(x[first + block], scale[block * 16 :], factor[block * 16 :], levels, out[first + block])
+
+
+@compiled
+def _store_q6_k(x, scale, factor, levels, row):  # type: ignore[no-untyped-def]
+    top = np.float32(0)
+    for j in range(16):
+        top = scale[j] if abs(scale[j]) > abs(top) else top
+    if abs(top) < TINY:
+        row[:] = 0
+        return
+    inverse = np.float32(-128) / top
+    d = put_half(row, 208, np.float32(1) / inverse)
+    for j in range(16):
+        code = np.int8(min(np.int32(127), nearest(inverse * scale[j])))
+        row[192 + j] = np.uint8(code)
+        step = d * np.float32(code)
+        for k in range(j * 16, j * 16 + 16):
+            if step != 0:
+                levels[k] = np.uint8(np.int32(level(x[k] / step, -32, 31)) + 32)
+            elif factor[j] != 0:
+                levels[k] = np.uint8(np.int32(level(factor[j] * x[k], -32, 31)) + 32)
+            else:
+                levels[k] = 0
+    for half in range(2):
+        for k in range(32):
+            a, b = levels[half * 128 + k], levels[half * 128 + 32 + k]
+            c, e = levels[half * 128 + 64 + k], levels[half * 128 + 96 + k]
+            row[half * 64 + k] = (a & 15) | (c & 15) << 4
+            row[half * 64 + 32 + k] = (b & 15) | (e & 15) << 4
+            row[128 + half * 32 + k] = a >> 4 | b >> 4 << 2 | c >> 4 << 4 | e >> 4 << 6
+
+
+@compiled
+def _weigh_by_size(tile, weight):  # type: ignore[no-untyped-def]
+    """weight = root mean square of the lane + |x|."""
+    total = np.zeros(LANES, np.float32)
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            total[lane] += tile[k, lane] * tile[k, lane]
+    for lane in range(LANES):
+        total[lane] = np.sqrt(total[lane] / np.float32(tile.shape[0]))
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            weight[k, lane] = total[lane] + abs(tile[k, lane])
+
+
+@compiled
+def _weigh_by_importance(tile, weight, energy, first):  # type: ignore[no-untyped-def]
+    """weight · √(σ² + x²), σ² twice the mean square of the block: energy is Σ x² of block first + lane / 8."""
+    spread = np.empty(LANES, np.float32)
+    for lane in range(LANES):
+        spread[lane] = np.float32(2) * energy[first + lane // 8] / np.float32(256)
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
+
+
+@compiled
+def _sum_weights(weight, total):  # type: ignore[no-untyped-def]
+    total[:] = 0
+    for k in range(weight.shape[0]):
+        for lane in range(LANES):
+            total[lane] += weight[k, lane]
+
+
+@compiled
+def _round_scales(values, count, steps, codes):  # type: ignore[no-untyped-def]
+    """steps[block] = the largest value / 63, codes[block, j] = value in 1/63 of the largest."""
+    for block in range(count):
+        top = np.float32(0)
+        for j in range(8):
+            top = max(top, values[block * 8 + j])
+        inverse = np.float32(63) / top if top > 0 else np.float32(0)
+        steps[block] = top / np.float32(63)
+        for j in range(8):
+            codes[block, j] = min(np.uint8(63), np.uint8(nearest(inverse * values[block * 8 + j]) & np.int32(0xFF)))
+
+
+@compiled
+def _fit_scales(values, total, steps, codes):  # type: ignore[no-untyped-def]
+    """steps and codes of the values [LANES * 8] with the least weighted error."""
+    tile, weight = np.empty((8, LANES), np.float32), np.empty((8, LANES), np.float32)
+    levels = np.empty((8, LANES), np.uint8)
+    load(values.reshape(-1, 8), 0, tile)
+    load(total.reshape(-1, 8), 0, weight)
+    search_positive(tile, weight, 63, steps, levels)
+    for lane in range(LANES):
+        for j in range(8):
+            codes[lane, j] = levels[j, lane]
+
+
+@compiled
+def _pack_scales(scales, mins, clamp, row):  # type: ignore[no-untyped-def]
+    """8 + 8 codes of 6 bits → row[4:16]."""
+    for j in range(8):
+        s, m = scales[j], mins[j]
+        if clamp:
+            s, m = min(s, np.uint8(63)), min(m, np.uint8(63))
+        if j < 4:
+            row[4 + j] = s
+            row[8 + j] = m
+        else:
+            row[8 + j] = (s & 15) | (m & 15) << 4
+            row[j] |= s >> 4 << 6
+            row[4 + j] |= m >> 4 << 6
+
+
+@compiled
+def _round_affine(x, d, m, row, j, nmax, factor, origin, levels):  # type: ignore[no-untyped-def]
+    """Levels of sub-block j with the scale and min that row[4:16] holds (get_scale_min_k4)."""
+    if j < 4:
+        s, n = row[4 + j] & 63, row[8 + j] & 63
+    else:
+        s, n = (row[8 + j] & 15) | row[j] >> 6 << 4, row[8 + j] >> 4 | row[4 + j] >> 6 << 4
+    step, depth = d * np.float32(s), m * np.float32(n)
+    if step != 0:
+        for k in range(32):
+            levels[k] = np.uint8(level((x[k] + depth) / step, 0, nmax))
+    else:
+        for k in range(32):
+            levels[k] = np.uint8(level(factor * (x[k] - origin), 0, nmax))
+
+
+@compiled
+def _pack4(levels, row):  # type: ignore[no-untyped-def]
+    for pair in range(4):
+        for k in range(32):
+            row[pair * 32 + k] = levels[pair * 64 + k] | levels[pair * 64 + 32 + k] << 4
+
+
+@compiled
+def _pack5(levels, row):  # type: ignore[no-untyped-def]
+    row[16:48] = 0
+    for pair in range(4):
+        for k in range(32):
+            a, b = levels[pair * 64 + k], levels[pair * 64 + 32 + k]
+            row[48 + pair * 32 + k] = (a & 15) | (b & 15) << 4
+            row[16 + k] |= a >> 4 << (2 * pair) | b >> 4 << (2 * pair + 1)

@@ -1,0 +1,216 @@
+"""The scale searches of ggml (ggml/src/ggml-quants.c) over tiles [element, lane] of `LANES` blocks in lockstep.
+
+A search gives each lane's scale and the factor (and origin) its levels were rounded with, so that the levels can be
+computed again instead of being kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, nearest
+
+
+@compiled
+def signed_peak(tile, peak):  # type: ignore[no-untyped-def]
+    """peak[lane] = the element of largest magnitude, with its sign; the first of equals."""
+    peak[:] = 0
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            x = tile[k, lane]
+            peak[lane] = x if abs(x) > abs(peak[lane]) else peak[lane]
+
+
+@compiled
+def search_symmetric(tile, weight, nmax, scale, factor):  # type: ignore[no-untyped-def]
+    """make_qx_quants (rmse_type 1): x ≈ scale · code, code = −nmax … nmax − 1; code = nearest(factor · x).
+
+    A lane of zeros gets scale 0 and factor 0.
+    """
+    peak, trial = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_xl, sum_ll = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    signed_peak(tile, peak)
+    for step in range(19):
+        shift = 0 if step == 0 else (step - 10 if step < 10 else step - 9)  # 0, then −9 … 9 without 0
+        for lane in range(LANES):
+            trial[lane] = -(np.float32(nmax) + np.float32(0.1) * np.float32(shift)) / peak[lane]
+            sum_xl[lane] = 0
+            sum_ll[lane] = 0
+        for k in range(tile.shape[0]):
+            for lane in range(LANES):
+                x, w = tile[k, lane], weight[k, lane]
+                code = level(trial[lane] * x, -nmax, nmax - 1)
+                sum_xl[lane] += w * x * code
+                sum_ll[lane] += w * code * code
+        for lane in range(LANES):
+            xl, ll = sum_xl[lane], sum_ll[lane]
+            if step == 0:
+                scale[lane] = xl / ll if ll != 0 else np.float32(0)
+                best[lane] = scale[lane] * xl
+                factor[lane] = trial[lane]
+            elif ll > 0 and xl * xl > best[lane] * ll:
+                scale[lane] = xl / ll
+                best[lane] = scale[lane] * xl
+                factor[lane] = trial[lane]
+    for lane in range(LANES):
+        if abs(peak[lane]) < TINY:
+            scale[lane] = 0
+            factor[lane] = 0
+
+
+@compiled
+def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth, factor, origin):  # type: ignore[no-untyped-def]
+    """make_qkx2_quants and make_qkx3_quants: x ≈ scale · code − depth, code = 0 … nmax.
+
+    code = nearest(factor · (x − origin)). Candidates are factors (nmax + start + i · step) / (max − min) for i = 0 …
+    steps; the error is weighted, squared or absolute. As in ggml, an accepted candidate's min replaces the block's for
+    the candidates after it.
+    """
+    levels = np.empty((tile.shape[0], LANES), np.float32)
+    top, low = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_w, sum_x = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_l, sum_ll = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_xl, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    trial, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    new_scale, new_low = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    fits = np.empty(LANES, np.bool_)
+    for lane in range(LANES):
+        top[lane] = tile[0, lane]
+        low[lane] = tile[0, lane]
+        sum_w[lane] = weight[0, lane]
+        sum_x[lane] = weight[0, lane] * tile[0, lane]  # not added to 0: it may be −0
+    for k in range(1, tile.shape[0]):
+        for lane in range(LANES):
+            x, w = tile[k, lane], weight[k, lane]
+            low[lane] = x if x < low[lane] else low[lane]
+            top[lane] = x if x > top[lane] else top[lane]
+            sum_w[lane] += w
+            sum_x[lane] += w * x
+    for lane in range(LANES):
+        low[lane] = np.float32(0) if low[lane] > 0 else low[lane]
+        factor[lane] = np.float32(nmax) / (top[lane] - low[lane])
+        scale[lane] = np.float32(1) / factor[lane]
+        origin[lane] = low[lane]
+    _levels(tile, nmax, factor, low, levels)
+    _error(tile, weight, levels, scale, low, absolute, least)
+    for lane in range(LANES):
+        if top[lane] <= low[lane]:  # a constant block: no candidate is to pass
+            scale[lane] = 0
+            factor[lane] = 0
+            least[lane] = -np.inf
+    for i in range(steps + 1):
+        for lane in range(LANES):
+            reach = np.float32(start) + np.float32(step) * np.float32(i) + np.float32(nmax)
+            trial[lane] = reach / (top[lane] - low[lane])
+        _sums(tile, weight, nmax, trial, low, levels, sum_l, sum_ll, sum_xl)
+        for lane in range(LANES):
+            w, wx, wl, wll, wxl = sum_w[lane], sum_x[lane], sum_l[lane], sum_ll[lane], sum_xl[lane]
+            det = w * wll - wl * wl
+            fitted = (wll * wx - wl * wxl) / det
+            new_scale[lane] = wxl / wll if fitted > 0 else (w * wxl - wx * wl) / det
+            new_low[lane] = np.float32(0) if fitted > 0 else fitted
+            fits[lane] = det > 0
+        _error(tile, weight, levels, new_scale, new_low, absolute, error)
+        for lane in range(LANES):
+            better = fits[lane] & (error[lane] < least[lane])
+            least[lane] = error[lane] if better else least[lane]
+            factor[lane] = trial[lane] if better else factor[lane]
+            origin[lane] = low[lane] if better else origin[lane]
+            scale[lane] = new_scale[lane] if better else scale[lane]
+            low[lane] = new_low[lane] if better else low[lane]
+    for lane in range(LANES):
+        depth[lane] = -low[lane]
+
+
+@compiled
+def _levels(tile, nmax, factor, low, levels):  # type: ignore[no-untyped-def]
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            levels[k, lane] = level(factor[lane] * (tile[k, lane] - low[lane]), 0, nmax)
+
+
+@compiled
+def _sums(tile, weight, nmax, factor, low, levels, sum_l, sum_ll, sum_xl):  # type: ignore[no-untyped-def]
+    """levels, and per lane Σ w·code, Σ w·l², Σ w·code·x."""
+    sum_l[:] = 0
+    sum_ll[:] = 0
+    sum_xl[:] = 0
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            x = tile[k, lane]
+            code = level(factor[lane] * (x - low[lane]), 0, nmax)
+            levels[k, lane] = code
+            wl = weight[k, lane] * code
+            sum_l[lane] += wl
+            sum_ll[lane] += wl * code
+            sum_xl[lane] += wl * x
+
+
+@compiled
+def _error(tile, weight, levels, scale, low, absolute, error):  # type: ignore[no-untyped-def]
+    """error[lane] = Σ_k weight · |scale · level + low − x|, or of its square."""
+    error[:] = 0
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            off = scale[lane] * levels[k, lane] + low[lane] - tile[k, lane]
+            error[lane] += weight[k, lane] * (abs(off) if absolute else off * off)
+
+
+@compiled
+def search_positive(tile, weight, nmax, scale, levels):  # type: ignore[no-untyped-def]
+    """make_qp_quants: x ≈ scale · code, code = 0 … nmax in levels uint8 [element, lane].
+
+    A lane of zeros gets scale 0.
+    """
+    n = tile.shape[0]
+    top, factor = np.zeros(LANES, np.float32), np.empty(LANES, np.float32)
+    trial, unit = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    error, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_xl, sum_ll = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    for k in range(n):
+        for lane in range(LANES):
+            top[lane] = tile[k, lane] if tile[k, lane] > top[lane] else top[lane]
+    for step in range(9):
+        shift = 0 if step == 0 else (step - 5 if step < 5 else step - 4)  # 0, then −4 … 4 without 0
+        for lane in range(LANES):
+            trial[lane] = (np.float32(0.1) * np.float32(shift) + np.float32(nmax)) / top[lane]
+            unit[lane] = np.float32(1) / trial[lane]
+            error[lane] = 0
+        for k in range(n):
+            for lane in range(LANES):
+                code = nearest(trial[lane] * tile[k, lane])
+                code = code & np.int32(0xFF) if step == 0 else min(code, np.int32(nmax))
+                off = tile[k, lane] - unit[lane] * np.float32(code)
+                error[lane] += weight[k, lane] * off * off
+        for lane in range(LANES):
+            if step == 0 or error[lane] < least[lane]:
+                least[lane] = error[lane]
+                factor[lane] = trial[lane]
+    for k in range(n):
+        for lane in range(LANES):
+            x, w = tile[k, lane], weight[k, lane]
+            code = min(nearest(factor[lane] * x), np.int32(nmax))
+            levels[k, lane] = np.uint8(code & np.int32(0xFF))
+            sum_xl[lane] += w * x * np.float32(code)
+            sum_ll[lane] += w * np.float32(code) * np.float32(code)
+    for _ in range(5):  # ggml stops at a pass without change: the passes left would change nothing
+        for k in range(n):
+            for lane in range(LANES):
+                x, w, old = tile[k, lane], weight[k, lane], np.float32(levels[k, lane])
+                xl = sum_xl[lane] - w * x * old
+                ll = sum_ll[lane] - w * old * old
+                code = min(nearest(x * ll / xl), np.int32(nmax))
+                value = np.float32(code)
+                new_xl, new_ll = xl + w * x * value, ll + w * value * value
+                better = new_xl * new_xl * sum_ll[lane] > sum_xl[lane] * sum_xl[lane] * new_ll
+                better = better & (xl > 0) & (ll > 0) & (value != old)
+                levels[k, lane] = np.uint8(code & np.int32(0xFF)) if better else levels[k, lane]
+                sum_xl[lane] = new_xl if better else sum_xl[lane]
+                sum_ll[lane] = new_ll if better else sum_ll[lane]
+    for lane in range(LANES):
+        zero = top[lane] < TINY
+        scale[lane] = sum_xl[lane] / sum_ll[lane] if sum_ll[lane] > 0 and not zero else np.float32(0)
+        if zero:
+            for k in range(n):
+                levels[k, lane] = 0
