@@ -1,5 +1,5 @@
-"""AWQ (arXiv:2306.00978): columns that strong inputs meet are widened before rounding, and what produces these inputs is
-narrowed by as much (`folds.py`).
+"""AWQ (arXiv:2306.00978): columns that strong inputs meet are widened before rounding, and what produces these inputs
+is narrowed by as much (`folds.py`).
 
 For each fold, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is folded), 0.05 … 1; the one with
 the least Σ E[x²] (w − rounded w)² over the consumers stays. rms is that of the input's channels, from statistics, so
@@ -66,7 +66,9 @@ def _exponents(plan: Plan, fold: Fold, readers: Iterable[Line], statistics: Stat
         codec = CODECS[line.scheme]
         assert isinstance(codec, Int4)
         weight = decode(plan.checkpoint, line.weight, torch.float32, device)
-        importance = torch.from_numpy(statistics.mean_square(line.slot)).to(device) * max(1, statistics.count(line.slot))
+        importance = torch.from_numpy(statistics.mean_square(line.slot)).to(device) * max(
+            1, statistics.count(line.slot)
+        )
         group = codec.group_size or weight.shape[1]
         losses += torch.stack([_loss(weight, importance, e.float(), group) for e in candidates])
     # Ties go to the candidate that folds least.
@@ -76,8 +78,8 @@ def _exponents(plan: Plan, fold: Fold, readers: Iterable[Line], statistics: Stat
 
 
 def _loss(weight: torch.Tensor, importance: torch.Tensor, e: torch.Tensor, group: int) -> torch.Tensor:
-    """Σ importance (w − rounded w)² for a weight [R, K] whose columns are × 2ᵉ while it is rounded, each group by the best
-    of a few scales."""
+    """Σ importance (w − rounded w)² for a weight [R, K] whose columns are × 2ᵉ while it is rounded, each group by the
+    best of a few scales."""
     groups = (weight * e.exp2()).unflatten(1, (-1, group))
     weights = (importance * (-2 * e).exp2()).unflatten(0, (-1, group))
     unit = groups.abs().amax(-1, keepdim=True) / 7

@@ -20,8 +20,8 @@ from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
-from dsv2quant.shards import Output, Shard
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.shards import Output, Shard
 from dsv2quant.writer import ShardWriter, disk_errors, dump_json, sync_folder
 
 logger = logging.getLogger(__name__)

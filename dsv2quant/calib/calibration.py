@@ -1,4 +1,4 @@
-"""What a calibrated conversion is made with, and what it leaves: token windows, encoded layers, and how each came out."""
+"""What a calibrated conversion is made with, and what it leaves: token windows, encoded layers, how each came out."""
 
 from __future__ import annotations
 

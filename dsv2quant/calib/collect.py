@@ -1,7 +1,7 @@
-"""Collecting statistics: calibration tokens through the unquantized model, layer by layer, every linear's input measured.
+"""Collecting statistics: calibration tokens through the unquantized model layer by layer, every linear's input measured.
 
-One layer's weights are in memory; hidden states lie in a work folder beside the statistics file, from which a killed run
-continues with the layer it was at.
+One layer's weights are in memory; hidden states lie in a work folder beside the statistics file, from which a killed
+run continues with the layer it was at.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def collect(
     }
 
 
-def _attention(
-    layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, sums: Sums
-) -> torch.Tensor:
+def _attention(layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, sums: Sums) -> torch.Tensor:
     """The attention's output for hidden states x [tokens, hidden], its linears' inputs and the cache's ranges added."""
     attention, at = layer.attention, f"{at}.self_attn"
     normed = layer.input_layernorm(x)

@@ -5,9 +5,9 @@ on x̂ (GPTAQ, arXiv:2504.02692, in closed form), and the result is rounded with
 
     H = Σ w x xᵀ     S = Σ w (x̂ − x) xᵀ     W' = W + τ W S (H + λI)⁻¹
 
-of K columns on m tokens, with λ = (0.05 + K / m) of the mean of diag H, and τ = m / (m + 4K): both H and S are sums over
-few tokens where m is not many times K, and what they say of others is less than they seem to (on dsv2-mini with 1,024
-tokens this took the divergence from 0.141 to 0.100, with 65,536 from 0.076 to 0.075).
+of K columns on m tokens, with λ = (0.05 + K / m) of the mean of diag H, and τ = m / (m + 4K): both H and S are sums
+over few tokens where m is not many times K, and say less of other tokens than they seem to (on dsv2-mini with 1,024
+tokens this took the divergence from 0.139 to 0.099, with 65,536 from 0.076 to 0.075).
 Groups are those of the unpermuted columns ("static"), so that no index is stored; columns are visited in order of
 falling diag H; scales are searched with diag H as weights. No column is ever zeroed: where H knows nothing, damping
 leaves plain rounding.
@@ -75,7 +75,7 @@ def _trace(h: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """(H + λI)⁻¹ = Uᵀ U of permuted columns: upper triangular U [batch, K, K] in H's dtype, and the order [batch, K]."""
+    """(H + λI)⁻¹ = Uᵀ U of permuted columns: upper triangular [batch, K, K] in H's dtype, and their order [batch, K]."""
 
     u: torch.Tensor
     order: torch.Tensor
@@ -118,8 +118,8 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
 def quantize(
     weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their dtype;
-    the scales are searched unless given."""
+    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their
+    dtype; the scales are searched unless given."""
     scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group) if scales is None else scales
     columns = weight.shape[2]
     w = _columns(weight, factored.order).clone()
@@ -142,7 +142,6 @@ def quantize(
 
 def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
     """The BF16 scale of each group with the least error weighted by importance [batch, K]: `int4_cpu.search_scales`."""
-    batch, rows, columns = weight.shape
     if weight.device.type == "cpu":
         found = [
             torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))

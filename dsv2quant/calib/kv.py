@@ -5,8 +5,8 @@ scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so it must cover b
 compressed-tensors takes k_scale for the latent and v_scale for k_pe (compressed_tensors/modeling/kvcache.py). One value
 for both serves either. llm-compressor calibrates k_scale on the latent alone, and k_pe may then be clipped.
 
-A RoPE pair (a, b) turns with the position and keeps its length: √(a² + b²) bounds both elements at every position, those
-that calibration never reached included, and no smaller bound does.
+A RoPE pair (a, b) turns with the position and keeps its length: √(a² + b²) bounds both elements at every position,
+those that calibration never reached included, and no smaller bound does.
 """
 
 from __future__ import annotations

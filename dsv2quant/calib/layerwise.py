@@ -300,7 +300,7 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
         raise InputError("its inputs are not finite", where=f"{job.at}.{names[0][0]}", fix=fix) from None
     for k in range(len(names[0])):
         modules = [row[k] for row in names]
-        role, scheme, method = job.choices[f"{job.at}.{modules[0]}"]
+        role, scheme, _ = job.choices[f"{job.at}.{modules[0]}"]
         linears = [job.linear(f"{job.at}.{name}") for name in modules]
         weight = torch.stack([linear.weight for linear in linears])  # [batch, R, K]
         wished = gptq.fit(weight, train, factored)
@@ -315,7 +315,10 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
         else:
             quantized, plain = wished.bfloat16().float(), weight
         worse = gptq.output_error(weight, quantized, held) > gptq.output_error(weight, plain, held)
-        errors = gptq.relative_error(wished, quantized, held).tolist(), gptq.relative_error(weight, plain, held).tolist()
+        errors = (
+            gptq.relative_error(wished, quantized, held).tolist(),
+            gptq.relative_error(weight, plain, held).tolist(),
+        )
         for i, (name, linear) in enumerate(zip(modules, linears, strict=True)):
             module = f"{job.at}.{name}"
             linear.weight = (plain if worse[i] else quantized)[i]

@@ -83,6 +83,6 @@ def _job(
 
 
 def _check_finite(plan: Plan, line: Line, weight: torch.Tensor) -> None:
-    """Raise InputError where a loaded weight is NaN, infinite or beyond BF16's range: GPTQ would round it to anything."""
+    """Raise InputError where a weight is NaN, infinite or beyond BF16's range: GPTQ would round it to anything."""
     if not torch.stack(weight.aminmax()).bfloat16().isfinite().all():
         raise plan.checkpoint.not_finite(line.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())

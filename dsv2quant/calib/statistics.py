@@ -58,7 +58,9 @@ class Statistics:
             raise InputError(f"not a statistics file: {error}", where=path, fix=fix) from None
         schema = self.about.get("schema") if isinstance(self.about, dict) else None
         if schema != SCHEMA:
-            raise InputError(f"has schema {schema!r}, not {SCHEMA}", where=path, fix="calibrate again with this version")
+            raise InputError(
+                f"has schema {schema!r}, not {SCHEMA}", where=path, fix="calibrate again with this version"
+            )
         try:
             self.counts: Mapping[str, int] = {str(name): int(count) for name, count in self.about["counts"].items()}
             self.identity = str(self.about["model"]["identity"])
@@ -85,7 +87,7 @@ class Statistics:
         """Mean square of each input channel, float32 [K], weighted with the squared routing weight before `down_proj`.
 
         An expert's own is drawn toward its layer's, as if by K tokens of it: for gate and up that of all tokens, scaled
-        to the same sum; for down, whose channels are the expert's own, a flat one. Without any token it is all there is.
+        to the same sum; for down, whose channels are its own, a flat one. Without any token it is all there is.
         """
         name, columns = site(slot), slot.shape[1]
         if slot.expert is None:

@@ -30,7 +30,12 @@ Process = Callable[[int, Sequence[Spool], Sequence[Spool]], Made]
 
 
 def through_layers(
-    folder: Path, loader: Loader, ids: np.ndarray, sides: Sequence[str], process: Process, progress: Callable[[int], object]
+    folder: Path,
+    loader: Loader,
+    ids: np.ndarray,
+    sides: Sequence[str],
+    process: Process,
+    progress: Callable[[int], object],
 ) -> None:
     """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
 

@@ -35,7 +35,7 @@ INPUT_SCALE = "input_scale"
 
 
 class Fp8:
-    """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`; with a static layout, of `fp8-static`, `fp8-autofp8`."""
+    """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`; with static inputs, `fp8-static` and `fp8-autofp8`."""
 
     methods = ("rtn",)
 
@@ -126,9 +126,7 @@ def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
 
 
-def encode_with_torch(
-    weights: Sequence[np.ndarray], grid: Grid, device: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode_with_torch(weights: Sequence[np.ndarray], grid: Grid, device: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The torch path: (codes uint8 [out, in], scales float32) of each weight, computed on `device`."""
     import torch
 
@@ -159,7 +157,7 @@ def encode_with_torch(
 
 
 def decode_block_to_float32(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """fp8-block codes (uint8 [rows, cols]) and scales → float32, in numpy: reading a block-FP8 source needs no torch."""
+    """fp8-block codes (uint8 [rows, cols]) and scales → float32, in numpy: a block-FP8 source is read without torch."""
     weights = E4M3_VALUES[codes]
     for i, row in enumerate(scales):  # row: [⌈cols/128⌉]
         weights[i * BLOCK : (i + 1) * BLOCK] *= np.repeat(row, BLOCK)[: codes.shape[1]]

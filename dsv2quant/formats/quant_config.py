@@ -159,7 +159,12 @@ def _group(scheme: str) -> dict[str, Any]:
     assert isinstance(codec, Fp8)
     weights = _float8(codec.grid, dynamic=False)
     activations = _float8("tensor", dynamic=False) if codec.static else _float8("token", dynamic=True)
-    return {"weights": weights, "input_activations": activations, "output_activations": None, "format": "float-quantized"}
+    return {
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": "float-quantized",
+    }
 
 
 def _float8(strategy: str, *, dynamic: bool) -> dict[str, Any]:

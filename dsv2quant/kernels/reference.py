@@ -45,8 +45,9 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] @ weight [N, K]ᵀ + bias, in x's dtype.
 
-    With `activation`, x is quantized as served ('static' by `input_scale`), and the product of the two dequantized operands is taken in float32,
-    which FP8 matrix units also accumulate in; `weight` should then be float32 so that no second rounding enters.
+    With `activation`, x is quantized as served ('static' by `input_scale`), and the product of the two dequantized
+    operands is taken in float32, which FP8 matrix units also accumulate in; `weight` should then be float32 so that no
+    second rounding enters.
     """
     if activation is None:
         return F.linear(x, weight.to(x.dtype), bias)
