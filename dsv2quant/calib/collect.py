@@ -1,4 +1,4 @@
-"""Collecting statistics: calibration tokens through the unquantized model layer by layer, every linear's input measured.
+"""Collecting statistics: calibration tokens through the unquantized model by layer, every linear's input measured.
 
 One layer's weights are in memory; hidden states lie in a work folder beside the statistics file, from which a killed
 run continues with the layer it was at.

@@ -75,7 +75,7 @@ def _trace(h: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """(H + λI)⁻¹ = Uᵀ U of permuted columns: upper triangular [batch, K, K] in H's dtype, and their order [batch, K]."""
+    """(H + λI)⁻¹ = Uᵀ U of permuted columns: upper triangular [batch, K, K] in H's dtype, their order [batch, K]."""
 
     u: torch.Tensor
     order: torch.Tensor
