@@ -1,0 +1,201 @@
+"""The GGUF container, version 3: key-values, tensor headers, and where each tensor's data lies.
+
+Layout: ggml/include/gguf.h. Reading is strict, because files come from others: a count or length is compared with what
+is left of the file before anything is made of it. (gguf-py's reader walks off the end of a damaged file.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from dsv2quant.errors import InputError
+
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
+_AGAIN = "get the file again"
+_FORMATS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+}  # fmt: skip
+
+
+class Value(NamedTuple):
+    """A typed value of the metadata; a list where `is_array`, of values of `type`."""
+
+    type: GGUFValueType
+    value: Any
+    is_array: bool = False
+
+
+Metadata = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor: its type's name ('Q4_K'), its shape [..., rows, cols] (the reverse of ggml's), and where its bytes
+    begin, counted from the data's start."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """An opened file; `data_start` is where the data begins in it."""
+
+    path: Path
+    metadata: Metadata
+    tensors: tuple[TensorHeader, ...]
+    data_start: int
+
+
+def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of the alignment."""
+    return -(-nbytes // alignment) * alignment
+
+
+def pack_header(metadata: Metadata, tensors: Sequence[TensorHeader]) -> bytes:
+    """Everything before the data, padded to where it begins."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, (kind, value, is_array) in metadata.items():
+        parts.append(_pack_string(key))
+        if is_array:
+            parts.append(struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value)))
+            if kind == GGUFValueType.STRING:
+                parts += map(_pack_string, value)
+            else:
+                parts.append(struct.pack(f"<{len(value)}{_FORMATS[kind]}", *value))
+        elif kind == GGUFValueType.STRING:
+            parts += [struct.pack("<I", kind), _pack_string(value)]
+        else:
+            parts.append(struct.pack(f"<I{_FORMATS[kind]}", kind, value))
+    for tensor in tensors:
+        dims = tensor.shape[::-1]
+        kind_number = GGMLQuantizationType[tensor.type]
+        parts.append(_pack_string(tensor.name))
+        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind_number, tensor.begin))
+    header = b"".join(parts)
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def _pack_string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def read(path: Path) -> Container:
+    """Open a GGUF file. Raises InputError where it is none, is truncated, or contradicts itself."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < 24 or file.read(4) != MAGIC:
+            raise InputError("truncated or not a GGUF file", where=path, fix=_AGAIN)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(path, data, size).container()
+
+
+class _Reader:
+    """A cursor over a mapped file that never passes its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self.path, self.data, self.size, self.at = path, data, size, 4
+
+    def container(self) -> Container:
+        version, tensor_count, key_count = self.unpack("IQQ")
+        if version not in (2, VERSION):
+            raise self.error(f"GGUF version {version}, not 2 or 3", "convert the model again")
+        self.check_count(tensor_count, 24)  # of a tensor's header at the least
+        self.check_count(key_count, 13)
+        metadata: dict[str, Value] = {}
+        for _ in range(key_count):
+            key = self.string()
+            if key in metadata:
+                raise self.error(f"the key {key} occurs twice")
+            metadata[key] = self.value(key)
+        alignment = metadata.get("general.alignment", Value(GGUFValueType.UINT32, ALIGNMENT)).value
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {alignment!r}, not a power of two of at least 8")
+        tensors: list[TensorHeader] = []
+        position = 0
+        for _ in range(tensor_count):
+            tensor = self.tensor()
+            if tensor.begin != position:
+                raise self.error(f"{tensor.name} begins at {tensor.begin:,}, not behind the tensor before it")
+            position += padded(tensor.nbytes, alignment)
+            tensors.append(tensor)
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise self.error("a tensor's name occurs twice")
+        data_start = padded(self.at, alignment)
+        end = data_start + tensors[-1].begin + tensors[-1].nbytes if tensors else self.at
+        if self.size < end:
+            raise self.error(f"truncated: {self.size:,} bytes instead of {end:,}")
+        return Container(self.path, metadata, tuple(tensors), data_start)
+
+    def tensor(self) -> TensorHeader:
+        name = self.string()
+        (rank,) = self.unpack("I")
+        if not 1 <= rank <= 4:
+            raise self.error(f"{name} has {rank} dimensions")
+        shape = self.unpack(f"{rank}Q")[::-1]
+        number, begin = self.unpack("IQ")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            fix = "update dsv2quant, or get another file"
+            raise self.error(f"{name} has the unknown type number {number}", fix) from None
+        values, nbytes = GGML_QUANT_SIZES[kind]
+        if not prod(shape) or shape[-1] % values:
+            raise self.error(f"{name}: {kind.name} can't have the shape {list(shape)}")
+        return TensorHeader(name, kind.name, shape, begin, prod(shape) // values * nbytes)
+
+    def value(self, key: str) -> Value:
+        number = self.unpack("I")[0]
+        is_array = number == GGUFValueType.ARRAY
+        count = 1
+        if is_array:
+            number, count = self.unpack("IQ")
+        if number != GGUFValueType.STRING and number not in _FORMATS:
+            raise self.error(f"{key} has a value of the unknown type {number}")
+        kind = GGUFValueType(number)
+        self.check_count(count, 8 if kind == GGUFValueType.STRING else struct.calcsize(_FORMATS[kind]))
+        if kind == GGUFValueType.STRING:
+            items = [self.string() for _ in range(count)]
+        else:
+            items = list(self.unpack(f"{count}{_FORMATS[kind]}"))
+        return Value(kind, items, True) if is_array else Value(kind, items[0])
+
+    def string(self) -> str:
+        (length,) = self.unpack("Q")
+        self.check_count(length, 1)
+        self.at += length
+        try:
+            return self.data[self.at - length : self.at].decode()
+        except UnicodeDecodeError as error:
+            raise self.error(f"a string is not UTF-8: {error}") from None
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        layout = f"<{layout}"
+        nbytes = struct.calcsize(layout)
+        self.check_count(nbytes, 1)
+        self.at += nbytes
+        return struct.unpack_from(layout, self.data, self.at - nbytes)
+
+    def check_count(self, count: int, nbytes: int) -> None:
+        """Raise InputError where `count` items of at least `nbytes` each can't be in what is left of the file."""
+        if count * nbytes > self.size - self.at:
+            raise self.error("truncated, or a count in its header is wrong")
+
+    def error(self, what: str, fix: str = _AGAIN) -> InputError:
+        return InputError(what, where=self.path, fix=fix)
