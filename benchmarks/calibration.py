@@ -9,7 +9,6 @@ CUDA and the process's peak resident size on the CPU, each above what was held b
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import resource
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert import make_checkpoint, processor
+from convert import append, make_checkpoint, processor
 
 from dsv2quant import __version__, recipe
 from dsv2quant.calib.calibration import Calibration, work_bytes, work_memory
@@ -74,13 +73,7 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in row.items()), file=sys.stderr)
     shutil.rmtree(source)
     shutil.rmtree(work)
-    if options.results:
-        new = not options.results.exists()
-        with options.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    append(options.results, [row])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,18 @@ def processor() -> str:
     return platform.machine()
 
 
+def append(results: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, with a header if it is new."""
+    if results is None:
+        return
+    new = not results.exists()
+    with results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=14)
@@ -186,13 +199,7 @@ def main() -> None:
         "versions": f"dsv2quant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
     }
     print("\n".join(f"{key}: {value}" for key, value in row.items()))
-    if options.results:
-        new = not options.results.exists()
-        with options.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    append(options.results, [row])
 
 
 if __name__ == "__main__":

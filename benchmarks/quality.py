@@ -13,7 +13,6 @@ quantization: llm-compressor's `oneshot` call without loading or saving, our who
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from convert import append
 
 from dsv2quant import __version__, recipe
 from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
@@ -140,13 +140,7 @@ def main() -> None:
                 record("dsv2quant pure", method, group, count, made, out)
             if not options.starved:
                 record("dsv2quant mixed", "gptq", group, count, ours("int4-mixed", ids, out, group_size=group), out)
-    if options.results:
-        new = not options.results.exists()
-        with options.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    append(options.results, rows)
 
 
 if __name__ == "__main__":

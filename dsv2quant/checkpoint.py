@@ -22,6 +22,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import Codec
 from dsv2quant.formats.fp8 import decode_block_to_float32
+from dsv2quant.formats.int4 import PACKED
 from dsv2quant.formats.part import PLAIN_DTYPES, Part
 from dsv2quant.formats.quant_config import kv_scale_parts, readable_codecs
 from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files, stored_tensors
@@ -29,7 +30,7 @@ from dsv2quant.names import LINEAR_ROLES, Slot, model_slots
 
 logger = logging.getLogger(__name__)
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
-_PACKED = ("weight_packed", "qweight")  # suffixes of INT4 codes
+_PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
 
 
 @dataclass(frozen=True)

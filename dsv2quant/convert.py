@@ -34,6 +34,7 @@ from dsv2quant.headers import INDEX_FILE
 from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
+from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
 from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
 
@@ -148,7 +149,7 @@ def convert(
     complete = folder.complete is not None
     return Result(
         folder.path, files, plan.bytes_in, plan.bytes_out, resumed, complete,
-        prepared.outcomes, prepared.expert_tokens, seconds,
+        prepared.outcomes, expert_tokens(prepared), seconds,
     )  # fmt: skip
 
 

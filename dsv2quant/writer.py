@@ -90,12 +90,7 @@ class ArtifactFolder:
         if self.complete is not None:
             self.finished = {shard.file for shard in self.plan.shards}
             return
-        self._state = os.open(state_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise InputError("another run is writing to it", where=self.path, fix="wait for it, or stop it") from None
+        self._state = open_locked(state_path)
         unfinished = os.pread(self._state, 1 << 20, 0)
         if unfinished == json.dumps(wanted).encode() and not force:
             self.finished = {shard.file for shard in self.plan.shards if self._is_whole(shard)}
@@ -253,6 +248,17 @@ class ShardWriter:
         """Give the disk space of an unfinished shard back."""
         os.close(self._file)
         self._partial.unlink(missing_ok=True)
+
+
+def open_locked(path: Path) -> int:
+    """A descriptor of a file, made if need be, that no other process holds. Raises InputError naming its folder."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError("another run is writing to it", where=path.parent, fix="wait for it, or stop it") from None
+    return descriptor
 
 
 def sync_folder(path: Path) -> None:

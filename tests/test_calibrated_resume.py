@@ -187,7 +187,7 @@ def test_what_is_lost_of_the_work_folder_is_made_again(lost, grouped, tmp_path, 
 @pytest.mark.parametrize(
     # Layer 0 has two streams of embeddings and two behind it to keep, and removes four files.
     ("owner", "name", "calls", "repeated"),
-    [(Spool, "keep", 5, [1, 2]), (streams, "_save", 2, [1, 2]), (Spool, "remove", 7, [2])],
+    [(Spool, "keep", 5, [1, 2]), (streams, "save_layer", 2, [1, 2]), (Spool, "remove", 7, [2])],
     ids=["before its streams are kept", "before it is saved", "before its files go"],
 )
 def test_interrupted_at_a_layers_end_no_finished_layer_is_repeated(

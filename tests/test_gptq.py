@@ -21,6 +21,12 @@ SHAPES = [
 ]
 
 
+def searched(w: torch.Tensor, h: torch.Tensor, factored: gptq.Factor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales) with the scales that h's diagonal finds, as a calibration quantizes."""
+    scales = gptq.best_scales(w, h.diagonal(dim1=-2, dim2=-1), group)
+    return gptq.quantize(w, scales, factored), scales
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -77,7 +83,7 @@ def textbook(
 def test_codes_equal_a_textbook_gptq_in_float64(shape):
     batch, rows, columns, group = shape
     w, h = problem(batch, rows, columns)
-    codes, scales = gptq.quantize(w, h, gptq.factor(h), group)
+    codes, scales = searched(w, h, gptq.factor(h), group)
     assert (codes.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (batch, rows, columns // group))
     for i in range(batch):
         assert torch.equal(codes[i].double(), textbook(w[i], h[i], scales[i])[0])
@@ -95,7 +101,7 @@ def test_in_float32_codes_differ_only_at_ties(columns, group):
     quotient that is rounded is off by u more.
     """
     w, h = (part.float() for part in problem(1, 2000, columns))
-    codes, scales = (part[0] for part in gptq.quantize(w, h, gptq.factor(h), group))
+    codes, scales = (part[0] for part in searched(w, h, gptq.factor(h), group))
     _, before, errors, order = textbook(w[0].double(), h[0].double(), scales, forced=codes.double())
     u = gptq.factor(h.double()).u[0]
     step = scales.double().repeat_interleave(group, 1)[:, order]
@@ -113,15 +119,15 @@ def test_in_float32_codes_differ_only_at_ties(columns, group):
 def test_matrices_and_rows_do_not_influence_each_other():
     w, h = problem(3, 20, 96)
     factored = gptq.factor(h)
-    codes, scales = gptq.quantize(w, h, factored, 32)
+    codes, scales = searched(w, h, factored, 32)
     for i in range(3):
         alone = gptq.factor(h[i : i + 1])
         assert torch.equal(alone.order, factored.order[i : i + 1])
-        got = gptq.quantize(w[i : i + 1], h[i : i + 1], alone, 32)
+        got = searched(w[i : i + 1], h[i : i + 1], alone, 32)
         assert torch.equal(got[0][0], codes[i])
         assert torch.equal(got[1][0], scales[i])
     for part in (slice(0, 1), slice(1, 20)):
-        got = gptq.quantize(w[:, part], h, factored, 32)
+        got = searched(w[:, part], h, factored, 32)
         assert torch.equal(got[0], codes[:, part])
         assert torch.equal(got[1], scales[:, part])
 
@@ -129,15 +135,15 @@ def test_matrices_and_rows_do_not_influence_each_other():
 def test_columns_come_back_in_their_own_order():
     w, h = problem(1, 6, 64)
     shuffle = torch.randperm(64, generator=generator(2))
-    codes, _ = gptq.quantize(w, h, gptq.factor(h), 64)  # one group, so that shuffling leaves the scales alone
+    codes, _ = searched(w, h, gptq.factor(h), 64)  # one group, so that shuffling leaves the scales alone
     shuffled = h[:, shuffle][:, :, shuffle]
-    got, _ = gptq.quantize(w[:, :, shuffle], shuffled, gptq.factor(shuffled), 64)
+    got, _ = searched(w[:, :, shuffle], shuffled, gptq.factor(shuffled), 64)
     assert torch.equal(got, codes[:, :, shuffle])
 
 
 def test_scales_are_searched_with_the_diagonal_as_weights():
     w, h = problem(2, 5, 128)
-    _, scales = gptq.quantize(w, h, gptq.factor(h), 32)
+    _, scales = searched(w, h, gptq.factor(h), 32)
     for i in range(2):
         found = search_scales(w[i].float().numpy(), h[i].diagonal().float().numpy()[None], 32)
         assert torch.equal(scales[i], torch.from_numpy(found))
@@ -205,7 +211,7 @@ def test_without_any_knowledge_codes_are_plain_rounding(dtype):
     h = torch.zeros(2, 96, 96, dtype=dtype)
     factored = gptq.factor(h)
     assert factored.u.isfinite().all()
-    codes, scales = gptq.quantize(w, h, factored, 32)
+    codes, scales = searched(w, h, factored, 32)
     assert torch.equal(codes, gptq.nearest(w, scales))
     assert torch.equal(gptq.fit(w, Moments(h, h, torch.zeros(2)), factored), w)
 
@@ -214,7 +220,7 @@ def test_a_column_that_is_never_used_is_rounded_plainly():
     x = inputs(1, 300, 64)
     x[..., 10:20] = 0
     w, h = weights(1, 8, 64), moments_of(x).h
-    codes, scales = gptq.quantize(w, h, gptq.factor(h), 32)
+    codes, scales = searched(w, h, gptq.factor(h), 32)
     dead = torch.zeros(64, dtype=torch.bool)
     dead[10:20] = True
     assert torch.equal(codes[..., dead], gptq.nearest(w, scales)[..., dead])
@@ -322,7 +328,7 @@ def test_tokens_of_nothing_but_zeros_leave_finite_moments():
     got = own.shrunk(prior)
     assert got.h.isfinite().all()
     assert got.s.isfinite().all()
-    codes, scales = gptq.quantize(weights(2, 4, columns).float(), got.h, gptq.factor(got.h), 8)
+    codes, scales = searched(weights(2, 4, columns).float(), got.h, gptq.factor(got.h), 8)
     assert scales.isfinite().all()
     assert codes.any()
 
@@ -339,7 +345,7 @@ def test_gptq_loses_less_than_rounding_and_less_still_after_the_fit():
     factored = gptq.factor(moments.h)
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
-        return gptq.dequantize(*gptq.quantize(weight, moments.h, factored, 32)).double()
+        return gptq.dequantize(*searched(weight, moments.h, factored, 32)).double()
 
     scales = gptq.best_scales(w, torch.ones(3, 128), 32)
     plain = gptq.dequantize(gptq.nearest(w, scales), scales).double()

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.calib.streams import save_layer
 from dsv2quant.folds import Fold, Folds, layer_folds
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
@@ -45,9 +45,7 @@ def choose_folds(
                 readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
                 if readers:
                     found |= Folds.of(fold, _exponents(plan, fold, readers, statistics, device))
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(save(found))
-            partial.rename(path)
+            save_layer(path, found)
         file = safe_open(path, "np")
         tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         progress(sum(line.slot.size for line in lines.values() if line.slot.layer == layer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -15,14 +14,15 @@ from typing import Any
 
 from safetensors import safe_open
 
+from dsv2quant import __version__
 from dsv2quant.calib.calibration import Calibration, layer_file
-from dsv2quant.calib.statistics import Statistics
+from dsv2quant.calib.statistics import SCHEMA, Statistics
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.shards import Output, Shard
-from dsv2quant.writer import ShardWriter, disk_errors, dump_json, sync_folder
+from dsv2quant.writer import ShardWriter, disk_errors, dump_json, open_locked, sync_folder
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
@@ -53,7 +53,7 @@ def calibrate(
     from dsv2quant.calib.collect import collect
 
     work = out.with_name(out.name + ".work")
-    wanted = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
+    wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
     if out.exists() and not force:
         made = Statistics(out)
         shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
@@ -68,7 +68,15 @@ def calibrate(
         logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
         _check_space(out, needed)
         with progress(total, "tok·layer", "calibrate") as advance:
-            about = collect(checkpoint, work / "layers", calibration, device, advance)
+            counts = collect(checkpoint, work / "layers", calibration, device, advance)
+        about = {
+            "schema": SCHEMA,
+            "dsv2quant": __version__,
+            "model": {"name": checkpoint.model, "revision": checkpoint.revision, "identity": wanted["model"]},
+            "calibration": wanted["calibration"],
+            "counts": counts,
+            "fingerprint": calibration.fingerprint,
+        }
         _write(out, work / "layers", config.num_hidden_layers, about)
     return Statistics(out)
 
@@ -77,12 +85,8 @@ def calibrate(
 def _claimed(work: Path, wanted: dict[str, Any], force: bool) -> Iterator[None]:
     """The work folder, locked; removed at the end, kept where it ends early."""
     work.mkdir(parents=True, exist_ok=True)
-    state = os.open(work / STATE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    state = open_locked(work / STATE_FILE)
     try:
-        try:
-            fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("another run is writing to it", where=work, fix="wait for it, or stop it") from None
         content, found = dump_json(wanted), os.pread(state, 1 << 20, 0)
         if found != content:
             begun = any(entry.name != STATE_FILE for entry in work.iterdir())

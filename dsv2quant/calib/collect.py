@@ -10,16 +10,13 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from dsv2quant import __version__
 from dsv2quant.calib.calibration import Calibration, layer_file
 from dsv2quant.calib.spool import Spool
-from dsv2quant.calib.statistics import SCHEMA
 from dsv2quant.calib.streams import Made, batches, through_layers
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -77,8 +74,8 @@ def collect(
     calibration: Calibration,
     device: str = "cpu",
     progress: Callable[[int], object] = lambda tokens: None,
-) -> dict[str, Any]:
-    """Measure every layer, in `folder`, which keeps what is finished; returns the header of the statistics file."""
+) -> dict[str, int]:
+    """Measure every layer, in `folder`, which keeps what is finished; returns tokens by site."""
     config, ids = checkpoint.config, calibration.ids
     loader = Loader(checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     ctx = int(ids.shape[1])
@@ -107,14 +104,7 @@ def collect(
     counts: dict[str, int] = {}
     for index in range(config.num_hidden_layers):
         counts |= json.loads(safe_open(layer_file(folder, index), "np").metadata()["about"])
-    return {
-        "schema": SCHEMA,
-        "dsv2quant": __version__,
-        "model": {"name": checkpoint.model, "revision": checkpoint.revision, "identity": checkpoint.identity()},
-        "calibration": calibration.describe(device),
-        "counts": counts,
-        "fingerprint": calibration.fingerprint,
-    }
+    return counts
 
 
 def _attention(layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, sums: Sums) -> torch.Tensor:

@@ -115,15 +115,13 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
     return weight + count / (count + DOUBT * weight.shape[2]) * factored.solve(weight @ moments.s)
 
 
-def quantize(
-    weight: torch.Tensor, h: torch.Tensor, factored: Factor, group: int, scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [batch, R, K], scales float32 [batch, R, K / group]) of weights [batch, R, K], computed in their
-    dtype; the scales are searched unless given."""
-    scales = best_scales(weight, h.diagonal(dim1=-2, dim2=-1), group) if scales is None else scales
+def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> torch.Tensor:
+    """Codes, int8 [batch, R, K], of weights [batch, R, K] under scales [batch, R, groups], computed in the weights'
+    dtype."""
     columns = weight.shape[2]
     w = _columns(weight, factored.order).clone()
-    step = _columns(scales.to(w.dtype).repeat_interleave(group, -1), factored.order)
+    step = scales.to(w.dtype).repeat_interleave(columns // scales.shape[2], -1)
+    step = _columns(step, factored.order)
     codes = torch.empty_like(w)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
@@ -137,7 +135,7 @@ def quantize(
             errors[:, :, j] = (column - code * scale) / u[:, j, j, None]
             block[:, :, j + 1 :] -= errors[:, :, j, None] * u[:, None, j, j + 1 : end - begin]
         w[:, :, end:] -= errors @ u[:, :, end - begin :]
-    return _columns(codes, factored.order.argsort(-1)).to(torch.int8), scales
+    return _columns(codes, factored.order.argsort(-1)).to(torch.int8)
 
 
 def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
@@ -151,11 +149,14 @@ def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> t
     w = weight.float().unflatten(2, (-1, group))
     weights = importance.float().unflatten(1, (-1, group))[:, None]
     unit = w.abs().amax(-1, keepdim=True) / torch.full((), 7.0, device=weight.device)
-    best = (unit * float(FACTORS[0])).bfloat16().float()
-    best, least = torch.where(best > 0, best, 1.0), torch.full_like(unit, float("inf"))
+
+    def scaled(factor: float) -> torch.Tensor:
+        found = (unit * factor).bfloat16().float()
+        return torch.where(found > 0, found, 1.0)
+
+    best, least = scaled(float(FACTORS[0])), torch.full_like(unit, float("inf"))
     for value in FACTORS:
-        candidate = (unit * float(value)).bfloat16().float()
-        candidate = torch.where(candidate > 0, candidate, 1.0)
+        candidate = scaled(float(value))
         error = ((w / candidate).round_().clamp_(-8, 7) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)

@@ -102,10 +102,9 @@ def quantize_layer(
         assert isinstance(job.real.ffn, FFN)
         assert isinstance(job.ideal.ffn, FFN)
         _ffn(job, "mlp", job.real.ffn, job.ideal.ffn, _normed(job, out))
-        for spool, layer in zip(out, (job.real, job.ideal), strict=True):
-            for rows in batches(len(spool), job.ctx):
-                x = spool[rows]
-                spool[rows] = x + layer.ffn(layer.post_attention_layernorm(x))
+    for spool, layer in zip(out, (job.real, job.ideal), strict=True):
+        for rows in batches(len(spool), job.ctx):
+            spool[rows], _ = layer.feed_forward(spool[rows])
     progress(len(out[0]) - len(out[0]) // 2)
 
 
@@ -173,24 +172,43 @@ def _ffn(job: Job, name: str, real: FFN, ideal: FFN, inputs: Callable[[], Iterat
     _settle(job, [f"{name}.down_proj"], activations)
 
 
+Split = tuple[Moments, Moments]  # of the tokens to fit on, and of those kept aside
+
+
+def _split(batch: int, columns: int, device: torch.device) -> Split:
+    return Moments.zeros(batch, columns, device), Moments.zeros(batch, columns, device)
+
+
+def _add(
+    job: Job,
+    moments: Split,
+    which: int,
+    tokens: torch.Tensor,
+    x: torch.Tensor,
+    ideal: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> None:
+    """`Moments.add` of some tokens' inputs, [n, K] each, to the part that each token belongs to."""
+    held = job.aside(tokens)
+    for m, keep in zip(moments, (~held, held), strict=True):
+        m.add(which, x[keep], ideal[keep], None if weight is None else weight[keep])
+
+
 def _settle(job: Job, names: list[str], inputs: Callable[[], Iterator[Pair]]) -> None:
     """Quantize the linears `names`, which share their input."""
     names = job.wanted(names)
     if not names:
         return
-    moments: tuple[Moments, Moments] | None = None
+    moments: Split | None = None
     for rows, x, y in inputs():
-        if moments is None:
-            moments = Moments.zeros(1, x.shape[1], x.device), Moments.zeros(1, x.shape[1], x.device)
-        held = job.aside(torch.arange(rows.start, rows.stop, device=x.device))
-        for m, keep in zip(moments, (~held, held), strict=True):
-            m.add(0, x[keep], y[keep])
+        moments = moments or _split(1, x.shape[1], x.device)
+        _add(job, moments, 0, torch.arange(rows.start, rows.stop, device=x.device), x, y)
     assert moments is not None
     _choose(job, [names], moments)
 
 
 def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
-    """Routed experts in batches, shared experts, and the layer's output on both streams."""
+    """Routed experts in batches, and shared experts."""
     real, ideal = job.real.ffn, job.ideal.ffn
     assert isinstance(real, MoE)
     assert isinstance(ideal, MoE)
@@ -198,14 +216,12 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
     routes = []
     device = real.router.device
     hidden = streams[0].width
-    pool = Moments.zeros(1, hidden, device), Moments.zeros(1, hidden, device)
+    pool = _split(1, hidden, device)
     needed = bool(job.wanted([f"mlp.experts.{e}.gate_proj" for e in range(len(real.experts))]))
     for rows, x, y in inputs():
         routes.append(route(x, real.router, real.config))
         if needed:
-            held = job.aside(torch.arange(rows.start, rows.stop, device=device))
-            for m, keep in zip(pool, (~held, held), strict=True):
-                m.add(0, x[keep], y[keep])
+            _add(job, pool, 0, torch.arange(rows.start, rows.stop, device=device), x, y)
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
     batch = max(1, MOMENT_BYTES // expert_bytes(real.config))
     gather = _gatherer(job, streams)
@@ -216,11 +232,6 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
     if real.shared is not None:
         assert ideal.shared is not None
         _ffn(job, "mlp.shared_experts", real.shared, ideal.shared, inputs)
-    for spool, layer in zip(streams, (job.real, job.ideal), strict=True):
-        for rows in batches(len(spool), job.ctx):
-            x = spool[rows]
-            assert isinstance(layer.ffn, MoE)
-            spool[rows] = x + layer.ffn(layer.post_attention_layernorm(x))[0]
 
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # tokens → real and ideal FFN inputs
@@ -247,7 +258,7 @@ def _experts(
     members: range,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    pool: tuple[Moments, Moments],
+    pool: Split,
 ) -> None:
     """Quantize the experts `members`: gate and up on the tokens routed to each, down with squared routing weights."""
     real, ideal = job.real.ffn, job.ideal.ffn
@@ -260,35 +271,26 @@ def _experts(
     routed = [(chosen == expert).nonzero(as_tuple=True) for expert in members]
     names = [job.wanted([f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj"]) for e in members]
 
-    def moments(columns: int) -> tuple[Moments, Moments]:
-        return Moments.zeros(len(members), columns, device), Moments.zeros(len(members), columns, device)
-
     if names[0]:
-        found = moments(real.config.hidden_size)
+        found = _split(len(members), real.config.hidden_size, device)
         for i, (tokens, _) in enumerate(routed):
-            x, y = gather(tokens)
-            held = job.aside(tokens)
-            for m, keep in zip(found, (~held, held), strict=True):
-                m.add(i, x[keep], y[keep])
+            _add(job, found, i, tokens, *gather(tokens))
         _choose(job, names, (found[0].shrunk(pool[0]), found[1].shrunk(pool[1] if pool[1].count else pool[0])))
     names = [[f"mlp.experts.{e}.down_proj"] for e in members]
     if not job.wanted(names[0]):
         return
     width = real.config.moe_intermediate_size
-    found, prior = moments(width), moments(width)
+    found, prior = (_split(len(members), width, device) for _ in range(2))
     for i, ((tokens, slots), expert) in enumerate(zip(routed, members, strict=True)):
-        for into, where in ((found, tokens), (prior, sample)):
+        for into, where, squared in ((found, tokens, weights[tokens, slots].square()), (prior, sample, None)):
             x, y = gather(where)
             x, y = real.experts[expert].activation(x), ideal.experts[expert].activation(y)
-            squared = weights[tokens, slots].square() if into is found else torch.ones(len(x), device=device)
-            held = job.aside(where)
-            for m, keep in zip(into, (~held, held), strict=True):
-                m.add(i, x[keep], y[keep], squared[keep])
+            _add(job, into, i, where, x, y, squared)
     aside = prior[1] if prior[1].count.all() else prior[0]
     _choose(job, names, (found[0].shrunk(prior[0]), found[1].shrunk(aside)))
 
 
-def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Moments]) -> None:
+def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
     """Quantize linears by inputs: `names[i]` are those on input i, alike for every i; `moments` are of the tokens to
     fit on and of those kept aside, one batch entry per input."""
     train, held = moments
@@ -308,7 +310,7 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: tuple[Moments, Mo
         if isinstance(codec, Int4):
             group = codec.group_size or weight.shape[2]
             scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group))
-            codes, _ = gptq.quantize(wished, train.h, factored, group, scales)
+            codes = gptq.quantize(wished, scales, factored)
             plain_scales = _stored(codec, gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group))
             plain_codes = gptq.nearest(weight, plain_scales)
             quantized, plain = gptq.dequantize(codes, scales), gptq.dequantize(plain_codes, plain_scales)

@@ -14,7 +14,6 @@ from dsv2quant.folds import Folds
 from dsv2quant.formats.part import Inputs
 from dsv2quant.plan import Line, Plan
 from dsv2quant.progress import Progress
-from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.targets import input_group
 from dsv2quant.writer import disk_errors
 
@@ -43,11 +42,6 @@ class Prepared:
     def outcomes(self) -> list[Outcome]:
         """What became of each matrix that is encoded already."""
         return self.encoded.outcomes if self.encoded is not None else []
-
-    @property
-    def expert_tokens(self) -> dict[int, list[int]]:
-        """Tokens that each routed expert was calibrated on, by layer."""
-        return expert_tokens(self.outcomes, self.statistics.counts if self.statistics is not None else {})
 
     def encoded_parts(self, line: Line) -> list[np.ndarray]:
         """The parts of a matrix that is encoded already."""

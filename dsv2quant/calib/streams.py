@@ -70,7 +70,7 @@ def through_layers(
         tensors, about = process(layer, before, behind)
         for spool in behind:
             spool.keep()
-        _save(layer_file(folder, layer), tensors, about)
+        save_layer(layer_file(folder, layer), tensors, about)
         for spool in before:
             spool.remove()
 
@@ -89,7 +89,8 @@ def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Spool]) -> No
         stream.keep()
 
 
-def _save(path: Path, tensors: dict[str, np.ndarray], about: Any) -> None:
+def save_layer(path: Path, tensors: dict[str, np.ndarray], about: Any = None) -> None:
+    """Write what was made of a layer: durable under its own name, or not there."""
     partial = path.with_name(path.name + ".partial")
     # Not save_file(): on a full disk it raises no OSError.
     partial.write_bytes(save(tensors, {"about": json.dumps(about)}))

@@ -25,7 +25,10 @@ class DecoderLayer:
         self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
-        x = x + self.attention(self.input_layernorm(x), rope, cache, absorbed)
+        return self.feed_forward(x + self.attention(self.input_layernorm(x), rope, cache, absorbed))
+
+    def feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer behind its attention, for hidden states x [..., hidden]: as `__call__`."""
         normed = self.post_attention_layernorm(x)
         out, chosen = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return x + out, chosen

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv2quant.calib.calibration import Outcome
+from dsv2quant.calib.prepared import Prepared
 from dsv2quant.errors import listing
 from dsv2quant.plan import Plan
 from dsv2quant.report.coverage import coverage_json, coverage_text, tokens_by_layer
 from dsv2quant.report.tables import table
 
 
-def expert_tokens(outcomes: Sequence[Outcome], counts: Mapping[str, int]) -> dict[int, list[int]]:
+def expert_tokens(prepared: Prepared) -> dict[int, list[int]]:
     """Tokens of each routed expert, by layer: those that its matrices were fitted on, or that were measured."""
-    fitted = {f"{o.module.rpartition('.')[0]}.gate_proj": o.tokens for o in outcomes if o.role.startswith("routed.")}
-    return tokens_by_layer(fitted or counts)
+    experts = [outcome for outcome in prepared.outcomes if outcome.role.startswith("routed.")]
+    fitted = {f"{outcome.module.rpartition('.')[0]}.gate_proj": outcome.tokens for outcome in experts}
+    return tokens_by_layer(fitted or (prepared.statistics.counts if prepared.statistics is not None else {}))
 
 
 def calibration_json(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[int, list[int]]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.plan import Plan
-from dsv2quant.report.calibration import calibration_json
+from dsv2quant.report.calibration import calibration_json, expert_tokens
 from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.summary import roles_table, summarize
 from dsv2quant.report.tables import gigabytes
@@ -69,7 +69,7 @@ def calibrated(plan: Plan, calibration: Calibration | None, prepared: Prepared) 
         sketch = prepared.statistics.about["fingerprint"]
     else:
         return {}
-    about = calibration_json(plan, prepared.outcomes, prepared.expert_tokens)
+    about = calibration_json(plan, prepared.outcomes, expert_tokens(prepared))
     return {"calibration_fingerprint": sketch, "calibrated": about}
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, load, load_cyclic, put_half, sum_squares
+from dsv2quant.formats.gguf.lanes import (
+    LANES,
+    TINY,
+    compiled,
+    level,
+    load,
+    load_cyclic,
+    put_half,
+    sum_squares,
+    weigh,
+    weigh_by_square,
+)
 from dsv2quant.formats.gguf.search import signed_peak
 
 
@@ -27,13 +38,9 @@ def encode_iq4(x, importance, out):  # type: ignore[no-untyped-def]
             sum_squares(x, first, energy)
             for lane in range(LANES):
                 spread[lane] = energy[lane // parts] * (np.float32(2) / np.float32(x.shape[1]))
-            for k in range(32):
-                for lane in range(LANES):
-                    weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
+            weigh(tile, weight, spread)
         else:
-            for k in range(32):
-                for lane in range(LANES):
-                    weight[k, lane] = tile[k, lane] * tile[k, lane]
+            weigh_by_square(tile, weight)
         _search(tile, weight, scale)
         for block in range(min(LANES // parts, len(x) - first)):
             if parts == 1:

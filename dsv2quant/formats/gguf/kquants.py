@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, load, load_cyclic, nearest, put_half, sum_squares
-from dsv2quant.formats.gguf.search import search_affine, search_positive, search_symmetric
+from dsv2quant.formats.gguf.lanes import (
+    LANES,
+    TINY,
+    compiled,
+    level,
+    load,
+    load_cyclic,
+    nearest,
+    put_half,
+    sum_squares,
+    sum_weights,
+    weigh,
+    weigh_by_square,
+)
+from dsv2quant.formats.gguf.search import fit_scales, round_positive, search_affine, search_symmetric
 
 
 @compiled
@@ -36,7 +49,7 @@ def encode_q45_k(x, importance, bits, out):  # type: ignore[no-untyped-def]
             if len(weights):
                 load_cyclic(weights, first * 8 + at, weight)
                 _weigh_by_importance(tile, weight, energy, at // 8)
-                _sum_weights(weight, total[at:end])
+                sum_weights(weight, total[at:end])
                 search_affine(tile, weight, nmax, -0.9, 0.05, 36, False,
                               scale[at:end], depth[at:end], factor[at:end], origin[at:end])  # fmt: skip
             else:
@@ -46,9 +59,9 @@ def encode_q45_k(x, importance, bits, out):  # type: ignore[no-untyped-def]
                               scale[at:end], depth[at:end], factor[at:end], origin[at:end])  # fmt: skip
         for i, values in enumerate((scale, depth)):
             if len(weights):
-                _fit_scales(values, total, steps[i], codes[i])
+                fit_scales(values, total, 63, False, steps[i], codes[i])
             else:
-                _round_scales(values, count, steps[i], codes[i])
+                round_positive(values, count, 63, 63, steps[i], codes[i])
         for lane in range(count):
             row = out[first + lane]
             d, m = put_half(row, 0, steps[0, lane]), put_half(row, 2, steps[1, lane])
@@ -76,9 +89,7 @@ def encode_q6_k(x, importance, out):  # type: ignore[no-untyped-def]
         if len(weights):
             load_cyclic(weights, first * 16, weight)
         else:
-            for k in range(16):
-                for lane in range(LANES):
-                    weight[k, lane] = tile[k, lane] * tile[k, lane]
+            weigh_by_square(tile, weight)
         search_symmetric(tile, weight, 32, scale, factor)
         for block in range(min(LANES // 16, len(x) - first)):
             _store_q6_k(x[first + block], scale[block * 16 :], factor[block * 16 :], levels, out[first + block])
@@ -134,43 +145,7 @@ def _weigh_by_importance(tile, weight, energy, first):  # type: ignore[no-untype
     spread = np.empty(LANES, np.float32)
     for lane in range(LANES):
         spread[lane] = np.float32(2) * energy[first + lane // 8] / np.float32(256)
-    for k in range(tile.shape[0]):
-        for lane in range(LANES):
-            weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
-
-
-@compiled
-def _sum_weights(weight, total):  # type: ignore[no-untyped-def]
-    total[:] = 0
-    for k in range(weight.shape[0]):
-        for lane in range(LANES):
-            total[lane] += weight[k, lane]
-
-
-@compiled
-def _round_scales(values, count, steps, codes):  # type: ignore[no-untyped-def]
-    """steps[block] = the largest value / 63, codes[block, j] = value in 1/63 of the largest."""
-    for block in range(count):
-        top = np.float32(0)
-        for j in range(8):
-            top = max(top, values[block * 8 + j])
-        inverse = np.float32(63) / top if top > 0 else np.float32(0)
-        steps[block] = top / np.float32(63)
-        for j in range(8):
-            codes[block, j] = min(np.uint8(63), np.uint8(nearest(inverse * values[block * 8 + j]) & np.int32(0xFF)))
-
-
-@compiled
-def _fit_scales(values, total, steps, codes):  # type: ignore[no-untyped-def]
-    """steps and codes of the values [LANES * 8] with the least weighted error."""
-    tile, weight = np.empty((8, LANES), np.float32), np.empty((8, LANES), np.float32)
-    levels = np.empty((8, LANES), np.uint8)
-    load(values.reshape(-1, 8), 0, tile)
-    load(total.reshape(-1, 8), 0, weight)
-    search_positive(tile, weight, 63, steps, levels)
-    for lane in range(LANES):
-        for j in range(8):
-            codes[lane, j] = levels[j, lane]
+    weigh(tile, weight, spread)
 
 
 @compiled

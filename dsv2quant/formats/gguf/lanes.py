@@ -97,6 +97,22 @@ def load_cyclic(blocks, first, tile):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def weigh(tile, weight, spread):  # type: ignore[no-untyped-def]
+    """weight · √(spread[lane] + x²)."""
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
+
+
+@compiled
+def weigh_by_square(tile, weight):  # type: ignore[no-untyped-def]
+    """weight = x²."""
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            weight[k, lane] = tile[k, lane] * tile[k, lane]
+
+
+@compiled
 def sum_squares(blocks, first, total):  # type: ignore[no-untyped-def]
     """total[lane] = Σ_k blocks[first + lane, k]²; zero beyond the last block."""
     total[:] = 0
@@ -105,3 +121,12 @@ def sum_squares(blocks, first, total):  # type: ignore[no-untyped-def]
         for lane in range(count):
             x = blocks[first + lane, k]
             total[lane] += x * x
+
+
+@compiled
+def sum_weights(weight, total):  # type: ignore[no-untyped-def]
+    """total[lane] = Σ_k weight."""
+    total[:] = 0
+    for k in range(weight.shape[0]):
+        for lane in range(LANES):
+            total[lane] += weight[k, lane]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import LANES, compiled, level, load, load_cyclic, put_half, sum_squares
-from dsv2quant.formats.gguf.search import search_affine, search_symmetric, signed_peak
+from dsv2quant.formats.gguf.lanes import LANES, compiled, level, load, load_cyclic, put_half, sum_squares, weigh
+from dsv2quant.formats.gguf.search import search_affine, search_levels, signed_peak
 
 
 @compiled
@@ -49,7 +49,7 @@ def encode_q45(x, importance, bits, affine, out):  # type: ignore[no-untyped-def
             if affine:
                 _affine_searched(tile, weight, (1 << bits) - 1, scale, low, levels)
             else:
-                _symmetric_searched(tile, weight, 1 << (bits - 1), scale, levels)
+                search_levels(tile, weight, 1 << (bits - 1), scale, levels)
         elif affine:
             _affine(tile, (1 << bits) - 1, scale, low, levels)
         else:
@@ -75,9 +75,7 @@ def _weigh(weight, tile, energy, first, per_row, cols):  # type: ignore[no-untyp
     for lane in range(LANES):
         row = min((first + lane) // per_row, len(energy) - 1)
         spread[lane] = energy[row] / np.float32(cols)
-    for k in range(32):
-        for lane in range(LANES):
-            weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
+    weigh(tile, weight, spread)
 
 
 @compiled
@@ -111,16 +109,6 @@ def _affine(tile, nmax, scale, low, levels):  # type: ignore[no-untyped-def]
         for lane in range(LANES):
             v = (tile[k, lane] - low[lane]) * inverse[lane] + np.float32(0.5)
             levels[k, lane] = np.uint8(min(_truncate(v), np.int32(nmax)))
-
-
-@compiled
-def _symmetric_searched(tile, weight, nmax, scale, levels):  # type: ignore[no-untyped-def]
-    factor = np.empty(LANES, np.float32)
-    search_symmetric(tile, weight, nmax, scale, factor)
-    for k in range(32):
-        for lane in range(LANES):
-            code = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
-            levels[k, lane] = code if factor[lane] != 0 else np.uint8(0)
 
 
 @compiled

@@ -5,8 +5,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, load, load_cyclic, nearest, put_half, sum_squares
-from dsv2quant.formats.gguf.search import search_affine, search_positive, search_symmetric, signed_peak
+from dsv2quant.formats.gguf.lanes import (
+    LANES,
+    TINY,
+    compiled,
+    level,
+    load,
+    load_cyclic,
+    nearest,
+    put_half,
+    sum_squares,
+    sum_weights,
+    weigh,
+)
+from dsv2quant.formats.gguf.search import fit_scales, round_positive, search_affine, search_levels, signed_peak
 
 
 @compiled
@@ -39,9 +51,9 @@ def encode_q2_k(x, importance, out):  # type: ignore[no-untyped-def]
                               scale[at:end], depth[at:end], factor[at:end], origin[at:end])  # fmt: skip
         for i, values in enumerate((scale, depth)):
             if len(weights):
-                _fit_positive(values, total, steps[i], codes[i])
+                fit_scales(values, total, 15, False, steps[i], codes[i])
             else:
-                _round_positive(values, count, steps[i], codes[i])
+                round_positive(values, count, 15, 255, steps[i], codes[i])
         for lane in range(count):
             row = out[first + lane]
             d, m = put_half(row, 80, steps[0, lane]), put_half(row, 82, steps[1, lane])
@@ -75,14 +87,14 @@ def encode_q3_k(x, importance, out):  # type: ignore[no-untyped-def]
             if len(weights):
                 load_cyclic(weights, first * 16 + at, weight)
                 _weigh(tile, weight, energy, at // 16, np.float32(2), total[at : at + LANES])
-                _search_levels(tile, weight, 4, scale[at : at + LANES], found)
+                search_levels(tile, weight, 4, scale[at : at + LANES], found)
             else:
                 _descend(tile, 4, scale[at : at + LANES], found)
             for lane in range(LANES):
                 for k in range(16):
                     levels[at + lane, k] = found[k, lane]
         if len(weights):
-            _fit_signed(scale, total, steps, codes)
+            fit_scales(scale, total, 32, True, steps, codes)
         else:
             _round_signed(scale, count, steps, codes)
         for lane in range(count):
@@ -108,27 +120,13 @@ def _weigh(tile, weight, energy, first, times, total):  # type: ignore[no-untype
     spread = np.empty(LANES, np.float32)
     for lane in range(LANES):
         spread[lane] = times * energy[first + lane // 16] / np.float32(256)
-    total[:] = 0
-    for k in range(16):
-        for lane in range(LANES):
-            weight[k, lane] *= np.sqrt(spread[lane] + tile[k, lane] * tile[k, lane])
-            total[lane] += weight[k, lane]
-
-
-@compiled
-def _search_levels(tile, weight, nmax, scale, levels):  # type: ignore[no-untyped-def]
-    """search_symmetric with its levels 0 … 2 nmax − 1 as uint8 [element, lane]; 0 in a lane of zeros."""
-    factor = np.empty(LANES, np.float32)
-    search_symmetric(tile, weight, nmax, scale, factor)
-    for k in range(16):
-        for lane in range(LANES):
-            code = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
-            levels[k, lane] = code if factor[lane] != 0 else np.uint8(0)
+    weigh(tile, weight, spread)
+    sum_weights(weight, total)
 
 
 @compiled
 def _descend(tile, nmax, scale, levels):  # type: ignore[no-untyped-def]
-    """make_q3_quants: five passes of coordinate descent, weight x²; levels as in _search_levels."""
+    """make_q3_quants: five passes of coordinate descent, weight x²; levels as in search_levels."""
     peak, current = np.empty(LANES, np.float32), np.empty((16, LANES), np.float32)
     sum_xl, sum_ll = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     signed_peak(tile, peak)
@@ -161,18 +159,6 @@ def _descend(tile, nmax, scale, levels):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _round_positive(values, count, steps, codes):  # type: ignore[no-untyped-def]
-    for block in range(count):
-        top = np.float32(0)
-        for j in range(16):
-            top = max(top, values[block * 16 + j])
-        inverse = np.float32(15) / top if top > 0 else np.float32(0)
-        steps[block] = top / np.float32(15)
-        for j in range(16):
-            codes[block, j] = np.uint8(nearest(inverse * values[block * 16 + j]) & np.int32(0xFF))
-
-
-@compiled
 def _round_signed(values, count, steps, codes):  # type: ignore[no-untyped-def]
     for block in range(count):
         top = np.float32(0)
@@ -185,30 +171,6 @@ def _round_signed(values, count, steps, codes):  # type: ignore[no-untyped-def]
             code = np.int32(np.int8(nearest(inverse * values[block * 16 + j])))
             code = min(max(code, np.int32(-32)), np.int32(31)) + 32
             codes[block, j] = np.uint8(code) if top != 0 else np.uint8(0)
-
-
-@compiled
-def _fit_positive(values, total, steps, codes):  # type: ignore[no-untyped-def]
-    tile, weight = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
-    levels = np.empty((16, LANES), np.uint8)
-    load(values.reshape(-1, 16), 0, tile)
-    load(total.reshape(-1, 16), 0, weight)
-    search_positive(tile, weight, 15, steps, levels)
-    for lane in range(LANES):
-        for j in range(16):
-            codes[lane, j] = levels[j, lane]
-
-
-@compiled
-def _fit_signed(values, total, steps, codes):  # type: ignore[no-untyped-def]
-    tile, weight = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
-    levels = np.empty((16, LANES), np.uint8)
-    load(values.reshape(-1, 16), 0, tile)
-    load(total.reshape(-1, 16), 0, weight)
-    _search_levels(tile, weight, 32, steps, levels)
-    for lane in range(LANES):
-        for j in range(16):
-            codes[lane, j] = levels[j, lane]
 
 
 @compiled

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, nearest
+from dsv2quant.formats.gguf.lanes import LANES, TINY, compiled, level, load, nearest
 
 
 @compiled
@@ -214,3 +214,50 @@ def search_positive(tile, weight, nmax, scale, levels):  # type: ignore[no-untyp
         if zero:
             for k in range(n):
                 levels[k, lane] = 0
+
+
+@compiled
+def search_levels(tile, weight, nmax, scale, levels):  # type: ignore[no-untyped-def]
+    """search_symmetric with its levels 0 … 2 nmax − 1 as uint8 [element, lane]; 0 in a lane of zeros."""
+    factor = np.empty(LANES, np.float32)
+    search_symmetric(tile, weight, nmax, scale, factor)
+    for k in range(tile.shape[0]):
+        for lane in range(LANES):
+            code = np.uint8(np.int32(level(factor[lane] * tile[k, lane], -nmax, nmax - 1)) + np.int32(nmax))
+            levels[k, lane] = code if factor[lane] != 0 else np.uint8(0)
+
+
+# The scales of a block's sub-blocks are values to round themselves: values and total weights [LANES * sub-blocks] →
+# steps [LANES] and codes uint8 [LANES, sub-blocks].
+
+
+@compiled
+def round_positive(values, count, nmax, limit, steps, codes):  # type: ignore[no-untyped-def]
+    """To the nearest of 0 … nmax times a step; a code that leaves this range is cut to 8 bits, and to `limit`."""
+    subs = codes.shape[1]
+    for block in range(count):
+        top = np.float32(0)
+        for j in range(subs):
+            top = max(top, values[block * subs + j])
+        inverse = np.float32(nmax) / top if top > 0 else np.float32(0)
+        steps[block] = top / np.float32(nmax)
+        for j in range(subs):
+            code = nearest(inverse * values[block * subs + j])
+            codes[block, j] = min(np.uint8(limit), np.uint8(code & np.int32(0xFF)))
+
+
+@compiled
+def fit_scales(values, total, nmax, signed, steps, codes):  # type: ignore[no-untyped-def]
+    """With the least weighted error: search_positive, or search_levels where `signed`."""
+    subs = codes.shape[1]
+    tile, weight = np.empty((subs, LANES), np.float32), np.empty((subs, LANES), np.float32)
+    levels = np.empty((subs, LANES), np.uint8)
+    load(values.reshape(-1, subs), 0, tile)
+    load(total.reshape(-1, subs), 0, weight)
+    if signed:
+        search_levels(tile, weight, nmax, steps, levels)
+    else:
+        search_positive(tile, weight, nmax, steps, levels)
+    for lane in range(LANES):
+        for j in range(subs):
+            codes[lane, j] = levels[j, lane]
