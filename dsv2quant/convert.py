@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
 from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
+from dsv2quant.scratch import Scratch
 from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
 
 logger = logging.getLogger(__name__)
@@ -78,19 +78,7 @@ class _Job:
         return self.nbytes if self.line else self.step.bytes_in + self.step.bytes_out
 
 
-class _Scratch(threading.local):
-    """One buffer per worker, kept between jobs: touching fresh pages costs more than filling them."""
-
-    _buffer = np.empty(0, np.uint8)
-
-    def take(self, nbytes: int) -> np.ndarray:
-        """`nbytes` bytes, valid until this worker's next call."""
-        if self._buffer.nbytes < nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes]
-
-
-_scratch = _Scratch()
+_scratch = Scratch()
 Piece = tuple[str, int, np.ndarray]  # output name, first byte, bytes
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import calibration, common
+from dsv2quant.cli import calibration, common, gguf
 
 
 @click.command(cls=common.Command)
 @click.argument("model")
-@click.option("-o", "--output", "out", metavar="OUT", help="The artifact's folder.")
+@click.option("-o", "--output", "out", metavar="OUT", help="The artifact's folder, or its GGUF file.")
 @common.plan_options
+@gguf.gguf_options
 @calibration.calibration_options
 @click.option("--statistics", metavar="STATS", help="What `calibrate` measured, instead of measuring again.")
 @click.option("--device", default="cpu", show_default=True, help="Where to encode and calibrate: cpu, cuda, cuda:1.")
@@ -36,7 +37,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Quantize MODEL (a folder or hub id) into folder OUT.
+    """Quantize MODEL (a folder or hub id) into folder OUT, or into a GGUF file.
 
     A run that was interrupted or killed continues from its finished layers and shards when the same command is given
     again, and ends with the same bytes.
@@ -45,24 +46,28 @@ def command(
     Examples:
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8 -o DeepSeek-V2-Lite-FP8-BLOCK
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --int4 --calibration chats.jsonl --device cuda -o LITE-W4A16
+      dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --gguf Q4_K_M -o DeepSeek-V2-Lite-Q4_K_M.gguf
       dsv2quant convert ./my-finetune --fp8=channel --target vllm --tp 4 -o my-finetune-FP8-Dynamic
     """
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.report.plans import plan_json, plan_text
+    from dsv2quant.report.plans import plan_text
     from dsv2quant.report.tables import gigabytes
 
     common.set_verbosity(verbose, quiet)
     if out is None and not dry_run:
-        raise click.UsageError("give -o OUT, the folder to write, or --dry-run")
+        raise click.UsageError("give -o OUT, the folder or file to write, or --dry-run")
+    as_gguf = gguf.is_asked_for(options)
     common.check_device(device)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
-    plan = common.plan_for(checkpoint, options)
     if dry_run or out is None:
-        if as_json:
-            common.print_json(plan_json(plan))
-        else:
-            print(plan_text(plan, every_tensor=verbose > 0))
+        gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)
         return
+    if as_gguf:
+        gguf.convert(
+            checkpoint, out, options, device=device, force=force, as_json=as_json, verbose=verbose, quiet=quiet
+        )
+        return
+    plan = common.plan_for(checkpoint, options)
 
     from dsv2quant.calib.calibration import needs_calibration, needs_statistics
     from dsv2quant.calib.statistics import Statistics

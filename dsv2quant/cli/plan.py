@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import common, gguf
 
 
 @click.command(cls=common.Command)
 @click.argument("model")
 @common.plan_options
+@gguf.gguf_options
 @common.hub_options
 @common.output_options
 def command(
@@ -22,7 +23,7 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
-    **plan_options: Any,
+    **options: Any,
 ) -> None:
     """Show what a conversion of MODEL (a folder or hub id) would do, from headers alone.
 
@@ -34,12 +35,7 @@ def command(
       dsv2quant plan deepseek-ai/DeepSeek-V2-Lite --fp8 --target vllm --tp 2
     """
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.report.plans import plan_json, plan_text
 
     common.set_verbosity(verbose, quiet)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
-    plan = common.plan_for(checkpoint, plan_options)
-    if as_json:
-        common.print_json(plan_json(plan))
-    else:
-        print(plan_text(plan, every_tensor=verbose > 0))
+    gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from dsv2quant.formats.amax_cpu import amax_bits, compiled, larger, magnitude, row_amax
+from dsv2quant.formats.amax_cpu import amax_bits, as_float, compiled, larger, magnitude, row_amax
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE, Grid
 from dsv2quant.formats.plain import check_finite
 
@@ -25,17 +25,6 @@ _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 def _i32(value: int) -> ir.Constant:
     return ir.Constant(_I32, value)
-
-
-@intrinsic
-def _as_float(context: Any, bits: Any) -> Any:
-    """BF16 bits (uint16) or float32 bits (uint32) → float32."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        word = b.shl(b.zext(args[0], _I32), _i32(16)) if bits.bitwidth == 16 else args[0]
-        return b.bitcast(word, _F32)
-
-    return types.float32(bits), codegen
 
 
 @intrinsic
@@ -76,13 +65,13 @@ def _column_amax(row, most):  # type: ignore[no-untyped-def]
 @compiled
 def _encode_row(row, scale, codes):  # type: ignore[no-untyped-def]
     for j in range(row.size):
-        codes[j] = _e4m3(_as_float(row[j]) / scale)
+        codes[j] = _e4m3(as_float(row[j]) / scale)
 
 
 @compiled
 def _encode_row_by_column(row, scale, codes):  # type: ignore[no-untyped-def]
     for j in range(row.size):
-        codes[j] = _e4m3(_as_float(row[j]) / scale[j])
+        codes[j] = _e4m3(as_float(row[j]) / scale[j])
 
 
 @compiled
@@ -101,7 +90,7 @@ def _encode_block(weight, codes, scales, infinity):  # type: ignore[no-untyped-d
             amax = row_amax(most[left:right])
             if amax >= infinity:
                 return False
-            scales[strip, block] = _scale(_as_float(amax))
+            scales[strip, block] = _scale(as_float(amax))
             scale[left:right] = scales[strip, block]
         for i in range(first, last):
             _encode_row_by_column(weight[i], scale, codes[i])
@@ -115,7 +104,7 @@ def _encode_channel(weight, codes, scales, infinity):  # type: ignore[no-untyped
         amax = row_amax(weight[i])
         if amax >= infinity:
             return False
-        scales[i, 0] = _scale(_as_float(amax))
+        scales[i, 0] = _scale(as_float(amax))
         _encode_row(weight[i], scales[i, 0], codes[i])
     return True
 
@@ -123,7 +112,7 @@ def _encode_channel(weight, codes, scales, infinity):  # type: ignore[no-untyped
 @compiled
 def _encode_tensor(weight, codes, scales, shared_amax):  # type: ignore[no-untyped-def]
     """Fill codes [rows, cols] and scales [1] from the bits of the largest magnitude, which may be another tensor's."""
-    scales[0] = _scale(_as_float(shared_amax))
+    scales[0] = _scale(as_float(shared_amax))
     for i in range(weight.shape[0]):
         _encode_row(weight[i], scales[0], codes[i])
 

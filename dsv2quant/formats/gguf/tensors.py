@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.names import Slot, layer_slots, model_slots
@@ -43,6 +44,11 @@ class Tensor:
     def kind(self) -> str:
         """The name without its layer and '.weight': 'ffn_down_exps'."""
         return self.name.rpartition(".")[0].rpartition(".")[2]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
     @property
     def matrices(self) -> int:

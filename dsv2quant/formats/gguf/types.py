@@ -6,7 +6,7 @@ What is there for other architectures or for models without experts is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -25,10 +25,13 @@ class FileType(NamedTuple):
 FILE_TYPES = {
     "F32": FileType(0, "F32"), "F16": FileType(1, "F16"), "BF16": FileType(32, "BF16"),
     "Q8_0": FileType(7, "Q8_0"), "Q6_K": FileType(18, "Q6_K"),
-    "Q5_K_M": FileType(17, "Q5_K"), "Q5_K_S": FileType(16, "Q5_K"), "Q5_1": FileType(9, "Q5_1"), "Q5_0": FileType(8, "Q5_0"),
-    "Q4_K_M": FileType(15, "Q4_K"), "Q4_K_S": FileType(14, "Q4_K"), "Q4_1": FileType(3, "Q4_1"), "Q4_0": FileType(2, "Q4_0"),
+    "Q5_K_M": FileType(17, "Q5_K"), "Q5_K_S": FileType(16, "Q5_K"),
+    "Q5_1": FileType(9, "Q5_1"), "Q5_0": FileType(8, "Q5_0"),
+    "Q4_K_M": FileType(15, "Q4_K"), "Q4_K_S": FileType(14, "Q4_K"),
+    "Q4_1": FileType(3, "Q4_1"), "Q4_0": FileType(2, "Q4_0"),
     "IQ4_NL": FileType(25, "IQ4_NL"), "IQ4_XS": FileType(30, "IQ4_XS"),
-    "Q3_K_L": FileType(13, "Q3_K"), "Q3_K_M": FileType(12, "Q3_K"), "Q3_K_S": FileType(11, "Q3_K"), "Q2_K": FileType(10, "Q2_K"),
+    "Q3_K_L": FileType(13, "Q3_K"), "Q3_K_M": FileType(12, "Q3_K"), "Q3_K_S": FileType(11, "Q3_K"),
+    "Q2_K": FileType(10, "Q2_K"),
     "IQ3_M": FileType(27, "IQ3_S"), "IQ3_S": FileType(26, "IQ3_S"), "MXFP4_MOE": FileType(38, "MXFP4"),
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp
@@ -127,20 +130,24 @@ class _Mix:
 
     def _down(self, layer: int) -> str:
         eighth = layer < self.layers // 8
-        rules: dict[str, Callable[[], str]] = {
-            "Q2_K": lambda: "Q3_K",
-            "Q3_K_M": lambda: "Q5_K" if layer < self.layers // 16 else "Q4_K",
-            "Q3_K_L": lambda: "Q5_K",
-            "Q4_K_M": lambda: "Q6_K" if self._more_bits(layer) else "Q4_K",
-            "Q5_K_M": lambda: "Q6_K" if self._more_bits(layer) else "Q5_K",
-            "Q4_K_S": lambda: "Q5_K" if eighth else "Q4_K",
-            "IQ3_M": lambda: "Q4_K" if eighth or (self.experts == 8 and self._more_bits(layer)) else "IQ3_S",
-            "IQ4_NL": lambda: "Q5_K" if eighth and not self.has_imatrix else "IQ4_NL",
-            "IQ4_XS": lambda: "Q5_K" if eighth and not self.has_imatrix else "IQ4_XS",
-            "Q4_0": lambda: "Q4_1" if eighth and self.has_imatrix else "Q4_0",
-            "Q5_0": lambda: "Q5_1" if eighth and self.has_imatrix else "Q5_0",
-        }
-        return rules.get(self.name, lambda: self.default)()
+        match self.name:
+            case "Q2_K":
+                return "Q3_K"
+            case "Q3_K_M":
+                return "Q5_K" if layer < self.layers // 16 else "Q4_K"
+            case "Q3_K_L":
+                return "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if self._more_bits(layer):
+                return "Q6_K"
+            case "Q4_K_S" if eighth:
+                return "Q5_K"
+            case "IQ3_M" if eighth or (self.experts == 8 and self._more_bits(layer)):
+                return "Q4_K"
+            case "IQ4_NL" | "IQ4_XS" if eighth and not self.has_imatrix:
+                return "Q5_K"
+            case "Q4_0" | "Q5_0" if eighth and self.has_imatrix:
+                return f"Q{self.name[1]}_1"
+        return self.default
 
     def _more_bits(self, layer: int) -> bool:
         """The first and last eighth of the layers, and every third between."""

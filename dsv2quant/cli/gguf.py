@@ -1,0 +1,117 @@
+"""GGUF on the command line: the options of `convert --gguf` and `plan --gguf`, and the conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv2quant.cli import common
+
+if TYPE_CHECKING:
+    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.formats.gguf.plan import GgufPlan
+
+gguf_options = common.stack(
+    click.option("--gguf", metavar="TYPE", help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
+    click.option("--imatrix", metavar="FILE", help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
+    click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
+    click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
+                 help="A type for tensors whose name matches, as llama-quantize has it; repeat for several."),
+    click.option("--output-type", metavar="TYPE", help="The type of output.weight."),
+    click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
+    click.option("--drop-expert-groups", is_flag=True, help="Let llama.cpp route without groups: see the plan's note."),
+    click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
+)  # fmt: skip
+_NEEDS_GGUF = (
+    "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "drop_expert_groups",
+    "split_max_size",
+)  # fmt: skip
+_EXCLUDED = ("fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "text", "figure")
+
+
+def is_asked_for(options: Mapping[str, Any]) -> bool:
+    """Whether --gguf is given; options that go with the other formats, or with it alone, are a usage error."""
+    wrong = _EXCLUDED if options["gguf"] else _NEEDS_GGUF
+    given = [name for name in wrong if options.get(name)]
+    if given:
+        flag = {"recipe_file": "recipe", "targets": "target", "text": "calibration", "tensor_types": "tensor-type"}
+        name = flag.get(given[0], given[0].replace("_", "-"))
+        raise click.UsageError(f"--{name} does not go with --gguf" if options["gguf"] else f"--{name} goes with --gguf")
+    return bool(options["gguf"])
+
+
+def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
+    """Show what a conversion would do, into GGUF or another format."""
+    from dsv2quant.report import gguf, plans
+
+    if is_asked_for(options):
+        gguf_plan = plan_for(checkpoint, options)
+        text, found = gguf.plan_text(gguf_plan, every_tensor=every_tensor), gguf.plan_json(gguf_plan)
+    else:
+        plan = common.plan_for(checkpoint, options)
+        text, found = plans.plan_text(plan, every_tensor=every_tensor), plans.plan_json(plan)
+    if as_json:
+        common.print_json(found)
+    else:
+        print(text)
+
+
+def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> GgufPlan:
+    """The plan that `gguf_options` ask for."""
+    from dsv2quant.formats.gguf import imatrix
+    from dsv2quant.formats.gguf import plan as gguf
+
+    if options["imatrix_shrink"] and not options["imatrix"]:
+        raise click.UsageError("--imatrix-shrink goes with --imatrix")
+    asked = gguf.Options(
+        gguf.parse_file_type(options["gguf"]),
+        tuple(gguf.parse_tensor_type(text) for text in options["tensor_types"]),
+        gguf.parse_type(options["output_type"]) if options["output_type"] else None,
+        gguf.parse_type(options["token_embedding_type"]) if options["token_embedding_type"] else None,
+        options["drop_expert_groups"],
+        imatrix.read(Path(options["imatrix"])) if options["imatrix"] else None,
+        options["imatrix_shrink"],
+    )
+    return gguf.make_gguf_plan(checkpoint, asked)
+
+
+def convert(
+    checkpoint: Checkpoint, out: str, options: Mapping[str, Any], *, device: str, force: bool, as_json: bool,
+    verbose: int, quiet: bool,
+) -> None:  # fmt: skip
+    """Write the GGUF file and say what was done."""
+    from dsv2quant.formats.gguf.convert import convert_gguf
+    from dsv2quant.report.gguf import plan_text
+    from dsv2quant.report.tables import gigabytes
+    from dsv2quant.shards import parse_size
+
+    if not out.endswith(".gguf"):
+        raise click.UsageError("-o OUT: the name of a GGUF file must end in .gguf")
+    plan = plan_for(checkpoint, options)
+    if verbose:
+        click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
+    elif not quiet:
+        for note in plan.notes:
+            click.echo(f"note: {note}", err=True)
+    size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
+    result = convert_gguf(plan, Path(out), split_max_size=size, force=force, progress=common.progress(quiet))
+    nbytes = sum(result.files.values())
+    if as_json:
+        common.print_json(
+            {
+                "schema": "dsv2quant.convert-gguf/1",
+                "files": {str(Path(out).with_name(name)): size for name, size in result.files.items()},
+                "bytes_in": plan.bytes_in,
+                "bytes_out": nbytes,
+                "bits_per_weight": 8 * nbytes / plan.parameters,
+                "resumed_tensors": result.resumed,
+                "seconds": result.seconds,
+            }
+        )
+    elif not quiet:
+        names = next(iter(result.files)) + (f" and {len(result.files) - 1} more" if len(result.files) > 1 else "")
+        sizes = f"{gigabytes(plan.bytes_in)} → {gigabytes(nbytes)}, {8 * nbytes / plan.parameters:.2f} bits/weight"
+        print(f"{Path(out).with_name(names)}: {sizes}, in {result.seconds:.1f} s")

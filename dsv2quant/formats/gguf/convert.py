@@ -1,0 +1,179 @@
+"""Run a GGUF plan: one pass in the order of the file, in bounded memory.
+
+All sizes are known, so workers read, encode and write their pieces where they belong. A file is written under
+`<name>.partial` and renamed when it is whole; a run that was killed goes on behind the tensors that its state file
+says are durable.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf import blocks
+from dsv2quant.formats.gguf.metadata import model_metadata
+from dsv2quant.formats.gguf.plan import File, GgufPlan, lay_out
+from dsv2quant.formats.gguf.rows import Piece, pieces, read_rows
+from dsv2quant.formats.gguf.state import State
+from dsv2quant.formats.gguf.types import FILE_TYPES
+from dsv2quant.progress import Progress, no_progress
+from dsv2quant.writer import disk_errors, sync_folder
+
+_RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
+_MAX_RUNNING = 32  # pieces that run or wait
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did: sizes by file, and how many tensors an earlier run had written."""
+
+    files: dict[str, int]
+    resumed: int
+    seconds: float
+
+
+def convert_gguf(
+    plan: GgufPlan,
+    out: Path,
+    *,
+    split_max_size: int | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Write the plan's file, or with `split_max_size` bytes its shards.
+
+    Raises InputError where a weight is NaN, infinite or beyond what its type holds, or `out` can't be written.
+    """
+    started = time.perf_counter()
+    options = plan.options
+    number = FILE_TYPES[options.file_type].number
+    metadata = model_metadata(plan.checkpoint, number, drop_expert_groups=options.drop_expert_groups)
+    if options.imatrix is not None:
+        metadata |= options.imatrix.metadata()
+    files = lay_out(plan, out, metadata, split_max_size)
+    state = State(out, files, plan, force)
+    try:
+        resumed = sum(state.done)
+        with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
+            for number, file in enumerate(files):
+                if state.done[number] < len(file.lines):
+                    with _Writer(plan, state, number, workers, advance) as writer:
+                        writer.write()
+                else:
+                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
+        state.finish()
+    finally:
+        state.close()
+    return Result({file.path.name: file.nbytes for file in files}, resumed, time.perf_counter() - started)
+
+
+class _Writer:
+    """Writes what is missing of one file. A context: on leaving it no worker writes any more."""
+
+    def __init__(
+        self, plan: GgufPlan, state: State, number: int, workers: ThreadPoolExecutor, advance: Callable[[int], object]
+    ) -> None:
+        self._plan, self._state, self._number, self._workers = plan, state, number, workers
+        self._advance = advance
+        self._file: File = state.files[number]
+        self._done = state.done[number]
+        self._unrecorded = 0
+        self._running: deque[tuple[Piece, bool, Future[None]]] = deque()  # and whether it is its tensor's last
+        self._recorder = ThreadPoolExecutor(1)
+        self._recording: Future[None] | None = None
+        with disk_errors(self._file.path):
+            self._descriptor = os.open(self._file.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for _, _, job in self._running:
+            job.cancel()
+        for _, _, job in self._running:
+            if not job.cancelled():
+                job.exception()  # waits
+        self._recorder.shutdown()
+        os.close(self._descriptor)
+
+    def write(self) -> None:
+        """Encode and write the missing tensors, and give the file its name."""
+        file = self._file
+        with disk_errors(file.path):
+            if not self._done:
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, file.header, 0)
+                os.ftruncate(self._descriptor, file.nbytes)
+        for line, _ in file.lines[: self._done]:
+            self._advance(sum(piece.bytes_in for piece in pieces(self._plan, line)))
+        for line, begin in file.lines[self._done :]:
+            importance = self._plan.importance(line.tensor)
+            cut = list(pieces(self._plan, line))
+            for piece in cut:
+                if len(self._running) >= _MAX_RUNNING:
+                    self._settle()
+                job = self._workers.submit(self._encode, piece, importance, begin)
+                self._running.append((piece, piece is cut[-1], job))
+        while self._running:
+            self._settle()
+        with disk_errors(file.path):
+            os.fsync(self._descriptor)
+            file.partial.rename(file.path)
+            sync_folder(file.path.parent)
+        self._state.record(self._number, len(file.lines))
+
+    def _settle(self) -> None:
+        """Wait for the oldest piece. Now and then, make what is finished durable, behind the work."""
+        piece, is_last, job = self._running[0]
+        job.result()
+        self._running.popleft()
+        self._advance(piece.bytes_in)
+        if not is_last:
+            return
+        self._done += 1
+        self._unrecorded += piece.line.nbytes
+        if self._unrecorded >= _RECORD_EVERY:
+            if self._recording is not None:
+                self._recording.result()
+            self._unrecorded = 0
+            self._recording = self._recorder.submit(self._record, self._done)
+
+    def _record(self, done: int) -> None:
+        with disk_errors(self._file.path):
+            os.fdatasync(self._descriptor)
+        self._state.record(self._number, done)
+
+    def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> None:
+        """A worker's part: read a piece of a tensor that begins at byte `begin`, encode it, write it where it belongs."""
+        line = piece.line
+        at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
+        for rows in read_rows(self._plan.checkpoint, piece):
+            data = _encode_rows(piece, rows, importance)
+            if not blocks.scales_are_finite(line.type, data):
+                what = f"{piece.weight.slot.name} has values too large for {line.type}"
+                raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
+            view, done = data.reshape(-1).data, 0
+            with disk_errors(self._file.path):
+                while done < len(view):
+                    done += os.pwrite(self._descriptor, view[done:], at + done)
+            at += data.nbytes
+
+
+def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """float32 [rows, cols] → uint8 [rows, bytes of a row], each matrix with its own importance [matrices, cols]."""
+    kind = piece.line.type
+    if importance is None:
+        return blocks.encode(kind, rows)
+    per_matrix = piece.line.tensor.shape[-2]
+    if len(rows) <= per_matrix:
+        return blocks.encode(kind, rows, importance[piece.matrix])
+    split = np.split(rows, len(rows) // per_matrix)
+    return np.concatenate([blocks.encode(kind, r, i) for r, i in zip(split, importance, strict=True)])

@@ -1,0 +1,209 @@
+"""The plan of a GGUF file: what each tensor becomes, from headers alone, and the bytes before the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType
+
+from dsv2quant import __version__
+from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.errors import InputError, UsageError
+from dsv2quant.formats.gguf import blocks, types
+from dsv2quant.formats.gguf.container import Metadata, TensorHeader, Value, pack_header, padded
+from dsv2quant.formats.gguf.imatrix import Imatrix
+from dsv2quant.formats.gguf.metadata import check_loadable, warnings
+from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.writer import PARTIAL
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `--gguf` is asked for: a file type (`types.FILE_TYPES`), types for tensors by regular expression, as
+    llama-quantize takes them, and an importance matrix. `shrink` evens out those of experts with few tokens."""
+
+    file_type: str
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    drop_expert_groups: bool = False
+    imatrix: Imatrix | None = None
+    shrink: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One tensor of the file: its type, and why that is not what was wished for."""
+
+    tensor: Tensor
+    type: str
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def nbytes(self) -> int:
+        return blocks.nbytes(self.type, self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    checkpoint: Checkpoint
+    options: Options
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """The checkpoint's weights by name."""
+        return {weight.slot.name: weight for weight in self.checkpoint.weights}
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(weight.nbytes for weight in self.checkpoint.weights)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the tensors, without what is before them."""
+        return sum(padded(line.nbytes) for line in self.lines)
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.slot.size for weight in self.checkpoint.weights)
+
+    def importance(self, tensor: Tensor) -> np.ndarray | None:
+        """float32 [matrices, cols], or None without an importance matrix of this tensor."""
+        imatrix = self.options.imatrix
+        return None if imatrix is None else imatrix.importance(tensor, shrink=self.options.shrink)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the artifact: its path, everything before its data, and the lines in it with their first byte."""
+
+    path: Path
+    header: bytes
+    lines: tuple[tuple[Line, int], ...]
+
+    @property
+    def partial(self) -> Path:
+        """What it is called while it is written."""
+        return self.path.with_name(self.path.name + PARTIAL)
+
+    @property
+    def nbytes(self) -> int:
+        line, begin = self.lines[-1]
+        return begin + padded(line.nbytes)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over what determines its bytes, the weights' values and an importance matrix's aside."""
+        content = [__version__, hashlib.sha256(self.header).hexdigest(), [line.name for line, _ in self.lines]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
+    """Plan a GGUF file. Raises InputError where llama.cpp could not load it or the importance matrix is of another
+    model, and UsageError where a type can't be encoded or a tensor's rows don't fit the type asked for."""
+    config = checkpoint.config
+    check_loadable(config)
+    quantized = [w for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
+    if quantized:
+        what = f"is already quantized: {quantized[0].slot.name} is {quantized[0].scheme}"
+        raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
+    tensors = model_tensors(config)
+    if options.imatrix is not None:
+        options.imatrix.check_model(tensors)
+    choices = types.choose(
+        tensors, options.file_type, config, has_imatrix=options.imatrix is not None, tensor_types=options.tensor_types,
+        output_type=options.output_type, token_embedding_type=options.token_embedding_type,
+    )  # fmt: skip
+    lines = tuple(Line(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
+    for line in lines:
+        _check_type(line)
+    notes = list(warnings(checkpoint))
+    if options.file_type in ("Q2_K", "Q3_K_S") and options.imatrix is None:
+        notes.append(f"{options.file_type} without an importance matrix loses much: see `calibrate --imatrix`")
+    return GgufPlan(checkpoint, options, lines, tuple(notes))
+
+
+def _check_type(line: Line) -> None:
+    if line.type not in blocks.TYPES:
+        fix = f"it encodes {', '.join(blocks.TYPES)}"
+        raise UsageError(f"{line.name} would be {line.type}, which dsv2quant does not encode", fix=fix)
+    if line.tensor.shape[-1] % blocks.TYPES[line.type].values:
+        what = f"{line.name} can't be {line.type}: its rows have {line.tensor.shape[-1]} columns"
+        raise UsageError(what, fix="give another type")
+
+
+def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int | None = None) -> list[File]:
+    """The artifact's files in order: `out`, or where it is larger than `split_max_size` bytes the shards
+    `out-00001-of-0000N.gguf`, cut where llama-gguf-split cuts. The first has all metadata."""
+    groups: list[list[Line]] = [[]]
+    size = 0
+    for line in plan.lines:
+        nbytes = padded(line.nbytes)
+        if split_max_size is not None and groups[-1] and size + nbytes > split_max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(line)
+        size += nbytes
+    if len(groups) == 1:
+        return [_file(out, metadata, groups[0])]
+    files = []
+    for number, lines in enumerate(groups):
+        split = {
+            "split.no": Value(GGUFValueType.UINT16, number),
+            "split.count": Value(GGUFValueType.UINT16, len(groups)),
+            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.lines)),
+        }
+        path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
+        files.append(_file(path, {**metadata, **split} if number == 0 else split, lines))
+    return files
+
+
+def _file(path: Path, metadata: Metadata, lines: Sequence[Line]) -> File:
+    headers: list[TensorHeader] = []
+    begin = 0
+    for line in lines:
+        headers.append(TensorHeader(line.name, line.type, line.tensor.shape, begin, line.nbytes))
+        begin += padded(line.nbytes)
+    header = pack_header(metadata, headers)
+    return File(path, header, tuple((line, len(header) + h.begin) for line, h in zip(lines, headers, strict=True)))
+
+
+def parse_file_type(name: str) -> str:
+    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none."""
+    upper = name.upper()
+    known = types.ALIASES.get(upper, upper)
+    if known not in types.FILE_TYPES:
+        raise UsageError(f"unknown file type {name!r}", fix=f"one of {', '.join(types.FILE_TYPES)}")
+    return known
+
+
+def parse_type(name: str) -> str:
+    """'q8_0' → 'Q8_0', a type that can be encoded. Raises UsageError."""
+    if name.upper() not in blocks.TYPES:
+        raise UsageError(f"unknown type {name!r}", fix=f"one of {', '.join(blocks.TYPES)}")
+    return name.upper()
+
+
+def parse_tensor_type(text: str) -> tuple[str, str]:
+    """'ffn_down_exps=q6_k' → (pattern, type), as llama-quantize's --tensor-type. Raises UsageError."""
+    pattern, equals, kind = text.partition("=")
+    try:
+        re.compile(pattern.lower())
+    except re.error as error:
+        raise UsageError(f"--tensor-type {text}: {error}", fix="give a regular expression") from None
+    if not pattern or not equals:
+        raise UsageError(f"--tensor-type {text!r}", fix="write it as PATTERN=TYPE, as ffn_down_exps=q6_k")
+    return pattern, parse_type(kind)
