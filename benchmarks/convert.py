@@ -39,11 +39,12 @@ V2_LITE = {
 BLOCK = 16 << 20
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Random BF16 weights in V2-Lite's shapes, in shards of about 5 GB; returns their bytes."""
+def make_checkpoint(folder: Path, layers: int, **changes: Any) -> int:
+    """Random BF16 weights in V2-Lite's shapes, in shards of about 5 GB; `changes` are to the configuration. Returns
+    the weights' bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    raw = V2_LITE | {"num_hidden_layers": layers}
+    raw = V2_LITE | {"num_hidden_layers": layers} | changes
     (folder / "config.json").write_text(json.dumps(raw))
     outputs = [
         Output(s.name, "BF16", s.shape, 2 * s.size) for s in model_slots(ModelConfig.from_dict(raw, "config.json"))

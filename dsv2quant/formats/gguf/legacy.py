@@ -25,7 +25,7 @@ def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
             rest = v - whole
             up = np.float32(1) if rest >= np.float32(0.5) else np.float32(0)
             down = np.float32(1) if rest <= np.float32(-0.5) else np.float32(0)
-            out[i, 2 + k] = np.uint8(_truncate(whole + up - down))
+            out[i, 2 + k] = np.uint8(np.int32(_known(whole + up - down)))
 
 
 @compiled
@@ -39,8 +39,9 @@ def encode_q45(x, importance, bits, affine, out):  # type: ignore[no-untyped-def
     for first in range(0, len(x) if len(weights) else 0, LANES):
         sum_squares(x, first, energy[first : first + LANES])
     tile, weight = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
-    levels = np.empty((32, LANES), np.uint8)
+    levels, packed = np.empty((32, LANES), np.uint8), np.empty((16 + 4 * (bits == 5), LANES), np.uint8)
     scale, low = np.empty(LANES, np.float32), np.zeros(LANES, np.float32)
+    start = 4 if affine else 2
     for first in range(0, len(blocks), LANES):
         load(blocks, first, tile)
         if len(weights):
@@ -54,18 +55,20 @@ def encode_q45(x, importance, bits, affine, out):  # type: ignore[no-untyped-def
             _affine(tile, (1 << bits) - 1, scale, low, levels)
         else:
             _symmetric(tile, 1 << (bits - 1), scale, levels)
+        _pack(levels, packed)
         for lane in range(min(LANES, len(blocks) - first)):
             row = out[first + lane]
             put_half(row, 0, scale[lane])
             if affine:
                 put_half(row, 2, low[lane])
-            _pack(levels, lane, bits, row[4 if affine else 2 :])
+            for k in range(len(packed)):
+                row[start + k] = packed[k, lane]
 
 
 @compiled
-def _truncate(v):  # type: ignore[no-untyped-def]
-    """Toward zero; 0 where x86 has no answer (the scale's inverse overflowed)."""
-    return np.int32(v) if abs(v) < np.float32(2.0**30) else np.int32(0)
+def _known(v):  # type: ignore[no-untyped-def]
+    """v, or 0 where x86 has no integer for it (the scale's inverse overflowed)."""
+    return v if abs(v) < np.float32(2.0**30) else np.float32(0)
 
 
 @compiled
@@ -87,8 +90,8 @@ def _symmetric(tile, nmax, scale, levels):  # type: ignore[no-untyped-def]
         inverse[lane] = np.float32(1) / scale[lane] if scale[lane] != 0 else np.float32(0)
     for k in range(32):
         for lane in range(LANES):
-            v = tile[k, lane] * inverse[lane] + (np.float32(nmax) + np.float32(0.5))
-            levels[k, lane] = np.uint8(min(_truncate(v), np.int32(2 * nmax - 1)))
+            v = _known(tile[k, lane] * inverse[lane] + (np.float32(nmax) + np.float32(0.5)))
+            levels[k, lane] = np.uint8(np.int32(min(v, np.float32(2 * nmax - 1))))
 
 
 @compiled
@@ -107,8 +110,8 @@ def _affine(tile, nmax, scale, low, levels):  # type: ignore[no-untyped-def]
         inverse[lane] = np.float32(1) / scale[lane] if scale[lane] != 0 else np.float32(0)
     for k in range(32):
         for lane in range(LANES):
-            v = (tile[k, lane] - low[lane]) * inverse[lane] + np.float32(0.5)
-            levels[k, lane] = np.uint8(min(_truncate(v), np.int32(nmax)))
+            v = _known((tile[k, lane] - low[lane]) * inverse[lane] + np.float32(0.5))
+            levels[k, lane] = np.uint8(np.int32(min(v, np.float32(nmax))))
 
 
 @compiled
@@ -123,15 +126,15 @@ def _affine_searched(tile, weight, nmax, scale, low, levels):  # type: ignore[no
 
 
 @compiled
-def _pack(levels, lane, bits, row):  # type: ignore[no-untyped-def]
-    """32 levels of 4 bits → row[:16], or of 5: their high bits → row[:4], the low ones → row[4:20]."""
-    at = 0
-    if bits == 5:
-        high = np.uint32(0)
-        for k in range(32):
-            high |= np.uint32(levels[k, lane] >> 4 & 1) << np.uint32(k)
-        for i in range(4):
-            row[i] = np.uint8(high >> np.uint32(8 * i) & np.uint32(0xFF))
-        at = 4
+def _pack(levels, packed):  # type: ignore[no-untyped-def]
+    """levels [32, lane] of 4 bits → packed [16, lane], or of 5: four rows of their high bits, then the low ones."""
+    high = len(packed) - 16
+    for i in range(high):
+        for lane in range(LANES):
+            packed[i, lane] = 0
+        for k in range(8):
+            for lane in range(LANES):
+                packed[i, lane] |= levels[i * 8 + k, lane] >> 4 << k
     for k in range(16):
-        row[at + k] = (levels[k, lane] & 15) | (levels[k + 16, lane] & 15) << 4
+        for lane in range(LANES):
+            packed[high + k, lane] = (levels[k, lane] & 15) | (levels[k + 16, lane] & 15) << 4
