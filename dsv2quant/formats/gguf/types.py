@@ -6,7 +6,7 @@ What is there for other architectures or for models without experts is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -63,7 +63,7 @@ def choose(
     fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback.
     """
     mix = _Mix(file_type, config, has_imatrix, tied=all(tensor.kind != "output" for tensor in tensors))
-    patterns = [(re.compile(pattern.lower()), kind) for pattern, kind in tensor_types]
+    patterns = [] if mix.default in _PLAIN else [(re.compile(pattern.lower()), kind) for pattern, kind in tensor_types]
     fixed = {"token_embd": token_embedding_type, "output": output_type}
 
     def one(tensor: Tensor) -> Choice:
@@ -72,8 +72,6 @@ def choose(
         chosen = fixed.get(tensor.kind)
         if chosen is not None:
             return chosen, None
-        if mix.default in _PLAIN:
-            return mix.default, None
         found = next((kind for pattern, kind in patterns if pattern.search(tensor.name)), None)
         return fall_back(tensor, found or mix.type_of(tensor))
 
@@ -85,12 +83,12 @@ def quantizable(tensor: Tensor) -> bool:
     return len(tensor.shape) > 1 and tensor.kind != "ffn_gate_inp"
 
 
-def fall_back(tensor: Tensor, wished: str) -> Choice:
+def fall_back(tensor: Tensor, wished: str, fallbacks: Mapping[str, str] = _FALLBACKS) -> Choice:
     """The type that the tensor's rows fit (tensor_type_fallback)."""
     columns = tensor.shape[-1]
     if columns % _block(wished) == 0:
         return wished, None
-    instead = _FALLBACKS.get(wished, wished)
+    instead = fallbacks.get(wished, wished)
     if columns % _block(instead):
         instead = "F16"
     return instead, f"rows of {columns} are not whole blocks of {_block(wished)}, as {wished} has"
@@ -110,6 +108,8 @@ class _Mix:
 
     def type_of(self, tensor: Tensor) -> str:
         kind = tensor.kind
+        if self.default in _PLAIN:
+            return self.default
         if kind == "output" or (kind == "token_embd" and self.tied):
             return self._output(tensor.shape[-1])
         if self.name == "MXFP4_MOE":
