@@ -118,9 +118,11 @@ class Checkpoint:
 
         found = open_files(path)
         data = {file.path.name: (file.path, file.data_start) for file in found.files}
-        model = found.files[0].path.name
-        logger.info("%s: %d weights in %d files", model, len(found.weights), len(data))
-        return cls(model, found.raw_config, found.config, found.weights, list(data), data, metadata=found.metadata)
+        first = found.files[0]
+        logger.info("%s: %d weights in %d files", first.path.name, len(found.weights), len(data))
+        return cls(
+            first.path.name, found.raw_config, found.config, found.weights, list(data), data, metadata=first.metadata
+        )
 
     def check_source(self) -> None:
         """Raise InputError for a GGUF file: it is measured, never converted."""

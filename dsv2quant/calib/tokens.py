@@ -46,9 +46,10 @@ class Tokenizer:
         if checkpoint.metadata is None:
             assert checkpoint.folder is not None
             return cls.open(checkpoint.folder)
-        from dsv2quant.formats.gguf.pretokenizer import gguf_tokenizer
+        from dsv2quant.formats.gguf.tokenizer import gguf_tokenizer
 
-        backend, where = gguf_tokenizer(checkpoint.metadata), checkpoint.model
+        where = checkpoint.model
+        backend = gguf_tokenizer(checkpoint.metadata, where)
         bos, add_bos = (checkpoint.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "add_bos_token"))
         if bos is None or type(bos.value) is not int:
             raise InputError("no tokenizer.ggml.bos_token_id", where=where, fix="convert the model again")

@@ -17,25 +17,23 @@ import numpy as np
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.container import Container, Metadata, TensorHeader, read
+from dsv2quant.formats.gguf.container import Container, TensorHeader, read
 from dsv2quant.formats.gguf.hf_config import model_config
-from dsv2quant.formats.gguf.tensors import K_B, V_B, Tensor, model_tensors
+from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
 from dsv2quant.formats.part import PLAIN_DTYPES
 from dsv2quant.headers import StoredTensor
 from dsv2quant.names import Slot, model_slots
 from dsv2quant.weights import Weight
 
-ARCHITECTURE = "deepseek2"
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _AGAIN = "get the file again"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model's files in order, the first one's metadata, and what they hold."""
+    """A model's files in order, of which the first has the metadata, and what they hold."""
 
     files: list[Container]
-    metadata: Metadata
     raw_config: dict[str, Any]
     config: ModelConfig
     weights: list[Weight]
@@ -45,19 +43,10 @@ def open_files(path: Path) -> Opened:
     """Open a GGUF file, and those it was split into. Raises InputError for a file of another kind or architecture, and
     for tensors that are missing, surplus, mis-shaped or of a type that can't be decoded."""
     files = _files(path)
-    metadata = files[0].metadata
-    architecture = metadata["general.architecture"].value if "general.architecture" in metadata else None
-    if architecture != ARCHITECTURE:
-        what = f"general.architecture is {architecture!r}"
-        raise InputError(what, where=path, fix=f"supported: {ARCHITECTURE}")
     held = _index(files)
-    legacy = next((name for name in held if name.endswith(".attn_kv_b.weight")), None)
-    if legacy is not None:
-        fix = "convert the model with a llama.cpp of April 2025 or later"
-        raise InputError(f"{legacy} is not split into {K_B} and {V_B}", where=path, fix=fix)
-    raw_config = model_config(metadata) | {"tie_word_embeddings": "output.weight" not in held}
+    raw_config = model_config(files[0].metadata, path, tied="output.weight" not in held)
     config = ModelConfig.from_dict(raw_config, path)
-    return Opened(files, metadata, raw_config, config, _weights(config, held, path))
+    return Opened(files, raw_config, config, _weights(config, held, path))
 
 
 def decode(tensors: list[tuple[StoredTensor, np.ndarray]]) -> np.ndarray:
@@ -93,8 +82,9 @@ def _files(path: Path) -> list[Container]:
         raise InputError(what, where=path.parent, fix="all files of a split model lie in one folder")
     files = [opened if p == path else read(p) for p in paths]
     total = sum(len(file.tensors) for file in files)
-    for number, file in enumerate(files):
-        for key, wanted in {"split.no": number, "split.count": count, "split.tensors.count": total}.items():
+    wanted_by_key = {"split.no": range(count), "split.count": [count] * count, "split.tensors.count": [total] * count}
+    for key, values in wanted_by_key.items():
+        for file, wanted in zip(files, values, strict=True):
             if (found := _integer(file, key, None)) != wanted:
                 raise InputError(
                     f"{key} is {found}, not {wanted}", where=file.path, fix="files of two models are mixed"
