@@ -22,7 +22,8 @@ _PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
 class Weight:
     """A tensor of the model as this checkpoint stores it: its scheme, and its parts by suffix.
 
-    `scheme` is 'bf16' for every unquantized tensor; `parts` then has one entry, whose dtype may be BF16, F16 or F32.
+    `scheme` is 'bf16' for every unquantized tensor; `parts` then has one entry, whose dtype may be BF16, F16 or F32. In
+    a GGUF file schemes are block types ('q4_k'), and kv_b_proj has two parts, whose types may differ ('q5_0+q4_k').
     """
 
     slot: Slot

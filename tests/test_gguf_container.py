@@ -185,6 +185,21 @@ def test_damage_is_one_clear_line(damage, small, tmp_path):
     assert peak < 1 << 20
 
 
+def test_a_large_file_does_not_make_a_large_header(small, tmp_path):
+    """A count that the file is long enough for, all of it a hole."""
+    data = bytes_of(small)
+    put(value("integers"), "IQ", 0, 80_000_000)(data)
+    with (tmp_path / "m.gguf").open("wb") as file:
+        file.write(data)
+        file.truncate(100_000_000)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="a count in its header is wrong"):
+        read(tmp_path / "m.gguf")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
 @pytest.mark.parametrize("alignment", [0, 3, 4, 33, True, -32, "32", [32]])
 def test_alignments_that_are_none(alignment, tmp_path):
     writer = GGUFWriter(tmp_path / "m.gguf", "deepseek2")

@@ -44,6 +44,7 @@ _EXPONENTS = {
     "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
 }  # fmt: skip
 DECODABLE = tuple(_EXPONENTS)
+_ROWS = 256  # decoded at a time
 
 
 def nbytes(name: str, shape: tuple[int, ...]) -> int:
@@ -102,10 +103,13 @@ def decode(name: str, data: np.ndarray) -> np.ndarray:
     Raises ValueError where a row is not whole blocks.
     """
     kind = GGMLQuantizationType[name]
-    size = GGML_QUANT_SIZES[kind][1]
+    values, size = GGML_QUANT_SIZES[kind]
     if data.shape[-1] % size:
         raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
-    return quants.dequantize(data, kind)
+    out = np.empty((len(data), data.shape[-1] // size * values), np.float32)
+    for first in range(0, len(data), _ROWS):  # the library would hold everything twice
+        out[first : first + _ROWS] = quants.dequantize(data[first : first + _ROWS], kind)
+    return out
 
 
 def first_bad_block(name: str, data: np.ndarray) -> int | None:
