@@ -57,7 +57,7 @@ class Evaluator:
     """KLD from the BF16 checkpoint on windows of the default evaluation text."""
 
     def __init__(self) -> None:
-        tokenizer = Tokenizer(MODEL)
+        tokenizer = Tokenizer.open(MODEL)
         stream = tokenizer.encode(python_topics().content)
         self._ids = cut(stream, CTX, tokenizer.bos_id, "default", "topics").ids[:EVALUATED]
         self.tokens = EVALUATED * (CTX - 1)
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    all_ids = windows(standard_library(), Tokenizer(MODEL), options.windows, CTX, seed=0)
+    all_ids = windows(standard_library(), Tokenizer.open(MODEL), options.windows, CTX, seed=0)
     evaluate = Evaluator()
     rows: list[dict[str, Any]] = []
 

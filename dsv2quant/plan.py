@@ -151,6 +151,7 @@ def make_plan(
     Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
     `tp` does not divide the model or a target does not load what the recipe makes.
     """
+    checkpoint.check_source()
     chosen = targets.choose(for_targets, recipe.schemes)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, tp)

@@ -1,4 +1,5 @@
-"""Checking an artifact: its files against the manifest, its tensors against its plan, its error against the source."""
+"""Checking an artifact: its files against the manifest, its tensors against its plan, its error against the source. A
+GGUF file has neither manifest nor plan: there the scales of its blocks are looked at."""
 
 from __future__ import annotations
 
@@ -65,6 +66,19 @@ def check_files(artifact: Checkpoint, progress: Callable[[int], object]) -> dict
     return manifest
 
 
+def check_blocks(artifact: Checkpoint, progress: Callable[[int], object]) -> None:
+    """Read every weight of a GGUF file. Raises InputError at the first scale or plain value that is NaN or infinite."""
+    from dsv2quant.formats.gguf.blocks import first_bad_block
+
+    for weight in artifact.weights:
+        for part in weight.parts.values():
+            bad = first_bad_block(part.dtype, artifact.read(part))
+            if bad is not None:
+                what = f"{part.name}: block {bad:,} of {weight.slot.name} has a scale that is NaN or infinite"
+                raise InputError(what, where=artifact.data[part.file][0], fix="get the file again, or convert again")
+            progress(part.nbytes)
+
+
 def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
     """Raise InputError where artifact and source are not the same model."""
     ours = {w.slot.name: w.slot.shape for w in artifact.weights}
@@ -76,11 +90,10 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
 
 
 def compare_tensors(artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object]) -> list[TensorError]:
-    """The error of every weight as consumers decode it in BF16, against the source's exact values, folded as in the
-    artifact."""
+    """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
+    in the artifact."""
     wanted = {w.slot.name: w for w in source.weights}
-    assert artifact.folder is not None
-    folds = Folds.open(artifact.folder / FOLDS_FILE)
+    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE)
     errors = []
     for weight in artifact.weights:
         errors.append(_tensor_error(artifact, weight, source, wanted[weight.slot.name], folds))
@@ -88,23 +101,30 @@ def compare_tensors(artifact: Checkpoint, source: Checkpoint, progress: Callable
     return errors
 
 
+def decoded_dtype(artifact: Checkpoint) -> torch.dtype:
+    """BF16, in which DeepSeek-V2 is served; float32 of a GGUF file's blocks, which llama.cpp multiplies as they are."""
+    return torch.bfloat16 if artifact.metadata is None else torch.float32
+
+
 def _tensor_error(
     artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, folds: Folds
 ) -> TensorError:
     exact = torch.from_numpy(folds.apply(wanted.slot, decode(source, wanted, torch.float32).numpy()))
-    difference = decode(artifact, weight, torch.bfloat16).float() - exact
+    difference = decode(artifact, weight, decoded_dtype(artifact)).float() - exact
     signal, noise = (float(x.double().square().sum()) for x in (exact, difference))
     return TensorError(weight.slot.name, weight.slot.role, weight.scheme, signal, noise, float(difference.abs().max()))
 
 
 def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
-    """The object of `verify --json`; an exact weight has infinite SQNR, which JSON shows as null."""
+    """The object of `verify --json`; an exact weight has infinite SQNR, which JSON shows as null. A GGUF file has
+    no manifest."""
     result: dict[str, Any] = {
         "schema": "dsv2quant.verify/1",
         "artifact": artifact.model,
-        "files": len(manifest["files"]) if manifest else None,
+        "files": len(manifest["files"] if manifest else artifact.files),
         "tensors": len(artifact.weights),
         "plan": manifest.get("plan") if manifest else None,
+        "checked": "manifest" if manifest else "blocks",
     }
     if errors is None:
         return result
@@ -112,7 +132,7 @@ def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[T
     for error in errors:
         groups.setdefault((error.role, error.scheme), []).append(error)
     ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
-    result["decoded_dtype"] = "bfloat16"
+    result["decoded_dtype"] = str(decoded_dtype(artifact)).removeprefix("torch.")
     result["roles"] = [
         {
             "role": role,

@@ -263,7 +263,7 @@ def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):
 
 
 def test_gptq_diverges_less_than_rounding(tmp_path):
-    source, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer(tiny.MINI)
+    source, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer.open(tiny.MINI)
     tokens = tokenizer.encode(python_topics().content[:20_000])
     ids = cut(tokens, 256, tokenizer.bos_id, "default", "topics").ids
     fitted, scored = ids[:8], ids[8:20]

@@ -55,7 +55,7 @@ def default(docstrings):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(tiny.MINI)
+    return Tokenizer.open(tiny.MINI)
 
 
 def content(text: CalibrationText) -> str:

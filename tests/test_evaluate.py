@@ -58,7 +58,7 @@ def test_llama_cpp_windows_replace_their_first_token_and_score_the_second_half()
 def test_the_tokenizer_adds_and_parses_no_special_token():
     from tokenizers import Tokenizer as Backend
 
-    tokenizer = Tokenizer(tiny.MINI)
+    tokenizer = Tokenizer.open(tiny.MINI)
     text = "def f(x):\n    return x  # naïve\n"
     plain = Backend.from_file(str(tiny.MINI / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text).tolist() == plain

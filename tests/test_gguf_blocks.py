@@ -16,7 +16,7 @@ from gguf_cases import bell, digest, importances, matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.formats.gguf.blocks import TYPES, decode, encode, nbytes
+from dsv2quant.formats.gguf.blocks import DECODABLE, TYPES, decode, encode, first_bad_block, nbytes
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_blocks.json").read_text())
 MATRICES = matrices()
@@ -123,3 +123,42 @@ def test_rows_that_are_not_whole_blocks_are_refused(name: str) -> None:
         decode(name, np.zeros((2, TYPES[name].bytes + 1), np.uint8))
     with pytest.raises(ValueError, match="importance has shape"):
         encode(name, np.zeros((2, 512), np.float32), np.ones(256, np.float32))
+
+
+def random_blocks(name: str, seed: int) -> np.ndarray:
+    """uint8 [64, bytes of a block]: any bits, among them scales that are NaN or infinite."""
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
+    return np.random.default_rng(seed).integers(0, 256, (64, size), np.uint8)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODABLE if name not in ("MXFP4", "NVFP4")])
+def test_bad_blocks_are_those_that_decode_to_nan_or_infinity(name: str) -> None:
+    seen = set()
+    for seed in range(20):
+        data = random_blocks(name, seed)
+        if seed % 2:  # as in a Q4_1, whose scale is finite and whose min is not
+            data[:, 1::4] &= 0x3F
+        with np.errstate(all="ignore"):
+            bad = ~np.isfinite(decode(name, data)).all(1)
+        seen |= set(bad.tolist())
+        assert first_bad_block(name, data) == (int(bad.argmax()) if bad.any() else None)
+        assert first_bad_block(name, data[~bad]) is None
+        for block in np.flatnonzero(bad):
+            assert first_bad_block(name, data[block]) == 0
+    assert seen == {True, False}
+
+
+def test_exponents_that_are_not_float16() -> None:
+    """ggml_validate_row_data refuses a power of two of 0xFF in MXFP4, and takes every scale of NVFP4."""
+    data = random_blocks("MXFP4", 0)
+    data[:, 0] = np.arange(64) + 192
+    assert first_bad_block("MXFP4", data) == 63
+    assert first_bad_block("MXFP4", data[:63]) is None
+    assert first_bad_block("NVFP4", random_blocks("NVFP4", 0)) is None
+
+
+@pytest.mark.parametrize("name", DECODABLE)
+def test_what_is_decodable_decodes(name: str) -> None:
+    values = GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
+    with np.errstate(all="ignore"):
+        assert decode(name, random_blocks(name, 1)).shape == (64, values)

@@ -13,8 +13,9 @@ from dsv2quant.evaluate.text import from_file
 from dsv2quant.headers import read_json
 
 
-def renderer(folder: Path) -> Callable[[list[dict[str, Any]], object], str]:
-    """render(messages, where) → text: what transformers' apply_chat_template(messages, tokenize=False) gives.
+def renderer(folder: Path, *, generation_prompt: bool = False) -> Callable[[list[dict[str, Any]], object], str]:
+    """render(messages, where) → text: what transformers' apply_chat_template(messages, tokenize=False) gives, with
+    add_generation_prompt as `generation_prompt` says.
 
     The template is a downloaded program that nobody vouches for: it runs in Jinja's sandbox. Raises InputError where
     the folder has no template or a broken one; so does render, naming `where`, when the template fails or refuses.
@@ -39,7 +40,8 @@ def renderer(folder: Path) -> Callable[[list[dict[str, Any]], object], str]:
     def render(messages: list[dict[str, Any]], where: object) -> str:
         try:
             # None, as transformers gives them: templates ask `tools is not none`.
-            return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=False, **tokens)
+            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+            return template.render(**given, **tokens)
         except Exception as error:  # noqa: BLE001 - a program of somebody else's fails in any way
             what = f"the chat template fails: {type(error).__name__}: {error}"
             raise InputError(what, where=where, fix="it may want other roles or another order") from None

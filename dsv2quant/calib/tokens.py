@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dsv2quant.errors import InputError
 from dsv2quant.headers import read_json
+
+if TYPE_CHECKING:
+    from dsv2quant.checkpoint import Checkpoint
 
 Protocol = Literal["default", "llama.cpp"]
 
@@ -28,22 +31,42 @@ class Windows:
 
 
 class Tokenizer:
-    """tokenizer.json, with the BOS that tokenizer_config.json or config.json names."""
+    """A checkpoint's own tokenizer: tokenizer.json with the BOS that tokenizer_config.json or config.json names, or
+    what the metadata of a GGUF file holds. `add_bos` says whether llama.cpp puts BOS before a text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, backend: Any, bos_id: int, where: Path | str, add_bos: bool = True) -> None:
+        self._backend, self.bos_id, self._where, self.add_bos = backend, bos_id, where, add_bos
+        # Special tokens spelled out in a text are text: it must not be able to end a window's document.
+        self._backend.encode_special_tokens = True
+        self.vocab_size: int = self._backend.get_vocab_size()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Tokenizer:
+        """A checkpoint's. Raises InputError where it has none, or a damaged one."""
+        if checkpoint.metadata is None:
+            assert checkpoint.folder is not None
+            return cls.open(checkpoint.folder)
+        from dsv2quant.formats.gguf.tokenizer import gguf_tokenizer
+
+        where = checkpoint.model
+        backend = gguf_tokenizer(checkpoint.metadata, where)
+        bos, add_bos = (checkpoint.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "add_bos_token"))
+        if bos is None or type(bos.value) is not int:
+            raise InputError("no tokenizer.ggml.bos_token_id", where=where, fix="convert the model again")
+        return cls(backend, bos.value, where, add_bos is not None and bool(add_bos.value))
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokenizer:
+        """A folder's. Raises InputError for a missing or damaged file, and where no BOS is named."""
         from tokenizers import Tokenizer as Backend
 
         path = folder / "tokenizer.json"
         read_json(path)  # one clear line for a missing or damaged file
         try:
-            self._backend: Any = Backend.from_file(str(path))
+            backend: Any = Backend.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
-        # Special tokens spelled out in a text are text: it must not be able to end a window's document.
-        self._backend.encode_special_tokens = True
-        self._path = path
-        self.bos_id = self._find_bos(folder)
-        self.vocab_size: int = self._backend.get_vocab_size()
+        return cls(backend, _find_bos(backend, folder), path)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (int64) without any special token."""
@@ -61,34 +84,36 @@ class Tokenizer:
         """Raise InputError where token ids, or BOS, lie beyond the model's vocabulary."""
         if not 0 <= self.bos_id < vocabulary or (ids >= vocabulary).any():
             what = f"knows ids beyond the model's vocabulary of {vocabulary}"
-            raise InputError(what, where=self._path, fix="use the tokenizer of this model")
-
-    def _find_bos(self, folder: Path) -> int:
-        config_path = folder / "tokenizer_config.json"
-        bos = read_json(config_path).get("bos_token") if config_path.exists() else None
-        if isinstance(bos, dict):
-            bos = bos.get("content")
-        found = self._backend.token_to_id(bos) if isinstance(bos, str) else None
-        if found is None:
-            found = read_json(folder / "config.json").get("bos_token_id")
-        if not isinstance(found, int):
-            raise InputError("no BOS token is named", where=config_path, fix="set bos_token, as the base model does")
-        return found
+            raise InputError(what, where=self._where, fix="use the tokenizer of this model")
 
 
-def cut(ids: np.ndarray, ctx: int, bos: int, protocol: Protocol, where: object) -> Windows:
+def _find_bos(backend: Any, folder: Path) -> int:
+    config_path = folder / "tokenizer_config.json"
+    bos = read_json(config_path).get("bos_token") if config_path.exists() else None
+    if isinstance(bos, dict):
+        bos = bos.get("content")
+    found = backend.token_to_id(bos) if isinstance(bos, str) else None
+    if found is None:
+        found = read_json(folder / "config.json").get("bos_token_id")
+    if not isinstance(found, int):
+        raise InputError("no BOS token is named", where=config_path, fix="set bos_token, as the base model does")
+    return found
+
+
+def cut(ids: np.ndarray, ctx: int, bos: int, protocol: Protocol, where: object, *, add_bos: bool = True) -> Windows:
     """Cut a token stream into windows of `ctx`; the tokens left over at the end are dropped.
 
     default: each window is BOS and the next ctx − 1 tokens, all of which are scored. llama.cpp: BOS before the whole
-    stream, windows of ctx whose first token BOS replaces, the second half scored (tools/perplexity/perplexity.cpp).
+    stream, windows of ctx whose first token BOS replaces, the second half scored (tools/perplexity/perplexity.cpp);
+    without `add_bos` it adds and replaces nothing.
     Raises InputError when the text is too short for a single window.
     """
     if protocol == "llama.cpp":
-        stream, first = np.concatenate([[bos], ids]), ctx // 2
+        stream, first = np.concatenate([[bos] * add_bos, ids]).astype(np.int64), ctx // 2
         count = len(stream) // ctx
         cut_ids = stream[: count * ctx].reshape(count, ctx).copy()
-        if count:
-            cut_ids[:, 0] = bos
+        if add_bos:
+            cut_ids[:, :1] = bos
     else:
         first, count = 0, len(ids) // (ctx - 1)
         rows = ids[: count * (ctx - 1)].reshape(count, ctx - 1)

@@ -41,11 +41,12 @@ def load(checkpoint: Checkpoint, options: Mapping[str, Any], quiet: bool) -> Cal
     from dsv2quant.calib.tokens import Tokenizer
     from dsv2quant.evaluate.text import python_topics
 
+    checkpoint.check_source()
     assert checkpoint.folder is not None
     spec, samples = options["text"], options["samples"]
     text = load_text(spec, checkpoint.folder)
     length = options["length"] or min(2048, checkpoint.config.trained_context)
-    tokenizer = Tokenizer(checkpoint.folder)
+    tokenizer = Tokenizer.of(checkpoint)
     ids = windows(text, tokenizer, samples, length, options["seed"])
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
     sketch = fingerprint("\n".join(document.text for document in text.documents))

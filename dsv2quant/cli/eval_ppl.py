@@ -69,8 +69,8 @@ def command(
 ) -> None:
     """Measure MODEL's perplexity and, with --reference, how far it is from the model it was made from.
 
-    Schemes that quantize activations when served are evaluated with them quantized in the same way. Without a text it
-    scores Python's own help topics, which are on every machine.
+    Schemes that quantize activations when served are evaluated with them quantized in the same way; of a GGUF file the
+    decoded weights are. Without a text it scores Python's own help topics, which are on every machine.
 
     \b
     Examples:

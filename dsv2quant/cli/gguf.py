@@ -45,11 +45,11 @@ def is_asked_for(options: Mapping[str, Any]) -> bool:
 
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
     """Show what a conversion would do, into GGUF or another format."""
-    from dsv2quant.report import gguf, plans
+    from dsv2quant.report import gguf_plan, plans
 
     if is_asked_for(options):
-        gguf_plan = plan_for(checkpoint, options)
-        text, found = gguf.plan_text(gguf_plan, every_tensor=every_tensor), gguf.plan_json(gguf_plan)
+        into_gguf = plan_for(checkpoint, options)
+        text, found = gguf_plan.plan_text(into_gguf, every_tensor=every_tensor), gguf_plan.plan_json(into_gguf)
     else:
         plan = common.plan_for(checkpoint, options)
         text, found = plans.plan_text(plan, every_tensor=every_tensor), plans.plan_json(plan)
@@ -84,7 +84,7 @@ def convert(
 ) -> None:  # fmt: skip
     """Write the GGUF file and say what was done."""
     from dsv2quant.formats.gguf.convert import convert_gguf
-    from dsv2quant.report.gguf import plan_text
+    from dsv2quant.report.gguf_plan import plan_text
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.shards import parse_size
 

@@ -20,7 +20,7 @@ def command(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Show what MODEL (a checkpoint, artifact or hub id) holds: roles, schemes, sizes and configuration.
+    """Show what MODEL (a checkpoint, artifact, GGUF file or hub id) holds: roles, schemes, sizes and configuration.
 
     Opening it also checks it: every tensor that config.json implies must be there, in its shape, and nothing else.
 

@@ -24,6 +24,8 @@ def command(
 ) -> None:
     """Check ARTIFACT: checksums, shapes and dtypes; with --source also the error of what consumers will decode.
 
+    Of a GGUF file, which has no checksums, every block's scales must be finite.
+
     Prints per role the signal-to-noise ratio (SQNR) and the largest error, and names the worst tensors.
 
     \b
@@ -37,8 +39,12 @@ def command(
     common.set_verbosity(verbose, quiet)
     opened = Checkpoint.open(artifact, revision=revision, cache_dir=cache_dir, offline=offline)
     nbytes = sum(w.nbytes for w in opened.weights)
-    with common.progress_bar(nbytes, "B", "checksums", quiet) as progress:
-        manifest = verify.check_files(opened, progress)
+    manifest = None
+    with common.progress_bar(nbytes, "B", "checksums" if opened.metadata is None else "scales", quiet) as progress:
+        if opened.metadata is None:
+            manifest = verify.check_files(opened, progress)
+        else:
+            verify.check_blocks(opened, progress)
     errors = None
     if source is not None:
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)

@@ -82,7 +82,8 @@ def evaluate(
         "protocol": settings.protocol,
         "text": {"source": text.source, "sha256": text.sha256},
         "dtype": str(settings.compute_dtype).removeprefix("torch."),
-        "weight_only": settings.weight_only,
+        # llama.cpp's kernels round activations to 8 bits, each backend in its own way: only weights are measured.
+        "weight_only": settings.weight_only or checkpoint.metadata is not None,
         "device": _device_name(settings.device),
         "backend": "torch",
         "stream": settings.stream,
@@ -109,11 +110,10 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     if not 8 <= ctx <= checkpoint.config.max_position_embeddings:
         limit = checkpoint.config.max_position_embeddings
         raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
-    assert checkpoint.folder is not None
-    tokenizer = Tokenizer(checkpoint.folder)
+    tokenizer = Tokenizer.of(checkpoint)
     stream = tokenizer.encode(text.content)
     tokenizer.check_ids(stream, checkpoint.config.vocab_size)
-    windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source)
+    windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source, add_bos=tokenizer.add_bos)
     logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
     return Windows(windows.ids[: settings.limit], windows.first)
 

@@ -49,6 +49,11 @@ def decode(
     scale_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """A weight as a consumer reconstructs it in `dtype`. Raises InputError where its parts contradict each other."""
+    if checkpoint.metadata is not None:
+        from dsv2quant.formats.gguf.opened import decode as decode_blocks
+
+        values = decode_blocks([(part, checkpoint.read(part)) for part in weight.parts.values()])
+        return torch.from_numpy(values).to(device, dtype)
     parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
     if weight.scheme == "bf16":
         return next(iter(parts.values())).to(dtype)

@@ -126,6 +126,7 @@ def inspect_text(checkpoint: Checkpoint) -> str:
         roles_table(roles, before=False),
         *(f"{key}: {value}" for key, value in _describe(checkpoint.config).items()),
         *(["KV-cache scales: one per layer"] if checkpoint.kv_scales else []),
+        *_gguf_lines(checkpoint),
     ]
     return "\n".join(lines)
 
@@ -147,7 +148,25 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "configuration": _describe(checkpoint.config),
         "kv_scales": len(checkpoint.kv_scales),
         "quantization_config": checkpoint.config.quantization,
+        "gguf": _gguf_json(checkpoint),
     }
+
+
+def _gguf_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if checkpoint.metadata is None:
+        return None
+    from dsv2quant.report.gguf import file_type, tensor_types
+
+    return {"file_type": file_type(checkpoint.metadata), "tensor_types": tensor_types(checkpoint)}
+
+
+def _gguf_lines(checkpoint: Checkpoint) -> list[str]:
+    about = _gguf_json(checkpoint)
+    if about is None:
+        return []
+    types = ", ".join(f"{number} {name}" for name, number in about["tensor_types"].items())
+    lines = [f"file type: {about['file_type'] or 'not given'}", f"tensors: {types}"]
+    return lines + [f"files: {', '.join(checkpoint.files)}"] * (len(checkpoint.files) > 1)
 
 
 def _stored_roles(checkpoint: Checkpoint) -> list[RoleSummary]:

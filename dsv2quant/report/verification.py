@@ -10,7 +10,11 @@ from dsv2quant.report.tables import table
 
 def verification_text(r: dict[str, Any]) -> str:
     """What `dsv2quant verify` prints without --json."""
-    lines = [f"{r['artifact']}: {r['files']} files match the manifest, {r['tensors']} tensors are as planned"]
+    if r["checked"] == "manifest":
+        lines = [f"{r['artifact']}: {r['files']} files match the manifest, {r['tensors']} tensors are as planned"]
+    else:
+        files = f"{r['files']} file{'s' * (r['files'] > 1)}"
+        lines = [f"{r['artifact']}: {r['tensors']} weights in {files} are as its metadata says, all scales finite"]
     if "roles" not in r:
         return lines[0]
     rows = [

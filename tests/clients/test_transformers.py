@@ -163,7 +163,7 @@ def their_pass(model, ids: np.ndarray) -> Pass:
 @pytest.fixture(scope="module")
 def scored():
     """(token windows, our pass and transformers' pass over BF16 dsv2-mini)."""
-    tokenizer = Tokenizer(tiny.MINI)
+    tokenizer = Tokenizer.open(tiny.MINI)
     ids = cut(tokenizer.encode(python_topics().content), 512, tokenizer.bos_id, "default", "topics").ids[:WINDOWS]
     ours = run(Model(Checkpoint.open(tiny.MINI)), ids, batches_of(WINDOWS, 4))
     return ids, ours, their_pass(load(tiny.MINI, torch.float32, False), ids)

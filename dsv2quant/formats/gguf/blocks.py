@@ -6,7 +6,7 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
 
@@ -29,12 +29,30 @@ TYPES = {
 }  # fmt: skip
 
 
+def _halves(*offsets: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(((offset + 1, 0x7C),) for offset in offsets)
+
+
+# What can be decoded, and where in a block the exponents of its scales lie: a scale is NaN or infinite where its bytes,
+# (offset, mask), have all bits of their masks set. Structs of ggml/src/ggml-common.h.
+_EXPONENTS = {
+    "F32": (((2, 0x80), (3, 0x7F)),), "F16": _halves(0), "BF16": (((0, 0x80), (1, 0x7F)),),
+    "Q4_0": _halves(0), "Q4_1": _halves(0, 2), "Q5_0": _halves(0), "Q5_1": _halves(0, 2), "Q8_0": _halves(0),
+    "Q2_K": _halves(80, 82), "Q3_K": _halves(108), "Q4_K": _halves(0, 2), "Q5_K": _halves(0, 2), "Q6_K": _halves(208),
+    "IQ1_S": _halves(0), "IQ1_M": (((53, 0xC0), (55, 0x70)),), "IQ2_XXS": _halves(0), "IQ2_XS": _halves(0),
+    "IQ2_S": _halves(0), "IQ3_XXS": _halves(0), "IQ3_S": _halves(0), "IQ4_NL": _halves(0), "IQ4_XS": _halves(0),
+    "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
+}  # fmt: skip
+DECODABLE = tuple(_EXPONENTS)
+_ROWS = 256  # decoded at a time
+
+
 def nbytes(name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of `shape` (rows last, as numpy has it) in the block type `name`.
+    """Bytes of a tensor of `shape` (rows last, as numpy has it) in a block type of TYPES or DECODABLE.
 
     Raises ValueError where the last dimension is not a multiple of the type's block.
     """
-    values, size = TYPES[name]
+    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     if shape[-1] % values:
         raise ValueError(f"{name} stores blocks of {values} values: a row of {shape[-1]} is not whole blocks")
     return prod(shape) // values * size
@@ -80,11 +98,25 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
 
 
 def decode(name: str, data: np.ndarray) -> np.ndarray:
-    """uint8 [rows, bytes of a row] → float32 [rows, cols], as ggml's dequantize_row does.
+    """uint8 [rows, bytes of a row] of a type of DECODABLE → float32 [rows, cols], as ggml's dequantize_row does.
 
     Raises ValueError where a row is not whole blocks.
     """
-    size = TYPES[name].bytes
+    kind = GGMLQuantizationType[name]
+    values, size = GGML_QUANT_SIZES[kind]
     if data.shape[-1] % size:
         raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
-    return quants.dequantize(data, GGMLQuantizationType[name])
+    out = np.empty((len(data), data.shape[-1] // size * values), np.float32)
+    for first in range(0, len(data), _ROWS):  # the library would hold everything twice
+        out[first : first + _ROWS] = quants.dequantize(data[first : first + _ROWS], kind)
+    return out
+
+
+def first_bad_block(name: str, data: np.ndarray) -> int | None:
+    """The first block of `data` (uint8, whole blocks of a type of DECODABLE) with a scale that is NaN or infinite, of
+    plain types the first such value: what ggml_validate_row_data refuses. None where all are finite."""
+    rows = data.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[name]][1])
+    bad = np.zeros(len(rows), bool)
+    for exponent in _EXPONENTS[name]:
+        bad |= np.logical_and.reduce([rows[:, offset] & mask == mask for offset, mask in exponent])
+    return int(bad.argmax()) if bad.any() else None

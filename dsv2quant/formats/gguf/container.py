@@ -21,6 +21,9 @@ from dsv2quant.errors import InputError
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
+MAX_HEADER_BYTES = 64_000_000  # ten times what DeepSeek-V2's vocabulary of 100,000 and its merges take
+MAX_NAME_BYTES = 63  # of a tensor: GGML_MAX_NAME
+_MAX_KEY_BYTES = 65535
 _AGAIN = "get the file again"
 _FORMATS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
@@ -111,6 +114,7 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 4
+        self.end = min(size, MAX_HEADER_BYTES)  # of the header: no damaged count makes it larger
 
     def container(self) -> Container:
         version, tensor_count, key_count = self.unpack("IQQ")
@@ -120,12 +124,12 @@ class _Reader:
         self.check_count(key_count, 13)
         metadata: dict[str, Value] = {}
         for _ in range(key_count):
-            key = self.string()
+            key = self.string(_MAX_KEY_BYTES)
             if key in metadata:
                 raise self.error(f"the key {key} occurs twice")
             metadata[key] = self.value(key)
         alignment = metadata.get("general.alignment", Value(GGUFValueType.UINT32, ALIGNMENT)).value
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
             raise self.error(f"general.alignment is {alignment!r}, not a power of two of at least 8")
         tensors: list[TensorHeader] = []
         position = 0
@@ -144,7 +148,7 @@ class _Reader:
         return Container(self.path, metadata, tuple(tensors), data_start)
 
     def tensor(self) -> TensorHeader:
-        name = self.string()
+        name = self.string(MAX_NAME_BYTES)
         (rank,) = self.unpack("I")
         if not 1 <= rank <= 4:
             raise self.error(f"{name} has {rank} dimensions")
@@ -176,9 +180,11 @@ class _Reader:
             items = list(self.unpack(f"{count}{_FORMATS[kind]}"))
         return Value(kind, items, True) if is_array else Value(kind, items[0])
 
-    def string(self) -> str:
+    def string(self, longest: int = MAX_HEADER_BYTES) -> str:
         (length,) = self.unpack("Q")
         self.check_count(length, 1)
+        if length > longest:
+            raise self.error(f"a name of {length:,} bytes, more than {longest:,}")
         self.at += length
         try:
             return self.data[self.at - length : self.at].decode()
@@ -193,8 +199,8 @@ class _Reader:
         return struct.unpack_from(layout, self.data, self.at - nbytes)
 
     def check_count(self, count: int, nbytes: int) -> None:
-        """Raise InputError where `count` items of at least `nbytes` each can't be in what is left of the file."""
-        if count * nbytes > self.size - self.at:
+        """Raise InputError where `count` items of at least `nbytes` each can't be in what is left of the header."""
+        if count * nbytes > self.end - self.at:
             raise self.error("truncated, or a count in its header is wrong")
 
     def error(self, what: str, fix: str = _AGAIN) -> InputError:

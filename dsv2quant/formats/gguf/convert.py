@@ -157,7 +157,7 @@ class _Writer:
         at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
         for rows in read_rows(self._plan.checkpoint, piece):
             data = _encode_rows(piece, rows, importance)
-            if not blocks.scales_are_finite(line.type, data):
+            if blocks.first_bad_block(line.type, data) is not None:
                 what = f"{piece.weight.slot.name} has values too large for {line.type}"
                 raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
             view, done = data.reshape(-1).data, 0

@@ -1,0 +1,163 @@
+"""The metadata of a DeepSeek-V2 GGUF file: the keys, values and order that llama.cpp's tools give.
+
+Sources: llama.cpp conversion/base.py (ModelBase.prepare_metadata, TextModel.set_gguf_parameters) and
+conversion/deepseek.py (DeepseekV2Model), as they run with a transformers that knows DeepSeek-V2; then llama-quantize
+(src/llama-quant.cpp) moves two keys to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, size_label
+from gguf import Metadata as Card
+from yaml import YAMLError
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf.container import Value
+from dsv2quant.formats.gguf.loadable import check_loadable
+from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.formats.gguf.tokenizer import tokenizer_metadata
+from dsv2quant.formats.gguf.values import boolean, f32, string, u32, written
+from dsv2quant.headers import read_json
+
+ARCHITECTURE = "deepseek2"
+_SOFTMAX = 1  # ExpertGatingFuncType
+# Keys of generation_config.json in the order of the file, by gguf.Metadata's names. The last that is there counts.
+_SAMPLING = {
+    "sequence": ("sequence",), "top_k": ("top_k",), "top_p": ("top_p",), "min_p": ("min_p",),
+    "xtc_probability": ("xtc_probability",), "xtc_threshold": ("xtc_threshold",), "temp": ("temperature",),
+    "penalty_last_n": ("penalty_last_n",), "penalty_repeat": ("repetition_penalty", "penalty_repeat"),
+    "mirostat": ("mirostat",), "mirostat_tau": ("mirostat_tau",), "mirostat_eta": ("mirostat_eta",),
+}  # fmt: skip
+
+
+def model_metadata(checkpoint: Checkpoint, file_type: int, *, drop_expert_groups: bool = False) -> dict[str, Value]:
+    """Every key but imatrix's, in the order of the file. `file_type` is llama.cpp's ftype (Q4_K_M is 15).
+
+    `drop_expert_groups` leaves out both group keys: llama.cpp then chooses from all experts.
+    Raises InputError for what llama.cpp can't load, and for a damaged tokenizer, model card or generation config.
+    """
+    if checkpoint.folder is None:
+        raise InputError("its tokenizer was not downloaded", where=checkpoint.model)
+    check_loadable(checkpoint.config, checkpoint.folder, drop_expert_groups=drop_expert_groups)
+    return {
+        **_general(checkpoint, checkpoint.folder),
+        **_model(checkpoint.config, checkpoint.raw_config, drop_expert_groups),
+        **tokenizer_metadata(checkpoint.folder, checkpoint.config),
+        "general.quantization_version": u32(GGML_QUANT_VERSION),
+        "general.file_type": u32(file_type),
+    }
+
+
+def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:
+    """general.*: the model's name, size, licence and so on, by gguf-py's own heuristics.
+
+    They look at the folder's name. That of a hub's snapshot is a commit, so the hub id's takes its place.
+    """
+    tensors = model_tensors(checkpoint.config)
+    total = sum(prod(tensor.shape) for tensor in tensors)
+    source = checkpoint.raw_config.get("_name_or_path")
+    card = Card.apply_metadata_heuristic(
+        Card(),
+        _front_matter(folder),
+        {"_name_or_path": source if isinstance(source, str) else None},
+        Path(checkpoint.model),
+        total,
+    )
+    path = folder / "generation_config.json"
+    sampling = read_json(path) if path.exists() else {}
+    for name, keys in _SAMPLING.items():
+        for key in keys:
+            setattr(card, f"sampling_{name}", sampling.get(key, getattr(card, f"sampling_{name}")))
+    card.name = card.name or Path(checkpoint.model).name
+    card.size_label = card.size_label or _size_label(tensors, total)
+    writer = GGUFWriter(path=None, arch=ARCHITECTURE)
+    writer.add_type(GGUFType.MODEL)
+    card.set_gguf_meta_model(writer)
+    return written(writer, f"{folder}/README.md or generation_config.json")
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    try:
+        return Card.load_model_card(folder)
+    except (YAMLError, UnicodeDecodeError) as error:
+        fix = "correct its front matter, or remove the file"
+        raise InputError(f"not a model card: {error}", where=folder / "README.md", fix=fix) from None
+
+
+def _size_label(tensors: list[Tensor], total: int) -> str:
+    """'64x1.5B': the experts, and the parameters of the model that has one of them (GGUFWriter, gguf-py)."""
+    stacks = [tensor for tensor in tensors if tensor.kind.endswith("_exps")]
+    shared = total - sum(prod(tensor.shape) for tensor in stacks)
+    one_expert = sum(prod(tensor.shape[1:]) for tensor in stacks)
+    return str(size_label(total, shared, one_expert, stacks[0].matrices if stacks else 0))
+
+
+def _model(config: ModelConfig, raw: Mapping[str, Any], drop_expert_groups: bool) -> dict[str, Value]:
+    """deepseek2.*. `raw` says which of the optional settings were written down."""
+    latent = config.kv_lora_rank
+    keys = {
+        "block_count": u32(config.num_hidden_layers),
+        "context_length": u32(config.max_position_embeddings),
+        "embedding_length": u32(config.hidden_size),
+        "feed_forward_length": u32(config.intermediate_size),
+        "attention.head_count": u32(config.num_attention_heads),
+        "attention.head_count_kv": u32(1),  # absorbed MLA: all heads share the latent
+        **_rope(config, raw),
+        "attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
+        "expert_count": u32(config.n_routed_experts),
+        "expert_used_count": u32(config.num_experts_per_tok),
+    }
+    if raw.get("n_group") is not None and not drop_expert_groups:
+        keys["expert_group_count"] = u32(config.n_group)
+    if raw.get("topk_group") is not None and not drop_expert_groups:
+        keys["expert_group_used_count"] = u32(config.topk_group)
+    if raw.get("scoring_func") is not None:
+        keys["expert_gating_func"] = u32(_SOFTMAX)
+    keys |= {
+        "attention.key_length": u32(latent + config.qk_rope_head_dim),
+        "attention.value_length": u32(latent),
+        "leading_dense_block_count": u32(config.first_k_dense_replace),
+        "vocab_size": u32(config.vocab_size),
+    }
+    if config.q_lora_rank is not None:
+        keys["attention.q_lora_rank"] = u32(config.q_lora_rank)
+    keys |= {
+        "attention.kv_lora_rank": u32(latent),
+        "attention.key_length_mla": u32(config.qk_head_dim),
+        "attention.value_length_mla": u32(config.v_head_dim),
+        "expert_feed_forward_length": u32(config.moe_intermediate_size),
+        "expert_shared_count": u32(config.n_shared_experts),
+        "expert_weights_scale": f32(config.routed_scaling_factor),
+    }
+    if config.norm_topk_prob:
+        keys["expert_weights_norm"] = boolean(True)
+    keys["rope.dimension_count"] = u32(config.qk_rope_head_dim)
+    if config.yarn is not None and _rope_settings(raw).get("mscale_all_dim") is not None:
+        # llama.cpp divides by 0.1 again.
+        keys["rope.scaling.yarn_log_multiplier"] = f32(0.1 * config.yarn.mscale_all_dim)
+    return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}
+
+
+def _rope(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Value]:
+    yarn, keys = config.yarn, {}
+    if yarn is not None:
+        keys = {
+            "rope.scaling.type": string("yarn"),
+            "rope.scaling.factor": f32(yarn.factor),
+            "rope.scaling.original_context_length": u32(yarn.original_max_position_embeddings),
+        }
+        for key in ("beta_fast", "beta_slow"):
+            if _rope_settings(raw).get(key) is not None:
+                keys[f"rope.scaling.yarn_{key}"] = f32(getattr(yarn, key))
+    return keys | {"rope.freq_base": f32(config.rope_theta)}
+
+
+def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(raw.get("rope_parameters") or {}) | dict(raw.get("rope_scaling") or {})

@@ -1,0 +1,168 @@
+"""tokenizer.json as a GGUF file's tokenizer keys, and a GGUF file's tokenizer as llama.cpp runs it.
+
+Sources: llama.cpp conversion/base.py (get_vocab_base, _set_vocab_gpt2), gguf-py's SpecialVocab, which is used as it
+is, and src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.gguf.container import Metadata, Value
+from dsv2quant.formats.gguf.pretokenizer import NAMES, llama_cpp_splits, recognise
+from dsv2quant.formats.gguf.values import array, string, written
+from dsv2quant.headers import read_json
+
+_PREFIX = "tokenizer."
+_LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
+_OURS = "use the tokenizer of this model"
+
+
+def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
+    """tokenizer.*, in the order of the file.
+
+    Whether a text begins with BOS is what tokenizer_config.json says, as in transformers 4: some versions of the
+    converter turn it off for a tokenizer.json without a template, which DeepSeek's are.
+    Raises InputError where tokenizer.json is missing, not a byte-level BPE with a pre-tokenizer of DeepSeek's, or has
+    ids beyond the vocabulary.
+    """
+    path = folder / "tokenizer.json"
+    raw, backend = _load(path)
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    special = _special(folder, settings)
+    for name, number in special.special_token_ids.items():
+        if number >= config.vocab_size:
+            what = f"{name}'s id {number} is beyond vocab_size, {config.vocab_size}"
+            raise InputError(what, where=path, fix=_OURS)
+    for name in ("bos", "eos"):
+        if special.add_special_token.get(name) and name not in special.special_token_ids:
+            fix = f"name a token of tokenizer.json as {name}_token"
+            raise InputError(f"add_{name}_token without such a token", where=settings_path, fix=fix)
+    pre = recognise(raw, backend, special.special_token_ids.get("bos"))
+    if pre is None:
+        what = "its pre-tokenizer is none of DeepSeek's"
+        raise InputError(what, where=path, fix=f"llama.cpp would split text otherwise: it knows {', '.join(NAMES)}")
+    tokens, types = _vocabulary(backend, config.vocab_size, path)
+    writer = GGUFWriter(path=None, arch="deepseek2")
+    special.add_to_gguf(writer, quiet=True)
+    found = {key: value for key, value in written(writer, settings_path).items() if key.startswith(_PREFIX)}
+    if "tokenizer.chat_templates" in found:  # a set in gguf-py: its order is not the same twice
+        found["tokenizer.chat_templates"] = array(sorted(found["tokenizer.chat_templates"].value))
+    return {
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array(tokens),
+        "tokenizer.ggml.token_type": array(types),
+        **found,
+    }
+
+
+def _load(path: Path) -> tuple[dict[str, Any], Tokenizer]:
+    raw = read_json(path)
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
+    model = raw["model"]
+    if not isinstance(backend.model, models.BPE) or not model.get("merges"):
+        raise InputError("not a BPE tokenizer with merges", where=path, fix=_OURS)
+    normalizer = raw.get("normalizer")
+    if normalizer is not None and normalizer != {"type": "Sequence", "normalizers": []}:
+        raise InputError(f"has a normalizer, {normalizer!r:.60}", where=path, fix=f"DeepSeek's have none: {_OURS}")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+        if model.get(option):
+            raise InputError(f"its BPE model has {option}", where=path, fix=f"llama.cpp has it not: {_OURS}")
+    return raw, backend
+
+
+def _special(folder: Path, settings: dict[str, Any]) -> SpecialVocab:
+    """Merges, ids of special tokens, chat templates, and which tokens are added to a text."""
+    try:
+        special = SpecialVocab(folder, load_merges=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        what = f"not a tokenizer's settings: {error}"
+        raise InputError(what, where=folder / "tokenizer_config.json", fix="download it again") from None
+    for name in ("bos", "eos"):
+        if isinstance(settings.get(f"add_{name}_token"), bool):
+            special.add_special_token[name] = settings[f"add_{name}_token"]
+    return special
+
+
+def _vocabulary(backend: Tokenizer, size: int, path: Path) -> tuple[list[str], list[int]]:
+    """(token, type) of every id below `size`; ids that no token has are padding."""
+    by_id = {number: token for token, number in backend.get_vocab(with_added_tokens=True).items()}
+    beyond = sorted(number for number in by_id if number >= size)
+    if beyond:
+        what = f"has ids beyond vocab_size, {size}: {listing([str(number) for number in beyond])}"
+        raise InputError(what, where=path, fix=_OURS)
+    added = backend.get_added_tokens_decoder()
+    tokens, types = [], []
+    for number in range(size):
+        token = by_id.get(number, f"[PAD{number}]")
+        kind = TokenType.NORMAL if number in by_id else TokenType.UNUSED
+        if number in added:
+            if not added[number].normalized:  # llama.cpp compares with the text, which is never normalised
+                ids = backend.encode(token, add_special_tokens=False).ids
+                token = backend.decode(ids, skip_special_tokens=False)
+            looks_special = token == "<pad>" or any(token.startswith(a) and token.endswith(b) for a, b in _LOOK)
+            kind = TokenType.CONTROL if added[number].special or looks_special else TokenType.USER_DEFINED
+            if kind == TokenType.USER_DEFINED:
+                token = token.replace("▁", " ")
+        tokens.append(token)
+        types.append(int(kind))
+    if len(set(tokens)) < size:
+        twice = [token for token, count in Counter(tokens).items() if count > 1]
+        what = f"two ids have the same token: {listing(twice)}"
+        raise InputError(what, where=path, fix="llama.cpp refuses such a vocabulary")
+    return tokens, types
+
+
+def gguf_tokenizer(metadata: Metadata, where: object) -> Tokenizer:
+    """A GGUF file's tokenizer, which encodes a text as llama.cpp does: BOS and EOS added where the file says so.
+
+    Control tokens spelled out in a text are text, unless the caller sets `encode_special_tokens` to False.
+    Raises InputError where a key is missing or the tokenizer is none of DeepSeek's.
+    """
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata[f"tokenizer.ggml.{key}"].value if f"tokenizer.ggml.{key}" in metadata else default
+
+    fix = "its tokenizer is not one of DeepSeek-V2's: convert the checkpoint again"
+    model, pre = value("model"), value("pre")
+    tokens, types, merges = value("tokens"), value("token_type"), value("merges")
+    if model != "gpt2" or pre not in NAMES:
+        raise InputError(f"tokenizer is {model!r} with pre-tokenizer {pre!r}", where=where, fix=fix)
+    if not all(isinstance(part, list) for part in (tokens, types, merges)) or len(tokens) != len(types):
+        raise InputError("tokens, token_type or merges are missing", where=where, fix=fix)
+    if not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise InputError("tokens or merges are not text", where=where, fix=fix)
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise InputError(f"not a tokenizer: {error}", where=where, fix=fix) from None
+    backend.pre_tokenizer = llama_cpp_splits(pre)
+    backend.decoder = decoders.ByteLevel()
+    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+        members = [token for token, found in zip(tokens, types, strict=True) if found == kind]
+        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in members])
+    around = {}
+    for name in ("bos", "eos"):
+        if value(f"add_{name}_token", False):
+            number = value(f"{name}_token_id")
+            if not isinstance(number, int) or not 0 <= number < len(tokens):
+                raise InputError(f"add_{name}_token without {name}_token_id", where=where, fix=fix)
+            around[name] = (tokens[number], number)
+    template = [around[name][0] if name in around else None for name in ("bos", "eos")]
+    single = [part for part in (template[0], "$A", template[1]) if part is not None]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(around.values()))
+    backend.encode_special_tokens = True
+    return backend

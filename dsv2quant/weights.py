@@ -1,0 +1,164 @@
+"""The weights of a checkpoint: every tensor that a configuration implies, paired with the parts that store it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.codec import Codec
+from dsv2quant.formats.int4 import PACKED
+from dsv2quant.formats.part import PLAIN_DTYPES, Part
+from dsv2quant.formats.quant_config import kv_scale_parts
+from dsv2quant.headers import StoredTensor, stored_tensors
+from dsv2quant.names import LINEAR_ROLES, Slot
+
+_PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model as this checkpoint stores it: its scheme, and its parts by suffix.
+
+    `scheme` is 'bf16' for every unquantized tensor; `parts` then has one entry, whose dtype may be BF16, F16 or F32. In
+    a GGUF file schemes are block types ('q4_k'), and kv_b_proj has two parts, whose types may differ ('q5_0+q4_k').
+    """
+
+    slot: Slot
+    scheme: str
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The part that holds the weight itself, or its codes."""
+        return next(iter(self.parts.values()))
+
+
+def check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:
+    """Raise InputError for a quantization that is not read."""
+    if quantization is None:
+        return
+    method = quantization.get("quant_method")
+    if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
+        what = f"is quantized with {method!r}"
+        raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+    if method not in ("gptq", "awq"):
+        return
+    key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
+    found = {key: quantization.get(key, layout), "bits": quantization.get("bits", quantization.get("w_bit"))}
+    for name, value in {key: layout, "bits": 4}.items():
+        if (found[name].lower() if isinstance(found[name], str) else found[name]) != value:
+            what = f"is {method.upper()} with {name} {found[name]!r}"
+            raise InputError(what, where=where, fix=f"only {value!r} is read")
+
+
+def index_tensors(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str, StoredTensor]:
+    """The tensors of all shards by name. Raises InputError where one lies in two."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for tensor in stored_tensors(header, file, f"{where}/{file}"):
+            if tensor.name in tensors:
+                what = f"{tensor.name} lies in {tensors[tensor.name].file} and in {file}"
+                raise InputError(what, where=where, fix="each tensor must lie in one shard")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where: object) -> dict[int, StoredTensor]:
+    """Take the KV-cache scales that the configuration declares out of `tensors`: every layer's, or none. Only the keys'
+    are kept: MLA caches no values."""
+    found: dict[int, StoredTensor] = {}
+    names = {
+        f"model.layers.{layer}.self_attn.{part.suffix}": layer
+        for part in kv_scale_parts(config.quantization)
+        for layer in range(config.num_hidden_layers)
+    }
+    missing = [name for name in names if name not in tensors]
+    if len(missing) < len(names) and missing:
+        what = f"{len(missing)} KV-cache scales are missing: {listing(missing)}"
+        raise InputError(what, where=where, fix="download the missing shards")
+    for name, layer in names.items() if not missing else ():
+        tensor = tensors.pop(name)
+        if tensor.dtype not in PLAIN_DTYPES or tensor.shape not in ((), (1,)):
+            what = f"{name} is {tensor.dtype} {list(tensor.shape)}"
+            raise InputError(what, where=f"{where}/{tensor.file}", fix="a KV-cache scale is one plain number")
+        found.setdefault(layer, tensor)
+    return found
+
+
+def match(
+    slots: Iterable[Slot], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
+) -> list[Weight]:
+    """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
+    slots = list(slots)
+    missing = [slot.name for slot in slots if _held(slot, tensors) is None]
+    if missing:
+        what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
+        raise InputError(what, where=where, fix="download the missing shards, or correct config.json")
+    weights = [_weight(slot, tensors, codecs, where) for slot in slots]
+    used = {part.name for weight in weights for part in weight.parts.values()}
+    # Old checkpoints store RoPE's frequencies, which follow from config.json.
+    surplus = [name for name in tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
+    if surplus:
+        what = f"{len(surplus)} tensors that config.json does not imply: {listing(surplus)}"
+        raise InputError(what, where=where, fix="correct config.json, or remove them")
+    return weights
+
+
+def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor under the slot's own name or, of a matrix, its packed codes."""
+    names = [slot.name, *(f"{slot.module}.{suffix}" for suffix in _PACKED if slot.role in LINEAR_ROLES)]
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
+    held = _held(slot, tensors)
+    assert held is not None
+    where = f"{where}/{held.file}"
+    if held.name == slot.name and held.shape != slot.shape:
+        what = f"{slot.name} has shape {list(held.shape)}, config.json implies {list(slot.shape)}"
+        raise InputError(what, where=where, fix="correct config.json, or download the right shard")
+    if held.dtype in PLAIN_DTYPES:
+        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: held})
+    if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
+        readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
+        raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
+    lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
+    misfits: list[list[StoredTensor]] = []
+    for codec in codecs:
+        layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
+        found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
+        parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+        if held not in parts.values() or not _fits(layout[0], held):
+            continue
+        missing = [suffix for suffix in found if suffix not in parts]
+        wrong = [parts[part.suffix] for part in layout if part.suffix in parts and not _fits(part, parts[part.suffix])]
+        if not missing and not wrong:
+            return Weight(slot, codec.name, parts)
+        if wrong:
+            misfits.append(wrong)
+        else:
+            lacking.append((len(parts), missing[0]))
+    found_parts, first = max(lacking, key=lambda item: item[0], default=(0, ""))
+    if found_parts > 1 or (lacking and not misfits):
+        kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
+        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{first}"
+        fix = "download the shard that holds it: without it the codes mean nothing"
+        raise InputError(what, where=where, fix=fix)
+    odd = min(misfits, key=len, default=[held])[0]
+    what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
+    fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
+    raise InputError(what, where=where, fix=fix)
+
+
+def _fits(part: Part, stored: StoredTensor) -> bool:
+    """Whether a stored tensor is this part; scales may have any plain dtype."""
+    return stored.shape == part.shape and (
+        stored.dtype == part.dtype or (stored.dtype in PLAIN_DTYPES and part.dtype in PLAIN_DTYPES)
+    )
