@@ -250,7 +250,7 @@ LEGACY = b"\x02\0\0\0\x15\0\0\0blk.0.attn_q_a.weight\x04\0\0\0"
         (lambda p: p.write_bytes(b""), "truncated or not a GGUF file"),
         (lambda p: p.write_bytes(GOLDEN.read_bytes()[:-100]), "truncated: "),
         (lambda p: p.write_bytes(GOLDEN.read_bytes()[:500]), "truncated, or a count"),
-        (lambda p: p.write_bytes(LEGACY), r"a legacy imatrix.*llama-imatrix --in-file imatrix.gguf -o"),
+        (lambda p: p.write_bytes(LEGACY), r"a legacy imatrix.*llama-imatrix -m MODEL.gguf --in-file imatrix.gguf"),
         (lambda p: written(p, {"blk.0.attn_q.weight": np.ones(3, np.float32)}), r"not an imatrix: it holds no"),
         (lambda p: written(p, PAIR | {"b.in_sum2": np.ones(3, np.float32)}), "b has sums or counts alone"),
         (lambda p: written(p, PAIR | {"b.counts": np.ones(3, np.float32)}), "b has sums or counts alone"),

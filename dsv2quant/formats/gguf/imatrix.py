@@ -174,8 +174,8 @@ def read(path: Path) -> Imatrix:
     if not path.is_file():
         raise InputError("is a folder" if path.is_dir() else "no such file", where=path, fix="give a *.gguf imatrix")
     if _is_legacy(path):
-        fix = f"llama-imatrix --in-file {path.name} -o {path.stem}.gguf converts it"
-        raise InputError("a legacy imatrix, which says too little of experts", where=path, fix=fix)
+        fix = f"make it again, or convert it: llama-imatrix -m MODEL.gguf --in-file {path.name} -o {path.stem}.gguf"
+        raise InputError("a legacy imatrix, not a GGUF one", where=path, fix=fix)
     file = container.read(path)
     arrays: dict[str, dict[str, np.ndarray]] = {SUMS: {}, COUNTS: {}}
     data = np.memmap(path, np.uint8, "r")
