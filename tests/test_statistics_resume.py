@@ -19,14 +19,18 @@ WINDOWS = ("--num-calibration-samples", "6", "--max-seq-length", "32", "-q", "--
 
 
 def test_calibrate_killed_at_20_moments_and_resumed_gives_the_same_bytes(wordy, fox, tmp_path):
+    def imatrix(out: Path) -> Path:
+        return out.with_name(f"imatrix-{out.name}")
+
     def command(out: Path) -> list[str]:
-        return ["calibrate", str(wordy), "-o", str(out), *WINDOWS, str(fox)]
+        return ["calibrate", str(wordy), "-o", str(out), "--imatrix", str(imatrix(out)), *WINDOWS, str(fox)]
 
     with killer() as run_killed:
         run_killed(0, *command(tmp_path / "first"))  # counts changes of imports, too
         changes, status = run_killed(0, *command(tmp_path / "whole"))
         assert status == 0
         expected = (tmp_path / "whole").read_bytes()
+        expected_imatrix = imatrix(tmp_path / "whole").read_bytes()
         unfinished = 0
         for n in sorted(random.Random(0).sample(range(1, changes + 1), min(20, changes))):
             out = tmp_path / f"stats-{n}"
@@ -37,9 +41,12 @@ def test_calibrate_killed_at_20_moments_and_resumed_gives_the_same_bytes(wordy, 
                 unfinished += 1
                 with pytest.raises(InputError, match="no such file"):
                     Statistics(out)
+            if imatrix(out).exists():
+                assert imatrix(out).read_bytes() == expected_imatrix
             assert run_killed(0, *command(out))[1] == 0
             assert out.read_bytes() == expected
-            assert not list(tmp_path.glob(f"{out.name}.*"))
+            assert imatrix(out).read_bytes() == expected_imatrix
+            assert not list(tmp_path.glob(f"*{out.name}.*"))
         assert unfinished > 10
 
 

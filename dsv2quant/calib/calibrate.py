@@ -33,6 +33,7 @@ def statistics_bytes(config: ModelConfig) -> int:
     expert = 3 * (config.hidden_size + config.moe_intermediate_size)
     rest = 2 * (3 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank)
     rest += 2 * (config.num_attention_heads * config.v_head_dim + config.intermediate_size)
+    rest += config.num_attention_heads * (config.qk_nope_head_dim + config.kv_lora_rank)  # if asked for
     return 4 * config.num_hidden_layers * (config.n_routed_experts * expert + rest)
 
 
@@ -42,13 +43,15 @@ def calibrate(
     calibration: Calibration,
     *,
     device: str = "cpu",
+    halves: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Statistics:
     """Measure `checkpoint` on `calibration` and write the statistics file `out`; what is there already is opened.
 
-    Work goes into the folder `<out>.work`, from which a killed run continues. Raises InputError where `out` holds
-    something else, another run is making it, or the disk is too small.
+    `halves` adds what an importance matrix needs of kv_b_proj's halves. Work goes into the folder `<out>.work`, from
+    which a killed run continues. Raises InputError where `out` holds something else, another run is making it, or the
+    disk is too small.
     """
     from dsv2quant.calib.collect import collect
 
@@ -57,23 +60,27 @@ def calibrate(
     if out.exists() and not force:
         made = Statistics(out)
         shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
-        if wanted == {"model": made.identity, "calibration": made.about["calibration"]}:
+        same = wanted == {"model": made.identity, "calibration": made.about["calibration"]}
+        if same and (made.halves or not halves):
             return made
         what = "holds statistics of another model or another calibration"
+        if same:
+            what = "was measured without what an importance matrix needs"
         raise InputError(what, where=out, fix="give another file, or --force to replace it")
     config = checkpoint.config
     total = calibration.ids.size * config.num_hidden_layers
-    with disk_errors(out), _claimed(work, wanted, force):
+    with disk_errors(out), _claimed(work, wanted | {"halves": halves}, force):
         needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
         logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
         _check_space(out, needed)
         with progress(total, "tok·layer", "calibrate") as advance:
-            counts = collect(checkpoint, work / "layers", calibration, device, advance)
+            counts = collect(checkpoint, work / "layers", calibration, device, halves, advance)
         about = {
             "schema": SCHEMA,
             "dsv2quant": __version__,
             "model": {"name": checkpoint.model, "revision": checkpoint.revision, "identity": wanted["model"]},
             "calibration": wanted["calibration"],
+            "halves": halves,
             "counts": counts,
             "fingerprint": calibration.fingerprint,
         }

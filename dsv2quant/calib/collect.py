@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from dsv2quant.calib.calibration import Calibration, layer_file
 from dsv2quant.calib.spool import Spool
+from dsv2quant.calib.statistics import K_HALF, V_HALF
 from dsv2quant.calib.streams import Made, batches, through_layers
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -38,18 +39,19 @@ class Sums:
         self.counts[site] += len(x)
         self.widen(f"{site}.amax", x.abs())
         squares = x.square()
-        self._sum(f"{site}.square", squares.sum(0, dtype=torch.float64))
+        self.square(f"{site}.square", squares)
         if weights is not None:
-            weighted = squares * weights.square()[:, None]
-            self._sum(f"{site}.weighted_square", weighted.sum(0, dtype=torch.float64))
+            self.square(f"{site}.weighted_square", squares * weights.square()[:, None])
 
     def widen(self, name: str, magnitudes: torch.Tensor) -> None:
         """Largest magnitudes [tokens, K] of a tensor of their own."""
         seen = magnitudes.amax(0).float()
         self._tensors[name] = torch.maximum(self._tensors[name], seen) if name in self._tensors else seen
 
-    def _sum(self, name: str, values: torch.Tensor) -> None:
-        self._tensors[name] = self._tensors[name] + values if name in self._tensors else values
+    def square(self, name: str, squares: torch.Tensor) -> None:
+        """Squares [tokens, ...] of a tensor of their own, summed over the tokens and laid out flat."""
+        seen = squares.sum(0, dtype=torch.float64).flatten()
+        self._tensors[name] = self._tensors[name] + seen if name in self._tensors else seen
 
     def unseen(self, site: str, columns: int) -> None:
         """An expert that no token was routed to."""
@@ -73,9 +75,13 @@ def collect(
     folder: Path,
     calibration: Calibration,
     device: str = "cpu",
+    halves: bool = False,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, int]:
-    """Measure every layer, in `folder`, which keeps what is finished; returns tokens by site."""
+    """Measure every layer, in `folder`, which keeps what is finished; returns tokens by site.
+
+    `halves` adds the inputs of kv_b_proj's halves, for which attention over latents takes three times the arithmetic.
+    """
     config, ids = checkpoint.config, calibration.ids
     loader = Loader(checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     ctx = int(ids.shape[1])
@@ -85,7 +91,7 @@ def collect(
         layer, sums, at = loader.layer(index), Sums(), f"model.layers.{index}"
         for rows in batches(len(before[0]), ctx):
             x = before[0][rows]
-            x = x + _attention(layer, at, x, rope, ctx, sums)
+            x = x + _attention(layer, at, x, rope, ctx, halves, sums)
             normed = layer.post_attention_layernorm(x)
             if isinstance(layer.ffn, MoE):
                 out = _moe(layer.ffn, f"{at}.mlp", normed, sums)
@@ -107,20 +113,29 @@ def collect(
     return counts
 
 
-def _attention(layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, sums: Sums) -> torch.Tensor:
-    """The attention's output for hidden states x [tokens, hidden], its linears' inputs and the cache's ranges added."""
+def _attention(
+    layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, halves: bool, sums: Sums
+) -> torch.Tensor:
+    """The attention's output for hidden states x [tokens, hidden], its linears' inputs and the cache's ranges added.
+
+    With `halves` it is absorbed: so kv_b_proj's halves have inputs of their own.
+    """
     attention, at = layer.attention, f"{at}.self_attn"
     normed = layer.input_layernorm(x)
     sums.add(f"{at}.kv_a_proj_with_mqa", normed)
     if attention.q_a_proj is not None:
         assert attention.q_a_layernorm is not None
         sums.add(f"{at}.q_b_proj", attention.q_a_layernorm(attention.q_a_proj(normed)))
-    c = attention.config
-    latent, k_pe = attention.kv_a_proj_with_mqa(normed).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-    sums.add(f"{at}.kv_b_proj", attention.kv_a_layernorm(latent))
-    rotated = Rope.rotate(k_pe.unflatten(0, (-1, ctx)), rope).flatten(0, 1)  # [tokens, rope]
-    sums.widen(f"{at}.k_pe_radius", rotated.unflatten(1, (-1, 2)).square().sum(-1).sqrt())
-    context = attention.context(normed.unflatten(0, (-1, ctx)), rope).flatten(0, 1)
+    q_nope, q_pe, latent, k_pe = attention.projected(normed.unflatten(0, (-1, ctx)), rope)
+    sums.add(f"{at}.kv_b_proj", latent.flatten(0, 1))
+    sums.widen(f"{at}.k_pe_radius", k_pe.flatten(0, 1).unflatten(1, (-1, 2)).square().sum(-1).sqrt())
+    if halves:
+        mixed = attention.mixed(q_nope, q_pe, latent, k_pe)
+        for half, x in ((K_HALF, q_nope), (V_HALF, mixed)):  # [windows, heads, ctx, ·]
+            sums.square(f"{at}.{half}.square", x.transpose(1, 2).flatten(0, 1).square())
+        context = attention.values(mixed).flatten(0, 1)
+    else:
+        context = attention.expanded(q_nope, q_pe, latent, k_pe).flatten(0, 1)
     sums.add(f"{at}.o_proj", context)
     return attention.o_proj(context)
 

@@ -8,6 +8,11 @@ A safetensors file. Linears that share an input share its statistics, under the 
     <site>.weighted_square   float32 [K]   Σ g² x², g the routing weight; routed experts alone
     <layer>.self_attn.k_pe_radius  float32 [qk_rope_head_dim / 2]   largest radius of each pair that RoPE rotates
 
+and, where asked for, of kv_b_proj's halves, which absorbed attention applies to inputs of their own, head by head:
+
+    <layer>.self_attn.kv_b_proj.k.square  float32 [heads · qk_nope_head_dim]   Σ x²
+    <layer>.self_attn.kv_b_proj.v.square  float32 [heads · kv_lora_rank]       Σ x²
+
 `__metadata__.statistics` is JSON: the model (`Checkpoint.identity`), the calibration text and tokens, tokens per site.
 """
 
@@ -26,6 +31,7 @@ from dsv2quant.errors import InputError
 from dsv2quant.names import Slot
 
 SCHEMA = "dsv2quant.statistics/1"
+K_HALF, V_HALF = "kv_b_proj.k", "kv_b_proj.v"
 
 
 def site(slot: Slot) -> str:
@@ -42,7 +48,7 @@ def site(slot: Slot) -> str:
 
 class Statistics:
     """An opened statistics file; arrays are read when asked for. `counts` are tokens by site, `tokens` those of the
-    text, `identity` is the model's."""
+    text, `source` its name, `identity` is the model's; `halves` says whether kv_b_proj's halves were measured."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError where the file is missing, damaged or none of ours."""
@@ -64,9 +70,12 @@ class Statistics:
         try:
             self.counts: Mapping[str, int] = {str(name): int(count) for name, count in self.about["counts"].items()}
             self.identity = str(self.about["model"]["identity"])
-            self.tokens = int(self.about["calibration"]["windows"]) * int(self.about["calibration"]["ctx"])
+            self.windows, self.ctx = (int(self.about["calibration"][key]) for key in ("windows", "ctx"))
+            self.source = str(self.about["calibration"]["source"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError("its header is incomplete", where=path, fix="calibrate again") from None
+        self.tokens = self.windows * self.ctx
+        self.halves = bool(self.about.get("halves"))
         self._names = set(self._file.keys())
 
     def check_model(self, checkpoint: Checkpoint) -> None:
@@ -103,6 +112,15 @@ class Statistics:
         share = count / (count + columns)
         blended: np.ndarray = (share * own + (1 - share) * prior * (own.sum() / prior.sum())) / count
         return blended
+
+    def squares(self, slot: Slot) -> np.ndarray:
+        """Σ x² of each input channel over tokens, float32 [K]; zeros where no token came by."""
+        return self._read(f"{site(slot)}.square", slot.shape[1])
+
+    def half_squares(self, layer: int, half: str) -> np.ndarray:
+        """Σ x² over tokens of what absorbed attention applies a half of kv_b_proj to, `K_HALF` or `V_HALF`: float32
+        [heads · columns]."""
+        return self._read(f"model.layers.{layer}.self_attn.{half}.square")
 
     def kv_ranges(self, layer: int) -> tuple[float, float]:
         """(largest magnitude of the cached latent, largest radius of k_pe's pairs) of a layer."""

@@ -176,6 +176,15 @@ def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int
     return cut(joined, length, tokenizer.bos_id, "default", text.source).ids
 
 
+def windows_in_order(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int) -> np.ndarray:
+    """The first windows that llama-imatrix makes of a text file, token ids (int64) [count, length] or fewer.
+
+    Raises InputError when the text is too short for a single window.
+    """
+    ids = tokenizer.encode("".join(document.text for document in text.documents))
+    return cut(ids, length, tokenizer.bos_id, "llama.cpp", text.source).ids[:count]
+
+
 def fingerprint(text: str) -> list[int]:
     """What is kept of a text to compare it with others later: the smallest SKETCH of its lines' hashes, sorted.
 

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsv2quant.cli import calibration, common
+
+if TYPE_CHECKING:
+    from dsv2quant.calib.tokens import Protocol
 
 
 @click.command(cls=common.Command)
 @click.argument("model")
 @click.option("-o", "--output", "out", metavar="STATS", required=True, help="The statistics file, *.safetensors.")
 @calibration.calibration_options
+@click.option(
+    "--protocol",
+    type=click.Choice(["default", "llama.cpp"]),
+    default="default",
+    show_default=True,
+    help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix does.",
+)
+@click.option("--imatrix", metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run the model: cpu, cuda, cuda:1.")
-@click.option("--force", is_flag=True, help="Replace STATS, or start over.")
+@click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")
 @common.hub_options
 @common.output_options
 def command(
     model: str,
     out: str,
+    protocol: Protocol,
+    imatrix: str | None,
     device: str,
     force: bool,
     revision: str | None,
@@ -38,30 +51,40 @@ def command(
     what the layers before, quantized, make of the text.
 
     \b
-    Example:
+    Examples:
       dsv2quant calibrate deepseek-ai/DeepSeek-V2-Lite --calibration chats.jsonl --device cuda -o lite.safetensors
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8=static --statistics lite.safetensors -o LITE-FP8
+      dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
     from dsv2quant.calib.calibrate import calibrate
+    from dsv2quant.calib.imatrix import check_free, write_imatrix
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.report.coverage import coverage_json, coverage_text, draw, tokens_by_layer
 
     common.set_verbosity(verbose, quiet)
     calibration.check_figure(options["figure"])
     common.check_device(device)
+    calibration.check_protocol(protocol, options["text"])
+    if imatrix is not None:
+        check_free(Path(imatrix), Path(out), force)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    windows = calibration.load(checkpoint, options, quiet, protocol)
     found = calibrate(
-        checkpoint, Path(out), calibration.load(checkpoint, options, quiet), device=device, force=force,
+        checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
         progress=common.progress(quiet),
     )  # fmt: skip
+    if imatrix is not None:
+        write_imatrix(Path(imatrix), found, checkpoint.config, force)
     tokens = tokens_by_layer(found.counts)
     if options["figure"]:
         draw(tokens, checkpoint.config.hidden_size, options["figure"])
     if as_json:
         coverage = coverage_json(tokens, checkpoint.config.hidden_size)
-        about = found.describe()
-        common.print_json({"schema": "dsv2quant.calibrate/1", "out": out, **about, "experts": coverage})
+        files = {"out": out, "imatrix": imatrix}
+        common.print_json({"schema": "dsv2quant.calibrate/1", **files, **found.describe(), "experts": coverage})
     elif not quiet:
         if tokens:
             print(coverage_text(tokens, checkpoint.config.hidden_size))
         print(f"{out}: {len(found.counts)} inputs of {checkpoint.model}, {found.tokens:,} tokens")
+        if imatrix is not None:
+            print(f"{imatrix}: for llama-quantize --imatrix, {found.windows} chunks of {found.ctx} tokens")

@@ -11,6 +11,7 @@ from dsv2quant.cli import common
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.calib.tokens import Protocol
     from dsv2quant.checkpoint import Checkpoint
 
 calibration_options = common.stack(
@@ -33,10 +34,18 @@ def words(options: Mapping[str, Any], calibration: Calibration) -> list[str]:
     return [*found, f"{windows} --seed {options['seed']}"]
 
 
-def load(checkpoint: Checkpoint, options: Mapping[str, Any], quiet: bool) -> Calibration:
+def check_protocol(protocol: Protocol, text: str | None) -> None:
+    """Raise a usage error where there is no text that llama.cpp could read."""
+    if protocol == "llama.cpp" and (text is None or text.lower().endswith(".jsonl")):
+        raise click.UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
+
+
+def load(
+    checkpoint: Checkpoint, options: Mapping[str, Any], quiet: bool, protocol: Protocol = "default"
+) -> Calibration:
     """The calibration windows, with a word on stderr where the user should know about them."""
     from dsv2quant.calib.calibration import Calibration
-    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap, windows
+    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap, windows, windows_in_order
     from dsv2quant.calib.text import load as load_text
     from dsv2quant.calib.tokens import Tokenizer
     from dsv2quant.evaluate.text import python_topics
@@ -45,9 +54,13 @@ def load(checkpoint: Checkpoint, options: Mapping[str, Any], quiet: bool) -> Cal
     assert checkpoint.folder is not None
     spec, samples = options["text"], options["samples"]
     text = load_text(spec, checkpoint.folder)
-    length = options["length"] or min(2048, checkpoint.config.trained_context)
+    longest = 512 if protocol == "llama.cpp" else 2048
+    length = options["length"] or min(longest, checkpoint.config.trained_context)
     tokenizer = Tokenizer.of(checkpoint)
-    ids = windows(text, tokenizer, samples, length, options["seed"])
+    if protocol == "llama.cpp":
+        ids = windows_in_order(text, tokenizer, samples, length)
+    else:
+        ids = windows(text, tokenizer, samples, length, options["seed"])
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
     sketch = fingerprint("\n".join(document.text for document in text.documents))
     if not quiet:

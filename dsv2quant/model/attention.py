@@ -61,16 +61,50 @@ class Attention:
         self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
     ) -> torch.Tensor:
         """What `o_proj` is applied to: the heads' weighted values, [batch, new, heads · v_head_dim]."""
-        c = self.config
-        q = self._queries(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
-        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
-        q_pe = Rope.rotate(q_pe, rope)
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)  # [batch, new, ·]
+        q_nope, q_pe, latent, k_pe = self.projected(x, rope)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe)  # [batch, all, ·]
-        attend = self._absorbed if absorbed else self._expanded
-        return attend(q_nope, q_pe, latent, k_pe).transpose(1, 2).flatten(2)
+        if absorbed:
+            return self.values(self.mixed(q_nope, q_pe, latent, k_pe))
+        return self.expanded(q_nope, q_pe, latent, k_pe)
+
+    def projected(
+        self, x: torch.Tensor, rope: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [batch, heads, new, ·] without and with position, and the latents and rotated keys that the cache
+        takes, [batch, new, ·]."""
+        c = self.config
+        q = self._queries(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
+        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        return q_nope, Rope.rotate(q_pe, rope), self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)
+
+    def expanded(
+        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
+    ) -> torch.Tensor:
+        """What `o_proj` is applied to, [batch, new, heads · v_head_dim], from the latents [batch, all, ·]."""
+        c = self.config
+        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
+        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
+        q = torch.cat([q_nope, q_pe], -1)
+        # torch has no fast attention for values narrower than keys.
+        padded = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
+        return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
+
+    def mixed(self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """Absorbed: the latents [batch, all, ·] as each query weighs them, [batch, heads, new, kv_lora_rank]."""
+        c = self.config
+        w_k, _ = self._halves(latent.dtype)
+        q = torch.cat([torch.einsum("bhqn,hnl->bhql", q_nope, w_k), q_pe], -1)
+        # The one key that all heads share, which serves as the value, too: its rotated end is cut off.
+        k = torch.cat([latent, k_pe], -1).unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
+        return _attend(q, k, k, softmax_scale(c))[..., : c.kv_lora_rank]
+
+    def values(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What `o_proj` is applied to, [batch, new, heads · v_head_dim], of what `mixed` returns."""
+        _, w_v = self._halves(mixed.dtype)
+        return torch.einsum("bhql,hvl->bqhv", mixed, w_v).flatten(2)
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         if self.q_proj is not None:
@@ -80,34 +114,19 @@ class Attention:
         assert self.q_b_proj is not None
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
-    def _expanded(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
-    ) -> torch.Tensor:
+    def _halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """kv_b_proj's halves for keys and values, [heads, ·, kv_lora_rank]. Engines decode with them dequantized to the
+        compute dtype, and no activation is quantized there."""
         c = self.config
-        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
-        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
-        q = torch.cat([q_nope, q_pe], -1)
-        # torch has no fast attention for values narrower than keys, nor for a mask that it doesn't know to be causal.
-        padded = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
-        causal = q.shape[2] == k.shape[2]
-        mask = None if causal else _causal_mask(q.shape[2], k.shape[2], q.device)
-        scale = softmax_scale(c)
-        return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=causal, scale=scale)[..., : c.v_head_dim]
+        kv_b = self.kv_b_proj.weight.to(dtype).unflatten(0, (c.num_attention_heads, -1))
+        return kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
 
-    def _absorbed(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
-    ) -> torch.Tensor:
-        c = self.config
-        # Engines decode with kv_b's halves dequantized to the compute dtype, and no activation is quantized here.
-        kv_b = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (c.num_attention_heads, -1))
-        w_k, w_v = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)  # [heads, ·, kv_lora_rank]
-        q_latent = torch.einsum("bhqn,hnl->bhql", q_nope, w_k)
-        scores = torch.einsum("bhql,bkl->bhqk", q_latent, latent) + torch.einsum("bhqr,bkr->bhqk", q_pe, k_pe)
-        mask = _causal_mask(scores.shape[2], scores.shape[3], scores.device)
-        scores = (scores.float() * softmax_scale(c)).masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(-1).to(latent.dtype)
-        return torch.einsum("bhql,hvl->bhqv", torch.einsum("bhqk,bkl->bhql", weights, latent), w_v)
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of the last tokens' queries [batch, heads, new, ·] to all [batch, heads, all, ·]."""
+    causal = q.shape[2] == k.shape[2]  # said by flag where it is the usual one: no fast attention takes it as a mask
+    mask = None if causal else _causal_mask(q.shape[2], k.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
 
 def _causal_mask(new: int, total: int, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks
+from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.formats.gguf.metadata import model_metadata
 from dsv2quant.formats.gguf.plan import File, GgufPlan, lay_out
 from dsv2quant.formats.gguf.rows import Piece, pieces, read_rows
@@ -57,7 +58,7 @@ def convert_gguf(
     number = FILE_TYPES[options.file_type].number
     metadata = model_metadata(plan.checkpoint, number, drop_expert_groups=options.drop_expert_groups)
     if options.imatrix is not None:
-        metadata |= options.imatrix.metadata()
+        metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
     files = lay_out(plan, out, metadata, split_max_size)
     state = State(out, files, plan, force)
     try:
@@ -152,7 +153,7 @@ class _Writer:
         self._state.record(self._number, done)
 
     def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> None:
-        """A worker's part: read a piece of a tensor that begins at byte `begin`, encode it, write it where it belongs."""
+        """A worker's part: read a piece of a tensor that begins at byte `begin`, encode it, write it to its place."""
         line = piece.line
         at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
         for rows in read_rows(self._plan.checkpoint, piece):

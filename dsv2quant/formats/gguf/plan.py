@@ -16,7 +16,7 @@ from gguf import GGUFValueType
 from dsv2quant import __version__
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.formats.gguf import blocks, types
+from dsv2quant.formats.gguf import blocks, imatrix, presets, types
 from dsv2quant.formats.gguf.container import Metadata, TensorHeader, Value, pack_header, padded
 from dsv2quant.formats.gguf.imatrix import Imatrix
 from dsv2quant.formats.gguf.metadata import check_loadable, warnings
@@ -82,8 +82,8 @@ class GgufPlan:
 
     def importance(self, tensor: Tensor) -> np.ndarray | None:
         """float32 [matrices, cols], or None without an importance matrix of this tensor."""
-        imatrix = self.options.imatrix
-        return None if imatrix is None else imatrix.importance(tensor, shrink=self.options.shrink)
+        found = self.options.imatrix
+        return None if found is None else found.importance(tensor, shrink=self.options.shrink)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
         raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
     tensors = model_tensors(config)
     if options.imatrix is not None:
-        options.imatrix.check_model(tensors)
+        imatrix.check_model(tensors, options.imatrix)
     choices = types.choose(
         tensors, options.file_type, config, has_imatrix=options.imatrix is not None, tensor_types=options.tensor_types,
         output_type=options.output_type, token_embedding_type=options.token_embedding_type,

@@ -1,0 +1,55 @@
+"""An importance matrix from statistics: the same sums, under llama.cpp's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dsv2quant.calib.statistics import K_HALF, V_HALF, Statistics
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, write
+from dsv2quant.formats.gguf.tensors import K_B, V_B, Tensor, model_tensors
+from dsv2quant.writer import disk_errors, sync_folder
+
+
+def from_statistics(statistics: Statistics, config: ModelConfig) -> Imatrix:
+    """What llama-imatrix measures on the same tokens: every matrix of the layers, routers included, and no other.
+
+    `statistics` hold kv_b_proj's halves (`calibrate(…, halves=True)`).
+    """
+    matrices = [tensor for tensor in model_tensors(config) if tensor.layer is not None and len(tensor.shape) > 1]
+    entries = {tensor.name: _entry(statistics, tensor) for tensor in matrices}
+    return Imatrix(entries, (statistics.source,), statistics.windows, statistics.ctx)
+
+
+def _entry(statistics: Statistics, tensor: Tensor) -> Entry:
+    if tensor.kind in (K_B, V_B):
+        assert tensor.layer is not None
+        sums = statistics.half_squares(tensor.layer, K_HALF if tensor.kind == K_B else V_HALF)
+        return Entry(sums[None], np.array([statistics.tokens], np.float32))
+    sums = np.stack([statistics.squares(slot) for slot in tensor.slots])
+    return Entry(sums, np.array([statistics.count(slot) for slot in tensor.slots], np.float32))
+
+
+def check_free(out: Path, statistics: Path, force: bool) -> None:
+    """Raise InputError, before hours of work, where `out` holds something else than an imatrix of these statistics."""
+    if out.resolve() == statistics.resolve():
+        raise InputError("is the statistics file", where=out, fix="give the imatrix a name of its own")
+    if out.is_dir() or (out.exists() and not statistics.exists() and not force):
+        raise InputError("exists", where=out, fix="give another file, or --force to replace it")
+
+
+def write_imatrix(out: Path, statistics: Statistics, config: ModelConfig, force: bool) -> None:
+    """Write the imatrix of `statistics` to `out`, where it may be already. Raises InputError where something else is,
+    unless `force`, or the disk is full."""
+    imatrix = from_statistics(statistics, config)
+    with disk_errors(out):
+        if out.exists() and not force:
+            if not is_written(out, imatrix):
+                raise InputError("holds something else", where=out, fix="give another file, or delete it")
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(out, imatrix)
+        sync_folder(out.parent)
