@@ -16,7 +16,6 @@ import torch
 from gguf_cases import bell
 
 from dsv2quant.config import ModelConfig
-from dsv2quant.formats.gguf.tensors import model_tensors
 from dsv2quant.names import Slot, model_slots
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
