@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf_models
+import gguf_tiny
 import numpy as np
 import tiny
 from gguf import GGUFWriter
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(m, t, weighted) for m in gguf_models.MODELS for t in FILE_TYPES for weighted in (False, True)),
+    *(Case(m, t, weighted) for m in gguf_tiny.MODELS for t in FILE_TYPES for weighted in (False, True)),
     *(Case("tiny-v2", t, weighted) for t in OTHER_TYPES for weighted in (False, True)),
     *(Case("tiny-v2", "Q4_K_M", False, options) for options in OPTIONS),
     *(Case("tiny-lite", "Q3_K_M", True, options) for options in OPTIONS),
@@ -51,7 +51,7 @@ CASES = [
 
 
 def config_of(model: str) -> ModelConfig:
-    raw = gguf_models.CONFIGS.get(model) or json.loads((tiny.MINI / "config.json").read_text())
+    raw = gguf_tiny.CONFIGS.get(model) or json.loads((tiny.MINI / "config.json").read_text())
     return ModelConfig.from_dict(raw, "config.json")
 
 

@@ -11,13 +11,20 @@ import re
 from pathlib import Path
 
 import pytest
+from dsv2quant.formats.gguf.types import FILE_TYPES
 from gguf_files import (
-    CASES, OPTIONS, SPLIT_SIZE, Case, crc, keys_and_values, types_and_digests, write_imatrix,
+    CASES,
+    OPTIONS,
+    SPLIT_SIZE,
+    Case,
+    crc,
+    keys_and_values,
+    types_and_digests,
+    write_imatrix,
 )  # fmt: skip
-from gguf_models import MODELS, write
+from gguf_tiny import MODELS, write
 
 from dsv2quant.formats.gguf import container
-from dsv2quant.formats.gguf.types import FILE_TYPES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_files.json").read_text())
 

@@ -10,13 +10,13 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from dsv2quant.formats.gguf.types import choose
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_files import OPTIONS
-from gguf_models import PUBLISHED
+from gguf_tiny import PUBLISHED
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
-from dsv2quant.formats.gguf.types import choose
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_types.json").read_text())
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in PUBLISHED.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf_files
-import gguf_models
+import gguf_tiny
 import llama_cpp_tools as llama
 from gguf_files import CASES, OPTIONS, crc, keys_and_values, types_and_digests
 
@@ -34,9 +34,9 @@ MIXES = (
 
 def files(folder: Path) -> dict[str, Any]:
     """What each model is in each case: types and digests of tensors, metadata, digests of split files."""
-    paths = gguf_models.write(folder)
+    paths = gguf_tiny.write(folder)
     found: dict[str, Any] = {"cases": {}, "metadata": {}, "split": {}}
-    for model in gguf_models.MODELS:
+    for model in gguf_tiny.MODELS:
         source = llama.convert(paths[model], folder / f"{model}.gguf")
         # as `--imatrix` names it, which the file repeats
         gguf_files.write_imatrix(folder / "imatrix.gguf", model)
@@ -63,10 +63,10 @@ def files(folder: Path) -> dict[str, Any]:
 
 def types(folder: Path) -> dict[str, Any]:
     """What `llama-quantize --dry-run` chooses for the published models, of files that are headers and holes."""
-    gguf_models.write(folder)
+    gguf_tiny.write(folder)
     base = container.read(llama.convert(folder / "tiny-lite", folder / "tiny.gguf")).metadata
     found: dict[str, Any] = {}
-    for model, raw in gguf_models.PUBLISHED.items():
+    for model, raw in gguf_tiny.PUBLISHED.items():
         config = ModelConfig.from_dict(raw, "config.json")
         tensors = model_tensors(config)
         source = sparse(folder / f"{model}.gguf", config, dict(base), tensors)
