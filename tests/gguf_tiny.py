@@ -39,7 +39,7 @@ ODD = tiny.V2 | {
     "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 64,
     "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 5,
     "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
-    "norm_topk_prob": True, "tie_word_embeddings": True,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.0, "tie_word_embeddings": True,
 }  # fmt: skip
 CONFIGS = {"tiny-lite": LITE, "tiny-v2": V2, "tiny-odd": ODD}
 MODELS = ("dsv2-mini", *CONFIGS)
