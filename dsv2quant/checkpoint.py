@@ -19,7 +19,7 @@ import numpy as np
 
 from dsv2quant import hub
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.fp8 import decode_block_to_float32
 from dsv2quant.formats.quant_config import readable_codecs
 from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files
@@ -125,10 +125,15 @@ class Checkpoint:
         )
 
     def check_source(self) -> None:
-        """Raise InputError for a GGUF file: it is measured, never converted."""
+        """Raise InputError for what is measured, but never converted: a GGUF file, or what is quantized already, save
+        by DeepSeek's own FP8 blocks."""
         if self.metadata is not None:
             fix = "give the Hugging Face checkpoint it was made from"
             raise InputError("is a GGUF file, which is not converted", where=self.model, fix=fix)
+        quantized = [weight.slot.name for weight in self.weights if weight.scheme not in ("bf16", "fp8-block")]
+        if quantized:
+            what = f"already quantized: {listing(quantized, 1)}"
+            raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
 
     def read(
         self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None, buffer: np.ndarray | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv2quant import __version__, targets
 from dsv2quant.checkpoint import Checkpoint, Weight
-from dsv2quant.errors import InputError, listing
+from dsv2quant.errors import InputError
 from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.part import Part
@@ -155,10 +155,6 @@ def make_plan(
     chosen = targets.choose(for_targets, recipe.schemes)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, tp)
-    quantized = [w.slot.name for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
-    if quantized:
-        what = f"already quantized: {listing(quantized, 1)}"
-        raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
     schemes = _choose(checkpoint, recipe, chosen, tp)
     _mark_folded(checkpoint, recipe, schemes)
     where = f"recipe {recipe.name}"

@@ -48,7 +48,7 @@ def lite(folder: Path) -> Path:
 
 
 def v2(folder: Path) -> Path:
-    """V2's latent queries and groups; added tokens of every kind; a template of its own; RoPE as transformers 5 has it."""
+    """V2's latent queries and groups; added tokens of every kind; a template of its own; transformers 5's RoPE."""
     rope = {"rope_type": "yarn", "rope_theta": 5000.0} | {key: YARN[key] for key in YARN if key != "type"}
     config = V2 | {"vocab_size": 4100, "rope_parameters": rope, "_name_or_path": "someone/Tiny-V2-0628"}
     for key in ("rope_theta", "rope_scaling", "bos_token_id", "scoring_func"):
@@ -73,7 +73,10 @@ def plain(folder: Path) -> Path:
 
     def settings(found: dict[str, Any]) -> None:
         found["bos_token"] = {"content": found["bos_token"], "__type": "AddedToken"}
-        found["chat_template"] = [{"name": "default", "template": _TEMPLATE}, {"name": "tool use", "template": "{{ 1 }}"}]
+        found["chat_template"] = [
+            {"name": "default", "template": _TEMPLATE},
+            {"name": "tool use", "template": "{{ 1 }}"},
+        ]
         del found["pad_token"], found["add_eos_token"]
 
     edit(path / "tokenizer_config.json", settings)

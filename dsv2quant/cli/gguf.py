@@ -63,14 +63,17 @@ def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> GgufPlan:
     """The plan that `gguf_options` ask for."""
     from dsv2quant.formats.gguf import imatrix
     from dsv2quant.formats.gguf import plan as gguf
+    from dsv2quant.formats.gguf.types import Overrides
 
     if options["imatrix_shrink"] and not options["imatrix"]:
         raise click.UsageError("--imatrix-shrink goes with --imatrix")
     asked = gguf.Options(
         gguf.parse_file_type(options["gguf"]),
-        tuple(gguf.parse_tensor_type(text) for text in options["tensor_types"]),
-        gguf.parse_type(options["output_type"]) if options["output_type"] else None,
-        gguf.parse_type(options["token_embedding_type"]) if options["token_embedding_type"] else None,
+        Overrides(
+            tuple(gguf.parse_tensor_type(text) for text in options["tensor_types"]),
+            gguf.parse_type(options["output_type"]) if options["output_type"] else None,
+            gguf.parse_type(options["token_embedding_type"]) if options["token_embedding_type"] else None,
+        ),
         options["drop_expert_groups"],
         imatrix.read(Path(options["imatrix"])) if options["imatrix"] else None,
         options["imatrix_shrink"],

@@ -24,7 +24,6 @@ from dsv2quant.formats.gguf.metadata import model_metadata
 from dsv2quant.formats.gguf.plan import File, GgufPlan, lay_out
 from dsv2quant.formats.gguf.rows import Piece, pieces, read_rows
 from dsv2quant.formats.gguf.state import State
-from dsv2quant.formats.gguf.types import FILE_TYPES
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.writer import disk_errors, sync_folder
 
@@ -55,8 +54,7 @@ def convert_gguf(
     """
     started = time.perf_counter()
     options = plan.options
-    number = FILE_TYPES[options.file_type].number
-    metadata = model_metadata(plan.checkpoint, number, drop_expert_groups=options.drop_expert_groups)
+    metadata = model_metadata(plan.checkpoint, options.number, drop_expert_groups=options.drop_expert_groups)
     if options.imatrix is not None:
         metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
     files = lay_out(plan, out, metadata, split_max_size)

@@ -15,27 +15,31 @@ from gguf import GGUFValueType
 
 from dsv2quant import __version__
 from dsv2quant.checkpoint import Checkpoint, Weight
-from dsv2quant.errors import InputError, UsageError
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.gguf import blocks, imatrix, presets, types
 from dsv2quant.formats.gguf.container import Metadata, TensorHeader, Value, pack_header, padded
 from dsv2quant.formats.gguf.imatrix import Imatrix
-from dsv2quant.formats.gguf.metadata import check_loadable, warnings
+from dsv2quant.formats.gguf.loadable import check_loadable, warnings
 from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.formats.gguf.types import Overrides
 from dsv2quant.writer import PARTIAL
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `--gguf` is asked for: a file type (`types.FILE_TYPES`), types for tensors by regular expression, as
-    llama-quantize takes them, and an importance matrix. `shrink` evens out those of experts with few tokens."""
+    """What `--gguf` is asked for: a file type (`types.FILE_TYPES`) or preset (`presets.PRESETS`), types for single
+    tensors, and an importance matrix. `shrink` evens out those of experts with few tokens."""
 
     file_type: str
-    tensor_types: tuple[tuple[str, str], ...] = ()
-    output_type: str | None = None
-    token_embedding_type: str | None = None
+    overrides: Overrides = Overrides()  # noqa: RUF009
     drop_expert_groups: bool = False
     imatrix: Imatrix | None = None
     shrink: bool = False
+
+    @property
+    def number(self) -> int:
+        """`general.file_type`; a preset's is that of the mix whose bytes it spends."""
+        return types.FILE_TYPES[presets.PRESETS.get(self.file_type, (self.file_type,))[0]].number
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,16 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     """Plan a GGUF file. Raises InputError where llama.cpp could not load it or the importance matrix is of another
     model, and UsageError where a type can't be encoded or a tensor's rows don't fit the type asked for."""
     config = checkpoint.config
-    check_loadable(config)
-    quantized = [w for w in checkpoint.weights if w.scheme not in ("bf16", "fp8-block")]
-    if quantized:
-        what = f"is already quantized: {quantized[0].slot.name} is {quantized[0].scheme}"
-        raise InputError(what, where=checkpoint.model, fix="give the checkpoint it was made from")
+    check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
+    checkpoint.check_source()
     tensors = model_tensors(config)
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
-    choices = types.choose(
-        tensors, options.file_type, config, has_imatrix=options.imatrix is not None, tensor_types=options.tensor_types,
-        output_type=options.output_type, token_embedding_type=options.token_embedding_type,
-    )  # fmt: skip
+    if options.file_type in presets.PRESETS:
+        choices = presets.choose(tensors, options.file_type, config, options.overrides)
+    else:
+        weighted = options.imatrix is not None
+        choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
     lines = tuple(Line(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
     for line in lines:
         _check_type(line)
@@ -163,8 +165,8 @@ def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int |
     for number, lines in enumerate(groups):
         split = {
             "split.no": Value(GGUFValueType.UINT16, number),
-            "split.count": Value(GGUFValueType.UINT16, len(groups)),
             "split.tensors.count": Value(GGUFValueType.INT32, len(plan.lines)),
+            "split.count": Value(GGUFValueType.UINT16, len(groups)),
         }
         path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
         files.append(_file(path, {**metadata, **split} if number == 0 else split, lines))
@@ -185,8 +187,10 @@ def parse_file_type(name: str) -> str:
     """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none."""
     upper = name.upper()
     known = types.ALIASES.get(upper, upper)
-    if known not in types.FILE_TYPES:
-        raise UsageError(f"unknown file type {name!r}", fix=f"one of {', '.join(types.FILE_TYPES)}")
+    if known not in types.FILE_TYPES and known not in presets.PRESETS:
+        raise UsageError(
+            f"unknown file type {name!r}", fix=f"one of {', '.join((*types.FILE_TYPES, *presets.PRESETS))}"
+        )
     return known
 
 

@@ -15,7 +15,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.formats.gguf import blocks, types
 from dsv2quant.formats.gguf.container import padded
 from dsv2quant.formats.gguf.tensors import Tensor
-from dsv2quant.formats.gguf.types import Choice, quantizable
+from dsv2quant.formats.gguf.types import Choice, Overrides, quantizable
 
 # The stock mix whose bytes are spent, and the type between its default and Q8_0 that many tensors are raised to.
 PRESETS = {
@@ -30,8 +30,13 @@ _SHARED = (
 _FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-def choose(tensors: Sequence[Tensor], preset: str, config: ModelConfig) -> list[Choice]:
-    """(type, reason) of every tensor, as `types.choose` gives them."""
+def choose(
+    tensors: Sequence[Tensor],
+    preset: str,
+    config: ModelConfig,
+    overrides: Overrides = Overrides(),  # noqa: B008
+) -> list[Choice]:
+    """(type, reason) of every tensor, as `types.choose` gives them; `overrides` are not counted in the file's size."""
     stock, raised = PRESETS[preset]
     default = types.FILE_TYPES[stock].default
     stock_choices = types.choose(tensors, stock, config)
@@ -44,7 +49,7 @@ def choose(tensors: Sequence[Tensor], preset: str, config: ModelConfig) -> list[
         trial = wishes | {kind: wished}
         if sum(_nbytes(t, c) for t, (c, _) in zip(tensors, _fit(tensors, trial), strict=True)) <= limit:
             wishes = trial
-    return _fit(tensors, wishes)
+    return [overrides.of(t) or c if quantizable(t) else c for t, c in zip(tensors, _fit(tensors, wishes), strict=True)]
 
 
 def _fit(tensors: Sequence[Tensor], wishes: Mapping[str, str]) -> list[Choice]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -47,35 +48,44 @@ _RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S
 Choice = tuple[str, str | None]
 
 
+@dataclass(frozen=True)
+class Overrides:
+    """Types that the user asks for, as llama-quantize takes them.
+
+    `tensor_types` are (regular expression, type): the first that is found in a tensor's name decides, before the
+    fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback.
+    """
+
+    tensor_types: Sequence[tuple[str, str]] = ()
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+
+    def of(self, tensor: Tensor) -> Choice | None:
+        """The type asked for, if any."""
+        chosen = {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
+        if chosen is not None:
+            return chosen, None
+        patterns = (kind for pattern, kind in self.tensor_types if re.search(pattern.lower(), tensor.name))
+        found = next(patterns, None)
+        return None if found is None else fall_back(tensor, found)
+
+
 def choose(
     tensors: Sequence[Tensor],
     file_type: str,
     config: ModelConfig,
     *,
     has_imatrix: bool = False,
-    tensor_types: Sequence[tuple[str, str]] = (),
-    output_type: str | None = None,
-    token_embedding_type: str | None = None,
+    overrides: Overrides = Overrides(),
 ) -> list[Choice]:
-    """(type, reason) of every tensor; the reason says why a type is not the one wished for.
-
-    `tensor_types` are (regular expression, type): the first that is found in a tensor's name decides, before the
-    fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback.
-    """
+    """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
     mix = _Mix(file_type, config, has_imatrix, tied=all(tensor.kind != "output" for tensor in tensors))
-    patterns = [] if mix.default in _PLAIN else [(re.compile(pattern.lower()), kind) for pattern, kind in tensor_types]
-    fixed = {"token_embd": token_embedding_type, "output": output_type}
-
-    def one(tensor: Tensor) -> Choice:
-        if not quantizable(tensor):
-            return "F32", None
-        chosen = fixed.get(tensor.kind)
-        if chosen is not None:
-            return chosen, None
-        found = next((kind for pattern, kind in patterns if pattern.search(tensor.name)), None)
-        return fall_back(tensor, found or mix.type_of(tensor))
-
-    return [one(tensor) for tensor in tensors]
+    if mix.default in _PLAIN:
+        overrides = replace(overrides, tensor_types=())
+    return [
+        (overrides.of(tensor) or fall_back(tensor, mix.type_of(tensor))) if quantizable(tensor) else ("F32", None)
+        for tensor in tensors
+    ]
 
 
 def quantizable(tensor: Tensor) -> bool:

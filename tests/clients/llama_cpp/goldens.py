@@ -1,0 +1,141 @@
+"""Make the goldens of GGUF files from llama.cpp's tools: tests/golden/gguf_expected.json and gguf_types.json.
+
+Run it after `make test-clients` has built them:
+    PYTHONPATH=.:tests .venv/bin/python tests/clients/llama_cpp/goldens.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import gguf_expected
+import gguf_tiny
+import llama_cpp_tools as llama
+from gguf_expected import CASES, OPTIONS, crc, keys_and_values, types_and_digests
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.formats.gguf import container
+from dsv2quant.formats.gguf.blocks import nbytes
+from dsv2quant.formats.gguf.container import TensorHeader, Value
+from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+MIXES = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "MXFP4_MOE", "IQ3_M", "IQ3_S",
+)  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What each model is in each case: types and digests of tensors, metadata, digests of split files."""
+    paths = gguf_tiny.write(folder)
+    found: dict[str, Any] = {"cases": {}, "metadata": {}, "split": {}}
+    for model in gguf_tiny.MODELS:
+        source = llama.convert(paths[model], folder / f"{model}.gguf")
+        # as `--imatrix` names it, which the file repeats
+        gguf_expected.write_imatrix(folder / "imatrix.gguf", model)
+        for case in (case for case in CASES if case.model == model):
+            options = [word.replace("--output-type", "--output-tensor-type") for word in OPTIONS.get(case.options, ())]
+            options += ["--imatrix", "imatrix.gguf"] * case.weighted
+            out = llama.quantize(source, folder / "out.gguf", case.file_type, *options)
+            made = container.read(out)
+            _, types, digests = zip(*types_and_digests(made), strict=True)
+            runs = [f"{len(list(run))} {name}" for name, run in groupby(types)]
+            found["cases"][str(case)] = {
+                "types": ", ".join(runs), "tensors": "".join(digests), "file": crc(out.read_bytes()),
+            }  # fmt: skip
+            if case.file_type == "Q4_K_M" and not case.options:
+                found["metadata"][f"{model}{'-imatrix' * case.weighted}"] = keys_and_values(made)
+                if not case.weighted:
+                    shards = llama.split(out, folder / f"split-{model}", gguf_expected.SPLIT_SIZE)
+                    found["split"][model] = {
+                        shard.name.removeprefix("split-"): crc(shard.read_bytes()) for shard in shards
+                    }
+        source.unlink()
+    return found
+
+
+def types(folder: Path) -> dict[str, Any]:
+    """What `llama-quantize --dry-run` chooses for the published models, of files that are headers and holes."""
+    gguf_tiny.write(folder)
+    base = container.read(llama.convert(folder / "tiny-lite", folder / "tiny.gguf")).metadata
+    found: dict[str, Any] = {}
+    for model, raw in gguf_tiny.PUBLISHED.items():
+        config = ModelConfig.from_dict(raw, "config.json")
+        tensors = model_tensors(config)
+        source = sparse(folder / f"{model}.gguf", config, dict(base), tensors)
+        gguf_expected.write_imatrix(folder / "imatrix.gguf", "tiny-odd")
+        for mix in MIXES:
+            plain = choices(source, mix, [], tensors)
+            weighted = choices(source, mix, ["--imatrix", "imatrix.gguf"], tensors)
+            found[f"{model}-{mix}"] = plain
+            if weighted != plain:
+                found[f"{model}-{mix}-imatrix"] = weighted
+        for name, options in OPTIONS.items():
+            words = [word.replace("--output-type", "--output-tensor-type") for word in options]
+            found[f"{model}-Q4_K_M-{name}"] = choices(source, "Q4_K_M", words, tensors)
+    return found
+
+
+def sparse(path: Path, config: ModelConfig, metadata: dict[str, Value], tensors: list[Tensor]) -> Path:
+    """A model of any size: no data, and of the metadata only what llama-quantize looks at is its own."""
+    own = {"block_count": config.num_hidden_layers, "expert_count": config.n_routed_experts}
+    if config.q_lora_rank is not None:
+        own["attention.q_lora_rank"] = config.q_lora_rank
+    for key, value in own.items():
+        metadata[f"deepseek2.{key}"] = Value(metadata["deepseek2.block_count"].type, value)
+    headers, begin = [], 0
+    for tensor in tensors:
+        kind = "F32" if len(tensor.shape) == 1 or tensor.kind == "ffn_gate_inp" else "BF16"
+        header = TensorHeader(tensor.name, kind, tensor.shape, begin, nbytes(kind, tensor.shape))
+        headers.append(header)
+        begin += container.padded(header.nbytes)
+    with path.open("wb") as file:
+        file.write(container.pack_header(metadata, headers))
+        file.truncate(file.tell() + begin)
+    return path
+
+
+def choices(source: Path, mix: str, options: list[str], tensors: list[Tensor]) -> dict[str, Any]:
+    """The type of each kind of tensor, by layers where they differ; the file's MiB; how many fell back.
+
+    What is kept F32 is not listed, and under "*" is the type of all others.
+    """
+    done = llama.tool("quantize", "--dry-run", *options, source, mix, cwd=source.parent)
+    text = done.stdout + done.stderr
+    chosen = dict(re.findall(r"\] +(\S+) +- \[.*MiB \((\S+)\)$", text, re.MULTILINE))
+    kinds: dict[str, dict[str, list[int | None]]] = {}
+    for tensor in tensors:
+        if tensor.name in chosen:
+            kinds.setdefault(tensor.kind, {}).setdefault(chosen[tensor.name].upper(), []).append(tensor.layer)
+    types = {kind: next(iter(layers)) if len(layers) == 1 else layers for kind, layers in kinds.items()}
+    most = Counter(kind for kind in types.values() if isinstance(kind, str)).most_common(1)[0][0]
+    match = re.search(r"(\d+) of \d+ tensor\(s\) required fallback", text)
+    return {
+        "types": {"*": most} | {kind: name for kind, name in types.items() if name != most},
+        "MiB": float(re.findall(r"quant size += +([\d.]+) MiB", text)[0]),
+        "fallbacks": int(match[1]) if match else 0,
+    }
+
+
+def dump(content: dict[str, Any], depth: int) -> str:
+    """JSON with one line for each entry, of `depth` levels."""
+    items = (f"{json.dumps(k)}: {dump(v, depth - 1) if depth > 1 else json.dumps(v)}" for k, v in content.items())
+    return "{\n" + ",\n".join(items) + "\n}"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (GOLDEN / "gguf_types.json").write_text(dump(types(Path(folder)), 1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        (GOLDEN / "gguf_expected.json").write_text(dump(files(Path(folder)), 2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""llama.cpp's tools, as build.py leaves them in build/llama.cpp."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
+BIN = ROOT / "build" / "bin"
+# The converter knows the tokenizers of published models by a hash; dsv2-mini's has the pre-tokenizer of DeepSeek's.
+CONVERTER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import convert_hf_to_gguf
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-llm"
+sys.argv = sys.argv[1:]
+convert_hf_to_gguf.main()
+"""
+
+
+def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command, with its output in the error where it fails."""
+    words = [str(word) for word in command]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done
+
+
+def tool(name: str, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return run(BIN / f"llama-{name}", *args, cwd=cwd)
+
+
+def convert(model: Path, out: Path) -> Path:
+    """The model as a GGUF file in BF16."""
+    run(sys.executable, "-c", CONVERTER, ROOT, model, "--outfile", out, "--outtype", "bf16")
+    return out
+
+
+def quantize(source: Path, out: Path, file_type: str, *options: object) -> Path:
+    """`source` quantized; a relative path among the options is one in the folder of `out`."""
+    tool("quantize", *options, source, out, file_type, 2, cwd=out.parent)
+    return out
+
+
+def split(source: Path, prefix: Path, size: str) -> list[Path]:
+    """The files that `source` is split into, in order."""
+    tool("gguf-split", "--split", "--split-max-size", size, source, prefix)
+    return sorted(prefix.parent.glob(f"{prefix.name}-*-of-*.gguf"))
