@@ -20,19 +20,20 @@ def signed_peak(tile, SIZE: tl.constexpr):
 def search_symmetric(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
     """make_qx_quants → (scale, factor)."""
     peak = signed_peak(tile, SIZE)
-    factor = tl.div_rn(-1.0 * NMAX, peak)
-    xl, ll = _symmetric_sums(tile, weight, factor, NMAX, SIZE)
-    scale = tl.where(ll != 0, tl.div_rn(xl, ll), 0.0)
-    best = scale * xl
-    shift = tl.full(peak.shape, -9.0, tl.float32)  # −9 … 9 without 0
-    for _ in range(18):
+    scale = tl.zeros_like(peak)
+    best = tl.zeros_like(peak)
+    factor = tl.zeros_like(peak)
+    number = tl.zeros_like(peak)  # of the candidate
+    for _ in range(19):
+        first = number == 0
+        shift = tl.where(first, 0.0, tl.where(number < 10, number - 10, number - 9))  # 0, then −9 … 9 without 0
         trial = tl.div_rn(-(NMAX + 0.1 * shift), peak)
         xl, ll = _symmetric_sums(tile, weight, trial, NMAX, SIZE)
-        better = (ll > 0) & (xl * xl > best * ll)
-        scale = tl.where(better, tl.div_rn(xl, ll), scale)
+        better = first | ((ll > 0) & (xl * xl > best * ll))
+        scale = tl.where(better, tl.where(ll != 0, tl.div_rn(xl, ll), 0.0), scale)
         best = tl.where(better, scale * xl, best)
         factor = tl.where(better, trial, factor)
-        shift += tl.where(shift == -1, 2.0, 1.0)
+        number += 1.0
     zero = tl.abs(peak) < TINY
     return tl.where(zero, 0.0, scale), tl.where(zero, 0.0, factor)
 
@@ -73,25 +74,23 @@ def search_affine(
         sum_w += weight[k]
         sum_x += weight[k] * tile[k]
     low = tl.where(low > 0, 0.0, low)
-    factor = tl.div_rn(1.0 * NMAX, top - low)
-    scale = tl.div_rn(1.0, factor)
-    origin = low
-    levels, _l, _ll, _xl = _affine_sums(tile, weight, factor, low, NMAX, SIZE)
-    least = _error(tile, weight, levels, scale, low, ABSOLUTE, SIZE)
     constant = top <= low  # no candidate is to pass
-    scale = tl.where(constant, 0.0, scale)
-    factor = tl.where(constant, 0.0, factor)
-    least = tl.where(constant, float("-inf"), least)
-    number = tl.zeros_like(low)  # of the candidate
-    for _ in range(STEPS + 1):
-        trial = tl.div_rn(START + STEP * number + NMAX, top - low)
+    scale = tl.zeros_like(low)
+    factor = tl.zeros_like(low)
+    origin = low
+    least = tl.zeros_like(low)
+    number = tl.full(low.shape, -1.0, tl.float32)  # of the candidate; the first is the plain range
+    for _ in range(STEPS + 2):
+        first = number < 0
+        trial = tl.div_rn(tl.where(first, 1.0 * NMAX, START + STEP * number + NMAX), top - low)
         levels, wl, wll, wxl = _affine_sums(tile, weight, trial, low, NMAX, SIZE)
         det = sum_w * wll - wl * wl
         fitted = tl.div_rn(wll * sum_x - wl * wxl, det)
         new_scale = tl.where(fitted > 0, tl.div_rn(wxl, wll), tl.div_rn(sum_w * wxl - sum_x * wl, det))
-        new_low = tl.where(fitted > 0, 0.0, fitted)
+        new_scale = tl.where(first, tl.div_rn(1.0, trial), new_scale)
+        new_low = tl.where(first, low, tl.where(fitted > 0, 0.0, fitted))
         error = _error(tile, weight, levels, new_scale, new_low, ABSOLUTE, SIZE)
-        better = (det > 0) & (error < least)
+        better = (first | ((det > 0) & (error < least))) & (constant == 0)
         least = tl.where(better, error, least)
         factor = tl.where(better, trial, factor)
         origin = tl.where(better, low, origin)
@@ -137,15 +136,18 @@ def search_positive(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
     top = tl.zeros_like(tile[0])
     for k in tl.static_range(SIZE):
         top = tl.where(tile[k] > top, tile[k], top)
-    factor = tl.div_rn(1.0 * NMAX, top)
-    least = _positive_error(tile, weight, factor, NMAX, True, SIZE)
-    shift = tl.full(top.shape, -4.0, tl.float32)  # −4 … 4 without 0
-    for _ in range(8):
+    factor = tl.zeros_like(top)
+    least = tl.zeros_like(top)
+    number = tl.zeros_like(top)  # of the candidate
+    for _ in range(9):
+        first = number == 0
+        shift = tl.where(first, 0.0, tl.where(number < 5, number - 5, number - 4))  # 0, then −4 … 4 without 0
         trial = tl.div_rn(0.1 * shift + NMAX, top)
-        error = _positive_error(tile, weight, trial, NMAX, False, SIZE)
-        factor = tl.where(error < least, trial, factor)
-        least = tl.where(error < least, error, least)
-        shift += tl.where(shift == -1, 2.0, 1.0)
+        error = _positive_error(tile, weight, trial, first, NMAX, SIZE)
+        better = first | (error < least)
+        factor = tl.where(better, trial, factor)
+        least = tl.where(better, error, least)
+        number += 1.0
     codes = ()
     sum_xl = tl.zeros_like(top)
     sum_ll = tl.zeros_like(top)
@@ -155,7 +157,7 @@ def search_positive(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
         value = code.to(tl.float32)
         sum_xl += weight[k] * tile[k] * value
         sum_ll += weight[k] * value * value
-    for _ in tl.static_range(5):
+    for _ in range(5):
         codes, sum_xl, sum_ll = _descend_positive(tile, weight, codes, sum_xl, sum_ll, NMAX, SIZE)
     zero = top < TINY
     scale = tl.where((sum_ll > 0) & (top >= TINY), tl.div_rn(sum_xl, sum_ll), 0.0)
@@ -163,12 +165,12 @@ def search_positive(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _positive_error(tile, weight, factor, NMAX: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+def _positive_error(tile, weight, factor, first, NMAX: tl.constexpr, SIZE: tl.constexpr):
     unit = tl.div_rn(1.0, factor)
     error = tl.zeros_like(factor)
     for k in tl.static_range(SIZE):
         code = nearest(factor * tile[k])
-        code = code & 0xFF if FIRST else tl.minimum(code, NMAX)
+        code = tl.where(first, code & 0xFF, tl.minimum(code, NMAX))
         off = tile[k] - unit * code.to(tl.float32)
         error += weight[k] * off * off
     return error
@@ -216,7 +218,7 @@ def descend(tile, NMAX: tl.constexpr, SIZE: tl.constexpr):
         w = tile[k] * tile[k]
         sum_xl += w * tile[k] * code
         sum_ll += w * code * code
-    for _ in tl.static_range(5):
+    for _ in range(5):
         codes, sum_xl, sum_ll = _descend_once(tile, codes, sum_xl, sum_ll, NMAX, SIZE)
     zero = tl.abs(peak) < TINY
     scale = tl.where((sum_ll > 0) & (tl.abs(peak) >= TINY), tl.div_rn(sum_xl, sum_ll), 0.0)
@@ -249,15 +251,15 @@ def _descend_once(tile, codes, sum_xl, sum_ll, NMAX: tl.constexpr, SIZE: tl.cons
 def search_uneven(tile, weight, SIZE: tl.constexpr):
     """The scale of an IQ4 sub-block: of 16 candidates, the one of the least weighted error."""
     peak = signed_peak(tile, SIZE)
-    trial = tl.div_rn(1.0, tl.div_rn(peak, 127.0))
-    xq, qq = _uneven_sums(tile, weight, trial, SIZE)
-    scale = tl.where(qq > 0, tl.div_rn(xq, qq), 0.0)
-    best = scale * xq
-    reach = tl.full(peak.shape, -134.0, tl.float32)  # −7 − 127 … 7 − 127
-    for _ in range(15):
-        xq, qq = _uneven_sums(tile, weight, tl.div_rn(reach, peak), SIZE)
-        better = (qq > 0) & (xq * xq > best * qq)
-        scale = tl.where(better, tl.div_rn(xq, qq), scale)
+    scale = tl.zeros_like(peak)
+    best = tl.zeros_like(peak)
+    reach = tl.full(peak.shape, -135.0, tl.float32)  # the first candidate is −127; then −7 − 127 … 7 − 127
+    for _ in range(16):
+        first = reach == -135
+        trial = tl.where(first, tl.div_rn(1.0, tl.div_rn(peak, 127.0)), tl.div_rn(reach, peak))
+        xq, qq = _uneven_sums(tile, weight, trial, SIZE)
+        better = first | ((qq > 0) & (xq * xq > best * qq))
+        scale = tl.where(better, tl.where(qq > 0, tl.div_rn(xq, qq), 0.0), scale)
         best = tl.where(better, scale * xq, best)
         reach += 1.0
     return tl.where(tl.abs(peak) < TINY, 0.0, scale)
