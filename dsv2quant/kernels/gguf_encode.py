@@ -96,10 +96,8 @@ def _encode_q45_k(x: torch.Tensor, importance: torch.Tensor | None, bits: int) -
     m, mins = scales.round_positive(depth, total, 8, 63, 63)
     if bits == 5:
         codes, mins = codes.clamp(max=63), mins.clamp(max=63)
-    packed = torch.cat(
-        [codes[:, :4] | codes[:, 4:] >> 4 << 6, mins[:, :4] | mins[:, 4:] >> 4 << 6, codes[:, 4:] & 15 | mins[:, 4:] << 4],
-        1,
-    )
+    firsts = [x[:, :4] | x[:, 4:] >> 4 << 6 for x in (codes, mins)]
+    packed = torch.cat([*firsts, codes[:, 4:] & 15 | mins[:, 4:] << 4], 1)
     # Read back (get_scale_min_k4), since a code above 63 runs into the bits of others.
     codes = torch.cat([packed[:, :4] & 63, packed[:, 8:] & 15 | packed[:, :4] >> 6 << 4], 1)
     mins = torch.cat([packed[:, 4:8] & 63, packed[:, 8:] >> 4 | packed[:, 4:8] >> 6 << 4], 1)

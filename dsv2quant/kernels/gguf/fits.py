@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The first step of a block quantizer: for every sub-block its scale, and what its levels are to be computed from."""
 
 from typing import NamedTuple
@@ -155,7 +154,9 @@ def fit_uneven(x: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 @triton.jit
-def _range_kernel(x, scale, low, count, NMAX: tl.constexpr, AFFINE: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
+def _range_kernel(
+    x, scale, low, count, NMAX: tl.constexpr, AFFINE: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr
+):
     lane, inside = these_lanes(count, LANES)
     tile = load(x, lane, inside, SIZE)
     if AFFINE:

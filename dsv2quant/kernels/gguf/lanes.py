@@ -1,8 +1,7 @@
-# mypy: allow-untyped-defs
 """What the GGUF kernels share; the counterpart of formats/gguf/lanes.py, one lane being one thread here.
 
-A lane holds its whole sub-block in registers: a tuple of SIZE tensors [LANES], element k of every lane in the k-th. So a
-lane adds its terms in ggml's order whatever the compiler does with reductions. The rest of the identity: divisions and
+A lane holds its whole sub-block in registers: a tuple of SIZE tensors [LANES], element k of every lane in the k-th. So
+it adds its terms in ggml's order whatever the compiler does with reductions. The rest of the identity: divisions and
 square roots by div_rn and sqrt_rn, and every launch with `EXACT`, since a contraction to FMA would round once less.
 """
 
@@ -67,7 +66,7 @@ def load(values, row, inside, SIZE: tl.constexpr):
     """The SIZE float32 of row[lane] of a matrix; zeros where not `inside`."""
     tile = ()
     for k in tl.static_range(SIZE):
-        tile = tile + (tl.load(values + row * SIZE + k, mask=inside, other=0.0),)  # noqa: RUF005 (Triton has no *)
+        tile = tile + (tl.load(values + row * SIZE + k, mask=inside, other=0.0),)
     return tile
 
 
@@ -76,7 +75,7 @@ def weigh(tile, weights, spread, SIZE: tl.constexpr):
     """weight · √(spread + x²)."""
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (weights[k] * tl.sqrt_rn(spread + tile[k] * tile[k]),)  # noqa: RUF005
+        out = out + (weights[k] * tl.sqrt_rn(spread + tile[k] * tile[k]),)
     return out
 
 
@@ -85,7 +84,7 @@ def weigh_by_square(tile, SIZE: tl.constexpr):
     """x²."""
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (tile[k] * tile[k],)  # noqa: RUF005
+        out = out + (tile[k] * tile[k],)
     return out
 
 
@@ -98,7 +97,7 @@ def weigh_by_size(tile, SIZE: tl.constexpr):
     size = tl.sqrt_rn(tl.div_rn(total, 1.0 * SIZE))
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (size + tl.abs(tile[k]),)  # noqa: RUF005
+        out = out + (size + tl.abs(tile[k]),)
     return out
 
 
@@ -107,7 +106,7 @@ def magnitudes(tile, SIZE: tl.constexpr):
     """|x|."""
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (tl.abs(tile[k]),)  # noqa: RUF005
+        out = out + (tl.abs(tile[k]),)
     return out
 
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The last step of a block quantizer: the levels of all elements, each by itself, one element a lane."""
 
 import torch
@@ -125,9 +124,7 @@ def _uneven_kernel(x, scale, levels, count, SIZE: tl.constexpr, LANES: tl.conste
 def levels_uneven(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x float32 [sub-blocks, 32], scale float32 [sub-blocks] → the numbers of IQ4's levels, uint8 like x."""
     levels = torch.empty_like(x, dtype=torch.uint8)
-    _uneven_kernel[programs(x.numel(), ELEMENTS)](
-        x, scale, levels, x.numel(), SIZE=x.shape[1], LANES=ELEMENTS, **EXACT
-    )
+    _uneven_kernel[programs(x.numel(), ELEMENTS)](x, scale, levels, x.numel(), SIZE=x.shape[1], LANES=ELEMENTS, **EXACT)
     return levels
 
 
@@ -140,7 +137,7 @@ def _q8_0_kernel(x, scale, codes, count, BLOCKS: tl.constexpr):
     tl.store(scale + block, d, mask=inside)
     v = v * inverse(d)[:, None]
     code = truncate(v)
-    rest = v - code.to(tl.float32)  # exact; half away from zero
+    rest = tl.where(tl.abs(v) < 1073741824.0, v - code.to(tl.float32), 0.0)  # exact; half away from zero
     code += tl.where(rest >= 0.5, 1, 0) - tl.where(rest <= -0.5, 1, 0)
     tl.store(codes + at, code.to(tl.uint8), mask=inside[:, None])
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The second step of a block quantizer: the scales of a block's sub-blocks rounded in their turn, one block a lane."""
 
 import torch

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The scale searches of ggml, of tiles and weights held as lanes.py says; formats/gguf/search.py describes each."""
 
 import triton
@@ -109,7 +108,7 @@ def _affine_sums(tile, weight, factor, low, NMAX: tl.constexpr, SIZE: tl.constex
     sum_xl = tl.zeros_like(factor)
     for k in tl.static_range(SIZE):
         code = level(factor * (tile[k] - low), 0, NMAX)
-        levels = levels + (code,)  # noqa: RUF005
+        levels = levels + (code,)
         wl = weight[k] * code
         sum_l += wl
         sum_ll += wl * code
@@ -153,7 +152,7 @@ def search_positive(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
     sum_ll = tl.zeros_like(top)
     for k in tl.static_range(SIZE):
         code = tl.minimum(nearest(factor * tile[k]), NMAX)
-        codes = codes + (code & 0xFF,)  # noqa: RUF005
+        codes = codes + (code & 0xFF,)
         value = code.to(tl.float32)
         sum_xl += weight[k] * tile[k] * value
         sum_ll += weight[k] * value * value
@@ -190,7 +189,7 @@ def _descend_positive(tile, weight, codes, sum_xl, sum_ll, NMAX: tl.constexpr, S
         new_ll = ll + weight[k] * value * value
         better = new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll
         better = better & (xl > 0) & (ll > 0) & (value != old)
-        out = out + (tl.where(better, code & 0xFF, codes[k]),)  # noqa: RUF005
+        out = out + (tl.where(better, code & 0xFF, codes[k]),)
         sum_xl = tl.where(better, new_xl, sum_xl)
         sum_ll = tl.where(better, new_ll, sum_ll)
     return out, sum_xl, sum_ll
@@ -200,7 +199,7 @@ def _descend_positive(tile, weight, codes, sum_xl, sum_ll, NMAX: tl.constexpr, S
 def _zero_where(zero, codes, SIZE: tl.constexpr):
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (tl.where(zero, 0, codes[k]),)  # noqa: RUF005
+        out = out + (tl.where(zero, 0, codes[k]),)
     return out
 
 
@@ -214,7 +213,7 @@ def descend(tile, NMAX: tl.constexpr, SIZE: tl.constexpr):
     sum_ll = tl.zeros_like(peak)
     for k in tl.static_range(SIZE):
         code = level(factor * tile[k], -NMAX, NMAX - 1)
-        codes = codes + (code,)  # noqa: RUF005
+        codes = codes + (code,)
         w = tile[k] * tile[k]
         sum_xl += w * tile[k] * code
         sum_ll += w * code * code
@@ -224,7 +223,7 @@ def descend(tile, NMAX: tl.constexpr, SIZE: tl.constexpr):
     scale = tl.where((sum_ll > 0) & (tl.abs(peak) >= TINY), tl.div_rn(sum_xl, sum_ll), 0.0)
     out = ()
     for k in tl.static_range(SIZE):
-        out = out + (tl.where(zero, 0, codes[k].to(tl.int32) + NMAX),)  # noqa: RUF005
+        out = out + (tl.where(zero, 0, codes[k].to(tl.int32) + NMAX),)
     return scale, out
 
 
@@ -241,7 +240,7 @@ def _descend_once(tile, codes, sum_xl, sum_ll, NMAX: tl.constexpr, SIZE: tl.cons
         new_ll = ll + w * code * code
         better = new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll
         better = better & (xl > 0) & (new_ll > 0) & (code != old)
-        out = out + (tl.where(better, code, old),)  # noqa: RUF005
+        out = out + (tl.where(better, code, old),)
         sum_xl = tl.where(better, new_xl, sum_xl)
         sum_ll = tl.where(better, new_ll, sum_ll)
     return out, sum_xl, sum_ll
