@@ -2,8 +2,8 @@
 
 Three steps, each a kernel over the whole matrix: a search per sub-block (fits.py), the scales of a block rounded
 (scales.py), the levels of all elements (rounding.py). Between them lie float32 scales per sub-block and a byte per
-element; beside x and the result, up to 4 bytes per element are used. Bytes are then put in their places by torch, in
-whole numbers. Where a scale is beyond float16 the bytes may differ from the CPU's in the sign of a NaN.
+element: beside x and the result, up to 4 bytes per element are used. Bytes are then put in their places by torch, in
+whole numbers. Where sums leave float32's range (magnitudes above 1e9) a scale may be a NaN of another sign than x86's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsv2quant.kernels.gguf.lanes import energies
 def encode(name: str, x: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
     """float32 or bfloat16 [rows, cols] → uint8 [rows, bytes of a row], as blocks.encode.
 
-    `importance` float32 [cols], on the same device. x must be finite.
+    `importance` float32 [cols], on the same device, the current one. x must be finite.
     Raises ValueError where cols is not a multiple of the type's block or importance has another length.
     """
     rows, cols = x.shape
