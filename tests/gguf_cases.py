@@ -43,6 +43,12 @@ def matrices() -> dict[str, np.ndarray]:
     }
 
 
+def extreme_matrices() -> dict[str, np.ndarray]:
+    """The same, and scales beyond float16's range or far below it."""
+    found = matrices()
+    return found | {"huge": found["bell"] * np.float32(1e8), "minute": found["bell"] * np.float32(1e-30)}
+
+
 def importances(cols: int) -> list[np.ndarray | None]:
     """None; positive of many sizes; half of them zero."""
     u = np.abs(bell((2, cols), 4))
