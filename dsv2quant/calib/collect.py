@@ -39,19 +39,19 @@ class Sums:
         self.counts[site] += len(x)
         self.widen(f"{site}.amax", x.abs())
         squares = x.square()
-        self.square(f"{site}.square", squares)
+        self.accumulate(f"{site}.square", squares.sum(0, dtype=torch.float64))
         if weights is not None:
-            self.square(f"{site}.weighted_square", squares * weights.square()[:, None])
+            weighted = squares * weights.square()[:, None]
+            self.accumulate(f"{site}.weighted_square", weighted.sum(0, dtype=torch.float64))
 
     def widen(self, name: str, magnitudes: torch.Tensor) -> None:
         """Largest magnitudes [tokens, K] of a tensor of their own."""
         seen = magnitudes.amax(0).float()
         self._tensors[name] = torch.maximum(self._tensors[name], seen) if name in self._tensors else seen
 
-    def square(self, name: str, squares: torch.Tensor) -> None:
-        """Squares [tokens, ...] of a tensor of their own, summed over the tokens and laid out flat."""
-        seen = squares.sum(0, dtype=torch.float64).flatten()
-        self._tensors[name] = self._tensors[name] + seen if name in self._tensors else seen
+    def accumulate(self, name: str, values: torch.Tensor) -> None:
+        """Sums of a tensor of their own."""
+        self._tensors[name] = self._tensors[name] + values if name in self._tensors else values
 
     def unseen(self, site: str, columns: int) -> None:
         """An expert that no token was routed to."""
@@ -132,7 +132,7 @@ def _attention(
     if halves:
         mixed = attention.mixed(q_nope, q_pe, latent, k_pe)
         for half, x in ((K_HALF, q_nope), (V_HALF, mixed)):  # [windows, heads, ctx, ·]
-            sums.square(f"{at}.{half}.square", x.transpose(1, 2).flatten(0, 1).square())
+            sums.accumulate(f"{at}.{half}.square", x.square().sum((0, 2), dtype=torch.float64).flatten())
         context = attention.values(mixed).flatten(0, 1)
     else:
         context = attention.expanded(q_nope, q_pe, latent, k_pe).flatten(0, 1)
