@@ -41,8 +41,7 @@ def files(folder: Path) -> dict[str, Any]:
         # as `--imatrix` names it, which the file repeats
         gguf_files.write_imatrix(folder / "imatrix.gguf", model)
         for case in (case for case in CASES if case.model == model):
-            options = [word.replace("--output-type", "--output-tensor-type") for word in OPTIONS.get(case.options, ())]
-            options += ["--imatrix", "imatrix.gguf"] * case.weighted
+            options = [*OPTIONS.get(case.options, ()), *["--imatrix", "imatrix.gguf"] * case.weighted]
             out = llama.quantize(source, folder / "out.gguf", case.file_type, *options)
             made = container.read(out)
             _, types, digests = zip(*types_and_digests(made), strict=True)
@@ -78,8 +77,7 @@ def types(folder: Path) -> dict[str, Any]:
             if weighted != plain:
                 found[f"{model}-{mix}-imatrix"] = weighted
         for name, options in OPTIONS.items():
-            words = [word.replace("--output-type", "--output-tensor-type") for word in options]
-            found[f"{model}-Q4_K_M-{name}"] = choices(source, "Q4_K_M", words, tensors)
+            found[f"{model}-Q4_K_M-{name}"] = choices(source, "Q4_K_M", llama.own_options(options), tensors)
     return found
 
 
