@@ -1,4 +1,4 @@
-"""Make the goldens of GGUF files from llama.cpp's tools: tests/golden/gguf_expected.json and gguf_types.json.
+"""Make the goldens of GGUF files from llama.cpp's tools: tests/golden/gguf_files.json and gguf_types.json.
 
 Run it after `make test-clients` has built them:
     PYTHONPATH=.:tests .venv/bin/python tests/clients/llama_cpp/goldens.py
@@ -41,8 +41,7 @@ def files(folder: Path) -> dict[str, Any]:
         # as `--imatrix` names it, which the file repeats
         gguf_expected.write_imatrix(folder / "imatrix.gguf", model)
         for case in (case for case in CASES if case.model == model):
-            options = [word.replace("--output-type", "--output-tensor-type") for word in OPTIONS.get(case.options, ())]
-            options += ["--imatrix", "imatrix.gguf"] * case.weighted
+            options = [*OPTIONS.get(case.options, ()), *["--imatrix", "imatrix.gguf"] * case.weighted]
             out = llama.quantize(source, folder / "out.gguf", case.file_type, *options)
             made = container.read(out)
             _, types, digests = zip(*types_and_digests(made), strict=True)
@@ -78,8 +77,7 @@ def types(folder: Path) -> dict[str, Any]:
             if weighted != plain:
                 found[f"{model}-{mix}-imatrix"] = weighted
         for name, options in OPTIONS.items():
-            words = [word.replace("--output-type", "--output-tensor-type") for word in options]
-            found[f"{model}-Q4_K_M-{name}"] = choices(source, "Q4_K_M", words, tensors)
+            found[f"{model}-Q4_K_M-{name}"] = choices(source, "Q4_K_M", llama.own_options(options), tensors)
     return found
 
 
@@ -134,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (GOLDEN / "gguf_types.json").write_text(dump(types(Path(folder)), 1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
-        (GOLDEN / "gguf_expected.json").write_text(dump(files(Path(folder)), 2) + "\n")
+        (GOLDEN / "gguf_files.json").write_text(dump(files(Path(folder)), 2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
@@ -49,13 +50,25 @@ def convert(model: Path, out: Path) -> Path:
     return out
 
 
-def quantize(source: Path, out: Path, file_type: str, *options: object) -> Path:
-    """`source` quantized; a relative path among the options is one in the folder of `out`."""
-    tool("quantize", *options, source, out, file_type, 2, cwd=out.parent)
+def quantize(source: Path, out: Path, file_type: str, *options: str) -> Path:
+    """`source` quantized, with our options; a relative path among them is one in the folder of `out`."""
+    tool("quantize", *own_options(options), source, out, file_type, 2, cwd=out.parent)
+    return out
+
+
+def own_options(options: Sequence[str]) -> list[str]:
+    """Our options as llama-quantize writes them."""
+    return [word.replace("--output-type", "--output-tensor-type") for word in options]
+
+
+def imatrix(source: Path, text: Path, out: Path, chunks: int, length: int) -> Path:
+    """llama-imatrix on the first chunks of a text, which lies in the folder of `out`."""
+    words = ["-m", source, "-f", text.name, "-o", out.name, "-c", length, "--chunks", chunks, "--no-ppl", "-t", 2]
+    tool("imatrix", *words, cwd=out.parent)
     return out
 
 
 def split(source: Path, prefix: Path, size: str) -> list[Path]:
-    """The files that `source` is split into, in order."""
-    tool("gguf-split", "--split", "--split-max-size", size, source, prefix)
+    """The files that `source` is split into, in order; `size` as "2MB", which gguf-split writes 2M."""
+    tool("gguf-split", "--split", "--split-max-size", size.removesuffix("B"), source, prefix)
     return sorted(prefix.parent.glob(f"{prefix.name}-*-of-*.gguf"))

@@ -1,0 +1,167 @@
+"""GGUF files beside those that llama.cpp's own tools make of the same models, and in its hands.
+
+`make test-clients` builds the tools and runs this; `make test` does not come here.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import gguf_tiny
+import llama_cpp_tools as llama
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_SIZE, keys_and_values, types_and_digests
+
+from dsv2quant.formats.gguf import container
+
+CHUNKS, LENGTH = 8, 128  # of the text that importance matrices are measured on
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{model: checkpoint}."""
+    return gguf_tiny.write(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def sources(models, tmp_path_factory) -> dict[str, Path]:
+    """{model: its GGUF file in BF16, in a folder with text.txt and llama-imatrix's imatrix.gguf of it}."""
+    found = {}
+    for model, checkpoint in models.items():
+        folder = tmp_path_factory.mktemp(model)
+        text = folder / "text.txt"
+        text.write_text("\n\n".join(topics[key] for key in sorted(topics))[:40_000])
+        found[model] = llama.convert(checkpoint, folder / "bf16.gguf")
+        llama.imatrix(found[model], text, folder / "imatrix.gguf", CHUNKS, LENGTH)
+    return found
+
+
+@pytest.fixture
+def convert(cli, models, sources, tmp_path, monkeypatch):
+    """Convert with the command, in the folder of the model's imatrix.gguf."""
+
+    def run(model: str, file_type: str, *options: object) -> Path:
+        monkeypatch.chdir(sources[model].parent)
+        out = tmp_path / f"{model}.gguf"
+        ran = cli("convert", models[model], "--gguf", file_type, *options, "-q", "-o", out)
+        assert ran.code == 0, ran.err
+        return out
+
+    return run
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Every byte; what differs is told by tensors and keys first."""
+    mine, other = container.read(ours), container.read(theirs)
+    assert keys_and_values(mine) == keys_and_values(other)
+    wrong = [pair for pair in zip(types_and_digests(mine), types_and_digests(other), strict=True) if pair[0] != pair[1]]
+    assert not wrong, f"{len(wrong)} tensors, the first: {wrong[0]}"
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_a_file_is_llama_quantizes(model: str, file_type: str, weighted: bool, convert, sources) -> None:
+    options = ["--imatrix", "imatrix.gguf"] * weighted
+    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", file_type, *options)
+    assert_same(convert(model, file_type, *options), theirs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_overrides_are_those_of_llama_quantize(model: str, options: str, convert, sources) -> None:
+    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", "Q5_K_M", *OPTIONS[options])
+    assert_same(convert(model, "Q5_K_M", *OPTIONS[options]), theirs)
+
+
+@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_split_files_are_those_of_llama_gguf_split(model: str, convert, tmp_path) -> None:
+    whole = convert(model, "Q4_K_M").rename(tmp_path / "whole.gguf")
+    (tmp_path / "theirs").mkdir()
+    theirs = llama.split(whole, tmp_path / "theirs" / model, SPLIT_SIZE)
+    convert(model, "Q4_K_M", "--split-max-size", SPLIT_SIZE)
+    ours = sorted(tmp_path.glob(f"{model}-*.gguf"))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_same(mine, other)
+
+
+def test_llama_gguf_split_merges_our_files_to_the_whole(convert, tmp_path) -> None:
+    """Its keys of the split stay behind in the merged file: split.count is 0 there."""
+    whole = convert("tiny-v2", "Q4_K_M").rename(tmp_path / "whole.gguf")
+    convert("tiny-v2", "Q4_K_M", "--split-max-size", SPLIT_SIZE)
+    first = min(tmp_path.glob("tiny-v2-00001-of-*.gguf"))
+    merged = tmp_path / "merged.gguf"
+    llama.tool("gguf-split", "--merge", first, merged)
+    mine, theirs = container.read(whole), container.read(merged)
+    assert types_and_digests(theirs) == types_and_digests(mine)
+    assert [item for item in keys_and_values(theirs) if not item[0].startswith("split.")] == keys_and_values(mine)
+
+
+@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_llama_completion_writes_text(model: str, convert) -> None:
+    path = convert(model, "Q4_K_M", "--imatrix", "imatrix.gguf")
+    prompt = "The module defines"
+    words = ["-m", path, "-p", prompt, "-n", 12, "--temp", 0, "-no-cnv", "-t", 1, "--no-warmup"]
+    texts = {llama.tool("completion", *words).stdout for _ in range(2)}
+    assert len(texts) == 1
+    text = texts.pop().strip()
+    assert text.startswith(prompt)
+    assert len(text) > len(prompt) + 5
+
+
+def test_llama_perplexity_falls_with_more_bits(convert, sources) -> None:
+    """dsv2-mini on 8 × 511 tokens: 8 bits within 0.3% of BF16 and worse by more with each step down."""
+    found = []
+    for path in (sources["dsv2-mini"], *(convert("dsv2-mini", name, "--force") for name in ("Q8_0", "Q4_K_M", "Q2_K"))):
+        words = ["-m", path, "-f", sources["dsv2-mini"].parent / "text.txt", "-c", 512, "--chunks", 8, "-t", 2]
+        done = llama.tool("perplexity", *words)
+        found.append(float(re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)[0]))
+    assert found[1] == pytest.approx(found[0], rel=0.003)
+    assert all(better < worse for better, worse in pairwise(found[1:])), found
+
+
+@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_our_importance_matrix_is_as_llama_imatrix_lays_it_out(model: str, cli, convert, sources, models, tmp_path):
+    """The same entries and shapes; the counts of what every token passes; and llama-quantize takes it."""
+    ours, folder = tmp_path / "imatrix.gguf", sources[model].parent
+    ran = cli(
+        "calibrate", models[model], "--imatrix", ours, "--protocol", "llama.cpp", "--calibration", folder / "text.txt",
+        "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o", tmp_path / "statistics.safetensors",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    mine, theirs = (entries(path) for path in (ours, folder / "imatrix.gguf"))
+    assert {name: array.shape for name, array in mine.items()} == {name: array.shape for name, array in theirs.items()}
+    for name, array in theirs.items():
+        if name.endswith(".counts"):
+            assert mine[name].sum() == array.sum()
+            if "_exps" not in name:
+                np.testing.assert_array_equal(mine[name], array)
+    quantized = llama.quantize(sources[model], tmp_path / "theirs.gguf", "Q4_K_M", "--imatrix", str(ours))
+    assert_same(convert(model, "Q4_K_M", "--imatrix", ours), quantized)
+
+
+def test_our_importance_is_llama_imatrixs(cli, sources, models, tmp_path) -> None:
+    """dsv2-mini's first layer, which sees the same activations up to llama.cpp's rounding of them to BF16."""
+    folder = sources["dsv2-mini"].parent
+    ours = tmp_path / "imatrix.gguf"
+    ran = cli(
+        "calibrate", models["dsv2-mini"], "--imatrix", ours, "--protocol", "llama.cpp", "--calibration",
+        folder / "text.txt", "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o",
+        tmp_path / "statistics.safetensors",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    mine, theirs = entries(ours), entries(folder / "imatrix.gguf")
+    first = [name for name in theirs if name.startswith("blk.0.") and name.endswith(".in_sum2")]
+    for name in first:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0.02, err_msg=name)
+
+
+def entries(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: np.array(tensor.data) for tensor in GGUFReader(path).tensors}
