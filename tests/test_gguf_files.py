@@ -88,10 +88,16 @@ def test_a_file_is_llama_quantizes(case: Case, convert) -> None:
     assert crc(out.read_bytes()) == golden["file"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [model for model in MODELS if len(GOLDEN["split"][model]) > 1])
 def test_a_split_file_is_llama_gguf_splits(model: str, convert) -> None:
     out = convert(Case(model, "Q4_K_M", False), "--split-max-size", SPLIT_SIZE)
     assert {path.name: crc(path.read_bytes()) for path in out.parent.iterdir()} == GOLDEN["split"][model]
+
+
+def test_a_file_that_fits_is_not_split(convert) -> None:
+    """llama-gguf-split would call it …-00001-of-00001.gguf."""
+    case = Case("tiny-odd", "Q4_K_M", False)
+    assert crc(convert(case, "--split-max-size", "1GB").read_bytes()) == GOLDEN["cases"][str(case)]["file"]
 
 
 def test_without_expert_groups_nothing_but_two_keys_differs(convert) -> None:
