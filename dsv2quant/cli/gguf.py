@@ -100,7 +100,9 @@ def convert(
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
     size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
-    result = convert_gguf(plan, Path(out), split_max_size=size, force=force, progress=common.progress(quiet))
+    result = convert_gguf(
+        plan, Path(out), split_max_size=size, device=device, force=force, progress=common.progress(quiet)
+    )
     nbytes = sum(result.files.values())
     if as_json:
         common.print_json(

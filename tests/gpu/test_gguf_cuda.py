@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import extreme_matrices, importances, matrices
+from tiny import MINI
 
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.kernels.gguf_encode import encode
@@ -60,3 +61,12 @@ def test_bytes_of_awkward_blocks_are_those_of_the_cpu(name: str) -> None:
 def test_bfloat16_is_taken_as_it_is(name: str) -> None:
     x = torch.from_numpy(matrices()["bell"]).bfloat16().cuda()
     assert torch.equal(encode(name, x), encode(name, x.float()))
+
+
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "DSV2_Q3_K_M"])
+def test_a_file_made_on_the_gpu_is_the_cpus(file_type: str, cli, tmp_path) -> None:
+    files = [tmp_path / f"{device}.gguf" for device in ("cpu", "cuda")]
+    for file in files:
+        ran = cli("convert", MINI, "--gguf", file_type, "--device", file.stem, "-q", "-o", file)
+        assert ran.code == 0, ran.err
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -8,11 +8,13 @@ says are durable.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,14 @@ from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.formats.gguf.metadata import model_metadata
 from dsv2quant.formats.gguf.plan import File, GgufPlan, lay_out
-from dsv2quant.formats.gguf.rows import Piece, pieces, read_rows
+from dsv2quant.formats.gguf.rows import CACHED, PIECE, Piece, pieces, read_rows
 from dsv2quant.formats.gguf.state import State
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.writer import disk_errors, sync_folder
 
 _RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
 _MAX_RUNNING = 32  # pieces that run or wait
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ def convert_gguf(
     out: Path,
     *,
     split_max_size: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Result:
-    """Write the plan's file, or with `split_max_size` bytes its shards.
+    """Write the plan's file, or with `split_max_size` bytes its shards; the bytes are the same from every device.
 
     Raises InputError where a weight is NaN, infinite or beyond what its type holds, or `out` can't be written.
     """
@@ -64,7 +68,7 @@ def convert_gguf(
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, file in enumerate(files):
                 if state.done[number] < len(file.lines):
-                    with _Writer(plan, state, number, workers, advance) as writer:
+                    with _Writer(plan, state, number, workers, device, advance) as writer:
                         writer.write()
                 else:
                     advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
@@ -78,10 +82,16 @@ class _Writer:
     """Writes what is missing of one file. A context: on leaving it no worker writes any more."""
 
     def __init__(
-        self, plan: GgufPlan, state: State, number: int, workers: ThreadPoolExecutor, advance: Callable[[int], object]
+        self,
+        plan: GgufPlan,
+        state: State,
+        number: int,
+        workers: ThreadPoolExecutor,
+        device: str,
+        advance: Callable[[int], object],
     ) -> None:
         self._plan, self._state, self._number, self._workers = plan, state, number, workers
-        self._advance = advance
+        self._device, self._advance = device, advance
         self._file: File = state.files[number]
         self._done = state.done[number]
         self._unrecorded = 0
@@ -154,8 +164,8 @@ class _Writer:
         """A worker's part: read a piece of a tensor that begins at byte `begin`, encode it, write it to its place."""
         line = piece.line
         at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
-        for rows in read_rows(self._plan.checkpoint, piece):
-            data = _encode_rows(piece, rows, importance)
+        for rows in read_rows(self._plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
+            data = _encode_rows(piece, rows, importance, self._device)
             if blocks.first_bad_block(line.type, data) is not None:
                 what = f"{piece.weight.slot.name} has values too large for {line.type}"
                 raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
@@ -166,13 +176,26 @@ class _Writer:
             at += data.nbytes
 
 
-def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:
     """float32 [rows, cols] → uint8 [rows, bytes of a row], each matrix with its own importance [matrices, cols]."""
     kind = piece.line.type
+    encode = blocks.encode if device == "cpu" else partial(_encode_on, device)
     if importance is None:
-        return blocks.encode(kind, rows)
+        return encode(kind, rows)
     per_matrix = piece.line.tensor.shape[-2]
     if len(rows) <= per_matrix:
-        return blocks.encode(kind, rows, importance[piece.matrix])
+        return encode(kind, rows, importance[piece.matrix])
     split = np.split(rows, len(rows) // per_matrix)
-    return np.concatenate([blocks.encode(kind, r, i) for r, i in zip(split, importance, strict=True)])
+    return np.concatenate([encode(kind, r, i) for r, i in zip(split, importance, strict=True)])
+
+
+def _encode_on(device: str, kind: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """As `blocks.encode`, on a CUDA device. Triton compiles a kernel at its first use: one thread at a time."""
+    import torch
+
+    from dsv2quant.kernels.gguf_encode import encode
+
+    with _one_at_a_time, torch.cuda.device(device):
+        weights = None if importance is None else torch.from_numpy(importance).to(device)
+        found: np.ndarray = encode(kind, torch.from_numpy(rows).to(device), weights).cpu().numpy()
+    return found

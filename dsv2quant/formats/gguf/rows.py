@@ -17,7 +17,7 @@ from dsv2quant.formats.plain import check_finite
 from dsv2quant.scratch import Scratch
 
 PIECE = 1 << 22  # weights that one worker encodes at a time, unless they can't be cut
-_CACHED = 1 << 18  # weights that are widened and encoded while they are in a core's cache
+CACHED = 1 << 18  # weights that are widened and encoded while they are in a core's cache
 _stored, _widened = Scratch(), Scratch()
 
 
@@ -60,17 +60,18 @@ def pieces(plan: GgufPlan, line: Line) -> Iterator[Piece]:
             yield Piece(line, weight, matrix, first, min(step, rows - first))
 
 
-def read_rows(checkpoint: Checkpoint, piece: Piece) -> Iterator[np.ndarray]:
-    """A piece's rows in order, some at a time: float32 [rows, cols], valid until the next are asked for.
+def read_rows(checkpoint: Checkpoint, piece: Piece, weights: int = CACHED) -> Iterator[np.ndarray]:
+    """A piece's rows in order, about `weights` elements at a time: float32 [rows, cols], valid until the next are asked
+    for.
 
     Raises InputError naming the weight and index where it is NaN or infinite.
     """
     tensor, weight = piece.line.tensor, piece.weight
     if tensor.kind in (K_B, V_B):
-        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.slot.shape[0])])
+        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.slot.shape[0], CACHED)])
         yield _half(tensor.kind, tensor.shape, whole)
     else:
-        yield from _floats(checkpoint, weight, piece.first, piece.count)
+        yield from _floats(checkpoint, weight, piece.first, piece.count, weights)
 
 
 def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
@@ -81,7 +82,7 @@ def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(per_head[:, -shape[1] :]).reshape(-1, shape[2])
 
 
-def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int) -> Iterator[np.ndarray]:
+def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
     """`count` rows of a weight from row `first`; a vector is one row."""
     cols = weight.slot.shape[-1]
     if weight.scheme != "bf16":
@@ -93,7 +94,7 @@ def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int) -> I
     width = part.nbytes // weight.slot.size
     buffer = _stored.take(count * cols * width)
     stored = checkpoint.read(part, first * cols * width, count * cols * width, buffer).reshape(count, -1)
-    step = max(1, _CACHED // cols)
+    step = max(1, weights // cols)
     for row in range(0, count, step):
         some = stored[row : row + step].reshape(-1)
         bits = some.view({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[part.dtype])

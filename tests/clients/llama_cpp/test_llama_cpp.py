@@ -133,7 +133,7 @@ def test_our_importance_matrix_is_as_llama_imatrix_lays_it_out(model: str, cli, 
     ours, folder = tmp_path / "imatrix.gguf", sources[model].parent
     ran = cli(
         "calibrate", models[model], "--imatrix", ours, "--protocol", "llama.cpp", "--calibration", folder / "text.txt",
-        "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o", tmp_path / "statistics.safetensors",
+        "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o", tmp_path / "stats.safetensors",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     mine, theirs = (entries(path) for path in (ours, folder / "imatrix.gguf"))
