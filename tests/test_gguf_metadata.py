@@ -117,6 +117,7 @@ REFUSED = {
     "513 layers": tiny.V2 | {"num_hidden_layers": 513},
     "norm_topk_prob": tiny.V2 | {"norm_topk_prob": True},
     "topk_group equals n_group": tiny.V2 | {"topk_group": 4},
+    "beyond float32's range": tiny.V2 | {"routed_scaling_factor": 1e39},
     "mscale is 1.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 1.0}},
     "mscale_all_dim 0.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}},
 }
@@ -173,6 +174,7 @@ DAMAGED = {
     "general.tags would be": _card("---\ntags: [1, two]\n---\n"),
     "general.languages would be": _card("---\nlanguage: [no]\n---\n"),
     "general.license would be": _card("---\nlicense: {name: mit}\n---\n"),
+    "can't be read as a model card": _card("---\nlicense: [1, 2]\n---\n"),
     "general.sampling.temp would be '0.3'": _generation(temperature="0.3"),
     "general.sampling.top_k would be 5.5": _generation(top_k=5.5),
     "general.sampling.top_p would be inf": _generation(top_p=float("inf")),

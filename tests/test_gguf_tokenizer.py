@@ -28,7 +28,7 @@ from dsv2quant.formats.gguf.tokenizer import gguf_tokenizer, tokenizer_metadata
 
 KNOWN = json.loads(GOLDEN_TOKENS.read_text())
 CONFIG = ModelConfig.from_dict(tiny.V2 | {"vocab_size": 4100}, "config.json")
-# llama.cpp's letters and numbers leave out some spaces and group numbers of several bytes: known to differ.
+# llama.cpp splits wide spaces otherwise.
 SAME_AS_THE_ORIGINAL = [text for text in TEXTS if "　" not in text]
 # Of dsv2-mini's vocabulary, as convert_hf_to_gguf.py reports it to be unknown.
 MINI_HASH = "24028f8c6fbf1295cd74180128c4f12881aca68c576b7eca9c73efde099f4d0b"
@@ -176,6 +176,9 @@ DAMAGED = {
     "add_bos_token without such a token": _settings(bos_token="<none>"),
     "tokenizer_config.json: not valid JSON": lambda folder: (folder / "tokenizer_config.json").write_text("["),
     "tokenizer.chat_template would be 5": _settings(chat_template=[{"name": "default", "template": 5}]),
+    "tokenizer.chat_template would be": lambda folder: (folder / "tokenizer_config.json").write_text(
+        '{"chat_template": "\\ud800"}'
+    ),
     "not a tokenizer's settings": _settings(chat_template=["x"]),
     "pad's id 9000 is beyond vocab_size": lambda folder: [
         _settings(pad_token=None)(folder),
