@@ -20,6 +20,8 @@ from gguf import GGUFReader, GGUFWriter
 
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.calib.text import load, windows_in_order
+from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
@@ -304,6 +306,21 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     out.write_bytes(before + b"0")
     ran = cli(*command, "--imatrix", out)
     assert (ran.code, ran.err) == (3, f"error: {out}: holds something else (give another file, or delete it)\n")
+
+
+def test_llama_cpp_s_windows_are_the_text_in_order(tmp_path):
+    path, tokenizer = tmp_path / "text.txt", Tokenizer(tiny.MINI)
+    text = "".join(f"Line {i} of a text that is longer than a section.\n" for i in range(400))
+    path.write_text(text)
+    ids = [tokenizer.bos_id, *tokenizer.encode(text[:-1])]  # llama.cpp leaves the last line's end out
+    found = windows_in_order(load(str(path), tiny.MINI), tokenizer, 10_000, 50)
+    assert len(found) == len(ids) // 50
+    assert (found[:, 0] == tokenizer.bos_id).all()
+    np.testing.assert_array_equal(found[:, 1:], np.reshape(ids[: found.size], found.shape)[:, 1:])
+    assert windows_in_order(load(str(path), tiny.MINI), tokenizer, 1, len(ids)).tolist() == [ids]
+    with pytest.raises(InputError, match=r"text.txt: .* don't fill one window"):
+        windows_in_order(load(str(path), tiny.MINI), tokenizer, 1, len(ids) + 1)
+    np.testing.assert_array_equal(windows_in_order(load(str(path), tiny.MINI), tokenizer, 3, 50), found[:3])
 
 
 @pytest.mark.parametrize("text", [(), ("--calibration", "chats.jsonl")])

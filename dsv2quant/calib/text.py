@@ -181,7 +181,8 @@ def windows_in_order(text: CalibrationText, tokenizer: Tokenizer, count: int, le
 
     Raises InputError when the text is too short for a single window.
     """
-    ids = tokenizer.encode("".join(document.text for document in text.documents))
+    joined = "".join(document.text for document in text.documents)
+    ids = tokenizer.encode(joined.removesuffix("\n"))  # as common/arg.cpp reads a file
     return cut(ids, length, tokenizer.bos_id, "llama.cpp", text.source).ids[:count]
 
 
