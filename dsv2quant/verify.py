@@ -112,7 +112,8 @@ def _tensor_error(
     exact = torch.from_numpy(folds.apply(wanted.slot, decode(source, wanted, torch.float32).numpy()))
     difference = decode(artifact, weight, decoded_dtype(artifact)).float() - exact
     signal, noise = (float(x.double().square().sum()) for x in (exact, difference))
-    return TensorError(weight.slot.name, weight.slot.role, weight.scheme, signal, noise, float(difference.abs().max()))
+    largest = float(difference.abs().max())
+    return TensorError(weight.slot.name, weight.slot.role, weight.stored_scheme, signal, noise, largest)
 
 
 def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:

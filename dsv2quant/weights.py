@@ -35,6 +35,13 @@ class Weight:
         return sum(part.nbytes for part in self.parts.values())
 
     @property
+    def stored_scheme(self) -> str:
+        """The scheme, or the dtype of an unquantized weight that is stored wider: 'f16', 'f32'."""
+        return (
+            {"F16": "f16", "F32": "f32"}.get(self.stored.dtype, self.scheme) if self.scheme == "bf16" else self.scheme
+        )
+
+    @property
     def stored(self) -> StoredTensor:
         """The part that holds the weight itself, or its codes."""
         return next(iter(self.parts.values()))

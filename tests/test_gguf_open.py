@@ -202,6 +202,7 @@ def test_inspect(model, split, cli):
     assert ran.code == 0, ran.err
     for words in ("in 1 file, ", "routed.down_proj    q6_k", "kv_b_proj           q5_0+q8_0", "file type: Q4_K_M"):
         assert words in ran.out
+    assert "router              f32" in ran.out
     result = json.loads(cli("inspect", split[1], "--json").out)
     assert result["files"] == [path.name for path in split]
     assert result["gguf"]["file_type"] == "Q4_K_M"
@@ -228,6 +229,7 @@ def test_verify_measures_float32_errors_against_the_source(model, weights, tmp_p
             signal, noise = signal + (exact**2).sum(), noise + ((got - exact) ** 2).sum()
     assert kv_b["sqnr_db"] == pytest.approx(10 * np.log10(signal / noise), rel=1e-5)
     assert (kv_b["scheme"], kv_b["tensors"]) == ("q5_0+q8_0", 2)
+    assert next(r["scheme"] for r in result["roles"] if r["role"] == "router") == "f32"
     text = cli("verify", model, "-q").out
     assert text == f"model.gguf: {result['tensors']} weights in 1 file are as its metadata says, all scales finite\n"
 

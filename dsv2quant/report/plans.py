@@ -170,10 +170,7 @@ def _gguf_lines(checkpoint: Checkpoint) -> list[str]:
 
 
 def _stored_roles(checkpoint: Checkpoint) -> list[RoleSummary]:
-    def stored_scheme(scheme: str, dtype: str) -> str:
-        return {"F16": "f16", "F32": "f32"}.get(dtype, scheme)
-
-    return summarize((w.slot, stored_scheme(w.scheme, w.stored.dtype), w.nbytes, w.nbytes) for w in checkpoint.weights)
+    return summarize((w.slot, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
 
 
 def _role_json(r: RoleSummary) -> dict[str, Any]:
