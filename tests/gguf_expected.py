@@ -27,7 +27,7 @@ OPTIONS = {
     "everything": ("--tensor-type", "attn_k_b=q8_0", "--tensor-type", "output=q8_0", "--tensor-type", "weight=iq4_xs",
                    "--output-type", "f16"),
 }  # fmt: skip
-SPLIT_SIZE = "2MB"
+SPLIT_SIZE, SPLIT_MODELS = "2MB", ("dsv2-mini", "tiny-lite", "tiny-v2")
 
 
 class Case(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 from gguf_expected import (
     CASES,
     OPTIONS,
+    SPLIT_MODELS,
     SPLIT_SIZE,
     Case,
     crc,
@@ -88,7 +89,7 @@ def test_a_file_is_llama_quantizes(case: Case, convert) -> None:
     assert crc(out.read_bytes()) == golden["file"]
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if len(GOLDEN["split"][model]) > 1])
+@pytest.mark.parametrize("model", SPLIT_MODELS)
 def test_a_split_file_is_llama_gguf_splits(model: str, convert) -> None:
     out = convert(Case(model, "Q4_K_M", False), "--split-max-size", SPLIT_SIZE)
     assert {path.name: crc(path.read_bytes()) for path in out.parent.iterdir()} == GOLDEN["split"][model]

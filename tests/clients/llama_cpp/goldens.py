@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, Any]:
             }  # fmt: skip
             if case.file_type == "Q4_K_M" and not case.options:
                 found["metadata"][f"{model}{'-imatrix' * case.weighted}"] = keys_and_values(made)
-                if not case.weighted:
+                if not case.weighted and model in gguf_expected.SPLIT_MODELS:
                     shards = llama.split(out, folder / f"split-{model}", gguf_expected.SPLIT_SIZE)
                     found["split"][model] = {
                         shard.name.removeprefix("split-"): crc(shard.read_bytes()) for shard in shards

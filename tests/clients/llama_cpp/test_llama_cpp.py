@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -15,7 +14,7 @@ import llama_cpp_tools as llama
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_SIZE, keys_and_values, types_and_digests
+from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
 
 from dsv2quant.formats.gguf import container
 
@@ -80,7 +79,7 @@ def test_overrides_are_those_of_llama_quantize(model: str, options: str, convert
     assert_same(convert(model, "Q5_K_M", *OPTIONS[options]), theirs)
 
 
-@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+@pytest.mark.parametrize("model", SPLIT_MODELS)
 def test_split_files_are_those_of_llama_gguf_split(model: str, convert, tmp_path) -> None:
     whole = convert(model, "Q4_K_M").rename(tmp_path / "whole.gguf")
     (tmp_path / "theirs").mkdir()
@@ -108,59 +107,69 @@ def test_llama_gguf_split_merges_our_files_to_the_whole(convert, tmp_path) -> No
 def test_llama_completion_writes_text(model: str, convert) -> None:
     path = convert(model, "Q4_K_M", "--imatrix", "imatrix.gguf")
     prompt = "The module defines"
-    words = ["-m", path, "-p", prompt, "-n", 12, "--temp", 0, "-no-cnv", "-t", 1, "--no-warmup"]
-    texts = {llama.tool("completion", *words).stdout for _ in range(2)}
-    assert len(texts) == 1
-    text = texts.pop().strip()
-    assert text.startswith(prompt)
-    assert len(text) > len(prompt) + 5
+    words = ["-m", path, "-p", prompt, "-n", 100, "--temp", 0, "-no-cnv", "-t", 1, "--no-warmup"]
+    texts = sorted((llama.tool("completion", *words).stdout.strip() for _ in range(3)), key=len)
+    assert all(texts[-1].startswith(text) for text in texts)  # at its end it may drop what its log didn't get to
+    assert texts[-1].startswith(prompt)
+    assert len(texts[-1]) > len(prompt) + 20
 
 
 def test_llama_perplexity_falls_with_more_bits(convert, sources) -> None:
-    """dsv2-mini on 8 × 511 tokens: 8 bits within 0.3% of BF16 and worse by more with each step down."""
+    """dsv2-mini on 8 windows: 8 bits are within BF16's own standard error, and each step down is worse."""
+    text = sources["dsv2-mini"].parent / "text.txt"
+
+    def perplexity(path: Path) -> tuple[float, float]:
+        done = llama.tool("perplexity", "-m", path, "-f", text, "-c", 512, "--chunks", 8, "-t", 2)
+        value, error = re.findall(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)[0]
+        return float(value), float(error)
+
+    reference, error = perplexity(sources["dsv2-mini"])
     found = []
-    for path in (sources["dsv2-mini"], *(convert("dsv2-mini", name, "--force") for name in ("Q8_0", "Q4_K_M", "Q2_K"))):
-        words = ["-m", path, "-f", sources["dsv2-mini"].parent / "text.txt", "-c", 512, "--chunks", 8, "-t", 2]
-        done = llama.tool("perplexity", *words)
-        found.append(float(re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)[0]))
-    assert found[1] == pytest.approx(found[0], rel=0.003)
-    assert all(better < worse for better, worse in pairwise(found[1:])), found
+    for file_type in ("Q8_0", "Q4_K_M", "Q2_K"):
+        path = convert("dsv2-mini", file_type)
+        found.append(perplexity(path)[0])
+        path.unlink()
+    assert found[0] == pytest.approx(reference, abs=error)
+    assert found[0] < found[1] < found[2]
+
+
+@pytest.fixture
+def imatrix(cli, models, sources, tmp_path):
+    """Measure a model's importance matrix with the command."""
+
+    def run(model: str) -> Path:
+        out, text = tmp_path / "imatrix.gguf", sources[model].parent / "text.txt"
+        protocol = ["--protocol", "llama.cpp", "--calibration", text]
+        windows = ["--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH]
+        statistics = ["-o", tmp_path / "statistics.safetensors"]
+        ran = cli("calibrate", models[model], "--imatrix", out, *protocol, *windows, *statistics, "-q")
+        assert ran.code == 0, ran.err
+        return out
+
+    return run
 
 
 @pytest.mark.parametrize("model", gguf_tiny.MODELS)
-def test_our_importance_matrix_is_as_llama_imatrix_lays_it_out(model: str, cli, convert, sources, models, tmp_path):
+def test_our_importance_matrix_is_as_llama_imatrix_lays_it_out(model: str, imatrix, convert, sources, tmp_path) -> None:
     """The same entries and shapes; the counts of what every token passes; and llama-quantize takes it."""
-    ours, folder = tmp_path / "imatrix.gguf", sources[model].parent
-    ran = cli(
-        "calibrate", models[model], "--imatrix", ours, "--protocol", "llama.cpp", "--calibration", folder / "text.txt",
-        "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o", tmp_path / "stats.safetensors",
-    )  # fmt: skip
-    assert ran.code == 0, ran.err
-    mine, theirs = (entries(path) for path in (ours, folder / "imatrix.gguf"))
+    ours = imatrix(model)
+    mine, theirs = entries(ours), entries(sources[model].parent / "imatrix.gguf")
     assert {name: array.shape for name, array in mine.items()} == {name: array.shape for name, array in theirs.items()}
     for name, array in theirs.items():
         if name.endswith(".counts"):
-            assert mine[name].sum() == array.sum()
+            assert mine[name].sum() == array.sum(), name
             if "_exps" not in name:
-                np.testing.assert_array_equal(mine[name], array)
+                np.testing.assert_array_equal(mine[name], array, err_msg=name)
     quantized = llama.quantize(sources[model], tmp_path / "theirs.gguf", "Q4_K_M", "--imatrix", str(ours))
     assert_same(convert(model, "Q4_K_M", "--imatrix", ours), quantized)
 
 
-def test_our_importance_is_llama_imatrixs(cli, sources, models, tmp_path) -> None:
+def test_our_importance_is_llama_imatrixs(imatrix, sources) -> None:
     """dsv2-mini's first layer, which sees the same activations up to llama.cpp's rounding of them to BF16."""
-    folder = sources["dsv2-mini"].parent
-    ours = tmp_path / "imatrix.gguf"
-    ran = cli(
-        "calibrate", models["dsv2-mini"], "--imatrix", ours, "--protocol", "llama.cpp", "--calibration",
-        folder / "text.txt", "--num-calibration-samples", CHUNKS, "--max-seq-length", LENGTH, "-q", "-o",
-        tmp_path / "statistics.safetensors",
-    )  # fmt: skip
-    assert ran.code == 0, ran.err
-    mine, theirs = entries(ours), entries(folder / "imatrix.gguf")
-    first = [name for name in theirs if name.startswith("blk.0.") and name.endswith(".in_sum2")]
-    for name in first:
-        np.testing.assert_allclose(mine[name], theirs[name], rtol=0.02, err_msg=name)
+    mine, theirs = entries(imatrix("dsv2-mini")), entries(sources["dsv2-mini"].parent / "imatrix.gguf")
+    for name in theirs:
+        if name.startswith("blk.0.") and name.endswith(".in_sum2"):
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=0.02, err_msg=name)
 
 
 def entries(path: Path) -> dict[str, np.ndarray]:
