@@ -1,4 +1,4 @@
-"""The main job on the shipped checkpoint: BF16 to FP8 and INT4, loaded by transformers and measured against BF16.
+"""The main job on the shipped checkpoint: BF16 to FP8, INT4 and GGUF, loaded by transformers and measured against BF16.
 
 `make demo` runs this. Artifacts go to ./demo; delete the folder to start over.
 """
@@ -73,13 +73,15 @@ ARTIFACTS: list[tuple[str, tuple[str, ...], bool]] = [
     ("FP8 tensor", ("--fp8=tensor",), True),
     ("INT4 mixed", ("--int4=mixed", *CALIBRATED), False),
     ("INT4 pure", ("--int4=pure", "--target", "vllm", "--target", "transformers", *CALIBRATED), True),
+    ("GGUF Q4_K_M", ("--gguf", "Q4_K_M", "--force"), False),
+    ("GGUF DSV2_Q4_K_M", ("--gguf", "DSV2_Q4_K_M", "--force"), False),
 ]
 
 
 def main() -> None:
     rows = []
     for name, options, comparable in ARTIFACTS:
-        out = f"demo/dsv2-mini-{name.replace(' ', '-').upper()}"
+        out = f"demo/dsv2-mini-{name.replace(' ', '-').upper()}{'.gguf' * ('--gguf' in options)}"
         converted = dsv2quant("convert", SOURCE, *options, "-o", out)
         measured = dsv2quant("eval-ppl", out, "--reference", SOURCE, "--ctx", "512", "--limit", str(WINDOWS))
         if comparable:
@@ -103,7 +105,10 @@ def main() -> None:
                 f"{100 * measured['top1_agreement']:.2f}%",
             ]
         )
-    print(f"\n{WINDOWS} windows of 512 tokens of {measured['text']['source']}, activations quantized as when served:\n")
+    print(
+        f"\n{WINDOWS} windows of 512 tokens of {measured['text']['source']}; activations as vLLM quantizes them, float32"
+    )
+    print("for GGUF:\n")
     print(table(["dsv2-mini", "size", "bits/weight", "perplexity", "Δ %", "KLD, nats", "same top-1"], rows))
 
 
