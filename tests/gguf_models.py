@@ -8,6 +8,7 @@ refuses a vocabulary that it has not seen: its get_vocab_base_pre must fall back
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -102,6 +103,7 @@ TEXTS = [
     ".world.js[foo]->bar(&x)||!y \\section{a}  {b}\n\n\n\n",
     "<｜begin▁of▁sentence｜>User: <|EOT|><｜fim▁hole｜>[PAD4099] <｜tool▁call｜>",
     "øøa▁b a b øa bø øø",
+    "🚀  \n🚀 \n€\t",
     "class Parser(object):\n    def __init__(self, x=None):\n        if self._x.startswith('--'):\n            return",
 ]
 
@@ -168,25 +170,25 @@ def _tokens_from_llama_cpp(programs: Path, metadata: Metadata, folder: Path) -> 
 
 
 def vocabulary(pre: str) -> dict[str, Value]:
-    """Metadata of no model: merges of 2 and 4 bytes as they follow each other in the texts, across any split."""
+    """Metadata of no model: every character of the texts and every two that follow each other are a token, across any
+    split; so a split that is made otherwise shows."""
     as_characters = ByteLevel(add_prefix_space=False, use_regex=False)
-    merges = []
     tokens = dict.fromkeys(sorted(ByteLevel.alphabet()))
-    for width in (1, 2):
-        for text in TEXTS:
-            coded = as_characters.pre_tokenize_str(text)[0][0]
-            for i in range(len(coded) - 2 * width + 1):
-                left, right = coded[i : i + width], coded[i + width : i + 2 * width]
-                if left + right not in tokens:
-                    merges.append(f"{left} {right}")
-                    tokens[left + right] = None
+    merges = {}
+    for text in TEXTS:
+        characters = [as_characters.pre_tokenize_str(character)[0][0] for character in text]
+        for left, right in itertools.pairwise(characters):
+            for character in (left, right):
+                merges |= {(character[:i], character[i]): None for i in range(1, len(character))}
+            merges[left, right] = None
+    tokens |= dict.fromkeys(left + right for left, right in merges)
     return {
         "general.architecture": string("deepseek2"),
         "tokenizer.ggml.model": string("gpt2"),
         "tokenizer.ggml.pre": string(pre),
         "tokenizer.ggml.tokens": array(list(tokens)),
         "tokenizer.ggml.token_type": array([int(TokenType.NORMAL)] * len(tokens)),
-        "tokenizer.ggml.merges": array(merges),
+        "tokenizer.ggml.merges": array([f"{left} {right}" for left, right in merges]),
     }
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import tiny
-from gguf import GGUFValueType, TokenType
+from gguf import GGUFValueType, SpecialVocab, TokenType
 from gguf_models import GOLDEN_TOKENS, MODELS, Q8_0, TEXTS, edit, v2, vocabulary
 from tokenizers import Tokenizer
 
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf import pretokenizer
+from dsv2quant.formats.gguf import pretokenizer, tokenizer
 from dsv2quant.formats.gguf.container import Value
 from dsv2quant.formats.gguf.metadata import model_metadata
 from dsv2quant.formats.gguf.tokenizer import gguf_tokenizer, tokenizer_metadata
@@ -44,8 +44,8 @@ def folder(tmp_path: Path) -> Path:
 def test_ids_are_llama_cpps(tmp_path: Path, case: str) -> None:
     model = MODELS.get(case)
     metadata = model_metadata(Checkpoint.open(model(tmp_path)), Q8_0) if model else vocabulary(case)
-    tokenizer = gguf_tokenizer(metadata, "model.gguf")
-    assert [tokenizer.encode(text).ids for text in TEXTS] == KNOWN[case]
+    backend = gguf_tokenizer(metadata, "model.gguf")
+    assert [backend.encode(text).ids for text in TEXTS] == KNOWN[case]
 
 
 def test_pre_tokenizers_differ_on_the_texts() -> None:
@@ -56,17 +56,17 @@ def test_pre_tokenizers_differ_on_the_texts() -> None:
 def test_ids_are_the_originals(tmp_path: Path) -> None:
     original = Tokenizer.from_file(str(tiny.MINI / "tokenizer.json"))
     original.encode_special_tokens = True
-    tokenizer = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
+    backend = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
     for text in [*SAME_AS_THE_ORIGINAL, Path(__file__).read_text(encoding="utf-8")]:
-        assert tokenizer.encode(text).ids == original.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert backend.encode(text).ids == original.encode(text).ids
+        assert backend.decode(backend.encode(text).ids) == text
 
 
 def test_control_tokens_are_parsed_on_request_only() -> None:
-    tokenizer = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
-    assert 1 not in tokenizer.encode(EOS).ids
-    tokenizer.encode_special_tokens = False
-    assert tokenizer.encode(EOS).ids == [0, 1]
+    backend = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
+    assert 1 not in backend.encode(EOS).ids
+    backend.encode_special_tokens = False
+    assert backend.encode(EOS).ids == [0, 1]
 
 
 def test_added_tokens_keep_their_kinds(folder: Path) -> None:
@@ -91,11 +91,35 @@ def test_bos_is_what_tokenizer_config_says(folder: Path, processor: dict[str, An
     assert (gguf_tokenizer(metadata, "model.gguf").encode("x").ids[0] == 0) is wanted
 
 
+def test_bos_is_so_whatever_gguf_py_makes_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions of gguf-py let the post-processor decide."""
+
+    class Later(SpecialVocab):
+        def _load(self, path: Path) -> None:
+            super()._load(path)
+            self.add_special_token |= {"bos": False, "eos": True}
+
+    monkeypatch.setattr(tokenizer, "SpecialVocab", Later)
+    metadata = tokenizer_metadata(folder, CONFIG)
+    assert metadata["tokenizer.ggml.add_bos_token"].value is True
+    assert metadata["tokenizer.ggml.add_eos_token"].value is False
+
+
+def test_names_of_chat_templates_are_in_order(folder: Path) -> None:
+    """gguf-py gives them in the order of a set, which is not the same twice."""
+    names = ["f", "b", "default", "e", "a", "d", "c"]
+    templates = [{"name": name, "template": f"{{{{ '{name}' }}}}"} for name in names]
+    edit(folder / "tokenizer_config.json", lambda raw: raw.update(chat_template=templates))
+    metadata = tokenizer_metadata(folder, CONFIG)
+    assert metadata["tokenizer.chat_templates"].value == ["a", "b", "c", "d", "e", "f"]
+    assert metadata["tokenizer.chat_template"].value == "{{ 'default' }}"
+
+
 def test_eos_is_appended_where_the_file_says_so(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda raw: raw.update(add_eos_token=True))
-    tokenizer = gguf_tokenizer(tokenizer_metadata(folder, CONFIG), "model.gguf")
-    assert tokenizer.encode("x").tokens == [BOS, "x", EOS]
-    assert tokenizer.encode("x", add_special_tokens=False).tokens == ["x"]
+    backend = gguf_tokenizer(tokenizer_metadata(folder, CONFIG), "model.gguf")
+    assert backend.encode("x").tokens == [BOS, "x", EOS]
+    assert backend.encode("x", add_special_tokens=False).tokens == ["x"]
 
 
 @pytest.mark.parametrize("with_bos", [True, False])

@@ -75,7 +75,6 @@ def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:
         for name, keys in _SAMPLING.items():
             for key in keys:
                 setattr(card, f"sampling_{name}", sampling.get(key, getattr(card, f"sampling_{name}")))
-        card.name = card.name or Path(checkpoint.model).name
         card.size_label = card.size_label or _size_label(tensors, total)
         card.set_gguf_meta_model(writer)
     except (TypeError, ValueError, AttributeError, IndexError) as error:  # gguf-py checks no type
