@@ -37,9 +37,8 @@ class Weight:
     @property
     def stored_scheme(self) -> str:
         """The scheme, or the dtype of an unquantized weight that is stored wider: 'f16', 'f32'."""
-        return (
-            {"F16": "f16", "F32": "f32"}.get(self.stored.dtype, self.scheme) if self.scheme == "bf16" else self.scheme
-        )
+        plain = {"F16": "f16", "F32": "f32"} if self.scheme == "bf16" else {}
+        return plain.get(self.stored.dtype, self.scheme)
 
     @property
     def stored(self) -> StoredTensor:
