@@ -105,10 +105,8 @@ def main() -> None:
                 f"{100 * measured['top1_agreement']:.2f}%",
             ]
         )
-    print(
-        f"\n{WINDOWS} windows of 512 tokens of {measured['text']['source']}; activations as vLLM quantizes them, float32"
-    )
-    print("for GGUF:\n")
+    text = measured["text"]["source"]
+    print(f"\n{WINDOWS} windows of 512 tokens of {text}; activations as vLLM quantizes them, float32 for GGUF:\n")
     print(table(["dsv2-mini", "size", "bits/weight", "perplexity", "Δ %", "KLD, nats", "same top-1"], rows))
 
 
