@@ -32,7 +32,7 @@ from dsv2quant.calib.text import standard_library, windows
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.convert import convert
-from dsv2quant.evaluate.divergence import compare
+from dsv2quant.evaluate.divergence import Divergence, compare
 from dsv2quant.evaluate.perplexity import Pass, batches_of, run
 from dsv2quant.evaluate.text import python_topics
 from dsv2quant.model.load import LoadOptions
@@ -63,8 +63,11 @@ class Evaluator:
         self.tokens = EVALUATED * (CTX - 1)
         self._reference = self._pass(MODEL)
 
+    def compare(self, artifact: Path) -> Divergence:
+        return compare(self._pass(artifact), self._reference, self._ids, 0)
+
     def __call__(self, folder: Path) -> dict[str, Any]:
-        compared = compare(self._pass(folder), self._reference, self._ids, 0)
+        compared = self.compare(folder)
         by_window = compared.kld.mean(1)
         stderr = by_window.std(ddof=1) / math.sqrt(EVALUATED)
         return {
