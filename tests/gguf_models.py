@@ -1,13 +1,14 @@
 """Checkpoints whose GGUF metadata is known from llama.cpp's own tools: headers and holes, with all the files beside.
 
-Run as a program, with the folder of llama.cpp's source and that of its built programs, it writes the golden file anew:
-convert_hf_to_gguf.py --outtype bf16, then llama-quantize Q8_0. The converter refuses a vocabulary that it has not seen:
-its get_vocab_base_pre must fall back to "deepseek-llm".
+Run as a program, with the folder of llama.cpp's source and that of its built programs, it writes the golden files anew:
+metadata by convert_hf_to_gguf.py --outtype bf16 and llama-quantize Q8_0, tokens by llama-tokenize. The converter
+refuses a vocabulary that it has not seen: its get_vocab_base_pre must fall back to "deepseek-llm".
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType
+from gguf import GGUFValueType, TokenType
 from tiny import LITE, MINI, V2, YARN, write_headers
+from tokenizers.pre_tokenizers import ByteLevel
 
-from dsv2quant.formats.gguf.container import Metadata, Value, read
+from dsv2quant.formats.gguf.container import Metadata, Value, pack_header, read
+from dsv2quant.formats.gguf.pretokenizer import NAMES
+from dsv2quant.formats.gguf.values import array, string
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf_metadata.json"
+GOLDEN_TOKENS = Path(__file__).parent / "golden" / "gguf_tokens.json"
 Q8_0 = 7
 _LONG = 64  # values; a longer array is kept as a hash
 _TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m['content'] }}\n\n{% endfor %}Assistant:"
@@ -48,7 +53,7 @@ def lite(folder: Path) -> Path:
 
 
 def v2(folder: Path) -> Path:
-    """V2's latent queries and groups; added tokens of every kind; a template of its own; RoPE as transformers 5 has it."""
+    """V2's latent queries and groups; added tokens of every kind; a template in a file; RoPE as in transformers 5."""
     rope = {"rope_type": "yarn", "rope_theta": 5000.0} | {key: YARN[key] for key in YARN if key != "type"}
     config = V2 | {"vocab_size": 4100, "rope_parameters": rope, "_name_or_path": "someone/Tiny-V2-0628"}
     for key in ("rope_theta", "rope_scaling", "bos_token_id", "scoring_func"):
@@ -73,12 +78,34 @@ def plain(folder: Path) -> Path:
 
     def settings(found: dict[str, Any]) -> None:
         found["bos_token"] = {"content": found["bos_token"], "__type": "AddedToken"}
-        found["chat_template"] = [{"name": "default", "template": _TEMPLATE}, {"name": "tool use", "template": "{{ 1 }}"}]
+        found["chat_template"] = [
+            {"name": "default", "template": _TEMPLATE},
+            {"name": "tool use", "template": "{{ 1 }}"},
+        ]
         del found["pad_token"], found["add_eos_token"]
 
     edit(path / "tokenizer_config.json", settings)
     return path
 
+
+# Texts that pre-tokenizers differ on: spaces of all kinds, numbers, punctuation, scripts, special tokens spelled out.
+TEXTS = [
+    "Hello, world! I'm here; we'Ve a'lL told you.",
+    "def f(x):\n    return x**2 + 3.14159  # 12345678 of 2026-11-22\n\n\tpass\r\n\r\n",
+    " \t\t leading and trailing   \n \n  \n",
+    "I have 1234567 apples, ²³¼ Ⅷ ٣٤٥ 1,000.50€ 3..3 3...3",
+    "我想在apple工作1314151天～ 《你好》，。、！？：；（）‘’“”",
+    "　全角　　。 、　a　b。\u3000\u3000\u2009\u00a0\u0085\u2028x\u202f.\u2003!",
+    "ひらがなカタカナ漢字 한국어 텍스트 ไทย कान हिन्दी தமிழ் ខ្មែរ",
+    "нещо на Български αβγ ÀÉÎõü straße ǅ ΐ K Ω \U00010400\U0001e900\U000118a2",
+    "🚀 (normal) 😶\u200d🌫️ ✅ 🦙🦙 e\u0301 \u0489 \ufeff\x01\x1c\x7f",
+    '------======= ```````""""......!!!!!!?????? <|>~^$+_',
+    ".world.js[foo]->bar(&x)||!y \\section{a}  {b}\n\n\n\n",
+    "<｜begin▁of▁sentence｜>User: <|EOT|><｜fim▁hole｜>[PAD4099] <｜tool▁call｜>",
+    "øøa▁b a b øa bø øø",
+    "🚀  \n🚀 \n€\t",
+    "class Parser(object):\n    def __init__(self, x=None):\n        if self._x.startswith('--'):\n            return",
+]
 
 MODELS = {"dsv2-mini": mini, "lite": lite, "v2": v2, "plain": plain}
 
@@ -121,21 +148,60 @@ def _description(entry: Value) -> list[Any]:
     return [f"{entry.type.name}[]", len(value), hashlib.sha256(json.dumps(value).encode()).hexdigest()]
 
 
-def _from_llama_cpp(source: Path, programs: Path, model: Path, folder: Path) -> list[list[Any]]:
+def _from_llama_cpp(source: Path, programs: Path, model: Path, folder: Path) -> Metadata:
     whole, small = folder / "whole.gguf", folder / "small.gguf"
     convert = [sys.executable, source / "convert_hf_to_gguf.py", model, "--outfile", whole, "--outtype", "bf16"]
     subprocess.run(convert, check=True, cwd=source, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     quantize = [programs / "llama-quantize", whole, small, "Q8_0", "1"]
     subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return described(read(small).metadata)
+    return read(small).metadata
+
+
+def _tokens_from_llama_cpp(programs: Path, metadata: Metadata, folder: Path) -> list[list[int]]:
+    model, text = folder / "vocabulary.gguf", folder / "text"
+    model.write_bytes(pack_header(metadata, []))
+    options = ["--ids", "--no-escape", "--no-parse-special", "--log-disable"]
+    found = []
+    for content in TEXTS:
+        text.write_text(content, encoding="utf-8", newline="")
+        command = [programs / "llama-tokenize", "-m", model, "-f", text, *options]
+        found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]))
+    return found
+
+
+def vocabulary(pre: str) -> dict[str, Value]:
+    """Metadata of no model: every character of the texts and every two that follow each other are a token, across any
+    split; so a split that is made otherwise shows."""
+    as_characters = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = dict.fromkeys(sorted(ByteLevel.alphabet()))
+    merges = {}
+    for text in TEXTS:
+        characters = [as_characters.pre_tokenize_str(character)[0][0] for character in text]
+        for left, right in itertools.pairwise(characters):
+            for character in (left, right):
+                merges |= {(character[:i], character[i]): None for i in range(1, len(character))}
+            merges[left, right] = None
+    tokens |= dict.fromkeys(left + right for left, right in merges)
+    return {
+        "general.architecture": string("deepseek2"),
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array(list(tokens)),
+        "tokenizer.ggml.token_type": array([int(TokenType.NORMAL)] * len(tokens)),
+        "tokenizer.ggml.merges": array([f"{left} {right}" for left, right in merges]),
+    }
 
 
 def main() -> None:
     source, programs = (Path(argument).resolve() for argument in sys.argv[1:])
-    golden = {}
+    golden, tokens = {}, {}
     for name, build in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
-            golden[name] = _from_llama_cpp(source, programs, build(Path(folder)), Path(folder))
+            metadata = _from_llama_cpp(source, programs, build(Path(folder)), Path(folder))
+            golden[name] = described(metadata)
+            tokens[name] = _tokens_from_llama_cpp(programs, metadata, Path(folder))
+            tokens |= {pre: _tokens_from_llama_cpp(programs, vocabulary(pre), Path(folder)) for pre in NAMES}
+    GOLDEN_TOKENS.write_text(json.dumps(tokens) + "\n", encoding="utf-8")
     GOLDEN.write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

@@ -7,11 +7,13 @@ src/llama-graph.cpp (build_moe_ffn).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 from dsv2quant.calib.chat import renderer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM, ModelConfig
 from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf.values import FLOAT32_MAX
 
 _LITE_LAYERS = (26, 27)
 _LITE_48 = (48, 128256)  # layers and vocabulary of another model without query latents
@@ -52,6 +54,9 @@ def check_loadable(config: ModelConfig, where: object, *, drop_expert_groups: bo
         raise refuse("norm_topk_prob with a routed_scaling_factor, or with one expert per token", _ROUTING)
     if config.n_group > 1 and config.topk_group == config.n_group and not drop_expert_groups:
         raise refuse("topk_group equals n_group", "it limits nothing: use --drop-expert-groups")
+    yarn = () if config.yarn is None else astuple(config.yarn)
+    if max(config.routed_scaling_factor, config.rms_norm_eps, config.rope_theta, *yarn) > FLOAT32_MAX:
+        raise refuse("has a number beyond float32's range", "GGUF holds float32: correct config.json")
     _check_yarn(config, refuse)
 
 

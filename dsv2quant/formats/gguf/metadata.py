@@ -28,6 +28,7 @@ from dsv2quant.headers import read_json
 
 ARCHITECTURE = "deepseek2"
 _SOFTMAX = 1  # ExpertGatingFuncType
+_CARD = "correct its front matter, or remove the file"
 # Keys of generation_config.json in the order of the file, by gguf.Metadata's names. The last that is there counts.
 _SAMPLING = {
     "sequence": ("sequence",), "top_k": ("top_k",), "top_p": ("top_p",), "min_p": ("min_p",),
@@ -63,32 +64,29 @@ def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:
     tensors = model_tensors(checkpoint.config)
     total = sum(prod(tensor.shape) for tensor in tensors)
     source = checkpoint.raw_config.get("_name_or_path")
-    card = Card.apply_metadata_heuristic(
-        Card(),
-        _front_matter(folder),
-        {"_name_or_path": source if isinstance(source, str) else None},
-        Path(checkpoint.model),
-        total,
-    )
+    named = {"_name_or_path": source if isinstance(source, str) else None}
     path = folder / "generation_config.json"
     sampling = read_json(path) if path.exists() else {}
-    for name, keys in _SAMPLING.items():
-        for key in keys:
-            setattr(card, f"sampling_{name}", sampling.get(key, getattr(card, f"sampling_{name}")))
-    card.name = card.name or Path(checkpoint.model).name
-    card.size_label = card.size_label or _size_label(tensors, total)
+    where = f"{folder}/README.md or {path.name}"
     writer = GGUFWriter(path=None, arch=ARCHITECTURE)
     writer.add_type(GGUFType.MODEL)
-    card.set_gguf_meta_model(writer)
-    return written(writer, f"{folder}/README.md or generation_config.json")
+    try:
+        card = Card.apply_metadata_heuristic(Card(), _front_matter(folder), named, Path(checkpoint.model), total)
+        for name, keys in _SAMPLING.items():
+            for key in keys:
+                setattr(card, f"sampling_{name}", sampling.get(key, getattr(card, f"sampling_{name}")))
+        card.size_label = card.size_label or _size_label(tensors, total)
+        card.set_gguf_meta_model(writer)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:  # gguf-py checks no type
+        raise InputError(f"can't be read as a model card: {error}", where=where, fix=_CARD) from None
+    return written(writer, where)
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
     try:
         return Card.load_model_card(folder)
     except (YAMLError, UnicodeDecodeError) as error:
-        fix = "correct its front matter, or remove the file"
-        raise InputError(f"not a model card: {error}", where=folder / "README.md", fix=fix) from None
+        raise InputError(f"not a model card: {error}", where=folder / "README.md", fix=_CARD) from None
 
 
 def _size_label(tensors: list[Tensor], total: int) -> str:

@@ -6,6 +6,7 @@ is, and src/llama-vocab.cpp.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from dsv2quant.formats.gguf.pretokenizer import NAMES, llama_cpp_splits, recogni
 from dsv2quant.formats.gguf.values import array, string, written
 from dsv2quant.headers import read_json
 
-_PREFIX = "tokenizer."
 _LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
 _OURS = "use the tokenizer of this model"
 
@@ -37,7 +37,7 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     raw, backend = _load(path)
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.exists() else {}
-    special = _special(folder, settings)
+    special, found = _special(folder, settings, settings_path)
     for name, number in special.special_token_ids.items():
         if number >= config.vocab_size:
             what = f"{name}'s id {number} is beyond vocab_size, {config.vocab_size}"
@@ -51,11 +51,6 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
         what = "its pre-tokenizer is none of DeepSeek's"
         raise InputError(what, where=path, fix=f"llama.cpp would split text otherwise: it knows {', '.join(NAMES)}")
     tokens, types = _vocabulary(backend, config.vocab_size, path)
-    writer = GGUFWriter(path=None, arch="deepseek2")
-    special.add_to_gguf(writer, quiet=True)
-    found = {key: value for key, value in written(writer, settings_path).items() if key.startswith(_PREFIX)}
-    if "tokenizer.chat_templates" in found:  # a set in gguf-py: its order is not the same twice
-        found["tokenizer.chat_templates"] = array(sorted(found["tokenizer.chat_templates"].value))
     return {
         "tokenizer.ggml.model": string("gpt2"),
         "tokenizer.ggml.pre": string(pre),
@@ -83,17 +78,22 @@ def _load(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     return raw, backend
 
 
-def _special(folder: Path, settings: dict[str, Any]) -> SpecialVocab:
-    """Merges, ids of special tokens, chat templates, and which tokens are added to a text."""
+def _special(folder: Path, settings: dict[str, Any], where: Path) -> tuple[SpecialVocab, dict[str, Value]]:
+    """Merges, ids of special tokens, chat templates, and which tokens are added to a text; and their keys."""
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
+    writer = GGUFWriter(path=None, arch="deepseek2")
     try:
         special = SpecialVocab(folder, load_merges=True)
+        for name in ("bos", "eos"):
+            if isinstance(settings.get(f"add_{name}_token"), bool):
+                special.add_special_token[name] = settings[f"add_{name}_token"]
+        special.add_to_gguf(writer, quiet=True)
     except (ValueError, TypeError, AttributeError) as error:
-        what = f"not a tokenizer's settings: {error}"
-        raise InputError(what, where=folder / "tokenizer_config.json", fix="download it again") from None
-    for name in ("bos", "eos"):
-        if isinstance(settings.get(f"add_{name}_token"), bool):
-            special.add_special_token[name] = settings[f"add_{name}_token"]
-    return special
+        raise InputError(f"not a tokenizer's settings: {error}", where=where, fix="download it again") from None
+    keys = {key: value for key, value in written(writer, where).items() if key.startswith("tokenizer.")}
+    if "tokenizer.chat_templates" in keys:  # a set in gguf-py: its order is not the same twice
+        keys["tokenizer.chat_templates"] = array(sorted(keys["tokenizer.chat_templates"].value))
+    return special, keys
 
 
 def _vocabulary(backend: Tokenizer, size: int, path: Path) -> tuple[list[str], list[int]]:

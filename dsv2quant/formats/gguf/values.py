@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from dsv2quant.formats.gguf.container import Value
 _INTEGERS = {
     GGUFValueType.UINT32: (0, 2**32 - 1), GGUFValueType.INT32: (-(2**31), 2**31 - 1),
 }  # fmt: skip
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 can't
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def u32(value: int) -> Value:
@@ -58,10 +60,10 @@ def written(writer: GGUFWriter, where: object) -> dict[str, Value]:
 
 def _fits(kind: GGUFValueType, value: Any) -> bool:
     if kind == GGUFValueType.STRING:
-        return isinstance(value, str)
+        return isinstance(value, str) and not _SURROGATE.search(value)
     if kind == GGUFValueType.BOOL:
         return isinstance(value, bool)
     if kind in _INTEGERS:
         low, high = _INTEGERS[kind]
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
