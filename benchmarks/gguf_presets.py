@@ -3,8 +3,8 @@
     python benchmarks/gguf_presets.py --scratch DIR --results benchmarks/results/gguf_presets.csv
 
 KL divergence from BF16 in nats, with the weights each file holds, on the first 60 windows of 512 tokens of Python's
-help topics; the presets were chosen on other text. `difference` is paired by window, preset minus stock, with its standard
-error. The importance matrix is measured on docstrings and sources of Python's library.
+help topics; the presets were chosen on other text. `difference` is paired by window, preset minus stock, with its
+standard error. The importance matrix is measured on docstrings and sources of Python's library.
 """
 
 from __future__ import annotations

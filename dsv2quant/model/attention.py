@@ -89,7 +89,7 @@ class Attention:
         k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
         q = torch.cat([q_nope, q_pe], -1)
         # torch has no fast attention for values narrower than keys.
-        padded = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
+        padded = F.pad(v, (0, max(0, c.qk_head_dim - c.v_head_dim)))
         return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
 
     def mixed(self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
