@@ -3,13 +3,13 @@
 llama-quantize's mixes were made for models without latent attention. They leave attn_kv_a_mqa, which makes all that is
 cached of a token, at the default type, and give routed ffn_down, a third of the model, the extra bits; where its rows
 are not multiples of 256 (DeepSeek-V2-Lite) these become the wider types of 32. A preset gives every tensor the default
-type, with IQ4_NL where rows don't fit, and then raises kinds of tensors in the order below as long as the file is not
+type, with IQ4_NL where rows don't fit, and then raises tensors in the order of `_steps` as long as the file is not
 larger than the stock mix's. Any llama.cpp loads the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.gguf import blocks, types
@@ -27,6 +27,7 @@ _SHARED = (
     "attn_output", "attn_q", "attn_q_b", "ffn_down", "ffn_gate", "ffn_up", "ffn_down_shexp", "ffn_gate_shexp",
     "ffn_up_shexp",
 )  # fmt: skip
+_ROUTED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -39,25 +40,36 @@ def choose(
     """(type, reason) of every tensor, as `types.choose` gives them; `overrides` are not counted in the file's size."""
     stock, raised = PRESETS[preset]
     default = types.FILE_TYPES[stock].default
-    stock_choices = types.choose(tensors, stock, config)
-    limit = sum(map(_nbytes, tensors, (kind for kind, _ in stock_choices)))
-    wishes = {tensor.kind: "Q6_K" if tensor.kind == "output" else default for tensor in tensors}
-    steps = [(kind, "Q8_0") for kind in _LATENT]
-    steps += [(kind, raised) for kind in (*_SHARED, "token_embd")]
-    steps += [(kind, "Q8_0") for kind in (*_SHARED, "output", "token_embd")]
-    for kind, wished in steps:
-        trial = wishes | {kind: wished}
-        if sum(_nbytes(t, c) for t, (c, _) in zip(tensors, _fit(tensors, trial), strict=True)) <= limit:
-            wishes = trial
-    return [overrides.of(t) or c if quantizable(t) else c for t, c in zip(tensors, _fit(tensors, wishes), strict=True)]
+    chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.kind == "output" else default) for tensor in tensors}
+    room = sum(map(_nbytes, tensors, types.choose(tensors, stock, config)))
+    room -= sum(_nbytes(tensor, chosen[tensor.name]) for tensor in tensors)
+    for members, wished in _steps(tensors, raised):
+        extra = sum(_nbytes(tensor, _fit(tensor, wished)) - _nbytes(tensor, chosen[tensor.name]) for tensor in members)
+        if extra <= room:
+            room -= extra
+            chosen |= {tensor.name: _fit(tensor, wished) for tensor in members}
+    return [overrides.of(t) or chosen[t.name] if quantizable(t) else chosen[t.name] for t in tensors]
 
 
-def _fit(tensors: Sequence[Tensor], wishes: Mapping[str, str]) -> list[Choice]:
-    return [
-        types.fall_back(tensor, wishes[tensor.kind], _FALLBACKS) if quantizable(tensor) else ("F32", None)
-        for tensor in tensors
-    ]
+def _steps(tensors: Sequence[Tensor], raised: str) -> Iterator[tuple[list[Tensor], str]]:
+    """What to raise, and to what, in order: the latents' projections, then all else that is not routed, kind by kind;
+    then routed experts, layer by layer."""
+    kinds: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.kind, []).append(tensor)
+    for kind in _LATENT:
+        yield kinds.get(kind, []), "Q8_0"
+    for wished, last in ((raised, ("token_embd",)), ("Q8_0", ("output", "token_embd"))):
+        for kind in (*_SHARED, *last):
+            yield kinds.get(kind, []), wished
+    for kind in _ROUTED:
+        for tensor in kinds.get(kind, []):
+            yield [tensor], raised
 
 
-def _nbytes(tensor: Tensor, kind: str) -> int:
-    return padded(blocks.nbytes(kind, tensor.shape))
+def _fit(tensor: Tensor, wished: str) -> Choice:
+    return types.fall_back(tensor, wished, _FALLBACKS) if quantizable(tensor) else ("F32", None)
+
+
+def _nbytes(tensor: Tensor, choice: Choice) -> int:
+    return padded(blocks.nbytes(choice[0], tensor.shape))
