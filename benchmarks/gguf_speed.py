@@ -32,6 +32,9 @@ from dsv2quant import __version__
 from dsv2quant.formats.gguf import blocks
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests" / "clients" / "llama_cpp"))
+from llama_cpp_tools import CONVERTER  # noqa: E402
+
 YARN = {
     "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
     "mscale": 0.707, "mscale_all_dim": 0.707,
@@ -102,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
     rows = []
     for kind in options.types:
         bf16, theirs, ours = out / "bf16.gguf", out / "theirs.gguf", out / "ours.gguf"
-        first = [sys.executable, str(tools / "convert_hf_to_gguf.py"), str(source), "--outfile", str(bf16)]
+        first = [sys.executable, "-c", CONVERTER, str(tools), str(source), "--outfile", str(bf16)]
         second = [str(tools / "build" / "bin" / "llama-quantize"), str(bf16), str(theirs), kind]
         own = [sys.executable, "-m", "dsv2quant", "convert", str(source), "--gguf", kind, "-o", str(ours), "-q"]
         found = []
