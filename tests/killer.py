@@ -31,7 +31,18 @@ def counted(function):
     return call
 
 
-for name in ("write", "pwrite", "fsync", "fdatasync", "rename", "unlink", "rmdir", "ftruncate", "mkdir", "posix_fallocate"):
+for name in (
+    "write",
+    "pwrite",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "unlink",
+    "rmdir",
+    "ftruncate",
+    "mkdir",
+    "posix_fallocate",
+):
     setattr(os, name, counted(getattr(os, name)))
 
 from dsv2quant.cli.main import main  # noqa: E402

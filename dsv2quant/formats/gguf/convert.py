@@ -67,11 +67,11 @@ def convert_gguf(
         resumed = sum(state.done)
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, file in enumerate(files):
-                if state.done[number] < len(file.lines):
+                if file.is_written:
+                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
+                else:
                     with _Writer(plan, state, number, workers, device, advance) as writer:
                         writer.write()
-                else:
-                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
         state.finish()
     finally:
         state.close()

@@ -105,6 +105,11 @@ class File:
         line, begin = self.lines[-1]
         return begin + padded(line.nbytes)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether it is there, under its own name."""
+        return self.path.exists() and self.path.stat().st_size == self.nbytes
+
 
 def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     """Plan a GGUF file. Raises InputError where llama.cpp could not load it or the importance matrix is of another

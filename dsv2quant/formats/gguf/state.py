@@ -68,8 +68,8 @@ class State:
 
     def _durable(self, file: File, done: int) -> int:
         """How many of a file's tensors this run can keep: what was recorded, where the file is still there."""
-        if file.path.exists():
-            return len(file.lines) if file.path.stat().st_size == file.nbytes else 0
+        if file.is_written:
+            return len(file.lines)
         return done if file.partial.exists() and file.partial.stat().st_size == file.nbytes else 0
 
     def _start_over(self) -> None:
@@ -85,7 +85,7 @@ class State:
         os.fsync(self._descriptor)
 
     def _check_space(self) -> None:
-        needed = sum(file.nbytes for file, done in zip(self.files, self.done, strict=True) if done < len(file.lines))
+        needed = sum(file.nbytes for file in self.files if not file.is_written)
         partial = sum(f.partial.stat().st_blocks * 512 for f in self.files if f.partial.exists())
         free = shutil.disk_usage(self.path.parent).free + partial
         if needed > free:
