@@ -65,7 +65,7 @@ def whole(cli, tmp_path) -> Convert:
 
 @contextmanager
 def interrupted(at: str = LATE) -> Iterator[list[str]]:
-    """Every tensor is recorded, and Ctrl-C comes when the tensor `at` is encoded; yields the names of those that were."""
+    """Every tensor is recorded, and Ctrl-C comes in place of tensor `at`; yields the names of those that were encoded."""
     encode, encoded = convert._encode_rows, []
 
     def encode_rows(piece, *args):
@@ -333,7 +333,7 @@ def test_a_disk_that_fails_once_ends_in_one_line_and_resumes(call, model, whole,
     with monkeypatch.context() as m:
         m.setattr(convert, "RECORD_EVERY", 1)
         m.setattr(os, call, full)
-        one_line(to_gguf(model), "m.gguf: can't be written: No space left on device (free space and run the same")
+        one_line(to_gguf(model), "can't be written: No space left on device (free space and run the same command")
     assert not (tmp_path / "out" / "m.gguf").exists()
     again = to_gguf(model)
     assert (json.loads(again.out)["resumed_tensors"] > 0) == (call != "ftruncate")
