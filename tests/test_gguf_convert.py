@@ -65,7 +65,7 @@ def whole(cli, tmp_path) -> Convert:
 
 @contextmanager
 def interrupted(at: str = LATE) -> Iterator[list[str]]:
-    """Every tensor is recorded, and Ctrl-C comes in place of tensor `at`; yields the names of those that were encoded."""
+    """Every tensor is recorded, and Ctrl-C comes in place of tensor `at`; yields the names of those encoded."""
     encode, encoded = convert._encode_rows, []
 
     def encode_rows(piece, *args):
@@ -109,7 +109,8 @@ def test_killed_at_10_moments_and_resumed_the_bytes_are_the_same(split, model, t
         expected = contents(tmp_path / "whole")
         assert len(expected) == (4 if split else 1)
         kept = []
-        for n in sorted(random.Random(0).sample(range(1, changes + 1), 10)):
+        # At the last change the state file is gone already: the file is whole, and would be refused as one.
+        for n in sorted(random.Random(0).sample(range(1, changes), 10)):
             out = tmp_path / f"out-{n}"
             assert run_killed(n, *command(out), "-q") == [-signal.SIGKILL]
             left = contents(out) if out.exists() else {}
