@@ -19,6 +19,7 @@ from test_bad_input import config, edit_json, snapshot
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.convert import convert_gguf
 from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
 
@@ -29,6 +30,7 @@ ROUTER = "model.layers.1.mlp.gate.weight"
 EMBED = "model.embed_tokens.weight"
 NAN, INF = float("nan"), float("inf")
 Change = Callable[[Path], object]
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's would be a second line
 
 
 def set_weight(name: str, index: tuple[int, ...], value: float, dtype: torch.dtype = torch.bfloat16) -> Change:
@@ -228,8 +230,6 @@ def test_every_change_is_to_a_good_checkpoint(model, tmp_path, cli):
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q5_1"])
 def test_no_block_takes_values_beyond_its_scale(kind, value):
     """Squares of the largest overflow in the search for a scale, which then can be 0."""
-    from dsv2quant.formats.gguf import blocks
-
     x = np.random.default_rng(0).standard_normal((3, 512), np.float32)
     for importance in (None, np.random.default_rng(1).random(512, np.float32)):
         assert blocks.holds(kind, x, blocks.encode(kind, x, importance))
