@@ -260,6 +260,18 @@ def test_after_damage_it_starts_over(damage, model, whole, to_gguf, tmp_path):
     assert contents(tmp_path / "out") == whole(model)
 
 
+@pytest.mark.parametrize("split", [(), SPLIT], ids=["one file", "shards"])
+def test_damage_is_remembered(split, model, whole, to_gguf, tmp_path):
+    """What was durable is lost, and written again up to the size that it had: it must not count any more."""
+    interrupt(to_gguf, model, "Q4_K_M", *split)
+    for path in (tmp_path / "out").glob("m*.gguf*"):
+        if path.suffix != ".state":
+            os.truncate(path, 100)
+    interrupt(to_gguf, model, "Q4_K_M", *split, at="output_norm.weight")
+    assert to_gguf(model, "Q4_K_M", *split).code == 0
+    assert contents(tmp_path / "out") == whole(model, "Q4_K_M", *split)
+
+
 def test_another_version_does_not_go_on(model, whole, to_gguf, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("dsv2quant.formats.gguf.state.__version__", "0.0")
@@ -291,13 +303,14 @@ def test_two_runs_into_one_file_do_not_mix(model, whole, to_gguf, tmp_path):
 
 
 def test_a_state_file_that_its_run_removes_locks_nobody_out(model, to_gguf, tmp_path, monkeypatch):
-    """Another run ends between our opening of its state file and our lock."""
+    """Another run ends between our opening of its state file and our lock: what we lock is not the file of the name."""
     state, flock, calls = tmp_path / "out" / "m.gguf.state", fcntl.flock, []
 
     def late(descriptor, operation):
         calls.append(descriptor)
         if len(calls) == 1:
             state.unlink()
+            state.touch()  # and a third begins
         flock(descriptor, operation)
 
     interrupt(to_gguf, model)

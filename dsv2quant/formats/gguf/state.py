@@ -57,23 +57,30 @@ class State:
         found = self._read()
         if found is not None and found["wanted"] == self._wanted and not force:
             self.done = [self._durable(file, done) for file, done in zip(self.files, found["done"], strict=True)]
-            return
-        if not force:
-            held = [file.path for file in self.files if file.path.exists()]
-            if held:
-                raise InputError("is there already", where=held[0], fix=_FIX)
-            if found is not None and any(found["done"]):
-                raise InputError("an unfinished conversion with another plan or source", where=self.path, fix=_FIX)
-        self._start_over()
+        else:
+            if not force:
+                self._refuse_others(found)
+            self._remove_leftovers()
+        # Before anything is written: what was lost must not count any more when it has its size again.
+        self._write()
+        os.fsync(self._descriptor)
+
+    def _refuse_others(self, found: dict[str, Any] | None) -> None:
+        held = [file.path for file in self.files if file.path.exists()]
+        if held:
+            raise InputError("is there already", where=held[0], fix=_FIX)
+        if found is not None and any(found["done"]):
+            raise InputError("an unfinished conversion with another plan or source", where=self.path, fix=_FIX)
 
     def _durable(self, file: File, done: int) -> int:
         """How many of a file's tensors this run can keep: what was recorded, where the file is still there."""
         if file.is_written:
             return len(file.lines)
+        file.path.unlink(missing_ok=True)  # it has been cut since
         return done if file.partial.exists() and file.partial.stat().st_size == file.nbytes else 0
 
-    def _start_over(self) -> None:
-        """Remove what another run left, before the state says that what is there is of this one."""
+    def _remove_leftovers(self) -> None:
+        """Remove what other runs left: from now on, what has one of these names is of this one."""
         partial = re.compile(rf"{re.escape(self._out.stem)}(-\d{{5}}-of-\d{{5}})?\.gguf{re.escape(PARTIAL)}")
         for entry in os.listdir(self._out.parent):
             if partial.fullmatch(entry):
@@ -81,8 +88,6 @@ class State:
         for file in self.files:
             file.path.unlink(missing_ok=True)
         sync_folder(self._out.parent)
-        self._write()
-        os.fsync(self._descriptor)
 
     def _check_space(self) -> None:
         needed = sum(file.nbytes for file in self.files if not file.is_written)
