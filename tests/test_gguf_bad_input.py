@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFWriter
 from gguf_expected import write_imatrix
 from test_bad_input import config, edit_json, snapshot
+from test_gguf_convert import one_line
 
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import SEQUENCE_CLASSIFICATION
@@ -244,6 +245,27 @@ def test_a_weight_too_large_is_found_in_kv_b_proj(tmp_path, model):
     plan = make_gguf_plan(Checkpoint.open(tmp_path / "model"), Options("Q4_K_M"))
     with pytest.raises(InputError, match=rf"{KV_B} has values too large for Q5_0"):
         convert_gguf(plan, tmp_path / "out" / "m.gguf")
+
+
+def test_a_folder_and_the_imatrix_are_never_overwritten(model, cli, tmp_path):
+    out = tmp_path / "out" / "m.gguf"
+    out.mkdir(parents=True)
+    one_line(
+        cli("convert", model, "--gguf", "Q4_K_M", "-o", out, "-q", "--force"),
+        "m.gguf: is a folder (give the name of a file)",
+    )
+    imatrix = write_imatrix(tmp_path / "imatrix.gguf", "tiny-odd")
+    before = imatrix.read_bytes()
+    command = ("convert", model, "--gguf", "Q4_K_M", "--imatrix", imatrix, "-o", imatrix, "-q")
+    one_line(cli(*command, "--force"), "imatrix.gguf: is the importance matrix (give another name)")
+    assert imatrix.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "imatrix.gguf"}
+
+
+@pytest.mark.parametrize("place", ["/proc/m.gguf", "{model}/config.json/m.gguf"])
+def test_a_place_that_takes_no_file_is_named(place, model, cli):
+    out = place.format(model=model)
+    one_line(cli("convert", model, "--gguf", "Q8_0", "-o", out, "-q"), f"{out}: can't be written: ")
 
 
 def test_what_a_conversion_can_do_without(tmp_path, model, cli):

@@ -393,23 +393,6 @@ def test_a_file_that_is_there_is_left_alone(model, whole, to_gguf, tmp_path):
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_folder_and_the_imatrix_are_never_overwritten(model, cli, to_gguf, tmp_path):
-    (tmp_path / "out" / "m.gguf").mkdir(parents=True)
-    one_line(to_gguf(model, "Q4_K_M", "--force"), "m.gguf: is a folder (give the name of a file)")
-    imatrix = write_imatrix(tmp_path / "imatrix.gguf", "tiny-odd")
-    before = imatrix.read_bytes()
-    command = ("convert", model, "--gguf", "Q4_K_M", "--imatrix", imatrix, "-o", imatrix, "-q")
-    one_line(cli(*command, "--force"), "imatrix.gguf: is the importance matrix (give another name)")
-    assert imatrix.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "imatrix.gguf"}
-
-
-@pytest.mark.parametrize("place", ["/proc/m.gguf", "{model}/config.json/m.gguf"])
-def test_a_place_that_takes_no_file_is_named(place, model, cli):
-    out = place.format(model=model)
-    one_line(cli("convert", model, "--gguf", "Q8_0", "-o", out, "-q"), f"{out}: can't be written: ")
-
-
 def test_missing_folders_are_made(model, whole, cli, tmp_path):
     out = tmp_path / "a" / "b" / "m.gguf"
     assert cli("convert", model, "--gguf", "Q4_K_M", "-o", out, "-q").code == 0
