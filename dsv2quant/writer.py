@@ -90,7 +90,7 @@ class ArtifactFolder:
         if self.complete is not None:
             self.finished = {shard.file for shard in self.plan.shards}
             return
-        self._state = open_locked(state_path)
+        self._state = open_locked(state_path, self.path)
         unfinished = os.pread(self._state, 1 << 20, 0)
         if unfinished == json.dumps(wanted).encode() and not force:
             self.finished = {shard.file for shard in self.plan.shards if self._is_whole(shard)}
@@ -250,15 +250,18 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def open_locked(path: Path) -> int:
-    """A descriptor of a file, made if need be, that no other process holds. Raises InputError naming its folder."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError("another run is writing to it", where=path.parent, fix="wait for it, or stop it") from None
-    return descriptor
+def open_locked(path: Path, where: Path) -> int:
+    """A descriptor of a file, made if need be, that no other process holds. Raises InputError naming `where`."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError("another run is writing to it", where=where, fix="wait for it, or stop it") from None
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)  # a run that ended in between has removed it
 
 
 def sync_folder(path: Path) -> None:

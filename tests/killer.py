@@ -31,7 +31,18 @@ def counted(function):
     return call
 
 
-for name in ("write", "pwrite", "fsync", "rename", "unlink", "rmdir", "ftruncate", "mkdir", "posix_fallocate"):
+for name in (
+    "write",
+    "pwrite",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "unlink",
+    "rmdir",
+    "ftruncate",
+    "mkdir",
+    "posix_fallocate",
+):
     setattr(os, name, counted(getattr(os, name)))
 
 from dsv2quant.cli.main import main  # noqa: E402
@@ -40,6 +51,10 @@ from dsv2quant.cli.main import main  # noqa: E402
 def run(n, *args):
     global changes, kill_at
     changes, kill_at = 0, n
+    if "--gguf" in args:
+        from dsv2quant.formats.gguf import convert
+
+        convert.RECORD_EVERY = 1  # a small model's tensors, too, are recorded one by one
     sys.argv = ["dsv2quant", *args]
     try:
         main()

@@ -92,7 +92,7 @@ def calibrate(
 def _claimed(work: Path, wanted: dict[str, Any], force: bool) -> Iterator[None]:
     """The work folder, locked; removed at the end, kept where it ends early."""
     work.mkdir(parents=True, exist_ok=True)
-    state = open_locked(work / STATE_FILE)
+    state = open_locked(work / STATE_FILE, work)
     try:
         content, found = dump_json(wanted), os.pread(state, 1 << 20, 0)
         if found != content:

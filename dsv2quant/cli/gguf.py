@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from dsv2quant.cli import common
 
@@ -29,17 +30,20 @@ _NEEDS_GGUF = (
     "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "drop_expert_groups",
     "split_max_size",
 )  # fmt: skip
-_EXCLUDED = ("fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "text", "figure")
+_EXCLUDED = (
+    "fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "tp", "max_shard_size",
+    "text", "samples", "length", "seed", "figure", "statistics",
+)  # fmt: skip
 
 
 def is_asked_for(options: Mapping[str, Any]) -> bool:
     """Whether --gguf is given; options that go with the other formats, or with it alone, are a usage error."""
+    context = click.get_current_context()
     wrong = _EXCLUDED if options["gguf"] else _NEEDS_GGUF
-    given = [name for name in wrong if options.get(name)]
-    if given:
-        flag = {"recipe_file": "recipe", "targets": "target", "text": "calibration", "tensor_types": "tensor-type"}
-        name = flag.get(given[0], given[0].replace("_", "-"))
-        raise click.UsageError(f"--{name} does not go with --gguf" if options["gguf"] else f"--{name} goes with --gguf")
+    for option in context.command.params:
+        if option.name in wrong and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
+            rule = "does not go with --gguf" if options["gguf"] else "goes with --gguf"
+            raise click.UsageError(f"{option.opts[-1]} {rule}")
     return bool(options["gguf"])
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from dsv2quant.formats.amax_cpu import amax_bits
 from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
 
 
@@ -44,6 +45,9 @@ _EXPONENTS = {
     "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
 }  # fmt: skip
 DECODABLE = tuple(_EXPONENTS)
+# The largest magnitude in any block of several values, Q6_K's and IQ4_XS's. The search for scales squares values: much
+# larger ones overflow there, and can end as zeros.
+LARGEST = 65504.0 * 127 * 32
 _ROWS = 256  # decoded at a time
 
 
@@ -76,7 +80,8 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
         case "F32":
             return x.view(np.uint8)
         case "F16":
-            return x.astype(np.float16).view(np.uint8)
+            with np.errstate(over="ignore"):
+                return x.astype(np.float16).view(np.uint8)
         case "BF16":
             return quants.quantize(x, GGMLQuantizationType.BF16)
         case "Q8_0":
@@ -110,6 +115,13 @@ def decode(name: str, data: np.ndarray) -> np.ndarray:
     for first in range(0, len(data), _ROWS):  # the library would hold everything twice
         out[first : first + _ROWS] = quants.dequantize(data[first : first + _ROWS], kind)
     return out
+
+
+def holds(name: str, x: np.ndarray, data: np.ndarray) -> bool:
+    """Whether no value of x (float32) was too large for `data`, what `encode` made of it."""
+    if TYPES[name].values > 1 and amax_bits(x.view(np.uint32)) > np.float32(LARGEST).view(np.uint32):
+        return False
+    return first_bad_block(name, data) is None
 
 
 def first_bad_block(name: str, data: np.ndarray) -> int | None:

@@ -29,7 +29,7 @@ from dsv2quant.formats.gguf.state import State
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.writer import disk_errors, sync_folder
 
-_RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
+RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
 _MAX_RUNNING = 32  # pieces that run or wait
 _one_at_a_time = threading.Lock()
 
@@ -67,11 +67,11 @@ def convert_gguf(
         resumed = sum(state.done)
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, file in enumerate(files):
-                if state.done[number] < len(file.lines):
+                if file.is_written:
+                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
+                else:
                     with _Writer(plan, state, number, workers, device, advance) as writer:
                         writer.write()
-                else:
-                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
         state.finish()
     finally:
         state.close()
@@ -133,6 +133,8 @@ class _Writer:
                 self._running.append((piece, piece is cut[-1], job))
         while self._running:
             self._settle()
+        if self._recording is not None:
+            self._recording.result()  # a disk reports an error once: the last fsync may not repeat it
         with disk_errors(file.path):
             os.fsync(self._descriptor)
             file.partial.rename(file.path)
@@ -149,7 +151,7 @@ class _Writer:
             return
         self._done += 1
         self._unrecorded += piece.line.nbytes
-        if self._unrecorded >= _RECORD_EVERY:
+        if self._unrecorded >= RECORD_EVERY:
             if self._recording is not None:
                 self._recording.result()
             self._unrecorded = 0
@@ -166,7 +168,7 @@ class _Writer:
         at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
         for rows in read_rows(self._plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
             data = _encode_rows(piece, rows, importance, self._device)
-            if blocks.first_bad_block(line.type, data) is not None:
+            if not blocks.holds(line.type, rows, data):
                 what = f"{piece.weight.slot.name} has values too large for {line.type}"
                 raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
             view, done = data.reshape(-1).data, 0

@@ -214,8 +214,8 @@ def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entry
     if len(sums) % len(counts):
         what = f"{name} has {len(sums):,} sums of {len(counts):,} matrices"
         raise InputError(what, where=path, fix=_AGAIN)
-    if not (np.isfinite(sums).all() and np.isfinite(counts).all()):
-        raise InputError(f"{name} is not finite", where=path, fix=_AGAIN)
+    if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all()):
+        raise InputError(f"{name} is not finite, or negative", where=path, fix=_AGAIN)
     return Entry(sums.reshape(len(counts), -1), counts)
 
 

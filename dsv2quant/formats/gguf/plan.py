@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant import __version__
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.gguf import blocks, imatrix, presets, types
@@ -108,11 +105,10 @@ class File:
         line, begin = self.lines[-1]
         return begin + padded(line.nbytes)
 
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over what determines its bytes, the weights' values and an importance matrix's aside."""
-        content = [__version__, hashlib.sha256(self.header).hexdigest(), [line.name for line, _ in self.lines]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    @property
+    def is_written(self) -> bool:
+        """Whether it is there, under its own name."""
+        return self.path.exists() and self.path.stat().st_size == self.nbytes
 
 
 def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:

@@ -1,0 +1,110 @@
+"""Mixes of our own: no larger than the stock mixes whose bytes they spend, and closer to the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from gguf import GGUFReader
+from gguf_tiny import PUBLISHED
+
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import ModelConfig
+from dsv2quant.evaluate import divergence, perplexity, text
+from dsv2quant.formats.gguf import blocks, types
+from dsv2quant.formats.gguf.convert import convert_gguf
+from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
+from dsv2quant.formats.gguf.presets import PRESETS, choose
+from dsv2quant.formats.gguf.tensors import model_tensors
+from dsv2quant.formats.gguf.types import Overrides
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+
+MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
+CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in MODELS.items()}
+TENSORS = {name: model_tensors(config) for name, config in CONFIGS.items()}
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+every_model = pytest.mark.parametrize("model", CONFIGS)
+
+
+def chosen(model: str, preset: str, **overrides) -> dict[str, str]:
+    """{tensor: type}."""
+    tensors = TENSORS[model]
+    choices = choose(tensors, preset, CONFIGS[model], Overrides(**overrides))
+    return {tensor.name: kind for tensor, (kind, _) in zip(tensors, choices, strict=True)}
+
+
+@every_model
+@every_preset
+def test_a_preset_is_never_larger_than_its_stock_mix(preset, model):
+    tensors = TENSORS[model]
+    stock = types.choose(tensors, PRESETS[preset][0], CONFIGS[model])
+    theirs = sum(blocks.nbytes(kind, tensor.shape) for tensor, (kind, _) in zip(tensors, stock, strict=True))
+    ours = sum(blocks.nbytes(kind, t.shape) for t, kind in zip(tensors, chosen(model, preset).values(), strict=True))
+    assert 0.9 * theirs < ours <= theirs
+
+
+@every_model
+@every_preset
+def test_a_preset_is_made_of_types_that_fit(preset, model):
+    kinds = chosen(model, preset)
+    assert kinds == chosen(model, preset)
+    for tensor in TENSORS[model]:
+        kind = kinds[tensor.name]
+        assert kind in blocks.TYPES
+        assert tensor.shape[-1] % blocks.TYPES[kind].values == 0
+        assert (kind == "F32") == (len(tensor.shape) == 1 or tensor.kind == "ffn_gate_inp")
+
+
+@every_preset
+def test_an_override_wins(preset):
+    plain = chosen("lite", preset)
+    fixed = {"output_type": "Q8_0", "token_embedding_type": "Q2_K"}
+    overridden = chosen("lite", preset, tensor_types=[("blk.3.*exps", "Q6_K"), ("attn_kv_a", "BF16")], **fixed)
+    for name, kind in overridden.items():
+        if name == "output.weight":
+            assert kind == "Q8_0"
+        elif name == "token_embd.weight":
+            assert kind == "Q2_K"
+        elif name.startswith("blk.3.") and "exps" in name:
+            assert kind == ("Q8_0" if "down" in name else "Q6_K")  # rows of 1408: the fallback
+        elif "attn_kv_a_mqa" in name:
+            assert kind == "BF16"
+        else:
+            assert kind == plain[name]
+
+
+def test_a_preset_is_deterministic_and_says_its_stock_number(tmp_path, cli):
+    for name in ("a.gguf", "b.gguf"):
+        assert cli("convert", tiny.MINI, "--gguf", "dsv2_q4_k_m", "-o", tmp_path / name, "-q").code == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    reader = GGUFReader(tmp_path / "a.gguf")
+    assert reader.fields["general.file_type"].contents() == types.FILE_TYPES["Q4_K_M"].number
+    assert {t.name: t.tensor_type.name for t in reader.tensors} == chosen("mini", "DSV2_Q4_K_M")
+
+
+def test_on_dsv2_mini_the_preset_is_closer_to_the_model(tmp_path):
+    """Mean KLD per window, paired: the preset's is smaller by more than 3 standard errors, in a file not larger."""
+    tokenizer = Tokenizer.open(tiny.MINI)
+    windows = cut(tokenizer.encode(text.python_topics().content), 256, tokenizer.bos_id, "default", "topics")
+    ids, first = windows.ids[:8], windows.first
+    reference = run(tiny.MINI, ids)
+    klds, sizes = {}, {}
+    for file_type in ("Q4_K_M", "DSV2_Q4_K_M"):
+        out = tmp_path / f"{file_type}.gguf"
+        convert_gguf(make_gguf_plan(Checkpoint.open(tiny.MINI), Options(file_type)), out)
+        klds[file_type] = divergence.compare(run(out, ids), reference, ids, first).kld.mean(1)
+        sizes[file_type] = out.stat().st_size
+    gain = klds["Q4_K_M"] - klds["DSV2_Q4_K_M"]
+    assert sizes["DSV2_Q4_K_M"] <= sizes["Q4_K_M"]
+    assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain))
+
+
+def run(model: Path, ids: np.ndarray) -> perplexity.Pass:
+    options = LoadOptions(torch.float32, "cpu", weight_only=True)
+    return perplexity.run(Model(Checkpoint.open(model), options), ids, perplexity.batches_of(len(ids), 8))
