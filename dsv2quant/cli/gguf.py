@@ -49,12 +49,14 @@ def is_asked_for(options: Mapping[str, Any]) -> bool:
 
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
     """Show what a conversion would do, into GGUF or another format."""
-    from dsv2quant.report import gguf_plan, plans
-
     if is_asked_for(options):
+        from dsv2quant.report import gguf_plan
+
         into_gguf = plan_for(checkpoint, options)
         text, found = gguf_plan.plan_text(into_gguf, every_tensor=every_tensor), gguf_plan.plan_json(into_gguf)
     else:
+        from dsv2quant.report import plans
+
         plan = common.plan_for(checkpoint, options)
         text, found = plans.plan_text(plan, every_tensor=every_tensor), plans.plan_json(plan)
     if as_json:
