@@ -309,7 +309,7 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
 
 
 def test_llama_cpp_s_windows_are_the_text_in_order(tmp_path):
-    path, tokenizer = tmp_path / "text.txt", Tokenizer(tiny.MINI)
+    path, tokenizer = tmp_path / "text.txt", Tokenizer.open(tiny.MINI)
     text = "".join(f"Line {i} of a text that is longer than a section.\n" for i in range(400))
     path.write_text(text)
     ids = [tokenizer.bos_id, *tokenizer.encode(text[:-1])]  # llama.cpp leaves the last line's end out
