@@ -108,3 +108,8 @@ def test_without_expert_groups_nothing_but_two_keys_differs(convert) -> None:
     groups = ("deepseek2.expert_group_count", "deepseek2.expert_group_used_count")
     assert keys_and_values(made) == [item for item in expected_metadata(case) if item[0] not in groups]
     assert "".join(digest for _, _, digest in types_and_digests(made)) == GOLDEN["cases"][str(case)]["tensors"]
+
+
+def test_the_plan_says_why_a_width_falls_back_to_f16(cli, models) -> None:
+    ran = cli("plan", models["tiny-odd"], "--gguf", "Q4_K_M")
+    assert "ffn_down_exps, 1 → F16: rows of 40 are not whole blocks of 256, as Q6_K has" in ran.out
