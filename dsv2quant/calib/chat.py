@@ -6,27 +6,45 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv2quant.errors import InputError
 from dsv2quant.evaluate.text import from_file
 from dsv2quant.headers import read_json
 
+if TYPE_CHECKING:
+    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.formats.gguf.container import Metadata
 
-def renderer(folder: Path, *, generation_prompt: bool = False) -> Callable[[list[dict[str, Any]], object], str]:
+_WITHOUT = "give plain text, or use a checkpoint that has one"
+Render = Callable[[list[dict[str, Any]], object], str]
+
+
+def renderer(folder: Path, *, generation_prompt: bool = False) -> Render:
     """render(messages, where) → text: what transformers' apply_chat_template(messages, tokenize=False) gives, with
     add_generation_prompt as `generation_prompt` says.
 
     The template is a downloaded program that nobody vouches for: it runs in Jinja's sandbox. Raises InputError where
     the folder has no template or a broken one; so does render, naming `where`, when the template fails or refuses.
     """
+    return _renderer(*_template(folder), generation_prompt)
+
+
+def renderer_of(checkpoint: Checkpoint, *, generation_prompt: bool = False) -> Render:
+    """`renderer` of a checkpoint: its folder's, or that of a GGUF file."""
+    if checkpoint.metadata is not None:
+        return _renderer(*_gguf_template(checkpoint.metadata, checkpoint.model), generation_prompt)
+    assert checkpoint.folder is not None
+    return renderer(checkpoint.folder, generation_prompt=generation_prompt)
+
+
+def _renderer(source: str, path: object, tokens: dict[str, str], generation_prompt: bool) -> Render:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    source, path, tokens = _template(folder)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -62,8 +80,7 @@ def _template(folder: Path) -> tuple[str, Path, dict[str, str]]:
         entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = entries[0].get("template") if entries else None
     if not isinstance(source, str):
-        fix = "give 'text', or use a checkpoint that has a chat template"
-        raise InputError("no chat template, which 'messages' need", where=path, fix=fix)
+        raise InputError("no chat template", where=path, fix=_WITHOUT)
     tokens = {}
     for key in ("bos_token", "eos_token"):
         token = config.get(key)
@@ -71,3 +88,18 @@ def _template(folder: Path) -> tuple[str, Path, dict[str, str]]:
         if isinstance(token, str):  # a missing one is undefined and prints nothing, None would print "None"
             tokens[key] = token
     return source, path, tokens
+
+
+def _gguf_template(metadata: Metadata, where: object) -> tuple[str, object, dict[str, str]]:
+    """The same of a GGUF file."""
+    keys = ("chat_template", "ggml.tokens", "ggml.bos_token_id", "ggml.eos_token_id")
+    source, vocabulary, *ids = (
+        metadata[f"tokenizer.{key}"].value if f"tokenizer.{key}" in metadata else None for key in keys
+    )
+    if not isinstance(source, str):
+        raise InputError("no chat template", where=where, fix=_WITHOUT)
+    tokens = {}
+    for name, number in zip(("bos_token", "eos_token"), ids, strict=True):
+        if isinstance(vocabulary, list) and isinstance(number, int) and 0 <= number < len(vocabulary):
+            tokens[name] = str(vocabulary[number])
+    return source, where, tokens

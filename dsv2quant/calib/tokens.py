@@ -1,7 +1,8 @@
-"""Token streams: text through a checkpoint's own tokenizer, cut into equal windows."""
+"""Token streams: text through a checkpoint's own tokenizer, cut into equal windows; and tokens as text again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,11 +81,51 @@ class Tokenizer:
         finally:
             self._backend.encode_special_tokens = True
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def check_ids(self, ids: np.ndarray, vocabulary: int) -> None:
         """Raise InputError where token ids, or BOS, lie beyond the model's vocabulary."""
         if not 0 <= self.bos_id < vocabulary or (ids >= vocabulary).any():
             what = f"knows ids beyond the model's vocabulary of {vocabulary}"
             raise InputError(what, where=self._where, fix="use the tokenizer of this model")
+
+
+class Detokenizer:
+    """Text from tokens that come one by one: the pieces together are `Tokenizer.decode` of all tokens.
+
+    A character whose bytes are spread over several tokens comes with the last of them. Tokens are decoded behind those
+    of the last piece (as vLLM's detokenizer_utils.py does), because decoders may treat the first of a text apart.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # the tokens of the last piece
+        self._held: list[int] = []  # what no piece has yet
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, perhaps none."""
+        self._held.append(token)
+        text = self._pending()
+        if not text or text.endswith("\ufffd"):  # the bytes so far end within a character, or are no UTF-8
+            return ""
+        self._shown, self._held = self._held, []
+        return text
+
+    def end(self) -> str:
+        """What is still held back: bytes that never became a character."""
+        return self._pending()
+
+    def _pending(self) -> str:
+        shown = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._held)[len(shown) :]
 
 
 def _find_bos(backend: Any, folder: Path) -> int:

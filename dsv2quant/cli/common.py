@@ -56,6 +56,20 @@ hub_options = stack(
     click.option("--offline", is_flag=True, help="Use only what the hub cache already holds."),
 )
 
+compute_options = stack(
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1."),
+    click.option("--dtype", type=click.Choice(("auto", "float32", "bfloat16")), default="auto", show_default=True,
+                 help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
+)  # fmt: skip
+
+kv_cache_option = click.option(
+    "--kv-cache",
+    type=click.Choice(("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")),
+    default="auto",
+    show_default=True,
+    help="What the KV cache stores, FP8 under the artifact's own scales or 1; auto is the compute dtype.",
+)
+
 plan_options = stack(
     click.option("--fp8", "fp8", type=click.Choice(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
                  help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "

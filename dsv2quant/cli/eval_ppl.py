@@ -32,15 +32,10 @@ if TYPE_CHECKING:
     help="default scores every text token; llama.cpp the second half of each window.",
 )
 @click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA.",
-)
+@common.compute_options
 @click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme.")
+@click.option("--decode-path", is_flag=True, help="Score as decoding computes: token by token. Slow: for small models.")
+@common.kv_cache_option
 @click.option("--max-ppl-increase", type=float, metavar="P", help="Fail (exit 4) if perplexity grows by more than P %.")
 @click.option("--max-kld", type=float, metavar="K", help="Fail (exit 4) if mean KLD exceeds K nats.")
 @common.hub_options
@@ -58,6 +53,8 @@ def command(
     device: str,
     dtype: str,
     weight_only: bool,
+    decode_path: bool,
+    kv_cache: str,
     max_ppl_increase: float | None,
     max_kld: float | None,
     revision: str | None,
@@ -82,12 +79,15 @@ def command(
         raise click.UsageError("--max-ppl-increase and --max-kld need --reference")
     if text_file and dataset:
         raise click.UsageError("--text and --dataset exclude each other")
+    if kv_cache != "auto" and not decode_path:
+        raise click.UsageError("--kv-cache needs --decode-path: prefill reads no cache")
     common.check_device(device)
 
     import torch
 
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.evaluate.measure import Settings, check_gates, evaluate
+    from dsv2quant.model.cache import KV_DTYPES
     from dsv2quant.report.evaluation import evaluation_text
 
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
@@ -106,6 +106,8 @@ def command(
         device=device,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         weight_only=weight_only,
+        decode_path=decode_path,
+        kv_cache=KV_DTYPES.get(kv_cache),
     )
     text = _text(text_file, dataset, cache_dir, offline)
     if (shared := _shared_with_calibration(checkpoint, text)) and not quiet:

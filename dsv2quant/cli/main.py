@@ -22,6 +22,7 @@ VERBS = {
     "calibrate": ("dsv2quant.cli.calibrate", "Measure activations, for many conversions."),
     "convert": ("dsv2quant.cli.convert", "Quantize a checkpoint."),
     "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),
+    "generate": ("dsv2quant.cli.generate", "Continue a text, or answer a question."),
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from dsv2quant.errors import GateError, InputError, UsageError
 from dsv2quant.evaluate import divergence
 from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.evaluate.text import Text
-from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.cache import KV_NAMES
+from dsv2quant.model.load import LoadOptions, default_dtype
 from dsv2quant.model.runtime import Model
 from dsv2quant.progress import Progress
 
@@ -28,7 +29,11 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device."""
+    """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device.
+
+    `decode_path` scores token by token through absorbed attention, as decoding does. `kv_cache` is what the model's
+    latent cache stores then, by default the compute dtype, which the reference's always stores.
+    """
 
     ctx: int | None = None
     limit: int | None = None
@@ -38,10 +43,12 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     weight_only: bool = False
+    decode_path: bool = False
+    kv_cache: torch.dtype | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.dtype or (torch.float32 if self.device == "cpu" else torch.bfloat16)
+        return self.dtype or default_dtype(self.device)
 
 
 def default_ctx(checkpoint: Checkpoint) -> int:
@@ -69,12 +76,13 @@ def evaluate(
         # differently, and what that alone does to the numbers is the floor under every comparison.
         again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
         both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
-        referred = _run(reference, np.concatenate([ids, floor_ids]), both, settings, progress)
+        unquantized = replace(settings, kv_cache=None)
+        referred = _run(reference, np.concatenate([ids, floor_ids]), both, unquantized, progress)
         compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first)
         result["perplexity"] = divergence.perplexity(compared.nll)
         result |= divergence.summarize(compared)
         result["reference"]["model"] = reference.model
-        result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, settings, progress)
+        result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, unquantized, progress)
     return result | {
         "tokens": len(ids) * windows.scored,
         "windows": len(ids),
@@ -84,6 +92,8 @@ def evaluate(
         "dtype": str(settings.compute_dtype).removeprefix("torch."),
         # llama.cpp's kernels round activations to 8 bits, each backend in its own way: only weights are measured.
         "weight_only": settings.weight_only or checkpoint.metadata is not None,
+        "decode_path": settings.decode_path,
+        "kv_cache": KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
         "device": _device_name(settings.device),
         "backend": "torch",
         "stream": settings.stream,
@@ -126,9 +136,10 @@ def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
 
 def _run(checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress) -> Pass:
-    options = LoadOptions(settings.compute_dtype, settings.device, settings.weight_only)
+    s = settings
+    options = LoadOptions(s.compute_dtype, s.device, s.weight_only, kv_cache=s.kv_cache)
     with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
-        return run(Model(checkpoint, options, stream=settings.stream), ids, batches, advance)
+        return run(Model(checkpoint, options, stream=s.stream), ids, batches, advance, decode_path=s.decode_path)
 
 
 def _noise_floor(
@@ -144,8 +155,7 @@ def _noise_floor(
     count = len(ids)
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
     other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
-    changed = Settings(stream=settings.stream, device=settings.device, dtype=other, weight_only=settings.weight_only)
-    rerun = _run(reference, ids, batches_of(count, batch), changed, progress)
+    rerun = _run(reference, ids, batches_of(count, batch), replace(settings, dtype=other), progress)
     return {
         "windows": count,
         "kld_other_batch": float(divergence.compare(again, baseline, ids, first).kld.mean()),

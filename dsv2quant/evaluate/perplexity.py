@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsv2quant.model.cache import LatentCache
+from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.runtime import Model
 
 ROWS = 256  # positions whose logits are held at a time, in float64
@@ -37,24 +39,40 @@ def run(
     ids: np.ndarray,
     batches: Sequence[slice],
     progress: Callable[[int], object] = lambda tokens: None,
+    *,
+    decode_path: bool = False,
 ) -> Pass:
     """Run token windows [windows, ctx] through the model; `batches` says which windows go together.
 
-    `progress` is called with the tokens that each layer has dealt with.
+    `progress` is called with the tokens that each layer has dealt with. `decode_path` goes through each layer token by
+    token, as decoding does: a token depends on no later one, so that layers may still come one after the other.
     """
     tokens = torch.from_numpy(ids).to(model.options.device)
     hidden = model.ends.embed(tokens)
     rope = model.rope(0, tokens.shape[1])
     routes: list[torch.Tensor | None] = []
-    for layer in model.layers():
+    for index, layer in enumerate(model.layers()):
         chosen_by_batch = []
         for batch in batches:
-            hidden[batch], chosen = layer(hidden[batch], rope)
+            if decode_path:
+                cache = model.cache(index, *hidden[batch].shape[:2])
+                hidden[batch], chosen = _decoded(layer, hidden[batch], rope, cache)
+            else:
+                hidden[batch], chosen = layer(hidden[batch], rope)
             if chosen is not None:
                 chosen_by_batch.append(chosen.view(*hidden[batch].shape[:2], -1).to(torch.int16))
             progress(hidden[batch].shape[0] * hidden.shape[1])
         routes.append(torch.cat(chosen_by_batch) if chosen_by_batch else None)
     return Pass(model, hidden, routes)
+
+
+def _decoded(
+    layer: DecoderLayer, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One token after the other: x [batch, ctx, hidden] → (the same shape, chosen experts [batch, ctx, k] or None)."""
+    steps = [layer(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
+    chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
+    return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
 
 
 def batches_of(windows: int, size: int) -> list[slice]:

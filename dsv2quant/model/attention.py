@@ -13,28 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.config import ModelConfig
+from dsv2quant.model.cache import LatentCache
 from dsv2quant.model.linear import Linear, RMSNorm
 from dsv2quant.model.rope import Rope, softmax_scale
-
-
-class LatentCache:
-    """The latents and rotated keys of one layer, [batch, capacity, ·], of which the first `length` are filled."""
-
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._latent = torch.empty(batch, capacity, config.kv_lora_rank, dtype=dtype, device=device)
-        self._k_pe = torch.empty(batch, capacity, config.qk_rope_head_dim, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, latent: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add [batch, new, ·] and return everything cached. Raises ValueError beyond the capacity."""
-        end = self.length + latent.shape[1]
-        if end > self._latent.shape[1]:
-            raise ValueError(f"the cache holds {self._latent.shape[1]} tokens, {end} were asked for")
-        self._latent[:, self.length : end], self._k_pe[:, self.length : end] = latent, k_pe
-        self.length = end
-        return self._latent[:, :end], self._k_pe[:, :end]
 
 
 @dataclass
@@ -63,7 +44,7 @@ class Attention:
         """What `o_proj` is applied to: the heads' weighted values, [batch, new, heads · v_head_dim]."""
         q_nope, q_pe, latent, k_pe = self.projected(x, rope)
         if cache is not None:
-            latent, k_pe = cache.append(latent, k_pe)  # [batch, all, ·]
+            latent, k_pe = cache.append(latent, k_pe, as_stored=absorbed)  # [batch, all, ·]
         if absorbed:
             return self.values(self.mixed(q_nope, q_pe, latent, k_pe))
         return self.expanded(q_nope, q_pe, latent, k_pe)

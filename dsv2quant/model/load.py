@@ -28,12 +28,19 @@ _LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, 
 @dataclass(frozen=True)
 class LoadOptions:
     """Where and how to compute. `weight_only` leaves activations unquantized. `scale_dtype` rounds the scales of all
-    but the routed experts first, as transformers' default load of compressed-tensors does."""
+    but the routed experts first, as transformers' default load of compressed-tensors does. `kv_cache` is the dtype of
+    the latent cache, `dtype` where it is None."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     weight_only: bool = False
     scale_dtype: torch.dtype | None = None
+    kv_cache: torch.dtype | None = None
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """What to compute in where nothing else is asked for."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
@@ -86,6 +93,18 @@ class Loader:
             post_attention_layernorm=self._norm(f"{at}.post_attention_layernorm", c.rms_norm_eps),
             ffn=self._moe(c, f"{at}.mlp") if c.is_moe(index) else self._ffn(f"{at}.mlp"),
         )
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None:
+        """The layer's KV-cache scale, float32 [1]; None where the checkpoint has none. Raises InputError for one that
+        nothing can be divided by."""
+        part = self.checkpoint.kv_scales.get(layer)
+        if part is None:
+            return None
+        scale = stored_tensor(self.checkpoint, part, self.options.device).float().reshape(1)
+        if not 0 < scale.item() < float("inf"):
+            fix = "the checkpoint is damaged: get it again"
+            raise InputError(f"{part.name} is {scale.item()}", where=self.checkpoint.model, fix=fix)
+        return scale
 
     def _attention(self, c: ModelConfig, at: str) -> Attention:
         latent_query = c.q_lora_rank is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.model.attention import LatentCache
+from dsv2quant.model.cache import LatentCache
 from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.model.rope import Rope
@@ -42,11 +42,13 @@ class Model:
 
     def caches(self, batch: int, capacity: int) -> list[LatentCache]:
         """An empty latent cache per layer for `capacity` tokens."""
+        return [self.cache(layer, batch, capacity) for layer in range(self.config.num_hidden_layers)]
+
+    def cache(self, layer: int, batch: int, capacity: int) -> LatentCache:
+        """An empty latent cache of one layer, in FP8 under the layer's own scale where the checkpoint has one."""
+        dtype = self.options.kv_cache or self.options.dtype
         device = torch.device(self.options.device)
-        return [
-            LatentCache(self.config, batch, capacity, self.options.dtype, device)
-            for _ in range(self.config.num_hidden_layers)
-        ]
+        return LatentCache(self.config, batch, capacity, dtype, device, self._loader.kv_scale(layer))
 
     @torch.inference_mode()
     def forward(
@@ -56,8 +58,18 @@ class Model:
 
         `absorbed` attends over latents without expanding them, as decoding does; the default expands, as prefill does.
         """
+        return self.ends.logits(self._hidden(tokens, caches, absorbed))
+
+    @torch.inference_mode()
+    def next_logits(
+        self, tokens: torch.Tensor, caches: Sequence[LatentCache], *, absorbed: bool = False
+    ) -> torch.Tensor:
+        """The last row of `forward`, [batch, vocab]: those of a whole prompt would not fit in memory."""
+        return self.ends.logits(self._hidden(tokens, caches, absorbed)[:, -1])
+
+    def _hidden(self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None, absorbed: bool) -> torch.Tensor:
         x = self.ends.embed(tokens.to(self.options.device))
         rope = self.rope(caches[0].length if caches else 0, tokens.shape[1])
         for index, layer in enumerate(self.layers()):
             x, _ = layer(x, rope, caches[index] if caches else None, absorbed)
-        return self.ends.logits(x)
+        return x

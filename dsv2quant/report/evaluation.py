@@ -29,10 +29,11 @@ def evaluation_text(r: dict[str, Any]) -> str:
         others = ", ".join(f"{change} {value:.1e}" for change, value in klds.items())
         lines.append(f"noise floor, KLD     of the reference against itself, {floor['windows']} windows: {others}")
     activations = "unquantized" if r["weight_only"] else "as served"
+    path = f", token by token with a KV cache in {r['kv_cache']}" if r["decode_path"] else ""
     lines.append(
         f"{r['tokens']:,} tokens in {r['windows']} windows of {r['ctx']} of {r['text']['source']} "
         f"(sha256 {r['text']['sha256'][:12]}), {r['protocol']} protocol, {r['dtype']} on {r['device']}, "
-        f"activations {activations}, {r['seconds']:.1f} s"
+        f"activations {activations}{path}, {r['seconds']:.1f} s"
     )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,8 @@ from dsv2quant.convert import convert
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.part import NonFiniteError
 from dsv2quant.kernels.reference import quantize_activation
+from dsv2quant.model.cache import KV_DTYPES, LatentCache
+from dsv2quant.model.generate import Sampling, generate
 from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.runtime import Model
 from dsv2quant.plan import make_plan
@@ -90,6 +93,34 @@ def test_logits_equal_the_cpus(config, tmp_path):
     steps += [model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(8, 40)]
     for got in (model.forward(tokens), torch.cat(steps, 1)):
         assert (got.cpu().double() - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KV_DTYPES)
+def test_the_cache_holds_the_cpus_bytes(kind):
+    latent, k_pe = (10.0 ** torch.randint(-5, 6, (2, 3, n)) * torch.randn(2, 3, n) for n in (32, 8))
+    config = Checkpoint.open(tiny.MINI).config
+    config = dataclasses.replace(config, kv_lora_rank=32, qk_rope_head_dim=8)
+    found = []
+    for device in ("cpu", "cuda"):
+        scale = torch.tensor([0.0123], device=device)  # not a power of two: a reciprocal would round otherwise
+        cache = LatentCache(config, 2, 3, KV_DTYPES[kind], torch.device(device), scale)
+        found.append(cache.append(latent.to(device), k_pe.to(device), as_stored=True))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+def test_greedy_tokens_are_the_cpus_and_sampling_runs():
+    models = [Model(Checkpoint.open(tiny.MINI), LoadOptions(device=device)) for device in ("cpu", "cuda")]
+    greedy = {"stop": {1}, "max_new_tokens": 24, "sampling": Sampling()}
+    want, got = (list(generate(model, [0, 700, 800], **greedy)) for model in models)
+    first = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
+    if first is not None:  # only at a tie: logits of up to 20, and 1e-5 of their norm apart
+        logits = models[0].forward(torch.tensor([[0, 700, 800, *want[:first]]]))[0, -1]
+        assert logits[want[first]] - logits[got[first]] < 20 * 1e-5
+    for kind in KV_DTYPES.values():
+        model = Model(Checkpoint.open(tiny.MINI), LoadOptions(torch.bfloat16, "cuda", kv_cache=kind))
+        drawn = generate(model, [0, 700, 800], stop=(), max_new_tokens=8, sampling=Sampling(1.0, 0.9))
+        assert len(list(drawn)) == 8
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -1,0 +1,124 @@
+"""A prompt, or a question in a chat, completed by the reference runtime: from text to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv2quant.calib.chat import renderer_of
+from dsv2quant.calib.tokens import Detokenizer, Tokenizer
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import CAUSAL_LM
+from dsv2quant.errors import InputError
+from dsv2quant.headers import read_json
+from dsv2quant.model.cache import KV_NAMES
+from dsv2quant.model.generate import Sampling, check_prompt, finish_reason, generate
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to complete and how. As a `chat`, the prompt is a user's message in the checkpoint's chat template;
+    otherwise it is a text, which begins with BOS."""
+
+    prompt: str
+    chat: bool
+    max_new_tokens: int
+    sampling: Sampling
+    options: LoadOptions
+
+
+def complete(
+    checkpoint: Checkpoint, request: Request, emit: Callable[[str], object] = lambda text: None
+) -> dict[str, Any]:
+    """The object of `generate --json`; `emit` is given the text in pieces as it comes, whole characters only.
+
+    Raises InputError for a model that is no language model or lacks a usable tokenizer, stop token or chat template,
+    and UsageError for a prompt that is empty or fills the context.
+    """
+    started = time.perf_counter()
+    if checkpoint.config.architecture != CAUSAL_LM:
+        fix = "generating needs a language model"
+        raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
+    tokenizer = Tokenizer.of(checkpoint)
+    prompt = prompt_ids(checkpoint, tokenizer, request)
+    check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
+    stop = stop_ids(checkpoint, tokenizer)
+    model = Model(checkpoint, request.options)
+
+    detokenizer = Detokenizer(tokenizer)
+    tokens: list[int] = []
+    text: list[str] = []
+    began = prefilled = time.perf_counter()
+    limit, sampling = request.max_new_tokens, request.sampling
+    for token in generate(model, prompt, stop=stop, max_new_tokens=limit, sampling=sampling):
+        if not tokens:
+            prefilled = time.perf_counter()
+        tokens.append(token)
+        piece = "" if token in stop else detokenizer.add(token)
+        text.append(piece)
+        emit(piece)
+    decoded = time.perf_counter()
+    text.append(detokenizer.end())
+    emit(text[-1])
+    options = request.options
+    return {
+        "schema": "dsv2quant.generate/1",
+        "model": checkpoint.model,
+        "prompt_tokens": prompt,
+        "tokens": tokens,
+        "text": "".join(text),
+        "finish_reason": finish_reason(tokens, stop, limit),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "kv_cache": KV_NAMES[options.kv_cache or options.dtype],
+        "device": options.device,
+        "versions": {"torch": torch.__version__},
+        "prefill_tokens_per_s": len(prompt) / (prefilled - began),
+        # The first token comes of the prefill.
+        "decode_tokens_per_s": (len(tokens) - 1) / (decoded - prefilled) if len(tokens) > 1 else None,
+        "seconds": decoded - started,
+    }
+
+
+def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -> list[int]:
+    """The tokens of a prompt. Special tokens count only where the chat template is spelled out: it has BOS, too."""
+    if request.chat:
+        render = renderer_of(checkpoint, generation_prompt=True)
+        ids = tokenizer.encode_chat(render([{"role": "user", "content": request.prompt}], checkpoint.model))
+    else:
+        ids = tokenizer.encode(request.prompt)
+    tokenizer.check_ids(ids, checkpoint.config.vocab_size)
+    bos = [tokenizer.bos_id] * (tokenizer.add_bos and not request.chat)
+    return [*bos, *ids.tolist()]
+
+
+def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: `eos_token_id` of generation_config.json, which may list several, else the token
+    that tokenizer_config.json names, else config.json's; of a GGUF file its EOS and end of turn. None may be named."""
+    if checkpoint.metadata is not None:
+        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        found: Any = [checkpoint.metadata[key].value for key in keys if key in checkpoint.metadata]
+        where: object = checkpoint.model
+    else:
+        assert checkpoint.folder is not None
+        where = path = checkpoint.folder / "generation_config.json"
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is None:
+            where = path = checkpoint.folder / "tokenizer_config.json"
+            token = read_json(path).get("eos_token") if path.exists() else None
+            token = token.get("content") if isinstance(token, dict) else token
+            found = tokenizer.id_of(token) if isinstance(token, str) else None
+        if found is None:
+            where, found = checkpoint.folder / "config.json", checkpoint.raw_config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(number) is int for number in ids):
+        raise InputError(f"eos_token_id is {found!r:.60}", where=where, fix="it must be a token's id, or a list of ids")
+    return frozenset(ids)
