@@ -5,7 +5,7 @@ is scaled and added to the sum outside them (DeepGEMM, deep_gemm/include/deep_ge
 
 Two kernels. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is never below 64,
 and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many tokens: tiles come
-through TMA descriptors, and a program keeps two sums over one tile of w, since bandwidth of L2 is what limits it.
+through TMA descriptors, and a program may keep sums for several tiles of w at one of x, which spares L2's bandwidth.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Decode(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A program's share for many tokens: `parts` × `tokens` of them × `rows` of w; 64 tokens per 4 warps."""
+    """A program's share for many tokens: `tokens` × `parts` times `rows` of w; 4 warps for each 64 tokens."""
 
     tokens: int
     parts: int
@@ -58,8 +58,11 @@ def _decode_kernel(
     token_scales = x_scale + near_token * xs_m
     blocks = tl.cdiv(K, DEPTH)
     split = tl.program_id(1)
+    first, last = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+    if GROUPED:
+        scale = tl.load(token_scales + first * xs_k) * tl.load(weight_scales + first * ws_k)
+    for block in range(first, last):
         if WHOLE:
             a = tl.load(weights + block * DEPTH, eviction_policy="evict_first")
             b = tl.load(values + block * DEPTH)
@@ -68,8 +71,10 @@ def _decode_kernel(
             a = tl.load(weights + block * DEPTH, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
             b = tl.load(values + block * DEPTH, mask=inside[:, None], other=0.0)
         if GROUPED:
-            scale = tl.load(token_scales + block * xs_k) * tl.load(weight_scales + block * ws_k)
+            after = tl.minimum(block + 1, blocks - 1)  # its scales are on their way while this product is made
+            token_scale, weight_scale = tl.load(token_scales + after * xs_k), tl.load(weight_scales + after * ws_k)
             total += tl.dot(a, b) * scale[None, :]
+            scale = token_scale * weight_scale
         else:
             total += tl.dot(a, b)
     if not GROUPED:
@@ -95,40 +100,45 @@ def _prefill_kernel(
     GROUPED: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0."""
-    tiles_m, tiles_n = tl.cdiv(M, TOKENS * PARTS), tl.cdiv(N, ROWS)
+    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS * PARTS)
     band = tl.program_id(0) // (BAND * tiles_n) * BAND
     inner = tl.program_id(0) % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band, BAND)
-    first_token = (band + inner % height) * TOKENS * PARTS
-    first_row = inner // height * ROWS
+    first_token = (band + inner % height) * TOKENS
+    first_row = inner // height * ROWS * PARTS
     token = first_token + tl.arange(0, TOKENS)
+    token_scales = x_scale + tl.minimum(token, M - 1) * xs_m
     weight_scales = w_scale + (first_row // DEPTH) * ws_n
-    totals = ()
-    for _ in tl.static_range(PARTS):
+    last_band = (tl.cdiv(N, DEPTH) - 1 - first_row // DEPTH) * ws_n
+    totals, bands = (), ()
+    for part in tl.static_range(PARTS):
         totals = totals + (tl.zeros([TOKENS, ROWS], tl.float32),)
-    for block in range(tl.cdiv(K, DEPTH)):
-        b = w.load([first_row, block * DEPTH]).T
+        bands = bands + (tl.minimum(part * ROWS // DEPTH * ws_n, last_band),)
+    blocks = tl.cdiv(K, DEPTH)
+    if GROUPED:
+        scale = tl.load(token_scales)
+    for block in range(blocks):
+        a = x.load([first_token, block * DEPTH])
         if GROUPED:
-            weight_scale = tl.load(weight_scales + block * ws_k)
+            after = tl.load(token_scales + tl.minimum(block + 1, blocks - 1) * xs_k)
         added = ()
         for part in tl.static_range(PARTS):
-            a = x.load([first_token + part * TOKENS, block * DEPTH])
+            b = w.load([first_row + part * ROWS, block * DEPTH]).T
             if GROUPED:
-                near = tl.minimum(token + part * TOKENS, M - 1)
-                scale = tl.load(x_scale + near * xs_m + block * xs_k) * weight_scale
-                added = added + (totals[part] + tl.dot(a, b) * scale[:, None],)
+                weight_scale = tl.load(weight_scales + bands[part] + block * ws_k)
+                added = added + (totals[part] + tl.dot(a, b) * (scale * weight_scale)[:, None],)
             else:
                 added = added + (totals[part] + tl.dot(a, b),)
         totals = added
-    row = first_row + tl.arange(0, ROWS)
+        if GROUPED:
+            scale = after
     for part in tl.static_range(PARTS):
-        mine = token + part * TOKENS
+        row = first_row + part * ROWS + tl.arange(0, ROWS)
         total = totals[part]
         if not GROUPED:
-            per_row = tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)
-            total *= tl.load(x_scale + tl.minimum(mine, M - 1) * xs_m)[:, None] * per_row[None, :]
-        out = y + mine[:, None].to(tl.int64) * N + row[None, :]
-        tl.store(out, total.to(y.dtype.element_ty), mask=(mine < M)[:, None] & (row < N)[None, :])
+            total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
+        out = y + token[:, None].to(tl.int64) * N + row[None, :]
+        tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
 def choose(M: int, N: int, K: int) -> Decode | Prefill:
@@ -190,7 +200,7 @@ def matmul_into(
                 sums, out, M * N, SPLITS=share.splits, ELEMENTS=REDUCED, num_warps=4, enable_fp_fusion=True
             )
         return out
-    _prefill_kernel[(triton.cdiv(M, share.tokens * share.parts) * triton.cdiv(N, share.rows),)](
+    _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.parts * share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,
         TensorDescriptor.from_tensor(w, [share.rows, BLOCK]), w_scales,
         out, M, N, K, *strides,
