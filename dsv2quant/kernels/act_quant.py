@@ -19,10 +19,23 @@ ELEMENTS = 4096  # of one program where groups are short
 
 
 @triton.jit
+def _nearest_e4m3(v):
+    """v rounded to a value of e4m3, ties to even: below 2^-6 these are multiples of 2^-9, above they have 3 bits."""
+    small = (v + 24576.0) - 24576.0  # 1.5 × 2^14, whose last bit is 2^-9
+    bits = v.to(tl.int32, bitcast=True)
+    large = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < 0.015625, tl.where(small == 0, v * 0.0, small), large)
+
+
+@triton.jit(do_not_specialize=["M", "scale_stride"])
 def _quantize_kernel(
-    x, codes, scales, M, K, x_stride, scale_stride, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups."""
+    x, codes, scales, M, K, x_stride, scale_stride,
+    GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups.
+
+    ROUND: before the cast, since the interpreter's casts of what e4m3 does not hold are wrong.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     column = group * WIDTH + tl.arange(0, WIDTH)
@@ -38,6 +51,8 @@ def _quantize_kernel(
         tl.store(scales + group * scale_stride + row, scale, mask=row < M)
     ratio = tl.div_rn(values, tl.broadcast_to(scale[:, None], [ROWS, WIDTH]))
     ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND:
+        ratio = _nearest_e4m3(ratio)
     tl.store(codes + row[:, None] * K + column[None, :], ratio.to(tl.float8e4nv), mask=inside)
 
 
@@ -72,6 +87,7 @@ def quantize_activation(
     if tokens:
         _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
             x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1),
-            GIVEN=granularity == "static", ROWS=rows, WIDTH=width, num_warps=warps, enable_fp_fusion=False,
+            GIVEN=granularity == "static", ROUND=triton.knobs.runtime.interpret, ROWS=rows, WIDTH=width,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales

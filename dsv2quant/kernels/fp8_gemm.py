@@ -42,10 +42,10 @@ class Prefill(NamedTuple):
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "xs_k", "ws_n", "splits"])
 def _decode_kernel(
-    x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
-    GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k, splits,
+    GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """y [splits, M, N]: the sum over one part of K. WHOLE: K is a multiple of 128."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -58,7 +58,7 @@ def _decode_kernel(
     token_scales = x_scale + near_token * xs_m
     blocks = tl.cdiv(K, DEPTH)
     split = tl.program_id(1)
-    first, last = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
+    first, last = split * blocks // splits, (split + 1) * blocks // splits
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if GROUPED:
         scale = tl.load(token_scales + first * xs_k) * tl.load(weight_scales + first * ws_k)
@@ -94,7 +94,7 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
     tl.store(y + element, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
     GROUPED: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
@@ -191,8 +191,8 @@ def matmul_into(
     if isinstance(share, Decode):
         sums = out if share.splits == 1 else out.new_empty(share.splits, M, N, dtype=torch.float32)
         _decode_kernel[(triton.cdiv(N, share.rows), share.splits, triton.cdiv(M, share.tokens))](
-            x, x_scales, w, w_scales, sums, M, N, K, *strides,
-            GROUPED=grouped, WHOLE=K % BLOCK == 0, ROWS=share.rows, TOKENS=share.tokens, SPLITS=share.splits,
+            x, x_scales, w, w_scales, sums, M, N, K, *strides, share.splits,
+            GROUPED=grouped, WHOLE=K % BLOCK == 0, ROWS=share.rows, TOKENS=share.tokens,
             num_warps=share.rows // 16, num_stages=share.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if share.splits > 1:
