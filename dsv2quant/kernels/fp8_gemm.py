@@ -153,7 +153,7 @@ def choose(M: int, N: int, K: int) -> Decode | Prefill:
     programs = triton.cdiv(M, 128) * triton.cdiv(N, 128)
     if programs < 132:
         return Prefill(64, 1, 128, 4)
-    return Prefill(128, 1, 128, 4) if programs < 528 else Prefill(128, 2, 128, 3)
+    return Prefill(128, 1, 128, 4) if programs < 528 else Prefill(128, 3, 64, 4)
 
 
 def matmul(
