@@ -189,7 +189,6 @@ def measure(M: int, N: int, K: int, rate: float, sweep: bool) -> tuple[dict[str,
             print(f"cuBLASLt's block-scaled product is off by {error:.1e}")
         found["cublaslt block"] = microseconds(calls)
     tokens, token_scales = quantize_activation(x_bf16, "token")
-    token_scales = token_scales.contiguous()
     rowwise = partial(torch._scaled_mm, scale_a=token_scales, scale_b=per_row, out_dtype=torch.bfloat16)
     found["cublaslt rowwise"] = microseconds([partial(rowwise, tokens, w.T) for w in weights])
     wide = [torch.randn(N, K, device="cuda").bfloat16() for _ in range(math.ceil(ROTATED / (2 * N * K)))]

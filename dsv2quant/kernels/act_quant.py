@@ -80,13 +80,15 @@ def quantize_activation(
     if granularity == "static":
         assert scale is not None
         scales = scale
+    elif granularity == "token":
+        scales = x.new_empty(tokens, 1, dtype=torch.float32)
     else:
         scales = x.new_empty(groups, triton.cdiv(tokens, 4) * 4, dtype=torch.float32).T[:tokens]
     rows = min(triton.next_power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
     warps = min(max(rows * width // 1024, 1), 16)
     if tokens:
         _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
-            x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1),
+            x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
             GIVEN=granularity == "static", ROUND=triton.knobs.runtime.interpret, ROWS=rows, WIDTH=width,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
