@@ -54,12 +54,9 @@ def decode_shares(M: int, N: int, K: int) -> list[Decode | Prefill]:
 
 
 PREFILL_SHARES: list[Decode | Prefill] = [
-    Prefill(128, 1, 128, 4),
-    Prefill(128, 2, 128, 4),
-    Prefill(128, 3, 64, 4),
-    Prefill(64, 1, 128, 3),
-    Prefill(64, 1, 128, 4),
-    Prefill(64, 2, 128, 3),
+    Prefill(128, 128, 4),
+    Prefill(64, 128, 3),
+    Prefill(64, 128, 4),
 ]
 
 

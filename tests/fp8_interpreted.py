@@ -22,9 +22,8 @@ SHAPES = ((5, 144, 400), (130, 192, 256), (1, 64, 128), (33, 80, 48))
 SHARES = (
     Decode(64, 16, 1, 2),
     Decode(128, 32, 3, 2),
-    Prefill(64, 1, 128, 2),
-    Prefill(64, 2, 128, 2),
-    Prefill(64, 3, 64, 2),
+    Prefill(64, 128, 2),
+    Prefill(128, 64, 2),
 )
 SCHEMES = ("block", "channel", "tensor")
 

@@ -5,7 +5,7 @@ is scaled and added to the sum outside them (DeepGEMM, deep_gemm/include/deep_ge
 
 Two kernels. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is never below 64,
 and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many tokens: tiles come
-through TMA descriptors, and a program may keep sums for several tiles of w at one of x, which spares L2's bandwidth.
+through TMA descriptors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Decode(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A program's share for many tokens: `tokens` × `parts` times `rows` of w; 4 warps for each 64 tokens."""
+    """A program's share for many tokens: `tokens` × `rows` of w, which divide 128; 4 warps for each 64 tokens."""
 
     tokens: int
-    parts: int
     rows: int
     stages: int
 
@@ -97,63 +96,50 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
-    GROUPED: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0."""
-    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS * PARTS)
+    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS)
     band = tl.program_id(0) // (BAND * tiles_n) * BAND
     inner = tl.program_id(0) % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band, BAND)
     first_token = (band + inner % height) * TOKENS
-    first_row = inner // height * ROWS * PARTS
+    first_row = inner // height * ROWS
     token = first_token + tl.arange(0, TOKENS)
     token_scales = x_scale + tl.minimum(token, M - 1) * xs_m
     weight_scales = w_scale + (first_row // DEPTH) * ws_n
-    last_band = (tl.cdiv(N, DEPTH) - 1 - first_row // DEPTH) * ws_n
-    totals, bands = (), ()
-    for part in tl.static_range(PARTS):
-        totals = totals + (tl.zeros([TOKENS, ROWS], tl.float32),)
-        bands = bands + (tl.minimum(part * ROWS // DEPTH * ws_n, last_band),)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
     blocks = tl.cdiv(K, DEPTH)
     if GROUPED:
         scale = tl.load(token_scales)
     for block in range(blocks):
         a = x.load([first_token, block * DEPTH])
+        b = w.load([first_row, block * DEPTH]).T
         if GROUPED:
             after = tl.load(token_scales + tl.minimum(block + 1, blocks - 1) * xs_k)
-        added = ()
-        for part in tl.static_range(PARTS):
-            b = w.load([first_row + part * ROWS, block * DEPTH]).T
-            if GROUPED:
-                weight_scale = tl.load(weight_scales + bands[part] + block * ws_k)
-                added = added + (totals[part] + tl.dot(a, b) * (scale * weight_scale)[:, None],)
-            else:
-                added = added + (totals[part] + tl.dot(a, b),)
-        totals = added
-        if GROUPED:
+            weight_scale = tl.load(weight_scales + block * ws_k)
+            total += tl.dot(a, b) * (scale * weight_scale)[:, None]
             scale = after
-    for part in tl.static_range(PARTS):
-        row = first_row + part * ROWS + tl.arange(0, ROWS)
-        total = totals[part]
-        if not GROUPED:
-            total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
-        out = y + token[:, None].to(tl.int64) * N + row[None, :]
-        tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
+        else:
+            total += tl.dot(a, b)
+    row = first_row + tl.arange(0, ROWS)
+    if not GROUPED:
+        total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
+    out = y + token[:, None].to(tl.int64) * N + row[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
 def choose(M: int, N: int, K: int) -> Decode | Prefill:
-    """The shares that were fastest, or near it, for DeepSeek-V2's shapes."""
+    """The shares that were fastest, or near it, for DeepSeek-V2's shapes on an H200 of 132 multiprocessors."""
     if M <= 64:
         tokens = max(16, triton.next_power_of_2(M))
-        programs, blocks = triton.cdiv(N, 64), triton.cdiv(K, BLOCK)
-        splits = 1
-        while programs * splits < 66 and blocks >= 16 * splits:
-            splits *= 2
-        return Decode(64, tokens, splits, 6)
-    programs = triton.cdiv(M, 128) * triton.cdiv(N, 128)
-    if programs < 132:
-        return Prefill(64, 1, 128, 4)
-    return Prefill(128, 1, 128, 4) if programs < 528 else Prefill(128, 3, 64, 4)
+        programs = triton.cdiv(N, 64)
+        if programs < 132 and K >= 2048:
+            return Decode(64, tokens, 8 if tokens == 16 and K >= 4096 else 4, 4)
+        return Decode(128 if programs >= 264 and tokens * K <= 32768 else 64, tokens, 1, 4)
+    # 4 stages let two programs run on a multiprocessor, 3 stages three: better where all do not run at once anyway
+    programs = triton.cdiv(M, 64) * triton.cdiv(N, 128)
+    return Prefill(64, 128, 4 if programs <= 264 else 3)
 
 
 def matmul(
@@ -200,11 +186,11 @@ def matmul_into(
                 sums, out, M * N, SPLITS=share.splits, ELEMENTS=REDUCED, num_warps=4, enable_fp_fusion=True
             )
         return out
-    _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.parts * share.rows),)](
+    _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,
         TensorDescriptor.from_tensor(w, [share.rows, BLOCK]), w_scales,
         out, M, N, K, *strides,
-        GROUPED=grouped, TOKENS=share.tokens, PARTS=share.parts, ROWS=share.rows,
+        GROUPED=grouped, TOKENS=share.tokens, ROWS=share.rows,
         num_warps=share.tokens // 16, num_stages=share.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
