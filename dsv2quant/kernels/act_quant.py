@@ -1,0 +1,95 @@
+"""Activations quantized to e4m3 on a CUDA device: the bytes of reference.quantize_activation.
+
+Scales of groups lie token after token, each group's padded to 4, so that a GEMM reads those of neighbouring tokens at
+once: the layout of DeepGEMM and of cuBLASLt's 1×128 block scaling.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
+
+LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
+MAX_COLUMNS = 65536  # a token's row lies whole in the registers of one program
+ELEMENTS = 4096  # of one program where groups are short
+
+
+@triton.jit
+def _nearest_e4m3(v):
+    """v rounded to a value of e4m3, ties to even: below 2^-6 these are multiples of 2^-9, above they have 3 bits."""
+    small = (v + 24576.0) - 24576.0  # 1.5 × 2^14, whose last bit is 2^-9
+    bits = v.to(tl.int32, bitcast=True)
+    large = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < 0.015625, tl.where(small == 0, v * 0.0, small), large)
+
+
+@triton.jit(do_not_specialize=["M", "scale_stride"])
+def _quantize_kernel(
+    x, codes, scales, M, K, x_stride, scale_stride,
+    GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups.
+
+    ROUND: before the cast, since the interpreter's casts of what e4m3 does not hold are wrong.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    column = group * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (column < K)[None, :]
+    values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GIVEN:
+        scale = tl.load(scales + tl.zeros_like(row))
+    else:
+        # The bits of magnitudes are ordered as they are, with NaN above infinity: a NaN is not lost.
+        bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
+        scale = tl.where(amax > 0, tl.maximum(tl.div_rn(amax, LARGEST), SMALLEST_SCALE), 1.0)
+        tl.store(scales + group * scale_stride + row, scale, mask=row < M)
+    ratio = tl.div_rn(values, tl.broadcast_to(scale[:, None], [ROWS, WIDTH]))
+    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND:
+        ratio = _nearest_e4m3(ratio)
+    tl.store(codes + row[:, None] * K + column[None, :], ratio.to(tl.float8e4nv), mask=inside)
+
+
+def quantize_activation(
+    x: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.quantize_activation, of bfloat16, float16 or float32 [M, K] with contiguous rows.
+
+    Codes are float8_e4m3fn [M, K]; scales float32 [M, 1] of 'token', [M, ⌈K/128⌉] of 'group128' with strides
+    (1, M rounded up to 4), or the given one of 'static'.
+    Raises ValueError where x is no such matrix, and TypeError for bfloat16 in Triton's interpreter, which has none.
+    """
+    if x.ndim != 2 or x.stride(1) != 1:
+        raise ValueError(f"activations of shape {tuple(x.shape)}, strides {x.stride()}: need [M, K] of contiguous rows")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"activations are {x.dtype}; need bfloat16, float16 or float32")
+    if triton.knobs.runtime.interpret and x.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter has no bfloat16")
+    tokens, columns = x.shape
+    if granularity == "token" and columns > MAX_COLUMNS:
+        raise ValueError(f"a token of {columns} columns; at most {MAX_COLUMNS} fit in registers")
+    width = triton.next_power_of_2(columns) if granularity == "token" else BLOCK
+    groups = triton.cdiv(columns, width)
+    codes = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    if granularity == "static":
+        assert scale is not None
+        scales = scale
+    elif granularity == "token":
+        scales = x.new_empty(tokens, 1, dtype=torch.float32)
+    else:
+        scales = x.new_empty(groups, triton.cdiv(tokens, 4) * 4, dtype=torch.float32).T[:tokens]
+    rows = min(triton.next_power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
+    warps = min(max(rows * width // 1024, 1), 16)
+    if tokens:
+        _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
+            x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
+            GIVEN=granularity == "static", ROUND=triton.knobs.runtime.interpret, ROWS=rows, WIDTH=width,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, scales

@@ -1,0 +1,73 @@
+"""The FP8 kernels by Triton's interpreter against their torch twins: a program of its own, since Triton reads
+TRITON_INTERPRET when it is imported.
+
+    TRITON_INTERPRET=1 python tests/fp8_interpreted.py
+
+Prints one JSON object: what each case found. Results of products are written over NaN.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from fp8_cases import EXTREMES, exact, operands
+
+from dsv2quant.kernels import act_quant, reference
+from dsv2quant.kernels.fp8_gemm import Decode, Prefill, matmul_into
+
+GRANULARITIES = ("token", "group128", "static")
+# (M, N, K): of ragged rows, columns and tokens; the last with a single, short product
+SHAPES = ((5, 144, 400), (130, 192, 256), (1, 64, 128), (33, 80, 48))
+SHARES = (
+    Decode(64, 16, 1, 2),
+    Decode(128, 32, 3, 2),
+    Prefill(64, 128, 2),
+    Prefill(128, 64, 2),
+)
+SCHEMES = ("block", "channel", "tensor")
+
+
+def quantized() -> dict[str, list[str]]:
+    """Of each granularity, the cases whose bytes differ from the twin's."""
+    static = torch.tensor([0.01])
+    found = {}
+    for granularity in GRANULARITIES:
+        scale = static if granularity == "static" else None
+        found[granularity] = []
+        for name, x in EXTREMES.items():
+            for dtype in (torch.float32, torch.float16):
+                case = x.to(dtype)
+                codes, scales = act_quant.quantize_activation(case, granularity, scale)
+                want_codes, want_scales = reference.quantize_activation(case, granularity, scale)
+                same = torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+                if not same or not torch.equal(scales, want_scales):
+                    found[granularity].append(f"{name} {dtype}")
+    return found
+
+
+def refusal() -> str:
+    """What bfloat16 is told here."""
+    try:
+        act_quant.quantize_activation(torch.zeros(1, 128, dtype=torch.bfloat16), "token")
+    except TypeError as error:
+        return str(error)
+    return "none"
+
+
+def products() -> dict[str, float]:
+    """The largest |error| / bound of each case; infinity where a result is NaN."""
+    worst = {}
+    for shape in SHAPES:
+        for scheme in SCHEMES:
+            given = operands(*shape, scheme, "cpu")
+            want, bound = exact(*given)
+            for share in SHARES:
+                out = torch.full((shape[0], shape[1]), float("nan"))
+                error = (matmul_into(out, *given, share).double() - want).abs() / bound
+                worst[f"{shape} {scheme} {share}"] = float(error.nan_to_num(float("inf")).max())
+    return worst
+
+
+if __name__ == "__main__":
+    print(json.dumps({"quantized": quantized(), "refusal": refusal(), "products": products()}))

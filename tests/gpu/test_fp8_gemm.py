@@ -1,0 +1,64 @@
+"""The FP8 kernels on a CUDA device, in DeepSeek-V2's shapes. Skipped without a Hopper GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fp8_cases import EXTREMES, activations, exact, operands
+
+from dsv2quant.kernels import reference
+from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.fp8_gemm import choose, matmul, matmul_into
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+
+# (N, K): q_b, kv_b, o, q_a + kv_a, kv_a, an expert's and V2-Lite's dense layer
+SHAPES = [
+    (24576, 1536),
+    (32768, 512),
+    (5120, 16384),
+    (2112, 5120),
+    (576, 5120),
+    (5120, 1536),
+    (10944, 2048),
+    (2048, 10944),
+]
+SCHEMES = ["block", "channel", "tensor"]
+
+
+@pytest.mark.parametrize("granularity", ["token", "group128", "static"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_activations_have_the_twins_bytes(granularity: str, dtype: torch.dtype) -> None:
+    """On the device and on the CPU."""
+    static = torch.tensor([0.01]) if granularity == "static" else None
+    cases = EXTREMES | {"wide": activations(65, 16384), "ragged": activations(300, 10944)}
+    for name, x in cases.items():
+        case = x.to(dtype)
+        codes, scales = quantize_activation(case.cuda(), granularity, None if static is None else static.cuda())
+        want_codes, want_scales = reference.quantize_activation(case, granularity, static)
+        assert torch.equal(scales.cpu(), want_scales), name
+        assert torch.equal(codes.cpu().view(torch.uint8), want_codes.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("M", [1, 5, 16, 64, 65, 300])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_products_are_those_of_float64(N: int, K: int, M: int, scheme: str) -> None:
+    """Relative Frobenius error. Rounding to bfloat16 alone gives 2^-9 / √3 = 1.1e-3. FP8 units keep 13 bits below the
+    largest of 33 terms, one of which is what they added before: an error of 2^-13 · 2^4 σ / √3 for each of 132 terms,
+    where products of size σ rarely exceed 2^4 σ, against a sum of √128 σ: 1.2e-3 for each 128 columns and the whole.
+    """
+    given = operands(M, N, K, scheme, "cuda")
+    want, _ = exact(*given)
+    share = choose(M, N, K)
+    for dtype, limit in ((torch.bfloat16, 2e-3), (torch.float32, 1.2e-3)):
+        out = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
+        assert (matmul_into(out, *given, share).double() - want).norm() / want.norm() <= limit
+
+
+def test_a_product_is_the_same_every_time() -> None:
+    given = operands(4, 2112, 5120, "block", "cuda")
+    first = matmul(*given)
+    assert all(torch.equal(matmul(*given), first) for _ in range(20))

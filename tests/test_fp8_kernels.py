@@ -1,0 +1,149 @@
+"""The FP8 kernels: by Triton's interpreter against their torch twins, and as code for Hopper. tests/gpu has the same on
+a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from fp8_cases import E4M3, operands
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dsv2quant.kernels import act_quant, fp8_gemm
+from dsv2quant.kernels.fp8_gemm import Decode, Prefill, choose, matmul
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    script = Path(__file__).parent / "fp8_interpreted.py"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("granularity", ["token", "group128", "static"])
+def test_activations_have_the_twins_bytes(granularity: str, interpreted: dict) -> None:
+    assert interpreted["quantized"][granularity] == []
+
+
+def test_the_interpreter_refuses_bfloat16(interpreted: dict) -> None:
+    assert interpreted["refusal"] == "Triton's interpreter has no bfloat16"
+
+
+@pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
+def test_products_are_those_of_float64(scheme: str, interpreted: dict) -> None:
+    errors = {case: error for case, error in interpreted["products"].items() if f" {scheme} " in case}
+    assert len(errors) == 16
+    assert max(errors.values()) < 1, errors
+
+
+CONSTANT = {"xs_m": 1, "ws_k": 1}
+INTEGERS = ("M", "N", "K", "xs_k", "ws_n", "splits")
+
+
+def compiled(kernel, constants: dict, types: dict[str, str], warps: int, stages: int):
+    """`kernel` for sm_90, as launched with pointers, N and K that are multiples of 16."""
+    constants = constants | {name: value for name, value in CONSTANT.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if signature[name].startswith("*") or name in ("N", "K"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    placed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(ASTSource(kernel, signature, placed, attributes), GPUTarget("cuda", 90, 32), options)
+
+
+def memory(code, folder: Path) -> tuple[int, int]:
+    """Bytes of stack and of local memory, as cuobjdump reads them in the binary."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(code.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+POINTERS = {"x_scale": "*fp32", "w_scale": "*fp32"}
+
+
+WEIGHTS = ((576, 5120), (24576, 1536), (32768, 512))
+
+
+@pytest.mark.parametrize("share", sorted({choose(M, *weight) for M in (1, 64) for weight in WEIGHTS}))
+@pytest.mark.parametrize("whole", [True, False])
+def test_few_tokens_use_hoppers_units(share: Decode, whole: bool, tmp_path: Path) -> None:
+    constants = {"GROUPED": True, "WHOLE": whole, "ROWS": share.rows, "TOKENS": share.tokens}
+    types = POINTERS | {"x": "*fp8e4nv", "w": "*fp8e4nv", "y": "*bf16"}
+    code = compiled(fp8_gemm._decode_kernel, constants, types, share.rows // 16, share.stages)
+    assert f"wgmma.mma_async.sync.aligned.m64n{share.tokens}k32.f32.e4m3.e4m3" in code.asm["ptx"]
+    assert "cp.async.cg.shared.global" in code.asm["ptx"]
+    assert memory(code, tmp_path) == (0, 0)
+
+
+@pytest.mark.parametrize("share", sorted({choose(M, *weight) for M in (256, 1024, 4096) for weight in WEIGHTS}))
+@pytest.mark.parametrize("grouped", [True, False])
+def test_many_tokens_use_hoppers_units_and_tma(share: Prefill, grouped: bool, tmp_path: Path) -> None:
+    constants = {"GROUPED": grouped, "TOKENS": share.tokens, "ROWS": share.rows}
+    tiles = {"x": f"tensordesc<fp8e4nv[{share.tokens}, 128]>", "w": f"tensordesc<fp8e4nv[{share.rows}, 128]>"}
+    types = POINTERS | tiles | {"y": "*bf16"}
+    code = compiled(fp8_gemm._prefill_kernel, constants, types, share.tokens // 16, share.stages)
+    assert f"wgmma.mma_async.sync.aligned.m64n{share.rows}k32.f32.e4m3.e4m3" in code.asm["ptx"]
+    assert "cp.async.bulk.tensor.2d" in code.asm["ptx"]
+    assert memory(code, tmp_path) == (0, 0)
+
+
+def test_activations_are_cast_by_one_instruction(tmp_path: Path) -> None:
+    constants = {"GIVEN": False, "ROUND": False, "ROWS": 32, "WIDTH": 128}
+    types = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
+    code = compiled(act_quant._quantize_kernel, constants, types, 4, 3)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code.asm["ptx"]
+    assert memory(code, tmp_path) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(128), "need \\[M, K\\] of contiguous rows"),
+        (torch.zeros(128, 4).T, "need \\[M, K\\] of contiguous rows"),
+        (torch.zeros(4, 128, dtype=torch.float64), "activations are torch.float64"),
+        (torch.zeros(1, 65537), "at most 65536"),
+    ],
+)
+def test_other_activations_are_refused(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        act_quant.quantize_activation(x, "token")
+
+
+def test_other_operands_are_refused() -> None:
+    x, x_scales, w, w_scales = operands(3, 160, 256, "block", "cpu")
+    odd = torch.zeros(3, 40, dtype=E4M3)
+    for given, message in (
+        ((x, x_scales, w[:, :128], w_scales), "need \\[M, K\\] and \\[N, K\\]"),
+        ((x.float(), x_scales, w, w_scales), "x is torch.float32"),
+        ((x, x_scales, w.T.contiguous().T, w_scales), "w is torch.float8_e4m3fn, strides \\(1, 160\\)"),
+        ((odd, x_scales[:, :1], torch.zeros(8, 40, dtype=E4M3), w_scales[:1, :1]), "K a multiple of 16"),
+        ((x, x_scales.double(), w, w_scales), "need float32"),
+        ((x, x_scales, w, w_scales[:1]), "fit no scheme"),
+        ((x, x_scales[:, :1], w, w_scales), "fit no scheme"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matmul(*given)
+
+
+def test_no_tokens_give_no_rows() -> None:
+    x, x_scales, w, w_scales = operands(3, 160, 256, "block", "cpu")
+    assert matmul(x[:0], x_scales[:0], w, w_scales).shape == (0, 160)
+    codes, scales = act_quant.quantize_activation(torch.zeros(0, 256), "group128")
+    assert codes.shape == (0, 256)
+    assert scales.shape == (0, 2)
