@@ -149,8 +149,8 @@ def _gemm_kernel(
         if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1:
             tl.store(arrivals + tile, 0)
             total = tl.zeros((ROWS, TOKENS), tl.float32)
-            for i in tl.static_range(SPLIT):
-                total += tl.load(cell + i * SIZE, cache_modifier=".cg")
+            for part in tl.static_range(SPLIT):
+                total += tl.load(cell + part * SIZE, cache_modifier=".cg")
             tl.store(at, tl.trans(total).to(out.dtype.element_ty), stored)
 
 
