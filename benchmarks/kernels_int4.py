@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import triton
 from convert import append
 
 from dsv2quant import __version__
-from dsv2quant.kernels.int4_gemm import FEW, Config, choose, linear
+from dsv2quant.kernels.int4_gemm import FEW, Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.reference import dequantize_int4
 
@@ -104,60 +106,71 @@ def random_weights(rows: int, columns: int) -> list[Int4Weight]:
 
 def relative_error(x: torch.Tensor, weight: Int4Weight, expected: torch.Tensor, config: Config | None) -> float:
     out = torch.full((len(x), weight.rows), torch.nan, dtype=torch.bfloat16, device="cuda")
-    linear(x, weight, out, config)
+    if config is None:
+        out = multiply(x, weight, None)
+    else:
+        linear(x, weight, out, config)
     return float((out.double() - expected).norm() / expected.norm())
 
 
-def measure(name: str, rates: float, rows: list[dict[str, Any]]) -> None:
+def measure(name: str, rates: float) -> list[dict[str, Any]]:
     """Every number of tokens of one shape."""
     height, columns = SHAPES[name]
     weights = random_weights(height, columns)
     exact = dequantize_int4(weights[0], torch.float32).double()
     matrices = [torch.randn(height, columns, device="cuda").bfloat16() for _ in range(copies(2 * height * columns))]
+    rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        cublas = microseconds([lambda m=m: torch.mm(x, m.T) for m in matrices])
-        checked = x[:64] if tokens > 64 else x
-        expected = checked.double() @ exact.T
-        nbytes = height * columns * (0.5 + 4 / 128) + 2 * tokens * (height + columns)
-        floor = max(nbytes / rates, 2 * tokens * height * columns / TFLOPS) * 1e6
-        tried: dict[Config | None, float] = {}
+        cublas = microseconds([partial(torch.mm, x, m.T) for m in matrices])
+        expected = x.double() @ exact.T
         chosen = choose(tokens, height, columns, 128) if tokens <= FEW else None
-        trials: set[Config | None] = {chosen, None} if tokens <= FEW else {None}
-        if tokens <= 256:
-            trials |= set(configurations(tokens, height, columns))
-        for config in trials:
-            if tokens <= FEW and config is None:
-                continue
-            whole = relative_error(x, weights[0], x.double() @ exact.T, config) if tokens <= 64 else None
-            off = whole if whole is not None else relative_error(checked, weights[0], expected, config)
-            limit = 2e-3 if config is not None else 3e-3
-            if not off < limit:
+        times: dict[Config | None, float] = {}
+        for config in {chosen, None, *(configurations(tokens, height, columns) if tokens <= 256 else ())}:
+            off = relative_error(x, weights[0], expected, config)
+            if not off < (2e-3 if config is not None else 3e-3):
                 print(f"WRONG {name} {tokens} {config}: {off:.2e}", file=sys.stderr)
                 continue
-            tried[config] = microseconds([lambda w=w, c=config: linear(x, w, config=c) for w in weights])
-        if not tried:
-            continue
-        best = min(tried, key=tried.__getitem__)
-        ours = tried.get(chosen, float("nan"))
-        rows.append({
-            "shape": name, "N": height, "K": columns, "M": tokens, "cublas_us": f"{cublas:.1f}",
-            "chosen_us": f"{ours:.1f}", "best_us": f"{tried[best]:.1f}", "floor_us": f"{floor:.1f}",
-            "chosen_speedup": f"{cublas / ours:.2f}", "best_speedup": f"{cublas / tried[best]:.2f}",
-            "chosen": "/".join(map(str, chosen)) if chosen else "dequantize",
-            "best": "/".join(map(str, best)) if best else "dequantize",
-            "GPU": torch.cuda.get_device_name(), "driver": driver(),
-            "versions": f"dsv2quant {__version__}, torch {torch.__version__}, triton {triton.__version__}",
-        })  # fmt: skip
-        print(*list(rows[-1].values())[:12], file=sys.stderr, flush=True)
+            times[config] = microseconds([partial(multiply, x, w, config) for w in weights])
+        rows.append(row(name, tokens, cublas, times, chosen, rates))
         if tokens in (1, 16, 64, 256):
-            ranked = sorted(tried, key=tried.__getitem__)
-            listed = [f"{'/'.join(map(str, c)) if c else 'dequantize'} {tried[c]:.1f}" for c in ranked[:8]]
-            print("   ", "; ".join(listed), file=sys.stderr)
+            ranked = sorted(times, key=times.__getitem__)[:8]
+            print("   ", "; ".join(f"{label(c)} {times[c]:.1f}" for c in ranked), file=sys.stderr)
+    return rows
+
+
+def row(
+    name: str, tokens: int, cublas: float, times: dict[Config | None, float], chosen: Config | None, rates: float
+) -> dict[str, Any]:
+    height, columns = SHAPES[name]
+    nbytes = height * columns * (0.5 + 4 / 128) + 2 * tokens * (height + columns)
+    floor = max(nbytes / rates, 2 * tokens * height * columns / TFLOPS) * 1e6
+    best = min(times, key=times.__getitem__)
+    ours = times.get(chosen, float("nan"))
+    result = {
+        "shape": name, "N": height, "K": columns, "M": tokens, "cublas_us": f"{cublas:.1f}",
+        "chosen_us": f"{ours:.1f}", "best_us": f"{times[best]:.1f}", "floor_us": f"{floor:.1f}",
+        "chosen_speedup": f"{cublas / ours:.2f}", "best_speedup": f"{cublas / times[best]:.2f}",
+        "chosen": label(chosen), "best": label(best),
+        "GPU": torch.cuda.get_device_name(), "driver": driver(),
+        "versions": f"dsv2quant {__version__}, torch {torch.__version__}, triton {triton.__version__}",
+    }  # fmt: skip
+    print(*list(result.values())[:12], file=sys.stderr, flush=True)
+    return result
+
+
+def multiply(x: torch.Tensor, weight: Int4Weight, config: Config | None) -> torch.Tensor:
+    """By a configuration; without one, by the path of many tokens."""
+    return linear(x, weight, config=config) if config else torch.mm(x, dequantize(weight).T)
+
+
+def label(config: Config | None) -> str:
+    return "/".join(map(str, config)) if config else "dequantize"
 
 
 def driver() -> str:
-    return ".".join(map(str, torch._C._cuda_getDriverVersion().__divmod__(1000)))
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
@@ -181,8 +194,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: {rates / 1e12:.2f} TB/s", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     for name in options.shapes:
-        measure(name, rates, rows)
-    append(options.results, rows)
+        measured = measure(name, rates)
+        append(options.results, measured)
+        rows += measured
     summary(rows)
 
 

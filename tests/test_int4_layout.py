@@ -102,9 +102,7 @@ def test_gptq_ordered_by_activation() -> None:
     parts["g_idx"] = parts["g_idx"][torch.randperm(len(parts["g_idx"]), generator=torch.Generator().manual_seed(2))]
     weight = int4_layout.from_gptq(parts)
     assert weight.order is not None
-    assert torch.equal(
-        dequantize_int4(weight, torch.float32), CODECS["gptq-g32"].decode(parts, torch.float32)
-    )
+    assert torch.equal(dequantize_int4(weight, torch.float32), CODECS["gptq-g32"].decode(parts, torch.float32))
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:

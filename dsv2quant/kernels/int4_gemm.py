@@ -56,7 +56,7 @@ def _codes(words, low, high, DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.c
     """
     if ASM:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _BF16 if DTYPE == tl.bfloat16 else _F16,
+            _F16 if DTYPE.is_fp16() else _BF16,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r",
             [words, low, high],
             (tl.int16,) * 8,
@@ -99,7 +99,7 @@ def _operand(
     return values.trans(0, 2, 8, 3, 1, 5, 7, 4, 6).reshape(64 * TILES, 16 * STEPS * SPANS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "spans"])
 def _gemm_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, blocks, spans,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -154,7 +154,7 @@ def _gemm_kernel(
             tl.store(at, tl.trans(total).to(out.dtype.element_ty), stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "spans"])
 def _dequantize_kernel(
     words, scales, zeros, out, N, K, blocks, spans,
     GROUPED: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,

@@ -24,7 +24,17 @@ from dsv2quant.formats.int4 import OFFSET, PER_WORD, unpack_words
 ROWS = 64  # of a block: the rows of one wgmma
 GROUPS = (32, 64, 128)
 _AWQ_INVERSE = [ORDER.index(i) for i in range(PER_WORD)]
-_TO_BLOCKS = (0, 4, 1, 3, 7, 5, 8, 6, 2)  # block, warp, h, r, span, step, c, q, p → block, span, warp, r, q, step, p, c, h
+_TO_BLOCKS = (
+    0,
+    4,
+    1,
+    3,
+    7,
+    5,
+    8,
+    6,
+    2,
+)  # block, warp, h, r, span, step, c, q, p → block, span, warp, r, q, step, p, c, h
 _FROM_BLOCKS = tuple(_TO_BLOCKS.index(i) for i in range(9))
 
 
@@ -106,7 +116,7 @@ def from_gptq(parts: Mapping[str, torch.Tensor]) -> Int4Weight:
 
 
 def from_awq(parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-    """`qweight` int32 [columns, rows / 8], `qzeros` [groups, rows / 8] and `scales` of version gemm (formats/awq.py)."""
+    """`qweight` int32 [columns, rows / 8], `qzeros` [groups, rows / 8], `scales` of version gemm (formats/awq.py)."""
     codes, zeros = (
         unpack_words(parts[name]).to(torch.uint8).unflatten(1, (-1, PER_WORD))[:, :, _AWQ_INVERSE].flatten(1)
         for name in ("qweight", "qzeros")
