@@ -210,12 +210,12 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch
 def choose(tokens: int, rows: int, columns: int, group: int) -> Config:
     """The configuration for a shape: enough programs for 132 multiprocessors, several to each."""
     wide = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    high = 128 if rows >= 8192 and wide <= 64 else 64
+    high = 128 if rows >= 8192 else 64
     programs = triton.cdiv(rows, high) * triton.cdiv(tokens, wide)
     split, most = 1, columns // (4 * depth(group))
     while programs * split < 2 * 132 and 2 * split <= min(most, 16):
         split *= 2
-    return Config(high, wide, split, 4, 4)
+    return Config(high, wide, split, 8 if high * wide >= 128 * 64 else 4, 4)
 
 
 def _check(dtype: torch.dtype) -> None:
