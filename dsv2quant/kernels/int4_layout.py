@@ -24,6 +24,7 @@ from dsv2quant.formats.int4 import OFFSET, PER_WORD, unpack_words
 ROWS = 64  # of a block: the rows of one wgmma
 GROUPS = (32, 64, 128)
 _AWQ_INVERSE = [ORDER.index(i) for i in range(PER_WORD)]
+# block, warp, h, r, span, step, c, q, p → block, span, warp, r, q, step, p, c, h
 _TO_BLOCKS = (0, 4, 1, 3, 7, 5, 8, 6, 2)
 _FROM_BLOCKS = tuple(_TO_BLOCKS.index(i) for i in range(9))
 
