@@ -26,7 +26,7 @@ import triton
 from convert import append
 
 from dsv2quant import __version__
-from dsv2quant.kernels.int4_gemm import FEW, Config, choose, dequantize, linear
+from dsv2quant.kernels.int4_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.reference import dequantize_int4
 
@@ -124,7 +124,7 @@ def measure(name: str, rates: float) -> list[dict[str, Any]]:
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
         cublas = microseconds([partial(torch.mm, x, m.T) for m in matrices])
         expected = x.double() @ exact.T
-        chosen = choose(tokens, height, columns, 128) if tokens <= FEW else None
+        chosen = choose(tokens, height, columns)
         times: dict[Config | None, float] = {}
         for config in {chosen, None, *(configurations(tokens, height, columns) if tokens <= 256 else ())}:
             off = relative_error(x, weights[0], expected, config)

@@ -23,7 +23,7 @@ CASES = {  # rows, columns, group, zeros, ordered, tokens, config
     "group 32, tokens in two programs": (72, 96, 32, True, False, 17, Config(64, 16, 3, 4, 3)),
     "channel, tail of columns": (136, 200, 200, True, False, 4, Config(128, 16, 2, 4, 2)),
     "in another order": (64, 128, 32, False, True, 1, None),
-    "chosen": (576, 512, 64, False, False, 2, None),
+    "chosen": (576, 768, 64, False, False, 2, None),
 }
 
 

@@ -18,7 +18,7 @@ from dsv2quant.kernels.int4_gemm import Config, choose, linear
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
 TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
-COMPILED = [Config(64, 16, 1, 4, 4), Config(128, 16, 4, 4, 4), Config(128, 64, 1, 8, 4)]
+COMPILED = [Config(64, 16, 1, 4, 4), Config(128, 16, 4, 4, 4), Config(64, 64, 1, 4, 3), Config(128, 64, 1, 8, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,7 @@ def test_the_interpreter_refuses_bf16(errors: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 512])
-@pytest.mark.parametrize(
-    "config", [Config(64, 16, 1, 4, 4), Config(128, 16, 4, 4, 4), Config(128, 64, 1, 8, 4)], ids=str
-)
+@pytest.mark.parametrize("config", COMPILED, ids=str)
 def test_compiled_for_hopper(config: Config, group: int, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: but for a split's sums, nothing is written to shared memory and
     read back on the way (a result's transposition is `stmatrix`), and nothing to local memory."""
@@ -84,12 +82,17 @@ def test_dequantize_compiles(group: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [64, 512, 1408, 1536, 16384])
 def test_chosen_configurations_fit(rows: int, columns: int) -> None:
     """No program without work, nor more counters than there are."""
+    blocks = -(-rows // 64)
     for tokens in (1, 16, 17, 64, 100, 256):
-        for group in (64, columns):
-            config = choose(tokens, rows, columns, group)
+        config = choose(tokens, rows, columns)
+        if config is not None:
             assert config.split <= max(1, columns // 128)
-            blocks = -(-rows // 64)
             assert -(-blocks * 64 // config.rows) * -(-tokens // config.tokens) <= 4 * blocks or config.split == 1
+
+
+def test_the_more_rows_the_later_the_weight_is_dequantized() -> None:
+    assert [choose(tokens, 5120, 1536) is None for tokens in (1, 128, 129)] == [False, False, True]
+    assert [choose(tokens, 8192, 1536) is None for tokens in (1, 256, 257)] == [False, False, True]
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

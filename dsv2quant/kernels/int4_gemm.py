@@ -20,7 +20,7 @@ import triton.language as tl
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
 
 INTERPRETED = triton.knobs.runtime.interpret
-FEW = 256  # more tokens than this take the dequantized path
+MULTIPROCESSORS = 132  # of an H100 or H200
 # A 16-bit float whose lowest mantissa bits are an integer's: 128 + u in BF16, 1024 + u in float16.
 MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400, torch.float32: 0}
 
@@ -182,7 +182,7 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K]ᵀ in x's dtype, BF16 or float16: [M, N], in `out` if given.
 
-    Up to 256 tokens (or with a config) by one kernel, more by `dequantize` and the vendor's product.
+    Few tokens (`choose`) or with a config by one kernel, more by `dequantize` and the vendor's product.
     Raises ValueError where shapes or dtypes don't fit.
     """
     tokens, columns = x.shape
@@ -194,9 +194,10 @@ def linear(
     if out.shape != (tokens, weight.rows) or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({tokens}, {weight.rows})")
     x = x[:, weight.order] if weight.order is not None else x.contiguous()
-    if config is None and tokens > FEW:
+    config = config or choose(tokens, weight.rows, columns)
+    if config is None:
         return torch.mm(x, _dequantized(weight, x.dtype).T, out=out)
-    _gemm(x, weight, out, config or choose(tokens, weight.rows, weight.columns, weight.group))
+    _gemm(x, weight, out, config)
     return out
 
 
@@ -207,15 +208,33 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch
     return out if weight.order is None else out[:, torch.argsort(weight.order)]
 
 
-def choose(tokens: int, rows: int, columns: int, group: int) -> Config:
-    """The configuration for a shape: enough programs for 132 multiprocessors, several to each."""
-    wide = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    high = 128 if rows >= 8192 else 64
+def choose(tokens: int, rows: int, columns: int) -> Config | None:
+    """The configuration for a shape; None: dequantize.
+
+    Fitted to sweeps on an H200 with 1, 16, 64 and 256 tokens (benchmarks/kernels_int4.py); between these, a guess.
+    """
+    tall = rows >= 8192
+    if tokens > (256 if tall else 128):
+        return None
+    if tokens <= 32:  # bound by memory
+        high, wide, warps, stages = 128 if tall and columns >= 4096 else 64, 16 if tokens <= 16 else 32, 4, 4
+    elif tall and (tokens > 64 or columns <= 512):
+        high, wide, warps, stages = 128, 64, 8, 3
+    else:
+        high, wide, warps, stages = 64, 64, 4, 3
     programs = triton.cdiv(rows, high) * triton.cdiv(tokens, wide)
-    split, most = 1, columns // (4 * depth(group))
-    while programs * split < 2 * 132 and 2 * split <= min(most, 16):
+    split = 1
+    while split < 16 and programs * split < _enough(tokens, columns // (2 * split)):
         split *= 2
-    return Config(high, wide, split, 8 if high * wide >= 128 * 64 else 4, 4)
+    return Config(high, wide, split, warps, stages)
+
+
+def _enough(tokens: int, columns: int) -> float:
+    """Programs with which K is split no further into parts of so many columns: the shorter these are, the more of the
+    time goes into adding them."""
+    if columns < 384:
+        return 0
+    return MULTIPROCESSORS * (2.5 if tokens <= 32 else 2 if columns >= 1024 else 1)
 
 
 def _check(dtype: torch.dtype) -> None:
