@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, scales_of
+from dsv2quant.formats.int4 import OFFSET
+from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
 
 def quantize_activation(
@@ -53,3 +55,15 @@ def linear(
         return F.linear(x, weight.to(x.dtype), bias)
     served = dequantize_activation(*quantize_activation(x, activation, input_scale))
     return F.linear(served, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, columns]: (code − zero) × scale in float32, rounded once to `dtype`, columns where the input has them."""
+    zeros = OFFSET if weight.zeros is None else weight.zeros.T.repeat_interleave(weight.group, 1)
+    values = (unpack(weight).float() - zeros) * weight.scales.T.repeat_interleave(weight.group, 1)
+    return (values if weight.order is None else values[:, torch.argsort(weight.order)]).to(dtype)
+
+
+def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    """x [M, K] @ weight [N, K]ᵀ in float64, in x's dtype."""
+    return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)

@@ -1,0 +1,284 @@
+"""x [M, K] times an INT4 weight in the runtime layout (int4_layout.py), transposed: `linear`.
+
+Few tokens: the weight's rows are the MMA's M side (64 of them, where M tokens would fill few), and words become BF16
+in the registers the MMA reads. Codes less their zero are exact integers; a group's scale multiplies its partial sum.
+Where rows alone make too few programs, K is split: each program leaves its sums in float32, and the last to arrive
+adds them in order, so that the result does not depend on which that is. It counts in `Int4Weight.arrivals`, which
+therefore serves one call at a time.
+
+Many tokens: the weight is dequantized into BF16, and the product is the vendor's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+
+INTERPRETED = triton.knobs.runtime.interpret
+MULTIPROCESSORS = 132  # of an H100 or H200
+# A 16-bit float whose lowest mantissa bits are an integer's: 128 + u in BF16, 1024 + u in float16.
+MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400, torch.float32: 0}
+
+
+class Config(NamedTuple):
+    rows: int  # of the weight, per program
+    tokens: int
+    split: int  # programs along K
+    warps: int
+    stages: int
+
+
+def _assembly(kind: str, magic: int) -> str:
+    """Words $8 and zeros $9 (of rows h = 0) and $10 → four registers of two values, 16 bits each of $0 … $7."""
+    lines = [".reg .b32 a<4>, b<3>;"]
+    lines += [f"shr.u32 b{i}, $8, {4 * i + 4};" for i in range(3)]
+    for i, source in enumerate(("$8", "b0", "b1", "b2")):
+        lines.append(f"lop3.b32 a{i}, {source}, 0x000f000f, {magic:#x}, 0xea;")
+        lines.append(f"sub.{kind}x2 a{i}, a{i}, ${9 + i % 2};")
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_BF16: tl.constexpr = tl.constexpr(_assembly("bf16", MAGIC[torch.bfloat16]))
+_F16: tl.constexpr = tl.constexpr(_assembly("f16", MAGIC[torch.float16]))
+
+
+@triton.jit
+def _codes(words, low, high, DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
+    """words [...] → code − zero as DTYPE [..., p, c, h], with the zeros `low` of h = 0 and `high` of h = 1.
+
+    ASM takes zeros as pairs of MAGIC + zero; without it they are integers.
+    """
+    if ASM:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _F16 if DTYPE.is_fp16() else _BF16,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r",
+            [words, low, high],
+            (tl.int16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b = (words & 15) - low, (words >> 16 & 15) - low
+        c, d = (words >> 4 & 15) - high, (words >> 20 & 15) - high
+        e, f = (words >> 8 & 15) - low, (words >> 24 & 15) - low
+        g, h = (words >> 12 & 15) - high, (words >> 28 & 15) - high
+    joined = tl.join(tl.join(tl.join(a, b), tl.join(e, f)), tl.join(tl.join(c, d), tl.join(g, h)))
+    return joined.to(DTYPE, bitcast=True) if ASM else joined.to(DTYPE)
+
+
+@triton.jit
+def _operand(
+    words, zeros, group, block, tiles, N,
+    TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The weight's integers [64 · TILES, 16 · STEPS · SPANS] of blocks `tiles` [TILES] by `block` and on."""
+    LANES: tl.constexpr = 128 * STEPS
+    SHAPE: tl.constexpr = (TILES, SPANS, LANES)
+    loaded = tl.load(words + block + tl.arange(0, SPANS)[None, :, None] * LANES + tl.arange(0, LANES))
+    if zeros is None:
+        low = tl.full(SHAPE, 8 * 0x10001 + MAGIC if ASM else 8, tl.int32)
+        high = low
+    else:
+        thread = tl.arange(0, 32)  # warp and r: those of the same q have the same rows
+        row = tiles * 64 + (thread // 8 * 16 + thread % 8)[None, :]
+        at = zeros + group * N + row
+        low, high = tl.load(at, row < N, 8), tl.load(at + 8, row + 8 < N, 8)
+        if ASM:
+            low, high = low * 0x10001 + MAGIC, high * 0x10001 + MAGIC
+        low = tl.broadcast_to(low[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
+        high = tl.broadcast_to(high[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
+    values = _codes(loaded, low, high, DTYPE, MAGIC, ASM)
+    values = values.reshape(TILES, SPANS, 4, 8, 4, STEPS, 2, 2, 2)  # block, span, warp, r, q, step, p, c, h
+    return values.trans(0, 2, 8, 3, 1, 5, 7, 4, 6).reshape(64 * TILES, 16 * STEPS * SPANS)
+
+
+@triton.jit(do_not_specialize=["M", "blocks", "spans"])
+def _gemm_kernel(
+    x, words, scales, zeros, out, partial, arrivals, M, N, K, blocks, spans,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program (split, rows, tokens). spans: of a block row, padded; blocks: of 64 rows."""
+    ROWS: tl.constexpr = 64 * TILES
+    DEPTH: tl.constexpr = 16 * STEPS * SPANS
+    split, by_rows, by_tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = by_rows * TILES + tl.arange(0, TILES)[:, None]
+    first = tl.minimum(tiles, blocks - 1)[:, :, None] * spans  # beyond the last rows: any, since they aren't stored
+    n = by_rows * ROWS + tl.arange(0, ROWS)
+    m = by_tokens * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, DEPTH)
+    steps = spans // SPANS
+    begin = split * steps // SPLIT
+    end = (split + 1) * steps // SPLIT
+
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        mask = m[None, :] < M if EVEN else (m[None, :] < M) & (i * DEPTH + k[:, None] < K)
+        tokens = tl.load(x + m[None, :] * K + (i * DEPTH + k[:, None]), mask, 0.0)
+        group = i if GROUPED else 0
+        weight = _operand(
+            words, zeros, group, (first + i * SPANS) * (128 * STEPS), tiles, N,
+            TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM,
+        )  # fmt: skip
+        if GROUPED:
+            scale = tl.load(scales + i * N + n, n < N, 0.0)
+            sums += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
+        else:
+            sums = tl.dot(weight, tokens, sums, input_precision="ieee")
+    if not GROUPED:
+        sums *= tl.load(scales + n, n < N, 0.0)[:, None]
+
+    at = out + m[:, None] * N + n[None, :]
+    stored = (m[:, None] < M) & (n[None, :] < N)
+    if SPLIT == 1:
+        tl.store(at, tl.trans(sums).to(out.dtype.element_ty), stored)
+    else:
+        tile = by_tokens * tl.num_programs(1) + by_rows
+        SIZE: tl.constexpr = ROWS * TOKENS
+        cell = partial + tile.to(tl.int64) * (SPLIT * SIZE) + tl.arange(0, ROWS)[:, None] * TOKENS
+        cell += tl.arange(0, TOKENS)[None, :]
+        tl.store(cell + split * SIZE, sums)
+        tl.debug_barrier()  # every thread's sums are out before this program counts itself
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1:
+            tl.store(arrivals + tile, 0)
+            total = tl.zeros((ROWS, TOKENS), tl.float32)
+            for part in tl.static_range(SPLIT):
+                total += tl.load(cell + part * SIZE, cache_modifier=".cg")
+            tl.store(at, tl.trans(total).to(out.dtype.element_ty), stored)
+
+
+@triton.jit(do_not_specialize=["blocks", "spans"])
+def _dequantize_kernel(
+    words, scales, zeros, out, N, K, blocks, spans,
+    GROUPED: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program (columns, rows)."""
+    ROWS: tl.constexpr = 64 * TILES
+    DEPTH: tl.constexpr = 16 * STEPS * SPANS
+    i, by_rows = tl.program_id(0), tl.program_id(1)
+    tiles = by_rows * TILES + tl.arange(0, TILES)[:, None]
+    first = tl.minimum(tiles, blocks - 1)[:, :, None] * spans
+    n = by_rows * ROWS + tl.arange(0, ROWS)
+    k = i * DEPTH + tl.arange(0, DEPTH)
+    group = i if GROUPED else 0
+    weight = _operand(
+        words, zeros, group, (first + i * SPANS) * (128 * STEPS), tiles, N, TILES, SPANS, STEPS, DTYPE, MAGIC, ASM
+    )
+    scale = tl.load(scales + group * N + n, n < N, 0.0)
+    values = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
+    tl.store(out + n[:, None].to(tl.int64) * K + k[None, :], values, (n[:, None] < N) & (k[None, :] < K))
+
+
+def linear(
+    x: torch.Tensor, weight: Int4Weight, out: torch.Tensor | None = None, config: Config | None = None
+) -> torch.Tensor:
+    """x [M, K] @ weight [N, K]ᵀ in x's dtype, BF16 or float16: [M, N], in `out` if given.
+
+    Few tokens (`choose`) or with a config by one kernel, more by `dequantize` and the vendor's product.
+    Raises ValueError where shapes or dtypes don't fit.
+    """
+    tokens, columns = x.shape
+    if columns != weight.columns:
+        raise ValueError(f"x has {columns} columns; the weight has {weight.columns}")
+    _check(x.dtype)
+    if out is None:
+        out = x.new_empty(tokens, weight.rows)
+    if out.shape != (tokens, weight.rows) or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({tokens}, {weight.rows})")
+    x = x[:, weight.order] if weight.order is not None else x.contiguous()
+    config = config or choose(tokens, weight.rows, columns)
+    if config is None:
+        return torch.mm(x, _dequantized(weight, x.dtype).T, out=out)
+    _gemm(x, weight, out, config)
+    return out
+
+
+def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[rows, columns] in `dtype`: (code − zero) × scale in float32, rounded once, columns where the input has them."""
+    _check(dtype)
+    out = _dequantized(weight, dtype)
+    return out if weight.order is None else out[:, torch.argsort(weight.order)]
+
+
+def choose(tokens: int, rows: int, columns: int) -> Config | None:
+    """The configuration for a shape; None: dequantize.
+
+    Fitted to sweeps on an H200 with 1, 16, 64 and 256 tokens (benchmarks/kernels_int4.py); between these, a guess.
+    """
+    tall = rows >= 8192
+    if tokens > (256 if tall else 128):
+        return None
+    if tokens <= 32:  # bound by memory
+        high, wide, warps, stages = 128 if tall and columns >= 4096 else 64, 16 if tokens <= 16 else 32, 4, 4
+    elif tall and (tokens > 64 or columns <= 512):
+        high, wide, warps, stages = 128, 64, 8, 3
+    else:
+        high, wide, warps, stages = 64, 64, 4, 3
+    programs = triton.cdiv(rows, high) * triton.cdiv(tokens, wide)
+    split = 1
+    while split < 16 and programs * split < _enough(tokens, columns // (2 * split)):
+        split *= 2
+    return Config(high, wide, split, warps, stages)
+
+
+def _enough(tokens: int, columns: int) -> float:
+    """Programs with which K is split no further into parts of so many columns: the shorter these are, the more of the
+    time goes into adding them."""
+    if columns < 384:
+        return 0
+    return MULTIPROCESSORS * (2.5 if tokens <= 32 else 2 if columns >= 1024 else 1)
+
+
+def _check(dtype: torch.dtype) -> None:
+    allowed = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16)
+    if dtype not in allowed:
+        raise ValueError(f"{dtype} is none of {', '.join(map(str, allowed))}")
+
+
+def _shape(weight: Int4Weight) -> tuple[int, int, int]:
+    """Blocks of rows, spans in a row, and 16-column steps in a span."""
+    blocks, spans, *_, steps = weight.words.shape
+    return blocks, spans, steps
+
+
+def _gemm(x: torch.Tensor, weight: Int4Weight, out: torch.Tensor, config: Config) -> None:
+    tokens, columns = x.shape
+    blocks, spans, steps = _shape(weight)
+    block = depth(weight.group)
+    tiles = config.rows // ROWS
+    grid = (config.split, triton.cdiv(blocks, tiles), triton.cdiv(tokens, config.tokens))
+    partial = None
+    if config.split > 1:
+        if grid[1] * grid[2] > len(weight.arrivals):
+            raise ValueError(f"{tokens} tokens are too many for a split of K")
+        partial = torch.empty(grid[0] * grid[1] * grid[2] * config.rows * config.tokens, device=x.device)
+    _gemm_kernel[grid](
+        x, weight.words, weight.scales, weight.zeros, out, partial, weight.arrivals,
+        tokens, weight.rows, columns, blocks, spans,
+        len(weight.scales) > 1, columns % block == 0, tiles, block // (16 * steps), steps,
+        config.tokens, config.split, config.stages, MAGIC[x.dtype], not INTERPRETED,
+        num_warps=config.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _dequantized(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """As `dequantize`, in the weight's own order of columns."""
+    blocks, spans, steps = _shape(weight)
+    block = depth(weight.group)
+    per_program = block // (16 * steps)
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.words.device)
+    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    _dequantize_kernel[(spans // per_program, blocks)](
+        weight.words, weight.scales, weight.zeros, out, weight.rows, weight.columns, blocks, spans,
+        len(weight.scales) > 1, 1, per_program, steps, kind, MAGIC[dtype], not INTERPRETED,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,55 @@
+"""The INT4 kernels by Triton's interpreter against their torch twins: a program of its own, since Triton reads
+TRITON_INTERPRET when it is imported.
+
+    TRITON_INTERPRET=1 python tests/int4_interpreted.py
+
+Prints one JSON object: the relative error of each case, or of `dequantize` whether any value differs.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from int4_cases import error, random_weight
+
+from dsv2quant.kernels.int4_gemm import Config, dequantize, linear
+from dsv2quant.kernels.reference import dequantize_int4, linear_int4
+
+CASES = {  # rows, columns, group, zeros, ordered, tokens, config
+    "group 128": (64, 256, 128, False, False, 3, Config(64, 16, 1, 4, 3)),
+    "split unevenly": (128, 640, 128, False, False, 5, Config(128, 16, 2, 4, 3)),
+    "tails of rows and zeros": (200, 192, 64, True, False, 5, Config(128, 16, 2, 4, 3)),
+    "group 32, tokens in two programs": (72, 96, 32, True, False, 17, Config(64, 16, 3, 4, 3)),
+    "channel, tail of columns": (136, 200, 200, True, False, 4, Config(128, 16, 2, 4, 2)),
+    "in another order": (64, 128, 32, False, True, 1, None),
+    "chosen": (576, 768, 64, False, False, 2, None),
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    found: dict[str, float] = {}
+    for name, (rows, columns, group, zeros, ordered, tokens, config) in CASES.items():
+        weight = random_weight(rows, columns, group, zeros, ordered)
+        for dtype in (torch.float32, torch.float16):
+            x = torch.randn(tokens, columns).to(dtype)
+            out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+            for _ in range(2):  # twice: the counters are as they were
+                linear(x, weight, out, config)
+            found[f"{name} {dtype}"] = error(out, linear_int4(x.double(), weight))
+            found[f"dequantize {name} {dtype}"] = float(
+                not torch.equal(dequantize(weight, dtype), dequantize_int4(weight, dtype))
+            )
+    many = random_weight(72, 64, 32)
+    x = torch.randn(300, 64)
+    found["many tokens torch.float32"] = error(linear(x, many), linear_int4(x.double(), many))
+    try:
+        linear(x.bfloat16(), many)
+    except ValueError as refused:
+        found[str(refused)] = 0.0
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
