@@ -53,3 +53,21 @@ def linear(
         return F.linear(x, weight.to(x.dtype), bias)
     served = dequantize_activation(*quantize_activation(x, activation, input_scale))
     return F.linear(served, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    lengths: torch.Tensor,
+    rank: int,
+    scale: float,
+    cache_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Absorbed attention of one token per sequence: q [batch, heads, width] to the first lengths[i] rows of cache
+    [batch, capacity, width], of which the first `rank` columns are the values → [batch, heads, rank], in q's dtype."""
+    keys = cache.to(q.dtype) if cache_scale is None else cache.to(q.dtype) * cache_scale.to(q.dtype)
+    absent = torch.arange(cache.shape[1], device=q.device) >= lengths.unsqueeze(1)  # [batch, capacity]
+    keys = keys.masked_fill(absent.unsqueeze(2), 0)  # what lies there may be no number
+    scores = torch.einsum("bhw,btw->bht", q, keys) * scale
+    weights = scores.masked_fill(absent.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()  # no tokens: no weights
+    return torch.einsum("bht,btr->bhr", weights, keys[..., :rank])

@@ -1,0 +1,218 @@
+"""Absorbed MLA attention of one new token per sequence over a contiguous cache of latents (arXiv:2405.04434, 2.1).
+
+Heads share one key per token, [latent | rotated key], whose latent part is the value, too, so a cache row is read once
+for both roles and all heads. Sequences are split over programs (flash decoding); a second kernel joins their parts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+FLOATS = (torch.bfloat16, torch.float16)
+FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LOG2_E = 1.4426950408889634
+MAX_SPLITS = 128
+TINY: tl.constexpr = tl.constexpr(1e-30)
+COLUMNS = 64  # of one program of the joining kernel
+
+
+class Blocks(NamedTuple):
+    """How the work is cut. A program takes `heads` heads and, of its share of a sequence, `tokens` tokens at a time;
+    `tokens_first` puts tokens in the rows of the matrix unit's products, which has 64 of them at full speed."""
+
+    heads: int
+    tokens: int
+    tokens_first: bool
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _share(length, splits, TOKENS: tl.constexpr):
+    """Tokens of each split, whole blocks; the last splits may get none."""
+    return tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
+
+
+@triton.jit
+def _split_kernel(
+    q, cache, lengths, cache_scale, out, lse, heads, capacity, splits, scale,
+    RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FIRST: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = RANK + ROPE
+    AXIS: tl.constexpr = 0 if TOKENS_FIRST else 1  # of the tokens in scores
+    split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    latent, turned = tl.arange(0, LATENTS), tl.arange(0, TURNED)
+    length = tl.load(lengths + row)
+    share = _share(length, splits, TOKENS)
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+
+    q_head = q + row * heads * WIDTH + head[:, None] * WIDTH
+    q_c = tl.load(q_head + latent[None, :], mask=(head < heads)[:, None] & (latent < RANK)[None, :], other=0.0)
+    q_r = tl.load(q_head + RANK + turned[None, :], mask=(head < heads)[:, None] & (turned < ROPE)[None, :], other=0.0)
+    gain = tl.full([HEADS], scale, tl.float32)
+    if FP8:  # is multiplied as float16, which holds every code; powers of two bring the queries into its range
+        stored = tl.load(cache_scale)
+        q_c, q_r = q_c.to(tl.float32), q_r.to(tl.float32)
+        size = tl.maximum(tl.maximum(tl.max(tl.abs(q_c), 1), tl.max(tl.abs(q_r), 1)), TINY)
+        size = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        gain *= size * stored
+        q_c, q_r = (q_c / size[:, None]).to(tl.float16), (q_r / size[:, None]).to(tl.float16)
+
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    if TOKENS_FIRST:
+        mixed = tl.zeros([LATENTS, HEADS], tl.float32)
+    else:
+        mixed = tl.zeros([HEADS, LATENTS], tl.float32)
+    base = cache + row * capacity * WIDTH
+    for start in tl.range(begin, end, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = token < end
+        key = base + token[:, None] * WIDTH
+        c = tl.load(key + latent[None, :], mask=inside[:, None] & (latent < RANK)[None, :], other=0.0)
+        r = tl.load(key + RANK + turned[None, :], mask=inside[:, None] & (turned < ROPE)[None, :], other=0.0)
+        c, r = c.to(q_c.dtype), r.to(q_c.dtype)
+        if TOKENS_FIRST:
+            scores = tl.dot(r, tl.trans(q_r), tl.dot(c, tl.trans(q_c)))
+        else:
+            scores = tl.dot(q_r, tl.trans(r), tl.dot(q_c, tl.trans(c)))
+        scores = tl.where(tl.expand_dims(inside, 1 - AXIS), scores * tl.expand_dims(gain, AXIS), float("-inf"))
+        best = tl.maximum(top, tl.max(scores, AXIS))
+        weights = tl.exp2(scores - tl.expand_dims(best, AXIS))
+        fade = tl.exp2(top - best)
+        total = total * fade + tl.sum(weights, AXIS)
+        mixed *= tl.expand_dims(fade, AXIS)
+        weights = weights.to(q_c.dtype)
+        if TOKENS_FIRST:
+            mixed = tl.dot(tl.trans(c), weights, mixed)
+        else:
+            mixed = tl.dot(weights, c, mixed)
+        top = best
+
+    last = tl.where(total > 0, 1 / total, 0.0)
+    if FP8:
+        last *= stored
+    mixed *= tl.expand_dims(last, AXIS)
+    place = (row * splits + split) * heads + head
+    into = tl.expand_dims(place * RANK, AXIS) + tl.expand_dims(latent, 1 - AXIS)
+    kept = tl.expand_dims(head < heads, AXIS) & tl.expand_dims(latent < RANK, 1 - AXIS)
+    tl.store(out + into, mixed.to(out.dtype.element_ty), mask=kept)
+    tl.store(lse + place, top + tl.log2(total), mask=head < heads)
+
+
+@triton.jit
+def _join_kernel(
+    parts, lse, lengths, out, heads, splits,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    split, column = tl.arange(0, SPLITS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    length = tl.load(lengths + row)
+    filled = split * _share(length, splits, TOKENS) < length  # of the others nothing is defined
+    filled &= split < splits
+    place = (row * splits + split) * heads + head
+    sums = tl.load(lse + place, mask=filled, other=float("-inf"))
+    weights = tl.where(filled, tl.exp2(sums - tl.max(sums, 0)), 0.0)
+    part = tl.load(
+        parts + place[:, None] * RANK + column[None, :], mask=filled[:, None] & (column < RANK)[None, :], other=0.0
+    )
+    joined = tl.sum(part * weights[:, None], 0) / tl.maximum(tl.sum(weights, 0), 1.0)
+    tl.store(out + (row * heads + head) * RANK + column, joined.to(out.dtype.element_ty), mask=column < RANK)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    lengths: torch.Tensor,
+    rank: int,
+    scale: float,
+    cache_scale: torch.Tensor | None = None,
+    longest: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    blocks: Blocks | None = None,
+) -> torch.Tensor:
+    """The latents as each head weighs them: `Attention.mixed` for one new token, [batch, heads, rank] of `dtype`.
+
+    q [batch, heads, rank + rope] through kv_b's K half, then the rotated part; cache [batch, capacity, rank + rope]
+    likewise: bfloat16 or float16 as q is, or float8 with its one factor `cache_scale`, float32 [1]. lengths int32
+    [batch], at most `longest` (by default the capacity); a length of 0 gives zeros. All contiguous, on one device.
+    `longest` and `blocks` decide the speed alone; nothing is read back, so that a CUDA graph may record the call.
+    Raises ValueError where a shape or dtype does not fit.
+    """
+    _check(q, cache, lengths, rank, cache_scale)
+    (batch, heads, width), capacity = q.shape, cache.shape[1]
+    fp8 = cache.dtype in FLOATS_8
+    if blocks is None:
+        blocks = blocks_of(batch, heads, width, longest or capacity, cache.itemsize, _multiprocessors(q.device))
+    out = q.new_empty(batch, heads, rank, dtype=dtype)
+    parts = out if blocks.splits == 1 else q.new_empty(batch, blocks.splits, heads, rank, dtype=torch.float32)
+    lse = q.new_empty(batch, blocks.splits, heads, dtype=torch.float32)
+    _split_kernel[(triton.cdiv(heads, blocks.heads), blocks.splits, batch)](
+        q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
+        RANK=rank, ROPE=width - rank, LATENTS=_padded(rank), TURNED=_padded(width - rank),
+        HEADS=blocks.heads, TOKENS=blocks.tokens, TOKENS_FIRST=blocks.tokens_first, FP8=fp8,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if blocks.splits > 1:
+        _join_kernel[(triton.cdiv(rank, COLUMNS), heads, batch)](
+            parts, lse, lengths, out, heads, blocks.splits,
+            RANK=rank, TOKENS=blocks.tokens, SPLITS=triton.next_power_of_2(blocks.splits), COLUMNS=COLUMNS,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def blocks_of(batch: int, heads: int, width: int, longest: int, itemsize: int, multiprocessors: int) -> Blocks:
+    """A choice for sequences of up to `longest` tokens: as many splits as leave the device the least idle."""
+    many = heads > 32
+    cut = Blocks(64, 64, False, 1, 8, 2) if many else Blocks(16, 64, itemsize > 1, 1, 4 if itemsize > 1 else 8, 2)
+    programs, blocks = batch * triton.cdiv(heads, cut.heads), triton.cdiv(longest, cut.tokens)
+
+    def cost(splits: int) -> float:
+        """In the time of one block: rounds of programs, each with a start; then the parts written and read again."""
+        rounds = triton.cdiv(programs * splits, multiprocessors)
+        joined = batch * heads * splits * width * 8 / (multiprocessors * cut.tokens * width * itemsize)
+        return rounds * (triton.cdiv(blocks, splits) + 2) + (joined + 1) * (splits > 1)
+
+    return cut._replace(splits=min(range(1, min(blocks, MAX_SPLITS) + 1), key=cost))
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _check(
+    q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, rank: int, cache_scale: torch.Tensor | None
+) -> None:
+    if q.ndim != 3 or cache.ndim != 3 or q.shape[0] != cache.shape[0] or q.shape[2] != cache.shape[2]:
+        raise ValueError(
+            f"q is {tuple(q.shape)} and the cache {tuple(cache.shape)}; they must be [batch, heads, width] and "
+            "[batch, capacity, width]"
+        )
+    if not 0 < rank < q.shape[2]:
+        raise ValueError(f"of {q.shape[2]} columns {rank} cannot be latents")
+    if lengths.shape != q.shape[:1] or lengths.dtype != torch.int32:
+        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}; it must be int32 ({q.shape[0]},)")
+    if q.dtype not in FLOATS or cache.dtype not in (q.dtype, *FLOATS_8):
+        raise ValueError(f"q is {q.dtype} and the cache {cache.dtype}; both must be 16-bit floats, or the cache float8")
+    if (cache.dtype in FLOATS_8) != (cache_scale is not None):
+        raise ValueError("a float8 cache, and no other, takes a cache_scale")
+    if cache_scale is not None and (cache_scale.numel() != 1 or cache_scale.dtype != torch.float32):
+        raise ValueError(f"cache_scale is {cache_scale.dtype} {tuple(cache_scale.shape)}; it must be float32 (1,)")
+    tensors = [t for t in (q, cache, lengths, cache_scale) if t is not None]
+    if any(not t.is_contiguous() or t.device != q.device for t in tensors):
+        raise ValueError("q, cache, lengths and cache_scale must be contiguous and on one device")
+    if q.dtype == torch.bfloat16 and q.device.type != "cuda":
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float16, or a CUDA device")
