@@ -6,6 +6,8 @@ import torch
 
 from dsv2quant.kernels import reference
 
+EMPTY = torch.Tensor.new_empty
+
 
 def inputs(
     batch: int, heads: int, lengths: list[int], capacity: int, rank: int, rope: int, dtype: torch.dtype,
@@ -28,14 +30,14 @@ def inputs(
 
 
 def off(got: torch.Tensor, given: tuple) -> float:
-    """The largest relative Frobenius error of a sequence against the twin in float64; infinite for what is no number."""
+    """The largest relative Frobenius error of a sequence, against the twin in float64; infinite where a NaN is."""
     q, cache, *rest = given
     expected = reference.mla_decode(q.double(), cache, *rest)
     errors = (got.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-30)
     return float(errors.nan_to_num(torch.inf).max())
 
 
-def poison() -> None:
-    """What a wrapper allocates is filled with NaNs from here on."""
-    empty = torch.Tensor.new_empty
-    torch.Tensor.new_empty = lambda *given, **how: empty(*given, **how).fill_(torch.nan)
+def poisoned(*given: object, **how: object) -> torch.Tensor:
+    """In place of Tensor.new_empty: nothing may rely on what is there."""
+    found = EMPTY(*given, **how)
+    return found.fill_(torch.nan) if found.is_floating_point() else found

@@ -6,9 +6,11 @@ Prints one JSON object: of each choice of blocks_of the bytes of stack, local an
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import triton
@@ -47,15 +49,15 @@ def compiled(heads: int, cache: str, cubin: Path) -> dict:
     cubin.write_bytes(kernel.asm["cubin"])
     used = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
-    ptx = kernel.asm["ptx"]
-    return found | {"shared": kernel.metadata.shared} | {x: ptx.count(x) for x in ("wgmma.mma_async", "mma.sync.aligned", "cp.async.cg")}
+    instructions = {name: kernel.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync.aligned", "cp.async")}
+    return found | instructions | {"shared": kernel.metadata.shared}
 
 
 def main() -> None:
-    import sys
-
-    folder = Path(sys.argv[1])
-    print(json.dumps({f"{heads} heads, {cache}": compiled(heads, cache, folder / "k.cubin") for heads in (16, 128) for cache in ITEMSIZES}))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cases = itertools.product((16, 128), ITEMSIZES)
+        print(json.dumps({f"{heads} heads, {cache}": compiled(heads, cache, cubin) for heads, cache in cases}))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,14 @@ def _share(length, splits, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _widened(x):
+    """float8 → float16. Taken apart and joined again, which costs nothing but keeps the compiler from gathering single
+    bytes out of shared memory, in the order of the matrix unit, to convert them there, once for each use."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float16), [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.interleave(even, odd)
+
+
+@triton.jit(do_not_specialize=["splits"])
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, heads, capacity, splits, scale,
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
@@ -68,10 +76,7 @@ def _split_kernel(
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    if TOKENS_FIRST:
-        mixed = tl.zeros([LATENTS, HEADS], tl.float32)
-    else:
-        mixed = tl.zeros([HEADS, LATENTS], tl.float32)
+    mixed = tl.zeros([LATENTS, HEADS] if TOKENS_FIRST else [HEADS, LATENTS], tl.float32)
     base = cache + row * capacity * WIDTH
     for start in tl.range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -79,7 +84,8 @@ def _split_kernel(
         key = base + token[:, None] * WIDTH
         c = tl.load(key + latent[None, :], mask=inside[:, None] & (latent < RANK)[None, :], other=0.0)
         r = tl.load(key + RANK + turned[None, :], mask=inside[:, None] & (turned < ROPE)[None, :], other=0.0)
-        c, r = c.to(q_c.dtype), r.to(q_c.dtype)
+        if FP8:
+            c, r = _widened(c), _widened(r)
         if TOKENS_FIRST:
             scores = tl.dot(r, tl.trans(q_r), tl.dot(c, tl.trans(q_c)))
         else:
@@ -91,10 +97,7 @@ def _split_kernel(
         total = total * fade + tl.sum(weights, AXIS)
         mixed *= tl.expand_dims(fade, AXIS)
         weights = weights.to(q_c.dtype)
-        if TOKENS_FIRST:
-            mixed = tl.dot(tl.trans(c), weights, mixed)
-        else:
-            mixed = tl.dot(weights, c, mixed)
+        mixed = tl.dot(tl.trans(c), weights, mixed) if TOKENS_FIRST else tl.dot(weights, c, mixed)
         top = best
 
     last = tl.where(total > 0, 1 / total, 0.0)
@@ -108,7 +111,7 @@ def _split_kernel(
     tl.store(lse + place, top + tl.log2(total), mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_kernel(
     parts, lse, lengths, out, heads, splits,
     RANK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -172,8 +175,12 @@ def mla_decode(
 
 def blocks_of(batch: int, heads: int, width: int, longest: int, itemsize: int, multiprocessors: int) -> Blocks:
     """A choice for sequences of up to `longest` tokens: as many splits as leave the device the least idle."""
-    many = heads > 32
-    cut = Blocks(64, 64, False, 1, 8, 2) if many else Blocks(16, 64, itemsize > 1, 1, 4 if itemsize > 1 else 8, 2)
+    if heads > 32:
+        cut = Blocks(heads=64, tokens=64, tokens_first=False, splits=1, warps=8, stages=2)
+    elif itemsize > 1:
+        cut = Blocks(heads=16, tokens=64, tokens_first=True, splits=1, warps=4, stages=2)
+    else:
+        cut = Blocks(heads=16, tokens=64, tokens_first=False, splits=1, warps=8, stages=3)
     programs, blocks = batch * triton.cdiv(heads, cut.heads), triton.cdiv(longest, cut.tokens)
 
     def cost(splits: int) -> float:

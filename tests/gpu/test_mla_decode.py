@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mla_cases import inputs, off
+from mla_cases import inputs, off, poisoned
 
 from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
 
@@ -17,9 +17,8 @@ STORED = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.flo
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *given, **how: empty(*given, **how).fill_(torch.nan))
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.mark.parametrize("stored", STORED)
