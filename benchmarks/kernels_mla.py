@@ -23,7 +23,7 @@ from convert import append
 
 from dsv2quant import __version__
 from dsv2quant.kernels import reference
-from dsv2quant.kernels.mla_decode import Blocks, blocks_of, mla_decode
+from dsv2quant.kernels.mla_decode import MAX_SPLITS, Blocks, blocks_of, mla_decode
 
 RANK, WIDTH = 512, 576
 SHAPES = [(16, 64, 4096), (16, 1, 4096), (16, 8, 4096), (16, 1, 32768), (16, 8, 32768), (128, 64, 4096),
@@ -81,10 +81,9 @@ def tried(heads: int, batch: int, tokens: int, stored: str, sweep: bool, process
     found = [chosen]
     for cut in SWEPT[heads, stored] if sweep else []:
         programs = batch * triton.cdiv(heads, cut[0])
-        fills = {max(1, times * processors // programs) for times in (1, 2, 3, 4)}
-        found += [
-            Blocks(*cut[:3], splits, *cut[3:]) for splits in sorted(fills) if splits <= min(128, tokens // cut[1])
-        ]
+        most = min(MAX_SPLITS, tokens // cut[1])
+        fills = {min(most, max(1, times * processors // programs)) for times in (1, 2, 3, 4)}
+        found += [Blocks(*cut[:3], splits, *cut[3:]) for splits in sorted(fills)]
     return found
 
 
