@@ -29,18 +29,12 @@ RANK, WIDTH = 512, 576
 SHAPES = [(16, 64, 4096), (16, 1, 4096), (16, 8, 4096), (16, 1, 32768), (16, 8, 32768), (128, 64, 4096),
           (128, 1, 4096), (128, 8, 4096), (128, 8, 32768)]  # fmt: skip
 STORED = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
-SWEPT = {  # heads, tokens, tokens_first, warps, stages
-    (16, "bf16"): [
-        (16, 16, False, 4, 4), (16, 32, False, 4, 3), (16, 32, False, 4, 4), (16, 32, False, 8, 3),
-        (16, 64, False, 4, 2), (16, 64, False, 4, 3), (16, 64, False, 8, 3), (16, 64, True, 4, 2), (16, 64, True, 8, 2),
-    ],
-    (16, "e4m3"): [
-        (16, 32, False, 4, 3), (16, 32, False, 4, 4), (16, 32, False, 8, 3), (16, 64, False, 4, 3),
-        (16, 64, False, 8, 2), (16, 64, False, 8, 3), (16, 64, True, 8, 3), (64, 64, False, 8, 2),
-    ],
-    (128, "bf16"): [(64, 64, False, 8, 2), (64, 32, False, 8, 3), (64, 64, True, 8, 2), (16, 64, True, 4, 2)],
-    (128, "e4m3"): [(64, 64, False, 8, 2), (64, 32, False, 8, 2), (64, 32, False, 8, 3), (16, 64, False, 8, 3)],
-}  # fmt: skip
+SWEPT = {  # heads, tokens, warps, stages
+    (16, "bf16"): [(16, 32, 4, 3), (16, 32, 4, 4), (16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 8, 3)],
+    (16, "e4m3"): [(16, 32, 4, 3), (16, 32, 4, 4), (16, 32, 8, 3), (16, 64, 4, 3), (16, 64, 8, 3)],
+    (128, "bf16"): [(64, 64, 8, 2), (64, 32, 8, 3), (16, 64, 4, 3)],
+    (128, "e4m3"): [(64, 64, 8, 2), (64, 32, 8, 3), (16, 64, 8, 3)],
+}
 
 
 def seconds(calls: list[Callable[[], Any]]) -> float:
@@ -77,13 +71,13 @@ def arguments(heads: int, batch: int, tokens: int, stored: str) -> list[tuple]:
 
 def tried(heads: int, batch: int, tokens: int, stored: str, sweep: bool, processors: int) -> list[Blocks]:
     """The choice, then what else the sweep tries: splits that fill the device once, twice, …"""
-    chosen = blocks_of(batch, heads, WIDTH, tokens, STORED[stored].itemsize, processors)
+    chosen = blocks_of(batch, heads, tokens, processors)
     found = [chosen]
     for cut in SWEPT[heads, stored] if sweep else []:
         programs = batch * triton.cdiv(heads, cut[0])
         most = min(MAX_SPLITS, tokens // cut[1])
         fills = {min(most, max(1, times * processors // programs)) for times in (1, 2, 3, 4)}
-        found += [Blocks(*cut[:3], splits, *cut[3:]) for splits in sorted(fills)]
+        found += [Blocks(*cut[:2], splits, *cut[2:]) for splits in sorted(fills)]
     return found
 
 

@@ -1,7 +1,7 @@
 """MLA decoding compiled for sm_90, where no device is needed, as the wrapper launches it: a program of its own, so that
 Triton's cache may be elsewhere.
 
-Prints one JSON object: of each choice of blocks_of the bytes of stack, local and shared memory, and its matrix unit.
+Prints one JSON object: of each choice of blocks_of the bytes of stack, local and shared memory and its matrix unit.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsv2quant.kernels.mla_decode import _split_kernel, blocks_of
+from dsv2quant.kernels.mla_decode import _split_kernel, blocks_of, padded
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     "lengths": "*i32", "cache_scale": "*fp32", "out": "*fp32", "lse": "*fp32", "heads": "i32", "capacity": "i32",
     "splits": "i32", "scale": "fp32",
 }  # fmt: skip
-ITEMSIZES = {"*bf16": 2, "*fp8e4nv": 1, "*fp8e5": 1}
+CACHES = ("*bf16", "*fp8e4nv", "*fp8e5")
 
 
 def compiled(heads: int, cache: str, cubin: Path) -> dict:
-    cut = blocks_of(64, heads, 576, 4096, ITEMSIZES[cache], 132)
+    cut = blocks_of(64, heads, 4096, 132)
     constants = {
-        "RANK": 512, "ROPE": 64, "LATENTS": 512, "TURNED": 64, "HEADS": cut.heads, "TOKENS": cut.tokens,
-        "TOKENS_FIRST": cut.tokens_first, "FP8": cache != "*bf16",
+        "RANK": 512, "ROPE": 64, "LATENTS": padded(512), "TURNED": padded(64), "HEADS": cut.heads, "TOKENS": cut.tokens,
+        "FP8": cache != "*bf16",
     }  # fmt: skip
     types = {"q": "*bf16", "cache": cache} | TYPES | dict.fromkeys(constants, "constexpr")
     names = _split_kernel.arg_names
@@ -56,7 +56,7 @@ def compiled(heads: int, cache: str, cubin: Path) -> dict:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cases = itertools.product((16, 128), ITEMSIZES)
+        cases = itertools.product((16, 128), CACHES)
         print(json.dumps({f"{heads} heads, {cache}": compiled(heads, cache, cubin) for heads, cache in cases}))
 
 

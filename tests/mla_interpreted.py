@@ -23,10 +23,10 @@ def main() -> None:
     torch.Tensor.new_empty = poisoned
     errors = {}
     for name, stored in STORED.items():
-        for rank, rope, heads, first in ((64, 16, 4, True), (48, 8, 20, False)):
+        for rank, rope, heads in ((64, 16, 4), (48, 8, 20)):
             given = inputs(6, heads, LENGTHS, 80, rank, rope, torch.float16, stored, "cpu")
             for splits in (1, 7) if stored == torch.float16 else (3,):
-                got = mla_decode(*given, blocks=Blocks(16, 16, first, splits, 4, 2))
+                got = mla_decode(*given, blocks=Blocks(16, 16, splits, 4, 2))
                 errors[f"{name} {rank}+{rope}, {splits} splits"] = off(got, given)
     errors["chosen"] = off(mla_decode(*given, longest=70, dtype=torch.float16), given)
     print(json.dumps(errors))

@@ -2,6 +2,9 @@
 
 Heads share one key per token, [latent | rotated key], whose latent part is the value, too, so a cache row is read once
 for both roles and all heads. Sequences are split over programs (flash decoding); a second kernel joins their parts.
+
+On an H200, 64 sequences of 4096 tokens and 16 heads take 85 µs from a BF16 cache, 0.82 of what its bandwidth allows. A
+float8 cache saves memory, not time: widening its bytes to float16 sets the speed, and the same takes 142 µs (0.25).
 """
 
 from __future__ import annotations
@@ -21,12 +24,11 @@ COLUMNS = 64  # of one program of the joining kernel
 
 
 class Blocks(NamedTuple):
-    """How the work is cut. A program takes `heads` heads and, of its share of a sequence, `tokens` tokens at a time;
-    `tokens_first` puts tokens in the rows of the matrix unit's products, which has 64 of them at full speed."""
+    """How the work is cut: a program takes `heads` heads and, of its share of a sequence, `tokens` tokens at a time (of
+    a float8 cache at least 32, see `padded`)."""
 
     heads: int
     tokens: int
-    tokens_first: bool
     splits: int
     warps: int
     stages: int
@@ -50,10 +52,9 @@ def _widened(x):
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, heads, capacity, splits, scale,
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FIRST: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
-    AXIS: tl.constexpr = 0 if TOKENS_FIRST else 1  # of the tokens in scores
     split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     latent, turned = tl.arange(0, LATENTS), tl.arange(0, TURNED)
@@ -76,7 +77,7 @@ def _split_kernel(
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    mixed = tl.zeros([LATENTS, HEADS] if TOKENS_FIRST else [HEADS, LATENTS], tl.float32)
+    mixed = tl.zeros([HEADS, LATENTS], tl.float32)
     base = cache + row * capacity * WIDTH
     for start in tl.range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -86,28 +87,22 @@ def _split_kernel(
         r = tl.load(key + RANK + turned[None, :], mask=inside[:, None] & (turned < ROPE)[None, :], other=0.0)
         if FP8:
             c, r = _widened(c), _widened(r)
-        if TOKENS_FIRST:
-            scores = tl.dot(r, tl.trans(q_r), tl.dot(c, tl.trans(q_c)))
-        else:
-            scores = tl.dot(q_r, tl.trans(r), tl.dot(q_c, tl.trans(c)))
-        scores = tl.where(tl.expand_dims(inside, 1 - AXIS), scores * tl.expand_dims(gain, AXIS), float("-inf"))
-        best = tl.maximum(top, tl.max(scores, AXIS))
-        weights = tl.exp2(scores - tl.expand_dims(best, AXIS))
+        scores = tl.dot(q_r, tl.trans(r), tl.dot(q_c, tl.trans(c)))
+        scores = tl.where(inside[None, :], scores * gain[:, None], float("-inf"))
+        best = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - best[:, None])
         fade = tl.exp2(top - best)
-        total = total * fade + tl.sum(weights, AXIS)
-        mixed *= tl.expand_dims(fade, AXIS)
-        weights = weights.to(q_c.dtype)
-        mixed = tl.dot(tl.trans(c), weights, mixed) if TOKENS_FIRST else tl.dot(weights, c, mixed)
+        total = total * fade + tl.sum(weights, 1)
+        mixed = tl.dot(weights.to(q_c.dtype), c, mixed * fade[:, None])
         top = best
 
     last = tl.where(total > 0, 1 / total, 0.0)
     if FP8:
         last *= stored
-    mixed *= tl.expand_dims(last, AXIS)
+    mixed *= last[:, None]
     place = (row * splits + split) * heads + head
-    into = tl.expand_dims(place * RANK, AXIS) + tl.expand_dims(latent, 1 - AXIS)
-    kept = tl.expand_dims(head < heads, AXIS) & tl.expand_dims(latent < RANK, 1 - AXIS)
-    tl.store(out + into, mixed.to(out.dtype.element_ty), mask=kept)
+    kept = (head < heads)[:, None] & (latent < RANK)[None, :]
+    tl.store(out + place[:, None] * RANK + latent[None, :], mixed.to(out.dtype.element_ty), mask=kept)
     tl.store(lse + place, top + tl.log2(total), mask=head < heads)
 
 
@@ -154,14 +149,14 @@ def mla_decode(
     (batch, heads, width), capacity = q.shape, cache.shape[1]
     fp8 = cache.dtype in FLOATS_8
     if blocks is None:
-        blocks = blocks_of(batch, heads, width, longest or capacity, cache.itemsize, _multiprocessors(q.device))
+        blocks = blocks_of(batch, heads, longest or capacity, _multiprocessors(q.device))
     out = q.new_empty(batch, heads, rank, dtype=dtype)
     parts = out if blocks.splits == 1 else q.new_empty(batch, blocks.splits, heads, rank, dtype=torch.float32)
     lse = q.new_empty(batch, blocks.splits, heads, dtype=torch.float32)
     _split_kernel[(triton.cdiv(heads, blocks.heads), blocks.splits, batch)](
         q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
-        RANK=rank, ROPE=width - rank, LATENTS=_padded(rank), TURNED=_padded(width - rank),
-        HEADS=blocks.heads, TOKENS=blocks.tokens, TOKENS_FIRST=blocks.tokens_first, FP8=fp8,
+        RANK=rank, ROPE=width - rank, LATENTS=padded(rank), TURNED=padded(width - rank),
+        HEADS=blocks.heads, TOKENS=blocks.tokens, FP8=fp8,
         num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if blocks.splits > 1:
@@ -173,27 +168,21 @@ def mla_decode(
     return out
 
 
-def blocks_of(batch: int, heads: int, width: int, longest: int, itemsize: int, multiprocessors: int) -> Blocks:
-    """A choice for sequences of up to `longest` tokens: as many splits as leave the device the least idle."""
+def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int) -> Blocks:
+    """A choice for sequences of up to `longest` tokens. A multiprocessor's shared memory holds one program, and as many
+    splits as then run at once were the fastest on an H200, or within 1 % of it in calls of more than 12 µs."""
     if heads > 32:
-        cut = Blocks(heads=64, tokens=64, tokens_first=False, splits=1, warps=8, stages=2)
-    elif itemsize > 1:
-        cut = Blocks(heads=16, tokens=64, tokens_first=True, splits=1, warps=4, stages=2)
+        cut = Blocks(heads=64, tokens=64, splits=1, warps=8, stages=2)
     else:
-        cut = Blocks(heads=16, tokens=64, tokens_first=False, splits=1, warps=8, stages=3)
-    programs, blocks = batch * triton.cdiv(heads, cut.heads), triton.cdiv(longest, cut.tokens)
-
-    def cost(splits: int) -> float:
-        """In the time of one block: rounds of programs, each with a start; then the parts written and read again."""
-        rounds = triton.cdiv(programs * splits, multiprocessors)
-        joined = batch * heads * splits * width * 8 / (multiprocessors * cut.tokens * width * itemsize)
-        return rounds * (triton.cdiv(blocks, splits) + 2) + (joined + 1) * (splits > 1)
-
-    return cut._replace(splits=min(range(1, min(blocks, MAX_SPLITS) + 1), key=cost))
+        cut = Blocks(heads=16, tokens=64, splits=1, warps=4, stages=3)
+    fitting = multiprocessors // (batch * triton.cdiv(heads, cut.heads))
+    return cut._replace(splits=max(1, min(fitting, triton.cdiv(longest, cut.tokens), MAX_SPLITS)))
 
 
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def padded(width: int) -> int:
+    """Columns of a tile. Of bytes widened to float16 a thread takes 8 columns at once, four threads 32: Triton 3.6
+    multiplies tiles of fewer wrongly and says nothing."""
+    return max(32, triton.next_power_of_2(width))
 
 
 def _multiprocessors(device: torch.device) -> int:
