@@ -67,3 +67,21 @@ def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
 def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """x [M, K] @ weight [N, K]ᵀ in float64, in x's dtype."""
     return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    lengths: torch.Tensor,
+    rank: int,
+    scale: float,
+    cache_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Absorbed attention of one token per sequence: q [batch, heads, width] to the first lengths[i] rows of cache
+    [batch, capacity, width], of which the first `rank` columns are the values → [batch, heads, rank], in q's dtype."""
+    keys = cache.to(q.dtype) if cache_scale is None else cache.to(q.dtype) * cache_scale.to(q.dtype)
+    absent = torch.arange(cache.shape[1], device=q.device) >= lengths.unsqueeze(1)  # [batch, capacity]
+    keys = keys.masked_fill(absent.unsqueeze(2), 0)  # what lies there may be no number
+    scores = torch.einsum("bhw,btw->bht", q, keys) * scale
+    weights = scores.masked_fill(absent.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()  # no tokens: no weights
+    return torch.einsum("bht,btr->bhr", weights, keys[..., :rank])
