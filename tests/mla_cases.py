@@ -1,4 +1,4 @@
-"""Inputs of MLA decoding for tests/mla_interpreted.py and tests/gpu/test_mla_decode.py."""
+"""Inputs of MLA decoding for tests/mla_interpreted.py and tests/gpu/test_mla_cuda.py."""
 
 from __future__ import annotations
 
