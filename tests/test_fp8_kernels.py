@@ -3,75 +3,49 @@ a device."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 from fp8_cases import E4M3, operands
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_tools import compile_for_hopper, interpreted
 
 from dsv2quant.kernels import act_quant, fp8_gemm
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill, choose, matmul
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict:
-    script = Path(__file__).parent / "fp8_interpreted.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+def results() -> dict:
+    return interpreted("fp8_interpreted.py")
 
 
 @pytest.mark.parametrize("granularity", ["token", "group128", "static"])
-def test_activations_have_the_twins_bytes(granularity: str, interpreted: dict) -> None:
-    assert interpreted["quantized"][granularity] == []
+def test_activations_have_the_twins_bytes(granularity: str, results: dict) -> None:
+    assert results["quantized"][granularity] == []
 
 
-def test_the_interpreter_refuses_bfloat16(interpreted: dict) -> None:
-    assert interpreted["refusal"] == "Triton's interpreter has no bfloat16"
+def test_the_interpreter_refuses_bfloat16(results: dict) -> None:
+    assert results["refusal"] == "Triton's interpreter has no bfloat16"
 
 
 @pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
-def test_products_are_those_of_float64(scheme: str, interpreted: dict) -> None:
-    errors = {case: error for case, error in interpreted["products"].items() if f" {scheme} " in case}
+def test_products_are_those_of_float64(scheme: str, results: dict) -> None:
+    errors = {case: error for case, error in results["products"].items() if f" {scheme} " in case}
     assert len(errors) == 16
     assert max(errors.values()) < 1, errors
 
 
 CONSTANT = {"xs_m": 1, "ws_k": 1}
-INTEGERS = ("M", "N", "K", "xs_k", "ws_n", "splits")
 
 
-def compiled(kernel, constants: dict, types: dict[str, str], warps: int, stages: int):
-    """`kernel` for sm_90, as launched with pointers, N and K that are multiples of 16."""
+def compiled(kernel, constants: dict, types: dict[str, str], warps: int, stages: int, folder: Path) -> str:
+    """The PTX of `kernel` for sm_90, as launched with N and K that are multiples of 16; it uses no stack or local
+    memory."""
     constants = constants | {name: value for name, value in CONSTANT.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if signature[name].startswith("*") or name in ("N", "K"):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    placed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(ASTSource(kernel, signature, placed, attributes), GPUTarget("cuda", 90, 32), options)
-
-
-def memory(code, folder: Path) -> tuple[int, int]:
-    """Bytes of stack and of local memory, as cuobjdump reads them in the binary."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(code.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2])
+    options = {"num_warps": warps, "num_stages": stages}
+    made = compile_for_hopper(kernel, types, constants, folder / "kernel.cubin", **options)
+    assert (made.resources["STACK"], made.resources["LOCAL"]) == (0, 0)
+    return made.ptx
 
 
 POINTERS = {"x_scale": "*fp32", "w_scale": "*fp32"}
@@ -85,10 +59,9 @@ WEIGHTS = ((576, 5120), (24576, 1536), (32768, 512))
 def test_few_tokens_use_hoppers_units(share: Decode, whole: bool, tmp_path: Path) -> None:
     constants = {"GROUPED": True, "WHOLE": whole, "ROWS": share.rows, "TOKENS": share.tokens}
     types = POINTERS | {"x": "*fp8e4nv", "w": "*fp8e4nv", "y": "*bf16"}
-    code = compiled(fp8_gemm._decode_kernel, constants, types, share.rows // 16, share.stages)
-    assert f"wgmma.mma_async.sync.aligned.m64n{share.tokens}k32.f32.e4m3.e4m3" in code.asm["ptx"]
-    assert "cp.async.cg.shared.global" in code.asm["ptx"]
-    assert memory(code, tmp_path) == (0, 0)
+    ptx = compiled(fp8_gemm._decode_kernel, constants, types, share.rows // 16, share.stages, tmp_path)
+    assert f"wgmma.mma_async.sync.aligned.m64n{share.tokens}k32.f32.e4m3.e4m3" in ptx
+    assert "cp.async.cg.shared.global" in ptx
 
 
 @pytest.mark.parametrize("share", sorted({choose(M, *weight) for M in (256, 1024, 4096) for weight in WEIGHTS}))
@@ -97,18 +70,16 @@ def test_many_tokens_use_hoppers_units_and_tma(share: Prefill, grouped: bool, tm
     constants = {"GROUPED": grouped, "TOKENS": share.tokens, "ROWS": share.rows}
     tiles = {"x": f"tensordesc<fp8e4nv[{share.tokens}, 128]>", "w": f"tensordesc<fp8e4nv[{share.rows}, 128]>"}
     types = POINTERS | tiles | {"y": "*bf16"}
-    code = compiled(fp8_gemm._prefill_kernel, constants, types, share.tokens // 16, share.stages)
-    assert f"wgmma.mma_async.sync.aligned.m64n{share.rows}k32.f32.e4m3.e4m3" in code.asm["ptx"]
-    assert "cp.async.bulk.tensor.2d" in code.asm["ptx"]
-    assert memory(code, tmp_path) == (0, 0)
+    ptx = compiled(fp8_gemm._prefill_kernel, constants, types, share.tokens // 16, share.stages, tmp_path)
+    assert f"wgmma.mma_async.sync.aligned.m64n{share.rows}k32.f32.e4m3.e4m3" in ptx
+    assert "cp.async.bulk.tensor.2d" in ptx
 
 
 def test_activations_are_cast_by_one_instruction(tmp_path: Path) -> None:
     constants = {"GIVEN": False, "ROUND": False, "ROWS": 32, "WIDTH": 128}
     types = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
-    code = compiled(act_quant._quantize_kernel, constants, types, 4, 3)
-    assert "cvt.rn.satfinite.e4m3x2.f32" in code.asm["ptx"]
-    assert memory(code, tmp_path) == (0, 0)
+    ptx = compiled(act_quant._quantize_kernel, constants, types, 4, 3, tmp_path)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,9 @@ the same on a device."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_tools import interpreted
 
 from dsv2quant.formats.gguf.blocks import TYPES
 from dsv2quant.kernels.gguf_encode import encode
@@ -19,11 +14,7 @@ from dsv2quant.kernels.gguf_encode import encode
 @pytest.fixture(scope="module")
 def different() -> dict[str, list[str]]:
     """Of every type, the cases whose bytes differ."""
-    script = Path(__file__).parent / "gguf_interpreted.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return interpreted("gguf_interpreted.py")
 
 
 @pytest.mark.parametrize("name", TYPES)

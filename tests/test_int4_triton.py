@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import int4_compiled
@@ -13,6 +9,7 @@ import pytest
 import torch
 from int4_cases import random_weight
 from int4_interpreted import CASES
+from triton_tools import interpreted
 
 from dsv2quant.kernels.int4_gemm import Config, choose, linear
 
@@ -23,11 +20,7 @@ COMPILED = [Config(64, 16, 1, 4, 4), Config(128, 16, 4, 4, 4), Config(64, 64, 1,
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    script = Path(__file__).parent / "int4_interpreted.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return interpreted("int4_interpreted.py")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from triton_tools import interpreted, printed
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.kernels import reference
@@ -19,19 +16,10 @@ from dsv2quant.model.attention import Attention
 from dsv2quant.model.linear import Linear, RMSNorm
 from dsv2quant.model.rope import softmax_scale
 
-TESTS = Path(__file__).parent
-
-
-def ran(script: str, **environment: str) -> dict:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    done = subprocess.run([sys.executable, TESTS / script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 def test_interpreted_kernels_compute_what_the_twin_does() -> None:
     """Products and weights of 11 bits: a few roundings of 2^-12."""
-    errors = ran("mla_interpreted.py", TRITON_INTERPRET="1")
+    errors = interpreted("mla_interpreted.py")
     assert len(errors) == 9
     assert max(errors.values()) < 2**-11, errors
 
@@ -109,7 +97,7 @@ def test_what_does_not_fit_is_refused(changed: dict, said: str) -> None:
 def test_compiled_kernels_copy_asynchronously_and_use_the_matrix_unit(tmp_path: Path) -> None:
     """Stack is that of spilled registers. Triton 3.9 spills where a thread has bytes to widen as well, or a tile of 64
     heads, which alone fills half of its registers; so of these kernels nothing is asked."""
-    for name, used in ran("mla_compiled.py", TRITON_CACHE_DIR=str(tmp_path)).items():
+    for name, used in printed("mla_compiled.py", TRITON_CACHE_DIR=str(tmp_path)).items():
         assert used["local"] == 0, (name, used)
         assert used["stack"] == 0 or name != "16 heads, *bf16", (name, used)
         assert used["shared"] <= 232448, (name, used)  # of a block on sm_90
