@@ -22,24 +22,13 @@ from convert import V2_LITE, append
 
 from dsv2quant import __version__
 from dsv2quant.config import ModelConfig
-from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.formats.gguf.tensors import model_tensors
+from dsv2quant.formats.gguf.types import choose
 from dsv2quant.kernels.gguf_encode import encode
 
 LAYERS = 27
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS")
 TENSOR, MATRIX = (64 * 1408, 2048), (1408, 2048)
-
-
-def q4_k_m(tensor: Tensor) -> str:
-    """The type llama-quantize gives (src/llama-quant.cpp) with rows of whole blocks, or else its replacement."""
-    if tensor.kind == "output":
-        return "Q6_K"
-    if len(tensor.shape) < 2 or tensor.kind.endswith("_norm") or tensor.kind == "ffn_gate_inp":
-        return "F32"
-    i = tensor.layer or 0
-    more = i < LAYERS // 8 or i >= 7 * LAYERS // 8 or (i - LAYERS // 8) % 3 == 2
-    name = "Q6_K" if tensor.kind.startswith("ffn_down") and more else "Q4_K"
-    return name if tensor.shape[-1] % 256 == 0 else {"Q6_K": "Q8_0", "Q4_K": "Q5_0"}[name]
 
 
 def seconds(name: str, shape: tuple[int, int], weighted: bool) -> float:
@@ -83,7 +72,9 @@ def main() -> None:
         for what, shape in (("tensor", TENSOR), ("matrix", MATRIX))
     ]
     config = ModelConfig.from_dict(V2_LITE | {"num_hidden_layers": LAYERS}, "config.json")
-    counts = Counter((q4_k_m(t), (prod(t.shape[:-1]), t.shape[-1])) for t in model_tensors(config))
+    tensors = model_tensors(config)
+    kinds = [kind for kind, _ in choose(tensors, "Q4_K_M", config)]
+    counts = Counter((kind, (prod(t.shape[:-1]), t.shape[-1])) for kind, t in zip(kinds, tensors, strict=True))
     weights = sum(prod(shape) * count for (_, shape), count in counts.items())
     for weighted in (False, True):
         taken = sum(seconds(name, shape, weighted) * count for (name, shape), count in counts.items())

@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from convert import append
+from device import bandwidth, measured_on, microseconds
 
-from dsv2quant import __version__
 from dsv2quant.formats.fp8 import expand_blocks
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill, choose, matmul_into
@@ -129,32 +127,6 @@ def check_products(sweep: bool) -> list[str]:
     return wrong
 
 
-def microseconds(calls: list[Callable[[], Any]]) -> float:
-    """Of one of the calls, which are captured one after the other in a graph."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(7):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Bytes per second of a plain reduction over 2 GB."""
-    x = torch.ones(1 << 29, device="cuda")
-    return x.numel() * 4 / (microseconds([lambda: x.sum()] * 4) / 1e6)
-
-
 def cublaslt_block(
     x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
@@ -218,24 +190,14 @@ def main() -> None:
     torch.manual_seed(0)
     wrong = check_activations() + check_products(options.sweep)
     print(*wrong, sep="\n")
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()[0]
-    versions = {
-        "GPU": torch.cuda.get_device_name(),
-        "versions": f"driver {driver}, dsv2quant {__version__}, torch {torch.__version__}, triton {triton.__version__}",
-    }
-    rate = bandwidth()
-    print(f"{versions}; a reduction reads {rate / 1e12:.2f} TB/s")
+    rate, where = bandwidth(), measured_on()
+    print(f"{where}; a reduction reads {rate / 1e12:.2f} TB/s")
     table, rows = {}, []
 
     def report(name: str, M: int, N: int, K: int, found: dict[str, float], more: list[str]) -> None:
         print(f"{name} {N}×{K} M={M}:", *(f"{what} {taken:.1f}" for what, taken in found.items()), *more, sep="; ")
         columns = {what: f"{found[what]:.2f}" if what in found else "" for what in COLUMNS}
-        rows.append({"what": name, "M": M, "N": N, "K": K} | columns | {"best share": "".join(more[:1])} | versions)
+        rows.append({"what": name, "M": M, "N": N, "K": K} | columns | {"best share": "".join(more[:1])} | where)
 
     for M, K in ((1, 5120), (64, 5120), (4096, 5120), (4096, 16384)):
         report("quantize group128", M, 0, K, measure_quantization(M, K, rate), [])

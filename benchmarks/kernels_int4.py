@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from convert import append
+from device import bandwidth, measured_on, microseconds
 
-from dsv2quant import __version__
 from dsv2quant.kernels.int4_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.reference import dequantize_int4
@@ -57,30 +54,6 @@ def configurations(tokens: int, rows: int, columns: int) -> list[Config]:
                 found.append(Config(high, wide, split, warps, stages))
     most = max(ceil(rows / c.rows) * c.split for c in found)
     return [c for c in found if ceil(rows / c.rows) * c.split >= min(120, most)]
-
-
-def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call: the graph of all of them, replayed."""
-    calls[0]()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[1:])
-
-
-def bandwidth() -> float:
-    """Bytes per second of a sum over 4 GB."""
-    x = torch.ones(1 << 30, device="cuda")
-    return x.nbytes / (microseconds([lambda: x.sum()] * 3) * 1e-6)
 
 
 def copies(nbytes: float) -> int:
@@ -152,10 +125,8 @@ def row(
         "chosen_us": f"{ours:.1f}", "best_us": f"{times[best]:.1f}", "floor_us": f"{floor:.1f}",
         "chosen_speedup": f"{cublas / ours:.2f}", "best_speedup": f"{cublas / times[best]:.2f}",
         "chosen": label(chosen), "best": label(best),
-        "GPU": torch.cuda.get_device_name(), "driver": driver(),
-        "versions": f"dsv2quant {__version__}, torch {torch.__version__}, triton {triton.__version__}",
     }  # fmt: skip
-    print(*list(result.values())[:12], file=sys.stderr, flush=True)
+    print(*result.values(), file=sys.stderr, flush=True)
     return result
 
 
@@ -166,11 +137,6 @@ def multiply(x: torch.Tensor, weight: Int4Weight, config: Config | None) -> torc
 
 def label(config: Config | None) -> str:
     return "/".join(map(str, config)) if config else "dequantize"
-
-
-def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
@@ -190,12 +156,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     options = parser.parse_args()
-    rates = bandwidth()
-    print(f"{torch.cuda.get_device_name()}: {rates / 1e12:.2f} TB/s", file=sys.stderr)
+    rates, where = bandwidth(), measured_on()
+    print(f"{where['GPU']}: {rates / 1e12:.2f} TB/s", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     for name in options.shapes:
         measured = measure(name, rates)
-        append(options.results, measured)
+        append(options.results, [row | where for row in measured])
         rows += measured
     summary(rows)
 

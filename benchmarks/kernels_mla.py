@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from convert import append
+from device import bandwidth, measured_on, microseconds
 
-from dsv2quant import __version__
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.mla_decode import MAX_SPLITS, Blocks, blocks_of, mla_decode
 
@@ -35,24 +32,6 @@ SWEPT = {  # heads, tokens, warps, stages
     (128, "bf16"): [(64, 64, 8, 2), (64, 32, 8, 3), (16, 64, 4, 3)],
     (128, "e4m3"): [(64, 64, 8, 2), (64, 32, 8, 3), (16, 64, 8, 3)],
 }
-
-
-def seconds(calls: list[Callable[[], Any]]) -> float:
-    """Of one call: median of 7 replays of a graph of all."""
-    calls[0]()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:]) / len(calls)
 
 
 def arguments(heads: int, batch: int, tokens: int, stored: str) -> list[tuple]:
@@ -88,14 +67,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_properties(0)
-    driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True)
-    bandwidth, rate = measured()
-    print(f"{device.name}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s", file=sys.stderr)
+    reads, rate, where = bandwidth(), products(), measured_on()
+    print(f"{where['GPU']}: {reads / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s", file=sys.stderr)
     rows = []
     for (heads, batch, tokens), stored in itertools.product(SHAPES, STORED):
         calls = arguments(heads, batch, tokens, stored)
         moved = batch * (tokens * WIDTH * STORED[stored].itemsize + heads * (WIDTH * 2 + RANK * 4))
-        floor = max(moved / bandwidth, 2 * batch * heads * tokens * (WIDTH + RANK) / rate)
+        floor = max(moved / reads, 2 * batch * heads * tokens * (WIDTH + RANK) / rate)
         q, cache, lengths, *rest = calls[0]
         expected = reference.mla_decode(q[:4].double(), cache[:4], lengths[:4], *rest)
         results = []
@@ -103,9 +81,7 @@ def main() -> None:
             try:
                 got = mla_decode(*calls[0], blocks=blocks)[:4]
                 off = float((got.double() - expected).norm() / expected.norm())
-                taken = seconds(
-                    [lambda given=given, blocks=blocks: mla_decode(*given, blocks=blocks) for given in calls]
-                )
+                taken = 1e-6 * microseconds([partial(mla_decode, *given, blocks=blocks) for given in calls])
             except triton.runtime.errors.OutOfResources as refused:
                 print(f"{blocks}: {refused}", file=sys.stderr)
                 continue
@@ -120,19 +96,15 @@ def main() -> None:
             "heads": heads, "batch": batch, "tokens": tokens, "cache": stored, "error": f"{off:.1e}",
             "us": f"{taken * 1e6:.1f}", "floor us": f"{floor * 1e6:.1f}", "ratio": f"{floor / taken:.2f}",
             "TB/s": f"{moved / taken / 1e12:.2f}", "blocks": " ".join(map(str, blocks)),
-            "measured": f"{bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s", "GPU": device.name,
-            "driver": driver.split()[0],
-            "versions": f"dsv2quant {__version__}, torch {torch.__version__}, triton {triton.__version__}",
+            "measured": f"{reads / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s", **where,
         })  # fmt: skip
     append(options.results, rows)
 
 
-def measured() -> tuple[float, float]:
-    """Bytes per second of reading, operations per second of BF16 products."""
-    much = torch.randn(1 << 30, device="cuda")
-    bandwidth = much.nbytes / seconds([lambda: much.sum()] * 2)
+def products() -> float:
+    """Operations per second of BF16 products."""
     square = torch.randn(8192, 8192, device="cuda").bfloat16()
-    return bandwidth, 2 * 8192**3 / seconds([lambda: square @ square] * 4)
+    return 2 * 8192**3 / (microseconds([lambda: square @ square] * 4) * 1e-6)
 
 
 if __name__ == "__main__":
