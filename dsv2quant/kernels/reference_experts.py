@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.formats.fp8 import expand_blocks
+from dsv2quant.kernels.reference import dequantize_activation, quantize_activation
 from dsv2quant.kernels.routing import Routes, tiles_needed
+
+if TYPE_CHECKING:
+    from dsv2quant.kernels.fp8_experts import Fp8Experts
 
 
 def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
@@ -25,3 +33,54 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
 def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Weighted outputs of pairs, float32 [tokens, k, hidden] → their sums over k, rounded once, [tokens, hidden]."""
     return pairs.sum(1).to(dtype)
+
+
+def gate_up(
+    x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:  # fmt: skip
+    """silu(gate(x)) · up(x) of pairs' tokens and experts: rounded once, to `dtype`, [tokens · k, I].
+
+    Unlike modules one after the other, which round gate(x) and up(x) as well.
+    """
+    tokens = dequantize_activation(x, x_scales).double()
+    h = torch.empty(len(routes.pairs), stack.gate_up.shape[2], dtype=dtype, device=x.device)
+    for expert, pairs in _tiles(routes):
+        gate, up = (
+            tokens[pairs // k] @ _dequantized(codes, scales).T
+            for codes, scales in zip(stack.gate_up[expert], stack.gate_up_scales[expert], strict=True)
+        )
+        h[pairs] = (F.silu(gate) * up).to(dtype)
+    return h
+
+
+def gate_up_quantized(
+    x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), "group128")
+
+
+def down(
+    h: torch.Tensor, h_scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts
+) -> torch.Tensor:
+    """Routed weight × down(h) of pairs, float32 [tokens, k, H]."""
+    values = dequantize_activation(h, h_scales).double()
+    out = torch.empty(len(h), stack.down.shape[1], dtype=torch.float32, device=h.device)
+    for expert, pairs in _tiles(routes):
+        product = values[pairs] @ _dequantized(stack.down[expert], stack.down_scales[expert]).T
+        out[pairs] = (product * weights.flatten()[pairs, None]).float()
+    return out.view(*weights.shape, -1)
+
+
+def _tiles(routes: Routes) -> list[tuple[int, torch.Tensor]]:
+    """(expert, its pairs) of each tile there is."""
+    table = torch.stack([routes.experts, routes.begins, routes.ends], 1).tolist()
+    return [(expert, routes.pairs[begin:end].long()) for expert, begin, end in table if expert >= 0]
+
+
+def _dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float64 [rows, columns] of one matrix and its scales of blocks, rows or the whole."""
+    if scales.shape[-1] > 1 or scales.shape[0] not in (1, codes.shape[0]):
+        scales = expand_blocks(scales, *codes.shape)
+    return codes.double() * scales.double()
