@@ -33,12 +33,12 @@ class Given(NamedTuple):
 
 def _matrices(scheme: str, device: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [..., rows, columns] and scales of such a size that products of inputs of size 1 have about that."""
-    generator = torch.Generator().manual_seed(len(shape))
-    codes = (torch.randn(shape, generator=generator) * 60).clamp(-448, 448).to(device).to(E4M3)
+    generator = torch.Generator(device).manual_seed(len(shape))
+    codes = (torch.randn(shape, generator=generator, device=device) * 60).clamp_(-448, 448).to(E4M3)
     *leading, rows, columns = shape
     scaled = {"block": (-(-rows // 128), -(-columns // 128)), "channel": (rows, 1), "tensor": (1, 1)}[scheme]
-    scales = (torch.rand((*leading, *scaled), generator=generator) + 0.5) / (60 * columns**0.5)
-    return codes, scales.to(device)
+    scales = torch.rand((*leading, *scaled), generator=generator, device=device)
+    return codes, (scales + 0.5) / (60 * columns**0.5)
 
 
 def given(layer: Layer, scheme: str, device: str, dtype: torch.dtype) -> Given:

@@ -7,7 +7,15 @@ import torch
 from dsv2quant.kernels.routing import Routes
 
 # (tokens, k, experts, block): one token, more pairs than one slice and one chunk hold, few experts, one expert
-SORTED = ((1, 6, 64, 16), (1, 1, 2, 16), (5, 4, 16, 4), (40, 6, 160, 16), (200, 6, 64, 32), (70, 2, 3, 16), (33, 1, 1, 8))
+SORTED = (
+    (1, 6, 64, 16),
+    (1, 1, 2, 16),
+    (5, 4, 16, 4),
+    (40, 6, 160, 16),
+    (200, 6, 64, 32),
+    (70, 2, 3, 16),
+    (33, 1, 1, 8),
+)
 # (tokens, experts, n_group, topk_group, k, norm, scale)
 ROUTED = (
     (1, 64, 1, 1, 6, False, 1.0),

@@ -33,7 +33,9 @@ def routed() -> dict[str, list[float]]:
         x = logits(tokens, experts)
         weights, chosen, routes = routing.route_and_sort(x, *rule)
         want_weights, want = expected(x, *rule)
-        off = int((chosen != want).sum()) + (not same(routes, reference_experts.sort_pairs(want, experts, routes.block)))
+        off = int((chosen != want).sum()) + (
+            not same(routes, reference_experts.sort_pairs(want, experts, routes.block))
+        )
         error = (weights - want_weights).abs() / want_weights.clamp(min=1e-30)
         found[str((tokens, experts, *rule))] = [off, float(error.max())]
     return found

@@ -89,9 +89,9 @@ def _places(pairs, begins, ends, tile, TOKENS: tl.constexpr):
     return tl.load(pairs + place, mask=live, other=0), live
 
 
-@triton.jit(do_not_specialize=["k", "xs_m", "xs_k", "hs_k"])
+@triton.jit(do_not_specialize=["k", "bands", "blocks", "xs_m", "xs_k", "hs_k"])
 def _gate_up_kernel(
-    x, x_scale, w, w_scale, h, h_scale, pairs, experts, begins, ends, k, I, H, bands, blocks, xs_m, xs_k, hs_k,
+    x, x_scale, w, w_scale, h, h_scale, pairs, experts, begins, ends, k, INNER, HIDDEN, bands, blocks, xs_m, xs_k, hs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
     QUANTIZED: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -104,11 +104,11 @@ def _gate_up_kernel(
     token = pair // k
     first = tl.program_id(0) * HALF
     half = tl.arange(0, ROWS) // HALF
-    row = tl.minimum(first + tl.arange(0, ROWS) % HALF, I - 1)
+    row = tl.minimum(first + tl.arange(0, ROWS) % HALF, INNER - 1)
     total = _product(
-        x + token.to(tl.int64) * H, x_scale + token * xs_m, live, xs_k,
-        w + expert * (2 * I * H) + (half * I + row) * H,
-        w_scale + (expert * 2 * bands + first // DEPTH) * blocks, bands * blocks, H,
+        x + token.to(tl.int64) * HIDDEN, x_scale + token * xs_m, live, xs_k,
+        w + expert * (2 * INNER * HIDDEN) + (half * INNER + row) * HIDDEN,
+        w_scale + (expert * 2 * bands + first // DEPTH) * blocks, bands * blocks, HIDDEN,
         GROUPED, WHOLE, True, ROWS, TOKENS, FEW,
     )  # fmt: skip
     if not GROUPED:
@@ -117,8 +117,8 @@ def _gate_up_kernel(
     gate, up = tl.split(tl.permute(tl.reshape(total, [TOKENS, 2, HALF]), (0, 2, 1)))
     values = (gate / (1 + tl.exp(-gate)) * up).to(DTYPE)
     column = first + tl.arange(0, HALF)
-    inside = live[:, None] & (column < I)[None, :]
-    out = h + pair[:, None].to(tl.int64) * I + column[None, :]
+    inside = live[:, None] & (column < INNER)[None, :]
+    out = h + pair[:, None].to(tl.int64) * INNER + column[None, :]
     if QUANTIZED:
         values = tl.where(inside, values.to(tl.float32), 0.0)
         scale = scales_of(values)
@@ -128,9 +128,9 @@ def _gate_up_kernel(
         tl.store(out, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["xs_m", "xs_k"])
+@triton.jit(do_not_specialize=["bands", "blocks", "xs_m", "xs_k"])
 def _down_kernel(
-    x, x_scale, w, w_scale, routed, out, pairs, experts, begins, ends, I, H, bands, blocks, xs_m, xs_k,
+    x, x_scale, w, w_scale, routed, out, pairs, experts, begins, ends, INNER, HIDDEN, bands, blocks, xs_m, xs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Products of pairs by their routed weights."""
@@ -140,10 +140,10 @@ def _down_kernel(
     pair, live = _places(pairs, begins, ends, tl.program_id(1), TOKENS)
     first = tl.program_id(0) * ROWS
     column = first + tl.arange(0, ROWS)
-    row = tl.minimum(column, H - 1)
+    row = tl.minimum(column, HIDDEN - 1)
     total = _product(
-        x + pair.to(tl.int64) * I, x_scale + pair * xs_m, live, xs_k,
-        w + expert * (H * I) + row * I, w_scale + (expert * bands + first // DEPTH) * blocks, 0, I,
+        x + pair.to(tl.int64) * INNER, x_scale + pair * xs_m, live, xs_k,
+        w + expert * (HIDDEN * INNER) + row * INNER, w_scale + (expert * bands + first // DEPTH) * blocks, 0, INNER,
         GROUPED, WHOLE, False, ROWS, TOKENS, FEW,
     )  # fmt: skip
     weight = tl.load(routed + pair, mask=live, other=0.0)
@@ -152,8 +152,8 @@ def _down_kernel(
     else:
         of_rows = tl.load(w_scale + expert * bands + tl.minimum(row, bands - 1))
         total *= (tl.load(x_scale + pair * xs_m) * weight)[:, None] * of_rows[None, :]
-    target = out + pair[:, None].to(tl.int64) * H + column[None, :]
-    tl.store(target, total, mask=live[:, None] & (column < H)[None, :])
+    target = out + pair[:, None].to(tl.int64) * HIDDEN + column[None, :]
+    tl.store(target, total, mask=live[:, None] & (column < HIDDEN)[None, :])
 
 
 def choose_gate_up(block: int) -> Share:
@@ -197,17 +197,17 @@ def _gate_up(
     x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts,
     h: torch.Tensor, h_scales: torch.Tensor | None, dtype: torch.dtype, share: Share,
 ) -> None:  # fmt: skip
-    E, _, I, H = stack.gate_up.shape  # noqa: E741
+    inner, hidden = stack.gate_up.shape[2:]
     grouped = _check(x, x_scales, stack.gate_up, stack.gate_up_scales, len(routes.pairs) // k)
     if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter has no bfloat16")
     if h_scales is not None and share.rows != 2 * BLOCK:
         raise ValueError(f"{share.rows} rows in a program: need {2 * BLOCK}, of a whole group")
     if len(h):
-        _gate_up_kernel[(triton.cdiv(I, share.rows // 2), len(routes.experts))](
-            x, x_scales, stack.gate_up, stack.gate_up_scales, h, h_scales, *routes[:4], k, I, H,
+        _gate_up_kernel[(triton.cdiv(inner, share.rows // 2), len(routes.experts))](
+            x, x_scales, stack.gate_up, stack.gate_up_scales, h, h_scales, *routes[:4], k, inner, hidden,
             *stack.gate_up_scales.shape[2:], *_strides(x_scales), 0 if h_scales is None else h_scales.stride(1),
-            GROUPED=grouped, WHOLE=H % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
+            GROUPED=grouped, WHOLE=hidden % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
             QUANTIZED=h_scales is not None, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
             ROUND=triton.knobs.runtime.interpret,
             num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
@@ -223,17 +223,17 @@ def down(
     h is e4m3 [tokens · k, I] with scales as those of gate_up's x. Raises ValueError where shapes, dtypes or layouts are
     others.
     """
-    E, H, I = stack.down.shape  # noqa: E741
+    hidden, inner = stack.down.shape[1:]
     grouped = _check(h, h_scales, stack.down, stack.down_scales, len(routes.pairs))
     if weights.dtype != torch.float32 or weights.numel() != len(h) or not weights.is_contiguous():
         raise ValueError(f"weights are {weights.dtype}, {tuple(weights.shape)}: need contiguous float32 [tokens, k]")
     share = share or choose_down(routes.block)
-    out = torch.empty(*weights.shape, H, dtype=torch.float32, device=h.device)
+    out = torch.empty(*weights.shape, hidden, dtype=torch.float32, device=h.device)
     if len(h):
-        _down_kernel[(triton.cdiv(H, share.rows), len(routes.experts))](
-            h, h_scales, stack.down, stack.down_scales, weights, out, *routes[:4], I, H,
+        _down_kernel[(triton.cdiv(hidden, share.rows), len(routes.experts))](
+            h, h_scales, stack.down, stack.down_scales, weights, out, *routes[:4], inner, hidden,
             *stack.down_scales.shape[1:], *_strides(h_scales),
-            GROUPED=grouped, WHOLE=I % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
+            GROUPED=grouped, WHOLE=inner % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
             num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -271,8 +271,8 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
         raise ValueError(f"activations are {tuple(x.shape)}; need {(count, K)}")
     for name, codes in (("activations", x), ("weights", w)):
         if codes.dtype != torch.float8_e4m3fn or not codes.is_contiguous() or K % 16 or N % 16:
-            raise ValueError(f"{name} are {codes.dtype}, {tuple(codes.shape)}, strides {codes.stride()}: need contiguous "
-                             "float8_e4m3fn of widths that are multiples of 16")  # fmt: skip
+            raise ValueError(f"{name} are {codes.dtype}, {tuple(codes.shape)}, strides {codes.stride()}: "
+                             "need contiguous float8_e4m3fn of widths that are multiples of 16")  # fmt: skip
     if x_scales.dtype != torch.float32 or w_scales.dtype != torch.float32 or not w_scales.is_contiguous():
         raise ValueError(f"scales are {x_scales.dtype} and {w_scales.dtype}; need float32, of weights contiguous")
     blocks = triton.cdiv(K, BLOCK)
@@ -280,5 +280,7 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
     if given == ((count, blocks), (*leading, triton.cdiv(N, BLOCK), blocks)):
         return True
     if given[0] not in ((count, 1), (1,), ()) or given[1] not in ((*leading, N, 1), (*leading, 1, 1)):
-        raise ValueError(f"scales of shapes {given[0]} and {given[1]} fit no scheme of {tuple(x.shape)} and {tuple(w.shape)}")
+        raise ValueError(
+            f"scales of shapes {given[0]} and {given[1]} fit no scheme of {tuple(x.shape)} and {tuple(w.shape)}"
+        )
     return False

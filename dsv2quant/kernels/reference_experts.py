@@ -27,7 +27,8 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     ]
     tiles += [(-1, 0, 0)] * (tiles_needed(len(flat), experts, block) - len(tiles))
     table = torch.tensor(tiles, dtype=torch.int32, device=chosen.device).view(-1, 3)
-    return Routes(pairs.to(torch.int32), *(column.contiguous() for column in table.unbind(1)), block)
+    tile_experts, begins, ends = (column.contiguous() for column in table.unbind(1))
+    return Routes(pairs.to(torch.int32), tile_experts, begins, ends, block)
 
 
 def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-SLICE = 64  # pairs whose places one program finds
-CHUNK = 1024  # pairs that it compares them to at once
+SLICE = 32  # pairs whose places one program finds
+CHUNK = 512  # pairs that it compares them to at once
 COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
 COLUMNS = 512  # of one program that adds pairs
 
@@ -119,7 +119,7 @@ def _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK: tl.
         tl.store(ends + tile, 0, mask=idle)
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])
+@triton.jit(do_not_specialize=["count", "EXPERTS", "tiles"])
 def _sort_kernel(
     chosen, pairs, tile_experts, begins, ends, count, EXPERTS, tiles,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
@@ -195,7 +195,8 @@ def _empty(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     pairs = torch.empty(count, dtype=torch.int32, device=chosen.device)
     tiles = tiles_needed(count, experts, block)
     table = torch.empty(3, triton.cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
-    return Routes(pairs, *table[:, :tiles], block)
+    tile_experts, begins, ends = table[:, :tiles]
+    return Routes(pairs, tile_experts, begins, ends, block)
 
 
 def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
@@ -204,7 +205,9 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     Raises ValueError where it is no such tensor.
     """
     if chosen.dtype not in (torch.int32, torch.int64) or chosen.ndim != 2 or not chosen.is_contiguous():
-        raise ValueError(f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous int32 or int64 [tokens, k]")
+        raise ValueError(
+            f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]"
+        )
     routes = _empty(chosen, experts, block)
     count = chosen.numel()
     slices = triton.cdiv(count, SLICE)
@@ -215,7 +218,7 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
         _sort_kernel[(1 + slices,)](
             chosen, *routes[:4], count, experts, len(routes.experts),
             BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
-            CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4, enable_fp_fusion=False,
+            CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return routes
 
