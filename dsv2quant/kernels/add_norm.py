@@ -99,7 +99,9 @@ def add_norm(
         if not pairs.is_contiguous():
             raise ValueError("pairs must be contiguous")
     normed = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
-    residual = None if addend is None and pairs is None else torch.empty_like(normed)
+    residual = None
+    if addend is not None or pairs is not None:
+        residual = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     codes, scales = (None, None) if quantize is None else outputs(tokens, columns, quantize, scale, x.device)
     if tokens:
         groups = triton.next_power_of_2(triton.cdiv(columns, BLOCK))
