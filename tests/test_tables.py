@@ -14,7 +14,9 @@ from dsv2quant.kernels.int4_gemm import Config
 CONTENT = {
     "gpu": "Some GPU",
     "triton": "3.6",
-    "fp8_gemm": {"256x512": {"1": ["decode", 64, 16, 2, 4], "16": ["decode", 128, 16, 1, 4], "1024": ["prefill", 64, 128, 3]}},
+    "fp8_gemm": {
+        "256x512": {"1": ["decode", 64, 16, 2, 4], "16": ["decode", 128, 16, 1, 4], "1024": ["prefill", 64, 128, 3]},
+    },
     "int4_gemm": {"256x512": {"16": ["gemm", 64, 16, 8, 4, 4], "256": ["dequantize"]}},
 }  # fmt: skip
 
