@@ -159,7 +159,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
             timed[tokens, share] = us, us
     said = []
     assert tune.run(["fp8"], tmp_path, said.append) == path
-    assert said[0] == "compiled 7 candidates"
+    assert said[0] == "compiled 7 candidates in 0 s"
     assert said[1].startswith("fp8_gemm 512×256: M=1 10.0 → 9.0 µs decode 64 16 2 4; ")
     table = tables.read(path)
     monkeypatch.setattr(tables, "_of_this_device", lambda: table)

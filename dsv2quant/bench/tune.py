@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -79,16 +80,17 @@ def run(names: Sequence[str], folder: Path, say: Callable[[str], object]) -> Pat
     check_device()
     torch.manual_seed(0)
     operations = [OPERATIONS[name] for name in names]
-    say(f"compiled {precompile(operations)} candidates")
+    started = time.perf_counter()
+    say(f"compiled {precompile(operations)} candidates in {time.perf_counter() - started:.0f} s")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / tables.path_of(torch.cuda.get_device_name(), triton.__version__).name
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     table |= {"gpu": torch.cuda.get_device_name(), "triton": tables.minor(triton.__version__)}
     for operation in operations:
-        table[operation.name] = {
-            f"{rows}x{columns}": tuned(operation, rows, columns, say)
-            for rows, columns in sorted(operation.weights(), reverse=True)
-        }
-    path.write_text(as_text(table), encoding="utf-8")
+        table[operation.name] = found = {}
+        for rows, columns in sorted(operation.weights(), reverse=True):
+            found[f"{rows}x{columns}"] = tuned(operation, rows, columns, say)
+            path.write_text(as_text(table), encoding="utf-8")
     tables.read(path)
     return path
 
