@@ -1,0 +1,254 @@
+"""The layout GGUF weights have while they run: blocks are repacked into it once, on the device, when a model is loaded.
+
+    weight[n, k] = step × multiple × (code − zero) + offset
+
+in float32, exactly as ggml's dequantize_row has it. Codes are of 4, 6 or 8 bits, in the places where `wgmma` wants them
+(see int4_layout.py): a block of 64 rows by 32 columns is 2, 3 or 4 planes of 128 words, one word of each a thread's.
+Thread (warp, r, q) has of step s, 16 columns,
+
+    row = 16 · warp + 8 · h + r      column = 16 · s + 8 · c + 2 · q + p
+
+as nibbles 4p + 2c + h of plane s; what 6 bits have more, as pairs of bits 8p + 4s + 2c + h of plane 2; bytes 2p + h of
+plane 2s + c where codes have 8. Rows are padded to 64 and columns to 128.
+
+Bytes per weight here and in the file, of types that do not fit as they are: Q6_K 0.828 for 0.820, Q4_K 0.578 for 0.563,
+Q5_K and Q5_0 0.828 and 0.813 for 0.688, Q5_1 0.875 for 0.75, Q3_K 0.578 for 0.430, Q2_K 0.641 for 0.328, IQ4_NL 1.063
+for 0.563, IQ4_XS 1.047 for 0.531. Q8_0, Q4_0 and Q4_1 are of the same size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+ROWS, DEPTH = 64, 128  # padding of rows and of columns
+BIAS = 128  # of stored multiples
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
+_AXES = "bwhruscqp"  # of codes: block of rows, warp, h, r, span of 32 columns, s, c, q, p
+
+
+class Plane(NamedTuple):
+    """Bytes begin … end of a block, `width` to a row: first all low digits, of `bits`, of a row, then the next."""
+
+    begin: int
+    end: int
+    width: int
+    bits: int
+    order: tuple[int, ...] | None = None  # which of the sequences of `width` digits are meant; None: all
+
+
+class Spec(NamedTuple):
+    """A block type (structs of ggml/src/ggml-common.h). Digits of several planes make a number, the lowest first."""
+
+    values: int  # of a block
+    bytes: int
+    codes: tuple[Plane, ...]
+    bits: int  # of a code as it runs
+    zero: int
+    halves: tuple[int, ...]  # where the float16 step lies and, if any, that of offsets
+    group: int = 32  # columns that share a multiple
+    multiples: tuple[Plane, ...] = ()  # of steps, then those of offsets
+    low: int = 0  # what a multiple stored as 0 means
+
+    @property
+    def affine(self) -> bool:
+        return len(self.halves) == 2
+
+
+# Twelve bytes hold 8 multiples of steps and 8 of offsets, of 6 bits each (get_scale_min_k4).
+_SIXES = (Plane(4, 16, 4, 2, (0, 8, 4, 10)), Plane(4, 16, 4, 2, (1, 9, 5, 11)), Plane(4, 16, 4, 2, (2, 3, 6, 7)))
+SPECS = {
+    "Q4_0": Spec(32, 18, (Plane(2, 18, 16, 4),), 4, 8, (0,)),
+    "Q4_1": Spec(32, 20, (Plane(4, 20, 16, 4),), 4, 0, (0, 2)),
+    "Q5_0": Spec(32, 22, (Plane(6, 22, 16, 4), Plane(2, 6, 1, 1)), 6, 16, (0,)),
+    "Q5_1": Spec(32, 24, (Plane(8, 24, 16, 4), Plane(4, 8, 1, 1)), 6, 0, (0, 2)),
+    "Q8_0": Spec(32, 34, (Plane(2, 34, 32, 8),), 8, 0, (0,)),
+    "Q2_K": Spec(256, 84, (Plane(16, 80, 32, 2),), 4, 0, (80, 82), 16, (Plane(0, 16, 16, 4),)),
+    "Q3_K": Spec(
+        256, 110, (Plane(32, 96, 32, 2), Plane(0, 32, 32, 1)), 4, 4, (108,), 16,
+        (Plane(96, 104, 8, 4), Plane(104, 108, 4, 2)), -32,
+    ),
+    "Q4_K": Spec(256, 144, (Plane(16, 144, 32, 4),), 4, 0, (0, 2), 32, _SIXES),
+    "Q5_K": Spec(256, 176, (Plane(48, 176, 32, 4), Plane(16, 48, 32, 1)), 6, 0, (0, 2), 32, _SIXES),
+    "Q6_K": Spec(
+        256, 210, (Plane(0, 128, 64, 4), Plane(128, 192, 32, 2)), 6, 32, (208,), 16, (Plane(192, 208, 16, 8),)
+    ),
+    "IQ4_NL": Spec(32, 18, (Plane(2, 18, 16, 4),), 8, 0, (0,)),
+    "IQ4_XS": Spec(
+        256, 136, (Plane(8, 136, 16, 4),), 8, 0, (0,), 32, (Plane(4, 8, 1, 4), Plane(2, 4, 1, 2)), -32
+    ),
+}  # fmt: skip
+
+
+class GgufWeight(NamedTuple):
+    """A matrix [rows, columns] of a block type, or a stack of them: then all tensors have another dimension before."""
+
+    type: str
+    words: torch.Tensor  # int32 [⌈rows / 64⌉, padded columns / 32, planes, 128]
+    # int32 [n, rows], two float16 each, the first in the low bits. Types with an offset: that of the step and that of
+    # the offset, of a block; Q6_K and the like: that of the step and 0; others: those of two blocks.
+    steps: torch.Tensor
+    multiples: torch.Tensor | None  # int32 [padded columns / group / 4, rows]: of steps, 128 more, a byte each
+    lows: torch.Tensor | None  # the same of offsets
+    arrivals: torch.Tensor  # int32 [4 · ⌈rows / 64⌉], zero between calls: see gguf_gemm.py
+    rows: int
+    columns: int
+
+
+def supported(name: str) -> bool:
+    """Whether weights of this block type have the layout; others are for the caller to dequantize."""
+    return name in SPECS
+
+
+def from_blocks(name: str, data: torch.Tensor, columns: int) -> GgufWeight:
+    """`data` uint8 [rows, bytes of a row] or [matrices, rows, bytes of a row], as a file has it.
+
+    Takes up to 6 bytes per weight of memory for a while. Raises ValueError where the type is not `supported` or the
+    bytes are not those of so many columns.
+    """
+    if name not in SPECS:
+        raise ValueError(f"{name} is none of {', '.join(SPECS)}")
+    spec, (rows, row_bytes), stack = SPECS[name], data.shape[-2:], data.shape[:-2]
+    if data.dtype != torch.uint8 or columns % spec.values or row_bytes != columns // spec.values * spec.bytes:
+        raise ValueError(f"{data.dtype} rows of {row_bytes} are not {columns} columns of {name}")
+    blocks = data.reshape(-1, spec.bytes)
+    codes = _numbers(blocks, spec.codes)
+    if name.startswith("IQ4"):
+        codes = torch.tensor(_IQ4, dtype=torch.int8, device=data.device).view(torch.uint8)[codes.int()]
+    words = _to_words(codes.view(*stack, rows, columns), spec.bits)
+    halves = torch.stack([blocks[:, at : at + 2].contiguous().view(torch.int16)[:, 0] for at in spec.halves], -1)
+    if not spec.affine and spec.multiples:
+        halves = F.pad(halves, (0, 1))
+    per_block = halves.shape[-1]
+    halves = halves.view(*stack, rows, -1)
+    halves = F.pad(halves, (0, -halves.shape[-1] % max(DEPTH // spec.values * per_block, 2)))
+    steps = _by_row(halves.view(torch.int32))
+    multiples = lows = None
+    if spec.multiples:
+        numbers = _numbers(blocks, spec.multiples) + (spec.low + BIAS)
+        parts = numbers.view(-1, len(spec.halves), spec.values // spec.group).unbind(1)
+        multiples, *more = (_by_row(part.reshape(*stack, rows, -1).view(torch.int32)) for part in parts)
+        lows = more[0] if more else None
+    arrivals = torch.zeros(*stack, 4 * words.shape[-4], dtype=torch.int32, device=data.device)
+    return GgufWeight(name, words, steps, multiples, lows, arrivals, rows, columns)
+
+
+def blocks_of(weight: GgufWeight) -> torch.Tensor:
+    """The inverse of `from_blocks`: uint8 [rows, bytes of a row], with the matrices of a stack before."""
+    spec, stack = SPECS[weight.type], weight.words.shape[:-4]
+    codes, halves, multiples = unpack(weight)
+    if weight.type.startswith("IQ4"):
+        values = torch.tensor(_IQ4, dtype=torch.int16, device=codes.device)
+        codes = torch.searchsorted(values, codes.view(torch.int8).short()).to(torch.uint8)
+    blocks = codes.new_zeros(codes.numel() // spec.values, spec.bytes)
+    _put(codes.reshape(len(blocks), -1), spec.codes, blocks)
+    for at, half in zip(spec.halves, halves, strict=True):
+        blocks[:, at : at + 2] = half.reshape(-1, 1).view(torch.uint8)
+    if multiples:
+        numbers = torch.cat([part.reshape(len(blocks), -1) for part in multiples], 1)
+        _put((numbers - spec.low & 255).to(torch.uint8), spec.multiples, blocks)
+    return blocks.view(*stack, weight.rows, -1)
+
+
+def unpack(weight: GgufWeight) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Codes uint8 [rows, columns] (of 8 bits: the bytes of int8); the float16 of steps and, if any, of offsets
+    [rows, blocks]; where there are any, the multiples of both, int16 [rows, groups]."""
+    spec, columns = SPECS[weight.type], weight.columns
+    codes = _from_words(weight.words, spec.bits)[..., : weight.rows, :columns]
+    halves = _by_row(weight.steps).view(torch.float16)
+    if spec.affine or spec.multiples:
+        halves = halves.unflatten(-1, (-1, 2))[..., : len(spec.halves)]
+    else:
+        halves = halves.unsqueeze(-1)
+    multiples = [
+        _by_row(part).view(torch.uint8).short()[..., : columns // spec.group] - BIAS
+        for part in (weight.multiples, weight.lows)
+        if part is not None
+    ]
+    return codes, [half[..., : columns // spec.values].contiguous() for half in halves.unbind(-1)], multiples
+
+
+def _numbers(blocks: torch.Tensor, planes: tuple[Plane, ...]) -> torch.Tensor:
+    """uint8 [blocks, bytes] → [blocks, numbers]."""
+    total, shift = torch.zeros((), dtype=torch.uint8, device=blocks.device), 0
+    for plane in planes:
+        rows = blocks[:, plane.begin : plane.end].reshape(len(blocks), -1, 1, plane.width)
+        digits = (rows >> _shifts(plane, blocks) & ((1 << plane.bits) - 1)).flatten(1, 2)
+        if plane.order:
+            digits = digits[:, plane.order]
+        total = total | digits.flatten(1) << shift
+        shift += plane.bits
+    return total
+
+
+def _put(numbers: torch.Tensor, planes: tuple[Plane, ...], blocks: torch.Tensor) -> None:
+    """The inverse of `_numbers`, into `blocks`, whose bits are 0 there."""
+    shift = 0
+    for plane in planes:
+        digits = (numbers >> shift & ((1 << plane.bits) - 1)).view(len(blocks), -1, plane.width)
+        per = 8 // plane.bits
+        if plane.order:
+            some = digits
+            digits = some.new_zeros(len(blocks), (plane.end - plane.begin) // plane.width * per, plane.width)
+            digits[:, plane.order] = some
+        rows = (digits.unflatten(1, (-1, per)) << _shifts(plane, blocks)).sum(2, dtype=torch.uint8)
+        blocks[:, plane.begin : plane.end] |= rows.flatten(1)
+        shift += plane.bits
+
+
+def _shifts(plane: Plane, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=like.device).unsqueeze(1)
+
+
+def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., rows, columns] → `words`."""
+    rows, columns = codes.shape[-2:]
+    padded = F.pad(codes, (0, -columns % DEPTH, 0, -rows % ROWS))
+    axes = padded.unflatten(-1, (-1, 2, 2, 4, 2)).unflatten(-6, (-1, 4, 2, 8))
+    if bits == 8:
+        return _pack(_permuted(axes, _AXES, "buscwrqph").flatten(-2), 8).flatten(-3).flatten(-3, -2)
+    words = _pack(_permuted(axes & 15, _AXES, "buswrqpch").flatten(-3), 4).flatten(-3)
+    if bits == 4:
+        return words
+    more = _pack(_permuted(axes >> 4, _AXES, "buwrqpsch").flatten(-4), 2).flatten(-3)
+    return torch.cat([words, more.unsqueeze(-2)], -2)
+
+
+def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_to_words`, with the padding."""
+    lanes = words.unflatten(-1, (4, 8, 4))
+    if bits == 8:
+        axes = _permuted(_unpack(lanes.unflatten(-4, (2, 2)), 8).unflatten(-1, (2, 2)), "buscwrqph", _AXES)
+    else:
+        axes = _permuted(_unpack(lanes[..., :2, :, :, :], 4).unflatten(-1, (2, 2, 2)), "buswrqpch", _AXES)
+        if bits == 6:
+            more = _unpack(lanes[..., 2, :, :, :], 2).unflatten(-1, (2, 2, 2, 2))
+            axes = axes | _permuted(more, "buwrqpsch", _AXES) << 4
+    return axes.flatten(-5).flatten(-5, -2)
+
+
+def _permuted(x: torch.Tensor, given: str, wanted: str) -> torch.Tensor:
+    """The last axes of x in another order."""
+    first = x.ndim - len(given)
+    return x.permute(*range(first), *(first + given.index(axis) for axis in wanted))
+
+
+def _pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [..., 32 / bits], the first in the lowest bits → int32 [...]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
+    some = (fields.unflatten(-1, (4, -1)) << shifts).sum(-1, dtype=torch.uint8)
+    return some.contiguous().view(torch.int32).squeeze(-1)
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_pack`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    some = words.contiguous().unsqueeze(-1).view(torch.uint8).unsqueeze(-1)
+    return (some >> shifts & ((1 << bits) - 1)).flatten(-2)
+
+
+def _by_row(x: torch.Tensor) -> torch.Tensor:
+    """[..., rows, n] → [..., n, rows], and back."""
+    return x.transpose(-1, -2).contiguous()
