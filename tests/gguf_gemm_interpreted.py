@@ -20,11 +20,11 @@ from dsv2quant.kernels.reference_experts import sort_pairs
 from dsv2quant.kernels.reference_gguf import dequantize_gguf, linear_gguf
 from dsv2quant.kernels.reference_gguf import experts_product as experts_twin
 
-SPLIT = Config(64, 16, 2, 3)
+SPLIT = Config(64, 16, 2, 4, 3)
 CASES = {  # type, rows, columns, tokens, config
     "tails of rows": ("Q4_K", 72, 256, 3, SPLIT),
-    "tail of columns, tokens in two programs": ("Q5_1", 64, 160, 17, Config(64, 16, 1, 3)),
-    "split unevenly, two blocks of rows": ("Q8_0", 128, 384, 5, Config(128, 16, 2, 3)),
+    "tail of columns, tokens in two programs": ("Q5_1", 64, 160, 17, Config(64, 16, 1, 4, 3)),
+    "split unevenly, two blocks of rows": ("Q8_0", 128, 384, 5, Config(128, 16, 2, 4, 3)),
     "chosen": ("Q6_K", 64, 256, 1, None),
 }
 
@@ -36,7 +36,7 @@ def main() -> None:
         weight = random_weight(name, (8, 256 if spec.values == 256 else 96))
         x = torch.randn(2, weight.columns)
         found[f"{name} product"] = error(
-            linear(x, weight, config=Config(64, 16, 1, 3)), linear_gguf(x.double(), weight)
+            linear(x, weight, config=Config(64, 16, 1, 4, 3)), linear_gguf(x.double(), weight)
         )
         values = dequantize(weight, torch.float32).view(torch.int32)
         found[f"{name} values"] = float(not torch.equal(values, dequantize_gguf(weight).view(torch.int32)))

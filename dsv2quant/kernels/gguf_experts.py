@@ -77,7 +77,7 @@ def experts_product(
     (rows, columns), pairs = x.shape, len(routes.pairs)
     if columns != stack.columns:
         raise ValueError(f"x has {columns} columns; the stack has {stack.columns}")
-    if stack.words.ndim != 5:
+    if stack.words.ndim != 6:
         raise ValueError("the weight is one matrix: need a stack")
     if rows * choices != pairs:
         raise ValueError(f"{rows} rows of x with {choices} choices each are not {pairs} pairs")
@@ -94,7 +94,7 @@ def experts_product(
             stack.words, stack.steps, stack.multiples, stack.lows, out,
             partial_sums(stack, grid, config), stack.arrivals, stack.rows, columns, stack.words.shape[1], choices,
             *strides(stack), *constants(SPECS[stack.type]), columns % DEPTH == 0, config.rows // ROWS, config.tokens,
-            config.split, config.stages, not INTERPRETED, num_warps=config.rows // 16,
+            config.split, config.stages, not INTERPRETED, num_warps=config.warps,
             enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -102,4 +102,4 @@ def experts_product(
 
 def choose(tiles: int, block: int, rows: int, columns: int) -> Config:
     """The configuration for so many tiles of pairs."""
-    return Config(ROWS, block, split_of(triton.cdiv(rows, ROWS) * tiles, columns), 4 if block <= 16 else 3)
+    return Config(ROWS, block, split_of(triton.cdiv(rows, ROWS) * tiles, columns), 4, 4 if block <= 16 else 3)

@@ -24,9 +24,10 @@ MANY = 128  # tokens, from which on the weight is dequantized
 
 
 class Config(NamedTuple):
-    rows: int  # of the weight, per program: 16 a warp
+    rows: int  # of the weight, per program
     tokens: int
     split: int  # programs along K
+    warps: int
     stages: int
 
 
@@ -34,8 +35,8 @@ class Config(NamedTuple):
 def _assembly(bits: int, zero: int) -> str:
     """The words of 32 columns → 16 registers of two BF16, (step, c, h) by p: codes less `zero`.
 
-    0x4300 is 128 in BF16, whose last mantissa bit is then 1, so that codes of up to 7 bits are put there; a byte's sign
-    is 128 to subtract, in the bit that makes 0x4300 256.
+    0x4300 is 128 in BF16, whose last mantissa bit is then 1, so that codes of up to 7 bits are put there (and nothing is
+    left to do if `zero` is −128); a byte's sign is 128 to subtract, in the bit that makes 0x4300 256.
     """
     planes = {4: 2, 6: 3, 8: 4}[bits]
     words = [f"${16 + i}" for i in range(planes)]
@@ -58,7 +59,8 @@ def _assembly(bits: int, zero: int) -> str:
                         f"{'shr.u32' if shift > 0 else 'shl.b32'} s, {words[2]}, {abs(shift)};",
                         "lop3.b32 a, s, 0x00300030, a, 0xea;",
                     ]
-                lines += [f"mov.b32 b, {(0x4300 + zero) * 0x10001:#x};", "sub.bf16x2 a, a, b;"]
+                if zero > -128:
+                    lines += [f"mov.b32 b, {(0x4300 + zero) * 0x10001:#x};", "sub.bf16x2 a, a, b;"]
             lines.append(f"mov.b32 {{${out}, ${out + 1}}}, a;")
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -125,12 +127,22 @@ def _multiple(word, BYTE: tl.constexpr):
 
 
 @triton.jit
-def load_words(words, first, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """The words of 32 columns, [TILES, 128] a plane. first [TILES, 1]: where those of 128 columns begin."""
-    loaded = ()
+def load_words(words, first, PLANES: tl.constexpr, TILES: tl.constexpr):
+    """The words of 128 columns, which begin at first [TILES, 1]: four tuples, of 32 columns, of a [TILES, 128] a plane."""
+    w0 = ()
+    w1 = ()
+    w2 = ()
+    w3 = ()
     for plane in tl.static_range(PLANES):
-        loaded = loaded + (tl.load(words + first + ((UNIT * PLANES + plane) * 128 + tl.arange(0, 128))[None, :]),)
-    return loaded
+        loaded = tl.load(words + first + (plane * 512 + tl.arange(0, 512))[None, :])
+        even, odd = tl.split(loaded.reshape(TILES, 128, 2, 2))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        w0 = w0 + (a,)
+        w1 = w1 + (b,)
+        w2 = w2 + (c,)
+        w3 = w3 + (d,)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -175,14 +187,16 @@ def product(
     of x that are `inside`, over the columns 128 · begin … 128 · end. EVEN: K is a multiple of 128."""
     PLANES: tl.constexpr = 4 if BITS == 8 else BITS // 2
     HEIGHT: tl.constexpr = 64 * TILES
+    BASE: tl.constexpr = -128 if AFFINE else ZERO  # of codes: to take it away from the offset is less work
     spans = (K + 127) // 128
     first = tl.minimum(tiles, blocks - 1).to(tl.int64) * spans * (PLANES * 512)
     values = x + place[None, :].to(tl.int64) * K + tl.arange(0, GROUP)[:, None]
     total = tl.zeros((HEIGHT, TOKENS), tl.float32)
     ones = tl.full((HEIGHT, GROUP), 1.0, x.dtype.element_ty)
     for i in tl.range(begin, end, num_stages=STAGES):
+        loaded = load_words(words, first + i * (PLANES * 512), PLANES, TILES)
         for unit in tl.static_range(4):
-            codes = codes_of(load_words(words, first + i * (PLANES * 512), unit, PLANES), BITS, ZERO, ASM)
+            codes = codes_of(loaded[unit], BITS, BASE, ASM)
             step, low = load_steps(steps, i, n, N, multiples is not None, AFFINE, unit)
             for part in tl.static_range(32 // GROUP):
                 at = i * 128 + unit * 32 + part * GROUP
@@ -194,7 +208,7 @@ def product(
                 weight = operand(codes, GROUP, part, TILES, x.dtype.element_ty)
                 total += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
                 if AFFINE:
-                    total += tl.dot(ones, tokens, input_precision="ieee") * offset[:, None]
+                    total += tl.dot(ones, tokens, input_precision="ieee") * (offset + BASE * scale)[:, None]
     return total
 
 
@@ -268,8 +282,9 @@ def _dequantize_kernel(
     first = tl.full((1, 1), block, tl.int64) * tl.num_programs(0) * (PLANES * 512)
     n = block * 64 + tl.arange(0, 64)
     to = out + (matrix * N + n[:, None]) * K + tl.arange(0, GROUP)[None, :]
+    loaded = load_words(words, first + i * (PLANES * 512), PLANES, 1)
     for unit in tl.static_range(4):
-        codes = codes_of(load_words(words, first + i * (PLANES * 512), unit, PLANES), BITS, ZERO, ASM)
+        codes = codes_of(loaded[unit], BITS, ZERO, ASM)
         step, low = load_steps(steps, i, n, N, multiples is not None, AFFINE, unit)
         for part in tl.static_range(32 // GROUP):
             at = i * 128 + unit * 32 + part * GROUP
@@ -294,7 +309,7 @@ def linear(
     tokens, columns = x.shape
     if columns != weight.columns:
         raise ValueError(f"x has {columns} columns; the weight has {weight.columns}")
-    if weight.words.ndim != 4:
+    if weight.words.ndim != 5:
         raise ValueError("the weight is a stack: need one matrix")
     check_dtype(x.dtype)
     if out is None:
@@ -310,7 +325,7 @@ def linear(
             x.contiguous(), weight.words, weight.steps, weight.multiples, weight.lows, out,
             partial_sums(weight, grid, config), weight.arrivals, tokens, weight.rows, columns, weight.words.shape[0],
             *constants(SPECS[weight.type]), columns % DEPTH == 0, config.rows // ROWS, config.tokens, config.split,
-            config.stages, not INTERPRETED, num_warps=config.rows // 16, enable_fp_fusion=True,
+            config.stages, not INTERPRETED, num_warps=config.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -323,10 +338,10 @@ def dequantize(weight: GgufWeight, dtype: torch.dtype = torch.bfloat16) -> torch
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     if dtype not in kinds:
         raise ValueError(f"{dtype} is none of {', '.join(map(str, kinds))}")
-    *stack, blocks, units, _, _ = weight.words.shape
+    *stack, blocks, spans, _, _, _ = weight.words.shape
     out = torch.empty(*stack, weight.rows, weight.columns, dtype=dtype, device=weight.words.device)
     matrices = stack[0] if stack else 1
-    _dequantize_kernel[(units // 4, blocks, matrices)](
+    _dequantize_kernel[(spans, blocks, matrices)](
         weight.words, weight.steps, weight.multiples, weight.lows, out, weight.rows, weight.columns, blocks,
         *strides(weight), *constants(SPECS[weight.type]), kinds[dtype], not INTERPRETED,
         num_warps=4, enable_fp_fusion=False,
@@ -339,7 +354,7 @@ def choose(tokens: int, rows: int, columns: int) -> Config | None:
     if tokens > MANY:
         return None
     wide, stages = (16, 4) if tokens <= 16 else (32, 3) if tokens <= 32 else (64, 3)
-    return Config(ROWS, wide, split_of(triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide), columns), stages)
+    return Config(ROWS, wide, split_of(triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide), columns), 4, stages)
 
 
 def split_of(programs: int, columns: int) -> int:

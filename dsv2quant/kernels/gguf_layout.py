@@ -3,8 +3,8 @@
     weight[n, k] = step × multiple × (code − zero) + offset
 
 in float32, exactly as ggml's dequantize_row has it. Codes are of 4, 6 or 8 bits, in the places where `wgmma` wants them
-(see int4_layout.py): a block of 64 rows by 32 columns is 2, 3 or 4 planes of 128 words, one word of each a thread's.
-Thread (warp, r, q) has of step s, 16 columns,
+(see int4_layout.py): a block of 64 rows by 128 columns is 2, 3 or 4 planes, of which each of 128 threads has four
+words, one of each 32 columns. Of these, thread (warp, r, q) has, in step s of 16 columns,
 
     row = 16 · warp + 8 · h + r      column = 16 · s + 8 · c + 2 · q + p
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 ROWS, DEPTH = 64, 128  # padding of rows and of columns
 BIAS = 128  # of stored multiples
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
-_AXES = "bwhruscqp"  # of codes: block of rows, warp, h, r, span of 32 columns, s, c, q, p
+_AXES = "bwhrkuscqp"  # of codes: block of rows, warp, h, r, block of columns, u: 32 of them, s, c, q, p
 
 
 class Plane(NamedTuple):
@@ -86,7 +86,7 @@ class GgufWeight(NamedTuple):
     """A matrix [rows, columns] of a block type, or a stack of them: then all tensors have another dimension before."""
 
     type: str
-    words: torch.Tensor  # int32 [⌈rows / 64⌉, padded columns / 32, planes, 128]
+    words: torch.Tensor  # int32 [⌈rows / 64⌉, padded columns / 128, planes, 128, 4]
     # int32 [n, rows], two float16 each, the first in the low bits. Types with an offset: that of the step and that of
     # the offset, of a block; Q6_K and the like: that of the step and 0; others: those of two blocks.
     steps: torch.Tensor
@@ -131,13 +131,13 @@ def from_blocks(name: str, data: torch.Tensor, columns: int) -> GgufWeight:
         parts = numbers.view(-1, len(spec.halves), spec.values // spec.group).unbind(1)
         multiples, *more = (_by_row(part.reshape(*stack, rows, -1).view(torch.int32)) for part in parts)
         lows = more[0] if more else None
-    arrivals = torch.zeros(*stack, 4 * words.shape[-4], dtype=torch.int32, device=data.device)
+    arrivals = torch.zeros(*stack, 4 * words.shape[-5], dtype=torch.int32, device=data.device)
     return GgufWeight(name, words, steps, multiples, lows, arrivals, rows, columns)
 
 
 def blocks_of(weight: GgufWeight) -> torch.Tensor:
     """The inverse of `from_blocks`: uint8 [rows, bytes of a row], with the matrices of a stack before."""
-    spec, stack = SPECS[weight.type], weight.words.shape[:-4]
+    spec, stack = SPECS[weight.type], weight.words.shape[:-5]
     codes, halves, multiples = unpack(weight)
     if weight.type.startswith("IQ4"):
         values = torch.tensor(_IQ4, dtype=torch.int16, device=codes.device)
@@ -206,27 +206,27 @@ def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [..., rows, columns] → `words`."""
     rows, columns = codes.shape[-2:]
     padded = F.pad(codes, (0, -columns % DEPTH, 0, -rows % ROWS))
-    axes = padded.unflatten(-1, (-1, 2, 2, 4, 2)).unflatten(-6, (-1, 4, 2, 8))
+    axes = padded.unflatten(-1, (-1, 4, 2, 2, 4, 2)).unflatten(-7, (-1, 4, 2, 8))
     if bits == 8:
-        return _pack(_permuted(axes, _AXES, "buscwrqph").flatten(-2), 8).flatten(-3).flatten(-3, -2)
-    words = _pack(_permuted(axes & 15, _AXES, "buswrqpch").flatten(-3), 4).flatten(-3)
+        return _pack(_permuted(axes, _AXES, "bkscwrquph").flatten(-2), 8).flatten(-4, -2).flatten(-4, -3)
+    words = _pack(_permuted(axes & 15, _AXES, "bkswrqupch").flatten(-3), 4).flatten(-4, -2)
     if bits == 4:
         return words
-    more = _pack(_permuted(axes >> 4, _AXES, "buwrqpsch").flatten(-4), 2).flatten(-3)
-    return torch.cat([words, more.unsqueeze(-2)], -2)
+    more = _pack(_permuted(axes >> 4, _AXES, "bkwrqupsch").flatten(-4), 2).flatten(-4, -2)
+    return torch.cat([words, more.unsqueeze(-3)], -3)
 
 
 def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_to_words`, with the padding."""
-    lanes = words.unflatten(-1, (4, 8, 4))
+    lanes = words.unflatten(-2, (4, 8, 4))
     if bits == 8:
-        axes = _permuted(_unpack(lanes.unflatten(-4, (2, 2)), 8).unflatten(-1, (2, 2)), "buscwrqph", _AXES)
+        axes = _permuted(_unpack(lanes.unflatten(-5, (2, 2)), 8).unflatten(-1, (2, 2)), "bkscwrquph", _AXES)
     else:
-        axes = _permuted(_unpack(lanes[..., :2, :, :, :], 4).unflatten(-1, (2, 2, 2)), "buswrqpch", _AXES)
+        axes = _permuted(_unpack(lanes[..., :2, :, :, :, :], 4).unflatten(-1, (2, 2, 2)), "bkswrqupch", _AXES)
         if bits == 6:
-            more = _unpack(lanes[..., 2, :, :, :], 2).unflatten(-1, (2, 2, 2, 2))
-            axes = axes | _permuted(more, "buwrqpsch", _AXES) << 4
-    return axes.flatten(-5).flatten(-5, -2)
+            more = _unpack(lanes[..., 2, :, :, :, :], 2).unflatten(-1, (2, 2, 2, 2))
+            axes = axes | _permuted(more, "bkwrqupsch", _AXES) << 4
+    return axes.flatten(-6).flatten(-5, -2)
 
 
 def _permuted(x: torch.Tensor, given: str, wanted: str) -> torch.Tensor:

@@ -63,7 +63,7 @@ def test_shapes(name: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(64, 16, 1, 3), Config(128, 16, 2, 4), Config(64, 32, 3, 2), Config(128, 64, 1, 3)], ids=str
+    "config", [Config(64, 16, 1, 4, 3), Config(128, 16, 2, 4, 4), Config(64, 32, 3, 4, 2), Config(128, 64, 1, 8, 3)], ids=str
 )
 @pytest.mark.parametrize("name", ["Q5_0", "Q4_K", "Q6_K"])
 def test_configurations(name: str, config: Config) -> None:
@@ -77,10 +77,10 @@ def test_a_split_sums_in_order_also_in_a_graph() -> None:
     """The same bits each time, whichever program is last."""
     weight = random_weight("Q4_K", (2048, 12288), "cuda")
     x = torch.randn(16, 12288, device="cuda").bfloat16()
-    first = linear(x, weight, config=Config(64, 16, 8, 4))
+    first = linear(x, weight, config=Config(64, 16, 8, 4, 4))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = linear(x, weight, config=Config(64, 16, 8, 4))
+        captured = linear(x, weight, config=Config(64, 16, 8, 4, 4))
     for _ in range(50):
         graph.replay()
         assert torch.equal(captured, first)
