@@ -28,7 +28,7 @@ from dsv2quant.kernels.reference_experts import sort_pairs
 
 SHAPES = {"q_b": (24576, 1536), "down": (5120, 12288), "lite_o": (2048, 2048)}
 TOKENS = (1, 16, 64, 1024)
-EXPERTS = {"lite gate": (64, 1408, 2048, 6), "lite down": (64, 2048, 1408, 6)}  # experts, N, K, experts of a token
+EXPERTS = {"lite_gate": (64, 1408, 2048, 6), "lite_down": (64, 2048, 1408, 6)}  # experts, N, K, experts of a token
 TFLOPS = 790e12
 ROTATED = 200e6
 
@@ -58,14 +58,14 @@ def random_weights(name: str, shape: tuple[int, ...], count: int) -> list[GgufWe
 def configurations(tokens: int, rows: int, columns: int) -> list[Config]:
     if tokens > 128:
         return []
-    wide = 16 if tokens <= 16 else 64
-    stages = (3, 5) if wide == 16 else (3,)
+    few = tokens <= 16
+    tiles = [(64, 16, 4, 3), (64, 16, 4, 5), (128, 16, 4, 3), (128, 16, 4, 4), (128, 16, 8, 3)]
+    more = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3)]
     return [
-        Config(high, wide, split, deep)
-        for high in (64, 128)
+        Config(high, wide, split, warps, stages)
+        for high, wide, warps, stages in (tiles if few else more)
         for split in (1, 2, 4, 8)
-        for deep in stages
-        if ceil(rows / high) * split <= 132 * 10 and split * 256 <= columns and ceil(rows / high) * split >= 60
+        if 100 <= ceil(rows / high) * split <= 132 * 8 and split * 256 <= columns
     ]
 
 
@@ -133,16 +133,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--types", nargs="*", default=["Q8_0", "Q4_K", "Q6_K"])
+    parser.add_argument("--shapes", nargs="*", default=[*SHAPES, *EXPERTS])
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     rates, where = (1.0, {}) if options.compile else (bandwidth(), measured_on())
     if not options.compile:
         print(f"{where['GPU']}: {rates / 1e12:.2f} TB/s", file=sys.stderr)
     for name in options.types:
-        for shape in SHAPES:
-            append(options.results, [row | where for row in measure(name, shape, rates, options.compile)])
-        for shape in EXPERTS:
-            if EXPERTS[shape][2] % SPECS[name].values == 0:
+        for shape in options.shapes:
+            if shape in SHAPES:
+                append(options.results, [row | where for row in measure(name, shape, rates, options.compile)])
+            elif EXPERTS[shape][2] % SPECS[name].values == 0:
                 measure_experts(name, shape, rates, options.compile)
 
 

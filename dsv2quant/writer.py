@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,18 +142,8 @@ class ArtifactFolder:
 
     def write_file(self, name: str, content: bytes) -> dict[str, Any]:
         """Write a small file at once or not at all; returns its manifest entry."""
-        path, partial = self.path / name, self.path / (name + PARTIAL)
-        with disk_errors(path):
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(path)
-                sync_folder(self.path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        with disk_errors(self.path / name):
+            write_whole(self.path / name, [content])
         return file_entry(content)
 
     @property
@@ -262,6 +252,21 @@ def open_locked(path: Path, where: Path) -> int:
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
         os.close(descriptor)  # a run that ended in between has removed it
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file so that it is durable under its name, or not there. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:

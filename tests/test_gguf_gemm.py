@@ -19,8 +19,9 @@ from dsv2quant.kernels.gguf_layout import SPECS, blocks_of, from_blocks, support
 from dsv2quant.kernels.reference_experts import sort_pairs
 from dsv2quant.kernels.reference_gguf import dequantize_gguf
 
-# Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
-TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
+# Sums of float32 products are off by about 2^-24 · √K relative to their size, which 128 + code makes up to 64 times (of
+# Q2_K) that of the result; float16 rounds the result at 2^-11.
+TOLERANCES = {"torch.float32": 2e-5, "torch.float16": 2.0**-11}
 TYPES = {
     "x": "*bf16", "words": "*i32", "steps": "*i32", "multiples": "*i32", "lows": "*i32", "out": "*bf16",
     "partial": "*fp32", "arrivals": "*i32", "pairs": "*i32", "experts": "*i32", "begins": "*i32", "ends": "*i32",
@@ -81,7 +82,7 @@ def test_products_are_the_twins(name: str, dtype: str, errors: dict[str, float])
 
 
 def test_many_tokens_take_the_dequantized_weight(errors: dict[str, float]) -> None:
-    assert errors["many tokens"] < 2e-6
+    assert errors["many tokens"] < TOLERANCES["torch.float32"]
 
 
 def test_products_of_experts_are_the_twins(errors: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, write
 from dsv2quant.formats.gguf.tensors import K_B, V_B, Tensor, model_tensors
-from dsv2quant.writer import disk_errors, sync_folder
+from dsv2quant.writer import disk_errors
 
 
 def from_statistics(statistics: Statistics, config: ModelConfig) -> Imatrix:
@@ -52,4 +52,3 @@ def write_imatrix(out: Path, statistics: Statistics, config: ModelConfig, force:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         write(out, imatrix)
-        sync_folder(out.parent)

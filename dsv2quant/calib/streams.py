@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.calib.spool import ROWS, Spool
 from dsv2quant.model.load import Loader
+from dsv2quant.writer import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,4 @@ def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Spool]) -> No
 
 def save_layer(path: Path, tensors: dict[str, np.ndarray], about: Any = None) -> None:
     """Write what was made of a layer: durable under its own name, or not there."""
-    partial = path.with_name(path.name + ".partial")
-    # Not save_file(): on a full disk it raises no OSError.
-    partial.write_bytes(save(tensors, {"about": json.dumps(about)}))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_whole(path, [save(tensors, {"about": json.dumps(about)})])  # save_file() raises no OSError on a full disk

@@ -27,15 +27,34 @@ def _nearest_e4m3(v):
     return tl.where(tl.abs(v) < 0.015625, tl.where(small == 0, v * 0.0, small), large)
 
 
+@triton.jit
+def scales_of(values):
+    """float32 [rows] of values [rows, columns]: amax / 448; 1 where all are 0."""
+    # The bits of magnitudes are ordered as they are, with NaN above infinity: a NaN is not lost.
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
+    return tl.where(amax > 0, tl.maximum(tl.div_rn(amax, LARGEST), SMALLEST_SCALE), 1.0)
+
+
+@triton.jit
+def codes_of(values, scale, ROUND: tl.constexpr):
+    """e4m3 of values [rows, columns] by scale [rows].
+
+    ROUND: before the cast, since the interpreter's casts of what e4m3 does not hold are wrong.
+    """
+    ratio = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
+    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND:
+        ratio = _nearest_e4m3(ratio)
+    return ratio.to(tl.float8e4nv)
+
+
 @triton.jit(do_not_specialize=["M", "scale_stride"])
 def _quantize_kernel(
     x, codes, scales, M, K, x_stride, scale_stride,
     GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups.
-
-    ROUND: before the cast, since the interpreter's casts of what e4m3 does not hold are wrong.
-    """
+    """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     column = group * WIDTH + tl.arange(0, WIDTH)
@@ -44,16 +63,9 @@ def _quantize_kernel(
     if GIVEN:
         scale = tl.load(scales + tl.zeros_like(row))
     else:
-        # The bits of magnitudes are ordered as they are, with NaN above infinity: a NaN is not lost.
-        bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
-        scale = tl.where(amax > 0, tl.maximum(tl.div_rn(amax, LARGEST), SMALLEST_SCALE), 1.0)
+        scale = scales_of(values)
         tl.store(scales + group * scale_stride + row, scale, mask=row < M)
-    ratio = tl.div_rn(values, tl.broadcast_to(scale[:, None], [ROWS, WIDTH]))
-    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    if ROUND:
-        ratio = _nearest_e4m3(ratio)
-    tl.store(codes + row[:, None] * K + column[None, :], ratio.to(tl.float8e4nv), mask=inside)
+    tl.store(codes + row[:, None] * K + column[None, :], codes_of(values, scale, ROUND), mask=inside)
 
 
 def quantize_activation(

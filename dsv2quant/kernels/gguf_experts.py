@@ -15,7 +15,6 @@ from dsv2quant.kernels.gguf_gemm import (
     check_dtype,
     constants,
     finish,
-    of_matrix,
     partial_sums,
     product,
     split_of,
@@ -41,9 +40,12 @@ def _experts_kernel(
     place = tl.load(begins + tile) + tl.arange(0, TOKENS)
     inside = place < tl.load(ends + tile)
     pair = tl.load(pairs + place, inside, 0)
-    words, steps, multiples, lows = of_matrix(
-        expert, words, steps, multiples, lows, matrix_words, matrix_steps, matrix_multiples
-    )
+    words += expert * matrix_words
+    steps += expert * matrix_steps
+    if multiples is not None:
+        multiples += expert * matrix_multiples
+    if lows is not None:
+        lows += expert * matrix_multiples
     n = by_rows * HEIGHT + tl.arange(0, HEIGHT)
     spans = (K + 127) // 128
     sums = product(

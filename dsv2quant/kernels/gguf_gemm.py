@@ -168,16 +168,6 @@ def load_scale(step, low, multiples, lows, i, n, N, AFFINE: tl.constexpr, GROUPS
 
 
 @triton.jit
-def of_matrix(matrix, words, steps, multiples, lows, matrix_words, matrix_steps, matrix_multiples):
-    """The parts of one matrix of a stack, given by int64 number."""
-    if multiples is not None:
-        multiples += matrix * matrix_multiples
-    if lows is not None:
-        lows += matrix * matrix_multiples
-    return words + matrix * matrix_words, steps + matrix * matrix_steps, multiples, lows
-
-
-@triton.jit
 def product(
     x, place, inside, words, steps, multiples, lows, tiles, blocks, n, N, K, begin, end,
     BITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EVEN: tl.constexpr,
@@ -276,9 +266,12 @@ def _dequantize_kernel(
     PLANES: tl.constexpr = 4 if BITS == 8 else BITS // 2
     CODE: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     i, block, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    words, steps, multiples, lows = of_matrix(
-        matrix, words, steps, multiples, lows, matrix_words, matrix_steps, matrix_multiples
-    )
+    words += matrix * matrix_words
+    steps += matrix * matrix_steps
+    if multiples is not None:
+        multiples += matrix * matrix_multiples
+    if lows is not None:
+        lows += matrix * matrix_multiples
     first = tl.full((1, 1), block, tl.int64) * tl.num_programs(0) * (PLANES * 512)
     n = block * 64 + tl.arange(0, 64)
     to = out + (matrix * N + n[:, None]) * K + tl.arange(0, GROUP)[None, :]

@@ -73,27 +73,34 @@ def _codes(words, low, high, DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.c
 
 
 @triton.jit
-def _operand(
-    words, zeros, group, block, tiles, N,
-    TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
-    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """The weight's integers [64 · TILES, 16 · STEPS · SPANS] of blocks `tiles` [TILES] by `block` and on."""
-    LANES: tl.constexpr = 128 * STEPS
-    SHAPE: tl.constexpr = (TILES, SPANS, LANES)
-    loaded = tl.load(words + block + tl.arange(0, SPANS)[None, :, None] * LANES + tl.arange(0, LANES))
+def _zeros(zeros, group, tiles, N):
+    """Zeros of rows h = 0 and h = 1 of the blocks `tiles` [TILES, 1], int32 [TILES, 32] each: by warp and r, since
+    threads of the same q have the same rows."""
     if zeros is None:
-        low = tl.full(SHAPE, 8 * 0x10001 + MAGIC if ASM else 8, tl.int32)
+        low = tl.full((tiles.shape[0], 32), 8, tl.int32)
         high = low
     else:
-        thread = tl.arange(0, 32)  # warp and r: those of the same q have the same rows
+        thread = tl.arange(0, 32)
         row = tiles * 64 + (thread // 8 * 16 + thread % 8)[None, :]
         at = zeros + group * N + row
         low, high = tl.load(at, row < N, 8), tl.load(at + 8, row + 8 < N, 8)
-        if ASM:
-            low, high = low * 0x10001 + MAGIC, high * 0x10001 + MAGIC
-        low = tl.broadcast_to(low[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
-        high = tl.broadcast_to(high[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
+    return low, high
+
+
+@triton.jit
+def _operand(
+    words, low, high, block,
+    TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The weight's integers [64 · TILES, 16 · STEPS · SPANS] at offsets `block` [TILES, 1, 1] of `words`."""
+    LANES: tl.constexpr = 128 * STEPS
+    SHAPE: tl.constexpr = (TILES, SPANS, LANES)
+    loaded = tl.load(words + block + tl.arange(0, SPANS)[None, :, None] * LANES + tl.arange(0, LANES))
+    if ASM:
+        low, high = low * 0x10001 + MAGIC, high * 0x10001 + MAGIC
+    low = tl.broadcast_to(low[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
+    high = tl.broadcast_to(high[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
     values = _codes(loaded, low, high, DTYPE, MAGIC, ASM)
     values = values.reshape(TILES, SPANS, 4, 8, 4, STEPS, 2, 2, 2)  # block, span, warp, r, q, step, p, c, h
     return values.trans(0, 2, 8, 3, 1, 5, 7, 4, 6).reshape(64 * TILES, 16 * STEPS * SPANS)
@@ -123,10 +130,10 @@ def _gemm_kernel(
         mask = m[None, :] < M if EVEN else (m[None, :] < M) & (i * DEPTH + k[:, None] < K)
         tokens = tl.load(x + m[None, :] * K + (i * DEPTH + k[:, None]), mask, 0.0)
         group = i if GROUPED else 0
+        low, high = _zeros(zeros, group, tiles, N)
         weight = _operand(
-            words, zeros, group, (first + i * SPANS) * (128 * STEPS), tiles, N,
-            TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM,
-        )  # fmt: skip
+            words, low, high, (first + i * SPANS) * (128 * STEPS), TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM
+        )
         if GROUPED:
             scale = tl.load(scales + i * N + n, n < N, 0.0)
             sums += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
@@ -169,9 +176,8 @@ def _dequantize_kernel(
     n = by_rows * ROWS + tl.arange(0, ROWS)
     k = i * DEPTH + tl.arange(0, DEPTH)
     group = i if GROUPED else 0
-    weight = _operand(
-        words, zeros, group, (first + i * SPANS) * (128 * STEPS), tiles, N, TILES, SPANS, STEPS, DTYPE, MAGIC, ASM
-    )
+    low, high = _zeros(zeros, group, tiles, N)
+    weight = _operand(words, low, high, (first + i * SPANS) * (128 * STEPS), TILES, SPANS, STEPS, DTYPE, MAGIC, ASM)
     scale = tl.load(scales + group * N + n, n < N, 0.0)
     values = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
     tl.store(out + n[:, None].to(tl.int64) * K + k[None, :], values, (n[:, None] < N) & (k[None, :] < K))

@@ -1,10 +1,20 @@
-"""Which tokens go to which expert, in the order in which grouped kernels take them."""
+"""Which tokens go to which expert, in the order in which grouped kernels take them.
+
+Made on the device without a look at its values: shapes depend on the worst choice of experts alone.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+
+SLICE = 32  # pairs whose places one program finds
+CHUNK = 512  # pairs that it compares them to at once
+COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
+COLUMNS = 512  # of one program that adds pairs
 
 
 class Routes(NamedTuple):
@@ -23,3 +33,207 @@ class Routes(NamedTuple):
 def tiles_needed(pairs: int, experts: int, block: int) -> int:
     """Tiles of at most `block` pairs, whatever the experts."""
     return (pairs + min(pairs, experts) * (block - 1)) // block
+
+
+def choose_block(tokens: int, k: int, experts: int) -> int:
+    """Pairs in a tile: about those of an expert, which few tiles then share, and no fewer than MMA units take."""
+    mean = tokens * k / experts
+    return 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 256 else 128
+
+
+@triton.jit
+def _route_kernel(
+    logits, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
+    GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
+    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """One token, its experts as [MANY_GROUPS, WIDTH]. SORTED: also the routes, where there is no other token."""
+    token = tl.program_id(0)
+    group, column = tl.arange(0, MANY_GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
+    size = EXPERTS // GROUPS
+    expert = group * size + column
+    there = (group < GROUPS) & (column < size)
+    row = tl.load(logits + token * EXPERTS + expert, mask=there, other=float("-inf"))
+    powers = tl.where(there, tl.exp(row - tl.max(tl.max(row, 1), 0)), 0.0)
+    scores = tl.div_rn(powers, tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0))
+    # The bits of what is not negative are ordered as it is. Below them: the lower the index, the larger.
+    bits = scores.to(tl.int32, bitcast=True)
+    if KEPT < GROUPS:
+        number = tl.arange(0, MANY_GROUPS)
+        best = (tl.max(bits, 1).to(tl.int64) << 32) - number
+        best = tl.where(number < GROUPS, best, -(1 << 62))
+        kept = number < 0
+        for _ in tl.static_range(KEPT):
+            largest = best == tl.max(best, 0)
+            kept = kept | largest
+            best = tl.where(largest, -(1 << 62), best)
+        bits = tl.where(kept[:, None], bits, 0)
+    keys = tl.where(there, (bits.to(tl.int64) << 32) | (0x7FFFFFFF - expert), -(1 << 62))
+    choice = tl.arange(0, MANY)
+    found = tl.zeros([MANY], tl.int64)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(keys, 1), 0)
+        found = tl.where(choice == i, best, found)
+        keys = tl.where(keys == best, -(1 << 62), keys)
+    weight = (found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    taken = 0x7FFFFFFF - (found & 0x7FFFFFFF).to(tl.int32)
+    if NORM:
+        weight = tl.div_rn(weight, tl.zeros_like(weight) + (tl.sum(weight, 0) + 1e-20))
+    else:
+        weight *= scale
+    tl.store(weights + token * K + choice, weight, mask=choice < K)
+    tl.store(chosen + token * K + choice, taken, mask=choice < K)
+    if SORTED:
+        taken = tl.where(choice < K, taken, EXPERTS)
+        place = tl.sum((taken[None, :] < taken[:, None]).to(tl.int32), 1)  # experts of one token differ
+        tl.store(pairs + place, choice, mask=choice < K)
+        tl.store(tile_experts + place, taken, mask=choice < K)
+        tl.store(begins + place, place, mask=choice < K)
+        tl.store(ends + place, place + 1, mask=choice < K)
+
+
+@triton.jit
+def _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK: tl.constexpr, BINS: tl.constexpr,
+           CHUNK: tl.constexpr):  # fmt: skip
+    """The tiles of all experts."""
+    expert = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for first in range(0, count, CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        counts += tl.histogram(tl.load(chosen + pair, mask=pair < count, other=BINS - 1).to(tl.int32), BINS)
+    counts = tl.where(expert < EXPERTS, counts, 0)
+    needed = (counts + BLOCK - 1) // BLOCK
+    after = tl.cumsum(needed, 0)
+    end = tl.cumsum(counts, 0)
+    for i in range(tl.max(needed, 0)):
+        tile = after - needed + i
+        begin = end - counts + i * BLOCK
+        tl.store(tile_experts + tile, expert, mask=i < needed)
+        tl.store(begins + tile, begin, mask=i < needed)
+        tl.store(ends + tile, tl.minimum(begin + BLOCK, end), mask=i < needed)
+    for first in range(0, tiles, BINS):
+        tile = first + tl.arange(0, BINS)
+        idle = (tile >= tl.max(after, 0)) & (tile < tiles)
+        tl.store(tile_experts + tile, -1, mask=idle)
+        tl.store(begins + tile, 0, mask=idle)
+        tl.store(ends + tile, 0, mask=idle)
+
+
+@triton.jit(do_not_specialize=["count", "EXPERTS", "tiles"])
+def _sort_kernel(
+    chosen, pairs, tile_experts, begins, ends, count, EXPERTS, tiles,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program 0: the tiles. Each other: the places of SLICE pairs, which is how many pairs go before each."""
+    if tl.program_id(0) == 0:
+        _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK, BINS, CHUNK)
+    else:
+        pair = (tl.program_id(0) - 1) * SLICE + tl.arange(0, SLICE)
+        key = tl.load(chosen + pair, mask=pair < count, other=0).to(tl.int32) * count + pair
+        place = tl.zeros([SLICE], tl.int32)
+        for first in range(0, count, CHUNK):
+            other = first + tl.arange(0, CHUNK)
+            others = tl.load(chosen + other, mask=other < count, other=EXPERTS).to(tl.int32) * count + other
+            place += tl.sum((others[None, :] < key[:, None]).to(tl.int32), 1)
+        tl.store(pairs + place, pair, mask=pair < count)
+
+
+@triton.jit
+def _combine_kernel(pairs, out, HIDDEN, K: tl.constexpr, COLUMNS: tl.constexpr):
+    token, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for i in tl.static_range(K):
+        total += tl.load(pairs + (token * K + i) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
+
+
+def route(
+    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts int32), both [tokens, k], of `logits`, float32 [tokens, experts]: model.moe.route.
+
+    Experts come by score, highest first; of equal ones the lowest index is taken, as it is of groups.
+    Raises ValueError where logits are others, or numbers do not fit.
+    """
+    weights, chosen, _ = _route(logits, n_group, topk_group, k, norm, scale, None)
+    return weights, chosen
+
+
+def route_and_sort(
+    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+    """`route`, and `sort_pairs` of what it chose in tiles of `choose_block`: for one token by one launch."""
+    block = choose_block(logits.shape[0], k, logits.shape[1])
+    weights, chosen, routes = _route(logits, n_group, topk_group, k, norm, scale, block)
+    return weights, chosen, routes or sort_pairs(chosen, logits.shape[1], block)
+
+
+def _route(
+    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float, block: int | None
+) -> tuple[torch.Tensor, torch.Tensor, Routes | None]:
+    """With a block, and routes if there is one token."""
+    if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(f"logits are {logits.dtype}, {tuple(logits.shape)}: need contiguous float32 [tokens, experts]")
+    tokens, experts = logits.shape
+    if experts % n_group or not 0 < topk_group <= n_group or not 0 < k <= experts:
+        raise ValueError(f"{k} of {experts} experts, of {topk_group} of {n_group} groups: no such choice")
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
+    chosen = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
+    routes = _empty(chosen, experts, block) if block and tokens == 1 else None
+    if tokens:
+        _route_kernel[(tokens,)](
+            logits, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, scale,
+            GROUPS=n_group, MANY_GROUPS=triton.next_power_of_2(n_group),
+            WIDTH=triton.next_power_of_2(experts // n_group), KEPT=topk_group, K=k, MANY=triton.next_power_of_2(k),
+            NORM=norm and k > 1, SORTED=routes is not None, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return weights, chosen, routes
+
+
+def _empty(chosen: torch.Tensor, experts: int, block: int) -> Routes:
+    count = chosen.numel()
+    pairs = torch.empty(count, dtype=torch.int32, device=chosen.device)
+    tiles = tiles_needed(count, experts, block)
+    table = torch.empty(3, triton.cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
+    tile_experts, begins, ends = table[:, :tiles]
+    return Routes(pairs, tile_experts, begins, ends, block)
+
+
+def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
+    """`chosen`, int32 or int64 [tokens, k], experts of each token, sorted by expert and cut into tiles of `block`.
+
+    Raises ValueError where it is no such tensor.
+    """
+    if chosen.dtype not in (torch.int32, torch.int64) or chosen.ndim != 2 or not chosen.is_contiguous():
+        raise ValueError(
+            f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]"
+        )
+    routes = _empty(chosen, experts, block)
+    count = chosen.numel()
+    slices = triton.cdiv(count, SLICE)
+    if count > COMPARED:
+        routes = routes._replace(pairs=chosen.flatten().to(torch.int16).sort(stable=True).indices.to(torch.int32))
+        slices = 0
+    if count:
+        _sort_kernel[(1 + slices,)](
+            chosen, *routes[:4], count, experts, len(routes.experts),
+            BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
+            CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
+        )  # fmt: skip
+    return routes
+
+
+def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Weighted outputs of pairs, float32 [tokens, k, hidden] → their sums over k, rounded once, [tokens, hidden].
+
+    Raises ValueError where they are others.
+    """
+    if pairs.dtype != torch.float32 or pairs.ndim != 3 or not pairs.is_contiguous():
+        raise ValueError(f"pairs are {pairs.dtype}, {tuple(pairs.shape)}: need contiguous float32 [tokens, k, hidden]")
+    tokens, k, hidden = pairs.shape
+    out = torch.empty(tokens, hidden, dtype=dtype, device=pairs.device)
+    if tokens:
+        _combine_kernel[(triton.cdiv(hidden, COLUMNS), tokens)](
+            pairs, out, hidden, K=k, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False
+        )
+    return out

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SHAPES = {"q_b": (24576, 1536), "kv_a": (576, 5120), "down": (5120, 12288), "lite_o": (2048, 2048)}
 # A BF16 result alone is off by 2^-8 / √3 of its last bit's place: 1.6e-3; a BF16 weight's rounding adds as much.
 EXACT, ROUNDED = 2e-3, 3e-3
+FLOAT = 2e-5  # of float32 results: sums of 128 + code, of which most is taken away again
 
 
 def columns_of(name: str, blocks: int = 3) -> int:
@@ -101,5 +102,5 @@ def test_experts(name: str, shape: tuple[int, int], tokens: int) -> None:
     weights = torch.rand(tokens, 6, device="cuda")
     got = experts_product(x, routes, 1, stack, weights)
     assert got.dtype == torch.float32
-    assert error(got, experts_twin(x, chosen, stack, weights)) < 2e-6
+    assert error(got, experts_twin(x, chosen, stack, weights)) < FLOAT
     assert int(stack.arrivals.abs().sum()) == 0

@@ -12,7 +12,6 @@ experts for stacked ones, each of which counts the tokens that were routed to it
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import container
 from dsv2quant.formats.gguf.container import TensorHeader, Value
 from dsv2quant.formats.gguf.tensors import Tensor
+from dsv2quant.writer import write_whole
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 # Tokens by which an expert's matrix is drawn toward its layer's. On dsv2-mini, of 512 to 16,384 tokens against 142,848,
@@ -139,12 +139,7 @@ def _first_bytes(text: str) -> str:
 
 def write(path: Path, imatrix: Imatrix) -> None:
     """Write llama-imatrix's bytes: under `<path>.partial`, and under its own name when it is durable."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(_pack(imatrix))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_whole(path, _pack(imatrix))
 
 
 def is_written(path: Path, imatrix: Imatrix) -> bool:

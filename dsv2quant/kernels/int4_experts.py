@@ -1,0 +1,339 @@
+"""Routed experts of INT4 weights over BF16 tokens: `gate_up` and `down`, one launch each for all experts.
+
+As int4_gemm.py, by whose operand the weights are read: they are the MMA's M side, 64 or more rows of one expert, and a
+tile of pairs (routing.py) is its N side. A program of `gate_up` has the same rows of gate and up. Tiles that are not
+needed return at once. Where few tokens make too few programs, K is split: `down` leaves each split's sums as a row of
+its own, to be added with those of the token's experts; in `gate_up` the last program to arrive adds them, in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from dsv2quant.formats.int4 import OFFSET
+from dsv2quant.kernels.int4_gemm import INTERPRETED, MAGIC, MULTIPROCESSORS, _operand
+from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.routing import Routes
+
+ARRIVALS = 4096  # counters of a layer: where K is split, its tiles of pairs times blocks of rows, at most
+
+
+class Config(NamedTuple):
+    rows: int  # of each matrix, per program
+    split: int  # programs along K
+    warps: int
+    stages: int
+
+
+class Stack(NamedTuple):
+    """Matrices of every expert: gate and up, or down alone. Words are Int4Weight's; scales and zeros of rows r and
+    r + 8 of 16 are side by side, as a thread needs them, and padded to blocks of rows with 0."""
+
+    words: torch.Tensor  # int32 [experts, matrices, ⌈rows / 64⌉, padded columns / span, 4, 8, 4, span / 16]
+    scales: torch.Tensor  # BF16 or float16 [experts, matrices, groups, ⌈rows / 64⌉, 4, 8, 2]
+    zeros: torch.Tensor | None  # int16, as scales; None: all 8
+    rows: int
+    columns: int
+
+
+class Int4Experts(NamedTuple):
+    """The routed experts of a layer."""
+
+    gate_up: Stack  # matrices [width, hidden]
+    down: Stack  # [hidden, width]
+    arrivals: torch.Tensor  # int32 [ARRIVALS], zero between calls: it therefore serves one call at a time
+
+
+def empty(
+    experts: int,
+    hidden: int,
+    width: int,
+    group: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+    zeros: bool = False,
+    device: torch.device | str = "cuda",
+) -> Int4Experts:
+    """Room for experts that `fill` puts there, with groups of 32, 64, 128 or (None) all columns, scales in `dtype`."""
+
+    def stack(matrices: int, rows: int, columns: int) -> Stack:
+        block = depth(group or columns)
+        span = min(block, 64)
+        blocks, groups = triton.cdiv(rows, ROWS), columns // (group or columns)
+        if group and columns % group:
+            raise ValueError(f"{columns} columns are not whole groups of {group}")
+        words = torch.empty(
+            (experts, matrices, blocks, triton.cdiv(columns, block) * block // span, 4, 8, 4, span // 16),
+            dtype=torch.int32,
+            device=device,
+        )
+        scales = torch.empty((experts, matrices, groups, blocks, 4, 8, 2), dtype=dtype, device=device)
+        return Stack(words, scales, torch.empty_like(scales, dtype=torch.int16) if zeros else None, rows, columns)
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"scales are of {torch.bfloat16} or {torch.float16}, not {dtype}")
+    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+    return Int4Experts(stack(2, width, hidden), stack(1, hidden, width), arrivals)
+
+
+def fill(stack: Int4Experts, expert: int, gate: Int4Weight, up: Int4Weight, down: Int4Weight) -> None:
+    """Copies an expert's matrices to their place.
+
+    Raises ValueError where one has columns in another order, another shape or group, zeros though the stack has none,
+    or scales that the stack's dtype can't hold.
+    """
+    for name, part, matrix, weight in (
+        ("gate", stack.gate_up, 0, gate), ("up", stack.gate_up, 1, up), ("down", stack.down, 0, down),
+    ):  # fmt: skip
+        if weight.order is not None:
+            raise ValueError(f"{name} has columns ordered by activation: not supported for experts")
+        groups = part.scales.shape[2]
+        if (weight.rows, weight.columns, len(weight.scales)) != (part.rows, part.columns, groups):
+            raise ValueError(
+                f"{name} is {weight.rows} by {weight.columns} in {len(weight.scales)} groups, "
+                f"not {part.rows} by {part.columns} in {groups}"
+            )
+        if weight.zeros is not None and part.zeros is None:
+            raise ValueError(f"{name} has zeros; the stack has no room for them")
+        scales = weight.scales.to(part.scales.dtype)
+        if not torch.equal(scales.float(), weight.scales):
+            raise ValueError(f"{name} has scales that {scales.dtype} does not hold")
+        part.words[expert, matrix].copy_(weight.words)
+        part.scales[expert, matrix].copy_(_side_by_side(scales))
+        if part.zeros is not None:
+            zeros = torch.full_like(weight.scales, OFFSET) if weight.zeros is None else weight.zeros
+            part.zeros[expert, matrix].copy_(_side_by_side(zeros))
+
+
+def weight_of(stack: Stack, expert: int, matrix: int) -> Int4Weight:
+    """What `fill` was given."""
+
+    def rows_of(values: torch.Tensor) -> torch.Tensor:
+        return values[expert, matrix].transpose(-1, -2).flatten(1)[:, : stack.rows]
+
+    words = stack.words[expert, matrix]
+    zeros = None if stack.zeros is None else rows_of(stack.zeros).int()
+    scales = rows_of(stack.scales).float()
+    return Int4Weight(words, scales, zeros, None, words.new_zeros(0), stack.rows, stack.columns)
+
+
+def _side_by_side(values: torch.Tensor) -> torch.Tensor:
+    """[groups, rows] → [groups, ⌈rows / 64⌉, 4, 8, 2], as int4_layout has the rows of a thread."""
+    return F.pad(values, (0, -values.shape[1] % ROWS)).unflatten(1, (-1, 4, 2, 8)).transpose(-1, -2)
+
+
+@triton.jit
+def _scales(words, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs [TILES, 32] of rows r and r + 8 → float32 [64 · TILES]."""
+    if DTYPE.is_bf16():
+        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.join(low, high).reshape(TILES, 4, 8, 2).trans(0, 1, 3, 2).reshape(64 * TILES)
+
+
+@triton.jit
+def _sums(
+    x, rows, present, words, scales, zeros, matrix, by_rows, split, K, blocks, spans, groups,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, MATRICES: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr,
+    STEPS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """float32 [MATRICES · 64 · TILES, TOKENS]: rows of the matrices `matrix` and on, by rows of x [TOKENS]."""
+    BLOCKS: tl.constexpr = MATRICES * TILES
+    DEPTH: tl.constexpr = 16 * STEPS * SPANS
+    tile = tl.arange(0, BLOCKS)[:, None]
+    of = (matrix + tile // TILES).to(tl.int64)
+    block = tl.minimum(by_rows * TILES + tile % TILES, blocks - 1)  # beyond the last: any, since it isn't stored
+    first = (of * blocks + block)[:, :, None] * (spans * 128 * STEPS)
+    pair = (of * groups * blocks + block) * 32 + tl.arange(0, 32)[None, :]
+    scale_words = scales.to(tl.pointer_type(tl.int32), bitcast=True) + pair
+    if zeros is not None:
+        zero_words = zeros.to(tl.pointer_type(tl.int32), bitcast=True) + pair
+    k = tl.arange(0, DEPTH)
+    x += rows.to(tl.int64)[None, :] * K + k[:, None]
+    steps = spans // SPANS
+    begin = split * steps // SPLIT
+    end = (split + 1) * steps // SPLIT
+
+    sums = tl.zeros((64 * BLOCKS, TOKENS), tl.float32)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        mask = present[None, :] if EVEN else present[None, :] & (i * DEPTH + k[:, None] < K)
+        tokens = tl.load(x + i * DEPTH, mask, 0.0)
+        group = i if GROUPED else 0
+        if zeros is None:
+            low = tl.full((BLOCKS, 32), 8, tl.int32)
+            high = low
+        else:
+            both = tl.load(zero_words + group * blocks * 32)
+            low, high = both & 0xFFFF, both >> 16
+        weight = _operand(
+            words, low, high, first + i * (SPANS * 128 * STEPS), BLOCKS, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM
+        )
+        if GROUPED:
+            scale = _scales(tl.load(scale_words + group * blocks * 32), BLOCKS, scales.dtype.element_ty)
+            sums += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
+        else:
+            sums = tl.dot(weight, tokens, sums, input_precision="ieee")
+    if not GROUPED:
+        sums *= _scales(tl.load(scale_words), BLOCKS, scales.dtype.element_ty)[:, None]
+    return sums
+
+
+@triton.jit
+def _place(pairs, begins, ends, tile, TOKENS: tl.constexpr):
+    """A tile's pairs [TOKENS], and which of them there are."""
+    place = tl.load(begins + tile) + tl.arange(0, TOKENS)
+    present = place < tl.load(ends + tile)
+    return tl.load(pairs + place, present, 0), present
+
+
+@triton.jit(do_not_specialize=["k", "blocks", "spans", "groups"])
+def _gate_up_kernel(
+    x, pairs, experts, begins, ends, words, scales, zeros, out, partial, arrivals, k, N, K, blocks, spans, groups,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program (split, rows, tile of pairs)."""
+    ROWS: tl.constexpr = 64 * TILES
+    split, by_rows, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(experts + tile)
+    if expert < 0:
+        return
+    pair, present = _place(pairs, begins, ends, tile, TOKENS)
+    sums = _sums(
+        x, pair // k, present, words, scales, zeros, expert * 2, by_rows, split, K, blocks, spans, groups,
+        GROUPED, EVEN, 2, TILES, SPANS, STEPS, TOKENS, SPLIT, STAGES, MAGIC, ASM,
+    )  # fmt: skip
+
+    if SPLIT == 1:
+        gate, up = tl.split(tl.trans(sums.reshape(2, ROWS, TOKENS), 2, 1, 0))
+    else:
+        counter = tile * tl.num_programs(1) + by_rows
+        SIZE: tl.constexpr = 2 * ROWS * TOKENS
+        partial += counter.to(tl.int64) * (SPLIT * SIZE) + tl.arange(0, TOKENS)[:, None] * (2 * ROWS)
+        tl.store(partial + split * SIZE + tl.arange(0, 2 * ROWS)[None, :], tl.trans(sums), present[:, None])
+        tl.debug_barrier()  # every thread's sums are out before this program counts itself
+        if tl.atomic_add(arrivals + counter, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.store(arrivals + counter, 0)
+        partial += tl.arange(0, ROWS)[None, :]
+        gate, up = tl.zeros((TOKENS, ROWS), tl.float32), tl.zeros((TOKENS, ROWS), tl.float32)
+        for part in tl.static_range(SPLIT):
+            gate += tl.load(partial + part * SIZE, present[:, None], 0.0, cache_modifier=".cg")
+            up += tl.load(partial + part * SIZE + ROWS, present[:, None], 0.0, cache_modifier=".cg")
+    h = gate / (1 + tl.exp(-gate)) * up
+    n = by_rows * ROWS + tl.arange(0, ROWS)
+    at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, h.to(out.dtype.element_ty), present[:, None] & (n[None, :] < N))
+
+
+@triton.jit(do_not_specialize=["blocks", "spans", "groups"])
+def _down_kernel(
+    h, weights, pairs, experts, begins, ends, words, scales, zeros, out, N, K, blocks, spans, groups,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program (split, rows, tile of pairs)."""
+    ROWS: tl.constexpr = 64 * TILES
+    split, by_rows, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(experts + tile)
+    if expert < 0:
+        return
+    pair, present = _place(pairs, begins, ends, tile, TOKENS)
+    sums = _sums(
+        h, pair, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
+        GROUPED, EVEN, 1, TILES, SPANS, STEPS, TOKENS, SPLIT, STAGES, MAGIC, ASM,
+    )  # fmt: skip
+    sums *= tl.load(weights + pair, present, 0.0)[None, :]
+    n = by_rows * ROWS + tl.arange(0, ROWS)
+    at = out + (pair.to(tl.int64) * SPLIT + split)[:, None] * N + n[None, :]
+    tl.store(at, tl.trans(sums), present[:, None] & (n[None, :] < N))
+
+
+def gate_up(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts, config: Config | None = None) -> torch.Tensor:
+    """silu(gate · x) · (up · x) of each pair: x BF16 [tokens, hidden] → [tokens · k, width], row = number of the pair.
+
+    Sums and the product are float32, rounded once. Raises ValueError where shapes or dtypes don't fit.
+    """
+    part = stack.gate_up
+    pairs = len(x) * k
+    _check(x, "x", (pairs // k, part.columns), routes, pairs)
+    out = x.new_empty(pairs, part.rows)
+    config = config or choose(pairs, part, routes.block)
+    arguments, constants, grid = _launch(x, part, routes, config)
+    partial = arrivals = None
+    if config.split > 1:
+        if grid[1] * grid[2] > ARRIVALS:
+            raise ValueError(f"{len(x)} tokens are too many for a split of K")
+        partial = torch.empty(grid[0] * grid[1] * grid[2] * 2 * config.rows * routes.block, device=x.device)
+        arrivals = stack.arrivals
+    _gate_up_kernel[grid](
+        x, *routes[:4], *arguments[:3], out, partial, arrivals, k, *arguments[3:], *constants,
+        num_warps=config.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def down(
+    h: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts, config: Config | None = None
+) -> torch.Tensor:
+    """The weighted outputs of pairs: h BF16 [tokens · k, width], weights float32 [tokens, k] → float32
+    [tokens, k · split, hidden], of which the sum over dim 1 is the experts' output.
+
+    Raises ValueError where shapes or dtypes don't fit.
+    """
+    part = stack.down
+    tokens, k = weights.shape
+    _check(h, "h", (tokens * k, part.columns), routes, tokens * k)
+    if weights.dtype != torch.float32 or not weights.is_contiguous():
+        raise ValueError("weights must be contiguous float32")
+    config = config or choose(tokens * k, part, routes.block)
+    out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
+    arguments, constants, grid = _launch(h, part, routes, config)
+    _down_kernel[grid](
+        h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], *constants,
+        num_warps=config.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def choose(pairs: int, stack: Stack, block: int) -> Config:
+    """The configuration for so many pairs in tiles of `block`."""
+    if block > 32:
+        return Config(64, 1, 8, 3)
+    matrices, steps = stack.words.shape[1], triton.cdiv(stack.columns, 128)
+    programs = min(pairs, stack.words.shape[0]) * stack.words.shape[2]
+    split = 1
+    while programs * split < 2 * MULTIPROCESSORS and steps >= 8 * split:
+        split *= 2
+    return Config(64, split, 4, 4 if matrices == 2 else 5)
+
+
+def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, pairs: int) -> None:
+    dtypes = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16)
+    if x.dtype not in dtypes or x.shape != shape or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, of shape {shape} and one of {', '.join(map(str, dtypes))}")
+    if len(routes.pairs) != pairs:
+        raise ValueError(f"the routes are of {len(routes.pairs)} pairs, not {pairs}")
+
+
+def _launch(
+    x: torch.Tensor, stack: Stack, routes: Routes, config: Config
+) -> tuple[list[object], list[object], tuple[int, int, int]]:
+    """A kernel's arguments, its constants and its grid."""
+    _, _, blocks, spans, *_, steps = stack.words.shape
+    groups = stack.scales.shape[2]
+    block = depth(stack.columns // groups)
+    tiles = config.rows // ROWS
+    arguments = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns, blocks, spans, groups]
+    constants = [
+        groups > 1, stack.columns % block == 0, tiles, block // (16 * steps), steps, routes.block, config.split,
+        config.stages, MAGIC[x.dtype], not INTERPRETED,
+    ]  # fmt: skip
+    return arguments, constants, (config.split, triton.cdiv(blocks, tiles), len(routes.experts))

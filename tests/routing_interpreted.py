@@ -1,0 +1,55 @@
+"""The kernels of routing by Triton's interpreter against their twins: a program of its own, since Triton reads
+TRITON_INTERPRET when it is imported.
+
+    TRITON_INTERPRET=1 python tests/routing_interpreted.py
+
+Prints one JSON object: what each case found.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from routing_cases import ROUTED, SORTED, choices, expected, logits, same
+
+from dsv2quant.kernels import reference_experts, routing
+
+
+def sorted_as_the_twin() -> dict[str, bool]:
+    found = {}
+    for tokens, k, experts, block in SORTED:
+        for dtype in (torch.int32, torch.int64):
+            chosen = choices(tokens, k, experts).to(dtype)
+            want = reference_experts.sort_pairs(chosen, experts, block)
+            found[f"{tokens, k, experts, block} {dtype}"] = same(routing.sort_pairs(chosen, experts, block), want)
+    return found
+
+
+def routed() -> dict[str, list[float]]:
+    """Of each case, how many choices differ, and the largest relative error of weights."""
+    found = {}
+    for tokens, experts, *rule in ROUTED:
+        x = logits(tokens, experts)
+        weights, chosen, routes = routing.route_and_sort(x, *rule)
+        want_weights, want = expected(x, *rule)
+        off = int((chosen != want).sum()) + (
+            not same(routes, reference_experts.sort_pairs(want, experts, routes.block))
+        )
+        error = (weights - want_weights).abs() / want_weights.clamp(min=1e-30)
+        found[str((tokens, experts, *rule))] = [off, float(error.max())]
+    return found
+
+
+def combined() -> dict[str, bool]:
+    found = {}
+    for tokens, k, hidden in ((3, 6, 700), (1, 1, 16), (2, 4, 256)):
+        pairs = torch.randn(tokens, k, hidden, generator=torch.Generator().manual_seed(k))
+        for dtype in (torch.float32, torch.float16):
+            want = sum(pairs.unbind(1), torch.zeros(tokens, hidden)).to(dtype)
+            found[f"{tokens, k, hidden} {dtype}"] = torch.equal(routing.combine(pairs, dtype), want)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"sorted": sorted_as_the_twin(), "routed": routed(), "combined": combined()}))

@@ -1,0 +1,150 @@
+"""INT4 experts: their layout, their kernels run by Triton's interpreter, and what these compile to for Hopper;
+tests/gpu has them on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import int4_experts_compiled
+import pytest
+import torch
+from int4_experts_cases import random_choice, random_experts, random_weights
+from int4_experts_interpreted import CASES
+from triton_tools import interpreted
+
+from dsv2quant.kernels.int4_experts import ARRIVALS, Config, choose, down, empty, fill, gate_up, weight_of
+from dsv2quant.kernels.int4_layout import ROWS, pack
+from dsv2quant.kernels.reference import linear_int4
+from dsv2quant.kernels.reference_experts import experts_int4, sort_pairs
+from dsv2quant.kernels.routing import tiles_needed
+
+# Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
+TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
+COMPILED = [  # pairs in a tile, configuration, group
+    (16, Config(64, 1, 4, 4), 128), (16, Config(64, 4, 4, 4), 64), (16, Config(128, 1, 8, 4), 128),
+    (32, Config(64, 1, 4, 4), 32), (64, Config(64, 1, 8, 3), 128), (128, Config(64, 1, 8, 3), 2048),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    return interpreted("int4_experts_interpreted.py")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_kernels_are_the_twins(kernel: str, name: str, dtype: str, errors: dict[str, float]) -> None:
+    assert errors[f"{kernel} {name} {dtype}"] < TOLERANCES[dtype]
+
+
+def test_the_interpreter_refuses_bf16(errors: dict[str, float]) -> None:
+    assert "x must be contiguous, of shape (2, 256) and one of torch.float16, torch.float32" in errors
+
+
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, None])
+def test_a_stack_holds_what_it_was_filled_with(group: int | None, zeros: bool, scales: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(1)
+    hidden, width = (256, 128) if group else (200, 72)
+    stack = empty(2, hidden, width, group, scales, zeros, "cpu")
+    for expert in range(2):
+        gate, up = (random_weights(width, hidden, group, zeros and i == 0, make, scales) for i in range(2))
+        expected = gate, up, random_weights(hidden, width, group, zeros, make, scales)
+        fill(stack, expert, *expected)
+        found = [weight_of(*place) for place in ((stack.gate_up, expert, 0), (stack.gate_up, expert, 1))]
+        for weight, other in zip([*found, weight_of(stack.down, expert, 0)], expected, strict=True):
+            assert torch.equal(weight.words, other.words)
+            assert torch.equal(weight.scales, other.scales)
+            if zeros:
+                assert torch.equal(
+                    weight.zeros, torch.full_like(weight.zeros, 8) if other.zeros is None else other.zeros
+                )
+            assert (weight.rows, weight.columns) == (other.rows, other.columns)
+
+
+def test_the_twin_is_the_sum_of_its_matrices() -> None:
+    stack = random_experts(4, 96, 64, 32, zeros=True)
+    weights, chosen = random_choice(3, 4, 2)
+    x = torch.randn(3, 96).double()
+    expected = torch.empty(3, 2, 96)
+    for token in range(3):
+        for i, expert in enumerate(chosen[token].tolist()):
+            gate, up = (linear_int4(x[token], weight_of(stack.gate_up, expert, j)) for j in range(2))
+            h = gate * gate.sigmoid() * up
+            expected[token, i] = linear_int4(h, weight_of(stack.down, expert, 0)) * weights[token, i]
+    torch.testing.assert_close(experts_int4(x, weights, chosen, stack), expected)
+
+
+@pytest.mark.parametrize(("tokens", "config", "group"), COMPILED)
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_compiled_for_hopper(kernel: str, tokens: int, config: Config, group: int, tmp_path: Path) -> None:
+    """wgmma with weights in registers, loads on their way while the last are used, nothing in local memory."""
+    made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
+    assert any(name.startswith("wgmma.mma_async") for name in made.instructions)
+    assert not any(name.startswith(("mma.sync", "ldmatrix")) for name in made.instructions)
+    assert any(name.startswith("cp.async.c") for name in made.instructions)
+    assert group < 128 or made.instructions["cp.async.cg.shared.global"]  # of 16 bytes
+    assert made.resources["LOCAL"] == made.resources["STACK"] == 0
+    assert made.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("scales", ["*bf16", "*fp16"])
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_scales_and_zeros_are_loaded_ahead(kernel: str, scales: str, tmp_path: Path) -> None:
+    """With a group in each step of the loop, none of its loads waits for memory: all are `cp.async`. What remains are
+    the tile's own: where, pairs, weights."""
+    made = int4_experts_compiled.compiled(kernel, Config(64, 1, 4, 3), 16, 128, tmp_path / "k.cubin", True, scales)
+    assert not made.instructions["ld.global.b16"]
+    assert made.resources["LOCAL"] == made.resources["STACK"] == 0
+
+
+@pytest.mark.parametrize("model", [(64, 2048, 1408, 6), (160, 5120, 1536, 6), (16, 256, 128, 4)])
+def test_chosen_configurations_fit(model: tuple[int, int, int, int]) -> None:
+    """No program without columns, no more counters than there are."""
+    experts, hidden, width, k = model
+    stack = empty(experts, hidden, width, 128, device="meta")
+    for tokens in (1, 4, 16, 64, 1024):
+        for block in (16, 32, 64, 128):
+            for part in (stack.gate_up, stack.down):
+                config = choose(tokens * k, part, block)
+                blocks = -(-part.rows // ROWS)
+                assert config.split <= max(1, part.columns // 128)
+                assert config.split == 1 or tiles_needed(tokens * k, experts, block) * blocks <= ARRIVALS
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    make = torch.Generator().manual_seed(0)
+    stack = empty(1, 64, 96, 32, torch.float16, device="cpu")
+    gate, up = (random_weights(96, 64, 32, False, make, torch.float16) for _ in range(2))
+    down_ = random_weights(64, 96, 32, False, make, torch.float16)
+    fill(stack, 0, gate, up, down_)
+    with pytest.raises(ValueError, match="up has columns ordered by activation: not supported for experts"):
+        fill(stack, 0, gate, up._replace(order=torch.arange(64)), down_)
+    with pytest.raises(ValueError, match="down is 96 by 64 in 2 groups, not 64 by 96 in 3"):
+        fill(stack, 0, gate, up, gate)
+    with pytest.raises(ValueError, match="gate is 96 by 64 in 1 groups, not 96 by 64 in 2"):
+        fill(stack, 0, random_weights(96, 64, 64, False, make), up, down_)
+    with pytest.raises(ValueError, match="gate has zeros; the stack has no room for them"):
+        fill(stack, 0, random_weights(96, 64, 32, True, make), up, down_)
+    with pytest.raises(ValueError, match=r"gate has scales that torch\.float16 does not hold"):
+        fill(stack, 0, pack(torch.zeros(96, 64, dtype=torch.uint8), torch.full((2, 96), 1 / 3)), up, down_)
+    with pytest.raises(ValueError, match="96 columns are not whole groups of 64"):
+        empty(1, 64, 96, 64, device="cpu")
+    with pytest.raises(ValueError, match=r"scales are of torch\.bfloat16 or torch\.float16, not torch\.float32"):
+        empty(1, 64, 96, 32, torch.float32, device="cpu")
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    stack = random_experts(3, 64, 96, 32)
+    weights, chosen = random_choice(2, 3, 2)
+    routes = sort_pairs(chosen, 3, 16)
+    with pytest.raises(ValueError, match=r"x must be contiguous, of shape \(2, 64\) and one of torch\.bfloat16"):
+        gate_up(torch.zeros(2, 96).bfloat16(), routes, 2, stack)
+    with pytest.raises(ValueError, match="the routes are of 4 pairs, not 2"):
+        gate_up(torch.zeros(2, 64).bfloat16(), routes, 1, stack)
+    with pytest.raises(ValueError, match=r"h must be contiguous, of shape \(4, 96\)"):
+        down(torch.zeros(2, 96).bfloat16(), weights, routes, stack)
+    with pytest.raises(ValueError, match="weights must be contiguous float32"):
+        down(torch.zeros(4, 96).bfloat16(), weights.half(), routes, stack)
