@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert import append, make_checkpoint, processor
+from convert import make_checkpoint, processor
 
 from dsv2quant import __version__, recipe
+from dsv2quant.bench.results import append
 from dsv2quant.calib.calibration import Calibration, work_bytes, work_memory
 from dsv2quant.calib.sequence import quantize_layers
 from dsv2quant.checkpoint import Checkpoint

@@ -11,7 +11,6 @@ Peak anonymous memory (RssAnon) is sampled every 10 ms; `above` subtracts that o
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dsv2quant import __version__
+from dsv2quant.bench.results import append
 from dsv2quant.config import CAUSAL_LM, ModelConfig
 from dsv2quant.names import model_slots
 from dsv2quant.shards import Output, Shard
@@ -138,18 +138,6 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def append(results: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
-    if results is None:
-        return
-    new = not results.exists()
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

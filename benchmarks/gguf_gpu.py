@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 import triton
-from convert import V2_LITE, append
 
 from dsv2quant import __version__
-from dsv2quant.config import ModelConfig
+from dsv2quant.bench.results import append
+from dsv2quant.bench.shapes import configuration
 from dsv2quant.formats.gguf.tensors import model_tensors
 from dsv2quant.formats.gguf.types import choose
 from dsv2quant.kernels.gguf_encode import encode
 
-LAYERS = 27
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS")
 TENSOR, MATRIX = (64 * 1408, 2048), (1408, 2048)
 
@@ -71,7 +70,7 @@ def main() -> None:
         for weighted in (False, True)
         for what, shape in (("tensor", TENSOR), ("matrix", MATRIX))
     ]
-    config = ModelConfig.from_dict(V2_LITE | {"num_hidden_layers": LAYERS}, "config.json")
+    config = configuration("v2-lite")
     tensors = model_tensors(config)
     kinds = [kind for kind, _ in choose(tensors, "Q4_K_M", config)]
     counts = Counter((kind, (prod(t.shape[:-1]), t.shape[-1])) for kind, t in zip(kinds, tensors, strict=True))

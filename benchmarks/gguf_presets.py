@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from convert import append
 from quality import MODEL, Evaluator
 
 from dsv2quant import __version__
+from dsv2quant.bench.results import append
 from dsv2quant.formats.gguf.presets import PRESETS
 
 

@@ -26,9 +26,10 @@ from typing import Any
 import gguf
 import numba
 import numpy as np
-from convert import append, make_checkpoint, processor, run, set_cache
+from convert import make_checkpoint, processor, run, set_cache
 
 from dsv2quant import __version__
+from dsv2quant.bench.results import append
 from dsv2quant.formats.gguf import blocks
 
 ROOT = Path(__file__).parent.parent

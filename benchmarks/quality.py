@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from convert import append
 
 from dsv2quant import __version__, recipe
+from dsv2quant.bench.results import append
 from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
 from dsv2quant.calib.text import standard_library, windows
 from dsv2quant.calib.tokens import Tokenizer, cut

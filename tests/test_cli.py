@@ -21,7 +21,16 @@ def modules_after(*args: str) -> set[str]:
     return set(ran.stderr.split())
 
 
-@pytest.mark.parametrize("args", [("--help",), ("--version",), *((verb, "--help") for verb in VERBS)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--help",),
+        ("--version",),
+        *((verb, "--help") for verb in VERBS),
+        ("bench", "kernels", "-h"),
+        ("bench", "model", "-h"),
+    ],
+)
 def test_help_imports_nothing_heavy(args):
     assert not modules_after(*args) & {"torch", "numpy", "numba", "huggingface_hub", "yaml", "tqdm", "tokenizers"}
 

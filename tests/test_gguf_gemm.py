@@ -109,7 +109,9 @@ def compiled(name: str, config: Config, file: Path, experts: bool = False) -> Co
     return compile_for_hopper(kernel, TYPES, given, file, num_warps=config.warps)
 
 
-@pytest.mark.parametrize("config", [Config(64, 16, 4, 4, 4), Config(64, 64, 1, 4, 3), Config(128, 64, 1, 8, 3)], ids=str)
+@pytest.mark.parametrize(
+    "config", [Config(64, 16, 4, 4, 4), Config(64, 64, 1, 4, 3), Config(128, 64, 1, 8, 3)], ids=str
+)
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
 def test_compiled_for_hopper(name: str, config: Config, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: nothing is written to shared memory on the way, nothing to local."""

@@ -19,6 +19,7 @@ from dsv2quant.errors import Dsv2quantError
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
 VERBS = {
     "plan": ("dsv2quant.cli.plan", "Show what a conversion would do, from headers alone."),
+    "bench": ("dsv2quant.cli.bench", "Measure kernels, or a model, on this GPU."),
     "calibrate": ("dsv2quant.cli.calibrate", "Measure activations, for many conversions."),
     "convert": ("dsv2quant.cli.convert", "Quantize a checkpoint."),
     "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),

@@ -139,21 +139,25 @@ def encode_with_torch(weights: Sequence[np.ndarray], grid: Grid, device: str) ->
         if not bool(torch.isfinite(x).all()):
             check_finite(weight, which)
         tensors.append(x)
-    if grid == "tensor":
-        shared = torch.stack([x.abs().max() for x in tensors]).max().reshape(1)
-    encoded = []
-    for x in tensors:
-        rows, cols = x.shape
-        if grid == "block":
-            padded = torch.nn.functional.pad(x.abs(), (0, -cols % BLOCK, 0, -rows % BLOCK))
-            amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
-        else:
-            amax = x.abs().amax(1, keepdim=True) if grid == "channel" else shared
-        scales = scales_of(amax)
-        per_weight = expand_blocks(scales, rows, cols) if grid == "block" else scales
-        codes = (x / per_weight).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        encoded.append((codes.view(torch.uint8).cpu().numpy(), scales.cpu().numpy()))
-    return encoded
+    shared = torch.stack([x.abs().max() for x in tensors]).max().reshape(1) if grid == "tensor" else None
+    encoded = [encode_tensor(x, grid, shared) for x in tensors]
+    return [(codes.view(torch.uint8).cpu().numpy(), scales.cpu().numpy()) for codes, scales in encoded]
+
+
+def encode_tensor(x: torch.Tensor, grid: Grid, shared: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (float8_e4m3fn) and scales (float32) of finite float32 [out, in], on its device. The grid 'tensor' is given
+    the largest magnitude, float32 [1], of all weights that share a scale."""
+    import torch
+
+    rows, cols = x.shape
+    if grid == "block":
+        padded = torch.nn.functional.pad(x.abs(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+        amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    else:
+        amax = x.abs().amax(1, keepdim=True) if shared is None else shared
+    scales = scales_of(amax)
+    per_weight = expand_blocks(scales, rows, cols) if grid == "block" else scales
+    return (x / per_weight).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
 
 
 def decode_block_to_float32(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

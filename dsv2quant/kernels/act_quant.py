@@ -19,34 +19,57 @@ ELEMENTS = 4096  # of one program where groups are short
 
 
 @triton.jit
-def _nearest_e4m3(v):
-    """v rounded to a value of e4m3, ties to even: below 2^-6 these are multiples of 2^-9, above they have 3 bits."""
-    small = (v + 24576.0) - 24576.0  # 1.5 × 2^14, whose last bit is 2^-9
+def nearest(v, E5M2: tl.constexpr):
+    """v rounded to a value of e4m3, or e5m2, ties to even: below 2^-6 (2^-14) these are multiples of 2^-9 (2^-16),
+    above they have 3 (2) bits."""
+    SHIFT: tl.constexpr = 21 if E5M2 else 20
+    EVEN: tl.constexpr = 192.0 if E5M2 else 24576.0  # 1.5 × 2^7 or 2^14, whose last bit is 2^-16 or 2^-9
+    small = (v + EVEN) - EVEN
     bits = v.to(tl.int32, bitcast=True)
-    large = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(v) < 0.015625, tl.where(small == 0, v * 0.0, small), large)
+    large = ((bits + ((1 << SHIFT - 1) - 1) + (bits >> SHIFT & 1)) & -(1 << SHIFT)).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < (2.0**-14 if E5M2 else 2.0**-6), tl.where(small == 0, v * 0.0, small), large)
 
 
 @triton.jit
-def scales_of(values):
-    """float32 [rows] of values [rows, columns]: amax / 448; 1 where all are 0."""
-    # The bits of magnitudes are ordered as they are, with NaN above infinity: a NaN is not lost.
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
+def magnitudes(values):
+    """The bits of |values|: they are ordered as these are, with NaN above infinity, so that a NaN is not lost."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of(bits):
+    """The scale of values whose largest magnitude has these bits."""
+    amax = bits.to(tl.float32, bitcast=True)
     return tl.where(amax > 0, tl.maximum(tl.div_rn(amax, LARGEST), SMALLEST_SCALE), 1.0)
 
 
 @triton.jit
-def codes_of(values, scale, ROUND: tl.constexpr):
-    """e4m3 of values [rows, columns] by scale [rows].
-
-    ROUND: before the cast, since the interpreter's casts of what e4m3 does not hold are wrong.
-    """
-    ratio = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
-    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+def encoded(values, scale, ROUND: tl.constexpr):
+    """Codes of values by scales of the same shape. ROUND: before the cast, since the interpreter's casts of what e4m3
+    does not hold are wrong."""
+    ratio = tl.clamp(tl.div_rn(values, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if ROUND:
-        ratio = _nearest_e4m3(ratio)
+        ratio = nearest(ratio, False)
     return ratio.to(tl.float8e4nv)
+
+
+@triton.jit
+def quantize_row(
+    values, codes, scales, group, inside, scale_stride, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """Of one token: values [·, 128] of `group` [·], 0 where not `inside`, to the pointers `codes` [·, 128] and, of the
+    scales, to the token's first. With 'token' the values are all of the token's."""
+    if GRANULARITY == "group128":
+        scale = scale_of(tl.max(magnitudes(values), 1))
+        tl.store(scales + group * scale_stride, scale, mask=group < GROUPS)
+        scale = scale[:, None]
+    elif GRANULARITY == "token":
+        scale = scale_of(tl.max(tl.max(magnitudes(values), 1), 0))
+        tl.store(scales, scale)
+    else:
+        scale = tl.load(scales)
+    tl.store(codes, encoded(values, tl.broadcast_to(scale, values.shape), ROUND), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "scale_stride"])
@@ -63,9 +86,28 @@ def _quantize_kernel(
     if GIVEN:
         scale = tl.load(scales + tl.zeros_like(row))
     else:
-        scale = scales_of(values)
+        scale = scale_of(tl.max(magnitudes(values), 1))
         tl.store(scales + group * scale_stride + row, scale, mask=row < M)
-    tl.store(codes + row[:, None] * K + column[None, :], codes_of(values, scale, ROUND), mask=inside)
+    found = encoded(values, tl.broadcast_to(scale[:, None], [ROWS, WIDTH]), ROUND)
+    tl.store(codes + row[:, None] * K + column[None, :], found, mask=inside)
+
+
+def outputs(
+    tokens: int, columns: int, granularity: str, scale: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales as `quantize_activation` returns them, yet to be written. Raises ValueError for another
+    granularity, or a scale that is not float32 [1]."""
+    codes = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn, device=device)
+    if granularity == "static":
+        if scale is None or scale.numel() != 1 or scale.dtype != torch.float32:
+            raise ValueError("static quantization takes one scale, float32 [1]")
+        return codes, scale
+    if granularity not in ("token", "group128"):
+        raise ValueError(f"no activations are quantized by {granularity!r}; need 'group128', 'token' or 'static'")
+    if granularity == "token":
+        return codes, torch.empty(tokens, 1, device=device)
+    groups = triton.cdiv(columns, BLOCK)
+    return codes, torch.empty(groups, triton.cdiv(tokens, 4) * 4, device=device).T[:tokens]
 
 
 def quantize_activation(
@@ -88,14 +130,7 @@ def quantize_activation(
         raise ValueError(f"a token of {columns} columns; at most {MAX_COLUMNS} fit in registers")
     width = triton.next_power_of_2(columns) if granularity == "token" else BLOCK
     groups = triton.cdiv(columns, width)
-    codes = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    if granularity == "static":
-        assert scale is not None
-        scales = scale
-    elif granularity == "token":
-        scales = x.new_empty(tokens, 1, dtype=torch.float32)
-    else:
-        scales = x.new_empty(groups, triton.cdiv(tokens, 4) * 4, dtype=torch.float32).T[:tokens]
+    codes, scales = outputs(tokens, columns, granularity, scale, x.device)
     rows = min(triton.next_power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
     warps = min(max(rows * width // 1024, 1), 16)
     if tokens:

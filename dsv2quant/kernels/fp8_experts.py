@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels.act_quant import codes_of, quantize_activation, scales_of
+from dsv2quant.kernels.act_quant import encoded, magnitudes, quantize_activation, scale_of
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns in one product
@@ -121,9 +121,9 @@ def _gate_up_kernel(
     out = h + pair[:, None].to(tl.int64) * INNER + column[None, :]
     if QUANTIZED:
         values = tl.where(inside, values.to(tl.float32), 0.0)
-        scale = scales_of(values)
+        scale = scale_of(tl.max(magnitudes(values), 1))
         tl.store(h_scale + tl.program_id(0) * hs_k + pair, scale, mask=live)
-        tl.store(out, codes_of(values, scale, ROUND), mask=inside)
+        tl.store(out, encoded(values, tl.broadcast_to(scale[:, None], values.shape), ROUND), mask=inside)
     else:
         tl.store(out, values, mask=inside)
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.kernels import tables
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
 BAND: tl.constexpr = tl.constexpr(8)  # token tiles that share tiles of w in L2
@@ -129,7 +130,16 @@ def _prefill_kernel(
     tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
+KINDS = {"decode": Decode, "prefill": Prefill}  # in tables
+
+
 def choose(M: int, N: int, K: int) -> Decode | Prefill:
+    """The shares that this device's table has, or those of `rule`."""
+    tabulated = tables.lookup("fp8_gemm", N, K, M)
+    return KINDS[tabulated[0]](*tabulated[1:]) if tabulated else rule(M, N, K)
+
+
+def rule(M: int, N: int, K: int) -> Decode | Prefill:
     """The shares that were fastest, or near it, for DeepSeek-V2's shapes on an H200 of 132 multiprocessors."""
     if M <= 64:
         tokens = max(16, triton.next_power_of_2(M))

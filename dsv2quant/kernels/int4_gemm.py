@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels import tables
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -215,10 +216,15 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch
 
 
 def choose(tokens: int, rows: int, columns: int) -> Config | None:
-    """The configuration for a shape; None: dequantize.
+    """The configuration for a shape, by this device's table or by `rule`; None: dequantize."""
+    tabulated = tables.lookup("int4_gemm", rows, columns, tokens)
+    if tabulated:
+        return Config(*tabulated[1:]) if tabulated[0] == "gemm" else None
+    return rule(tokens, rows, columns)
 
-    Fitted to sweeps on an H200 with 1, 16, 64 and 256 tokens (benchmarks/kernels_int4.py); between these, a guess.
-    """
+
+def rule(tokens: int, rows: int, columns: int) -> Config | None:
+    """Fitted to sweeps on an H200 with 1, 16, 64 and 256 tokens; between these, a guess."""
     tall = rows >= 8192
     if tokens > (256 if tall else 128):
         return None

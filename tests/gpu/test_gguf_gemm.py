@@ -64,7 +64,9 @@ def test_shapes(name: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(64, 16, 1, 4, 3), Config(128, 16, 2, 4, 4), Config(64, 32, 3, 4, 2), Config(128, 64, 1, 8, 3)], ids=str
+    "config",
+    [Config(64, 16, 1, 4, 3), Config(128, 16, 2, 4, 4), Config(64, 32, 3, 4, 2), Config(128, 64, 1, 8, 3)],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["Q5_0", "Q4_K", "Q6_K"])
 def test_configurations(name: str, config: Config) -> None:

@@ -1,0 +1,147 @@
+"""`dsv2quant bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsv2quant.cli import common
+
+SECTIONS = ("fp8", "int4", "mla")
+TUNED = ("fp8", "int4")
+RANDOM = ("v2", "v2-lite")  # models of random weights
+SCHEMES = ("int4-mixed", "fp8-block", "bf16")
+results_option = click.option(
+    "--results", type=click.Path(dir_okay=False, path_type=Path), metavar="CSV", help="Append the results."
+)
+
+
+@click.group()
+def command() -> None:
+    """Measure the kernels, or a model, on the GPU at hand.
+
+    \b
+    Examples:
+      dsv2quant bench kernels --only fp8,mla
+      dsv2quant bench model v2-lite --scheme int4-mixed
+    """
+
+
+@command.command(cls=common.Command)
+@click.option("--only", metavar="NAMES", help=f"Some of {','.join(SECTIONS)}. Default: all.")
+@click.option("--tune", is_flag=True, help=f"Find the fastest block shapes instead, of {','.join(TUNED)}, and write "
+              "the table that kernels then take them from.")  # fmt: skip
+@click.option("--tables", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Where --tune writes it. Default: the package's own folder.")  # fmt: skip
+@results_option
+@common.output_options
+def kernels(
+    only: str | None,
+    tune: bool,
+    tables: Path | None,
+    results: Path | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Time kernels in DeepSeek-V2's and V2-Lite's shapes, beside torch's and the floor that memory and units set.
+
+    Each call is checked against float64 first; one that is wrong makes the exit code 4.
+
+    \b
+    Examples:
+      dsv2quant bench kernels --only fp8,int4 --results kernels.csv
+      dsv2quant bench kernels --tune
+    """
+    common.set_verbosity(verbose, quiet)
+    names = _names(only, TUNED if tune else SECTIONS)
+    if (tables is not None and not tune) or (results is not None and tune):
+        raise click.UsageError("--tables goes with --tune, --results with measuring")
+
+    def say(line: str) -> None:
+        if not as_json and not quiet:
+            print(line, flush=True)
+
+    if tune:
+        from dsv2quant.bench import tune as tuner
+        from dsv2quant.kernels.tables import FOLDER
+
+        path = tuner.run(names, tables or FOLDER, say)
+        common.print_json({"table": str(path)}) if as_json else print(f"wrote {path}")
+        return
+
+    from dsv2quant.bench import kernels as measure
+    from dsv2quant.errors import GateError, listing
+
+    found = measure.run(names, results, say)
+    if as_json:
+        common.print_json(found)
+    else:
+        print(*map(measure.summary_line, found["rows"]), sep="\n")
+    if found["wrong"]:
+        raise GateError(f"{len(found['wrong'])} results are wrong: {listing(found['wrong'])}")
+
+
+@command.command(cls=common.Command)
+@click.argument("model", default="v2-lite")
+@click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
+@click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
+@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
+@results_option
+@common.hub_options
+@common.output_options
+def model(
+    model: str,
+    scheme: str | None,
+    batch: str,
+    context: int,
+    results: Path | None,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Time prefill and decoding of MODEL, and set decoding against the bytes that it must read.
+
+    MODEL is a checkpoint or artifact, or `v2` or `v2-lite`: the published model's shape with random weights, quantized
+    on the device as they are made.
+
+    \b
+    Examples:
+      dsv2quant bench model v2-lite --results model.csv
+      dsv2quant bench model v2 --batch 1,16
+      dsv2quant bench model DeepSeek-V2-Lite-FP8-BLOCK --context 1024
+    """
+    common.set_verbosity(verbose, quiet)
+    try:
+        batches = [int(n) for n in batch.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise click.UsageError(f"--batch {batch}: it takes numbers from 1, as 1,8,64")
+    if scheme and model not in RANDOM:
+        raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
+
+    from dsv2quant.bench import model as measure
+    from dsv2quant.bench import subject as subjects
+    from dsv2quant.bench.device import check_device
+
+    check_device()
+    if model in RANDOM:
+        subject = subjects.random(model, scheme or SCHEMES[0])
+    else:
+        subject = subjects.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
+    if as_json:
+        common.print_json(found)
+
+
+def _names(only: str | None, possible: tuple[str, ...]) -> list[str]:
+    names = only.split(",") if only else list(possible)
+    for name in names:
+        if name not in possible:
+            raise click.UsageError(f"--only {name}: it takes {', '.join(possible)}")
+    return names

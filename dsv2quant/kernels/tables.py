@@ -1,0 +1,91 @@
+"""Shares of work that were fastest on one GPU, with one minor version of Triton: what `bench kernels --tune` found.
+
+    {"gpu": "NVIDIA H200", "triton": "3.6",
+     "fp8_gemm": {"24576x1536": {"1": ["decode", 128, 16, 1, 4], "16": …}, …}, "int4_gemm": …}
+
+A share serves weights of so many rows and columns, and at most so many tokens: its kind and its fields, as the
+operation's module has them. Kernels have a rule of their own for what no table holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+FOLDER = Path(__file__).with_name("tuned")
+KINDS = {  # of each operation's shares, and the number of their fields
+    "fp8_gemm": {"decode": 4, "prefill": 3},
+    "int4_gemm": {"gemm": 5, "dequantize": 0},
+}
+
+
+class Shares(NamedTuple):
+    """Of one weight: the share at the same place serves up to so many tokens."""
+
+    tokens: list[int]
+    shares: list[list[Any]]
+
+
+Table = Mapping[str, Mapping[tuple[int, int], Shares]]
+
+
+def lookup(operation: str, rows: int, columns: int, tokens: int) -> list[Any] | None:
+    """The share for this device, [kind, field …]; None where no table has the weight, or so many tokens."""
+    known = _of_this_device().get(operation, {}).get((rows, columns))
+    if known is None or tokens > known.tokens[-1]:
+        return None
+    return known.shares[bisect_left(known.tokens, tokens)]
+
+
+@functools.cache
+def _of_this_device() -> Table:
+    """Of the device that is current at the first call: no later call asks for one."""
+    if not torch.cuda.is_available():
+        return {}
+    path = path_of(torch.cuda.get_device_name(), triton.__version__)
+    return read(path) if path.exists() else {}
+
+
+def path_of(gpu: str, version: str) -> Path:
+    """Where the table of a GPU and a version of Triton lies, whether there is one or not."""
+    return FOLDER / f"{gpu.replace(' ', '-')}-triton{minor(version)}.json"
+
+
+def minor(version: str) -> str:
+    """'3.6.0' → '3.6'."""
+    return ".".join(version.split(".")[:2])
+
+
+def read(path: Path) -> Table:
+    """A table's shares by operation, and rows and columns of the weight. Raises ValueError, naming the file, where it
+    is another GPU's or version's than its name says, or a share is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path_of(raw.pop("gpu"), raw.pop("triton")).name != path.name:
+            raise ValueError("it is of another GPU or version of Triton")
+        return {operation: _weights(operation, weights) for operation, weights in raw.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error!r}") from None
+
+
+def _weights(operation: str, raw: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int], Shares]:
+    kinds, found = KINDS[operation], {}
+    for shape, by_tokens in raw.items():
+        matched = re.fullmatch(r"(\d+)x(\d+)", shape)
+        if not matched or not by_tokens:
+            raise ValueError(f"{operation}: {shape!r} is no rows and columns, or has no shares")
+        for tokens, (kind, *fields) in by_tokens.items():
+            whole = all(type(field) is int and field > 0 for field in fields)
+            if kinds.get(kind) != len(fields) or not whole or int(tokens) < 1:
+                raise ValueError(f"{operation}, {shape}: {[kind, *fields]} is no share for {tokens} tokens")
+        ordered = sorted(by_tokens, key=int)
+        found[int(matched[1]), int(matched[2])] = Shares([int(t) for t in ordered], [by_tokens[t] for t in ordered])
+    return found

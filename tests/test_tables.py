@@ -1,0 +1,126 @@
+"""Tables of shares: what is looked up in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
+from dsv2quant.kernels.fp8_gemm import Decode, Prefill
+from dsv2quant.kernels.int4_gemm import Config
+
+CONTENT = {
+    "gpu": "Some GPU",
+    "triton": "3.6",
+    "fp8_gemm": {
+        "256x512": {"1": ["decode", 64, 16, 2, 4], "16": ["decode", 128, 16, 1, 4], "1024": ["prefill", 64, 128, 3]},
+    },
+    "int4_gemm": {"256x512": {"16": ["gemm", 64, 16, 8, 4, 4], "256": ["dequantize"]}},
+}  # fmt: skip
+
+
+def written(folder: Path, name: str = "Some-GPU-triton3.6.json", **changes: object) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(CONTENT | changes))
+    return path
+
+
+@pytest.fixture
+def some_gpu(tmp_path, monkeypatch):
+    """As on a device that has the table."""
+    table = tables.read(written(tmp_path))
+    monkeypatch.setattr(tables, "_of_this_device", lambda: table)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        (1, Decode(64, 16, 2, 4)), (2, Decode(128, 16, 1, 4)), (16, Decode(128, 16, 1, 4)),
+        (17, Prefill(64, 128, 3)), (1024, Prefill(64, 128, 3)), (1025, fp8_gemm.rule(1025, 256, 512)),
+    ],
+)  # fmt: skip
+def test_a_share_serves_at_most_its_tokens(tokens, share, some_gpu):
+    assert fp8_gemm.choose(tokens, 256, 512) == share
+
+
+def test_int4_takes_its_own(some_gpu):
+    assert int4_gemm.choose(5, 256, 512) == Config(64, 16, 8, 4, 4)
+    assert int4_gemm.choose(200, 256, 512) is None
+    assert int4_gemm.rule(200, 256, 512) is None
+    assert int4_gemm.rule(100, 256, 512) is not None
+    assert int4_gemm.choose(100, 256, 512) is None
+
+
+def test_other_weights_go_by_the_rule(some_gpu):
+    assert tables.lookup("fp8_gemm", 512, 256, 1) is None
+    assert fp8_gemm.choose(1, 512, 256) == fp8_gemm.rule(1, 512, 256)
+    assert int4_gemm.choose(1, 512, 256) == int4_gemm.rule(1, 512, 256)
+
+
+def test_a_table_is_for_one_gpu_and_minor_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
+    written(tmp_path)
+    for version, found in (("3.6.0", True), ("3.6.1+git", True), ("3.7.0", False), ("3.60.0", False)):
+        monkeypatch.setattr("triton.__version__", version)
+        tables._of_this_device.cache_clear()
+        assert (tables.lookup("int4_gemm", 256, 512, 1) is not None) is found, version
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    tables._of_this_device.cache_clear()
+    assert tables.lookup("fp8_gemm", 256, 512, 1) is None
+    tables._of_this_device.cache_clear()
+
+
+def test_the_device_is_asked_for_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: calls.append(1))
+    tables._of_this_device.cache_clear()
+    for tokens in range(1, 100):
+        tables.lookup("fp8_gemm", 24576, 1536, tokens)
+    assert calls == [1]
+    tables._of_this_device.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpu": "Other GPU"}, "another GPU"),
+        ({"triton": "3.7"}, "another GPU"),
+        ({"softmax": {}}, "softmax"),
+        ({"fp8_gemm": {"256": {"1": ["decode", 64, 16, 1, 4]}}}, "'256' is no rows and columns"),
+        ({"fp8_gemm": {"256x512": {}}}, "has no shares"),
+        ({"fp8_gemm": {"256x512": {"1": ["decode", 64, 16, 1]}}}, "is no share for 1 tokens"),
+        ({"fp8_gemm": {"256x512": {"1": ["gemm", 64, 16, 1, 4, 4]}}}, "is no share for 1 tokens"),
+        ({"fp8_gemm": {"256x512": {"1": ["decode", 64, 16, 0, 4]}}}, "is no share for 1 tokens"),
+        ({"fp8_gemm": {"256x512": {"1": ["decode", 64, 16, "2", 4]}}}, "is no share for 1 tokens"),
+        ({"fp8_gemm": {"256x512": {"few": ["decode", 64, 16, 2, 4]}}}, "few"),
+        ({"fp8_gemm": {"256x512": {"1": []}}}, "ValueError"),
+        ({"fp8_gemm": {"256x512": {"1": None}}}, "TypeError"),
+        ({"fp8_gemm": [1]}, "AttributeError"),
+    ],
+)  # fmt: skip
+def test_a_bad_table_is_refused_by_name(changes, said, tmp_path):
+    path = written(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"Some-GPU-triton3\.6\.json: ") as refused:
+        tables.read(path)
+    assert said in str(refused.value)
+
+
+def test_a_table_that_is_no_json_is_refused(tmp_path):
+    path = tmp_path / "Some-GPU-triton3.6.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"Some-GPU-triton3\.6\.json"):
+        tables.read(path)
+
+
+def test_kinds_have_as_many_numbers_as_fields():
+    assert tables.KINDS["fp8_gemm"] == {name: len(kind._fields) for name, kind in fp8_gemm.KINDS.items()}
+    assert tables.KINDS["int4_gemm"] == {"gemm": len(Config._fields), "dequantize": 0}
+
+
+def test_the_tables_that_come_with_the_package_can_be_read():
+    for path in tables.FOLDER.glob("*.json"):
+        assert set(tables.read(path)) <= set(tables.KINDS)
