@@ -4,8 +4,7 @@
 
 Each result is checked against float64 before it is timed. Times are of CUDA graphs that run over copies of the weight,
 at least 200 MB of them, so that none is in the cache: the median of 7 replays, per call. The floor is the bytes of the
-call, the weight's as a file holds them, at the bandwidth a read of 4 GB reaches here, or its multiplications at 790
-TFLOP/s. `chosen` is the library's own configuration, `best` the fastest of a few; --compile only compiles them.
+call, the weight's as a file holds them, and its multiplications, at the rates that this GPU reaches. `chosen` is the library's own configuration, `best` the fastest of a few; --compile only compiles them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any
 
 import torch
 from convert import append
-from device import bandwidth, measured_on, microseconds
 
+from dsv2quant.bench.device import Limits, copies, limits, measured_on, microseconds
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
@@ -29,8 +28,6 @@ from dsv2quant.kernels.reference_experts import sort_pairs
 SHAPES = {"q_b": (24576, 1536), "down": (5120, 12288), "lite_o": (2048, 2048)}
 TOKENS = (1, 16, 64, 1024)
 EXPERTS = {"lite_gate": (64, 1408, 2048, 6), "lite_down": (64, 2048, 1408, 6)}  # experts, N, K, experts of a token
-TFLOPS = 790e12
-ROTATED = 200e6
 
 
 def random_weights(name: str, shape: tuple[int, ...], count: int) -> list[GgufWeight]:
@@ -69,13 +66,13 @@ def configurations(tokens: int, rows: int, columns: int) -> list[Config]:
     ]
 
 
-def measure(name: str, shape: str, rates: float, only_compile: bool) -> list[dict[str, Any]]:
+def measure(name: str, shape: str, rates: Limits | None) -> list[dict[str, Any]]:
     """Every number of tokens of one type and shape."""
     (height, columns), spec = SHAPES[shape], SPECS[name]
     nbytes = height * columns // spec.values * spec.bytes
-    weights = random_weights(name, (height, columns), 1 if only_compile else max(2, ceil(ROTATED / nbytes)))
+    weights = random_weights(name, (height, columns), copies(nbytes) if rates else 1)
     exact = dequantize(weights[0], torch.float32).double()
-    matrices = [torch.randn(height, columns, device="cuda").bfloat16() for _ in range(max(2, ceil(100e6 / nbytes)))]
+    matrices = [torch.randn(height, columns, device="cuda").bfloat16() for _ in range(copies(2 * height * columns))]
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
@@ -87,12 +84,12 @@ def measure(name: str, shape: str, rates: float, only_compile: bool) -> list[dic
             off = float((got - expected).norm() / expected.norm())
             if not off < (2e-3 if config else 3e-3):
                 print(f"WRONG {name} {shape} {tokens} {config}: {off:.2e}")
-            elif not only_compile:
+            elif rates:
                 times[config] = microseconds([partial(linear, x, w, config=config) for w in weights])
-        if only_compile:
+        if not rates:
             continue
         cublas = microseconds([partial(torch.mm, x, m.T) for m in matrices])
-        floor = max((nbytes + 2 * tokens * (height + columns)) / rates, 2 * tokens * height * columns / TFLOPS) * 1e6
+        floor = rates.floor(nbytes + 2 * tokens * (height + columns), 2 * tokens * height * columns)
         best = min(times, key=times.__getitem__)
         rows.append(
             {
@@ -105,7 +102,7 @@ def measure(name: str, shape: str, rates: float, only_compile: bool) -> list[dic
     return rows
 
 
-def measure_experts(name: str, shape: str, rates: float, only_compile: bool) -> None:
+def measure_experts(name: str, shape: str, rates: Limits | None) -> None:
     """Decoding and prefilling through a stack of experts, uniformly chosen."""
     (experts, height, columns, k), spec = EXPERTS[shape], SPECS[name]
     nbytes = height * columns // spec.values * spec.bytes
@@ -117,10 +114,10 @@ def measure_experts(name: str, shape: str, rates: float, only_compile: bool) -> 
         routes = sort_pairs(chosen, experts, block)
         calls = [partial(experts_product, x, routes, k, stack) for stack in stacks]
         calls[0]()
-        if only_compile:
+        if not rates:
             continue
         read = len(chosen.unique()) * nbytes + 2 * tokens * (columns + k * height)
-        floor = max(read / rates, 2 * tokens * k * height * columns / TFLOPS) * 1e6
+        floor = rates.floor(read, 2 * tokens * k * height * columns)
         time = microseconds(calls)
         print(name, shape, f"experts {tokens} tokens: {time:.1f} us, floor {floor:.1f}, {floor / time:.2f}", flush=True)
 
@@ -136,15 +133,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[*SHAPES, *EXPERTS])
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    rates, where = (1.0, {}) if options.compile else (bandwidth(), measured_on())
-    if not options.compile:
-        print(f"{where['GPU']}: {rates / 1e12:.2f} TB/s", file=sys.stderr)
+    rates, where = (None, {}) if options.compile else (limits(), measured_on())
+    if rates:
+        print(where["GPU"], rates, file=sys.stderr)
     for name in options.types:
         for shape in options.shapes:
             if shape in SHAPES:
-                append(options.results, [row | where for row in measure(name, shape, rates, options.compile)])
+                append(options.results, [row | where for row in measure(name, shape, rates)])
             elif EXPERTS[shape][2] % SPECS[name].values == 0:
-                measure_experts(name, shape, rates, options.compile)
+                measure_experts(name, shape, rates)
 
 
 if __name__ == "__main__":
