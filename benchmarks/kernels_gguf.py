@@ -4,7 +4,8 @@
 
 Each result is checked against float64 before it is timed. Times are of CUDA graphs that run over copies of the weight,
 at least 200 MB of them, so that none is in the cache: the median of 7 replays, per call. The floor is the bytes of the
-call, the weight's as a file holds them, and its multiplications, at the rates that this GPU reaches. `chosen` is the library's own configuration, `best` the fastest of a few; --compile only compiles them.
+call, the weight's as a file holds them, and its multiplications, at the rates that this GPU reaches. `chosen` is the
+library's own configuration, `best` the fastest of a few; --compile only compiles them.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def main() -> None:
                 linear(x, weight, out, config)
             found[f"{case} {dtype}"] = error(out, linear_gguf(x.double(), weight))
     many = random_weight("Q8_0", (8, 32))
-    x = torch.randn(300, 32)
+    x = torch.randn(130, 32)
     found["many tokens"] = error(linear(x, many), linear_gguf(x.double(), many))
     for name, columns in (("Q4_1", 160), ("Q2_K", 256)):
         stack = random_weight(name, (3, 72, columns))
@@ -59,9 +59,9 @@ def main() -> None:
         x, weights = torch.randn(18, columns), torch.rand(9, 2)
         for config in (SPLIT, None):
             got = experts_product(x[:9], routes, 2, stack, config=config)
-            found[f"experts {name} {config}"] = error(got, experts_twin(x[:9], chosen, stack))
+            found[f"experts {name} {config}"] = error(got, experts_twin(x[:9].double(), routes, 2, stack))
         got = experts_product(x, routes, 1, stack, weights)
-        found[f"experts {name} weighted"] = error(got, experts_twin(x, chosen, stack, weights))
+        found[f"experts {name} weighted"] = error(got, experts_twin(x, routes, 1, stack, weights))
     try:
         linear(torch.zeros(1, 32).bfloat16(), many)
     except ValueError as refused:

@@ -12,12 +12,16 @@ from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, blocks_of, from_blo
 from dsv2quant.kernels.reference_experts import sort_pairs
 from dsv2quant.kernels.reference_gguf import dequantize_gguf
 from dsv2quant.kernels.reference_gguf import experts_product as experts_twin
+from dsv2quant.kernels.routing import choose_block
+from dsv2quant.kernels.routing import sort_pairs as sort_on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPES = {"q_b": (24576, 1536), "kv_a": (576, 5120), "down": (5120, 12288), "lite_o": (2048, 2048)}
 # A BF16 result alone is off by 2^-8 / √3 of its last bit's place: 1.6e-3; a BF16 weight's rounding adds as much.
 EXACT, ROUNDED = 2e-3, 3e-3
+# MMA units truncate the sums they add to: 2^-22 of products of codes with 128 added, which are 30 times the result.
+SUMS = 1e-5
 FLOAT = 2e-5  # of float32 results: sums of 128 + code, of which most is taken away again
 
 
@@ -89,20 +93,35 @@ def test_a_split_sums_in_order_also_in_a_graph() -> None:
         assert torch.equal(captured, first)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 300, 1000])
 @pytest.mark.parametrize(("name", "shape"), [("Q4_K", (1408, 2048)), ("Q8_0", (2048, 1408)), ("Q6_K", (200, 768))])
 def test_experts(name: str, shape: tuple[int, int], tokens: int) -> None:
     """One row of x for all of a token's experts and BF16 out; one for each, weighted, and float32 out."""
     stack = random_weight(name, (16, *shape), "cuda")
     chosen = random_choices(tokens, 6, 16, "cuda")
-    block = 16 if tokens <= 64 else 64
+    block = choose_block(tokens, 6, 16)
     routes = sort_pairs(chosen, 16, block)
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
     torch.empty(tokens * 6, shape[0], device="cuda").fill_(torch.nan)  # what the result's memory is likely to hold
-    assert error(experts_product(x, routes, 6, stack), experts_twin(x, chosen, stack)) < EXACT
+    assert error(experts_product(x, routes, 6, stack), experts_twin(x.double(), routes, 6, stack)) < EXACT
     x = torch.randn(tokens * 6, shape[1], device="cuda").bfloat16()
     weights = torch.rand(tokens, 6, device="cuda")
     got = experts_product(x, routes, 1, stack, weights)
     assert got.dtype == torch.float32
-    assert error(got, experts_twin(x, chosen, stack, weights)) < FLOAT
+    assert error(got, experts_twin(x, routes, 1, stack, weights)) < SUMS
     assert int(stack.arrivals.abs().sum()) == 0
+
+
+def test_experts_in_a_graph() -> None:
+    """Routes that change between replays, as a captured step has them."""
+    stack = random_weight("Q4_K", (16, 1408, 2048), "cuda")
+    x, chosen = torch.randn(8, 2048, device="cuda").bfloat16(), random_choices(8, 6, 16, "cuda")
+    experts_product(x, sort_on_device(chosen, 16, 16), 6, stack)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = experts_product(x, sort_on_device(chosen, 16, 16), 6, stack)
+    for shift in (0, 3):
+        chosen.copy_((random_choices(8, 6, 16, "cuda") + shift) % 16)
+        got.fill_(torch.nan)
+        graph.replay()
+        assert error(got, experts_twin(x.double(), sort_pairs(chosen, 16, 16), 6, stack)) < EXACT
