@@ -86,7 +86,7 @@ def experts_product(
     if weights is not None and (weights.dtype != torch.float32 or weights.numel() != pairs):
         raise ValueError(f"{weights.numel()} weights of {weights.dtype} for {pairs} pairs; need float32")
     check_dtype(x.dtype)
-    config = config or choose(len(routes.experts), routes.block, stack.rows, columns)
+    config = config or choose(len(routes.experts), routes.block, stack)
     out = torch.empty(pairs, stack.rows, dtype=x.dtype if weights is None else torch.float32, device=x.device)
     grid = (config.split, triton.cdiv(stack.rows, config.rows), len(routes.experts))
     if pairs:
@@ -102,6 +102,8 @@ def experts_product(
     return out
 
 
-def choose(tiles: int, block: int, rows: int, columns: int) -> Config:
-    """The configuration for so many tiles of pairs."""
-    return Config(ROWS, block, split_of(triton.cdiv(rows, ROWS) * tiles, columns), 4, 4 if block <= 16 else 3)
+def choose(tiles: int, block: int, stack: GgufWeight) -> Config:
+    """The configuration for so many tiles of pairs: K is split only where the stack has a counter for each."""
+    programs = triton.cdiv(stack.rows, ROWS) * tiles
+    split = split_of(programs, stack.columns) if programs <= stack.arrivals.numel() else 1
+    return Config(ROWS, block, split, 4, 4 if block <= 16 else 3)

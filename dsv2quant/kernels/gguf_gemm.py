@@ -35,8 +35,8 @@ class Config(NamedTuple):
 def _assembly(bits: int, zero: int) -> str:
     """The words of 32 columns → 16 registers of two BF16, (step, c, h) by p: codes less `zero`.
 
-    0x4300 is 128 in BF16, whose last mantissa bit is then 1, so that codes of up to 7 bits are put there (and nothing is
-    left to do if `zero` is −128); a byte's sign is 128 to subtract, in the bit that makes 0x4300 256.
+    0x4300 is 128 in BF16, whose last mantissa bit is then 1, so that codes of up to 7 bits are put there; if `zero` is
+    −128, nothing is left to do. A byte's sign is 128 to subtract, in the bit that makes 0x4300 256.
     """
     planes = {4: 2, 6: 3, 8: 4}[bits]
     words = [f"${16 + i}" for i in range(planes)]
@@ -128,7 +128,7 @@ def _multiple(word, BYTE: tl.constexpr):
 
 @triton.jit
 def load_words(words, first, PLANES: tl.constexpr, TILES: tl.constexpr):
-    """The words of 128 columns, which begin at first [TILES, 1]: four tuples, of 32 columns, of a [TILES, 128] a plane."""
+    """The words of 128 columns, which begin at first [TILES, 1]: of each 32, a tuple of [TILES, 128] for each plane."""
     w0 = ()
     w1 = ()
     w2 = ()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, unpack
+from dsv2quant.kernels.routing import Routes
 
 
 def dequantize_gguf(weight: GgufWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,13 +29,18 @@ def linear_gguf(x: torch.Tensor, weight: GgufWeight) -> torch.Tensor:
 
 
 def experts_product(
-    x: torch.Tensor, chosen: torch.Tensor, stack: GgufWeight, weights: torch.Tensor | None = None
+    x: torch.Tensor, routes: Routes, choices: int, stack: GgufWeight, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [tokens, K], or [tokens · k, K] with a row for each pair, by the experts `chosen` [tokens, k] and times
-    `weights` [tokens, k]: [tokens · k, N] in float64."""
-    flat = chosen.flatten()
-    rows = x.repeat_interleave(len(flat) // len(x), 0).double()
-    out = rows.new_empty(len(flat), stack.rows)
-    for expert, matrix in enumerate(dequantize_gguf(stack)):
-        out[flat == expert] = F.linear(rows[flat == expert], matrix.double())
-    return out if weights is None else out * weights.flatten().double().unsqueeze(1)
+    """gguf_experts.experts_product, whose sums are in float64."""
+    out = torch.empty(len(routes.pairs), stack.rows, dtype=torch.float64, device=x.device)
+    table = torch.stack([routes.experts, routes.begins, routes.ends], 1)
+    for expert, begin, end in table[routes.experts >= 0].tolist():
+        pairs = routes.pairs[begin:end].long()
+        out[pairs] = F.linear(x[pairs // choices].double(), dequantize_gguf(matrix_of(stack, expert)).double())
+    return out.to(x.dtype) if weights is None else (out * weights.view(-1, 1)).float()
+
+
+def matrix_of(stack: GgufWeight, expert: int) -> GgufWeight:
+    """One of a stack's matrices."""
+    tensors = (None if part is None else part[expert] for part in stack[1:6])
+    return GgufWeight(stack.type, *tensors, stack.rows, stack.columns)
