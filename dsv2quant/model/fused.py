@@ -24,7 +24,6 @@ from dsv2quant.model.linear import RMSNorm
 from dsv2quant.model.quantized import Codes, Linear, Projections, Quantization
 from dsv2quant.model.rope import Rope, softmax_scale
 
-
 A = TypeVar("A")
 B = TypeVar("B")
 
