@@ -37,11 +37,11 @@ def test_json_is_one_object(cli):
     result = json.loads(ran.out)
     assert set(result) == {
         "schema", "model", "prompt_tokens", "tokens", "text", "finish_reason", "temperature", "top_p", "seed", "dtype",
-        "kv_cache", "device", "versions", "prefill_tokens_per_s", "decode_tokens_per_s", "seconds",
+        "kv_cache", "device", "backend", "versions", "prefill_tokens_per_s", "decode_tokens_per_s", "seconds",
     }  # fmt: skip
     assert (result["schema"], result["model"]) == ("dsv2quant.generate/1", "dsv2-mini")
     assert (result["temperature"], result["top_p"], result["seed"]) == (0.8, 0.9, 7)
-    assert (result["dtype"], result["kv_cache"], result["device"]) == ("float32", "float32", "cpu")
+    assert [result[key] for key in ("dtype", "kv_cache", "device", "backend")] == ["float32", "float32", "cpu", "torch"]
     assert (len(result["prompt_tokens"]), len(result["tokens"]), result["finish_reason"]) == (8, 12, "length")
     one = json.loads(cli("generate", tiny.MINI, *PROMPT[:-1], "1", "--json", "-q", "--dtype", "bfloat16").out)
     assert (one["decode_tokens_per_s"], one["dtype"], one["kv_cache"]) == (None, "bfloat16", "bf16")

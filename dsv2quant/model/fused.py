@@ -6,8 +6,10 @@ attention.py. What a layer's FFN adds to the residual stream the next layer's no
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ from dsv2quant.model.experts import Stack
 from dsv2quant.model.linear import RMSNorm
 from dsv2quant.model.quantized import Codes, Linear, Projections, Quantization
 from dsv2quant.model.rope import Rope, softmax_scale
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Stream(NamedTuple):
@@ -75,13 +80,38 @@ class FusedMoE:
 
     def __call__(self, x: Normed) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The shared experts' output, the routed ones' by pair, and the chosen experts [T, k]."""
+        shared = self.shared
+        (pairs, chosen), addend = beside(
+            lambda: self._routed(x), lambda: None if shared is None else shared(x), x.normed.device
+        )
+        return addend, pairs, chosen
+
+    def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config
         logits = F.linear(x.normed.float(), self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
-        pairs = self.experts(x, weights, chosen, routes)
-        return None if self.shared is None else self.shared(x), pairs, chosen
+        return self.experts(x, weights, chosen, routes), chosen
+
+
+def beside(main: Callable[[], A], aside: Callable[[], B], device: torch.device) -> tuple[A, B]:
+    """What both give; on a CUDA device `aside` goes to a second stream, in a graph to a second branch. What they share
+    must live until both are done."""
+    if device.type != "cuda":
+        return main(), aside()
+    current, second = torch.cuda.current_stream(device), _second_stream(device)
+    second.wait_stream(current)
+    with torch.cuda.stream(second):
+        b = aside()
+    a = main()
+    current.wait_stream(second)
+    return a, b
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass

@@ -43,7 +43,8 @@ class FusedLoader:
         c = self.config
         latent_query = c.q_lora_rank is not None
         kv_b = load_linear(self.source, f"{at}.kv_b_proj")
-        w_k, w_v = halves(c, dequantized(self.source, f"{at}.kv_b_proj"))
+        plain = kv_b.weight if isinstance(kv_b, PlainLinear) else dequantized(self.source, f"{at}.kv_b_proj")
+        w_k, w_v = halves(c, plain)
         first = "q_a_proj" if latent_query else "q_proj"
         return FusedAttention(
             config=c,
@@ -52,8 +53,8 @@ class FusedLoader:
             q_b=load_projections(self.source, [f"{at}.q_b_proj"]) if latent_query else None,
             kv_norm=self._norm(f"{at}.kv_a_layernorm", LATENT_NORM_EPS),
             kv_b=kv_b,
-            w_k=w_k.contiguous(),
-            w_v=w_v.contiguous(),
+            w_k=w_k,
+            w_v=w_v,
             o=load_projections(self.source, [f"{at}.o_proj"]),
         )
 

@@ -29,7 +29,7 @@ ARTIFACTS = {
     "int4-mixed": ["--int4=mixed", "--method", "rtn"],
     "int4-pure-g32": ["--int4=pure", "--method", "rtn", "--group-size", "32"],
     "gptq": ["--int4=pure", "--method", "rtn", "--format", "gptq"],
-    "awq": ["--int4=experts", "--method", "rtn", "--format", "awq", "--group-size", "64"],
+    "awq": ["--int4=pure", "--method", "rtn", "--format", "awq", "--group-size", "64"],
     "q8_0": ["--gguf", "Q8_0"],
     "q4_k_m": ["--gguf", "Q4_K_M"],
     "q6_k": ["--gguf", "Q6_K"],
@@ -86,26 +86,22 @@ def test_evaluation_agrees_with_the_torch_backend(artifact, decode_path, ids, re
     assert abs(distances[1] - distances[0]) < floor + errors[0]
 
 
-def test_greedy_tokens_are_the_torch_backends(artifact, request):
-    """But for ties: the first that differs has logits within the roundings of BF16, 2^-8 of the largest."""
+def test_greedy_tokens_are_the_torch_backends(artifact, ids, request):
+    """But for ties: where a token differs, its logit is as near the largest as BF16's rounding moves these logits."""
     checkpoint = Checkpoint.open(artifact)
     models = [open_model(checkpoint, options) for options in (TORCH, KERNELS)]
-    differing = 0
-    for prompt in ([0, 700, 800], [0], [0, *range(300, 340)]):
+    for prompt in ids[:, :48].tolist():
         want, got = (list(generate(m, prompt, stop={1}, max_new_tokens=32, sampling=Sampling())) for m in models)
         first = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
         if first is None:
             assert got == want
             continue
-        differing += 1
-        exact = Model(checkpoint, WIDE).forward(torch.tensor([[*prompt, *want[:first]]]))[0, -1]
-        rounded = Model(checkpoint, TORCH).forward(torch.tensor([[*prompt, *want[:first]]]))[0, -1].float()
-        # What rounding did to these logits is the measure of a tie.
-        tie = 4 * float((exact - rounded).abs().max())
-        print(f"{request.node.callspec.id} {prompt[:3]}: token {first} differs, logits "
-              f"{float(exact[want[first]]):.4f} and {float(exact[got[first]]):.4f}, a tie is {tie:.4f}")  # fmt: skip
-        assert float(exact.max() - exact[got[first]]) <= tie
-    assert differing < 3
+        tokens = torch.tensor([[*prompt, *want[:first]]])
+        exact, rounded = (Model(checkpoint, options).forward(tokens)[0, -1].float() for options in (WIDE, TORCH))
+        tie = 2 * float((exact - rounded).abs().max())
+        apart = float(exact.max() - exact[got[first]])
+        print(f"{request.node.callspec.id}: token {first} differs, {apart:.4f} apart, a tie is {tie:.4f}")
+        assert apart <= tie
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_e4m3", "fp8_e5m2"])
