@@ -141,8 +141,8 @@ def test_awq_experts_beside_plain_layers(converted):
 
 @pytest.mark.parametrize("format_", ["gptq", "awq"])
 def test_zero_points(format_, converted):
-    """Of every weight but the first expert's: the stack needs room for them later. And scales that BF16 does not hold, as
-    others' files have."""
+    """Of every weight but the first expert's: its stack needs room for them later. And scales that BF16 does not hold,
+    as others' files have."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)

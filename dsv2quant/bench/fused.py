@@ -69,7 +69,7 @@ def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
     sums[f" + 1 + {k}"] = sums[" + 1"] | {"pairs": pairs}
     inputs = {"": random(tokens, hidden)}
     if config.q_lora_rank is not None:
-        inputs[" of q_a"] = random(tokens, config.q_lora_rank + 576)[:, : config.q_lora_rank]
+        inputs[" of q_a"] = random(tokens, 2 * config.q_lora_rank)[:, : config.q_lora_rank]
     for whose, x in inputs.items():
         weight = random(x.shape[1])
         for what, added in sums.items() if not whose else [("", {})]:

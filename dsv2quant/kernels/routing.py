@@ -55,7 +55,8 @@ def _route_kernel(
     there = (group < GROUPS) & (column < size)
     row = tl.load(logits + token * EXPERTS + expert, mask=there, other=float("-inf"))
     powers = tl.where(there, tl.exp(row - tl.max(tl.max(row, 1), 0)), 0.0)
-    scores = tl.div_rn(powers, tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0))
+    total = tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0)
+    scores = tl.where(there, tl.div_rn(tl.where(there, powers, total), total), 0.0)  # 0 / total takes a slow path
     # The bits of what is not negative are ordered as it is. Below them: the lower the index, the larger.
     bits = scores.to(tl.int32, bitcast=True)
     if KEPT < GROUPS:
