@@ -115,14 +115,14 @@ def compiled(name: str, config: Config, file: Path, experts: bool = False) -> Co
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
 def test_compiled_for_hopper(name: str, config: Config, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: nothing is written to shared memory on the way, nothing to local."""
-    made = compiled(name, config, tmp_path / "k.cubin", experts=config.tokens == 64)
+    made = compiled(name, config, tmp_path / "k.cubin", experts=config.tokens >= 64)
     found = Counter(line.split()[0] for line in made.ptx.splitlines() if line.strip())
     assert any(instruction.startswith("wgmma.mma_async") for instruction in found)
     assert any(instruction.startswith("cp.async.c") for instruction in found)
     if config.split == 1:
         assert not any(instruction.startswith("st.shared") for instruction in found)
     assert made.resources["LOCAL"] == made.resources["STACK"] == 0
-    assert made.shared <= 113 << 10  # two programs on a multiprocessor
+    assert made.shared <= 226 * config.warps << 7  # 8 warps on a multiprocessor
 
 
 @pytest.mark.parametrize("rows", [576, 1408, 5120, 10944, 32768])

@@ -106,4 +106,4 @@ def choose(tiles: int, block: int, stack: GgufWeight) -> Config:
     """The configuration for so many tiles of pairs: K is split only where the stack has a counter for each."""
     programs = triton.cdiv(stack.rows, ROWS) * tiles
     split = split_of(programs, stack.columns) if programs <= stack.arrivals.numel() else 1
-    return Config(ROWS, block, split, 4, 4 if block <= 16 else 3)
+    return Config(ROWS, block, split, 4 if block <= 64 else 8, 4 if block <= 16 else 3)

@@ -205,9 +205,7 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     Raises ValueError where it is no such tensor.
     """
     if chosen.dtype not in (torch.int32, torch.int64) or chosen.ndim != 2 or not chosen.is_contiguous():
-        raise ValueError(
-            f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]"
-        )
+        raise ValueError(f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]")
     routes = _empty(chosen, experts, block)
     count = chosen.numel()
     slices = triton.cdiv(count, SLICE)
