@@ -52,7 +52,7 @@ def elementwise(tokens: int, hidden: int, heads: int, widths: dict[str, int]) ->
     for name, width in widths.items():
         gate_up = bf16(tokens, 2 * width)
         for kind in (None, "group128", "token"):
-            yield f"silu_mul {name} {kind}", partial(silu_mul, gate_up, width, quantize=kind)
+            yield f"silu_mul {name} {kind}", partial(silu_mul, *gate_up.chunk(2, 1), quantize=kind)
     q, kv, q_out = bf16(tokens, heads * 192), bf16(tokens, 2112)[:, 1536:], bf16(tokens, heads, 576)
     table, positions = torch.randn(4096, 32, 2, device="cuda"), torch.arange(tokens, device="cuda").int() * 50
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):

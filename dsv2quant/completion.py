@@ -18,7 +18,7 @@ from dsv2quant.headers import read_json
 from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.generate import Sampling, check_prompt, finish_reason, generate
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.runtime import Model
+from dsv2quant.model.runtime import open_model
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def complete(
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
     stop = stop_ids(checkpoint, tokenizer)
-    model = Model(checkpoint, request.options)
+    model = open_model(checkpoint, request.options)
 
     detokenizer = Detokenizer(tokenizer)
     tokens: list[int] = []
@@ -80,6 +80,7 @@ def complete(
         "dtype": str(options.dtype).removeprefix("torch."),
         "kv_cache": KV_NAMES[options.kv_cache or options.dtype],
         "device": options.device,
+        "backend": options.backend,
         "versions": {"torch": torch.__version__},
         "prefill_tokens_per_s": len(prompt) / (prefilled - began),
         # The first token comes of the prefill.

@@ -88,14 +88,13 @@ def norm_faults(
 def silu_faults(tokens: int, columns: int, up: int | None, granularity: str | None, dtype, device) -> list[str]:
     wide = (columns if up is None else up) + columns
     gate_up = (random(tokens, wide + 8, seed=4, device=device) * 4).to(dtype)[:, :wide]
-    plain = silu_mul(gate_up, columns, up)
-    error = off(plain, reference_fused.silu_mul(gate_up, columns, up))
+    given = gate_up[:, :columns], gate_up[:, -columns:]
+    plain = silu_mul(*given)
+    error = off(plain, reference_fused.silu_mul(*given))
     found = [] if error <= 2.0**-12 else [f"off by {error}"]
     if granularity:
         scale = static(granularity, device)
-        found += code_faults(
-            silu_mul(gate_up, columns, up, quantize=granularity, scale=scale), plain, granularity, scale
-        )
+        found += code_faults(silu_mul(*given, quantize=granularity, scale=scale), plain, granularity, scale)
     return found
 
 

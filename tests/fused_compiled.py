@@ -46,7 +46,13 @@ def kernels() -> Iterator[tuple[str, Any, dict, dict, dict]]:
     for width, granularity, groups in ((10944, "group128", GROUPS), (12288, "token", 128)):
         constants = {"WIDTH": width, "GROUPS": groups, "GRANULARITY": granularity, "ROUND": False, "out": None}
         options = {"num_warps": min(groups // 2, 32)}
-        yield f"silu_mul {width} {granularity}", _silu_mul_kernel, {"gate_up": "*bf16"} | coded, constants, options
+        yield (
+            f"silu_mul {width} {granularity}",
+            _silu_mul_kernel,
+            {"gate": "*bf16", "up": "*bf16"} | coded,
+            constants,
+            options,
+        )
     for stored, largest in (("fp8e4nv", 448.0), ("fp8e5", 57344.0), ("bf16", None)):
         types = dict.fromkeys(("q", "kv", "weight", "q_out"), "*bf16") | {"table": "*fp32", "positions": "*i32"}
         types |= {"cache": f"*{stored}", "cache_scale": "*fp32", "eps": "fp32"}

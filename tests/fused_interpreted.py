@@ -23,7 +23,7 @@ STORED = (torch.float8_e4m3fn, torch.float8_e5m2)
 def refusal() -> str:
     """What bfloat16 is told here."""
     try:
-        silu_mul(torch.zeros(1, 128, dtype=torch.bfloat16), 64)
+        silu_mul(*torch.zeros(2, 1, 64, dtype=torch.bfloat16))
     except ValueError as error:
         return str(error)
     return "none"

@@ -69,23 +69,23 @@ class Stub:
         self.clock, self.config = clock, config
         self.lengths: list[int] = []
 
-    def start(self, batch: int, capacity: int) -> Any:
-        caches = [SimpleNamespace(store=torch.empty(batch, capacity, 4)) for _ in range(2)]
-        return SimpleNamespace(caches=caches, lengths=torch.zeros(batch, dtype=torch.int32))
+    def caches(self, batch: int, capacity: int) -> Any:
+        return [SimpleNamespace(store=torch.empty(batch, capacity, 4), length=0) for _ in range(2)]
 
-    def prefill(self, tokens: torch.Tensor, state: Any) -> torch.Tensor:
+    def next_logits(self, tokens: torch.Tensor, caches: Any) -> torch.Tensor:
         assert tokens.shape == (1, 2048)
         self.clock[0] += 2
         return torch.zeros(1, self.config.vocab_size)
 
-    def decoder(self, state: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        assert all(0.9 < cache.store.std() < 1.1 for cache in state.caches)
+    def decoder(self, caches: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        assert all(0.9 < cache.store.std() < 1.1 for cache in caches)
 
         def step(tokens: torch.Tensor) -> torch.Tensor:
-            assert tokens.shape == state.lengths.shape
-            state.lengths += 1
-            self.lengths.append(int(state.lengths.max()))
-            assert self.lengths[-1] <= state.caches[0].store.shape[1]
+            assert tokens.shape == caches[0].store.shape[:1]
+            for cache in caches:
+                cache.length += 1
+            self.lengths.append(caches[0].length)
+            assert self.lengths[-1] <= caches[0].store.shape[1]
             self.clock[0] += 0.5
             return torch.zeros(len(tokens), self.config.vocab_size)
 

@@ -93,7 +93,7 @@ def test_a_seed_gives_the_same_tokens(mini, one_thread):
 
 def test_logits_that_are_not_finite_are_an_error(wordy):
     model = Model(Checkpoint.open(wordy))
-    model.ends.head[7] = float("nan")
+    model.ends.head.weight[7] = float("nan")
     for sampling in (GREEDY, Sampling(1.0)):
         with pytest.raises(InputError, match="the model's logits are not finite"):
             tokens_of(model, sampling=sampling)

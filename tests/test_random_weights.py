@@ -43,7 +43,7 @@ def test_parts_are_those_of_the_codecs(name):
         if slot.layer not in (0, 1) or (slot.expert or 0) > 1 or len(slot.shape) < 2:
             continue
         scheme, parts = source.stored(slot.module)
-        assert scheme == source.scheme(slot)
+        assert scheme == source.scheme(slot.module)
         (given,) = bits(plain.stored(slot.module)[1]).values()
         codec = CODECS[scheme]
         same(parts, codec.encode([given])[0])

@@ -17,9 +17,10 @@ import torch
 
 from dsv2quant.bench.device import check_device, limits, measured_on
 from dsv2quant.bench.results import append
-from dsv2quant.bench.subject import Runtime, Subject, bytes_per_step
+from dsv2quant.bench.subject import Subject, bytes_per_step
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import UsageError
+from dsv2quant.model.fused_model import FusedModel
 
 PROMPT = 2048  # tokens
 WINDOWS, STEPS = 5, 32  # of decoding: the median over windows of so many steps
@@ -64,23 +65,25 @@ def run(
     return {"read_bytes_per_s": reached.read, "rows": rows}
 
 
-def prefill(model: Runtime, subject: Subject) -> dict[str, Any]:
+def prefill(model: FusedModel, subject: Subject) -> dict[str, Any]:
     """Of one prompt, the median of three after one."""
     tokens = _random_tokens(subject.config, 1, PROMPT)
-    taken = statistics.median([_seconds(lambda: model.prefill(tokens, model.start(1, PROMPT))) for _ in range(4)][1:])
+    taken = statistics.median(
+        [_seconds(lambda: model.next_logits(tokens, model.caches(1, PROMPT))) for _ in range(4)][1:]
+    )
     return {
         "phase": "prefill", "batch": 1, "context": PROMPT, "tokens/s": round(PROMPT / taken, 1),
         "ms": round(taken * 1e3, 3), "GB": "", "floor ms": "", "ratio": "",
     }  # fmt: skip
 
 
-def decode(model: Runtime, subject: Subject, batch: int, context: int, read: float) -> dict[str, Any]:
+def decode(model: FusedModel, subject: Subject, batch: int, context: int, read: float) -> dict[str, Any]:
     """Of a batch whose cache is filled with random latents, as large as their norm makes them."""
-    state = model.start(batch, context + WINDOWS * STEPS + 1)
-    for cache in state.caches:
+    caches = model.caches(batch, context + WINDOWS * STEPS + 1)
+    for cache in caches:
         cache.store.normal_()
-    state.lengths.fill_(context)
-    step = model.decoder(state)
+        cache.length = context
+    step = model.decoder(caches)
     tokens = step(_random_tokens(subject.config, batch, 1).flatten()).argmax(-1)
 
     def steps() -> None:

@@ -25,17 +25,19 @@ class RandomWeights:
     def __init__(self, config: ModelConfig, recipe: Recipe | None, device: str = "cuda", seed: int = 0) -> None:
         self.config = config
         self.recipe, self.device, self.seed = recipe, device, seed
+        self.dtype = torch.bfloat16
         self._slots = {slot.name: slot for slot in model_slots(config)}
 
-    def scheme(self, slot: Slot) -> str:
+    def scheme(self, module: str) -> str:
         """The recipe's, or bf16 where a weight's shape can't have it."""
+        slot = self._slots[f"{module}.weight"]
         scheme = self.recipe.assign(slot)[0] if self.recipe else "bf16"
         return "bf16" if CODECS[scheme].refusal(slot.shape) else scheme
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         """A matrix' scheme and its parts by suffix, as formats/ names and shapes them."""
         slot = self._slots[f"{module}.weight"]
-        scheme, weight = self.scheme(slot), self._random(slot)
+        scheme, weight = self.scheme(module), self._random(slot)
         codec = CODECS[scheme]
         if isinstance(codec, Fp8) and codec.grid != "tensor":
             codes, scales = encode_tensor(weight.float(), codec.grid)
@@ -46,10 +48,10 @@ class RandomWeights:
             raise ValueError(f"{scheme} is none of the schemes that random weights have")
         return scheme, {"weight": weight}
 
-    def plain(self, name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor | None:
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
         slot = self._slots.get(name)
-        return None if slot is None else self._random(slot).to(dtype)
+        return None if slot is None else self._random(slot).to(dtype or self.dtype)
 
     def activation(self, scheme: str) -> str | None:
         """How activations are quantized that meet weights of the scheme."""

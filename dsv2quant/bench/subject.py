@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,23 +13,12 @@ from dsv2quant.bench.shapes import configuration
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.codec import CODECS
+from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.source import CheckpointSource, Source
 from dsv2quant.names import Slot, model_slots
 
 CACHE_BYTES = 2  # of a number in the cache: BF16
-
-
-class Runtime(Protocol):
-    """What is measured: FusedModel, of model/fused.py."""
-
-    def start(self, batch: int, capacity: int) -> Any:
-        """A state with `caches`, empty, one a layer, and `lengths`, int32 [batch]."""
-
-    def prefill(self, tokens: torch.Tensor, state: Any) -> torch.Tensor:
-        """tokens [batch, n] → the last one's logits [batch, vocab]."""
-
-    def decoder(self, state: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A step: tokens [batch] → logits [batch, vocab]."""
 
 
 class Subject(NamedTuple):
@@ -39,7 +28,7 @@ class Subject(NamedTuple):
     scheme: str
     config: ModelConfig
     nbytes: Callable[[Slot], int]
-    load: Callable[[], Runtime]
+    load: Callable[[], FusedModel]
 
 
 def random(name: str, scheme: str) -> Subject:
@@ -47,15 +36,13 @@ def random(name: str, scheme: str) -> Subject:
     source = RandomWeights(configuration(name), None if scheme == "bf16" else recipe.builtin(scheme))
 
     def nbytes(slot: Slot) -> int:
-        return sum(part.nbytes for part in CODECS[source.scheme(slot)].layout(slot.shape))
+        return sum(part.nbytes for part in CODECS[source.scheme(slot.module)].layout(slot.shape))
 
     return Subject(name, scheme, source.config, nbytes, lambda: _fused(source))
 
 
 def stored(model: str, **hub: Any) -> Subject:
     """A checkpoint, an artifact or a GGUF file. Raises InputError as Checkpoint.open does."""
-    from dsv2quant.model.source import CheckpointSource  # type: ignore[import-not-found, unused-ignore]
-
     checkpoint = Checkpoint.open(model, **hub)
     nbytes = {weight.slot: weight.nbytes for weight in checkpoint.weights}
     schemes = ", ".join(sorted({weight.scheme for weight in checkpoint.weights}))
@@ -65,11 +52,8 @@ def stored(model: str, **hub: Any) -> Subject:
     )  # fmt: skip
 
 
-def _fused(source: Any) -> Runtime:
-    from dsv2quant.model.fused import FusedModel  # type: ignore[import-not-found, unused-ignore]
-
-    runtime: Runtime = FusedModel(source, LoadOptions(torch.bfloat16, "cuda"))
-    return runtime
+def _fused(source: Source) -> FusedModel:
+    return FusedModel(source, LoadOptions(torch.bfloat16, "cuda", backend="kernels"))
 
 
 def bytes_per_step(config: ModelConfig, nbytes: Callable[[Slot], int], batch: int, context: int) -> int:

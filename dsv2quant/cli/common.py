@@ -62,6 +62,15 @@ compute_options = stack(
                  help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
 )  # fmt: skip
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(("auto", "torch", "kernels")),
+    default="auto",
+    show_default=True,
+    help="kernels: quantized weights as they are, on CUDA in bfloat16; torch: decoded ones, the reference. auto takes "
+    "kernels where they can be had.",
+)
+
 kv_cache_option = click.option(
     "--kv-cache",
     type=click.Choice(("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")),

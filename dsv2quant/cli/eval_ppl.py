@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory.")
 @common.compute_options
+@common.backend_option
 @click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme.")
 @click.option("--decode-path", is_flag=True, help="Score as decoding computes: token by token. Slow: for small models.")
 @common.kv_cache_option
@@ -52,6 +53,7 @@ def command(
     stream: bool,
     device: str,
     dtype: str,
+    backend: str,
     weight_only: bool,
     decode_path: bool,
     kv_cache: str,
@@ -105,6 +107,7 @@ def command(
         stream=stream,
         device=device,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
+        backend=backend,
         weight_only=weight_only,
         decode_path=decode_path,
         kv_cache=KV_DTYPES.get(kv_cache),

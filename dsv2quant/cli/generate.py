@@ -19,6 +19,7 @@ from dsv2quant.cli import common
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest that sum to this.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @common.compute_options
+@common.backend_option
 @common.kv_cache_option
 @common.hub_options
 @common.output_options
@@ -32,6 +33,7 @@ def command(
     seed: int,
     device: str,
     dtype: str,
+    backend: str,
     kv_cache: str,
     revision: str | None,
     cache_dir: str | None,
@@ -59,7 +61,7 @@ def command(
     from dsv2quant.completion import Request, complete
     from dsv2quant.model.cache import KV_DTYPES
     from dsv2quant.model.generate import Sampling
-    from dsv2quant.model.load import LoadOptions, default_dtype
+    from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     request = Request(
@@ -67,7 +69,9 @@ def command(
         chat,
         max_new_tokens,
         Sampling(temperature, top_p, seed),
-        LoadOptions(computed, device, kv_cache=KV_DTYPES.get(kv_cache)),
+        LoadOptions(
+            computed, device, kv_cache=KV_DTYPES.get(kv_cache), backend=choose_backend(backend, device, computed)
+        ),
     )
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     if as_json:

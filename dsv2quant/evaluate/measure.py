@@ -18,8 +18,8 @@ from dsv2quant.evaluate import divergence
 from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.evaluate.text import Text
 from dsv2quant.model.cache import KV_NAMES
-from dsv2quant.model.load import LoadOptions, default_dtype
-from dsv2quant.model.runtime import Model
+from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+from dsv2quant.model.runtime import open_model
 from dsv2quant.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class Settings:
     """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device.
 
     `decode_path` scores token by token through absorbed attention, as decoding does. `kv_cache` is what the model's
-    latent cache stores then, by default the compute dtype, which the reference's always stores.
+    latent cache stores then, by default the compute dtype, which the reference's always stores. `backend` is 'auto',
+    'torch' or 'kernels': see `choose_backend`.
     """
 
     ctx: int | None = None
@@ -42,6 +43,7 @@ class Settings:
     stream: bool = False
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    backend: str = "auto"
     weight_only: bool = False
     decode_path: bool = False
     kv_cache: torch.dtype | None = None
@@ -49,6 +51,12 @@ class Settings:
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.dtype or default_dtype(self.device)
+
+    @property
+    def options(self) -> LoadOptions:
+        """How the model is loaded. Raises UsageError for a backend that can't be had."""
+        backend = choose_backend(self.backend, self.device, self.compute_dtype, self.weight_only)
+        return LoadOptions(self.compute_dtype, self.device, self.weight_only, kv_cache=self.kv_cache, backend=backend)
 
 
 def default_ctx(checkpoint: Checkpoint) -> int:
@@ -95,7 +103,7 @@ def evaluate(
         "decode_path": settings.decode_path,
         "kv_cache": KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
         "device": _device_name(settings.device),
-        "backend": "torch",
+        "backend": settings.options.backend,
         "stream": settings.stream,
         "versions": {"torch": torch.__version__},
         "seconds": time.perf_counter() - started,
@@ -136,10 +144,9 @@ def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
 
 def _run(checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress) -> Pass:
-    s = settings
-    options = LoadOptions(s.compute_dtype, s.device, s.weight_only, kv_cache=s.kv_cache)
+    model = open_model(checkpoint, settings.options, stream=settings.stream)
     with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
-        return run(Model(checkpoint, options, stream=s.stream), ids, batches, advance, decode_path=s.decode_path)
+        return run(model, ids, batches, advance, decode_path=settings.decode_path)
 
 
 def _noise_floor(
@@ -155,7 +162,7 @@ def _noise_floor(
     count = len(ids)
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
     other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
-    rerun = _run(reference, ids, batches_of(count, batch), replace(settings, dtype=other), progress)
+    rerun = _run(reference, ids, batches_of(count, batch), replace(settings, dtype=other, backend="auto"), progress)
     return {
         "windows": count,
         "kld_other_batch": float(divergence.compare(again, baseline, ids, first).kld.mean()),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dsv2quant.model.cache import LatentCache
-from dsv2quant.model.decoder import DecoderLayer
-from dsv2quant.model.runtime import Model
+from dsv2quant.model.runtime import Block, Model
+
+if TYPE_CHECKING:
+    from dsv2quant.model.fused_model import FusedModel
 
 ROWS = 256  # positions whose logits are held at a time, in float64
 
@@ -24,7 +26,7 @@ class Pass:
     """All windows behind the last layer: hidden states [windows, ctx, hidden], and per layer the chosen experts
     [windows, ctx, k] (None in dense layers)."""
 
-    model: Model
+    model: Model | FusedModel
     hidden: torch.Tensor
     routes: list[torch.Tensor | None]
 
@@ -35,7 +37,7 @@ class Pass:
 
 @torch.inference_mode()
 def run(
-    model: Model,
+    model: Model | FusedModel,
     ids: np.ndarray,
     batches: Sequence[slice],
     progress: Callable[[int], object] = lambda tokens: None,
@@ -51,12 +53,13 @@ def run(
     hidden = model.ends.embed(tokens)
     rope = model.rope(0, tokens.shape[1])
     routes: list[torch.Tensor | None] = []
-    for index, layer in enumerate(model.layers()):
+    layers: Iterator[Block] = model.layers()
+    for index, layer in enumerate(layers):
         chosen_by_batch = []
         for batch in batches:
             if decode_path:
                 cache = model.cache(index, *hidden[batch].shape[:2])
-                hidden[batch], chosen = _decoded(layer, hidden[batch], rope, cache)
+                hidden[batch], chosen = layer.decoded(hidden[batch], rope, cache)
             else:
                 hidden[batch], chosen = layer(hidden[batch], rope)
             if chosen is not None:
@@ -64,15 +67,6 @@ def run(
             progress(hidden[batch].shape[0] * hidden.shape[1])
         routes.append(torch.cat(chosen_by_batch) if chosen_by_batch else None)
     return Pass(model, hidden, routes)
-
-
-def _decoded(
-    layer: DecoderLayer, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One token after the other: x [batch, ctx, hidden] → (the same shape, chosen experts [batch, ctx, k] or None)."""
-    steps = [layer(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
-    chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
-    return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
 
 
 def batches_of(windows: int, size: int) -> list[slice]:

@@ -12,7 +12,7 @@ a load of 16 bytes, or 32 where groups are of 32 columns. Rows are padded to 64 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,26 @@ def unpack(weight: Int4Weight) -> torch.Tensor:
     nibbles = unpack_words(words.reshape(-1, 1)).to(torch.uint8).view(*words.shape, 2, 2, 2)
     codes = nibbles.permute(_FROM_BLOCKS).reshape(len(words) * ROWS, -1)
     return codes[: weight.rows, : weight.columns].contiguous()
+
+
+def join(weights: Sequence[Int4Weight]) -> Int4Weight | None:
+    """One weight of the rows of all, each's padded to a multiple of 64; None where columns are grouped or ordered
+    differently."""
+    first = weights[0]
+    if any(w.order is not None or (w.columns, w.group) != (first.columns, first.group) for w in weights):
+        return None
+    ends = [len(w.words) * ROWS - w.rows for w in weights[:-1]] + [0]  # rows of padding behind each
+    scales = torch.cat([F.pad(w.scales, (0, end)) for w, end in zip(weights, ends, strict=True)], 1)
+    zeros = None
+    if any(w.zeros is not None for w in weights):
+        all_zeros = [
+            torch.full_like(w.scales, OFFSET, dtype=torch.int32) if w.zeros is None else w.zeros for w in weights
+        ]
+        zeros = torch.cat([F.pad(z, (0, end), value=OFFSET) for z, end in zip(all_zeros, ends, strict=True)], 1)
+    words = torch.cat([w.words for w in weights])
+    return Int4Weight(
+        words, scales, zeros, None, torch.cat([w.arrivals for w in weights]), scales.shape[1], first.columns
+    )
 
 
 def from_compressed_tensors(parts: Mapping[str, torch.Tensor]) -> Int4Weight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, scales_of
+from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, expand_blocks, scales_of
 from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
@@ -57,6 +57,15 @@ def linear(
     return F.linear(served, weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
+def fp8_matmul(
+    x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Codes x [M, K] · w [N, K]ᵀ with their scales, as fp8_gemm.matmul has them, in float32."""
+    blocks = w_scales.ndim == 2 and len(w_scales) != len(w)
+    right = w.float() * (expand_blocks(w_scales, *w.shape) if blocks else w_scales)
+    return F.linear(dequantize_activation(x, x_scales), right).to(dtype)
+
+
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     """[rows, columns]: (code − zero) × scale in float32, rounded once to `dtype`, columns where the input has them."""
     zeros = OFFSET if weight.zeros is None else weight.zeros.T.repeat_interleave(weight.group, 1)
@@ -67,6 +76,27 @@ def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
 def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """x [M, K] @ weight [N, K]ᵀ in float64, in x's dtype."""
     return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)
+
+
+def route(
+    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts].
+
+    DeepSeek's `MoEGate`: softmax over all experts; with groups, only the topk_group groups whose best expert scores
+    highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
+    """
+    scores = logits.softmax(-1)
+    eligible = scores
+    if n_group > 1:
+        best = scores.unflatten(-1, (n_group, -1)).amax(-1)  # [tokens, n_group]
+        groups = best.topk(topk_group, sorted=False).indices
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
+        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // n_group, -1), 0.0)
+    weights, experts = eligible.topk(k, sorted=False)
+    if norm and k > 1:
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
+    return weights * scale, experts
 
 
 def mla_decode(

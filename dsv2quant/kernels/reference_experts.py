@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import expand_blocks
 from dsv2quant.kernels.int4_experts import Int4Experts, Stack, weight_of
-from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation
-from dsv2quant.kernels.routing import Routes, tiles_needed
+from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation, route
+from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
 
 if TYPE_CHECKING:
     from dsv2quant.kernels.fp8_experts import Fp8Experts
@@ -30,6 +30,13 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     table = torch.tensor(tiles, dtype=torch.int32, device=chosen.device).view(-1, 3)
     tile_experts, begins, ends = (column.contiguous() for column in table.unbind(1))
     return Routes(pairs.to(torch.int32), tile_experts, begins, ends, block)
+
+
+def route_and_sort(
+    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+    weights, chosen = route(logits, n_group, topk_group, k, norm, scale)
+    return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), k, logits.shape[1]))
 
 
 def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -32,17 +32,10 @@ def add_norm(
 
 
 def silu_mul(
-    gate_up: torch.Tensor,
-    columns: int,
-    up: int | None = None,
-    *,
-    quantize: str | None = None,
-    scale: torch.Tensor | None = None,
+    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up of columns 0… and up…, [T, columns], or its codes and scales."""
-    begin = columns if up is None else up
-    wide = gate_up.float()
-    h = (F.silu(wide[:, :columns]) * wide[:, begin : begin + columns]).to(gate_up.dtype)
+    """silu(gate) · up, [T, columns], or its codes and scales."""
+    h = (F.silu(gate.float()) * up.float()).to(gate.dtype)
     return h if quantize is None else quantize_activation(h, quantize, scale)
 
 

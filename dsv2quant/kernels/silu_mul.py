@@ -17,17 +17,16 @@ MAX_COLUMNS = 16384  # of a token quantized by one scale
 
 @triton.jit(do_not_specialize=["scale_stride"])
 def _silu_mul_kernel(
-    gate_up, out, codes, scales, stride, up, scale_stride,
+    gate, up, out, codes, scales, gate_stride, up_stride, scale_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = column < WIDTH
-    source = gate_up + token * stride + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(source + up, mask=inside, other=0.0).to(tl.float32)
-    found = (gate / (1.0 + tl.exp(-gate)) * other).to(gate_up.dtype.element_ty)
+    a = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + token * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    found = (a / (1.0 + tl.exp(-a)) * b).to(gate.dtype.element_ty)
     row = token * WIDTH + column
     if codes is None:
         tl.store(out + row, found, mask=inside)
@@ -40,37 +39,29 @@ def _silu_mul_kernel(
 
 
 def silu_mul(
-    gate_up: torch.Tensor,
-    columns: int,
-    up: int | None = None,
-    *,
-    quantize: str | None = None,
-    scale: torch.Tensor | None = None,
+    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """h = silu(gate) · up in float32, rounded once to gate_up's dtype: [T, columns]; with `quantize` its codes and
-    scales alone, as act_quant.quantize_activation returns them ('static' by `scale`, float32 [1]).
+    """h = silu(gate) · up in float32, rounded once to their dtype: [T, columns]; with `quantize` its codes and scales
+    alone, as act_quant.quantize_activation returns them ('static' by `scale`, float32 [1]).
 
-    gate_up [T, ·] is bfloat16, float16 or float32, in rows of any stride: gate in the first `columns` columns, up in
-    as many from column `up` on, by default behind them.
+    gate and up, [T, columns], are bfloat16, float16 or float32, in rows of any strides: parts of one product.
     Raises ValueError where shapes, dtypes or layouts are others, or one scale is for more than 16384 columns.
     """
-    up = columns if up is None else up
-    check_rows("gate_up", gate_up, (None, None))
-    tokens = gate_up.shape[0]
-    if not 0 < columns <= up or up + columns > gate_up.shape[1]:
-        raise ValueError(f"gate_up has {gate_up.shape[1]} columns; {columns} from 0 and from {up} on don't fit")
+    check_rows("gate", gate, (None, None))
+    tokens, columns = gate.shape
+    check_rows("up", up, (tokens, columns), gate.dtype)
     if quantize == "token" and columns > MAX_COLUMNS:
         raise ValueError(f"a token of {columns} columns; at most {MAX_COLUMNS} fit in registers")
     out = codes = scales = None
     if quantize is None:
-        out = torch.empty(tokens, columns, dtype=gate_up.dtype, device=gate_up.device)
+        out = torch.empty(tokens, columns, dtype=gate.dtype, device=gate.device)
     else:
-        codes, scales = outputs(tokens, columns, quantize, scale, gate_up.device)
+        codes, scales = outputs(tokens, columns, quantize, scale, gate.device)
     groups = triton.cdiv(columns, BLOCK)
     taken = triton.next_power_of_2(groups) if quantize == "token" else GROUPS
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(groups, taken))](
-            gate_up, out, codes, scales, gate_up.stride(0), up,
+            gate, up, out, codes, scales, gate.stride(0), up.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1),
             WIDTH=columns, GROUPS=taken, GRANULARITY=quantize, ROUND=INTERPRETED,
             num_warps=min(max(taken // 2, 1), 32), enable_fp_fusion=False,

@@ -64,14 +64,7 @@ class Attention:
         self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
     ) -> torch.Tensor:
         """What `o_proj` is applied to, [batch, new, heads · v_head_dim], from the latents [batch, all, ·]."""
-        c = self.config
-        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
-        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
-        q = torch.cat([q_nope, q_pe], -1)
-        # torch has no fast attention for values narrower than keys.
-        padded = F.pad(v, (0, max(0, c.qk_head_dim - c.v_head_dim)))
-        return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
+        return expanded(self.config, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
 
     def mixed(self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
         """Absorbed: the latents [batch, all, ·] as each query weighs them, [batch, heads, new, kv_lora_rank]."""
@@ -98,9 +91,26 @@ class Attention:
     def _halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """kv_b_proj's halves for keys and values, [heads, ·, kv_lora_rank]. Engines decode with them dequantized to the
         compute dtype, and no activation is quantized there."""
-        c = self.config
-        kv_b = self.kv_b_proj.weight.to(dtype).unflatten(0, (c.num_attention_heads, -1))
-        return kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        return halves(self.config, self.kv_b_proj.weight.to(dtype))
+
+
+def expanded(
+    c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor
+) -> torch.Tensor:
+    """The heads' weighted values [batch, new, heads · v_head_dim]: of kv_b_proj's output kv [batch, all, ·], queries
+    [batch, heads, new, ·] and rotated keys [batch, all, ·]."""
+    kv = kv.unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+    k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
+    k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
+    q = torch.cat([q_nope, q_pe], -1)
+    # torch has no fast attention for values narrower than keys.
+    padded = F.pad(v, (0, max(0, c.qk_head_dim - c.v_head_dim)))
+    return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
+
+
+def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """kv_b_proj's weight [heads · ·, kv_lora_rank] as its halves for keys and values, [heads, ·, kv_lora_rank]."""
+    return kv_b.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

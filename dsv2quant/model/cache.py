@@ -13,7 +13,8 @@ KV_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
 
 
 class LatentCache:
-    """The latents and rotated keys of one layer, [batch, capacity, ·], of which the first `length` are filled.
+    """The latents and rotated keys of one layer, side by side in `store` [batch, capacity, kv_lora_rank +
+    qk_rope_head_dim], of which the first `length` tokens are filled.
 
     FP8 is what vLLM stores (csrc/cache_kernels.cu, concat_and_cache_mla): x / `scale` in float32, rounded to nearest
     even and saturated, with one scale (float32 [1]; None is 1) for both parts; it is read back as code · scale in
@@ -29,9 +30,9 @@ class LatentCache:
         device: torch.device,
         scale: torch.Tensor | None = None,
     ) -> None:
-        self._latent = torch.empty(batch, capacity, config.kv_lora_rank, dtype=dtype, device=device)
-        self._k_pe = torch.empty(batch, capacity, config.qk_rope_head_dim, dtype=dtype, device=device)
-        self._scale = torch.ones(1, device=device) if scale is None else scale
+        self._widths = [config.kv_lora_rank, config.qk_rope_head_dim]
+        self.store = torch.empty(batch, capacity, sum(self._widths), dtype=dtype, device=device)
+        self.scale = torch.ones(1, device=device) if scale is None else scale
         self.length = 0
 
     def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,10 +42,10 @@ class LatentCache:
         through the cache (vLLM v1/attention/backends/mla). Raises ValueError beyond the capacity.
         """
         end = self.length + latent.shape[1]
-        if end > self._latent.shape[1]:
-            raise ValueError(f"the cache holds {self._latent.shape[1]} tokens, {end} were asked for")
+        if end > self.store.shape[1]:
+            raise ValueError(f"the cache holds {self.store.shape[1]} tokens, {end} were asked for")
         known = []
-        for store, new in ((self._latent, latent), (self._k_pe, k_pe)):
+        for store, new in zip(self.store.split(self._widths, -1), (latent, k_pe), strict=True):
             store[:, self.length : end] = self._encoded(new)
             if store.dtype == new.dtype:
                 known.append(store[:, :end])
@@ -56,11 +57,11 @@ class LatentCache:
         return known[0], known[1]
 
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self._latent.dtype
+        dtype = self.store.dtype
         if dtype.itemsize > 1:
             return x.to(dtype)
         largest = torch.finfo(dtype).max
-        return (x.float() / self._scale).clamp(-largest, largest).to(dtype)
+        return (x.float() / self.scale).clamp(-largest, largest).to(dtype)
 
     def _decoded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return stored.to(dtype) if stored.dtype.itemsize > 1 else (stored.float() * self._scale).to(dtype)
+        return stored.to(dtype) if stored.dtype.itemsize > 1 else (stored.float() * self.scale).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,15 @@ class DecoderLayer:
         """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
         return self.feed_forward(x + self.attention(self.input_layernorm(x), rope, cache, absorbed))
 
+    def decoded(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One token after the other into the empty `cache`, as decoding does: x [batch, new, hidden] → (the same shape,
+        chosen experts [batch, new, k] or None)."""
+        steps = [self(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
+        chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
+        return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
+
     def feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer behind its attention, for hidden states x [..., hidden]: as `__call__`."""
         normed = self.post_attention_layernorm(x)
@@ -37,15 +47,16 @@ class DecoderLayer:
 
 @dataclass
 class Ends:
-    """Embedding [vocab, hidden], final norm, and head: [vocab, hidden], or [labels, hidden] of a classifier."""
+    """Embedding [vocab, hidden], final norm, and head: a linear layer with a row for each token, or each label of a
+    classifier."""
 
     embedding: torch.Tensor
     norm: RMSNorm
-    head: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self.embedding)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states behind the last layer, [..., hidden] → [..., vocab], in x's dtype."""
-        return F.linear(self.norm(x), self.head)
+        return self.head(self.norm(x))

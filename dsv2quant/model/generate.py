@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.model.runtime import Model
+
+if TYPE_CHECKING:
+    from dsv2quant.model.fused_model import FusedModel
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -31,7 +34,7 @@ class Sampling:
 
 
 def generate(
-    model: Model, prompt: Sequence[int], *, stop: Collection[int], max_new_tokens: int, sampling: Sampling
+    model: Model | FusedModel, prompt: Sequence[int], *, stop: Collection[int], max_new_tokens: int, sampling: Sampling
 ) -> Iterator[int]:
     """The tokens that continue `prompt`, as they come: up to and with one of `stop`, at most `max_new_tokens`, and
     none beyond the model's context.
@@ -44,12 +47,13 @@ def generate(
     caches = model.caches(1, len(prompt) + count - 1)
     generator = torch.Generator().manual_seed(sampling.seed)
     logits = model.next_logits(torch.tensor([prompt]), caches)
+    decode = model.decoder(caches)
     for done in range(1, count + 1):
         token = sample(logits[0], sampling, generator)
         yield token
         if token in stop or done == count:
             return
-        logits = model.next_logits(torch.tensor([[token]]), caches, absorbed=True)
+        logits = decode(torch.tensor([token]))
 
 
 def check_prompt(tokens: int, context: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
@@ -22,25 +23,38 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
     "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
-_LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
+Backend = Literal["torch", "kernels"]
+LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """Where and how to compute. `weight_only` leaves activations unquantized. `scale_dtype` rounds the scales of all
     but the routed experts first, as transformers' default load of compressed-tensors does. `kv_cache` is the dtype of
-    the latent cache, `dtype` where it is None."""
+    the latent cache, `dtype` where it is None. `backend` is 'torch', the reference, which decodes weights, or
+    'kernels', Triton's, which take them as they are stored: see fused_model.py."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     weight_only: bool = False
     scale_dtype: torch.dtype | None = None
     kv_cache: torch.dtype | None = None
+    backend: Backend = "torch"
 
 
 def default_dtype(device: str) -> torch.dtype:
     """What to compute in where nothing else is asked for."""
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def choose_backend(asked: str, device: str, dtype: torch.dtype, weight_only: bool = False) -> Backend:
+    """'torch' or 'kernels', for 'auto' the latter where they can be had. Raises UsageError where they can't and are
+    asked for."""
+    able = device != "cpu" and dtype == torch.bfloat16 and not weight_only
+    if asked == "kernels" and not able:
+        fix = "they need --device cuda, bfloat16 and no --weight-only: take --backend torch"
+        raise UsageError("--backend kernels can't be had", fix=fix)
+    return "kernels" if able and asked != "torch" else "torch"
 
 
 def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
@@ -71,11 +85,24 @@ def decode(
         raise InputError(f"{weight.slot.module}: {error}", where=checkpoint.model, fix=fix) from None
 
 
+def kv_scale(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor | None:
+    """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none. Raises InputError for one that nothing
+    can be divided by."""
+    part = checkpoint.kv_scales.get(layer)
+    if part is None:
+        return None
+    scale = stored_tensor(checkpoint, part, device).float().reshape(1)
+    if not 0 < scale.item() < float("inf"):
+        fix = "the checkpoint is damaged: get it again"
+        raise InputError(f"{part.name} is {scale.item()}", where=checkpoint.model, fix=fix)
+    return scale
+
+
 class Loader:
     """Decodes weights by name. Layers are built when asked for and belong to the caller."""
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
-        self.checkpoint, self.options = checkpoint, options
+        self.checkpoint, self.options, self.config = checkpoint, options, checkpoint.config
         self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
         self._activations = activations_quantized(checkpoint.config.quantization) and not options.weight_only
 
@@ -83,7 +110,8 @@ class Loader:
         c = self.checkpoint.config
         embedding = self._tensor("model.embed_tokens.weight")
         head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), None)
-        return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), self._tensor(head) if head else embedding)
+        projection = Linear(self._tensor(head) if head else embedding)
+        return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), projection)
 
     def layer(self, index: int) -> DecoderLayer:
         c, at = self.checkpoint.config, f"model.layers.{index}"
@@ -95,28 +123,20 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """The layer's KV-cache scale, float32 [1]; None where the checkpoint has none. Raises InputError for one that
-        nothing can be divided by."""
-        part = self.checkpoint.kv_scales.get(layer)
-        if part is None:
-            return None
-        scale = stored_tensor(self.checkpoint, part, self.options.device).float().reshape(1)
-        if not 0 < scale.item() < float("inf"):
-            fix = "the checkpoint is damaged: get it again"
-            raise InputError(f"{part.name} is {scale.item()}", where=self.checkpoint.model, fix=fix)
-        return scale
+        """See `kv_scale`."""
+        return kv_scale(self.checkpoint, layer, self.options.device)
 
     def _attention(self, c: ModelConfig, at: str) -> Attention:
         latent_query = c.q_lora_rank is not None
         return Attention(
             config=c,
             kv_a_proj_with_mqa=self._linear(f"{at}.kv_a_proj_with_mqa"),
-            kv_a_layernorm=self._norm(f"{at}.kv_a_layernorm", _LATENT_NORM_EPS),
+            kv_a_layernorm=self._norm(f"{at}.kv_a_layernorm", LATENT_NORM_EPS),
             kv_b_proj=self._linear(f"{at}.kv_b_proj"),
             o_proj=self._linear(f"{at}.o_proj"),
             q_proj=None if latent_query else self._linear(f"{at}.q_proj"),
             q_a_proj=self._linear(f"{at}.q_a_proj") if latent_query else None,
-            q_a_layernorm=self._norm(f"{at}.q_a_layernorm", _LATENT_NORM_EPS) if latent_query else None,
+            q_a_layernorm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,
             q_b_proj=self._linear(f"{at}.q_b_proj") if latent_query else None,
         )
 

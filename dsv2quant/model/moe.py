@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.config import ModelConfig
+from dsv2quant.kernels import reference
 from dsv2quant.model.linear import Linear
 
 
@@ -29,22 +30,12 @@ class FFN:
 
 
 def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, expert indices), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden].
-
-    DeepSeek's `MoEGate`: softmax over all experts in float32; with groups, only the topk_group groups whose best
-    expert scores highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
-    """
-    scores = F.linear(x.float(), router.float()).softmax(-1)
-    eligible = scores
-    if config.n_group > 1:
-        best = scores.unflatten(-1, (config.n_group, -1)).amax(-1)  # [tokens, n_group]
-        groups = best.topk(config.topk_group, sorted=False).indices
-        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // config.n_group, -1), 0.0)
-    weights, experts = eligible.topk(config.num_experts_per_tok, sorted=False)
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
-    return weights * config.routed_scaling_factor, experts
+    """(weights float32, experts), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden]."""
+    c = config
+    logits = F.linear(x.float(), router.float())
+    return reference.route(
+        logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
+    )
 
 
 def dispatch(

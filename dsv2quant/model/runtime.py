@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
 from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import ModelConfig
 from dsv2quant.model.cache import LatentCache
-from dsv2quant.model.decoder import DecoderLayer
+from dsv2quant.model.decoder import DecoderLayer, Ends
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.model.rope import Rope
 
+if TYPE_CHECKING:
+    from dsv2quant.model.fused_model import FusedModel
 
-class Model:
-    """A DeepSeek-V2 forward pass over a checkpoint, quantized or not.
+
+class Block(Protocol):
+    """What evaluation needs of a layer."""
+
+    def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def decoded(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+Layer = TypeVar("Layer", bound=Block, covariant=True)
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LayerLoader(Protocol[Layer]):
+    """Builds a model's parts when asked for."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def ends(self) -> Ends: ...
+
+    def layer(self, index: int) -> Layer: ...
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None: ...
+
+
+class Runtime(Generic[Layer]):
+    """The layers of a model, whichever they are, and what they share.
 
     Resident models load every layer when made. Streamed ones load a layer whenever they come to it: that pays where
     many windows go through a layer at once, as in evaluation.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions | None = None, *, stream: bool = False) -> None:
-        self.options = options or LoadOptions()
-        self.config = checkpoint.config
-        self._loader = Loader(checkpoint, self.options)
-        self.ends = self._loader.ends()
-        self._rope = Rope(self.config, torch.device(self.options.device))
-        self._resident = None if stream else [self._loader.layer(i) for i in range(self.config.num_hidden_layers)]
+    def __init__(self, loader: LayerLoader[Layer], options: LoadOptions, stream: bool) -> None:
+        self.options, self.config = options, loader.config
+        self._loader = loader
+        self.ends = loader.ends()
+        self._rope = Rope(self.config, torch.device(options.device))
+        self._resident = None if stream else [loader.layer(i) for i in range(self.config.num_hidden_layers)]
 
-    def layers(self) -> Iterator[DecoderLayer]:
+    def layers(self) -> Iterator[Layer]:
         """The layers in order."""
         if self._resident is not None:
             yield from self._resident
@@ -50,6 +81,14 @@ class Model:
         device = torch.device(self.options.device)
         return LatentCache(self.config, batch, capacity, dtype, device, self._loader.kv_scale(layer))
 
+
+class Model(Runtime[DecoderLayer]):
+    """A DeepSeek-V2 forward pass over a checkpoint, quantized or not, in plain torch: the reference."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions | None = None, *, stream: bool = False) -> None:
+        options = options or LoadOptions()
+        super().__init__(Loader(checkpoint, options), options, stream)
+
     @torch.inference_mode()
     def forward(
         self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None = None, *, absorbed: bool = False
@@ -67,9 +106,24 @@ class Model:
         """The last row of `forward`, [batch, vocab]: those of a whole prompt would not fit in memory."""
         return self.ends.logits(self._hidden(tokens, caches, absorbed)[:, -1])
 
+    def decoder(self, caches: Sequence[LatentCache]) -> Decode:
+        """What takes the next token of each sequence, [batch], and gives its logits, [batch, vocab], by absorbed
+        attention; the caches grow with it."""
+        return lambda tokens: self.next_logits(tokens.unsqueeze(1), caches, absorbed=True)
+
     def _hidden(self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None, absorbed: bool) -> torch.Tensor:
         x = self.ends.embed(tokens.to(self.options.device))
         rope = self.rope(caches[0].length if caches else 0, tokens.shape[1])
         for index, layer in enumerate(self.layers()):
             x, _ = layer(x, rope, caches[index] if caches else None, absorbed)
         return x
+
+
+def open_model(checkpoint: Checkpoint, options: LoadOptions, *, stream: bool = False) -> Model | FusedModel:
+    """The model on the backend that the options name."""
+    if options.backend == "torch":
+        return Model(checkpoint, options, stream=stream)
+    from dsv2quant.model.fused_model import FusedModel  # with Triton, which is not on every machine
+    from dsv2quant.model.source import CheckpointSource
+
+    return FusedModel(CheckpointSource(checkpoint, options.device, options.dtype), options, stream=stream)

@@ -1,0 +1,61 @@
+"""The operations of the fused layers: by a kernel on a CUDA device, elsewhere by its torch twin. What they take and
+give is said with the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from dsv2quant.kernels import (
+    absorb,
+    act_quant,
+    fp8_experts,
+    fp8_gemm,
+    gguf_experts,
+    gguf_gemm,
+    int4_experts,
+    int4_gemm,
+    latents,
+    reference,
+    reference_experts,
+    reference_fused,
+    reference_gguf,
+    routing,
+)
+from dsv2quant.kernels import add_norm as norms
+from dsv2quant.kernels import mla_decode as attention
+from dsv2quant.kernels import silu_mul as gates
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _either(kernel: Callable[P, R], twin: Callable[..., Any]) -> Callable[P, R]:
+    """`kernel` where the first argument, a tensor, is on a CUDA device."""
+
+    def operation(*args: P.args, **others: P.kwargs) -> R:
+        on_device = args[0].is_cuda  # type: ignore[attr-defined]
+        return kernel(*args, **others) if on_device else twin(*args, **others)
+
+    return operation
+
+
+quantize_activation = _either(act_quant.quantize_activation, reference.quantize_activation)
+fp8_matmul = _either(fp8_gemm.matmul, reference.fp8_matmul)
+int4_linear = _either(int4_gemm.linear, reference.linear_int4)
+gguf_linear = _either(gguf_gemm.linear, reference_gguf.linear_gguf)
+
+add_norm = _either(norms.add_norm, reference_fused.add_norm)
+silu_mul = _either(gates.silu_mul, reference_fused.silu_mul)
+append_latents = _either(latents.append_latents, reference_fused.append_latents)
+absorb_k = _either(absorb.absorb_k, reference_fused.absorb_k)
+absorb_v = _either(absorb.absorb_v, reference_fused.absorb_v)
+mla_decode = _either(attention.mla_decode, reference.mla_decode)
+
+route_and_sort = _either(routing.route_and_sort, reference_experts.route_and_sort)
+fp8_gate_up = _either(fp8_experts.gate_up, reference_experts.gate_up)
+fp8_gate_up_quantized = _either(fp8_experts.gate_up_quantized, reference_experts.gate_up_quantized)
+fp8_down = _either(fp8_experts.down, reference_experts.down)
+int4_gate_up = _either(int4_experts.gate_up, reference_experts.gate_up_int4)
+int4_down = _either(int4_experts.down, reference_experts.down_int4)
+gguf_product = _either(gguf_experts.experts_product, reference_gguf.experts_product)

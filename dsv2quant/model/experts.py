@@ -1,0 +1,206 @@
+"""A layer's routed experts as one stack, for the kernels' runtime.
+
+Every stack takes x of T tokens with the weights (float32) and experts (int32), [T, k], that its router chose and their
+routes, and gives weighted outputs, float32 [T, n, hidden], of which the sum over n is the layer's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.errors import UsageError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import E4M3_MAX, INPUT_SCALE, Fp8
+from dsv2quant.formats.int4 import Int4
+from dsv2quant.kernels import int4_experts, ops
+from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
+from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
+from dsv2quant.kernels.int4_experts import Int4Experts
+from dsv2quant.kernels.routing import Routes
+from dsv2quant.model.quantized import Quantization, columns_of, int4_weight
+from dsv2quant.model.source import BLOCKS, Source
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class PlainStack:
+    """Plain weights [experts, 2 · width, hidden] and [experts, hidden, width], by the vendor's grouped product."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    quantization: ClassVar[Quantization] = Quantization()
+
+    def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
+        pairs = routes.pairs.long()
+        every = torch.arange(len(self.down), device=pairs.device)
+        ends = (chosen.flatten().unsqueeze(1) == every).sum(0).cumsum(0).to(torch.int32)
+        gate_up = F.grouped_mm(x.normed[pairs // chosen.shape[1]], self.gate_up.mT, offs=ends)
+        out = (
+            F.grouped_mm(ops.silu_mul(*gate_up.chunk(2, 1)), self.down.mT, offs=ends).float()
+            * weights.flatten()[pairs, None]
+        )
+        return torch.empty_like(out).index_copy_(0, pairs, out).unflatten(0, chosen.shape)
+
+
+@dataclass
+class Fp8Stack:
+    """e4m3 weights. `inputs`, of static schemes, are the scales of each expert's inputs, float32 [experts], of gate and
+    up and of down."""
+
+    weights: Fp8Experts
+    quantization: Quantization
+    inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
+        granularity = self.quantization.granularity
+        if self.inputs is not None:
+            return self._static(x.normed, weights, chosen, routes, *self.inputs)
+        assert granularity is not None
+        codes, scales = x.codes, x.scales
+        if codes is None or scales is None:
+            codes, scales = ops.quantize_activation(x.normed, granularity)
+        if granularity == "group128" and routes.block <= FEW:
+            h, h_scales = ops.fp8_gate_up_quantized(
+                codes, scales, routes, chosen.shape[1], self.weights, x.normed.dtype
+            )
+        else:
+            wide = ops.fp8_gate_up(codes, scales, routes, chosen.shape[1], self.weights, x.normed.dtype)
+            h, h_scales = ops.quantize_activation(wide, granularity)
+        return ops.fp8_down(h, h_scales, weights, routes, self.weights)
+
+    def _static(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes,
+        of_x: torch.Tensor, of_h: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Every pair is quantized by its expert's scale: to the kernels, a token's own."""
+        experts = chosen.flatten()
+        of_pairs = x.repeat_interleave(chosen.shape[1], 0)
+        codes, scales = _by_scales(of_pairs, of_x[experts])
+        h = ops.fp8_gate_up(codes, scales, routes, 1, self.weights, x.dtype)
+        return ops.fp8_down(*_by_scales(h, of_h[experts]), weights, routes, self.weights)
+
+
+def _by_scales(x: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = scales.unsqueeze(1)
+    return (x.float() / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+
+
+@dataclass
+class Int4Stack:
+    weights: Int4Experts
+    quantization: ClassVar[Quantization] = Quantization()
+
+    def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
+        h = ops.int4_gate_up(x.normed, routes, chosen.shape[1], self.weights)
+        return ops.int4_down(h, weights, routes, self.weights)
+
+
+@dataclass
+class GgufStack:
+    """Blocks of a type for each of gate, up and down."""
+
+    gate: GgufWeight
+    up: GgufWeight
+    down: GgufWeight
+    quantization: ClassVar[Quantization] = Quantization()
+
+    def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
+        k = chosen.shape[1]
+        gate, up = (ops.gguf_product(x.normed, routes, k, part) for part in (self.gate, self.up))
+        h = ops.silu_mul(gate, up)
+        return ops.gguf_product(h, routes, 1, self.down, weights).unflatten(0, chosen.shape)
+
+
+Stack = PlainStack | Fp8Stack | Int4Stack | GgufStack
+
+
+def load_experts(source: Source, at: str) -> Stack:
+    """The stack of the experts at '<at>.<expert>', filled one by one. Raises UsageError for schemes that differ among
+    them, and InputError where a weight's parts contradict each other."""
+    c = source.config
+    if BLOCKS in source.stored(f"{at}.0.{NAMES[0]}")[1]:
+        gate, up, down = (_gguf(source, at, name) for name in NAMES)
+        return GgufStack(gate, up, down)
+    schemes = {source.scheme(f"{at}.{e}.{name}") for e in range(c.n_routed_experts) for name in NAMES}
+    if len(schemes) > 1:
+        what = f"{at}: experts of {', '.join(sorted(schemes))} have no kernel together"
+        raise UsageError(what, fix="take --backend torch")
+    (scheme,) = schemes
+    if scheme == "bf16":
+        return _plain(source, at)
+    codec = CODECS[scheme]
+    if isinstance(codec, Fp8):
+        return _fp8(source, at, codec, scheme)
+    assert isinstance(codec, Int4)
+    return _int4(source, at, codec, scheme)
+
+
+def _plain(source: Source, at: str) -> PlainStack:
+    c = source.config
+    E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
+    gate_up = torch.empty(E, 2, I, H, dtype=source.dtype, device=source.device)
+    down = torch.empty(E, H, I, dtype=source.dtype, device=source.device)
+    for expert in range(E):
+        for target, name in zip((gate_up[expert, 0], gate_up[expert, 1], down[expert]), NAMES, strict=True):
+            target.copy_(source.stored(f"{at}.{expert}.{name}")[1]["weight"])
+    return PlainStack(gate_up.flatten(1, 2), down)
+
+
+def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack | PlainStack:
+    c = source.config
+    E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
+    granularity = source.activation(scheme)
+
+    def scales(*shape: int) -> torch.Tensor:
+        of = {part.suffix: part.shape for part in codec.layout(shape[-2:])}[codec.scale_suffix]
+        rows, blocks = of if len(of) == 2 else (1, 1)
+        return torch.empty(*shape[:-2], rows, blocks, dtype=torch.float32, device=source.device)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float8_e4m3fn, device=source.device)
+
+    made = Fp8Experts(codes(E, 2, I, H), scales(E, 2, I, H), codes(E, H, I), scales(E, H, I))
+    inputs = torch.ones(2, E, device=source.device)
+    for expert in range(E):
+        places = ((made.gate_up, made.gate_up_scales, (expert, 0)), (made.gate_up, made.gate_up_scales, (expert, 1)),
+                  (made.down, made.down_scales, (expert,)))  # fmt: skip
+        for i, ((target, of_target, where), name) in enumerate(zip(places, NAMES, strict=True)):
+            parts = source.stored(f"{at}.{expert}.{name}")[1]
+            target[where].view(torch.uint8).copy_(parts["weight"].view(torch.uint8))
+            of_target[where].copy_(parts[codec.scale_suffix].float().view_as(of_target[where]))
+            if INPUT_SCALE in parts:
+                inputs[i // 2, expert] = parts[INPUT_SCALE].float().reshape(())
+    if granularity == "static":
+        return Fp8Stack(made, Quantization(), (inputs[0], inputs[1]))
+    return Fp8Stack(made, Quantization(granularity))
+
+
+def _gguf(source: Source, at: str, name: str) -> GgufWeight:
+    found = [source.stored(f"{at}.{expert}.{name}") for expert in range(source.config.n_routed_experts)]
+    scheme = found[0][0]
+    if scheme == "bf16":
+        raise UsageError(f"{at}: a plain {name} has no kernel beside blocks", fix="take --backend torch")
+    blocks = torch.stack([parts[BLOCKS] for _, parts in found])
+    return from_blocks(scheme.upper(), blocks, columns_of(scheme, blocks))
+
+
+def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
+    c = source.config
+    stack = None
+    for expert in range(c.n_routed_experts):
+        weights = [int4_weight(scheme, source.stored(f"{at}.{expert}.{name}")[1]) for name in NAMES]
+        if stack is None:
+            dtype = torch.float16 if scheme.startswith(("gptq", "awq")) else torch.bfloat16
+            stack = int4_experts.empty(
+                c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size, dtype,
+                any(w.zeros is not None for w in weights), source.device,
+            )  # fmt: skip
+        int4_experts.fill(stack, expert, *weights)
+    assert stack is not None
+    return Int4Stack(stack)

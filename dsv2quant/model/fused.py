@@ -1,0 +1,201 @@
+"""Layers for the kernels: weights stay quantized, and what lies between matrix products is fused around them.
+
+Prefill runs through expanded attention, decoding one token of each sequence through absorbed attention; see
+attention.py. What a layer's FFN adds to the residual stream the next layer's norm adds: until then it is pending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.config import ModelConfig
+from dsv2quant.kernels import ops
+from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.model.attention import expanded
+from dsv2quant.model.cache import LatentCache
+from dsv2quant.model.experts import Stack
+from dsv2quant.model.linear import RMSNorm
+from dsv2quant.model.quantized import Codes, Linear, Projections, Quantization
+from dsv2quant.model.rope import Rope, softmax_scale
+
+
+class Stream(NamedTuple):
+    """Hidden states [T, hidden] less what is pending: a dense or shared FFN's output, and those of the routed experts,
+    weighted, float32 [T, k, hidden]."""
+
+    x: torch.Tensor
+    addend: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
+
+    def settled(self) -> torch.Tensor:
+        total = self.x.float()
+        if self.addend is not None:
+            total = total + self.addend
+        return (total if self.pairs is None else total + self.pairs.sum(1)).to(self.x.dtype)
+
+
+class Step(NamedTuple):
+    """One new token of each of T sequences: its position, int32 [T], the tokens there are with it, and the cosines and
+    sines of all positions' rotations, float32 [positions, qk_rope_head_dim / 2, 2]."""
+
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    angles: torch.Tensor
+
+
+@dataclass
+class FusedFFN:
+    """down(silu(gate(x)) · up(x))."""
+
+    gate_up: Projections
+    down: Projections
+
+    def __call__(self, x: Normed) -> torch.Tensor:
+        gate, up = self.gate_up(x.normed, codes_of(x))
+        granularity, scale = self.down.quantization
+        if granularity is None:
+            (out,) = self.down(ops.silu_mul(gate, up))
+        else:
+            (out,) = self.down(None, ops.silu_mul(gate, up, quantize=granularity, scale=scale))
+        return out
+
+
+@dataclass
+class FusedMoE:
+    """Routed experts and shared ones; `router` is float32 [experts, hidden]."""
+
+    config: ModelConfig
+    router: torch.Tensor
+    experts: Stack
+    shared: FusedFFN | None
+
+    def __call__(self, x: Normed) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The shared experts' output, the routed ones' by pair, and the chosen experts [T, k]."""
+        c = self.config
+        logits = F.linear(x.normed.float(), self.router)
+        weights, chosen, routes = ops.route_and_sort(
+            logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
+        )
+        pairs = self.experts(x, weights, chosen, routes)
+        return None if self.shared is None else self.shared(x), pairs, chosen
+
+
+@dataclass
+class FusedAttention:
+    """One layer's attention: `qkv_a` makes the queries, or their latent, and the latent with the key; `w_k` [heads,
+    qk_nope_head_dim, kv_lora_rank] and `w_v` [heads, v_head_dim, kv_lora_rank] are kv_b's halves in BF16."""
+
+    config: ModelConfig
+    qkv_a: Projections
+    q_norm: RMSNorm | None
+    q_b: Projections | None
+    kv_norm: RMSNorm
+    kv_b: Linear
+    w_k: torch.Tensor
+    w_v: torch.Tensor
+    o: Projections
+
+    def queries(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, heads · qk_head_dim] before rotation, and latent and key [T, kv_lora_rank + qk_rope_head_dim] before norm
+        and rotation."""
+        q, kv = self.qkv_a(x.normed, codes_of(x))
+        if self.q_b is not None:
+            assert self.q_norm is not None
+            n = normed(Stream(q), self.q_norm, self.q_b.quantization)
+            (q,) = self.q_b(n.normed, codes_of(n))
+        return q, kv
+
+    def decode(self, x: Normed, cache: LatentCache, step: Step) -> torch.Tensor:
+        c = self.config
+        q, kv = self.queries(x)
+        absorbed = q.new_empty(len(q), c.num_attention_heads, c.kv_lora_rank + c.qk_rope_head_dim)
+        scale = cache.scale if cache.store.dtype.itemsize == 1 else None
+        ops.append_latents(
+            q, kv, self.kv_norm.weight, self.kv_norm.eps, step.angles, step.positions, cache.store, scale, absorbed
+        )
+        heads = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
+        ops.absorb_k(heads[..., : c.qk_nope_head_dim], self.w_k, absorbed)
+        mixed = ops.mla_decode(absorbed, cache.store, step.lengths, c.kv_lora_rank, softmax_scale(c), scale)
+        (out,) = self.o(ops.absorb_v(mixed, self.w_v))
+        return out
+
+    def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: LatentCache | None) -> torch.Tensor:
+        c = self.config
+        q, kv = (y.unflatten(0, (batch, -1)) for y in self.queries(x))  # [batch, new, ·]
+        q_nope, q_pe = (
+            q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
+            .transpose(1, 2)
+            .split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        )
+        latent, k_pe = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_norm(latent), Rope.rotate(k_pe, rope)
+        if cache is not None:
+            latent, k_pe = cache.append(latent, k_pe, as_stored=False)
+        values = self.kv_b(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
+        (out,) = self.o(expanded(c, values, q_nope, Rope.rotate(q_pe, rope), k_pe).flatten(0, 1))
+        return out
+
+
+@dataclass
+class FusedLayer:
+    """A decoder layer."""
+
+    input_norm: RMSNorm
+    attention: FusedAttention
+    post_attention_norm: RMSNorm
+    ffn: FusedFFN | FusedMoE
+
+    def decode(self, stream: Stream, cache: LatentCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
+        """One token of each sequence: (the stream behind this layer, chosen experts [T, k] or None)."""
+        x = normed(stream, self.input_norm, self.attention.qkv_a.quantization)
+        return self._feed_forward(x.residual, self.attention.decode(x, cache, step))
+
+    def __call__(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
+        rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.qkv_a.quantization)
+        attended = self.attention.prefill(rows, len(x), rope, cache)
+        stream, chosen = self._feed_forward(rows.residual, attended)
+        return stream.settled().view_as(x), chosen
+
+    def decoded(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token by token: as DecoderLayer's."""
+        angles = torch.view_as_real(rope)
+        out, experts = [], []
+        for t in range(x.shape[1]):
+            position = torch.full((len(x),), t, dtype=torch.int32, device=x.device)
+            step = Step(position, position + 1, angles)
+            stream, chosen = self.decode(Stream(x[:, t].contiguous()), cache, step)
+            out.append(stream.settled())
+            experts.append(chosen)
+        chosen_by_token = [e for e in experts if e is not None]
+        return torch.stack(out, 1), torch.stack(chosen_by_token, 1) if chosen_by_token else None
+
+    def _feed_forward(self, residual: torch.Tensor, attended: torch.Tensor) -> tuple[Stream, torch.Tensor | None]:
+        if isinstance(self.ffn, FusedFFN):
+            x = normed(Stream(residual, attended), self.post_attention_norm, self.ffn.gate_up.quantization)
+            return Stream(x.residual, self.ffn(x)), None
+        shared = self.ffn.shared
+        wanted = self.ffn.experts.quantization if shared is None else shared.gate_up.quantization
+        x = normed(Stream(residual, attended), self.post_attention_norm, wanted)
+        addend, pairs, chosen = self.ffn(x)
+        return Stream(x.residual, addend, pairs), chosen
+
+
+def normed(stream: Stream, norm: RMSNorm, quantization: Quantization) -> Normed:
+    """The stream with what was pending added, and its norm, quantized as asked."""
+    granularity, scale = quantization
+    return ops.add_norm(
+        stream.x, norm.weight, norm.eps, addend=stream.addend, pairs=stream.pairs, quantize=granularity, scale=scale
+    )
+
+
+def codes_of(x: Normed) -> Codes | None:
+    return None if x.codes is None or x.scales is None else (x.codes, x.scales)

@@ -1,0 +1,210 @@
+"""Linear layers whose weights stay as they are stored, for the kernels' runtime.
+
+Each takes x [T, K], or where it wants e4m3 the codes alone, and gives [T, rows]. `Projections` are the layers that
+share an input (q_a with kv_a, gate with up): weights of one kind become one matrix there, and one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import BLOCK, INPUT_SCALE, Fp8
+from dsv2quant.kernels import gguf_layout, int4_layout, ops
+from dsv2quant.kernels.gguf_layout import GgufWeight
+from dsv2quant.kernels.int4_layout import Int4Weight
+from dsv2quant.model.source import BLOCKS, Source
+
+
+class Quantization(NamedTuple):
+    """How an input is quantized before it meets FP8 weights: `granularity` as act_quant has it; None: not at all."""
+
+    granularity: str | None = None
+    scale: torch.Tensor | None = None  # of 'static', float32 [1]
+
+    def same(self, other: Quantization) -> bool:
+        if self.granularity != other.granularity:
+            return False
+        return self.scale is None or (other.scale is not None and bool(torch.equal(self.scale, other.scale)))
+
+
+Codes = tuple[torch.Tensor, torch.Tensor]  # e4m3 [T, K] and their scales
+
+
+class Linear(Protocol):
+    @property
+    def quantization(self) -> Quantization:
+        """How its input is quantized."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor: ...
+
+
+@dataclass
+class PlainLinear:
+    """A plain weight [rows, K], by the vendor's product."""
+
+    weight: torch.Tensor
+    quantization: ClassVar[Quantization] = Quantization()
+
+    @property
+    def rows(self) -> int:
+        return len(self.weight)
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
+        assert x is not None
+        return F.linear(x, self.weight)
+
+
+@dataclass
+class Fp8Linear:
+    """e4m3 codes [rows, K] with float32 scales of blocks, channels or the tensor; the product is of `dtype`."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    quantization: Quantization
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        return len(self.weight)
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
+        if codes is None:
+            granularity, scale = self.quantization
+            assert x is not None
+            assert granularity is not None
+            codes = ops.quantize_activation(x, granularity, scale)
+        return ops.fp8_matmul(*codes, self.weight, self.scales, self.dtype)
+
+
+@dataclass
+class Int4Linear:
+    weight: Int4Weight
+    quantization: ClassVar[Quantization] = Quantization()
+
+    @property
+    def rows(self) -> int:
+        return self.weight.rows
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
+        assert x is not None
+        return ops.int4_linear(x, self.weight)
+
+
+@dataclass
+class GgufLinear:
+    weight: GgufWeight
+    quantization: ClassVar[Quantization] = Quantization()
+
+    @property
+    def rows(self) -> int:
+        return self.weight.rows
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
+        assert x is not None
+        return ops.gguf_linear(x, self.weight)
+
+
+@dataclass
+class Projections:
+    """Layers of one input: `linears`, and of each layer the one it is part of, its columns there and its bias."""
+
+    linears: Sequence[Linear]
+    places: list[tuple[int, slice]]
+    biases: list[torch.Tensor | None]
+
+    @property
+    def quantization(self) -> Quantization:
+        """That of the input, as far as all agree: else each quantizes for itself."""
+        first, *others = (linear.quantization for linear in self.linears)
+        return first if all(first.same(other) for other in others) else Quantization()
+
+    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> list[torch.Tensor]:
+        """x [T, K], and its codes where it was quantized as `quantization` says → of each layer [T, its rows]: views
+        of what one launch wrote. Where there are codes, x may be missing."""
+        made = [linear(x, codes) for linear in self.linears]
+        found = [made[index][:, columns] for index, columns in self.places]
+        return [y if bias is None else y + bias for y, bias in zip(found, self.biases, strict=True)]
+
+
+def load_projections(source: Source, modules: Sequence[str]) -> Projections:
+    """The linear layers of these modules, which share an input."""
+    biases = [source.plain(f"{module}.bias") for module in modules]
+    linears = [load_linear(source, module) for module in modules]
+    joined, unit = join(linears) if len(linears) > 1 else (None, 1)
+    if joined is None:
+        return Projections(linears, [(i, slice(0, linear.rows)) for i, linear in enumerate(linears)], biases)
+    places, begin = [], 0
+    for linear in linears:
+        places.append((0, slice(begin, begin + linear.rows)))
+        begin += -(-linear.rows // unit) * unit
+    return Projections([joined], places, biases)
+
+
+def load_linear(source: Source, module: str) -> Linear:
+    """A module's weight, in the layout its kernel takes. Raises ValueError where its parts contradict each other."""
+    scheme, parts = source.stored(module)
+    if scheme == "bf16":
+        return PlainLinear(parts["weight"])
+    if BLOCKS in parts:
+        return GgufLinear(gguf_layout.from_blocks(scheme.upper(), parts[BLOCKS], columns_of(scheme, parts[BLOCKS])))
+    codec, granularity = CODECS[scheme], source.activation(scheme)
+    if not isinstance(codec, Fp8):
+        return Int4Linear(int4_weight(scheme, parts))
+    if granularity is None:  # weights alone are FP8: no unit multiplies them with BF16
+        return PlainLinear(codec.decode(parts, source.dtype))
+    scale = parts[INPUT_SCALE].float().reshape(1) if granularity == "static" else None
+    scales = parts[codec.scale_suffix].float()
+    return Fp8Linear(parts["weight"].contiguous(), scales, Quantization(granularity, scale), source.dtype)
+
+
+def dequantized(source: Source, module: str) -> torch.Tensor:
+    """A module's weight, decoded."""
+    scheme, parts = source.stored(module)
+    return parts["weight"] if scheme == "bf16" else CODECS[scheme].decode(parts, source.dtype)
+
+
+def int4_weight(scheme: str, parts: dict[str, torch.Tensor]) -> Int4Weight:
+    """The runtime layout of a weight in compressed-tensors', GPTQ's or AWQ's. Raises ValueError as these do."""
+    readers = {"int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq}
+    return readers[scheme.partition("-")[0]](parts)
+
+
+def columns_of(scheme: str, blocks: torch.Tensor) -> int:
+    """Of GGUF rows, uint8 [..., rows, bytes]."""
+    spec = gguf_layout.SPECS[scheme.upper()]
+    return blocks.shape[-1] // spec.bytes * spec.values
+
+
+def join(linears: Sequence[Linear]) -> tuple[Linear | None, int]:
+    """The layers as one, each padded to a multiple of so many rows; None where they are of different kinds."""
+    plain = [linear.weight for linear in linears if isinstance(linear, PlainLinear)]
+    if len(plain) == len(linears):
+        return PlainLinear(torch.cat(plain)), 1
+    int4 = [linear.weight for linear in linears if isinstance(linear, Int4Linear)]
+    if len(int4) == len(linears):
+        weight = int4_layout.join(int4)
+        return (None if weight is None else Int4Linear(weight)), int4_layout.ROWS
+    fp8 = [linear for linear in linears if isinstance(linear, Fp8Linear)]
+    if len(fp8) == len(linears) and all(fp8[0].quantization.same(linear.quantization) for linear in fp8):
+        return _join_fp8(fp8)
+    return None, 1
+
+
+def _join_fp8(linears: Sequence[Fp8Linear]) -> tuple[Fp8Linear, int]:
+    """Blocks of scales begin where a layer begins; other scales become those of channels."""
+    quantization, dtype = linears[0].quantization, linears[0].dtype
+    blocks = quantization.granularity == "group128"
+    unit = BLOCK if blocks else 1
+    codes = [F.pad(linear.weight.view(torch.uint8), (0, 0, 0, -linear.rows % unit)) for linear in linears]
+    scales = [x.scales if blocks else x.scales.reshape(-1, 1).expand(x.rows, 1) for x in linears]
+    joined = torch.cat(codes).view(torch.float8_e4m3fn)
+    return Fp8Linear(joined, torch.cat(scales).contiguous(), quantization, dtype), unit

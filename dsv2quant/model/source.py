@@ -1,0 +1,86 @@
+"""Where the kernels' runtime gets a model's weights: as they are stored, on the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.quant_config import activations_quantized
+from dsv2quant.model.load import decode, kv_scale, stored_tensor
+
+BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
+
+
+class Source(Protocol):
+    """A model's weights by module, which a checkpoint has, or a benchmark makes up."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of plain weights, and of what is computed: BF16, the kernels' own; their twins take float32, too."""
+
+    def scheme(self, module: str) -> str:
+        """A weight's scheme."""
+
+    def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """A weight's scheme and its parts by suffix, as formats/ names and shapes them; plain ones as 'bf16' with the
+        one part 'weight', of GGUF's types ('q4_k') the one part `BLOCKS`."""
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
+
+    def activation(self, scheme: str) -> str | None:
+        """How the activations are quantized that meet a weight: 'token', 'group128', 'static' or None."""
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None:
+        """A layer's KV-cache scale, float32 [1]."""
+
+
+class CheckpointSource:
+    """The weights of a checkpoint, an artifact or a GGUF file."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.config = checkpoint.config
+        self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
+        self._activations = activations_quantized(checkpoint.config.quantization)
+
+    def scheme(self, module: str) -> str:
+        return self._by_name[f"{module}.weight"].scheme
+
+    def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
+        weight = self._by_name[f"{module}.weight"]
+        if self.checkpoint.metadata is not None:
+            if weight.scheme == "bf16" or len(weight.parts) > 1:  # kv_b_proj is stored in halves, one transposed
+                return "bf16", {"weight": decode(self.checkpoint, weight, self.dtype, self.device)}
+            data = torch.from_numpy(self.checkpoint.read(weight.stored)).to(self.device)
+            return weight.scheme, {BLOCKS: data.view(weight.stored.shape[0], -1)}
+        parts = {suffix: stored_tensor(self.checkpoint, part, self.device) for suffix, part in weight.parts.items()}
+        if weight.scheme == "bf16":
+            return "bf16", {"weight": next(iter(parts.values())).to(self.dtype)}
+        return weight.scheme, parts
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        weight = self._by_name.get(name)
+        return None if weight is None else decode(self.checkpoint, weight, dtype or self.dtype, self.device)
+
+    def activation(self, scheme: str) -> str | None:
+        return CODECS[scheme].activation if self._activations and scheme in CODECS else None
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None:
+        return kv_scale(self.checkpoint, layer, self.device)
+
+    def damaged(self, module: str, error: ValueError) -> InputError:
+        """The error to raise where a weight's parts contradict each other."""
+        fix = "the checkpoint is damaged: get it again"
+        return InputError(f"{module}: {error}", where=self.checkpoint.model, fix=fix)

@@ -1,0 +1,135 @@
+"""The kernels' runtime on a CUDA device against the torch backend, on dsv2-mini's artifacts. Needs no transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from dsv2quant.calib.tokens import Tokenizer, cut
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.evaluate.divergence import compare
+from dsv2quant.evaluate.perplexity import Pass, batches_of, run
+from dsv2quant.evaluate.text import python_topics
+from dsv2quant.model.cache import KV_DTYPES
+from dsv2quant.model.generate import Sampling, generate
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model, open_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+ARTIFACTS = {
+    "bf16": None,
+    "fp8-block": ["--fp8=block"],
+    "fp8-channel": ["--fp8=channel"],
+    "fp8-tensor": ["--fp8=tensor"],
+    "int4-mixed": ["--int4=mixed", "--method", "rtn"],
+    "int4-pure-g32": ["--int4=pure", "--method", "rtn", "--group-size", "32"],
+    "gptq": ["--int4=pure", "--method", "rtn", "--format", "gptq"],
+    "awq": ["--int4=experts", "--method", "rtn", "--format", "awq", "--group-size", "64"],
+    "q8_0": ["--gguf", "Q8_0"],
+    "q4_k_m": ["--gguf", "Q4_K_M"],
+    "q6_k": ["--gguf", "Q6_K"],
+}
+WINDOWS, CTX = 4, 256
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    checkpoint = Checkpoint.open(tiny.MINI)
+    tokenizer = Tokenizer.of(checkpoint)
+    windows = cut(tokenizer.encode(python_topics().content), CTX, tokenizer.bos_id, "default", "topics", add_bos=True)
+    return windows.ids[:WINDOWS]
+
+
+@pytest.fixture(params=ARTIFACTS)
+def artifact(request, tmp_path, cli) -> Path:
+    made = ARTIFACTS[request.param]
+    if made is None:
+        return Path(tiny.MINI)
+    if "--gguf" in made:
+        pytest.importorskip("gguf")
+    out = tmp_path / ("out.gguf" if "--gguf" in made else "out")
+    ran = cli("convert", tiny.MINI, *made, "-o", out, "-q")
+    assert ran.code == 0, ran.err
+    return out
+
+
+def passed(folder: Path | str, options: LoadOptions, ids: np.ndarray, decode_path: bool) -> Pass:
+    return run(open_model(Checkpoint.open(folder), options), ids, batches_of(len(ids), 4), decode_path=decode_path)
+
+
+TORCH, WIDE = LoadOptions(torch.bfloat16, "cuda"), LoadOptions(torch.float32, "cuda")
+KERNELS = LoadOptions(torch.bfloat16, "cuda", backend="kernels")
+
+
+def kld(a: Pass, b: Pass, ids: np.ndarray) -> float:
+    """Of a from b, nats a token."""
+    return float(compare(a, b, ids, 1).kld.mean())
+
+
+@pytest.mark.parametrize("decode_path", [False, True], ids=["prefill", "decode"])
+def test_evaluation_agrees_with_the_torch_backend(artifact, decode_path, ids, request):
+    """Against the exact arithmetic of the same artifact both backends err by BF16's roundings, and by the activations
+    that these push over the edge between two codes: in other places, by as much. Their distances from the unquantized
+    model then differ by less than the noise floor that `eval-ppl` states, which is its distance from itself in BF16."""
+    exact, by_torch, by_kernels = (passed(artifact, o, ids, decode_path) for o in (WIDE, TORCH, KERNELS))
+    source, rounded = (passed(tiny.MINI, o, ids, decode_path) for o in (WIDE, TORCH))
+    floor = kld(rounded, source, ids)
+    errors = kld(by_torch, exact, ids), kld(by_kernels, exact, ids)
+    distances = kld(by_torch, source, ids), kld(by_kernels, source, ids)
+    print(f"{request.node.callspec.id}: floor {floor:.6f}, from exact {errors}, from the source {distances}")
+    assert errors[1] < 1.5 * errors[0] + floor
+    assert abs(distances[1] - distances[0]) < floor + errors[0]
+
+
+def test_greedy_tokens_are_the_torch_backends(artifact, request):
+    """But for ties: the first that differs has logits within the roundings of BF16, 2^-8 of the largest."""
+    checkpoint = Checkpoint.open(artifact)
+    models = [open_model(checkpoint, options) for options in (TORCH, KERNELS)]
+    differing = 0
+    for prompt in ([0, 700, 800], [0], [0, *range(300, 340)]):
+        want, got = (list(generate(m, prompt, stop={1}, max_new_tokens=32, sampling=Sampling())) for m in models)
+        first = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
+        if first is None:
+            assert got == want
+            continue
+        differing += 1
+        exact = Model(checkpoint, WIDE).forward(torch.tensor([[*prompt, *want[:first]]]))[0, -1]
+        rounded = Model(checkpoint, TORCH).forward(torch.tensor([[*prompt, *want[:first]]]))[0, -1].float()
+        # What rounding did to these logits is the measure of a tie.
+        tie = 4 * float((exact - rounded).abs().max())
+        print(f"{request.node.callspec.id} {prompt[:3]}: token {first} differs, logits "
+              f"{float(exact[want[first]]):.4f} and {float(exact[got[first]]):.4f}, a tie is {tie:.4f}")  # fmt: skip
+        assert float(exact.max() - exact[got[first]]) <= tie
+    assert differing < 3
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8_e4m3", "fp8_e5m2"])
+def test_the_graph_is_the_step(kind):
+    """A recorded step gives what its launches give one by one, at every position, and writes the same cache."""
+    options = LoadOptions(torch.bfloat16, "cuda", kv_cache=KV_DTYPES[kind], backend="kernels")
+    model = open_model(Checkpoint.open(tiny.MINI), options)
+    prompt = torch.randint(5, 4000, (3, 17))
+    found = []
+    for _ in range(2):
+        caches = model.caches(3, 40)
+        logits = model.next_logits(prompt, caches)
+        decode = model.decoder(caches)
+        rows = [logits.clone()]
+        for _ in range(23):
+            rows.append(decode(rows[-1].argmax(-1)).clone())
+        found.append((torch.stack(rows), [cache.store.view(torch.uint8).clone() for cache in caches]))
+    assert torch.equal(found[0][0], found[1][0])
+    with pytest.raises(ValueError, match="the cache holds 40 tokens"):
+        decode(torch.zeros(3, dtype=torch.long))
+    x = model.ends.embed(torch.cat([prompt.cuda(), found[0][0][:-1].argmax(-1).T], 1))
+    with torch.inference_mode():
+        for layer in model.layers():
+            x, _ = layer(x, model.rope(0, 40))
+    expected = model.ends.logits(x)[:, 16:].transpose(0, 1)
+    distance = float((found[0][0] - expected).float().norm() / expected.float().norm())
+    assert distance < (0.02 if kind == "bf16" else 0.2), distance
