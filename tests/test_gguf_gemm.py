@@ -138,6 +138,14 @@ def test_chosen_configurations_fit(rows: int, columns: int) -> None:
     assert choose(129, rows, columns) is None
 
 
+def test_experts_split_columns_only_with_a_counter_for_each_tile() -> None:
+    """Tiles of 128 pairs are the configuration whose registers test_compiled_for_hopper has looked at."""
+    stack = random_weight("Q8_0", (2, 64, 1024))
+    assert gguf_experts.choose(8, 16, stack) == Config(64, 16, 2, 4, 4)
+    assert gguf_experts.choose(9, 16, stack) == Config(64, 16, 1, 4, 4)
+    assert gguf_experts.choose(1000, 128, stack) == Config(64, 128, 1, 8, 3)
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     weight, stack = random_weight("Q8_0", (64, 64)), random_weight("Q8_0", (2, 64, 64))
     routes = sort_pairs(torch.zeros(4, 2, dtype=torch.int64), 2, 16)
