@@ -24,7 +24,7 @@ from dsv2quant.bench.device import Limits, copies, limits, measured_on, microsec
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
-from dsv2quant.kernels.reference_experts import sort_pairs
+from dsv2quant.kernels.routing import choose_block, sort_pairs
 
 SHAPES = {"q_b": (24576, 1536), "down": (5120, 12288), "lite_o": (2048, 2048)}
 TOKENS = (1, 16, 64, 1024)
@@ -53,15 +53,18 @@ def random_weights(name: str, shape: tuple[int, ...], count: int) -> list[GgufWe
     return [weight, *others]
 
 
-def configurations(tokens: int, rows: int, columns: int) -> list[Config]:
+def configurations(tokens: int, rows: int, columns: int, group: int) -> list[Config]:
     if tokens > 128:
         return []
-    few = tokens <= 16
-    tiles = [(64, 16, 4, 3), (64, 16, 4, 5), (128, 16, 4, 3), (128, 16, 4, 4), (128, 16, 8, 3)]
-    more = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3)]
+    if tokens <= 8 and group == 32:
+        tiles = [(64, 8, 4, 3), (64, 8, 4, 5), (128, 8, 4, 3), (128, 8, 4, 5), (128, 8, 8, 4), (64, 16, 4, 4)]
+    elif tokens <= 16:
+        tiles = [(64, 16, 4, 3), (64, 16, 4, 5), (128, 16, 4, 3), (128, 16, 8, 4)]
+    else:
+        tiles = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3)]
     return [
         Config(high, wide, split, warps, stages)
-        for high, wide, warps, stages in (tiles if few else more)
+        for high, wide, warps, stages in tiles
         for split in (1, 2, 4, 8)
         if 100 <= ceil(rows / high) * split <= 132 * 8 and split * 256 <= columns
     ]
@@ -77,10 +80,10 @@ def measure(name: str, shape: str, rates: Limits | None) -> list[dict[str, Any]]
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        chosen = choose(tokens, height, columns)
+        chosen = choose(tokens, height, columns, spec.group)
         expected = x.double() @ exact.T
         times: dict[Config | None, float] = {}
-        for config in {chosen, *configurations(tokens, height, columns)}:
+        for config in {chosen, *configurations(tokens, height, columns, spec.group)}:
             got = linear(x, weights[0], config=config)
             off = float((got - expected).norm() / expected.norm())
             if not off < (2e-3 if config else 3e-3):
@@ -111,8 +114,7 @@ def measure_experts(name: str, shape: str, rates: Limits | None) -> None:
     for tokens in (1, 8, 64, 1024):
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
         chosen = torch.rand(tokens, experts, device="cuda").topk(k).indices
-        block = 16 if tokens <= 64 else 64
-        routes = sort_pairs(chosen, experts, block)
+        routes = sort_pairs(chosen, experts, choose_block(tokens, k, experts))
         calls = [partial(experts_product, x, routes, k, stack) for stack in stacks]
         calls[0]()
         if not rates:

@@ -42,5 +42,5 @@ def experts_product(
 
 def matrix_of(stack: GgufWeight, expert: int) -> GgufWeight:
     """One of a stack's matrices."""
-    tensors = (None if part is None else part[expert] for part in stack[1:6])
-    return GgufWeight(stack.type, *tensors, stack.rows, stack.columns)
+    parts = zip(stack._fields[1:6], stack[1:6], strict=True)
+    return stack._replace(**{name: None if part is None else part[expert] for name, part in parts})
