@@ -113,16 +113,19 @@ def measure_experts(name: str, shape: str, rates: Limits | None) -> None:
     stacks = random_weights(name, (experts, height, columns), 2)
     for tokens in (1, 8, 64, 1024):
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
-        chosen = torch.rand(tokens, experts, device="cuda").topk(k).indices
-        routes = sort_pairs(chosen, experts, choose_block(tokens, k, experts))
-        calls = [partial(experts_product, x, routes, k, stack) for stack in stacks]
-        calls[0]()
-        if not rates:
-            continue
-        read = len(chosen.unique()) * nbytes + 2 * tokens * (columns + k * height)
-        floor = rates.floor(read, 2 * tokens * k * height * columns)
-        time = microseconds(calls)
-        print(name, shape, f"experts {tokens} tokens: {time:.1f} us, floor {floor:.1f}, {floor / time:.2f}", flush=True)
+        choices = [torch.rand(tokens, experts, device="cuda").topk(k).indices for _ in range(16)]
+        active = sum(len(chosen.unique()) for chosen in choices) / len(choices)
+        floor = None
+        if rates:
+            read = active * nbytes + 2 * tokens * (columns + k * height)
+            floor = rates.floor(read, 2 * tokens * k * height * columns)
+        for block in {choose_block(tokens, k, experts), 8 if tokens <= 8 else 64}:
+            routes = [sort_pairs(chosen, experts, block) for chosen in choices]
+            calls = [partial(experts_product, x, some, k, stacks[i % 2]) for i, some in enumerate(routes)]
+            calls[0]()
+            if floor:
+                time = microseconds(calls)
+                print(f"{name} {shape} {tokens} tokens/{block}: {time:.1f} floor {floor:.1f} {floor / time:.2f}")
 
 
 def label(config: Config | None) -> str:

@@ -42,5 +42,10 @@ def experts_product(
 
 def matrix_of(stack: GgufWeight, expert: int) -> GgufWeight:
     """One of a stack's matrices."""
-    parts = zip(stack._fields[1:6], stack[1:6], strict=True)
-    return stack._replace(**{name: None if part is None else part[expert] for name, part in parts})
+    return stack._replace(
+        words=stack.words[expert],
+        steps=stack.steps[expert],
+        multiples=None if stack.multiples is None else stack.multiples[expert],
+        lows=None if stack.lows is None else stack.lows[expert],
+        arrivals=stack.arrivals[expert],
+    )
