@@ -20,6 +20,7 @@ from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, Spec
 
 INTERPRETED = triton.knobs.runtime.interpret
 MULTIPROCESSORS = 132  # of an H100 or H200
+NARROW: tl.constexpr = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 MANY = 128  # tokens, from which on the weight is dequantized
 
 
@@ -103,15 +104,27 @@ def _pairs(codes, FIRST: tl.constexpr):
 
 
 @triton.jit
-def operand(codes, GROUP: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
-    """codes of words [TILES, 128] → [64 · TILES, GROUP]: both steps, or the one asked for."""
+def operand(
+    codes, GROUP: tl.constexpr, STEP: tl.constexpr, ORDERED: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
+):
+    """codes of words [TILES, 128] → [64 · TILES, GROUP]: both steps, or the one asked for. ORDERED: its columns are
+    as in `narrow_columns`."""
     if GROUP == 32:
         values = tl.join(_pairs(codes, 0), _pairs(codes, 8)).reshape(TILES, 4, 8, 4, 2, 2, 2, 2)  # …, p, c, h, s
-        values = values.trans(0, 1, 6, 2, 7, 5, 3, 4)
+        values = values.trans(0, 1, 6, 2, 7, 3, 5, 4) if ORDERED else values.trans(0, 1, 6, 2, 7, 5, 3, 4)
     else:
         values = _pairs(codes, 8 * STEP).reshape(TILES, 4, 8, 4, 2, 2, 2).trans(0, 1, 6, 2, 5, 3, 4)
     values = values.reshape(64 * TILES, GROUP)
     return values.to(DTYPE, bitcast=True) if values.dtype == tl.int16 else values.to(DTYPE)
+
+
+@triton.jit
+def narrow_columns():
+    """Those of a group of 32 in the order in which each thread has four neighbours of each 16. Before 3.9, Triton makes
+    no `wgmma` for 8 tokens, and takes what was joined for bytes: the kWidth of its dot operand is 4."""
+    column = tl.arange(0, 32)
+    column = (column & 16) + (column >> 1 & 1) * 8 + (column >> 2 & 3) * 2 + (column & 1)
+    return tl.max_contiguous(tl.multiple_of(column, 2), 2)
 
 
 @triton.jit
@@ -180,9 +193,13 @@ def product(
     BASE: tl.constexpr = -128 if AFFINE else ZERO  # of codes: to take it away from the offset is less work
     spans = (K + 127) // 128
     first = tl.minimum(tiles, blocks - 1).to(tl.int64) * spans * (PLANES * 512)
-    values = x + place[None, :].to(tl.int64) * K + tl.arange(0, GROUP)[:, None]
+    ORDERED: tl.constexpr = NARROW and TOKENS < 16 and GROUP == 32
+    column = narrow_columns() if ORDERED else tl.arange(0, GROUP)
+    values = x + place[None, :].to(tl.int64) * K + column[:, None]
+    limit = tl.where(inside, K, 0)  # K is whole groups
     total = tl.zeros((HEIGHT, TOKENS), tl.float32)
-    ones = tl.full((HEIGHT, GROUP), 1.0, x.dtype.element_ty)
+    one = tl.full((TILES, 128), 0x3F80, tl.int16) if ASM else tl.full((TILES, 128), 1, tl.int32)
+    ones = operand((one,) * 16, GROUP, 0, ORDERED, TILES, x.dtype.element_ty)
     for i in tl.range(begin, end, num_stages=STAGES):
         loaded = load_words(words, first + i * (PLANES * 512), PLANES, TILES)
         for unit in tl.static_range(4):
@@ -190,12 +207,11 @@ def product(
             step, low = load_steps(steps, i, n, N, multiples is not None, AFFINE, unit)
             for part in tl.static_range(32 // GROUP):
                 at = i * 128 + unit * 32 + part * GROUP
-                mask = inside[None, :] if EVEN else inside[None, :] & (at + tl.arange(0, GROUP)[:, None] < K)
-                tokens = tl.load(values + at, mask, 0.0)
+                tokens = tl.load(values + at, (inside if EVEN else at < limit)[None, :], 0.0)
                 scale, offset = load_scale(
                     step, low, multiples, lows, i, n, N, AFFINE, 128 // GROUP, unit * (32 // GROUP) + part
                 )
-                weight = operand(codes, GROUP, part, TILES, x.dtype.element_ty)
+                weight = operand(codes, GROUP, part, ORDERED, TILES, x.dtype.element_ty)
                 total += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
                 if AFFINE:
                     total += tl.dot(ones, tokens, input_precision="ieee") * (offset + BASE * scale)[:, None]
@@ -284,7 +300,7 @@ def _dequantize_kernel(
             scale, offset = load_scale(
                 step, low, multiples, lows, i, n, N, AFFINE, 128 // GROUP, unit * (32 // GROUP) + part
             )
-            values = operand(codes, GROUP, part, 1, CODE).to(tl.float32) * scale[:, None]
+            values = operand(codes, GROUP, part, False, 1, CODE).to(tl.float32) * scale[:, None]
             if AFFINE:
                 values += offset[:, None]
             mask = (n[:, None] < N) & (at + tl.arange(0, GROUP)[None, :] < K)
@@ -309,7 +325,7 @@ def linear(
         out = x.new_empty(tokens, weight.rows)
     if out.shape != (tokens, weight.rows) or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({tokens}, {weight.rows})")
-    config = config or choose(tokens, weight.rows, columns)
+    config = config or choose(tokens, weight.rows, columns, SPECS[weight.type].group)
     if config is None:
         return torch.mm(x, dequantize(weight, x.dtype).T, out=out)
     grid = (config.split, triton.cdiv(weight.rows, config.rows), triton.cdiv(tokens, config.tokens))
@@ -342,12 +358,13 @@ def dequantize(weight: GgufWeight, dtype: torch.dtype = torch.bfloat16) -> torch
     return out
 
 
-def choose(tokens: int, rows: int, columns: int) -> Config | None:
+def choose(tokens: int, rows: int, columns: int, group: int) -> Config | None:
     """The configuration for a shape; None: dequantize."""
     if tokens > MANY:
         return None
-    wide, stages = (16, 4) if tokens <= 16 else (32, 3) if tokens <= 32 else (64, 3)
-    return Config(ROWS, wide, split_of(triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide), columns), 4, stages)
+    wide = 8 if tokens <= 8 and group == 32 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    programs = triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide)
+    return Config(ROWS, wide, split_of(programs, columns), 4, 4 if wide <= 16 else 3)
 
 
 def split_of(programs: int, columns: int) -> int:
