@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from gguf_weights import error, random_choices, random_weight
 
-from dsv2quant.kernels import gguf_gemm
+from dsv2quant.kernels import gguf_product
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS
@@ -51,7 +51,7 @@ def main() -> None:
             for _ in range(2):  # twice: the counters are as they were
                 linear(x, weight, out, config)
             found[f"{case} {dtype}"] = error(out, linear_gguf(x.double(), weight))
-    gguf_gemm.NARROW = tl.constexpr(not gguf_gemm.NARROW.value)
+    gguf_product.NARROW = tl.constexpr(not gguf_product.NARROW.value)
     weight = random_weight("Q5_1", (64, 160))
     x = torch.randn(3, 160)
     got = linear(x, weight, config=Config(64, 8, 1, 4, 3))

@@ -13,7 +13,7 @@ from gguf_weights import random_blocks, random_weight
 from triton_tools import Compiled, compile_for_hopper, interpreted
 
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.kernels import gguf_experts, gguf_gemm
+from dsv2quant.kernels import gguf_experts, gguf_gemm, gguf_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, constants, linear
 from dsv2quant.kernels.gguf_layout import SPECS, blocks_of, from_blocks, supported
 from dsv2quant.kernels.reference_experts import sort_pairs
@@ -123,7 +123,7 @@ def test_compiled_for_hopper(name: str, config: Config, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: nothing is written to shared memory on the way, nothing to local."""
     made = compiled(name, config, tmp_path / "k.cubin", experts=config.tokens >= 64)
     found = Counter(line.split()[0] for line in made.ptx.splitlines() if line.strip())
-    unit = "mma.sync" if config.tokens == 8 and gguf_gemm.NARROW.value else "wgmma.mma_async"
+    unit = "mma.sync" if config.tokens == 8 and gguf_product.NARROW.value else "wgmma.mma_async"
     assert any(instruction.startswith(unit) for instruction in found)
     assert not any(instruction.startswith("shfl") for instruction in found)
     assert any(instruction.startswith("cp.async.c") for instruction in found)
@@ -149,8 +149,8 @@ def test_chosen_configurations_fit(rows: int, columns: int) -> None:
 def test_experts_split_columns_only_with_a_counter_for_each_tile() -> None:
     """Tiles of 128 pairs are the configuration whose registers test_compiled_for_hopper has looked at."""
     stack = random_weight("Q8_0", (2, 64, 1024))
-    assert gguf_experts.choose(8, 16, stack) == Config(64, 16, 2, 4, 4)
-    assert gguf_experts.choose(9, 16, stack) == Config(64, 16, 1, 4, 4)
+    assert gguf_experts.choose(8, 16, stack) == Config(64, 16, 2, 4, 3)
+    assert gguf_experts.choose(9, 16, stack) == Config(64, 16, 1, 4, 3)
     assert gguf_experts.choose(1000, 128, stack) == Config(64, 128, 1, 8, 3)
 
 
