@@ -144,10 +144,9 @@ def choose(tokens: int, rows: int, columns: int, group: int) -> Config | None:
     """The configuration for a shape; None: dequantize."""
     if tokens > MANY:
         return None
+    wide = 32 if tokens <= 32 or rows <= 2048 else 64  # few rows need the more programs
     if tokens <= 16:
         wide = 8 if tokens <= 8 and group == 32 else 16
-    else:
-        wide = 32 if tokens <= 32 or rows <= 2048 else 64  # few rows need the more programs
     programs = triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide)
     return Config(ROWS, wide, split_of(programs, columns, wide), 4, 3)
 
