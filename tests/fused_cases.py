@@ -9,7 +9,7 @@ import torch
 from fp8_cases import activations
 
 from dsv2quant.kernels import reference, reference_fused
-from dsv2quant.kernels.absorb import absorb_k, absorb_v, choose
+from dsv2quant.kernels.absorb import Share, absorb_k, absorb_v, choose
 from dsv2quant.kernels.add_norm import add_norm
 from dsv2quant.kernels.latents import append_latents
 from dsv2quant.kernels.silu_mul import silu_mul
@@ -137,7 +137,7 @@ def absorb_faults(tokens: int, heads: int, nope: int, v: int, rank: int, dtype, 
     limit = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2e-3}[dtype]
     found = []
     exact = torch.einsum("thn,hnr->thr", q[..., :nope].double(), kv_b[:, :nope].double())
-    for share in (choose(tokens, heads, nope, rank), choose(17, heads, nope, rank)):
+    for share in (choose(tokens, heads, nope, rank), Share(32, 1, 64, 4, 1)):
         q_out = torch.full((tokens, heads, rank + 16), torch.nan, device=device, dtype=dtype)
         q_out[..., rank:] = 3
         got = absorb_k(q[..., :nope], kv_b[:, :nope], q_out, share)
@@ -150,8 +150,4 @@ def absorb_faults(tokens: int, heads: int, nope: int, v: int, rank: int, dtype, 
         error = off(absorb_v(mixed, kv_b[:, nope:]), exact)
         if not error <= limit:
             found.append(f"absorb_v {kind}: {error}")
-        if v % 128 == 0:
-            plain = absorb_v(mixed, kv_b[:, nope:], share=choose(tokens, heads, rank, v, 128))
-            got = absorb_v(mixed, kv_b[:, nope:], quantize="group128")
-            found += [f"absorb_v {kind}: {fault}" for fault in code_faults(got, plain, "group128", None)]
     return found

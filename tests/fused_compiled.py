@@ -63,24 +63,19 @@ def kernels() -> Iterator[tuple[str, Any, dict, dict, dict]]:
         yield f"latents {stored}", _latents_kernel, types, constants, {"num_warps": 4}
     for heads in (16, 128):
         for tokens in (1, 8, 64):
-            for name, depth, columns, wide in (
-                ("k", 128, 512, None),
-                ("v", 512, 128, None),
-                ("quantized v", 512, 128, 128),
-            ):
-                share = choose(tokens, heads, depth, columns, wide)
-                types = {"x": "*fp32" if "v" in name else "*bf16", "w": "*bf16", "out": "*bf16", "scales": "*fp32"}
+            for name, depth, columns in (("k", 128, 512), ("v", 512, 128)):
+                share = choose(tokens, heads, depth, columns)
+                types = {"x": "*fp32" if name == "v" else "*bf16", "w": "*bf16", "out": "*bf16"}
                 constants = {
                     "K": depth, "C": columns, "COLUMNS": share.columns, "TOKENS": share.tokens, "DEPTH": share.depth,
-                    "ROUND": False, "w_c" if name == "k" else "w_k": 1,
-                } | ({} if wide else {"scales": None})  # fmt: skip
-                types |= {"out": "*fp8e4nv"} if wide else {}
+                    "w_c" if name == "k" else "w_k": 1,
+                }  # fmt: skip
                 options = {"num_warps": share.warps, "num_stages": share.stages}
                 yield f"absorb {name} {heads} heads {tokens} tokens", _per_head_kernel, types, constants, options
 
 
 ALIGNED = (
-    "x_stride", "addend_stride", "stride", "up", "q_stride", "kv_stride", "heads", "capacity",
+    "x_stride", "addend_stride", "gate_stride", "up_stride", "q_stride", "kv_stride", "heads", "capacity",
     "x_t", "x_h", "w_h", "w_k", "w_c", "out_t", "out_h",
 )  # fmt: skip
 

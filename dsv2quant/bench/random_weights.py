@@ -23,7 +23,7 @@ class RandomWeights:
     """The weights of a configuration under a recipe, by the interface of model/source.py."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe | None, device: str = "cuda", seed: int = 0) -> None:
-        self.config = config
+        self.name, self.config = "random weights", config
         self.recipe, self.device, self.seed = recipe, device, seed
         self.dtype = torch.bfloat16
         self._slots = {slot.name: slot for slot in model_slots(config)}

@@ -1,8 +1,8 @@
 """kv_b's halves as absorbed decoding uses them: one small product per head, before and behind mla_decode.
 
 At few tokens the time is that of reading the weights: a head's columns are cut so that all multiprocessors read at
-once. One token is multiplied by the vector units as the weights arrive; more are the N side of the matrix units, whose
-M side is the weight's columns.
+once. Tokens are the N side of the matrix units, whose M side is the weight's columns, or one token is multiplied by the
+vector units as the weights arrive.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, scale_of
-from dsv2quant.kernels.checks import INTERPRETED, check_rows
+from dsv2quant.kernels.checks import check_rows
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -30,13 +28,12 @@ class Share(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["T", "scale_stride"])
+@triton.jit(do_not_specialize=["T"])
 def _per_head_kernel(
-    x, w, out, scales, T, x_t, x_h, w_h, w_k, w_c, out_t, out_h, scale_stride,
+    x, w, out, T, x_t, x_h, w_h, w_k, w_c, out_t, out_h,
     K: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    ROUND: tl.constexpr,
 ):  # fmt: skip
-    """out [T, heads, C] = Σ_k x [T, heads, K] · w [heads, K, C], in strides as named; with scales, codes."""
+    """out [T, heads, C] = Σ_k x [T, heads, K] · w [heads, K, C], in strides as named."""
     head = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2).to(tl.int64) * TOKENS
@@ -59,16 +56,7 @@ def _per_head_kernel(
             a = tl.load(weights + start * w_k, mask=(column < C)[:, None] & (k < K - start)[None, :], other=0.0)
             b = tl.load(values + start, mask=(token < T)[None, :] & (k < K - start)[:, None], other=0.0).to(a.dtype)
             total = tl.dot(a, b, total, input_precision="ieee")
-    rounded = total.to(w.dtype.element_ty)
-    target = out + token[None, :] * out_t + head * out_h + column[:, None]
-    if scales is None:
-        tl.store(target, rounded, mask=kept)
-    else:  # a program's columns are a group
-        found = rounded.to(tl.float32)
-        scale = scale_of(tl.max(magnitudes(found), 0))
-        group = head * (C // COLUMNS) + tl.program_id(0)
-        tl.store(scales + group * scale_stride + token, scale, mask=token < T)
-        tl.store(target, encoded(found, tl.broadcast_to(scale[None, :], found.shape), ROUND), mask=kept)
+    tl.store(out + token[None, :] * out_t + head * out_h + column[:, None], total.to(w.dtype.element_ty), mask=kept)
 
 
 def absorb_k(q_nope: torch.Tensor, w_k: torch.Tensor, q_out: torch.Tensor, share: Share | None = None) -> torch.Tensor:
@@ -84,16 +72,12 @@ def absorb_k(q_nope: torch.Tensor, w_k: torch.Tensor, q_out: torch.Tensor, share
     check_rows("q_out", q_out, (q_nope.shape[0], heads, None), w_k.dtype)
     if q_out.shape[2] < rank:
         raise ValueError(f"q_out has {q_out.shape[2]} columns, fewer than the latents' {rank}")
-    _per_head(q_nope, w_k, q_out, None, share or choose(len(q_nope), heads, nope, rank))
+    _per_head(q_nope, w_k, q_out, share or choose(len(q_nope), heads, nope, rank))
     return q_out
 
 
-def absorb_v(
-    mixed: torch.Tensor, w_v: torch.Tensor, *, quantize: str | None = None, share: Share | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """mixed [T, heads, rank] · w_v [heads, v, rank]ᵀ → [T, heads · v], summed in float32, rounded once to w_v's dtype;
-    with quantize='group128', for v in multiples of 128, its codes and scales alone, as act_quant.quantize_activation
-    returns them.
+def absorb_v(mixed: torch.Tensor, w_v: torch.Tensor, share: Share | None = None) -> torch.Tensor:
+    """mixed [T, heads, rank] · w_v [heads, v, rank]ᵀ → [T, heads · v], summed in float32, rounded once to w_v's dtype.
 
     w_v is bfloat16, float16 or float32; mixed is the same, or float32 to be rounded to it first; both in any strides
     between rows. Raises ValueError where shapes, dtypes or layouts are others.
@@ -101,39 +85,30 @@ def absorb_v(
     check_rows("w_v", w_v, (None, None, None))
     heads, v, rank = w_v.shape
     check_rows("mixed", mixed, (None, heads, rank), torch.float32 if mixed.dtype == torch.float32 else w_v.dtype)
-    if quantize not in (None, "group128") or (quantize and v % BLOCK):
-        raise ValueError(f"heads of {v} columns cannot be quantized by {quantize!r} here")
-    tokens = len(mixed)
-    scales = None
-    if quantize:
-        out, scales = outputs(tokens, heads * v, quantize, None, mixed.device)
-    else:
-        out = torch.empty(tokens, heads * v, dtype=w_v.dtype, device=mixed.device)
-    share = share or choose(tokens, heads, rank, v, BLOCK if quantize else None)
-    _per_head(mixed, w_v.mT, out.unflatten(1, (heads, v)), scales, share)
-    return out if scales is None else (out, scales)
+    out = torch.empty(len(mixed), heads * v, dtype=w_v.dtype, device=mixed.device)
+    _per_head(mixed, w_v.mT, out.unflatten(1, (heads, v)), share or choose(len(mixed), heads, rank, v))
+    return out
 
 
-def choose(tokens: int, heads: int, depth: int, columns: int, wide: int | None = None) -> Share:
-    """The shares for sums of `depth` terms; `wide` columns a program, or as few as make enough programs."""
-    if wide is None:
-        wide = 128
-        while wide > 16 and heads * triton.cdiv(columns, wide) < MULTIPROCESSORS * 3 // 4:
-            wide //= 2
+def choose(tokens: int, heads: int, depth: int, columns: int) -> Share:
+    """The shares for `columns` sums of `depth` terms a head: those that were fastest, or near it, for DeepSeek-V2's
+    heads on an H200."""
     whole = triton.next_power_of_2(depth)
-    if tokens == 1:
-        step = min(whole, max(128, 8192 // wide))
-        return Share(wide, 1, step, max(1, min(16, wide * step // 1024)), 1)
-    return Share(wide, min(64, max(16, triton.next_power_of_2(tokens))), max(16, min(whole, 128)), 4, 3)
+    if tokens == 1 and depth > columns:  # a column's weights lie side by side, and there are enough for its threads
+        return Share(16, 1, min(whole, 256), 8, 1)
+    wide = 128
+    while wide > 16 and heads * triton.cdiv(columns, wide) < MULTIPROCESSORS * 3 // 4:
+        wide //= 2
+    at_once = min(64, max(16, triton.next_power_of_2(tokens)))
+    return Share(wide, at_once, max(16, min(whole, 128)), 8 if tokens == 1 and wide == 128 else 4, 3)
 
 
-def _per_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None, share: Share) -> None:
+def _per_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, share: Share) -> None:
     heads, depth, columns = w.shape
     tokens = len(x)
     if tokens:
         _per_head_kernel[(triton.cdiv(columns, share.columns), heads, triton.cdiv(tokens, share.tokens))](
-            x, w, out, scales, tokens, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
-            0 if scales is None else scales.stride(1),
-            K=depth, C=columns, COLUMNS=share.columns, TOKENS=share.tokens, DEPTH=share.depth, ROUND=INTERPRETED,
+            x, w, out, tokens, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
+            K=depth, C=columns, COLUMNS=share.columns, TOKENS=share.tokens, DEPTH=share.depth,
             num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -38,16 +38,19 @@ def magnitudes(values):
 
 @triton.jit
 def scale_of(bits):
-    """The scale of values whose largest magnitude has these bits."""
+    """The scale of values whose largest magnitude has these bits: 1 of zeros."""
     amax = bits.to(tl.float32, bitcast=True)
-    return tl.where(amax > 0, tl.maximum(tl.div_rn(amax, LARGEST), SMALLEST_SCALE), 1.0)
+    return tl.maximum(tl.div_rn(tl.where(amax > 0, amax, LARGEST), LARGEST), SMALLEST_SCALE)
 
 
 @triton.jit
 def encoded(values, scale, ROUND: tl.constexpr):
     """Codes of values by scales of the same shape. ROUND: before the cast, since the interpreter's casts of what e4m3
     does not hold are wrong."""
-    ratio = tl.clamp(tl.div_rn(values, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    # 0 / scale is 0, but takes a division's slow path, and all other lanes of a warp wait: so did what is not inside.
+    zero = values == 0
+    ratio = tl.where(zero, values, tl.div_rn(tl.where(zero, scale, values), scale))
+    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if ROUND:
         ratio = nearest(ratio, False)
     return ratio.to(tl.float8e4nv)

@@ -80,6 +80,15 @@ def empty(
     return Int4Experts(stack(2, width, hidden), stack(1, hidden, width), arrivals)
 
 
+def with_zeros(stack: Int4Experts) -> Int4Experts:
+    """The same stack with room for zeros, all 8 so far."""
+    gate_up, down = (
+        part._replace(zeros=torch.full_like(part.scales, OFFSET, dtype=torch.int16))
+        for part in (stack.gate_up, stack.down)
+    )
+    return stack._replace(gate_up=gate_up, down=down)
+
+
 def fill(stack: Int4Experts, expert: int, gate: Int4Weight, up: Int4Weight, down: Int4Weight) -> None:
     """Copies an expert's matrices to their place.
 

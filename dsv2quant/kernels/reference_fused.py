@@ -71,12 +71,9 @@ def absorb_k(q_nope: torch.Tensor, w_k: torch.Tensor, q_out: torch.Tensor) -> to
     return q_out
 
 
-def absorb_v(
-    mixed: torch.Tensor, w_v: torch.Tensor, *, quantize: str | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """mixed [T, heads, rank] · w_v [heads, v, rank]ᵀ → [T, heads · v], or its codes and scales."""
-    out = torch.einsum("thr,hvr->thv", mixed.to(w_v.dtype).double(), w_v.double()).flatten(1).to(w_v.dtype)
-    return out if quantize is None else quantize_activation(out, quantize)
+def absorb_v(mixed: torch.Tensor, w_v: torch.Tensor) -> torch.Tensor:
+    """mixed [T, heads, rank] · w_v [heads, v, rank]ᵀ → [T, heads · v]."""
+    return torch.einsum("thr,hvr->thv", mixed.to(w_v.dtype).double(), w_v.double()).flatten(1).to(w_v.dtype)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,7 +11,8 @@ from dsv2quant.kernels.act_quant import outputs, quantize_row
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
-GROUPS = 8  # of one program, unless it takes a whole token
+GROUPS = 8  # of one program, unless it takes a whole token, or there are few
+FEW = 528  # groups in all: 4 programs on each multiprocessor of an H200
 MAX_COLUMNS = 16384  # of a token quantized by one scale
 
 
@@ -58,7 +59,7 @@ def silu_mul(
     else:
         codes, scales = outputs(tokens, columns, quantize, scale, gate.device)
     groups = triton.cdiv(columns, BLOCK)
-    taken = triton.next_power_of_2(groups) if quantize == "token" else GROUPS
+    taken = triton.next_power_of_2(groups) if quantize == "token" else 1 if tokens * groups <= FEW else GROUPS
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(groups, taken))](
             gate, up, out, codes, scales, gate.stride(0), up.stride(0),

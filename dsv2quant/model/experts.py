@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_MAX, INPUT_SCALE, Fp8
 from dsv2quant.formats.int4 import Int4
@@ -22,10 +21,11 @@ from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_experts import Int4Experts
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.model.quantized import Quantization, columns_of, int4_weight
+from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, int4_weight, unsupported
 from dsv2quant.model.source import BLOCKS, Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
+PLAIN_UNIT = 8  # columns of plain weights: grouped products take rows of whole 16 bytes
 
 
 @dataclass
@@ -121,24 +121,24 @@ Stack = PlainStack | Fp8Stack | Int4Stack | GgufStack
 
 
 def load_experts(source: Source, at: str) -> Stack:
-    """The stack of the experts at '<at>.<expert>', filled one by one. Raises UsageError for schemes that differ among
-    them, and InputError where a weight's parts contradict each other."""
+    """The stack of the experts at '<at>.<expert>', filled one by one. Raises UsageError where no kernel takes them, as
+    where their schemes differ, and InputError where a weight's parts contradict each other."""
     c = source.config
-    if BLOCKS in source.stored(f"{at}.0.{NAMES[0]}")[1]:
+    schemes = {source.scheme(f"{at}.{e}.{name}") for e in range(c.n_routed_experts) for name in NAMES}
+    if not schemes & CODECS.keys():
         gate, up, down = (_gguf(source, at, name) for name in NAMES)
         return GgufStack(gate, up, down)
-    schemes = {source.scheme(f"{at}.{e}.{name}") for e in range(c.n_routed_experts) for name in NAMES}
     if len(schemes) > 1:
-        what = f"{at}: experts of {', '.join(sorted(schemes))} have no kernel together"
-        raise UsageError(what, fix="take --backend torch")
+        raise unsupported(source, f"{at} is of {', '.join(sorted(schemes))}")
     (scheme,) = schemes
-    if scheme == "bf16":
-        return _plain(source, at)
     codec = CODECS[scheme]
-    if isinstance(codec, Fp8):
-        return _fp8(source, at, codec, scheme)
-    assert isinstance(codec, Int4)
-    return _int4(source, at, codec, scheme)
+    if isinstance(codec, Int4):
+        return _int4(source, at, codec, scheme)
+    unit = FP8_UNIT if isinstance(codec, Fp8) else PLAIN_UNIT
+    if c.hidden_size % unit or c.moe_intermediate_size % unit:
+        what = f"{at} is {scheme} of widths {c.hidden_size} and {c.moe_intermediate_size}, no multiples of {unit}"
+        raise unsupported(source, what)
+    return _fp8(source, at, codec, scheme) if isinstance(codec, Fp8) else _plain(source, at)
 
 
 def _plain(source: Source, at: str) -> PlainStack:
@@ -152,7 +152,7 @@ def _plain(source: Source, at: str) -> PlainStack:
     return PlainStack(gate_up.flatten(1, 2), down)
 
 
-def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack | PlainStack:
+def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack:
     c = source.config
     E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
     granularity = source.activation(scheme)
@@ -166,7 +166,7 @@ def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack | PlainSt
         return torch.empty(shape, dtype=torch.float8_e4m3fn, device=source.device)
 
     made = Fp8Experts(codes(E, 2, I, H), scales(E, 2, I, H), codes(E, H, I), scales(E, H, I))
-    inputs = torch.ones(2, E, device=source.device)
+    inputs = torch.ones(E, 3, device=source.device)
     for expert in range(E):
         places = ((made.gate_up, made.gate_up_scales, (expert, 0)), (made.gate_up, made.gate_up_scales, (expert, 1)),
                   (made.down, made.down_scales, (expert,)))  # fmt: skip
@@ -175,17 +175,18 @@ def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack | PlainSt
             target[where].view(torch.uint8).copy_(parts["weight"].view(torch.uint8))
             of_target[where].copy_(parts[codec.scale_suffix].float().view_as(of_target[where]))
             if INPUT_SCALE in parts:
-                inputs[i // 2, expert] = parts[INPUT_SCALE].float().reshape(())
-    if granularity == "static":
-        return Fp8Stack(made, Quantization(), (inputs[0], inputs[1]))
-    return Fp8Stack(made, Quantization(granularity))
+                inputs[expert, i] = parts[INPUT_SCALE].float().reshape(())
+    if granularity != "static":
+        return Fp8Stack(made, Quantization(granularity))
+    gate, up, down = inputs.unbind(1)
+    if not torch.equal(gate, up):
+        raise unsupported(source, f"{at} has other input scales in up_proj than in gate_proj")
+    return Fp8Stack(made, Quantization(), (gate.contiguous(), down.contiguous()))
 
 
 def _gguf(source: Source, at: str, name: str) -> GgufWeight:
     found = [source.stored(f"{at}.{expert}.{name}") for expert in range(source.config.n_routed_experts)]
     scheme = found[0][0]
-    if scheme == "bf16":
-        raise UsageError(f"{at}: a plain {name} has no kernel beside blocks", fix="take --backend torch")
     blocks = torch.stack([parts[BLOCKS] for _, parts in found])
     return from_blocks(scheme.upper(), blocks, columns_of(scheme, blocks))
 
@@ -194,13 +195,19 @@ def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
     c = source.config
     stack = None
     for expert in range(c.n_routed_experts):
-        weights = [int4_weight(scheme, source.stored(f"{at}.{expert}.{name}")[1]) for name in NAMES]
+        stored = {f"{at}.{expert}.{name}": source.stored(f"{at}.{expert}.{name}")[1] for name in NAMES}
+        weights = [int4_weight(source, module, scheme, parts) for module, parts in stored.items()]
         if stack is None:
-            dtype = torch.float16 if scheme.startswith(("gptq", "awq")) else torch.bfloat16
+            half = any(part.dtype == torch.float16 for parts in stored.values() for part in parts.values())
             stack = int4_experts.empty(
-                c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size, dtype,
-                any(w.zeros is not None for w in weights), source.device,
+                c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size,
+                torch.float16 if half else torch.bfloat16, device=source.device,
             )  # fmt: skip
-        int4_experts.fill(stack, expert, *weights)
+        if stack.down.zeros is None and any(w.zeros is not None for w in weights):
+            stack = int4_experts.with_zeros(stack)
+        try:
+            int4_experts.fill(stack, expert, *weights)
+        except ValueError as error:
+            raise unsupported(source, f"{at}.{expert}: {error}") from None
     assert stack is not None
     return Int4Stack(stack)

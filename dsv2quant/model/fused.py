@@ -92,6 +92,11 @@ class FusedMoE:
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
+        if (
+            self.shared is not None
+            and self.shared.gate_up.quantization.granularity != self.experts.quantization.granularity
+        ):
+            x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
         return self.experts(x, weights, chosen, routes), chosen
 
 

@@ -75,7 +75,7 @@ class Decoder:
 
     def _step(self) -> torch.Tensor:
         stream = Stream(self._ends.embed(self._tokens))
-        step = Step(self._positions, self._positions + 1, self._angles[self._positions])
+        step = Step(self._positions, self._positions + 1, self._angles)
         for layer, cache in zip(self._layers, self._caches, strict=True):
             stream, _ = layer.decode(stream, cache, step)
         norm = self._ends.norm

@@ -23,8 +23,9 @@ class FusedLoader:
     def ends(self) -> Ends:
         embedding = self.source.plain("model.embed_tokens.weight")
         assert embedding is not None
-        tied = self.config.tie_word_embeddings
-        head = PlainLinear(embedding) if tied else load_linear(self.source, "lm_head")
+        score = self.source.plain("score.weight")  # of a model that classifies sequences
+        plain = embedding if score is None and self.config.tie_word_embeddings else score
+        head = load_linear(self.source, "lm_head") if plain is None else PlainLinear(plain)
         return Ends(embedding, self._norm("model.norm", self.config.rms_norm_eps), head)
 
     def layer(self, index: int) -> FusedLayer:

@@ -13,12 +13,15 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import BLOCK, INPUT_SCALE, Fp8
 from dsv2quant.kernels import gguf_layout, int4_layout, ops
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Weight
 from dsv2quant.model.source import BLOCKS, Source
+
+FP8_UNIT = 16  # columns of FP8 weights, which the tensor memory accelerator reads, come in multiples
 
 
 class Quantization(NamedTuple):
@@ -150,7 +153,8 @@ def load_projections(source: Source, modules: Sequence[str]) -> Projections:
 
 
 def load_linear(source: Source, module: str) -> Linear:
-    """A module's weight, in the layout its kernel takes. Raises ValueError where its parts contradict each other."""
+    """A module's weight, in the layout its kernel takes. Raises UsageError where it has none, and InputError where the
+    weight's parts contradict each other."""
     scheme, parts = source.stored(module)
     if scheme == "bf16":
         return PlainLinear(parts["weight"])
@@ -158,24 +162,43 @@ def load_linear(source: Source, module: str) -> Linear:
         return GgufLinear(gguf_layout.from_blocks(scheme.upper(), parts[BLOCKS], columns_of(scheme, parts[BLOCKS])))
     codec, granularity = CODECS[scheme], source.activation(scheme)
     if not isinstance(codec, Fp8):
-        return Int4Linear(int4_weight(scheme, parts))
+        return Int4Linear(int4_weight(source, module, scheme, parts))
     if granularity is None:  # weights alone are FP8: no unit multiplies them with BF16
         return PlainLinear(codec.decode(parts, source.dtype))
+    if parts["weight"].shape[1] % FP8_UNIT:
+        raise unsupported(source, f"{module} is FP8 of {parts['weight'].shape[1]} columns, no multiple of {FP8_UNIT}")
     scale = parts[INPUT_SCALE].float().reshape(1) if granularity == "static" else None
     scales = parts[codec.scale_suffix].float()
     return Fp8Linear(parts["weight"].contiguous(), scales, Quantization(granularity, scale), source.dtype)
 
 
 def dequantized(source: Source, module: str) -> torch.Tensor:
-    """A module's weight, decoded."""
+    """A module's weight, decoded. Raises InputError where its parts contradict each other."""
     scheme, parts = source.stored(module)
-    return parts["weight"] if scheme == "bf16" else CODECS[scheme].decode(parts, source.dtype)
+    return parts["weight"] if scheme == "bf16" else _decoded(source, module, scheme, parts)
 
 
-def int4_weight(scheme: str, parts: dict[str, torch.Tensor]) -> Int4Weight:
-    """The runtime layout of a weight in compressed-tensors', GPTQ's or AWQ's. Raises ValueError as these do."""
+def int4_weight(source: Source, module: str, scheme: str, parts: dict[str, torch.Tensor]) -> Int4Weight:
+    """The runtime layout of a weight in compressed-tensors', GPTQ's or AWQ's. Raises as `load_linear`."""
     readers = {"int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq}
-    return readers[scheme.partition("-")[0]](parts)
+    try:
+        return readers[scheme.partition("-")[0]](parts)
+    except ValueError as error:
+        _decoded(source, module, scheme, parts)  # what can't be decoded is damaged, and no other backend takes it
+        raise unsupported(source, f"{module}: {error}") from None
+
+
+def unsupported(source: Source, what: str) -> UsageError:
+    """The error to raise for weights that only the other backend takes."""
+    return UsageError(f"{what}: no kernel takes that", where=source.name, fix="take --backend torch")
+
+
+def _decoded(source: Source, module: str, scheme: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    try:
+        return CODECS[scheme].decode(parts, source.dtype)
+    except ValueError as error:
+        fix = "the checkpoint is damaged: get it again"
+        raise InputError(f"{module}: {error}", where=source.name, fix=fix) from None
 
 
 def columns_of(scheme: str, blocks: torch.Tensor) -> int:

@@ -8,9 +8,9 @@ import torch
 
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.quant_config import activations_quantized
+from dsv2quant.kernels import gguf_layout
 from dsv2quant.model.load import decode, kv_scale, stored_tensor
 
 BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
@@ -18,6 +18,10 @@ BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
 
 class Source(Protocol):
     """A model's weights by module, which a checkpoint has, or a benchmark makes up."""
+
+    @property
+    def name(self) -> str:
+        """What errors call the model."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -47,28 +51,30 @@ class Source(Protocol):
 
 
 class CheckpointSource:
-    """The weights of a checkpoint, an artifact or a GGUF file."""
+    """The weights of a checkpoint, an artifact or a GGUF file. Blocks that have no kernel come as plain weights."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.config = checkpoint.config
+        self.name, self.config = checkpoint.model, checkpoint.config
         self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
         self._activations = activations_quantized(checkpoint.config.quantization)
 
     def scheme(self, module: str) -> str:
-        return self._by_name[f"{module}.weight"].scheme
+        weight = self._by_name[f"{module}.weight"]
+        # kv_b_proj is stored in halves, of which one is transposed.
+        as_stored = len(weight.parts) == 1 and gguf_layout.supported(weight.scheme.upper())
+        return weight.scheme if self.checkpoint.metadata is None or as_stored else "bf16"
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
-        weight = self._by_name[f"{module}.weight"]
+        weight, scheme = self._by_name[f"{module}.weight"], self.scheme(module)
+        if scheme == "bf16":
+            return scheme, {"weight": decode(self.checkpoint, weight, self.dtype, self.device)}
         if self.checkpoint.metadata is not None:
-            if weight.scheme == "bf16" or len(weight.parts) > 1:  # kv_b_proj is stored in halves, one transposed
-                return "bf16", {"weight": decode(self.checkpoint, weight, self.dtype, self.device)}
             data = torch.from_numpy(self.checkpoint.read(weight.stored)).to(self.device)
-            return weight.scheme, {BLOCKS: data.view(weight.stored.shape[0], -1)}
-        parts = {suffix: stored_tensor(self.checkpoint, part, self.device) for suffix, part in weight.parts.items()}
-        if weight.scheme == "bf16":
-            return "bf16", {"weight": next(iter(parts.values())).to(self.dtype)}
-        return weight.scheme, parts
+            return scheme, {BLOCKS: data.view(weight.stored.shape[0], -1)}
+        return scheme, {
+            suffix: stored_tensor(self.checkpoint, part, self.device) for suffix, part in weight.parts.items()
+        }
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         weight = self._by_name.get(name)
@@ -79,8 +85,3 @@ class CheckpointSource:
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
         return kv_scale(self.checkpoint, layer, self.device)
-
-    def damaged(self, module: str, error: ValueError) -> InputError:
-        """The error to raise where a weight's parts contradict each other."""
-        fix = "the checkpoint is damaged: get it again"
-        return InputError(f"{module}: {error}", where=self.checkpoint.model, fix=fix)
