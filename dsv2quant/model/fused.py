@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.kernels import ops
@@ -76,7 +75,7 @@ class FusedMoE:
     def __call__(self, x: Normed) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The shared experts' output, the routed ones' by pair, and the chosen experts [T, k]."""
         c = self.config
-        logits = F.linear(x.normed.float(), self.router)
+        logits = ops.router_logits(x.normed, self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
