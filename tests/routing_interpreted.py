@@ -52,7 +52,7 @@ def combined() -> dict[str, bool]:
     return found
 
 
-def multiplied() -> dict[str, float]:
+def linear() -> dict[str, float]:
     """Of each case, the largest error of logits over its bound."""
     found = {}
     for case in ROUTERS:
@@ -63,6 +63,4 @@ def multiplied() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps({"sorted": sorted_as_the_twin(), "routed": routed(), "combined": combined(), "logits": multiplied()})
-    )
+    print(json.dumps({"sorted": sorted_as_the_twin(), "routed": routed(), "combined": combined(), "logits": linear()}))

@@ -61,7 +61,7 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, scheme: str) -> N
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize(("N", "K"), [(2048, 2816), (2112, 5120), (130, 1552), (5120, 16384)])
+@pytest.mark.parametrize(("N", "K"), [(2048, 2816), (2112, 5120), (130, 1552), (512, 16384)])
 def test_plain_units_add_in_float32(N: int, K: int, M: int, scheme: str) -> None:
     """Element by element: within the bound of fp8_cases.exact."""
     given = operands(M, N, K, scheme, "cuda")
