@@ -125,8 +125,11 @@ def shared_memory(share: object) -> int:
 
 
 def test_programs_are_neither_few_nor_many():
-    assert {share.splits for share in fp8.candidates(1, 2048, 2048)} == {4, 6, 8}
+    assert {share.splits for share in fp8.candidates(8, 2048, 2048)} == {4, 6, 8}
     assert {share.splits for share in fp8.candidates(16, 24576, 1536)} == {1, 2, 3, 4}
+    assert {(share.rows, share.warps, share.held) for share in fp8.vectors(2048, 2816)} == {
+        (2, 1, 6), (4, 1, 6), (8, 1, 3), (2, 2, 3), (4, 2, 3), (8, 2, 3)
+    }  # fmt: skip
     assert int4.candidates(1024, 24576, 1536) == [None]
 
 

@@ -56,7 +56,7 @@ def compile_for_hopper(
         {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if signature[name].startswith("*") or name in aligned
+            if signature[name].startswith("*") or (name in aligned and signature[name] != "constexpr")
         },
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"enable_fp_fusion": True})

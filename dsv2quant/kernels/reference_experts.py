@@ -32,6 +32,11 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     return Routes(pairs.to(torch.int32), tile_experts, begins, ends, block)
 
 
+def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """x [T, H] · router [E, H]ᵀ in float32: [T, E]."""
+    return F.linear(x.float(), router)
+
+
 def route_and_sort(
     logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, Routes]:

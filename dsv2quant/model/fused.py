@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.kernels import ops
@@ -88,7 +87,7 @@ class FusedMoE:
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config
-        logits = F.linear(x.normed.float(), self.router)
+        logits = ops.router_logits(x.normed, self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
