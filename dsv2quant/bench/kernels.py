@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from dsv2quant.bench import fp8, int4, mla
+from dsv2quant.bench import experts, fp8, int4, mla
 from dsv2quant.bench.device import check_device, limits, measured_on
 from dsv2quant.bench.results import Measured, append
 
-SECTIONS = {"fp8": fp8, "int4": int4, "mla": mla}
+SECTIONS = {"fp8": fp8, "int4": int4, "mla": mla, "experts": experts}
 PEERS = list(dict.fromkeys(peer for section in SECTIONS.values() for peer in section.PEERS))
 
 
