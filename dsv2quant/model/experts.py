@@ -16,11 +16,11 @@ from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_MAX, INPUT_SCALE, Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.kernels import int4_experts, ops
+from dsv2quant.kernels import int4_stack, ops
 from dsv2quant.kernels.add_norm import Normed
 from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
-from dsv2quant.kernels.int4_experts import Int4Experts
+from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes
 from dsv2quant.model.quantized import Quantization, columns_of, int4_weight
 from dsv2quant.model.source import BLOCKS, Source
@@ -197,10 +197,10 @@ def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
         weights = [int4_weight(scheme, source.stored(f"{at}.{expert}.{name}")[1]) for name in NAMES]
         if stack is None:
             dtype = torch.float16 if scheme.startswith(("gptq", "awq")) else torch.bfloat16
-            stack = int4_experts.empty(
+            stack = int4_stack.empty(
                 c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size, dtype,
                 any(w.zeros is not None for w in weights), source.device,
             )  # fmt: skip
-        int4_experts.fill(stack, expert, *weights)
+        int4_stack.fill(stack, expert, *weights)
     assert stack is not None
     return Int4Stack(stack)
