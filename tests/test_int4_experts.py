@@ -122,7 +122,7 @@ def test_chosen_configurations_fit(model: tuple[int, int, int, int]) -> None:
     for tokens in (1, 4, 16, 64, 1024):
         for block in (16, 32, 64, 128):
             for part in (stack.gate_up, stack.down):
-                config = choose(tokens, tokens * k, part, block)
+                config = choose(tokens, part, block)
                 blocks = -(-part.rows // ROWS)
                 assert config.split <= max(1, part.columns // 128)
                 assert config.split == 1 or tiles_needed(tokens * k, experts, block) * blocks <= ARRIVALS

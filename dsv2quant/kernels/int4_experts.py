@@ -2,7 +2,8 @@
 
 As int4_gemm.py, by whose operand the weights are read: they are the MMA's M side, 64 or more rows of one expert, and a
 tile of pairs (routing.py) is its N side. A program of `gate_up` has the same rows of gate and up. Tiles that are not
-needed return at once. Where few tokens make too few programs, K is split: `down` leaves each split's sums as a row of
+needed return at once. Few tokens would make few programs: theirs have fewer rows, whose columns warps share. Or K is
+split among programs: `down` leaves each split's sums as a row of
 its own, to be added with those of the token's experts; in `gate_up` the last program to arrive adds them, in order.
 """
 
@@ -254,13 +255,13 @@ def gate_up(
 ) -> torch.Tensor:
     """silu(gate · x) · (up · x) of each pair: x BF16 [tokens, hidden] → [tokens · k, width], row = number of the pair.
 
-    Sums and the product are float32, rounded once. Raises ValueError where shapes or dtypes don't fit.
+    Experts of a token differ. Sums and the product are float32, rounded once. Raises ValueError where shapes or dtypes don't fit.
     """
     part = stack.gate_up
     pairs = len(x) * k
     _check(x, "x", (pairs // k, part.columns), routes, pairs)
     out = x.new_empty(pairs, part.rows)
-    config = config or choose(len(x), pairs, part, routes.block)
+    config = config or choose(len(x), part, routes.block)
     arguments, constants, grid = _launch(x, part, routes, len(x), config)
     partial = arrivals = None
     if config.split > 1:
@@ -289,7 +290,7 @@ def down(
     _check(h, "h", (tokens * k, part.columns), routes, tokens * k)
     if weights.dtype != torch.float32 or not weights.is_contiguous():
         raise ValueError("weights must be contiguous float32")
-    config = config or choose(tokens, tokens * k, part, routes.block)
+    config = config or choose(tokens, part, routes.block)
     out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
     arguments, constants, grid = _launch(h, part, routes, tokens, config)
     if tokens:
@@ -300,8 +301,8 @@ def down(
     return out
 
 
-def choose(tokens: int, pairs: int, stack: Stack, block: int) -> Config | Few:
-    """The configuration for so many tokens and pairs of them in tiles of `block`: fitted on an H200."""
+def choose(tokens: int, stack: Stack, block: int) -> Config | Few:
+    """The configuration for so many tokens, whose pairs are in tiles of `block`: fitted on an H200."""
     down = stack.words.shape[1] == 1
     if tokens <= NARROW:
         return Few(32 if down else 16, 8, 8, 4, 64)  # four programs share a multiprocessor's registers
