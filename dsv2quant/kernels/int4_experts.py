@@ -3,8 +3,8 @@
 As int4_gemm.py, by whose operand the weights are read: they are the MMA's M side, 64 or more rows of one expert, and a
 tile of pairs (routing.py) is its N side. A program of `gate_up` has the same rows of gate and up. Tiles that are not
 needed return at once. Few tokens would make few programs: theirs have fewer rows, whose columns warps share. Or K is
-split among programs: `down` leaves each split's sums as a row of
-its own, to be added with those of the token's experts; in `gate_up` the last program to arrive adds them, in order.
+split among programs: `down` leaves each split's sums as a row of its own, to be added with those of the token's
+experts; in `gate_up` the last program to arrive adds them, in order.
 """
 
 from __future__ import annotations
@@ -255,7 +255,8 @@ def gate_up(
 ) -> torch.Tensor:
     """silu(gate · x) · (up · x) of each pair: x BF16 [tokens, hidden] → [tokens · k, width], row = number of the pair.
 
-    Experts of a token differ. Sums and the product are float32, rounded once. Raises ValueError where shapes or dtypes don't fit.
+    A token's experts must differ. Sums and the product are float32, rounded once. Raises ValueError where shapes or
+    dtypes don't fit.
     """
     part = stack.gate_up
     pairs = len(x) * k
