@@ -36,6 +36,6 @@ def compiled(
     constants |= {"partial": None, "arrivals": None} if name == "gate_up" and config.split == 1 else {}
     types = TYPES | {"scales": scales, "out": "*bf16" if name == "gate_up" else "*fp32"}
     kernel = getattr(int4_experts, f"_{name}_kernel")
-    made = compile_for_hopper(kernel, types, constants, file, num_warps=config.warps)
+    made = compile_for_hopper(kernel, types, constants, file, num_warps=config.warps, maxnreg=config.registers)
     instructions = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]+)\s", made.ptx, re.M)
     return Compiled(Counter(instructions), made.resources, made.shared)

@@ -39,7 +39,7 @@ def compile_for_hopper(
     constants: Mapping[str, Any],
     cubin: Path,
     aligned: Collection[str] = ("N", "K"),
-    **options: int,
+    **options: int | None,
 ) -> Compiled:
     """`kernel` for sm_90, with FP fusion. Arguments that have no type are int32; pointers and `aligned` are multiples
     of 16, as Triton finds at a launch: without that it makes other code."""

@@ -21,10 +21,10 @@ from dsv2quant.bench.results import FLOOR, Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels import fp8_experts, int4_experts, reference_experts
+from dsv2quant.kernels import fp8_experts, int4_experts, int4_stack, reference_experts
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
-from dsv2quant.kernels.int4_experts import Int4Experts
+from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 TOKENS = (1, 4, 8, 16, 64, 1024, 4096)
@@ -46,7 +46,7 @@ class Format(NamedTuple):
     width: int  # bits of products' operands
 
 
-def fp8_stack(c: ModelConfig) -> Fp8Experts:
+def fp8_weights(c: ModelConfig) -> Fp8Experts:
     E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
 
     def scales(*shape: int) -> torch.Tensor:
@@ -92,8 +92,8 @@ def fp8_error(
     )
 
 
-def int4_stack(c: ModelConfig) -> Int4Experts:
-    stack = int4_experts.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, GROUP)
+def int4_weights(c: ModelConfig) -> Int4Experts:
+    stack = int4_stack.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, GROUP)
     for part in (stack.gate_up, stack.down):
         part.words.random_(-(2**31), 2**31 - 1)
         part.scales.uniform_(0.002, 0.02)
@@ -118,8 +118,8 @@ def int4_error(
 
 
 FORMATS = {
-    "fp8": Format(fp8_stack, partial(quantize_activation, granularity="group128"), fp8_run, fp8_error, 8),
-    "int4": Format(int4_stack, lambda x: (x,), int4_run, int4_error, 16),
+    "fp8": Format(fp8_weights, partial(quantize_activation, granularity="group128"), fp8_run, fp8_error, 8),
+    "int4": Format(int4_weights, lambda x: (x,), int4_run, int4_error, 16),
 }
 
 

@@ -2,8 +2,9 @@
 
 As int4_gemm.py, by whose operand the weights are read: they are the MMA's M side, 64 or more rows of one expert, and a
 tile of pairs (routing.py) is its N side. A program of `gate_up` has the same rows of gate and up. Tiles that are not
-needed return at once. Where few tokens make too few programs, K is split: `down` leaves each split's sums as a row of
-its own, to be added with those of the token's experts; in `gate_up` the last program to arrive adds them, in order.
+needed return at once. Few tokens would make few programs: theirs have fewer rows, whose columns warps share. Or K is
+split among programs: `down` leaves each split's sums as a row of its own, to be added with those of the token's
+experts; in `gate_up` the last program to arrive adds them, in order.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.kernels.int4_gemm import INTERPRETED, MAGIC, _codes, _operand
-from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.int4_layout import depth
+from dsv2quant.kernels.int4_stack import ARRIVALS, Int4Experts, Stack
 from dsv2quant.kernels.routing import Routes
 
 NARROW = 8  # tokens of whom no expert has more: they fill the least width that MMA units have
-ARRIVALS = 4096  # counters of a layer: where K is split, its tiles of pairs times blocks of rows, at most
 
 
 class Config(NamedTuple):
@@ -29,6 +28,7 @@ class Config(NamedTuple):
     split: int  # programs along K
     warps: int
     stages: int
+    registers: None = None
 
 
 class Few(NamedTuple):
@@ -38,116 +38,12 @@ class Few(NamedTuple):
     parts: int  # spans that a program takes at once, of which each warp has its own
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
     @property
     def split(self) -> int:
         """A program has all of K."""
         return 1
-
-
-class Stack(NamedTuple):
-    """Matrices of every expert: gate and up, or down alone. Words are Int4Weight's; scales and zeros of rows r and
-    r + 8 of 16 are side by side, as a thread needs them, and padded to blocks of rows with 0."""
-
-    words: torch.Tensor  # int32 [experts, matrices, ⌈rows / 64⌉, padded columns / span, 4, 8, 4, span / 16]
-    scales: torch.Tensor  # BF16 or float16 [experts, matrices, groups, ⌈rows / 64⌉, 4, 8, 2]
-    zeros: torch.Tensor | None  # int16, as scales; None: all 8
-    rows: int
-    columns: int
-
-
-class Int4Experts(NamedTuple):
-    """The routed experts of a layer."""
-
-    gate_up: Stack  # matrices [width, hidden]
-    down: Stack  # [hidden, width]
-    arrivals: torch.Tensor  # int32 [ARRIVALS], zero between calls: it therefore serves one call at a time
-
-
-def empty(
-    experts: int,
-    hidden: int,
-    width: int,
-    group: int | None,
-    dtype: torch.dtype = torch.bfloat16,
-    zeros: bool = False,
-    device: torch.device | str = "cuda",
-) -> Int4Experts:
-    """Room for experts that `fill` puts there, with groups of 32, 64, 128 or (None) all columns, scales in `dtype`."""
-
-    def stack(matrices: int, rows: int, columns: int) -> Stack:
-        block = depth(group or columns)
-        span = min(block, 64)
-        blocks, groups = triton.cdiv(rows, ROWS), columns // (group or columns)
-        if group and columns % group:
-            raise ValueError(f"{columns} columns are not whole groups of {group}")
-        words = torch.empty(
-            (experts, matrices, blocks, triton.cdiv(columns, block) * block // span, 4, 8, 4, span // 16),
-            dtype=torch.int32,
-            device=device,
-        )
-        scales = torch.empty((experts, matrices, groups, blocks, 4, 8, 2), dtype=dtype, device=device)
-        return Stack(words, scales, torch.empty_like(scales, dtype=torch.int16) if zeros else None, rows, columns)
-
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"scales are of {torch.bfloat16} or {torch.float16}, not {dtype}")
-    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
-    return Int4Experts(stack(2, width, hidden), stack(1, hidden, width), arrivals)
-
-
-def with_zeros(stack: Int4Experts) -> Int4Experts:
-    """The same stack with room for zeros, all 8 so far."""
-    gate_up, down = (
-        part._replace(zeros=torch.full_like(part.scales, OFFSET, dtype=torch.int16))
-        for part in (stack.gate_up, stack.down)
-    )
-    return stack._replace(gate_up=gate_up, down=down)
-
-
-def fill(stack: Int4Experts, expert: int, gate: Int4Weight, up: Int4Weight, down: Int4Weight) -> None:
-    """Copies an expert's matrices to their place.
-
-    Raises ValueError where one has columns in another order, another shape or group, zeros though the stack has none,
-    or scales that the stack's dtype can't hold.
-    """
-    for name, part, matrix, weight in (
-        ("gate", stack.gate_up, 0, gate), ("up", stack.gate_up, 1, up), ("down", stack.down, 0, down),
-    ):  # fmt: skip
-        if weight.order is not None:
-            raise ValueError(f"{name} has columns ordered by activation: not supported for experts")
-        groups = part.scales.shape[2]
-        if (weight.rows, weight.columns, len(weight.scales)) != (part.rows, part.columns, groups):
-            raise ValueError(
-                f"{name} is {weight.rows} by {weight.columns} in {len(weight.scales)} groups, "
-                f"not {part.rows} by {part.columns} in {groups}"
-            )
-        if weight.zeros is not None and part.zeros is None:
-            raise ValueError(f"{name} has zeros; the stack has no room for them")
-        scales = weight.scales.to(part.scales.dtype)
-        if not torch.equal(scales.float(), weight.scales):
-            raise ValueError(f"{name} has scales that {scales.dtype} does not hold")
-        part.words[expert, matrix].copy_(weight.words)
-        part.scales[expert, matrix].copy_(_side_by_side(scales))
-        if part.zeros is not None:
-            zeros = torch.full_like(weight.scales, OFFSET) if weight.zeros is None else weight.zeros
-            part.zeros[expert, matrix].copy_(_side_by_side(zeros))
-
-
-def weight_of(stack: Stack, expert: int, matrix: int) -> Int4Weight:
-    """What `fill` was given."""
-
-    def rows_of(values: torch.Tensor) -> torch.Tensor:
-        return values[expert, matrix].transpose(-1, -2).flatten(1)[:, : stack.rows]
-
-    words = stack.words[expert, matrix]
-    zeros = None if stack.zeros is None else rows_of(stack.zeros).int()
-    scales = rows_of(stack.scales).float()
-    return Int4Weight(words, scales, zeros, None, words.new_zeros(0), stack.rows, stack.columns)
-
-
-def _side_by_side(values: torch.Tensor) -> torch.Tensor:
-    """[groups, rows] → [groups, ⌈rows / 64⌉, 4, 8, 2], as int4_layout has the rows of a thread."""
-    return F.pad(values, (0, -values.shape[1] % ROWS)).unflatten(1, (-1, 4, 2, 8)).transpose(-1, -2)
 
 
 @triton.jit
@@ -211,12 +107,15 @@ def _few_sums(
     GROUPED: tl.constexpr, MATRICES: tl.constexpr, BANDS: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """As `_sums`, of 16 · BANDS rows of each matrix. PARTS warps have a span each, and add their sums at the end: many
-    loads are on their way though rows are few."""
+    """As `_sums`, of 16 · BANDS rows of each matrix. Warps have spans of their own, PARTS at once, and add their sums
+    at the end: many loads are on their way though rows are few.
+
+    By `mma.sync`, whose operand of 16 rows is that of one warp in 64 rows of `wgmma`. Both operands have columns in the
+    order step, q, c, p: so the compiler has a thread's side by side where it sees them joined."""
     WIDTH: tl.constexpr = 16 * STEPS
     TILES: tl.constexpr = MATRICES * BANDS
-    part = tl.arange(0, PARTS)[:, None, None]
-    tile = tl.arange(0, TILES)[None, :, None]
+    part = tl.arange(0, PARTS)[None, :, None]
+    tile = tl.arange(0, TILES)[:, None, None]
     band = by_rows * BANDS + tile % BANDS
     block = tl.minimum(band // 4, blocks - 1)  # beyond the last: any, since it isn't stored
     of = (matrix + tile // BANDS).to(tl.int64)
@@ -226,34 +125,35 @@ def _few_sums(
     scale_words = scales.to(tl.pointer_type(tl.int32), bitcast=True) + pair
     if zeros is not None:
         zero_words = zeros.to(tl.pointer_type(tl.int32), bitcast=True) + pair
-    k = part * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    k = tl.arange(0, PARTS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
     x += rows.to(tl.int64)[None, None, :] * K + k
 
-    sums = tl.zeros((PARTS, 16 * TILES, TOKENS), tl.float32)
+    sums = tl.zeros((TILES * PARTS, 16, TOKENS), tl.float32)
     for first in tl.range(0, spans, PARTS, num_stages=STAGES):
         tokens = tl.load(x + first * WIDTH, present[None, None, :] & (first * WIDTH + k < K), 0.0)
         tokens = tokens.reshape(PARTS, STEPS, 2, 4, 2, TOKENS).trans(0, 1, 3, 2, 4, 5).reshape(PARTS, WIDTH, TOKENS)
+        tokens = tl.broadcast_to(tokens[None], (TILES, PARTS, WIDTH, TOKENS)).reshape(TILES * PARTS, WIDTH, TOKENS)
         loaded = tl.load(words + first * (128 * STEPS), first + part < spans, 0)
         group = tl.minimum(first + part, spans - 1) // SPANS if GROUPED else tl.zeros_like(part)
         scale = tl.load(scale_words + group * blocks * 32)
         if zeros is None:
-            low = tl.full((PARTS, TILES, 8), 8, tl.int32)
+            low = tl.full((TILES, PARTS, 8), 8, tl.int32)
             high = low
         else:
             both = tl.load(zero_words + group * blocks * 32)
             low, high = both & 0xFFFF, both >> 16
         if ASM:
             low, high = low * 0x10001 + MAGIC, high * 0x10001 + MAGIC
-        SHAPE: tl.constexpr = (PARTS, TILES, 32 * STEPS)
-        low = tl.broadcast_to(low[:, :, :, None], (PARTS, TILES, 8, 4 * STEPS)).reshape(SHAPE)
-        high = tl.broadcast_to(high[:, :, :, None], (PARTS, TILES, 8, 4 * STEPS)).reshape(SHAPE)
+        SHAPE: tl.constexpr = (TILES, PARTS, 32 * STEPS)
+        low = tl.broadcast_to(low[:, :, :, None], (TILES, PARTS, 8, 4 * STEPS)).reshape(SHAPE)
+        high = tl.broadcast_to(high[:, :, :, None], (TILES, PARTS, 8, 4 * STEPS)).reshape(SHAPE)
         values = _codes(loaded, low, high, x.dtype.element_ty, MAGIC, ASM)
-        values = values.reshape(PARTS, TILES, 8, 4, STEPS, 2, 2, 2)  # part, tile, r, q, step, p, c, h
-        weight = values.trans(0, 1, 7, 2, 4, 3, 6, 5).reshape(PARTS, 16 * TILES, WIDTH)
+        values = values.reshape(TILES, PARTS, 8, 4, STEPS, 2, 2, 2)  # tile, part, r, q, step, p, c, h
+        weight = values.trans(0, 1, 7, 2, 4, 3, 6, 5).reshape(TILES * PARTS, 16, WIDTH)
         low_scale, high_scale = _halves(scale, scales.dtype.element_ty)
-        factors = tl.join(low_scale, high_scale).trans(0, 1, 3, 2).reshape(PARTS, 16 * TILES)
+        factors = tl.join(low_scale, high_scale).trans(0, 1, 3, 2).reshape(TILES * PARTS, 16)
         sums += tl.dot(weight, tokens, input_precision="ieee") * factors[:, :, None]
-    return tl.sum(sums, 0)
+    return tl.sum(sums.reshape(TILES, PARTS, 16, TOKENS), 1).reshape(16 * TILES, TOKENS)
 
 
 @triton.jit
@@ -355,13 +255,14 @@ def gate_up(
 ) -> torch.Tensor:
     """silu(gate · x) · (up · x) of each pair: x BF16 [tokens, hidden] → [tokens · k, width], row = number of the pair.
 
-    Sums and the product are float32, rounded once. Raises ValueError where shapes or dtypes don't fit.
+    A token's experts must differ. Sums and the product are float32, rounded once. Raises ValueError where shapes or
+    dtypes don't fit.
     """
     part = stack.gate_up
     pairs = len(x) * k
     _check(x, "x", (pairs // k, part.columns), routes, pairs)
     out = x.new_empty(pairs, part.rows)
-    config = config or choose(len(x), pairs, part, routes.block)
+    config = config or choose(len(x), part, routes.block)
     arguments, constants, grid = _launch(x, part, routes, len(x), config)
     partial = arrivals = None
     if config.split > 1:
@@ -372,7 +273,7 @@ def gate_up(
     if pairs:
         _gate_up_kernel[grid](
             x, *routes[:4], *arguments[:3], out, partial, arrivals, k, *arguments[3:], *constants,
-            num_warps=config.warps, enable_fp_fusion=True,
+            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -390,22 +291,22 @@ def down(
     _check(h, "h", (tokens * k, part.columns), routes, tokens * k)
     if weights.dtype != torch.float32 or not weights.is_contiguous():
         raise ValueError("weights must be contiguous float32")
-    config = config or choose(tokens, tokens * k, part, routes.block)
+    config = config or choose(tokens, part, routes.block)
     out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
     arguments, constants, grid = _launch(h, part, routes, tokens, config)
     if tokens:
         _down_kernel[grid](
             h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], *constants,
-            num_warps=config.warps, enable_fp_fusion=True,
+            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
-def choose(tokens: int, pairs: int, stack: Stack, block: int) -> Config | Few:
-    """The configuration for so many tokens and pairs of them in tiles of `block`: fitted on an H200."""
+def choose(tokens: int, stack: Stack, block: int) -> Config | Few:
+    """The configuration for so many tokens, whose pairs are in tiles of `block`: fitted on an H200."""
     down = stack.words.shape[1] == 1
     if tokens <= NARROW:
-        return Few(32 if down else 16, 8, 8, 4)
+        return Few(32 if down else 16, 8, 8, 4, 64)  # four programs share a multiprocessor's registers
     if block > 32:
         return Config(64, 1, 4 if down else 8, 3)
     return Config(128 if down else 64, 1, 4, 4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import expand_blocks
-from dsv2quant.kernels.int4_experts import Int4Experts, Stack, weight_of
+from dsv2quant.kernels.int4_stack import Int4Experts, Stack, weight_of
 from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation, route
 from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
 

@@ -7,7 +7,8 @@ import torch
 from int4_cases import error
 from int4_experts_cases import random_choice, random_experts
 
-from dsv2quant.kernels.int4_experts import Config, Few, Int4Experts, down, gate_up
+from dsv2quant.kernels.int4_experts import Config, Few, down, gate_up
+from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.reference_experts import down_int4, gate_up_int4, sort_pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -73,7 +74,7 @@ def test_groups(group: int | None, zeros: bool) -> None:
     "config",
     [
         Config(64, 1, 4, 3), Config(64, 4, 4, 4), Config(64, 8, 4, 6), Config(64, 1, 8, 4), Config(128, 2, 4, 4),
-        Config(128, 1, 8, 4), Few(16, 8, 8, 4), Few(16, 16, 8, 1), Few(32, 8, 8, 3), Few(32, 4, 4, 2),
+        Config(128, 1, 8, 4), Few(16, 8, 8, 4, 64), Few(16, 16, 8, 1), Few(32, 8, 8, 3), Few(32, 4, 4, 2),
     ],
     ids=str,
 )  # fmt: skip
