@@ -15,16 +15,18 @@ from fp8_cases import EXTREMES, exact, operands
 
 from dsv2quant.kernels import act_quant, reference
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill, matmul_into
+from dsv2quant.kernels.fp8_vector import Vector
 
 GRANULARITIES = ("token", "group128", "static")
-# (M, N, K): of ragged rows, columns and tokens; the last with a single, short product
-SHAPES = ((5, 144, 400), (130, 192, 256), (1, 64, 128), (33, 80, 48))
+# (M, N, K): of ragged rows, columns and tokens; one with a single, short product; one of more columns than Vector holds
+SHAPES = ((5, 144, 400), (130, 192, 256), (1, 64, 128), (33, 80, 48), (3, 130, 1552), (2, 24, 1024))
 SHARES = (
     Decode(64, 16, 1, 2),
     Decode(128, 32, 3, 2),
     Prefill(64, 128, 2),
     Prefill(128, 64, 2),
 )
+VECTORS = (Vector(8, 1, 2), Vector(16, 2, 1))  # for few tokens
 SCHEMES = ("block", "channel", "tensor")
 
 
@@ -62,7 +64,7 @@ def products() -> dict[str, float]:
         for scheme in SCHEMES:
             given = operands(*shape, scheme, "cpu")
             want, bound = exact(*given)
-            for share in SHARES:
+            for share in SHARES + (VECTORS if shape[0] < 10 else ()):
                 out = torch.full((shape[0], shape[1]), float("nan"))
                 error = (matmul_into(out, *given, share).double() - want).abs() / bound
                 worst[f"{shape} {scheme} {share}"] = float(error.nan_to_num(float("inf")).max())

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 
 import torch
+import triton.language as tl
 from gguf_weights import error, random_choices, random_weight
 
+from dsv2quant.kernels import gguf_product
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS
@@ -25,6 +27,7 @@ CASES = {  # type, rows, columns, tokens, config
     "tails of rows": ("Q4_K", 72, 256, 3, SPLIT),
     "tail of columns, tokens in two programs": ("Q5_1", 64, 160, 17, Config(64, 16, 1, 4, 3)),
     "split unevenly, two blocks of rows": ("Q8_0", 128, 384, 5, Config(128, 16, 2, 4, 3)),
+    "8 tokens in a program": ("Q4_1", 64, 160, 9, Config(64, 8, 1, 4, 3)),
     "chosen": ("Q6_K", 64, 256, 1, None),
 }
 
@@ -48,6 +51,11 @@ def main() -> None:
             for _ in range(2):  # twice: the counters are as they were
                 linear(x, weight, out, config)
             found[f"{case} {dtype}"] = error(out, linear_gguf(x.double(), weight))
+    gguf_product.NARROW = tl.constexpr(not gguf_product.NARROW.value)
+    weight = random_weight("Q5_1", (64, 160))
+    x = torch.randn(3, 160)
+    got = linear(x, weight, config=Config(64, 8, 1, 4, 3))
+    found["8 tokens in the other order"] = error(got, linear_gguf(x.double(), weight))
     many = random_weight("Q8_0", (8, 32))
     x = torch.randn(130, 32)
     found["many tokens"] = error(linear(x, many), linear_gguf(x.double(), many))

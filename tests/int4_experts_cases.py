@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv2quant.kernels.int4_experts import Int4Experts, empty, fill
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
+from dsv2quant.kernels.int4_stack import Int4Experts, empty, fill
 
 
 def random_weights(

@@ -14,7 +14,7 @@ import torch
 from int4_cases import error
 from int4_experts_cases import random_choice, random_experts
 
-from dsv2quant.kernels.int4_experts import Config, down, gate_up
+from dsv2quant.kernels.int4_experts import Config, Few, down, gate_up
 from dsv2quant.kernels.reference_experts import down_int4, gate_up_int4, sort_pairs
 
 CASES = {  # experts, hidden, width, group, zeros, scales, tokens, k, block, config
@@ -23,6 +23,9 @@ CASES = {  # experts, hidden, width, group, zeros, scales, tokens, k, block, con
     "rows of two blocks, tails": (3, 384, 192, 64, False, torch.bfloat16, 5, 2, 16, Config(128, 2, 4, 3)),
     "group 32, all tokens to one expert": (3, 96, 64, 32, True, torch.bfloat16, 40, 1, 16, Config(64, 2, 4, 3)),
     "whole rows, columns beyond blocks": (3, 200, 72, None, True, torch.bfloat16, 4, 2, 32, Config(64, 1, 4, 2)),
+    "few, zeros, float16 scales": (4, 384, 192, 64, True, torch.float16, 3, 2, 16, Few(16, 4, 4, 3)),
+    "few, group 32, more tokens, tails": (3, 224, 160, 32, True, torch.bfloat16, 20, 2, 16, Few(32, 8, 4, 3)),
+    "few, whole rows, columns beyond blocks": (3, 200, 72, None, True, torch.bfloat16, 4, 2, 32, Few(32, 4, 4, 1)),
     "chosen": (8, 256, 128, 64, False, torch.bfloat16, 2, 4, 16, None),
 }
 

@@ -27,6 +27,28 @@ ROUTED = (
 )
 
 
+# (tokens, experts, hidden): of ragged sizes
+ROUTERS = ((1, 7, 200), (3, 64, 513 * 4), (6, 5, 72), (17, 9, 640), (65, 4, 64))
+
+
+def router_operands(
+    tokens: int, experts: int, hidden: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, in rows that lie apart, and the router."""
+    generator = torch.Generator().manual_seed(hidden)
+    x = torch.randn(tokens, hidden + 8, generator=generator).to(device).to(dtype)[:, :hidden]
+    return x, torch.randn(experts, hidden, generator=generator).to(device)
+
+
+def logits_off(got: torch.Tensor, x: torch.Tensor, router: torch.Tensor) -> float:
+    """The largest |error| / bound, infinite where there is a NaN. A product is rounded, and added to others of a
+    thread, 4 by 4, and these to those of 512 columns before; then the sums of 128 threads by halves: below
+    2^-24 Σ |x w| each. That is 1/100 of what TF32 loses."""
+    left, right = x.double(), router.double()
+    bound = (1 + 4 + -(-x.shape[1] // 512) + 7) * 2.0**-24 * (left.abs() @ right.abs().T)
+    return float(((got.double() - left @ right.T).abs() / bound).nan_to_num(float("inf")).max())
+
+
 def choices(tokens: int, k: int, experts: int, device: str = "cpu") -> torch.Tensor:
     """int64 [tokens, k]; distinct within a token as far as there are experts."""
     generator = torch.Generator().manual_seed(tokens + k)

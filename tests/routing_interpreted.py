@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 
 import torch
-from routing_cases import ROUTED, SORTED, choices, expected, logits, same
+from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
 
 from dsv2quant.kernels import reference_experts, routing
+from dsv2quant.kernels.router import router_logits
 
 
 def sorted_as_the_twin() -> dict[str, bool]:
@@ -51,5 +52,15 @@ def combined() -> dict[str, bool]:
     return found
 
 
+def linear() -> dict[str, float]:
+    """Of each case, the largest error of logits over its bound."""
+    found = {}
+    for case in ROUTERS:
+        for dtype in (torch.float32, torch.float16):
+            given = router_operands(*case, dtype)
+            found[f"{case} {dtype}"] = logits_off(router_logits(*given), *given)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"sorted": sorted_as_the_twin(), "routed": routed(), "combined": combined()}))
+    print(json.dumps({"sorted": sorted_as_the_twin(), "routed": routed(), "combined": combined(), "logits": linear()}))

@@ -125,8 +125,11 @@ def shared_memory(share: object) -> int:
 
 
 def test_programs_are_neither_few_nor_many():
-    assert {share.splits for share in fp8.candidates(1, 2048, 2048)} == {4, 6, 8}
+    assert {share.splits for share in fp8.candidates(8, 2048, 2048)} == {4, 6, 8}
     assert {share.splits for share in fp8.candidates(16, 24576, 1536)} == {1, 2, 3, 4}
+    assert {(share.rows, share.warps, share.held) for share in fp8.vectors(2048, 2816)} == {
+        (2, 1, 6), (4, 1, 6), (8, 1, 3), (2, 2, 3), (4, 2, 3), (8, 2, 3)
+    }  # fmt: skip
     assert int4.candidates(1024, 24576, 1536) == [None]
 
 
@@ -173,7 +176,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
     [
         ((), "there is no CUDA device to measure"),
         (("--tune",), "there is no CUDA device to measure"),
-        (("--only", "fp8,int3"), "--only int3: it takes fp8, int4, mla, fused"),
+        (("--only", "fp8,int3"), "--only int3: it takes fp8, int4, gguf, experts, mla, fused"),
         (("--tune", "--only", "mla"), "--only mla: it takes fp8, int4"),
         (("--tune", "--results", "x.csv"), "--tables goes with --tune"),
         (("--tables", "."), "--tables goes with --tune"),

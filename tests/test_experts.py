@@ -57,9 +57,8 @@ def check_compiled(kernel: Any, types: dict[str, str], constants: dict, block: i
     """It uses Hopper's units, of 64 rows of weights or of pairs, asynchronous copies, no stack and no local memory, and
     no more registers and shared memory than there are."""
     few = block <= FEW
-    constants |= {"ROWS": share.rows, "TOKENS": block, "FEW": few}
-    options = {"num_warps": share.warps, "num_stages": share.stages}
-    made = compile_for_hopper(kernel, types, constants, folder / "k.cubin", ("INNER", "HIDDEN"), **options)
+    constants |= {"ROWS": share.rows, "TOKENS": block, "FEW": few, "STAGES": share.stages}
+    made = compile_for_hopper(kernel, types, constants, folder / "k.cubin", ("INNER", "HIDDEN"), num_warps=share.warps)
     columns = block if few else 128
     assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3" in made.ptx
     assert "mma.sync" not in made.ptx

@@ -12,8 +12,9 @@ from int4_experts_cases import random_choice, random_experts, random_weights
 from int4_experts_interpreted import CASES
 from triton_tools import interpreted
 
-from dsv2quant.kernels.int4_experts import ARRIVALS, Config, choose, down, empty, fill, gate_up, weight_of
+from dsv2quant.kernels.int4_experts import Config, Few, choose, down, gate_up
 from dsv2quant.kernels.int4_layout import ROWS, pack
+from dsv2quant.kernels.int4_stack import ARRIVALS, empty, fill, weight_of
 from dsv2quant.kernels.reference import linear_int4
 from dsv2quant.kernels.reference_experts import experts_int4, sort_pairs
 from dsv2quant.kernels.routing import tiles_needed
@@ -90,6 +91,19 @@ def test_compiled_for_hopper(kernel: str, tokens: int, config: Config, group: in
     assert made.shared <= 227 << 10
 
 
+@pytest.mark.parametrize(("tokens", "group"), [(8, 128), (16, 32), (8, 2048)])
+@pytest.mark.parametrize(("kernel", "rows"), [("gate_up", 16), ("down", 32)])
+def test_few_tokens_compiled_for_hopper(kernel: str, rows: int, tokens: int, group: int, tmp_path: Path) -> None:
+    """Each warp's weights go to its own products from the registers that they were unpacked in: none is stored."""
+    config = Few(rows, 8, 8, 4, 64 if tokens == 8 else None)
+    made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
+    steps = 2 if group == 32 else 4
+    assert made.instructions["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] == 2 * steps * tokens // 8
+    assert not any(name.startswith("stmatrix") for name in made.instructions)
+    assert made.instructions["cp.async.cg.shared.global"]
+    assert made.resources["LOCAL"] == made.resources["STACK"] == 0
+
+
 @pytest.mark.parametrize("scales", ["*bf16", "*fp16"])
 @pytest.mark.parametrize("kernel", ["gate_up", "down"])
 def test_scales_and_zeros_are_loaded_ahead(kernel: str, scales: str, tmp_path: Path) -> None:
@@ -108,7 +122,7 @@ def test_chosen_configurations_fit(model: tuple[int, int, int, int]) -> None:
     for tokens in (1, 4, 16, 64, 1024):
         for block in (16, 32, 64, 128):
             for part in (stack.gate_up, stack.down):
-                config = choose(tokens * k, part, block)
+                config = choose(tokens, part, block)
                 blocks = -(-part.rows // ROWS)
                 assert config.split <= max(1, part.columns // 128)
                 assert config.split == 1 or tiles_needed(tokens * k, experts, block) * blocks <= ARRIVALS
@@ -148,3 +162,11 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         down(torch.zeros(2, 96).bfloat16(), weights, routes, stack)
     with pytest.raises(ValueError, match="weights must be contiguous float32"):
         down(torch.zeros(4, 96).bfloat16(), weights.half(), routes, stack)
+
+
+def test_no_tokens_give_no_rows() -> None:
+    stack = random_experts(3, 64, 96, 32)
+    routes = sort_pairs(torch.zeros(0, 2, dtype=torch.int64), 3, 16)
+    h = gate_up(torch.zeros(0, 64).bfloat16(), routes, 2, stack)
+    assert h.shape == (0, 96)
+    assert down(h, torch.zeros(0, 2), routes, stack).shape == (0, 2, 64)

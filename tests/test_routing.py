@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from routing_cases import ROUTED, expected, logits
+from routing_cases import ROUTED, ROUTERS, expected, logits
 from triton_tools import compile_for_hopper, interpreted
 
 from dsv2quant.config import ModelConfig
-from dsv2quant.kernels import routing
+from dsv2quant.kernels import router, routing
 from dsv2quant.model import moe
 
 TYPES = {
@@ -28,6 +28,11 @@ def results() -> dict:
 def test_pairs_are_sorted_as_by_the_twin(results: dict) -> None:
     assert len(results["sorted"]) == 14
     assert all(results["sorted"].values()), results["sorted"]
+
+
+def test_logits_are_those_of_float64(results: dict) -> None:
+    assert len(results["logits"]) == 2 * len(ROUTERS)
+    assert max(results["logits"].values()) <= 1, results["logits"]
 
 
 def test_routes_are_those_of_the_cases(results: dict) -> None:
@@ -69,6 +74,22 @@ def test_routing_compiles(groups: int, width: int, kept: int, one: bool, tmp_pat
     assert made.resources["STACK"] == made.resources["LOCAL"] == made.shared == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize("hidden", [2048, 5120])
+def test_logits_compile(hidden: int, tokens: int, tmp_path: Path) -> None:
+    """To plain float32; all loads come first, in 16 bytes of the router."""
+    rows, wide, held = router.share(tokens, hidden)
+    constants = {"COLUMNS": hidden, "ROWS": rows, "TOKENS": wide, "HELD": held}
+    types = {"x": "*bf16", "router": "*fp32", "logits": "*fp32"}
+    aligned = ("EXPERTS", "x_stride")
+    made = compile_for_hopper(router._router_kernel, types, constants, tmp_path / "k.cubin", aligned, num_warps=4)
+    assert made.resources["STACK"] == made.resources["LOCAL"] == 0
+    assert "tf32" not in made.ptx
+    asked, used = made.ptx.split("bar.sync", 1)
+    assert asked.count("v4.b32") == rows * held
+    assert "ld.global" not in used.split("bra", 1)[0]
+
+
 @pytest.mark.parametrize(("chunk", "warps"), [(8, 4), (512, 8)])
 def test_sorting_compiles(chunk: int, warps: int, tmp_path: Path) -> None:
     constants = {"BLOCK": 16, "BINS": 256, "SLICE": routing.SLICE, "CHUNK": chunk}
@@ -87,6 +108,14 @@ def test_other_arguments_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             routing.route(*given)
+    for given, message in (
+        ((x, torch.zeros(4, 16).double()), "router is torch.float64"),
+        ((x, torch.zeros(4, 15)), r"x has shape \(2, 16\); need \(any, 15\)"),
+        ((x.int(), torch.zeros(4, 16)), "x is torch.int32"),
+        ((x, torch.zeros(4, 20)[:, :16]), "router must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            router.router_logits(*given)
     for chosen in (torch.zeros(2, 4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32).T):
         with pytest.raises(ValueError, match="need contiguous integers"):
             routing.sort_pairs(chosen, 16, 16)

@@ -39,7 +39,7 @@ def compile_for_hopper(
     constants: Mapping[str, Any],
     cubin: Path,
     aligned: Collection[str] = ("N", "K"),
-    **options: int,
+    **options: int | None,
 ) -> Compiled:
     """`kernel` for sm_90, with FP fusion. Arguments that have no type are int32; pointers and `aligned` are multiples
     of 16, as Triton finds at a launch: without that it makes other code."""
@@ -56,7 +56,7 @@ def compile_for_hopper(
         {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if signature[name].startswith("*") or name in aligned
+            if signature[name].startswith("*") or (name in aligned and signature[name] != "constexpr")
         },
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"enable_fp_fusion": True})

@@ -21,12 +21,12 @@ from dsv2quant.bench.shapes import MODELS, configuration, matrices
 from dsv2quant.formats.fp8 import BLOCK, expand_blocks
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, choose, matmul_into
+from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
+from dsv2quant.kernels.fp8_vector import Vector
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 PEERS = ("cublaslt block", "cublaslt rowwise", "cublas bf16")
 LIMIT = 2e-3  # BF16's own rounding is 1.7e-3
-Share = Decode | Prefill
 
 
 class Weights(NamedTuple):
@@ -141,6 +141,8 @@ def table_row(share: Share) -> list[str | int]:
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:
     """Shares worth trying: those that leave few multiprocessors idle, as far as the shape allows."""
     found: list[Share] = []
+    if tokens <= 4:
+        found += vectors(rows, columns)
     if tokens <= 256:
         wide = min(max(16, triton.next_power_of_2(tokens)), 64)
         blocks, columns_of_grid = math.ceil(columns / BLOCK), math.ceil(tokens / wide)
@@ -152,6 +154,19 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Share]:
     if tokens > 64:
         found += [Prefill(64, 128, stages) for stages in (3, 4, 6)] + [Prefill(128, 128, stages) for stages in (3, 4)]
         found += [Prefill(64, 64, 4), Prefill(128, 64, 4)]
+    return found
+
+
+def vectors(rows: int, columns: int) -> list[Vector]:
+    """Those that leave few threads without columns, and a thread registers for what it holds."""
+    found = []
+    for warps in (1, 2, 4, 8):
+        steps = math.ceil(columns / (512 * warps))
+        for high in (2, 4, 8, 16):
+            parts = math.ceil(steps * high / 24)
+            held = math.ceil(steps / parts)
+            if parts * held * 512 * warps <= 1.25 * columns and rows >= 132 * high:
+                found.append(Vector(high, warps, held))
     return found
 
 

@@ -26,6 +26,7 @@ from dsv2quant.bench.device import check_device, frobenius, recorded
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
+from dsv2quant.kernels.fp8_vector import Vector
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 CLOSE = 1.1  # of the fastest in the first round, for a second
@@ -58,6 +59,8 @@ def _fp8_weights() -> set[tuple[int, int]]:
 def _fp8_compiled(share: fp8.Share, rows: int, columns: int) -> tuple[fp8.Share, int, int]:
     if isinstance(share, fp8_gemm.Decode):
         share = share._replace(splits=min(share.splits, 2))
+    if isinstance(share, Vector):
+        return share, 256, columns
     return share, 256, 512 if columns % BLOCK == 0 else 576
 
 
@@ -160,9 +163,10 @@ def precompile(operations: Sequence[Operation]) -> int:
 def _compile(job: tuple[str, Any, int, int]) -> None:
     name, share, rows, columns = job
     operation = OPERATIONS[name]
-    weights, x = operation.random_weights(rows, columns, 1), operation.random_tokens(4, columns)
+    weights = operation.random_weights(rows, columns, 1)
     try:
-        operation.calls(weights, x, share)[0]()
+        for tokens in (1, 4):
+            operation.calls(weights, operation.random_tokens(tokens, columns), share)[0]()
     except OutOfResources:
         return
 

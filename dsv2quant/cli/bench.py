@@ -8,7 +8,7 @@ import click
 
 from dsv2quant.cli import common
 
-SECTIONS = ("fp8", "int4", "mla", "fused")
+SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
 TUNED = ("fp8", "int4")
 RANDOM = ("v2", "v2-lite")  # models of random weights
 SCHEMES = ("int4-mixed", "fp8-block", "bf16")

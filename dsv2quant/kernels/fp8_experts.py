@@ -43,7 +43,7 @@ class Share(NamedTuple):
 def _product(
     x, x_scale, live, xs_k, w, w_scale, half_scales, K,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, HALVES: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """float32 [TOKENS, ROWS] of rows' beginnings x [TOKENS] and w [ROWS], scaled by groups if GROUPED.
 
@@ -55,9 +55,8 @@ def _product(
     blocks = tl.cdiv(K, DEPTH)
     total = tl.zeros([ROWS, TOKENS] if FEW else [TOKENS, ROWS], tl.float32)
     if GROUPED:
-        token_scale, low = tl.load(x_scale), tl.load(w_scale)
-        high = tl.load(w_scale + half_scales) if HALVES else low
-    for block in range(blocks):
+        w_scale += upper.to(tl.int32) * half_scales if HALVES else tl.zeros([ROWS], tl.int32)
+    for block in tl.range(blocks, num_stages=STAGES):  # said here, it also has scales loaded ahead
         if WHOLE:
             a = tl.load(weights + block * DEPTH, eviction_policy="evict_first" if FEW else "")
             b = tl.load(values + block * DEPTH, mask=live[:, None], other=0.0)
@@ -66,16 +65,11 @@ def _product(
             a = tl.load(weights + block * DEPTH, mask=inside, other=0.0)
             b = tl.load(values + block * DEPTH, mask=live[:, None] & inside, other=0.0)
         if GROUPED:
-            after = tl.minimum(block + 1, blocks - 1)  # its scales are on their way while this product is made
-            next_token, next_low = tl.load(x_scale + after * xs_k), tl.load(w_scale + after)
-            next_high = tl.load(w_scale + half_scales + after) if HALVES else next_low
+            of_tokens, of_rows = tl.load(x_scale + block * xs_k), tl.load(w_scale + block)
             if FEW:
-                row_scale = tl.where(upper[:, None], high, low) if HALVES else low
-                total += tl.dot(a, b.T) * (token_scale[None, :] * row_scale)
+                total += tl.dot(a, b.T) * (of_tokens[None, :] * of_rows[:, None])
             else:
-                row_scale = tl.where(upper[None, :], high, low) if HALVES else low
-                total += tl.dot(b, a.T) * (token_scale[:, None] * row_scale)
-            token_scale, low, high = next_token, next_low, next_high
+                total += tl.dot(b, a.T) * (of_tokens[:, None] * of_rows[None, :])
         else:
             total += tl.dot(a, b.T) if FEW else tl.dot(b, a.T)
     return tl.trans(total) if FEW else total
@@ -93,7 +87,7 @@ def _places(pairs, begins, ends, tile, TOKENS: tl.constexpr):
 def _gate_up_kernel(
     x, x_scale, w, w_scale, h, h_scale, pairs, experts, begins, ends, k, INNER, HIDDEN, bands, blocks, xs_m, xs_k, hs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
-    QUANTIZED: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
+    STAGES: tl.constexpr, QUANTIZED: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) · up in DTYPE, and QUANTIZED by the ROWS // 2 columns that a program has."""
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
@@ -109,7 +103,7 @@ def _gate_up_kernel(
         x + token.to(tl.int64) * HIDDEN, x_scale + token * xs_m, live, xs_k,
         w + expert * (2 * INNER * HIDDEN) + (half * INNER + row) * HIDDEN,
         w_scale + (expert * 2 * bands + first // DEPTH) * blocks, bands * blocks, HIDDEN,
-        GROUPED, WHOLE, True, ROWS, TOKENS, FEW,
+        GROUPED, WHOLE, True, ROWS, TOKENS, FEW, STAGES,
     )  # fmt: skip
     if not GROUPED:
         of_rows = tl.load(w_scale + (expert * 2 + half) * bands + tl.minimum(row, bands - 1))
@@ -132,6 +126,7 @@ def _gate_up_kernel(
 def _down_kernel(
     x, x_scale, w, w_scale, routed, out, pairs, experts, begins, ends, INNER, HIDDEN, bands, blocks, xs_m, xs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of pairs by their routed weights."""
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
@@ -144,7 +139,7 @@ def _down_kernel(
     total = _product(
         x + pair.to(tl.int64) * INNER, x_scale + pair * xs_m, live, xs_k,
         w + expert * (HIDDEN * INNER) + row * INNER, w_scale + (expert * bands + first // DEPTH) * blocks, 0, INNER,
-        GROUPED, WHOLE, False, ROWS, TOKENS, FEW,
+        GROUPED, WHOLE, False, ROWS, TOKENS, FEW, STAGES,
     )  # fmt: skip
     weight = tl.load(routed + pair, mask=live, other=0.0)
     if GROUPED:
@@ -157,12 +152,13 @@ def _down_kernel(
 
 
 def choose_gate_up(block: int) -> Share:
-    """Of 128 intermediate columns, which are quantized as one group, where pairs are few."""
-    return Share(256, 3, 8) if block <= FEW else Share(128, 4, block // 16)
+    """Of 128 intermediate columns, which are quantized as one group, where pairs are few. Fitted on an H200, as the
+    rule of `down`."""
+    return Share(256, 3, 8) if block <= FEW else Share(128, 3, block // 16)
 
 
 def choose_down(block: int) -> Share:
-    return Share(64, 6, 4) if block <= FEW else Share(128, 4, block // 16)
+    return Share(64, 4, 4) if block <= FEW else Share(128, 3, block // 16)
 
 
 def gate_up(
@@ -210,7 +206,7 @@ def _gate_up(
             GROUPED=grouped, WHOLE=hidden % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
             QUANTIZED=h_scales is not None, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
             ROUND=triton.knobs.runtime.interpret,
-            num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
+            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -234,7 +230,7 @@ def down(
             h, h_scales, stack.down, stack.down_scales, weights, out, *routes[:4], inner, hidden,
             *stack.down_scales.shape[1:], *_strides(h_scales),
             GROUPED=grouped, WHOLE=inner % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
-            num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
+            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -3,9 +3,9 @@
 Hopper's FP8 units add with about 14 bits. So every 128 columns of K are one product of their own, whose float32 result
 is scaled and added to the sum outside them (DeepGEMM, deep_gemm/include/deep_gemm/impls/sm90_fp8_gemm_1d2d.cuh).
 
-Two kernels. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is never below 64,
-and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many tokens: tiles come
-through TMA descriptors.
+Two kernels of those units. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is
+never below 64, and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many
+tokens: tiles come through TMA descriptors. A third kernel, for a few tokens, does without them: fp8_vector.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels import tables
+from dsv2quant.kernels import fp8_vector, tables
+from dsv2quant.kernels.fp8_vector import Vector
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
 BAND: tl.constexpr = tl.constexpr(8)  # token tiles that share tiles of w in L2
@@ -130,17 +131,20 @@ def _prefill_kernel(
     tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
-KINDS = {"decode": Decode, "prefill": Prefill}  # in tables
+Share = Vector | Decode | Prefill
+KINDS = {"vector": Vector, "decode": Decode, "prefill": Prefill}  # in tables
 
 
-def choose(M: int, N: int, K: int) -> Decode | Prefill:
+def choose(M: int, N: int, K: int) -> Share:
     """The shares that this device's table has, or those of `rule`."""
     tabulated = tables.lookup("fp8_gemm", N, K, M)
     return KINDS[tabulated[0]](*tabulated[1:]) if tabulated else rule(M, N, K)
 
 
-def rule(M: int, N: int, K: int) -> Decode | Prefill:
+def rule(M: int, N: int, K: int) -> Share:
     """The shares that were fastest, or near it, for DeepSeek-V2's shapes on an H200 of 132 multiprocessors."""
+    if M <= 2:
+        return fp8_vector.rule(N, K)
     if M <= 64:
         tokens = max(16, triton.next_power_of_2(M))
         programs = triton.cdiv(N, 64)
@@ -176,7 +180,7 @@ def matmul_into(
     x_scales: torch.Tensor,
     w: torch.Tensor,
     w_scales: torch.Tensor,
-    share: Decode | Prefill,
+    share: Share,
 ) -> torch.Tensor:
     """As `matmul`, with the shares of programs given; writes to `out` [M, N] and returns it."""
     grouped = _check(x, x_scales, w, w_scales)
@@ -184,6 +188,9 @@ def matmul_into(
     if M == 0:
         return out
     strides = (*_strides(x_scales), *_strides(w_scales))
+    if isinstance(share, Vector):
+        fp8_vector.launch(out, x, x_scales, w, w_scales, strides, grouped, share)
+        return out
     if isinstance(share, Decode):
         sums = out if share.splits == 1 else out.new_empty(share.splits, M, N, dtype=torch.float32)
         _decode_kernel[(triton.cdiv(N, share.rows), share.splits, triton.cdiv(M, share.tokens))](

@@ -1,6 +1,6 @@
 """GGUF weights of routed experts: each pair of a token and an expert it chose, times that expert's matrix.
 
-The arithmetic and the layout are those of gguf_gemm.py; a program's tokens are a tile of `Routes`, of one expert.
+The arithmetic and the layout are those of gguf_product.py; a program's tokens are a tile of `Routes`, of one expert.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dsv2quant.kernels.gguf_gemm import (
     Config,
     check_dtype,
     constants,
-    finish,
     partial_sums,
-    product,
     split_of,
     strides,
 )
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight
+from dsv2quant.kernels.gguf_product import finish, product
 from dsv2quant.kernels.routing import Routes
 
 
@@ -105,5 +104,5 @@ def experts_product(
 def choose(tiles: int, block: int, stack: GgufWeight) -> Config:
     """The configuration for so many tiles of pairs: K is split only where the stack has a counter for each."""
     programs = triton.cdiv(stack.rows, ROWS) * tiles
-    split = split_of(programs, stack.columns) if programs <= stack.arrivals.numel() else 1
-    return Config(ROWS, block, split, 4, 4 if block <= 16 else 3)
+    split = split_of(programs, stack.columns, block) if programs <= stack.arrivals.numel() else 1
+    return Config(ROWS, block, split, 4 if block <= 64 else 8, 3)

@@ -20,6 +20,7 @@ from dsv2quant.kernels import (
     reference_experts,
     reference_fused,
     reference_gguf,
+    router,
     routing,
 )
 from dsv2quant.kernels import add_norm as norms
@@ -52,6 +53,7 @@ absorb_k = _either(absorb.absorb_k, reference_fused.absorb_k)
 absorb_v = _either(absorb.absorb_v, reference_fused.absorb_v)
 mla_decode = _either(attention.mla_decode, reference.mla_decode)
 
+router_logits = _either(router.router_logits, reference_experts.router_logits)
 route_and_sort = _either(routing.route_and_sort, reference_experts.route_and_sort)
 fp8_gate_up = _either(fp8_experts.gate_up, reference_experts.gate_up)
 fp8_gate_up_quantized = _either(fp8_experts.gate_up_quantized, reference_experts.gate_up_quantized)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import expand_blocks
-from dsv2quant.kernels.int4_experts import Int4Experts, Stack, weight_of
+from dsv2quant.kernels.int4_stack import Int4Experts, Stack, weight_of
 from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation, route
 from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
 
@@ -30,6 +30,11 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     table = torch.tensor(tiles, dtype=torch.int32, device=chosen.device).view(-1, 3)
     tile_experts, begins, ends = (column.contiguous() for column in table.unbind(1))
     return Routes(pairs.to(torch.int32), tile_experts, begins, ends, block)
+
+
+def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """x [T, H] · router [E, H]ᵀ in float32: [T, E]."""
+    return F.linear(x.float(), router)
 
 
 def route_and_sort(

@@ -42,5 +42,10 @@ def experts_product(
 
 def matrix_of(stack: GgufWeight, expert: int) -> GgufWeight:
     """One of a stack's matrices."""
-    tensors = (None if part is None else part[expert] for part in stack[1:6])
-    return GgufWeight(stack.type, *tensors, stack.rows, stack.columns)
+    return stack._replace(
+        words=stack.words[expert],
+        steps=stack.steps[expert],
+        multiples=None if stack.multiples is None else stack.multiples[expert],
+        lows=None if stack.lows is None else stack.lows[expert],
+        arrivals=stack.arrivals[expert],
+    )

@@ -22,7 +22,7 @@ import triton
 
 FOLDER = Path(__file__).with_name("tuned")
 KINDS = {  # of each operation's shares, and the number of their fields
-    "fp8_gemm": {"decode": 4, "prefill": 3},
+    "fp8_gemm": {"vector": 3, "decode": 4, "prefill": 3},
     "int4_gemm": {"gemm": 5, "dequantize": 0},
 }
 

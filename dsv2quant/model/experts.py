@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_MAX, INPUT_SCALE, Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.kernels import int4_experts, ops
+from dsv2quant.kernels import int4_stack, ops
 from dsv2quant.kernels.add_norm import Normed
 from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
-from dsv2quant.kernels.int4_experts import Int4Experts
+from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes
 from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, int4_weight, unsupported
 from dsv2quant.model.source import BLOCKS, Source
@@ -199,14 +199,14 @@ def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
         weights = [int4_weight(source, module, scheme, parts) for module, parts in stored.items()]
         if stack is None:
             half = any(part.dtype == torch.float16 for parts in stored.values() for part in parts.values())
-            stack = int4_experts.empty(
+            stack = int4_stack.empty(
                 c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size,
                 torch.float16 if half else torch.bfloat16, device=source.device,
             )  # fmt: skip
         if stack.down.zeros is None and any(w.zeros is not None for w in weights):
-            stack = int4_experts.with_zeros(stack)
+            stack = int4_stack.with_zeros(stack)
         try:
-            int4_experts.fill(stack, expert, *weights)
+            int4_stack.fill(stack, expert, *weights)
         except ValueError as error:
             raise unsupported(source, f"{at}.{expert}: {error}") from None
     assert stack is not None

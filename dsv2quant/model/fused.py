@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.kernels import ops
@@ -88,7 +87,7 @@ class FusedMoE:
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config
-        logits = F.linear(x.normed.float(), self.router)
+        logits = ops.router_logits(x.normed, self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
@@ -148,12 +147,16 @@ class FusedAttention:
         c = self.config
         q, kv = self.queries(x)
         absorbed = q.new_empty(len(q), c.num_attention_heads, c.kv_lora_rank + c.qk_rope_head_dim)
+        nope = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))[..., : c.qk_nope_head_dim]
         scale = cache.scale if cache.store.dtype.itemsize == 1 else None
-        ops.append_latents(
-            q, kv, self.kv_norm.weight, self.kv_norm.eps, step.angles, step.positions, cache.store, scale, absorbed
+        norm = self.kv_norm
+        beside(
+            lambda: ops.absorb_k(nope, self.w_k, absorbed),
+            lambda: ops.append_latents(
+                q, kv, norm.weight, norm.eps, step.angles, step.positions, cache.store, scale, absorbed
+            ),
+            q.device,
         )
-        heads = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
-        ops.absorb_k(heads[..., : c.qk_nope_head_dim], self.w_k, absorbed)
         mixed = ops.mla_decode(absorbed, cache.store, step.lengths, c.kv_lora_rank, softmax_scale(c), scale)
         (out,) = self.o(ops.absorb_v(mixed, self.w_v))
         return out

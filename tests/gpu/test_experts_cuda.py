@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from experts_cases import Layer, given, off
-from routing_cases import ROUTED, SORTED, choices, expected, logits, same
+from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
 
 from dsv2quant.kernels import fp8_experts, reference_experts, routing
 from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.router import FEW, router_logits
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
@@ -43,6 +44,16 @@ def test_pairs_are_sorted_as_by_the_twin(case: tuple[int, int, int, int]) -> Non
         chosen = choices(tokens, k, experts, "cuda").to(dtype)
         want = reference_experts.sort_pairs(chosen, experts, block)
         assert same(routing.sort_pairs(chosen, experts, block), want)
+
+
+@pytest.mark.parametrize(
+    "case", [*ROUTERS, *((tokens, *sizes) for tokens in (1, 2, 5, 16, 64, 300) for sizes in ((64, 2048), (160, 5120)))]
+)
+def test_logits_are_those_of_float64(case: tuple[int, int, int]) -> None:
+    """Those of the vendor's product in another order."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        given = router_operands(*case, dtype, "cuda")
+        assert logits_off(router_logits(*given), *given) <= (1 if case[0] <= FEW else 20)
 
 
 @pytest.mark.parametrize("case", [*ROUTED, (64, 160, 8, 3, 6, False, 16.0), (8192, 64, 1, 1, 6, False, 1.0)])

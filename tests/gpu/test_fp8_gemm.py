@@ -9,6 +9,7 @@ from fp8_cases import EXTREMES, activations, exact, operands
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_gemm import choose, matmul, matmul_into
+from dsv2quant.kernels.fp8_vector import Vector
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
@@ -43,7 +44,7 @@ def test_activations_have_the_twins_bytes(granularity: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("M", [1, 5, 16, 64, 65, 300])
+@pytest.mark.parametrize("M", [1, 2, 5, 16, 64, 65, 300])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_products_are_those_of_float64(N: int, K: int, M: int, scheme: str) -> None:
     """Relative Frobenius error. Rounding to bfloat16 alone gives 2^-9 / √3 = 1.1e-3. FP8 units keep 13 bits below the
@@ -58,7 +59,21 @@ def test_products_are_those_of_float64(N: int, K: int, M: int, scheme: str) -> N
         assert (matmul_into(out, *given, share).double() - want).norm() / want.norm() <= limit
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize(("N", "K"), [(2048, 2816), (2112, 5120), (130, 1552), (512, 16384)])
+def test_plain_units_add_in_float32(N: int, K: int, M: int, scheme: str) -> None:
+    """Element by element: within the bound of fp8_cases.exact."""
+    given = operands(M, N, K, scheme, "cuda")
+    want, bound = exact(*given)
+    for share in (Vector(4, 1, 2), Vector(8, 2, 3), Vector(16, 4, 1)):
+        out = torch.full((M, N), float("nan"), device="cuda")
+        error = (matmul_into(out, *given, share).double() - want).abs()
+        assert bool((error <= bound).all()), share
+
+
 def test_a_product_is_the_same_every_time() -> None:
-    given = operands(4, 2112, 5120, "block", "cuda")
-    first = matmul(*given)
-    assert all(torch.equal(matmul(*given), first) for _ in range(20))
+    for M in (1, 4):
+        given = operands(M, 2112, 5120, "block", "cuda")
+        first = matmul(*given)
+        assert all(torch.equal(matmul(*given), first) for _ in range(20))

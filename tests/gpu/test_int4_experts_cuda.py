@@ -7,7 +7,8 @@ import torch
 from int4_cases import error
 from int4_experts_cases import random_choice, random_experts
 
-from dsv2quant.kernels.int4_experts import Config, Int4Experts, down, gate_up
+from dsv2quant.kernels.int4_experts import Config, Few, down, gate_up
+from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.reference_experts import down_int4, gate_up_int4, sort_pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,7 +29,7 @@ def check(
     weights: torch.Tensor,
     chosen: torch.Tensor,
     block: int,
-    config: Config | None = None,
+    config: Config | Few | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Both kernels for tokens of size 1, each given what the other was, into memory that was full of NaN."""
@@ -45,7 +46,7 @@ def check(
     assert not stack.arrivals.any()
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16, 64, 300])
 def test_models(model: tuple[Int4Experts, int], tokens: int) -> None:
     stack, k = model
     weights, chosen = random_choice(tokens, len(stack.down.words), k, "cuda")
@@ -73,13 +74,13 @@ def test_groups(group: int | None, zeros: bool) -> None:
     "config",
     [
         Config(64, 1, 4, 3), Config(64, 4, 4, 4), Config(64, 8, 4, 6), Config(64, 1, 8, 4), Config(128, 2, 4, 4),
-        Config(128, 1, 8, 4),
+        Config(128, 1, 8, 4), Few(16, 8, 8, 4, 64), Few(16, 16, 8, 1), Few(32, 8, 8, 3), Few(32, 4, 4, 2),
     ],
     ids=str,
 )  # fmt: skip
-def test_configurations(config: Config) -> None:
+def test_configurations(config: Config | Few) -> None:
     stack = random_experts(12, 2048, 1408, 128, device="cuda")
-    for block, tokens in ((16, 2), (16, 50), (64, 50)):
+    for block, tokens in ((16, 2), (16, 50)) + ((64, 50),) * isinstance(config, Config):
         check(stack, *random_choice(tokens, 12, 6, "cuda"), block, config)
 
 

@@ -1,0 +1,107 @@
+"""FP8 product of very few tokens on Hopper's plain units: fp8_gemm's y [M, N] = x [M, K] · w [N, K]ᵀ.
+
+The time is that of reading w, and of what stands around it: a launch, one wait for memory, one sum. So a program takes
+few rows over the whole of K, and asks for all it can hold before it computes. Codes become float32 (through float16, by
+one instruction for two), products and sums are float32's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv2quant.formats.fp8 import BLOCK
+
+DEPTH: tl.constexpr = tl.constexpr(BLOCK)
+PIECE: tl.constexpr = tl.constexpr(16)  # codes of one load of a thread: of one row and one group
+MOST_TOKENS = 4  # of one program
+
+
+class Vector(NamedTuple):
+    """A program's share: `rows` of w, which divide 128, by `warps` that each read 512 columns of a row at once;
+    `held` times that are in registers before any is used."""
+
+    rows: int
+    warps: int
+    held: int
+
+
+def rule(rows: int, columns: int) -> Vector:
+    """The share for one weight."""
+    warps = min((4, 2, 1), key=lambda count: -(-columns // (512 * count)) * count)
+    steps = triton.cdiv(columns, 512 * warps)
+    return Vector(4, warps, triton.cdiv(steps, triton.cdiv(steps, 4)))
+
+
+@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
+def _vector_kernel(
+    x, x_scale, w, w_scale, y, M, N, xs_m, xs_k, ws_n, ws_k,
+    K: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """Sums of a thread's own 16 columns stay apart, [ROWS, WIDE / 16], until the end."""
+    PIECES: tl.constexpr = WIDE // PIECE
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    near_row = tl.minimum(row, N - 1).to(tl.int64)
+    weights = w + near_row[:, None] * K
+    weight_scales = w_scale + (tl.program_id(0) * ROWS // DEPTH) * ws_n
+    first_token = tl.program_id(1) * TOKENS
+    totals = (tl.zeros([ROWS, PIECES], tl.float32),) * TOKENS
+    for first in range(0, K, WIDE * HELD):
+        codes, values, of_rows, of_tokens = (), (), (), ()
+        for i in tl.static_range(HELD):
+            column = (first + i * WIDE + tl.arange(0, WIDE))[None, :]
+            if K % (WIDE * HELD) == 0:
+                codes = codes + (tl.load(weights + column, eviction_policy="evict_first"),)
+            else:
+                inside = column < K
+                codes = codes + (tl.load(weights + column, mask=inside, other=0.0, eviction_policy="evict_first"),)
+            group = tl.minimum(first + i * WIDE + tl.arange(0, PIECES) * PIECE, K - 1) // DEPTH
+            if GROUPED:
+                of_rows = of_rows + (tl.load(weight_scales + group * ws_k),)
+            for t in tl.static_range(TOKENS):
+                token = tl.minimum(first_token + t, M - 1)
+                if K % (WIDE * HELD) == 0:
+                    values = values + (tl.load(x + token * K + column),)
+                else:
+                    values = values + (tl.load(x + token * K + column, mask=inside, other=0.0),)
+                if GROUPED:
+                    of_tokens = of_tokens + (tl.load(x_scale + token * xs_m + group * xs_k),)
+        # One wait for all of them: the compiler moves no load over a barrier, and no use of one before a branch, which
+        # is always taken.
+        tl.debug_barrier()
+        if M > 0:
+            for i in tl.static_range(HELD):
+                a = codes[i].to(tl.float32)
+                found = ()
+                for t in tl.static_range(TOKENS):
+                    products = a * values[i * TOKENS + t].to(tl.float32)
+                    sums = tl.sum(products.reshape(ROWS, PIECES, PIECE), 2)
+                    if GROUPED:
+                        sums *= (of_rows[i] * of_tokens[i * TOKENS + t])[None, :]
+                    found = found + (totals[t] + sums,)
+                totals = found
+    for t in tl.static_range(TOKENS):
+        total = tl.sum(totals[t], 1)
+        if not GROUPED:
+            token_scale = tl.load(x_scale + tl.minimum(first_token + t, M - 1) * xs_m)
+            total *= tl.load(w_scale + near_row * ws_n) * token_scale
+        out = y + (first_token + t).to(tl.int64) * N + row
+        tl.store(out, total.to(y.dtype.element_ty), mask=row < tl.where(first_token + t < M, N, 0))
+
+
+def launch(
+    out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor,
+    strides: tuple[int, int, int, int], grouped: bool, share: Vector,
+) -> None:  # fmt: skip
+    """What fp8_gemm.matmul_into has checked; the strides are those of x's scales and of w's."""
+    (M, K), N = x.shape, w.shape[0]
+    tokens = min(M, MOST_TOKENS)
+    _vector_kernel[(triton.cdiv(N, share.rows), triton.cdiv(M, tokens))](
+        x, x_scales, w, w_scales, out, M, N, *strides,
+        K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=share.warps * 32 * PIECE.value, HELD=share.held,
+        num_warps=share.warps, enable_fp_fusion=True,
+    )  # fmt: skip
