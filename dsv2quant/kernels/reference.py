@@ -106,12 +106,14 @@ def mla_decode(
     rank: int,
     scale: float,
     cache_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Absorbed attention of one token per sequence: q [batch, heads, width] to the first lengths[i] rows of cache
-    [batch, capacity, width], of which the first `rank` columns are the values → [batch, heads, rank], in q's dtype."""
+    [batch, capacity, width], of which the first `rank` columns are the values → [batch, heads, rank], in q's dtype
+    unless another is given."""
     keys = cache.to(q.dtype) if cache_scale is None else cache.to(q.dtype) * cache_scale.to(q.dtype)
     absent = torch.arange(cache.shape[1], device=q.device) >= lengths.unsqueeze(1)  # [batch, capacity]
     keys = keys.masked_fill(absent.unsqueeze(2), 0)  # what lies there may be no number
     scores = torch.einsum("bhw,btw->bht", q, keys) * scale
     weights = scores.masked_fill(absent.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()  # no tokens: no weights
-    return torch.einsum("bht,btr->bhr", weights, keys[..., :rank])
+    return torch.einsum("bht,btr->bhr", weights, keys[..., :rank]).to(dtype or q.dtype)

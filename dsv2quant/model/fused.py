@@ -79,24 +79,20 @@ class FusedMoE:
 
     def __call__(self, x: Normed) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The shared experts' output, the routed ones' by pair, and the chosen experts [T, k]."""
-        shared = self.shared
-        (pairs, chosen), addend = beside(
-            lambda: self._routed(x), lambda: None if shared is None else shared(x), x.normed.device
-        )
-        return addend, pairs, chosen
-
-    def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
-        c = self.config
+        c, shared = self.config, self.shared
         logits = ops.router_logits(x.normed, self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
-        if (
-            self.shared is not None
-            and self.shared.gate_up.quantization.granularity != self.experts.quantization.granularity
-        ):
-            x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
-        return self.experts(x, weights, chosen, routes), chosen
+        routed = x
+        if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
+            routed = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
+        pairs, addend = beside(
+            lambda: self.experts(routed, weights, chosen, routes),
+            lambda: None if shared is None else shared(x),
+            x.normed.device,
+        )
+        return addend, pairs, chosen
 
 
 def beside(main: Callable[[], A], aside: Callable[[], B], device: torch.device) -> tuple[A, B]:
@@ -157,7 +153,9 @@ class FusedAttention:
             ),
             q.device,
         )
-        mixed = ops.mla_decode(absorbed, cache.store, step.lengths, c.kv_lora_rank, softmax_scale(c), scale)
+        mixed = ops.mla_decode(
+            absorbed, cache.store, step.lengths, c.kv_lora_rank, softmax_scale(c), scale, dtype=q.dtype
+        )
         (out,) = self.o(ops.absorb_v(mixed, self.w_v))
         return out
 
