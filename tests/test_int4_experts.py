@@ -12,18 +12,23 @@ from int4_experts_cases import random_choice, random_experts, random_weights
 from int4_experts_interpreted import CASES
 from triton_tools import interpreted
 
-from dsv2quant.kernels.int4_experts import Config, Few, choose, down, gate_up
-from dsv2quant.kernels.int4_layout import ROWS, pack
-from dsv2quant.kernels.int4_stack import ARRIVALS, empty, fill, weight_of
+from dsv2quant.kernels.int4_experts import Config, choose, down, gate_up
+from dsv2quant.kernels.int4_layout import pack
+from dsv2quant.kernels.int4_stack import empty, fill, weight_of
 from dsv2quant.kernels.reference import linear_int4
 from dsv2quant.kernels.reference_experts import experts_int4, sort_pairs
 from dsv2quant.kernels.routing import tiles_needed
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
 TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
-COMPILED = [  # pairs in a tile, configuration, group
-    (16, Config(64, 1, 4, 4), 128), (16, Config(64, 4, 4, 4), 64), (16, Config(128, 1, 8, 4), 128),
-    (32, Config(64, 1, 4, 4), 32), (64, Config(64, 1, 8, 3), 128), (128, Config(64, 1, 8, 3), 2048),
+UP, SPLIT, DOWN = Config(64, 1, 4, 4), Config(64, 2, 4, 4), Config(128, 1, 4, 4)
+MANY_UP, MANY_DOWN = Config(64, 1, 8, 3), Config(64, 1, 4, 3)
+COMPILED = [  # kernel, pairs in a tile, group, a configuration that is chosen
+    ("gate_up", 16, 128, UP), ("gate_up", 16, 64, UP), ("gate_up", 32, 32, UP), ("gate_up", 32, 128, UP),
+    ("gate_up", 64, 128, MANY_UP), ("gate_up", 128, 128, MANY_UP), ("gate_up", 128, 2048, MANY_UP),
+    ("down", 16, 128, SPLIT), ("down", 16, 64, SPLIT), ("down", 32, 32, SPLIT), ("down", 16, 128, DOWN),
+    ("down", 32, 128, DOWN), ("down", 64, 128, MANY_DOWN), ("down", 128, 128, MANY_DOWN),
+    ("down", 128, 2048, MANY_DOWN),
 ]  # fmt: skip
 
 
@@ -78,9 +83,8 @@ def test_the_twin_is_the_sum_of_its_matrices() -> None:
     torch.testing.assert_close(experts_int4(x, weights, chosen, stack), expected)
 
 
-@pytest.mark.parametrize(("tokens", "config", "group"), COMPILED)
-@pytest.mark.parametrize("kernel", ["gate_up", "down"])
-def test_compiled_for_hopper(kernel: str, tokens: int, config: Config, group: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "tokens", "group", "config"), COMPILED)
+def test_compiled_for_hopper(kernel: str, tokens: int, group: int, config: Config, tmp_path: Path) -> None:
     """wgmma with weights in registers, loads on their way while the last are used, nothing in local memory."""
     made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
     assert any(name.startswith("wgmma.mma_async") for name in made.instructions)
@@ -89,19 +93,6 @@ def test_compiled_for_hopper(kernel: str, tokens: int, config: Config, group: in
     assert group < 128 or made.instructions["cp.async.cg.shared.global"]  # of 16 bytes
     assert made.resources["LOCAL"] == made.resources["STACK"] == 0
     assert made.shared <= 227 << 10
-
-
-@pytest.mark.parametrize(("tokens", "group"), [(8, 128), (16, 32), (8, 2048)])
-@pytest.mark.parametrize(("kernel", "rows"), [("gate_up", 16), ("down", 32)])
-def test_few_tokens_compiled_for_hopper(kernel: str, rows: int, tokens: int, group: int, tmp_path: Path) -> None:
-    """Each warp's weights go to its own products from the registers that they were unpacked in: none is stored."""
-    config = Few(rows, 8, 8, 4, 64 if tokens == 8 else None)
-    made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
-    steps = 2 if group == 32 else 4
-    assert made.instructions["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] == 2 * steps * tokens // 8
-    assert not any(name.startswith("stmatrix") for name in made.instructions)
-    assert made.instructions["cp.async.cg.shared.global"]
-    assert made.resources["LOCAL"] == made.resources["STACK"] == 0
 
 
 @pytest.mark.parametrize("scales", ["*bf16", "*fp16"])
@@ -116,16 +107,25 @@ def test_scales_and_zeros_are_loaded_ahead(kernel: str, scales: str, tmp_path: P
 
 @pytest.mark.parametrize("model", [(64, 2048, 1408, 6), (160, 5120, 1536, 6), (16, 256, 128, 4)])
 def test_chosen_configurations_fit(model: tuple[int, int, int, int]) -> None:
-    """No program without columns, no more counters than there are."""
+    """No program without columns; K is split for `down` alone, and there only where programs would leave
+    multiprocessors idle."""
     experts, hidden, width, k = model
     stack = empty(experts, hidden, width, 128, device="meta")
     for tokens in (1, 4, 16, 64, 1024):
         for block in (16, 32, 64, 128):
-            for part in (stack.gate_up, stack.down):
-                config = choose(tokens, part, block)
-                blocks = -(-part.rows // ROWS)
-                assert config.split <= max(1, part.columns // 128)
-                assert config.split == 1 or tiles_needed(tokens * k, experts, block) * blocks <= ARRIVALS
+            tiles = tiles_needed(tokens * k, experts, block)
+            assert choose(tiles, stack.gate_up, block) == (UP if block <= 32 else MANY_UP)
+            config = choose(tiles, stack.down, block)
+            assert block <= 32 or config == MANY_DOWN
+            assert config.split <= max(1, stack.down.columns // 128)
+            assert config.split == 1 or (block <= 32 and tiles * -(-hidden // 128) < 132)
+
+
+def test_one_token_of_v2_lite_splits_and_of_v2_does_not() -> None:
+    """6 tiles of 16 blocks of 128 rows, or of 40."""
+    lite, v2 = (empty(1, *shape, 128, device="meta").down for shape in ((2048, 1408), (5120, 1536)))
+    assert choose(6, lite, 16) == SPLIT
+    assert choose(6, v2, 16) == choose(24, lite, 16) == DOWN
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
@@ -154,6 +154,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     stack = random_experts(3, 64, 96, 32)
     weights, chosen = random_choice(2, 3, 2)
     routes = sort_pairs(chosen, 3, 16)
+    with pytest.raises(ValueError, match="gate_up does not split K"):
+        gate_up(torch.zeros(2, 64).bfloat16(), routes, 2, stack, Config(64, 2, 4, 4))
     with pytest.raises(ValueError, match=r"x must be contiguous, of shape \(2, 64\) and one of torch\.bfloat16"):
         gate_up(torch.zeros(2, 96).bfloat16(), routes, 2, stack)
     with pytest.raises(ValueError, match="the routes are of 4 pairs, not 2"):

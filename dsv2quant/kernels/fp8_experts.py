@@ -154,11 +154,11 @@ def _down_kernel(
 def choose_gate_up(block: int) -> Share:
     """Of 128 intermediate columns, which are quantized as one group, where pairs are few. Fitted on an H200, as the
     rule of `down`."""
-    return Share(256, 3, 8) if block <= FEW else Share(128, 3, block // 16)
+    return Share(256, 4, 8) if block <= FEW else Share(128, 3, block // 16)
 
 
 def choose_down(block: int) -> Share:
-    return Share(64, 4, 4) if block <= FEW else Share(128, 3, block // 16)
+    return Share(128, 4, 4) if block <= FEW else Share(128, 3, block // 16)
 
 
 def gate_up(

@@ -11,8 +11,6 @@ import triton
 from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
 
-ARRIVALS = 4096  # counters of a layer: where K is split, its tiles of pairs times blocks of rows, at most
-
 
 class Stack(NamedTuple):
     """Matrices of every expert: gate and up, or down alone. Words are Int4Weight's; scales and zeros of rows r and
@@ -30,7 +28,6 @@ class Int4Experts(NamedTuple):
 
     gate_up: Stack  # matrices [width, hidden]
     down: Stack  # [hidden, width]
-    arrivals: torch.Tensor  # int32 [ARRIVALS], zero between calls: it therefore serves one call at a time
 
 
 def empty(
@@ -60,8 +57,7 @@ def empty(
 
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"scales are of {torch.bfloat16} or {torch.float16}, not {dtype}")
-    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
-    return Int4Experts(stack(2, width, hidden), stack(1, hidden, width), arrivals)
+    return Int4Experts(stack(2, width, hidden), stack(1, hidden, width))
 
 
 def with_zeros(stack: Int4Experts) -> Int4Experts:
