@@ -32,7 +32,7 @@ def test_the_interpreter_refuses_bfloat16(results: dict) -> None:
 @pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
 def test_products_are_those_of_float64(scheme: str, results: dict) -> None:
     errors = {case: error for case, error in results["products"].items() if f" {scheme} " in case}
-    assert len(errors) == 32
+    assert len(errors) == 34
     assert max(errors.values()) < 1, errors
 
 
@@ -130,6 +130,12 @@ def test_other_operands_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             matmul(*given)
+
+
+def test_vectors_hold_no_columns_beyond_the_last() -> None:
+    given = operands(1, 160, 1024, "block", "cpu")
+    with pytest.raises(ValueError, match="3 times 512 columns are held, of 1024"):
+        fp8_gemm.matmul_into(torch.empty(1, 160), *given, Vector(4, 1, 3))
 
 
 def test_no_tokens_give_no_rows() -> None:

@@ -97,11 +97,16 @@ def launch(
     out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor,
     strides: tuple[int, int, int, int], grouped: bool, share: Vector,
 ) -> None:  # fmt: skip
-    """What fp8_gemm.matmul_into has checked; the strides are those of x's scales and of w's."""
+    """What fp8_gemm.matmul_into has checked; the strides are those of x's scales and of w's. Raises ValueError for a
+    share that holds columns beyond the last."""
     (M, K), N = x.shape, w.shape[0]
+    wide = share.warps * 32 * PIECE.value
+    if (share.held - 1) * wide >= K:
+        # Triton 3.6 makes wrong numbers of FP8 loads that it finds to be masked altogether.
+        raise ValueError(f"{share.held} times {wide} columns are held, of {K}")
     tokens = min(M, MOST_TOKENS)
     _vector_kernel[(triton.cdiv(N, share.rows), triton.cdiv(M, tokens))](
         x, x_scales, w, w_scales, out, M, N, *strides,
-        K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=share.warps * 32 * PIECE.value, HELD=share.held,
+        K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=wide, HELD=share.held,
         num_warps=share.warps, enable_fp_fusion=True,
     )  # fmt: skip

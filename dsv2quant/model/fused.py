@@ -79,20 +79,23 @@ class FusedMoE:
 
     def __call__(self, x: Normed) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The shared experts' output, the routed ones' by pair, and the chosen experts [T, k]."""
-        c, shared = self.config, self.shared
+        shared = self.shared
+        # On an H200, one token: 1.70 ms a step of V2-Lite with the router in the first branch, 1.93 before the fork.
+        (pairs, chosen), addend = beside(
+            lambda: self._routed(x), lambda: None if shared is None else shared(x), x.normed.device
+        )
+        return addend, pairs, chosen
+
+    def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
         logits = ops.router_logits(x.normed, self.router)
         weights, chosen, routes = ops.route_and_sort(
             logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
         )
-        routed = x
+        shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
-            routed = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
-        pairs, addend = beside(
-            lambda: self.experts(routed, weights, chosen, routes),
-            lambda: None if shared is None else shared(x),
-            x.normed.device,
-        )
-        return addend, pairs, chosen
+            x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
+        return self.experts(x, weights, chosen, routes), chosen
 
 
 def beside(main: Callable[[], A], aside: Callable[[], B], device: torch.device) -> tuple[A, B]:
