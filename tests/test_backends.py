@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.model import load
 from dsv2quant.model.load import LoadOptions, choose_backend
 from dsv2quant.model.runtime import Model, open_model
 
@@ -33,16 +34,29 @@ BF16, F32 = torch.bfloat16, torch.float32
         ("kernels", "cuda", BF16, False, "kernels"),
     ],
 )  # fmt: skip
-def test_a_backend_is_chosen(asked, device, dtype, weight_only, backend):
+def test_a_backend_is_chosen(asked, device, dtype, weight_only, backend, monkeypatch):
+    monkeypatch.setattr(load, "runs_kernels", lambda name: name != "cpu")
     assert choose_backend(asked, device, dtype, weight_only) == backend
+
+
+def test_only_hopper_and_what_came_after_it_has_the_units(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, has in (((8, 9), False), ((9, 0), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert load.runs_kernels("cuda:1") == has
+        assert choose_backend("auto", "cuda", BF16) == ("kernels" if has else "torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not load.runs_kernels("cuda")
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "weight_only"), [("cpu", BF16, False), ("cuda", F32, False), ("cuda", BF16, True)]
 )
-def test_kernels_that_can_not_be_had(device, dtype, weight_only):
+def test_kernels_that_can_not_be_had(device, dtype, weight_only, monkeypatch):
+    monkeypatch.setattr(load, "runs_kernels", lambda name: name != "cpu")
     said = (
-        "--backend kernels can't be had (they need --device cuda, bfloat16 and no --weight-only: take --backend torch)"
+        "--backend kernels can't be had "
+        "(they need a Hopper GPU as --device, bfloat16 and no --weight-only: take --backend torch)"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
         choose_backend("kernels", device, dtype, weight_only)

@@ -67,8 +67,8 @@ backend_option = click.option(
     type=click.Choice(("auto", "torch", "kernels")),
     default="auto",
     show_default=True,
-    help="kernels: quantized weights as they are, on CUDA in bfloat16; torch: decoded ones, the reference. auto takes "
-    "kernels where they can be had.",
+    help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the reference. "
+    "auto takes kernels where they can be had.",
 )
 
 kv_cache_option = click.option(

@@ -44,11 +44,6 @@ def route_and_sort(
     return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), k, logits.shape[1]))
 
 
-def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Weighted outputs of pairs, float32 [tokens, k, hidden] → their sums over k, rounded once, [tokens, hidden]."""
-    return pairs.sum(1).to(dtype)
-
-
 def gate_up_int4(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts) -> torch.Tensor:
     """silu(gate · x) · (up · x) of each pair, in float64, in x's dtype: [tokens · k, width], by number of the pair."""
     h = x.new_empty(len(x) * k, stack.gate_up.rows)

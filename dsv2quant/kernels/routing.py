@@ -14,7 +14,6 @@ import triton.language as tl
 SLICE = 32  # pairs whose places one program finds
 CHUNK = 512  # pairs that it compares them to at once
 COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
-COLUMNS = 512  # of one program that adds pairs
 
 
 class Routes(NamedTuple):
@@ -139,15 +138,6 @@ def _sort_kernel(
         tl.store(pairs + place, pair, mask=pair < count)
 
 
-@triton.jit
-def _combine_kernel(pairs, out, HIDDEN, K: tl.constexpr, COLUMNS: tl.constexpr):
-    token, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for i in tl.static_range(K):
-        total += tl.load(pairs + (token * K + i) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
-    tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
-
-
 def route(
     logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,19 +210,3 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
             CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return routes
-
-
-def combine(pairs: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Weighted outputs of pairs, float32 [tokens, k, hidden] → their sums over k, rounded once, [tokens, hidden].
-
-    Raises ValueError where they are others.
-    """
-    if pairs.dtype != torch.float32 or pairs.ndim != 3 or not pairs.is_contiguous():
-        raise ValueError(f"pairs are {pairs.dtype}, {tuple(pairs.shape)}: need contiguous float32 [tokens, k, hidden]")
-    tokens, k, hidden = pairs.shape
-    out = torch.empty(tokens, hidden, dtype=dtype, device=pairs.device)
-    if tokens:
-        _combine_kernel[(triton.cdiv(hidden, COLUMNS), tokens)](
-            pairs, out, hidden, K=k, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False
-        )
-    return out

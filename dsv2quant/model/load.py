@@ -50,11 +50,16 @@ def default_dtype(device: str) -> torch.dtype:
 def choose_backend(asked: str, device: str, dtype: torch.dtype, weight_only: bool = False) -> Backend:
     """'torch' or 'kernels', for 'auto' the latter where they can be had. Raises UsageError where they can't and are
     asked for."""
-    able = device != "cpu" and dtype == torch.bfloat16 and not weight_only
+    able = dtype == torch.bfloat16 and not weight_only and runs_kernels(device)
     if asked == "kernels" and not able:
-        fix = "they need --device cuda, bfloat16 and no --weight-only: take --backend torch"
+        fix = "they need a Hopper GPU as --device, bfloat16 and no --weight-only: take --backend torch"
         raise UsageError("--backend kernels can't be had", fix=fix)
     return "kernels" if able and asked != "torch" else "torch"
+
+
+def runs_kernels(device: str) -> bool:
+    """Whether this is a GPU with the units that the kernels are for: a Hopper, or what came after."""
+    return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
