@@ -3,6 +3,7 @@ checkpoint must give the same logits. tests/gpu has the kernels themselves."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,17 @@ def test_gguf(scheme, converted):
 @pytest.mark.parametrize("source", ["lite", "biases", "awkward"])
 def test_fp8(source, scheme, converted):
     check_near(converted(source, f"--fp8={scheme}"), length=3 if source == "awkward" else 9)
+
+
+def test_fp8_weights_alone(converted):
+    """A configuration may leave activations as they are: the weights are decoded then."""
+    out = converted("lite", "--fp8=channel")
+    raw = json.loads((out / "config.json").read_text())
+    for group in raw["quantization_config"]["config_groups"].values():
+        group["input_activations"] = None
+    (out / "config.json").write_text(json.dumps(raw))
+    _, ours = check_same(out)
+    assert all(layer.attention.o.quantization.granularity is None for layer in ours.layers())
 
 
 @pytest.mark.parametrize("scheme", ["fp8-static", "fp8-autofp8"])

@@ -21,7 +21,7 @@ from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, int4_weight, unsupported
+from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, dequantized, int4_weight, unsupported
 from dsv2quant.model.source import BLOCKS, Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -134,11 +134,12 @@ def load_experts(source: Source, at: str) -> Stack:
     codec = CODECS[scheme]
     if isinstance(codec, Int4):
         return _int4(source, at, codec, scheme)
-    unit = FP8_UNIT if isinstance(codec, Fp8) else PLAIN_UNIT
+    fp8 = isinstance(codec, Fp8) and source.activation(scheme) is not None  # else no unit multiplies them with BF16
+    unit = FP8_UNIT if fp8 else PLAIN_UNIT
     if c.hidden_size % unit or c.moe_intermediate_size % unit:
         what = f"{at} is {scheme} of widths {c.hidden_size} and {c.moe_intermediate_size}, no multiples of {unit}"
         raise unsupported(source, what)
-    return _fp8(source, at, codec, scheme) if isinstance(codec, Fp8) else _plain(source, at)
+    return _fp8(source, at, codec, scheme) if isinstance(codec, Fp8) and fp8 else _plain(source, at)
 
 
 def _plain(source: Source, at: str) -> PlainStack:
@@ -148,7 +149,7 @@ def _plain(source: Source, at: str) -> PlainStack:
     down = torch.empty(E, H, I, dtype=source.dtype, device=source.device)
     for expert in range(E):
         for target, name in zip((gate_up[expert, 0], gate_up[expert, 1], down[expert]), NAMES, strict=True):
-            target.copy_(source.stored(f"{at}.{expert}.{name}")[1]["weight"])
+            target.copy_(dequantized(source, f"{at}.{expert}.{name}"))
     return PlainStack(gate_up.flatten(1, 2), down)
 
 
