@@ -23,7 +23,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_experts, int4_experts, int4_stack, reference_experts
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
+from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -62,15 +62,8 @@ def fp8_weights(c: ModelConfig) -> Fp8Experts:
 def fp8_run(
     codes: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts
 ) -> torch.Tensor:
-    return fp8_experts.down(*_fp8_h(codes, scales, weights.shape[1], routes, stack), weights, routes, stack)
-
-
-def _fp8_h(
-    codes: torch.Tensor, scales: torch.Tensor, k: int, routes: Routes, stack: Fp8Experts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if routes.block <= FEW:
-        return fp8_experts.gate_up_quantized(codes, scales, routes, k, stack)
-    return quantize_activation(fp8_experts.gate_up(codes, scales, routes, k, stack), "group128")
+    h = fp8_experts.gate_up_codes(codes, scales, routes, weights.shape[1], stack, "group128")
+    return fp8_experts.down(*h, weights, routes, stack)
 
 
 def fp8_error(
@@ -82,7 +75,7 @@ def fp8_error(
     k = chosen.shape[1]
     whole = reference_experts.sort_pairs(chosen, len(stack.down), chosen.numel())
     wide = fp8_experts.gate_up(codes, scales, routes, k, stack)
-    h, h_scales = _fp8_h(codes, scales, k, routes, stack)
+    h, h_scales = fp8_experts.gate_up_codes(codes, scales, routes, k, stack, "group128")
     if not torch.equal(quantize_activation(wide, "group128")[0].view(torch.uint8), h.view(torch.uint8)):
         return math.inf
     out = fp8_experts.down(h, h_scales, weights, routes, stack)

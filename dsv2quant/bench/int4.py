@@ -11,7 +11,8 @@ import torch
 from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
 from dsv2quant.bench.results import Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.kernels.int4_gemm import MULTIPROCESSORS, Config, choose, dequantize, linear
+from dsv2quant.kernels.checks import MULTIPROCESSORS
+from dsv2quant.kernels.int4_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.reference import dequantize_int4
 

@@ -13,9 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.checks import check_rows
-
-MULTIPROCESSORS = 132  # of an H100 or H200
+from dsv2quant.kernels.checks import MULTIPROCESSORS, check_rows
 
 
 class Share(NamedTuple):

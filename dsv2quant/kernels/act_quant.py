@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.kernels.checks import INTERPRETED
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
@@ -126,7 +127,7 @@ def quantize_activation(
         raise ValueError(f"activations of shape {tuple(x.shape)}, strides {x.stride()}: need [M, K] of contiguous rows")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"activations are {x.dtype}; need bfloat16, float16 or float32")
-    if triton.knobs.runtime.interpret and x.dtype == torch.bfloat16:
+    if INTERPRETED and x.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter has no bfloat16")
     tokens, columns = x.shape
     if granularity == "token" and columns > MAX_COLUMNS:
@@ -139,7 +140,7 @@ def quantize_activation(
     if tokens:
         _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
             x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
-            GIVEN=granularity == "static", ROUND=triton.knobs.runtime.interpret, ROWS=rows, WIDTH=width,
+            GIVEN=granularity == "static", ROUND=INTERPRETED, ROWS=rows, WIDTH=width,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales

@@ -7,6 +7,7 @@ import triton
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton.knobs.runtime.interpret
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def check_rows(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
@@ -21,3 +22,13 @@ def check_rows(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype:
         raise ValueError(f"{name} has strides {x.stride()}; elements of a row must lie side by side")
     if INTERPRETED and x.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter has no bfloat16")
+
+
+def output(x: torch.Tensor, rows: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Room for the product of x [M, K] and a weight of so many rows: `out` if given. Raises ValueError where it is not
+    contiguous, of x's dtype and [M, rows]."""
+    if out is None:
+        return x.new_empty(len(x), rows)
+    if out.shape != (len(x), rows) or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({len(x)}, {rows})")
+    return out

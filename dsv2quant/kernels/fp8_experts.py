@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels.act_quant import encoded, magnitudes, quantize_activation, scale_of
+from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, quantize_activation, scale_of
+from dsv2quant.kernels.checks import INTERPRETED
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns in one product
@@ -181,12 +182,19 @@ def gate_up_quantized(
     dtype: torch.dtype = torch.bfloat16, share: Share | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`gate_up`, quantized by groups of 128 columns as by act_quant: e4m3 [tokens · k, I] and scales."""
-    count, columns = len(routes.pairs), stack.gate_up.shape[2]
-    h = torch.empty(count, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    width = triton.cdiv(count, 4) * 4
-    scales = torch.empty(triton.cdiv(columns, BLOCK), width, dtype=torch.float32, device=x.device).T[:count]
+    h, scales = outputs(len(routes.pairs), stack.gate_up.shape[2], "group128", None, x.device)
     _gate_up(x, x_scales, routes, k, stack, h, scales, dtype, share or choose_gate_up(routes.block))
     return h, scales
+
+
+def gate_up_codes(
+    x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts, granularity: str,
+    dtype: torch.dtype = torch.bfloat16, scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`gate_up`, quantized as by act_quant ('static' by `scale`): in one launch where programs have whole groups."""
+    if granularity == "group128" and choose_gate_up(routes.block).rows == 2 * BLOCK:
+        return gate_up_quantized(x, x_scales, routes, k, stack, dtype)
+    return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), granularity, scale)
 
 
 def _gate_up(
@@ -195,7 +203,7 @@ def _gate_up(
 ) -> None:  # fmt: skip
     inner, hidden = stack.gate_up.shape[2:]
     grouped = _check(x, x_scales, stack.gate_up, stack.gate_up_scales, len(routes.pairs) // k)
-    if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter has no bfloat16")
     if h_scales is not None and share.rows != 2 * BLOCK:
         raise ValueError(f"{share.rows} rows in a program: need {2 * BLOCK}, of a whole group")
@@ -205,7 +213,7 @@ def _gate_up(
             *stack.gate_up_scales.shape[2:], *_strides(x_scales), 0 if h_scales is None else h_scales.stride(1),
             GROUPED=grouped, WHOLE=hidden % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
             QUANTIZED=h_scales is not None, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
-            ROUND=triton.knobs.runtime.interpret,
+            ROUND=INTERPRETED,
             STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -249,10 +257,7 @@ def experts(
     if routes is None:
         routes = sort_pairs(chosen, len(stack.down), choose_block(tokens, k, len(stack.down)))
     codes, scales = quantize_activation(x, granularity, of_x)
-    if granularity == "group128" and choose_gate_up(routes.block).rows == 2 * BLOCK:
-        h, h_scales = gate_up_quantized(codes, scales, routes, k, stack, x.dtype)
-    else:
-        h, h_scales = quantize_activation(gate_up(codes, scales, routes, k, stack, x.dtype), granularity, of_h)
+    h, h_scales = gate_up_codes(codes, scales, routes, k, stack, granularity, x.dtype, of_h)
     return down(h, h_scales, weights, routes, stack)
 
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.checks import INTERPRETED
 from dsv2quant.kernels.gguf_gemm import (
-    INTERPRETED,
     Config,
     check_dtype,
     constants,
@@ -19,8 +19,9 @@ from dsv2quant.kernels.gguf_gemm import (
     strides,
 )
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight
-from dsv2quant.kernels.gguf_product import finish, product
+from dsv2quant.kernels.gguf_product import product
 from dsv2quant.kernels.routing import Routes
+from dsv2quant.kernels.splits import finish
 
 
 @triton.jit(do_not_specialize=["blocks", "choices"])

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS, output
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, Spec
-from dsv2quant.kernels.gguf_product import codes_of, finish, load_scale, load_steps, load_words, operand, product
+from dsv2quant.kernels.gguf_product import codes_of, load_scale, load_steps, load_words, operand, product
+from dsv2quant.kernels.splits import finish
 
-INTERPRETED = triton.knobs.runtime.interpret
-MULTIPROCESSORS = 132  # of an H100 or H200
 MANY = 128  # tokens, from which on the weight is dequantized
 
 
@@ -103,10 +103,7 @@ def linear(
     if weight.words.ndim != 5:
         raise ValueError("the weight is a stack: need one matrix")
     check_dtype(x.dtype)
-    if out is None:
-        out = x.new_empty(tokens, weight.rows)
-    if out.shape != (tokens, weight.rows) or out.dtype != x.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({tokens}, {weight.rows})")
+    out = output(x, weight.rows, out)
     config = config or choose(tokens, weight.rows, columns, SPECS[weight.type].group)
     if config is None:
         return torch.mm(x, dequantize(weight, x.dtype).T, out=out)

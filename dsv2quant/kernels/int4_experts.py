@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.int4_gemm import INTERPRETED, MAGIC, MULTIPROCESSORS, _operand
+from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS
+from dsv2quant.kernels.int4_gemm import MAGIC, _operand
 from dsv2quant.kernels.int4_layout import depth
 from dsv2quant.kernels.int4_stack import Int4Experts, Stack
 from dsv2quant.kernels.routing import Routes

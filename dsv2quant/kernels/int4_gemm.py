@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels import tables
+from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS, output
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.splits import finish
 
-INTERPRETED = triton.knobs.runtime.interpret
-MULTIPROCESSORS = 132  # of an H100 or H200
 # A 16-bit float whose lowest mantissa bits are an integer's: 128 + u in BF16, 1024 + u in float16.
 MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400, torch.float32: 0}
 
@@ -145,21 +145,8 @@ def _gemm_kernel(
 
     at = out + m[:, None] * N + n[None, :]
     stored = (m[:, None] < M) & (n[None, :] < N)
-    if SPLIT == 1:
-        tl.store(at, tl.trans(sums).to(out.dtype.element_ty), stored)
-    else:
-        tile = by_tokens * tl.num_programs(1) + by_rows
-        SIZE: tl.constexpr = ROWS * TOKENS
-        cell = partial + tile.to(tl.int64) * (SPLIT * SIZE) + tl.arange(0, ROWS)[:, None] * TOKENS
-        cell += tl.arange(0, TOKENS)[None, :]
-        tl.store(cell + split * SIZE, sums)
-        tl.debug_barrier()  # every thread's sums are out before this program counts itself
-        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1:
-            tl.store(arrivals + tile, 0)
-            total = tl.zeros((ROWS, TOKENS), tl.float32)
-            for part in tl.static_range(SPLIT):
-                total += tl.load(cell + part * SIZE, cache_modifier=".cg")
-            tl.store(at, tl.trans(total).to(out.dtype.element_ty), stored)
+    tile = by_tokens * tl.num_programs(1) + by_rows
+    finish(sums, at, stored, None, partial, arrivals, tile, split, ROWS, TOKENS, SPLIT)
 
 
 @triton.jit(do_not_specialize=["blocks", "spans"])
@@ -196,10 +183,7 @@ def linear(
     if columns != weight.columns:
         raise ValueError(f"x has {columns} columns; the weight has {weight.columns}")
     _check(x.dtype)
-    if out is None:
-        out = x.new_empty(tokens, weight.rows)
-    if out.shape != (tokens, weight.rows) or out.dtype != x.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, {x.dtype}, of shape ({tokens}, {weight.rows})")
+    out = output(x, weight.rows, out)
     x = x[:, weight.order] if weight.order is not None else x.contiguous()
     config = config or choose(tokens, weight.rows, columns)
     if config is None:

@@ -91,11 +91,11 @@ def gate_up(
     return h
 
 
-def gate_up_quantized(
-    x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts,
+def gate_up_codes(
+    x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts, granularity: str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), "group128")
+    return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), granularity)
 
 
 def down(

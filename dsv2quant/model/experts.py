@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import E4M3_MAX, INPUT_SCALE, Fp8
+from dsv2quant.formats.fp8 import INPUT_SCALE, Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.kernels import int4_stack, ops
+from dsv2quant.kernels import int4_stack, ops, reference
 from dsv2quant.kernels.add_norm import Normed
-from dsv2quant.kernels.fp8_experts import FEW, Fp8Experts
+from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_stack import Int4Experts
 from dsv2quant.kernels.routing import Routes
@@ -65,13 +65,9 @@ class Fp8Stack:
         codes, scales = x.codes, x.scales
         if codes is None or scales is None:
             codes, scales = ops.quantize_activation(x.normed, granularity)
-        if granularity == "group128" and routes.block <= FEW:
-            h, h_scales = ops.fp8_gate_up_quantized(
-                codes, scales, routes, chosen.shape[1], self.weights, x.normed.dtype
-            )
-        else:
-            wide = ops.fp8_gate_up(codes, scales, routes, chosen.shape[1], self.weights, x.normed.dtype)
-            h, h_scales = ops.quantize_activation(wide, granularity)
+        h, h_scales = ops.fp8_gate_up_codes(
+            codes, scales, routes, chosen.shape[1], self.weights, granularity, x.normed.dtype
+        )
         return ops.fp8_down(h, h_scales, weights, routes, self.weights)
 
     def _static(
@@ -81,14 +77,10 @@ class Fp8Stack:
         """Every pair is quantized by its expert's scale: to the kernels, a token's own."""
         experts = chosen.flatten()
         of_pairs = x.repeat_interleave(chosen.shape[1], 0)
-        codes, scales = _by_scales(of_pairs, of_x[experts])
+        codes, scales = reference.quantize_activation(of_pairs, "static", of_x[experts].unsqueeze(1))
         h = ops.fp8_gate_up(codes, scales, routes, 1, self.weights, x.dtype)
-        return ops.fp8_down(*_by_scales(h, of_h[experts]), weights, routes, self.weights)
-
-
-def _by_scales(x: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = scales.unsqueeze(1)
-    return (x.float() / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+        h_codes, h_scales = reference.quantize_activation(h, "static", of_h[experts].unsqueeze(1))
+        return ops.fp8_down(h_codes, h_scales, weights, routes, self.weights)
 
 
 @dataclass
