@@ -90,8 +90,15 @@ def test_codes_equal_a_textbook_gptq_in_float64(shape):
     assert not torch.equal(codes, gptq.nearest(w, scales))
 
 
-@pytest.mark.parametrize(("columns", "group"), [(BLOCK, 32), (3 * BLOCK + 8, 40), (4 * BLOCK, 128)])
+TIES = [(BLOCK, 32), (3 * BLOCK + 8, 40), (4 * BLOCK, 128)]  # columns and group
+
+
+@pytest.mark.parametrize(("columns", "group"), TIES)
 def test_in_float32_codes_differ_only_at_ties(columns, group):
+    differ_only_at_ties(columns, group, "cpu")
+
+
+def differ_only_at_ties(columns: int, group: int, device: str) -> None:
     """Each float32 code is float64's, or its neighbour where float64 stands near the tie between them.
 
     With the codes given, the errors E solve E U = W - Q S by substitution. In float32 they solve it for a U off by
@@ -100,8 +107,9 @@ def test_in_float32_codes_differ_only_at_ties(columns, group):
     most γ |E| |U| |U⁻¹|, and a column before rounding by that times its diagonal; twice that covers the rest. The
     quotient that is rounded is off by u more.
     """
-    w, h = (part.float() for part in problem(1, 2000, columns))
-    codes, scales = (part[0] for part in searched(w, h, gptq.factor(h), group))
+    w, h = (part.float().to(device) for part in problem(1, 2000, columns))
+    codes, scales = (part[0].cpu() for part in searched(w, h, gptq.factor(h), group))
+    w, h = w.cpu(), h.cpu()
     _, before, errors, order = textbook(w[0].double(), h[0].double(), scales, forced=codes.double())
     u = gptq.factor(h.double()).u[0]
     step = scales.double().repeat_interleave(group, 1)[:, order]

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file
+from test_gptq import TIES, differ_only_at_ties
 from test_statistics import calibration
 
 from dsv2quant import recipe
@@ -63,8 +64,15 @@ def test_int4_decodes_to_the_cpus_weights(layout, tmp_path):
         assert torch.equal(on_gpu, decode(checkpoint, weight, torch.bfloat16)), weight.slot.name
 
 
+@pytest.mark.parametrize(("columns", "group"), TIES)
+def test_gptqs_codes_differ_only_at_ties(columns, group):
+    differ_only_at_ties(columns, group, "cuda")
+
+
 def test_gptq_diverges_as_on_the_cpu(tmp_path):
-    """Codes near a tie fall either way, and what follows with them; the divergence they leave is the same within 5%."""
+    """Codes near a tie fall either way, and what follows with them. On a CPU the order of these windows alone moves the
+    divergence by 5% (standard deviation of seven orders), so that two draws differ by up to 20%: three times √2 · 5%.
+    Plain rounding is at 2.7 times this divergence."""
     checkpoint = Checkpoint.open(tiny.MINI)
     ids = np.random.default_rng(0).integers(2, 4096, (24, 64))
     plan = make_plan(checkpoint, recipe.builtin("int4-pure", group_size=64), for_targets=["vllm"])
@@ -74,4 +82,4 @@ def test_gptq_diverges_as_on_the_cpu(tmp_path):
         convert(plan, tmp_path / device, command="", calibration=Calibration(ids, "x", "", 0, []), device=device)
         model = Model(Checkpoint.open(tmp_path / device), LoadOptions(device="cuda", weight_only=True))
         found[device] = compare(perplexity.run(model, ids, [slice(0, len(ids))]), reference, ids, 0).kld.mean()
-    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.05)
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.2)
