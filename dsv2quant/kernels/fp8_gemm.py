@@ -19,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_vector, tables
+from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.checks import check_rows
 from dsv2quant.kernels.fp8_vector import Vector
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
@@ -174,6 +176,34 @@ def matmul(
     return matmul_into(out, x, x_scales, w, w_scales, share)
 
 
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    dtype: torch.dtype,
+    granularity: str,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`matmul` of what act_quant.quantize_activation makes of x: for a few tokens, and groups, in one launch."""
+    (M, K), N = x.shape, w.shape[0]
+    share = choose(M, N, K)
+    if granularity != "group128" or not isinstance(share, Vector) or not 0 < M or K > fp8_vector.MOST_FLOATS:
+        return matmul(*quantize_activation(x, granularity, scale), w, w_scales, dtype)
+    return linear_into(torch.empty(M, N, dtype=dtype, device=x.device), x, w, w_scales, share)
+
+
+def linear_into(
+    out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, share: Vector
+) -> torch.Tensor:
+    """`linear` of groups, with the share of programs given; writes to `out` [M, N] and returns it."""
+    check_rows("x", x, (None, w.shape[1]))
+    _check_codes("w", w)
+    if w_scales.dtype != torch.float32 or w_scales.shape != tuple(triton.cdiv(size, BLOCK) for size in w.shape):
+        raise ValueError(f"scales {w_scales.dtype}, {tuple(w_scales.shape)}: need those of blocks, float32")
+    fp8_vector.launch(out, x, None, w, w_scales, (0, 0, *w_scales.stride()), True, share)
+    return out
+
+
 def matmul_into(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -218,10 +248,8 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or not w.shape[1] or not w.shape[0]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)}: need [M, K] and [N, K]")
     (M, K), N = x.shape, w.shape[0]
-    for name, codes in (("x", x), ("w", w)):
-        if codes.dtype != torch.float8_e4m3fn or not codes.is_contiguous() or K % 16 or codes.data_ptr() % 16:
-            raise ValueError(f"{name} is {codes.dtype}, strides {codes.stride()}: need contiguous float8_e4m3fn, "
-                             "aligned to 16 bytes, with K a multiple of 16")  # fmt: skip
+    _check_codes("x", x)
+    _check_codes("w", w)
     if x_scales.dtype != torch.float32 or w_scales.dtype != torch.float32:
         raise ValueError(f"scales are {x_scales.dtype} and {w_scales.dtype}; need float32")
     blocks = triton.cdiv(K, BLOCK)
@@ -231,6 +259,13 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
     if given[0] not in ((M, 1), (1,), ()) or given[1] not in ((N, 1), (1,), ()):
         raise ValueError(f"scales of shapes {given[0]} and {given[1]} fit no scheme of x [{M}, {K}] and w [{N}, {K}]")
     return False
+
+
+def _check_codes(name: str, codes: torch.Tensor) -> None:
+    whole = codes.shape[1] % 16 == 0 and codes.data_ptr() % 16 == 0
+    if codes.dtype != torch.float8_e4m3fn or not codes.is_contiguous() or not whole:
+        raise ValueError(f"{name} is {codes.dtype}, strides {codes.stride()}: need contiguous float8_e4m3fn, "
+                         "aligned to 16 bytes, with K a multiple of 16")  # fmt: skip
 
 
 def _strides(scales: torch.Tensor) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 The time is that of reading w, and of what stands around it: a launch, one wait for memory, one sum. So a program takes
 few rows over the whole of K, and asks for all it can hold before it computes. Codes become float32 (through float16, by
-one instruction for two), products and sums are float32's.
+one instruction for two), products and sums are float32's. x may come as it was before act_quant: then each program makes
+its codes, while it waits for w's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
+from dsv2quant.kernels.checks import INTERPRETED
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
 PIECE: tl.constexpr = tl.constexpr(16)  # codes of one load of a thread: of one row and one group
+HALF: tl.constexpr = tl.constexpr(8)  # floats of one load
 MOST_TOKENS = 4  # of one program
+MOST_FLOATS = 8192  # columns of x that every program makes codes of
 
 
 class Vector(NamedTuple):
@@ -36,13 +41,27 @@ def rule(rows: int, columns: int) -> Vector:
     return Vector(4, warps, triton.cdiv(steps, triton.cdiv(steps, 4)))
 
 
+@triton.jit
+def _coded(low, high, ROUND: tl.constexpr):
+    """Codes of one token's columns [1, ·], and the scale of each 16, by groups as act_quant makes them; a thread's 16
+    columns come in halves [· / 16, 8]."""
+    PIECES: tl.constexpr = low.shape[0]
+    OF_GROUP: tl.constexpr = DEPTH // PIECE
+    values = tl.join(low, high).permute(0, 2, 1).reshape(PIECES, PIECE).to(tl.float32)
+    largest = tl.max(tl.max(magnitudes(values), 1).reshape(PIECES // OF_GROUP, OF_GROUP), 1)
+    scales = tl.broadcast_to(scale_of(largest)[:, None], [PIECES // OF_GROUP, OF_GROUP]).reshape(PIECES)
+    codes = encoded(values, tl.broadcast_to(scales[:, None], [PIECES, PIECE]), ROUND)
+    return codes.reshape(1, PIECES * PIECE), scales
+
+
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _vector_kernel(
-    x, x_scale, w, w_scale, y, M, N, xs_m, xs_k, ws_n, ws_k,
+    x, x_scale, w, w_scale, y, M, N, x_m, xs_m, xs_k, ws_n, ws_k,
     K: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a thread's own 16 columns stay apart, [ROWS, WIDE / 16], until the end."""
+    """Sums of a thread's own 16 columns stay apart, [ROWS, WIDE / 16], until the end. Without x_scale, x is no codes
+    yet."""
     PIECES: tl.constexpr = WIDE // PIECE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near_row = tl.minimum(row, N - 1).to(tl.int64)
@@ -59,29 +78,42 @@ def _vector_kernel(
             else:
                 inside = column < K
                 codes = codes + (tl.load(weights + column, mask=inside, other=0.0, eviction_policy="evict_first"),)
-            group = tl.minimum(first + i * WIDE + tl.arange(0, PIECES) * PIECE, K - 1) // DEPTH
+            piece = first + i * WIDE + tl.arange(0, PIECES) * PIECE
+            group = tl.minimum(piece, K - 1) // DEPTH
             if GROUPED:
                 of_rows = of_rows + (tl.load(weight_scales + group * ws_k),)
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first_token + t, M - 1)
-                if K % (WIDE * HELD) == 0:
-                    values = values + (tl.load(x + token * K + column),)
+                if x_scale is None:
+                    half = x + token * x_m + piece[:, None] + tl.arange(0, HALF)[None, :]
+                    there = piece[:, None] < K
+                    values = values + (tl.load(half, mask=there, other=0.0),)
+                    values = values + (tl.load(half + HALF, mask=there, other=0.0),)
+                elif K % (WIDE * HELD) == 0:
+                    values = values + (tl.load(x + token * x_m + column),)
                 else:
-                    values = values + (tl.load(x + token * K + column, mask=inside, other=0.0),)
-                if GROUPED:
+                    values = values + (tl.load(x + token * x_m + column, mask=inside, other=0.0),)
+                if GROUPED and x_scale is not None:
                     of_tokens = of_tokens + (tl.load(x_scale + token * xs_m + group * xs_k),)
         # One wait for all of them: the compiler moves no load over a barrier, and no use of one before a branch, which
         # is always taken.
         tl.debug_barrier()
         if M > 0:
+            given, scales = values, of_tokens
+            if x_scale is None:
+                given, scales = (), ()
+                for i in tl.static_range(HELD * TOKENS):
+                    made, made_scales = _coded(values[2 * i], values[2 * i + 1], ROUND)
+                    given = given + (made,)
+                    scales = scales + (made_scales,)
             for i in tl.static_range(HELD):
                 a = codes[i].to(tl.float32)
                 found = ()
                 for t in tl.static_range(TOKENS):
-                    products = a * values[i * TOKENS + t].to(tl.float32)
+                    products = a * given[i * TOKENS + t].to(tl.float32)
                     sums = tl.sum(products.reshape(ROWS, PIECES, PIECE), 2)
                     if GROUPED:
-                        sums *= (of_rows[i] * of_tokens[i * TOKENS + t])[None, :]
+                        sums *= (of_rows[i] * scales[i * TOKENS + t])[None, :]
                     found = found + (totals[t] + sums,)
                 totals = found
     for t in tl.static_range(TOKENS):
@@ -94,11 +126,11 @@ def _vector_kernel(
 
 
 def launch(
-    out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor,
+    out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor | None, w: torch.Tensor, w_scales: torch.Tensor,
     strides: tuple[int, int, int, int], grouped: bool, share: Vector,
 ) -> None:  # fmt: skip
-    """What fp8_gemm.matmul_into has checked; the strides are those of x's scales and of w's. Raises ValueError for a
-    share that holds columns beyond the last."""
+    """What fp8_gemm has checked, x without scales being floats; the strides are those of x's scales and of w's. Raises
+    ValueError for a share that holds columns beyond the last."""
     (M, K), N = x.shape, w.shape[0]
     wide = share.warps * 32 * PIECE.value
     if (share.held - 1) * wide >= K:
@@ -106,7 +138,7 @@ def launch(
         raise ValueError(f"{share.held} times {wide} columns are held, of {K}")
     tokens = min(M, MOST_TOKENS)
     _vector_kernel[(triton.cdiv(N, share.rows), triton.cdiv(M, tokens))](
-        x, x_scales, w, w_scales, out, M, N, *strides,
-        K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=wide, HELD=share.held,
+        x, x_scales, w, w_scales, out, M, N, x.stride(0), *strides,
+        K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=wide, HELD=share.held, ROUND=INTERPRETED,
         num_warps=share.warps, enable_fp_fusion=True,
     )  # fmt: skip

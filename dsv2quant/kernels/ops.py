@@ -43,6 +43,7 @@ def _either(kernel: Callable[P, R], twin: Callable[..., Any]) -> Callable[P, R]:
 
 quantize_activation = _either(act_quant.quantize_activation, reference.quantize_activation)
 fp8_matmul = _either(fp8_gemm.matmul, reference.fp8_matmul)
+fp8_linear = _either(fp8_gemm.linear, reference.fp8_linear)
 int4_linear = _either(int4_gemm.linear, reference.linear_int4)
 gguf_linear = _either(gguf_gemm.linear, reference_gguf.linear_gguf)
 

@@ -66,6 +66,18 @@ def fp8_matmul(
     return F.linear(dequantize_activation(x, x_scales), right).to(dtype)
 
 
+def fp8_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    dtype: torch.dtype,
+    granularity: str,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`fp8_matmul` of x [M, K] quantized by `quantize_activation`."""
+    return fp8_matmul(*quantize_activation(x, granularity, scale), w, w_scales, dtype)
+
+
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     """[rows, columns]: (code − zero) × scale in float32, rounded once to `dtype`, columns where the input has them."""
     zeros = OFFSET if weight.zeros is None else weight.zeros.T.repeat_interleave(weight.group, 1)
