@@ -20,6 +20,10 @@ def results() -> dict:
     return interpreted("fp8_interpreted.py")
 
 
+def test_codes_made_in_the_product_are_those_of_a_launch_of_its_own(results: dict) -> None:
+    assert results["own codes"] == []
+
+
 @pytest.mark.parametrize("granularity", ["token", "group128", "static"])
 def test_activations_have_the_twins_bytes(granularity: str, results: dict) -> None:
     assert results["quantized"][granularity] == []
@@ -44,7 +48,7 @@ def compiled(kernel, constants: dict, types: dict[str, str], warps: int, stages:
     memory."""
     constants = constants | {name: value for name, value in CONSTANT.items() if name in kernel.arg_names}
     options = {"num_warps": warps, "num_stages": stages}
-    made = compile_for_hopper(kernel, types, constants, folder / "kernel.cubin", **options)
+    made = compile_for_hopper(kernel, types, constants, folder / "kernel.cubin", ("N", "K", "x_m"), **options)
     assert (made.resources["STACK"], made.resources["LOCAL"]) == (0, 0)
     return made.ptx
 
@@ -75,13 +79,29 @@ def test_very_few_tokens_are_asked_for_at_once(N: int, K: int, tokens: int, grou
     assert isinstance(share, Vector)
     constants = {"K": K, "GROUPED": grouped, "ROWS": share.rows, "TOKENS": tokens, "WIDE": 512 * share.warps}
     types = POINTERS | {"x": "*fp8e4nv", "w": "*fp8e4nv", "y": "*bf16"}
-    constants |= {"HELD": share.held}
+    constants |= {"HELD": share.held, "ROUND": False}
     ptx = compiled(fp8_vector._vector_kernel, constants, types, share.warps, 1, tmp_path)
     asked, used = ptx.split("bar.sync", 1)
-    assert asked.count("v4.b32") == (share.rows + tokens) * share.held
+    weights, activations = asked.split("griddepcontrol.wait", 1)
+    assert weights.count("v4.b32") == share.rows * share.held
+    assert activations.count("v4.b32") == tokens * share.held
     assert "ld.global" not in used.split("bra", 1)[0]
     assert used.count("cvt.rn.f16x2.e4m3x2") == 8 * (share.rows + tokens) * share.held
     assert "e4m3x2" not in asked
+
+
+def test_codes_are_made_where_they_are_used(tmp_path: Path) -> None:
+    """All is asked for before the barrier, and what becomes codes behind it stays in registers."""
+    constants = {"K": 2048, "GROUPED": True, "ROWS": 2, "TOKENS": 1, "WIDE": 2048, "HELD": 1, "ROUND": False}
+    types = POINTERS | {"x": "*bf16", "w": "*fp8e4nv", "y": "*bf16"}
+    ptx = compiled(fp8_vector._vector_kernel, constants | {"x_scale": None}, types, 4, 1, tmp_path)
+    asked, used = ptx.split("bar.sync", 1)
+    assert [part.count("v4.b32") for part in asked.split("griddepcontrol.wait", 1)] == [2, 2]
+    assert "ld.global" not in used
+    codes, sums = used.split("cvt.rn.f16x2.e4m3x2", 1)
+    assert codes.count("cvt.rn.satfinite.e4m3x2.f32") == 8
+    assert "st.shared" not in codes
+    assert "satfinite" not in sums
 
 
 @pytest.mark.parametrize("share", sorted({choose(M, *weight) for M in (256, 1024, 4096) for weight in WEIGHTS}))

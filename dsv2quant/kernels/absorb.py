@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import MULTIPROCESSORS, check_rows
 
 
@@ -32,6 +33,7 @@ def _per_head_kernel(
     K: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out [T, heads, C] = Σ_k x [T, heads, K] · w [heads, K, C], in strides as named."""
+    start_next()
     head = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2).to(tl.int64) * TOKENS
@@ -42,14 +44,20 @@ def _per_head_kernel(
     if TOKENS == 1:
         values = x + first * x_t + head * x_h + k
         products = tl.zeros([COLUMNS, DEPTH], tl.float32)
+        read = ()
         for start in tl.static_range(0, K, DEPTH):
-            a = tl.load(weights + start * w_k, mask=(column < C)[:, None] & (k < K - start)[None, :], other=0.0)
+            inside = (column < C)[:, None] & (k < K - start)[None, :]
+            read = read + (tl.load(weights + start * w_k, mask=inside, other=0.0),)
+        wait()
+        for start in tl.static_range(0, K, DEPTH):
+            a = read[start // DEPTH]
             b = tl.load(values + start, mask=k < K - start, other=0.0).to(a.dtype)
             products += a.to(tl.float32) * b.to(tl.float32)[None, :]
         total = tl.sum(products, 1)[:, None]
     else:
         values = x + token[None, :] * x_t + head * x_h + k[:, None]
         total = tl.zeros([COLUMNS, TOKENS], tl.float32)
+        wait()
         for start in tl.range(0, K, DEPTH):
             a = tl.load(weights + start * w_k, mask=(column < C)[:, None] & (k < K - start)[None, :], other=0.0)
             b = tl.load(values + start, mask=(token < T)[None, :] & (k < K - start)[:, None], other=0.0).to(a.dtype)
@@ -108,5 +116,5 @@ def _per_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, share: Share)
         _per_head_kernel[(triton.cdiv(columns, share.columns), heads, triton.cdiv(tokens, share.tokens))](
             x, w, out, tokens, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
             K=depth, C=columns, COLUMNS=share.columns, TOKENS=share.tokens, DEPTH=share.depth,
-            num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True,
+            num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip

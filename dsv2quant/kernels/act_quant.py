@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
@@ -82,6 +83,8 @@ def _quantize_kernel(
     GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups."""
+    start_next()
+    wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     column = group * WIDTH + tl.arange(0, WIDTH)
@@ -141,6 +144,6 @@ def quantize_activation(
         _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
             x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
             GIVEN=granularity == "static", ROUND=INTERPRETED, ROWS=rows, WIDTH=width,
-            num_warps=warps, enable_fp_fusion=False,
+            num_warps=warps, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return codes, scales

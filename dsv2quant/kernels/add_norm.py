@@ -13,6 +13,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import outputs, quantize_row
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
@@ -33,17 +34,19 @@ def _add_norm_kernel(
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """HELD: how many pairs are in registers at once."""
+    start_next()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = column < WIDTH
     row = token * WIDTH + column
+    gain = tl.load(weight + column, mask=inside, other=0.0)
+    wait()
     loaded = (tl.load(x + token * x_stride + column, mask=inside, other=0.0),)
     if addend is not None:
         loaded = loaded + (tl.load(addend + token * addend_stride + column, mask=inside, other=0.0),)
     for pair in tl.static_range(min(PAIRS, HELD)):
         loaded = loaded + (tl.load(pairs + (token * PAIRS + pair) * WIDTH + column, mask=inside, other=0.0),)
-    gain = tl.load(weight + column, mask=inside, other=0.0)
     # The compiler would save registers by waiting for one load before it asks for the next. It moves no load over a
     # barrier, and no sum before a branch, which is always taken.
     tl.debug_barrier()
@@ -111,6 +114,7 @@ def add_norm(
             0 if scales is None or scales.ndim < 2 else scales.stride(1), eps,
             WIDTH=columns, PAIRS=0 if pairs is None else pairs.shape[1], HELD=held(groups), GROUPS=groups,
             GRANULARITY=quantize, ROUND=INTERPRETED, num_warps=min(max(groups // 2, 1), 32), enable_fp_fusion=False,
+            launch_pdl=PDL,
         )  # fmt: skip
     return Normed(x if residual is None else residual, normed, codes, scales)
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, quantize_activation, scale_of
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -91,6 +92,8 @@ def _gate_up_kernel(
     STAGES: tl.constexpr, QUANTIZED: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) · up in DTYPE, and QUANTIZED by the ROWS // 2 columns that a program has."""
+    start_next()
+    wait()
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
@@ -130,6 +133,8 @@ def _down_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of pairs by their routed weights."""
+    start_next()
+    wait()
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
@@ -214,7 +219,7 @@ def _gate_up(
             GROUPED=grouped, WHOLE=hidden % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
             QUANTIZED=h_scales is not None, DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
             ROUND=INTERPRETED,
-            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True,
+            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip
 
 
@@ -238,7 +243,7 @@ def down(
             h, h_scales, stack.down, stack.down_scales, weights, out, *routes[:4], inner, hidden,
             *stack.down_scales.shape[1:], *_strides(h_scales),
             GROUPED=grouped, WHOLE=inner % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
-            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True,
+            STAGES=share.stages, num_warps=share.warps, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip
     return out
 

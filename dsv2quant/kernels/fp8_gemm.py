@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_vector, tables
 from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import check_rows
 from dsv2quant.kernels.fp8_vector import Vector
 
@@ -51,6 +52,8 @@ def _decode_kernel(
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """y [splits, M, N]: the sum over one part of K. WHOLE: K is a multiple of 128."""
+    start_next()
+    wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     near_row, near_token = tl.minimum(row, N - 1).to(tl.int64), tl.minimum(token, M - 1)
@@ -89,6 +92,8 @@ def _decode_kernel(
 @triton.jit
 def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr):
     """y [count] = the sums of `sums` [SPLITS, count], added in order."""
+    start_next()
+    wait()
     element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = element < count
     total = tl.zeros([ELEMENTS], tl.float32)
@@ -187,9 +192,9 @@ def linear(
     """`matmul` of what act_quant.quantize_activation makes of x: for a few tokens, and groups, in one launch."""
     (M, K), N = x.shape, w.shape[0]
     share = choose(M, N, K)
-    if granularity != "group128" or not isinstance(share, Vector) or not 0 < M or K > fp8_vector.MOST_FLOATS:
-        return matmul(*quantize_activation(x, granularity, scale), w, w_scales, dtype)
-    return linear_into(torch.empty(M, N, dtype=dtype, device=x.device), x, w, w_scales, share)
+    if granularity == "group128" and isinstance(share, Vector) and 0 < M * K <= fp8_vector.MOST_FLOATS:
+        return linear_into(torch.empty(M, N, dtype=dtype, device=x.device), x, w, w_scales, share)
+    return matmul(*quantize_activation(x, granularity, scale), w, w_scales, dtype)
 
 
 def linear_into(
@@ -226,12 +231,13 @@ def matmul_into(
         _decode_kernel[(triton.cdiv(N, share.rows), share.splits, triton.cdiv(M, share.tokens))](
             x, x_scales, w, w_scales, sums, M, N, K, *strides, share.splits,
             GROUPED=grouped, WHOLE=K % BLOCK == 0, ROWS=share.rows, TOKENS=share.tokens,
-            num_warps=share.rows // 16, num_stages=share.stages, enable_fp_fusion=True,
+            num_warps=share.rows // 16, num_stages=share.stages, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip
         if share.splits > 1:
             _reduce_kernel[(triton.cdiv(M * N, REDUCED),)](
-                sums, out, M * N, SPLITS=share.splits, ELEMENTS=REDUCED, num_warps=4, enable_fp_fusion=True
-            )
+                sums, out, M * N, SPLITS=share.splits, ELEMENTS=REDUCED,
+                num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
+            )  # fmt: skip
         return out
     _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,

@@ -2,8 +2,8 @@
 
 The time is that of reading w, and of what stands around it: a launch, one wait for memory, one sum. So a program takes
 few rows over the whole of K, and asks for all it can hold before it computes. Codes become float32 (through float16, by
-one instruction for two), products and sums are float32's. x may come as it was before act_quant: then each program makes
-its codes, while it waits for w's.
+one instruction for two), products and sums are float32's. x may come as it was before act_quant: each program makes its
+codes then, while it waits for w's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
 PIECE: tl.constexpr = tl.constexpr(16)  # codes of one load of a thread: of one row and one group
 HALF: tl.constexpr = tl.constexpr(8)  # floats of one load
 MOST_TOKENS = 4  # of one program
-MOST_FLOATS = 8192  # columns of x that every program makes codes of
+MOST_FLOATS = 4096  # of x, of which every program makes codes
 
 
 class Vector(NamedTuple):
@@ -62,6 +63,7 @@ def _vector_kernel(
 ):  # fmt: skip
     """Sums of a thread's own 16 columns stay apart, [ROWS, WIDE / 16], until the end. Without x_scale, x is no codes
     yet."""
+    start_next()
     PIECES: tl.constexpr = WIDE // PIECE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near_row = tl.minimum(row, N - 1).to(tl.int64)
@@ -79,9 +81,14 @@ def _vector_kernel(
                 inside = column < K
                 codes = codes + (tl.load(weights + column, mask=inside, other=0.0, eviction_policy="evict_first"),)
             piece = first + i * WIDE + tl.arange(0, PIECES) * PIECE
-            group = tl.minimum(piece, K - 1) // DEPTH
             if GROUPED:
-                of_rows = of_rows + (tl.load(weight_scales + group * ws_k),)
+                of_rows = of_rows + (tl.load(weight_scales + tl.minimum(piece, K - 1) // DEPTH * ws_k),)
+        wait()
+        for i in tl.static_range(HELD):
+            column = (first + i * WIDE + tl.arange(0, WIDE))[None, :]
+            inside = column < K
+            piece = first + i * WIDE + tl.arange(0, PIECES) * PIECE
+            group = tl.minimum(piece, K - 1) // DEPTH
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first_token + t, M - 1)
                 if x_scale is None:
@@ -140,5 +147,5 @@ def launch(
     _vector_kernel[(triton.cdiv(N, share.rows), triton.cdiv(M, tokens))](
         x, x_scales, w, w_scales, out, M, N, x.stride(0), *strides,
         K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=wide, HELD=share.held, ROUND=INTERPRETED,
-        num_warps=share.warps, enable_fp_fusion=True,
+        num_warps=share.warps, enable_fp_fusion=True, launch_pdl=PDL,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.act_quant import nearest
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -41,6 +42,8 @@ def _latents_kernel(
 ):  # fmt: skip
     """Program (token, part): part 0 fills the cache, the others turn the queries of HEADS heads each. `turns`: rows of
     the table."""
+    start_next()
+    wait()
     WIDTH: tl.constexpr = RANK + ROPE
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
@@ -122,5 +125,5 @@ def append_latents(
             NOPE=q.shape[1] // heads - rope, RANK=rank, ROPE=rope, LATENTS=triton.next_power_of_2(rank),
             HALF=triton.next_power_of_2(rope // 2), HEADS=HEADS,
             LARGEST=torch.finfo(cache.dtype).max if fp8 else None, ROUND=INTERPRETED,
-            num_warps=4, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip

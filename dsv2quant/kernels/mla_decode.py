@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.chain import PDL, start_next, wait
+
 FLOATS = (torch.bfloat16, torch.float16)
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOG2_E = 1.4426950408889634
@@ -54,6 +56,8 @@ def _split_kernel(
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
+    start_next()
+    wait()
     WIDTH: tl.constexpr = RANK + ROPE
     split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -111,6 +115,8 @@ def _join_kernel(
     parts, lse, lengths, out, heads, splits,
     RANK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    start_next()
+    wait()
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     split, column = tl.arange(0, SPLITS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     length = tl.load(lengths + row)
@@ -157,13 +163,13 @@ def mla_decode(
         q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
         RANK=rank, ROPE=width - rank, LATENTS=padded(rank), TURNED=padded(width - rank),
         HEADS=blocks.heads, TOKENS=blocks.tokens, FP8=fp8,
-        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True, launch_pdl=PDL,
     )  # fmt: skip
     if blocks.splits > 1:
         _join_kernel[(triton.cdiv(rank, COLUMNS), heads, batch)](
             parts, lse, lengths, out, heads, blocks.splits,
             RANK=rank, TOKENS=blocks.tokens, SPLITS=triton.next_power_of_2(blocks.splits), COLUMNS=COLUMNS,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip
     return out
 

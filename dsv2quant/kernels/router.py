@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import check_rows
 
 PIECE: tl.constexpr = tl.constexpr(4)  # columns that a thread loads of a row at once, also of x's narrower ones
@@ -22,6 +23,7 @@ def _router_kernel(
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """ROWS experts' logits of TOKENS tokens: sums of a thread's own pieces stay apart until the end."""
+    start_next()
     PIECES: tl.constexpr = WIDE // PIECE
     expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weights = router + tl.minimum(expert, EXPERTS - 1)[:, None] * COLUMNS
@@ -33,6 +35,10 @@ def _router_kernel(
             column = tl.arange(0, WIDE)[None, :] + (first + i * WIDE)
             inside = column < COLUMNS
             gains = gains + (tl.load(weights + column, mask=inside, other=0.0),)
+        wait()
+        for i in tl.static_range(HELD):
+            column = tl.arange(0, WIDE)[None, :] + (first + i * WIDE)
+            inside = column < COLUMNS
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first_token + t, T - 1).to(tl.int64)
                 near = tl.max_contiguous(column, (1, PIECE))
@@ -72,6 +78,7 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         _router_kernel[(triton.cdiv(experts, rows), triton.cdiv(tokens, wide))](
             x, router, logits, tokens, experts, x.stride(0),
             COLUMNS=columns, ROWS=rows, TOKENS=wide, HELD=held, num_warps=WARPS, enable_fp_fusion=True,
+            launch_pdl=PDL,
         )  # fmt: skip
     return logits
 

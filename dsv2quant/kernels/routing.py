@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.chain import PDL, start_next, wait
+
 SLICE = 32  # pairs whose places one program finds
 CHUNK = 512  # pairs that it compares them to at once
 COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
@@ -47,6 +49,8 @@ def _route_kernel(
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """One token, its experts as [MANY_GROUPS, WIDTH]. SORTED: also the routes, where there is no other token."""
+    start_next()
+    wait()
     token = tl.program_id(0)
     group, column = tl.arange(0, MANY_GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
     size = EXPERTS // GROUPS
@@ -125,6 +129,8 @@ def _sort_kernel(
     BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program 0: the tiles. Each other: the places of SLICE pairs, which is how many pairs go before each."""
+    start_next()
+    wait()
     if tl.program_id(0) == 0:
         _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK, BINS, CHUNK)
     else:
@@ -177,6 +183,7 @@ def _route(
             GROUPS=n_group, MANY_GROUPS=triton.next_power_of_2(n_group),
             WIDTH=triton.next_power_of_2(experts // n_group), KEPT=topk_group, K=k, MANY=triton.next_power_of_2(k),
             NORM=norm and k > 1, SORTED=routes is not None, num_warps=1, enable_fp_fusion=False,
+            launch_pdl=PDL,
         )  # fmt: skip
     return weights, chosen, routes
 
@@ -208,5 +215,6 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
             chosen, *routes[:4], count, experts, len(routes.experts),
             BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
             CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
+            launch_pdl=PDL,
         )  # fmt: skip
     return routes

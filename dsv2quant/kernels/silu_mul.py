@@ -8,6 +8,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import outputs, quantize_row
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
@@ -21,6 +22,8 @@ def _silu_mul_kernel(
     gate, up, out, codes, scales, gate_stride, up_stride, scale_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
+    start_next()
+    wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
@@ -65,6 +68,6 @@ def silu_mul(
             gate, up, out, codes, scales, gate.stride(0), up.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1),
             WIDTH=columns, GROUPS=taken, GRANULARITY=quantize, ROUND=INTERPRETED,
-            num_warps=min(max(taken // 2, 1), 32), enable_fp_fusion=False,
+            num_warps=min(max(taken // 2, 1), 32), enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return (codes, scales) if out is None else out

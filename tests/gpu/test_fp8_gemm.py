@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from fp8_cases import EXTREMES, activations, exact, operands
 
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.fp8_gemm import choose, matmul, matmul_into
+from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.fp8_gemm import choose, linear, linear_into, matmul, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +73,47 @@ def test_plain_units_add_in_float32(N: int, K: int, M: int, scheme: str) -> None
         out = torch.full((M, N), float("nan"), device="cuda")
         error = (matmul_into(out, *given, share).double() - want).abs()
         assert bool((error <= bound).all()), share
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [1, 2, 4])
+@pytest.mark.parametrize(("N", "K"), [(2048, 2048), (130, 400), (5120, 3072)])
+def test_codes_made_in_the_product_are_those_of_a_launch_of_its_own(N: int, K: int, M: int, dtype) -> None:
+    """Bit for bit, in the share that is chosen and in others."""
+    _, _, w, w_scales = operands(M, N, K, "block", "cuda")
+    x = activations(M, K, device="cuda").to(dtype)
+    codes = quantize_activation(x, "group128")
+    shares = {share for share in (choose(1, N, K), Vector(4, 1, 1), Vector(8, 2, 1)) if isinstance(share, Vector)}
+    for share in shares:
+        given, made = (torch.full((M, N), float("nan"), device="cuda") for _ in range(2))
+        matmul_into(given, *codes, w, w_scales, share)
+        assert torch.equal(linear_into(made, x, w, w_scales, share), given), share
+    assert torch.equal(linear(x, w, w_scales, dtype, "group128"), matmul(*codes, w, w_scales, dtype))
+
+
+def test_a_product_waits_for_its_input_in_a_graph() -> None:
+    """Kernels start while the one before them runs: a chain of dependent products gives the same in a graph, played
+    again and again, as one by one with a wait between them."""
+    layers = [operands(1, 2048, 2048, "block", "cuda")[2:] for _ in range(8)]
+    x, gain = activations(1, 2048, device="cuda").bfloat16(), torch.ones(2048, dtype=torch.bfloat16, device="cuda")
+
+    def run(between: Callable[[], None]) -> torch.Tensor:
+        y = x
+        for w, w_scales in layers:
+            normed = add_norm(y, gain, 1e-6).normed
+            between()
+            y = linear(normed, w, w_scales, torch.bfloat16, "group128")
+            between()
+        return y
+
+    want = run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(lambda: None)
+    for _ in range(20):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
 
 
 def test_a_product_is_the_same_every_time() -> None:
