@@ -59,6 +59,8 @@ def _vector_kernel(
                 strip = first_strip + s
                 at = words + (strip // 4 * spans + near)[:, None] * (128 * STEPS) + strip % 4 * (32 * STEPS)
                 held = held + (tl.load(at + tl.arange(0, 32 * STEPS)[None, :], eviction_policy="evict_first"),)
+        tl.debug_barrier()  # the weights' are asked for first: theirs is the longest way
+        for i in tl.static_range(HELD):
             own = first + i * WARPS + thread // 32
             group = (own if spans % (WARPS * HELD) == 0 else tl.minimum(own, spans - 1)) // PER_GROUP
             for s in tl.static_range(STRIPS):
@@ -79,6 +81,7 @@ def _vector_kernel(
                         values = values + (tl.load(at, mask, 0).reshape(WARPS, 32),)
             else:
                 token = first_token + tl.arange(0, TOKENS)[None, None, :]
+                span = first + i * WARPS + tl.arange(0, WARPS)
                 column = span[:, None, None] * SPAN + tl.arange(0, SPAN)[None, :, None]
                 mask = token < M if EVEN else (token < M) & (column < K)
                 values = values + (tl.load(x + token * K + column, mask, 0.0),)
