@@ -24,13 +24,12 @@ class Compiled(NamedTuple):
     instructions: Counter[str]  # of PTX
     resources: dict[str, int]  # REG, STACK, LOCAL
     shared: int  # bytes
-    sass: list[str]  # the instructions' names, in order
 
 
 def compiled(kernel: Any, warps: int, file: Path, constants: dict[str, Any]) -> Compiled:
     made = compile_for_hopper(kernel, TYPES, constants, file, num_warps=warps)
     instructions = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]+)\s", made.ptx, re.M)
-    return Compiled(Counter(instructions), made.resources, made.shared, made.sass())
+    return Compiled(Counter(instructions), made.resources, made.shared)
 
 
 def gemm(share: Config | Held, group: int, file: Path, zeros: bool = False, asm: bool = True) -> Compiled:

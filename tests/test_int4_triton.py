@@ -9,7 +9,7 @@ import pytest
 import torch
 from int4_cases import random_weight
 from int4_interpreted import CASES
-from triton_tools import interpreted
+from triton_tools import interpreted, sass
 
 from dsv2quant.kernels.int4_gemm import Config, choose, linear
 from dsv2quant.kernels.int4_held import Held, rule, steps_of
@@ -66,26 +66,29 @@ def test_held_words_are_asked_for_before_the_wait(share: Held, group: int, zeros
     """The next kernel may start; words and scales are on their way; then come the wait, x, the products and what is
     written. All words and x of a step are 16 bytes of a thread: 8 where it has 32 columns."""
     made = int4_compiled.gemm(share, group, tmp_path / "k.cubin", zeros)
+    code = sass(tmp_path / "k.cubin")
     assert made.resources["LOCAL"] == made.resources["STACK"] == 0
-    assert made.sass.index("PREEXIT") < min(_places(made.sass, "LDG"))
-    (wait,) = _places(made.sass, "ACQBULK")
-    before = [made.sass[i] for i in _places(made.sass, "LDG") if i < wait]
+    assert code.index("PREEXIT") < min(_places(code, "LDG"))
+    (wait,) = _places(code, "ACQBULK")
+    before = [code[i] for i in _places(code, "LDG") if i < wait]
     steps, wide = steps_of(share, 5120, min(group, 128))[1], ".64" if group == 32 else ".128"
     assert sum(name.endswith(f".EF{wide}") for name in before) == steps * (2 if group > 64 else 1)
     assert len(before) >= steps * (1 if group == 512 else 2)
-    assert wait < min(_places(made.sass, f"LDG.E{wide}")) < min(_places(made.sass, "HGMMA"))
-    assert wait < min(_places(made.sass, "STG"))
+    assert wait < min(_places(code, f"LDG.E{wide}")) < min(_places(code, "HGMMA"))
+    assert wait < min(_places(code, "STG") + _places(code, "ATOMG"))
+    assert not _places(code, "HMMA")
 
 
-def _places(sass: list[str], name: str) -> list[int]:
-    return [i for i, instruction in enumerate(sass) if instruction.startswith(name)]
+def _places(code: list[str], name: str) -> list[int]:
+    return [i for i, instruction in enumerate(code) if instruction.startswith(name)]
 
 
 def test_the_pipelined_kernel_waits_before_it_reads_or_writes(tmp_path: Path) -> None:
-    sass = int4_compiled.gemm(COMPILED[1], 128, tmp_path / "k.cubin").sass
-    (wait,) = _places(sass, "ACQBULK")
-    first = min(_places(sass, "LDG") + _places(sass, "STG") + _places(sass, "ATOMG") + _places(sass, "LDGSTS"))
-    assert sass.index("PREEXIT") < wait < first
+    int4_compiled.gemm(COMPILED[1], 128, tmp_path / "k.cubin")
+    code = sass(tmp_path / "k.cubin")
+    (wait,) = _places(code, "ACQBULK")
+    first = min(_places(code, "LDG") + _places(code, "STG") + _places(code, "ATOMG") + _places(code, "LDGSTS"))
+    assert code.index("PREEXIT") < wait < first
 
 
 def test_zeros_and_plain_decoding_compile(tmp_path: Path) -> None:

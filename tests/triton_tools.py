@@ -18,12 +18,6 @@ class Compiled(NamedTuple):
     ptx: str
     resources: dict[str, int]  # REG, STACK, LOCAL, as cuobjdump reads them in the binary
     shared: int  # bytes
-    cubin: Path
-
-    def sass(self) -> list[str]:
-        """The names of the machine's instructions, in order."""
-        text = _run("nvdisasm", "-c", self.cubin)
-        return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
 
 
 def printed(script: str, **environment: str) -> Any:
@@ -70,7 +64,13 @@ def compile_for_hopper(
     usage = _run("cuobjdump", "-res-usage", cubin)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assert len(resources) == 3, usage
-    return Compiled(made.asm["ptx"], resources, made.metadata.shared, cubin)
+    return Compiled(made.asm["ptx"], resources, made.metadata.shared)
+
+
+def sass(cubin: Path) -> list[str]:
+    """The names of the machine's instructions, in order."""
+    code = _run("nvdisasm", "-c", cubin)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
 
 
 def _run(tool: str, *arguments: str | Path) -> str:
