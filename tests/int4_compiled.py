@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from triton_tools import compile_for_hopper
 
 from dsv2quant.kernels import int4_gemm
-from dsv2quant.kernels.int4_gemm import MAGIC, Config
+from dsv2quant.kernels.int4_gemm import Config
+from dsv2quant.kernels.int4_held import Held, held_kernel, steps_of
+from dsv2quant.kernels.int4_operand import MAGIC
 
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "partial": "*fp32",
@@ -30,16 +32,21 @@ def compiled(kernel: Any, warps: int, file: Path, constants: dict[str, Any]) -> 
     return Compiled(Counter(instructions), made.resources, made.shared)
 
 
-def gemm(config: Config, group: int, file: Path, zeros: bool = False, asm: bool = True) -> Compiled:
+def gemm(share: Config | Held, group: int, file: Path, zeros: bool = False, asm: bool = True) -> Compiled:
+    """Of 5120 columns."""
     block, steps = min(group, 128), 2 if group == 32 else 4
     constants = {
-        "GROUPED": group <= 128, "EVEN": True, "TILES": config.rows // 64, "SPANS": block // (16 * steps),
-        "STEPS": steps, "TOKENS": config.tokens, "SPLIT": config.split, "STAGES": config.stages,
-        "MAGIC": MAGIC[int4_gemm.torch.bfloat16], "ASM": asm,
+        "GROUPED": group <= 128, "EVEN": True, "SPANS": block // (16 * steps), "STEPS": steps, "TOKENS": share.tokens,
+        "SPLIT": share.split, "MAGIC": MAGIC[int4_gemm.torch.bfloat16], "ASM": asm,
     }  # fmt: skip
     constants |= {} if zeros else {"zeros": None}
-    constants |= {} if config.split > 1 else {"partial": None}
-    return compiled(int4_gemm._gemm_kernel, config.warps, file, constants)
+    constants |= {} if share.split > 1 else {"partial": None}
+    if isinstance(share, Held):
+        part, held = steps_of(share, 5120, block)
+        constants |= {"PART": part, "HELD": held}
+        return compiled(held_kernel, 4, file, constants)
+    constants |= {"TILES": share.rows // 64, "STAGES": share.stages}
+    return compiled(int4_gemm._gemm_kernel, share.warps, file, constants)
 
 
 def dequantize(group: int, file: Path) -> Compiled:

@@ -15,6 +15,7 @@ from dsv2quant.bench.tune import OPERATIONS, TOKENS
 from dsv2quant.kernels import fp8_gemm, tables
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill
 from dsv2quant.kernels.int4_gemm import Config
+from dsv2quant.kernels.int4_held import Held
 
 SHARED = 227 << 10  # bytes of a multiprocessor's memory that a program may have
 
@@ -119,6 +120,8 @@ def shared_memory(share: object) -> int:
     """Bytes of a program's tiles, all stages."""
     if isinstance(share, Config):
         return 128 * 2 * share.tokens * share.stages  # weights are in registers
+    if isinstance(share, Held):
+        return 128 * 2 * share.tokens * share.held
     if isinstance(share, Decode | Prefill):
         return 128 * (share.rows + share.tokens) * share.stages
     return 0
@@ -130,6 +133,7 @@ def test_programs_are_neither_few_nor_many():
     assert {(share.rows, share.warps, share.held) for share in fp8.vectors(2048, 2816)} == {
         (2, 1, 6), (4, 1, 6), (8, 1, 3), (2, 2, 3), (4, 2, 3), (8, 2, 3)
     }  # fmt: skip
+    assert int4.helds(5120, 3072) == [Held(3, 4), Held(3, 8), Held(4, 6), Held(6, 4)]
     assert int4.candidates(1024, 24576, 1536) == [None]
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from int4_cases import random_weight
 from int4_interpreted import CASES
-from triton_tools import interpreted
+from triton_tools import interpreted, sass
 
 from dsv2quant.kernels.int4_gemm import Config, choose, linear
+from dsv2quant.kernels.int4_held import Held, rule, steps_of
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
 TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
@@ -58,6 +59,38 @@ def test_compiled_for_hopper(config: Config, group: int, tmp_path: Path) -> None
     assert made.shared <= 227 << 10
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, 512])
+@pytest.mark.parametrize("share", [Held(8, 5), Held(2, 20)], ids=str)
+def test_held_words_are_asked_for_before_the_wait(share: Held, group: int, zeros: bool, tmp_path: Path) -> None:
+    """The next kernel may start; words and scales are on their way; then come the wait, x, the products and what is
+    written. All words and x of a step are 16 bytes of a thread: 8 where it has 32 columns."""
+    made = int4_compiled.gemm(share, group, tmp_path / "k.cubin", zeros)
+    code = sass(tmp_path / "k.cubin")
+    assert made.resources["LOCAL"] == made.resources["STACK"] == 0
+    assert code.index("PREEXIT") < min(_places(code, "LDG"))
+    (wait,) = _places(code, "ACQBULK")
+    before = [code[i] for i in _places(code, "LDG") if i < wait]
+    steps, wide = steps_of(share, 5120, min(group, 128))[1], ".64" if group == 32 else ".128"
+    assert sum(name.endswith(f".EF{wide}") for name in before) == steps * (2 if group > 64 else 1)
+    assert len(before) >= steps * (1 if group == 512 else 2)
+    assert wait < min(_places(code, f"LDG.E{wide}")) < min(_places(code, "HGMMA"))
+    assert wait < min(_places(code, "STG") + _places(code, "ATOMG"))
+    assert not _places(code, "HMMA")
+
+
+def _places(code: list[str], name: str) -> list[int]:
+    return [i for i, instruction in enumerate(code) if instruction.startswith(name)]
+
+
+def test_the_pipelined_kernel_waits_before_it_reads_or_writes(tmp_path: Path) -> None:
+    int4_compiled.gemm(COMPILED[1], 128, tmp_path / "k.cubin")
+    code = sass(tmp_path / "k.cubin")
+    (wait,) = _places(code, "ACQBULK")
+    first = min(_places(code, "LDG") + _places(code, "STG") + _places(code, "ATOMG") + _places(code, "LDGSTS"))
+    assert code.index("PREEXIT") < wait < first
+
+
 def test_zeros_and_plain_decoding_compile(tmp_path: Path) -> None:
     for zeros, asm in ((True, True), (False, False)):
         made = int4_compiled.gemm(Config(128, 16, 1, 4, 3), 128, tmp_path / "k.cubin", zeros, asm)
@@ -81,6 +114,27 @@ def test_chosen_configurations_fit(rows: int, columns: int) -> None:
         if config is not None:
             assert config.split <= max(1, columns // 128)
             assert -(-blocks * 64 // config.rows) * -(-tokens // config.tokens) <= 4 * blocks or config.split == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        ((2112, 5120), (10, 4)),
+        ((32768, 512), (1, 4)),
+        ((6144, 5120), (5, 4)),
+        ((2048, 2816), (5, 5)),
+        ((64, 64), (1, 1)),
+    ],
+)
+def test_held_programs_run_all_at_once(shape: tuple[int, int], share: tuple[int, int]) -> None:
+    assert rule(*shape) == share
+
+
+def test_parts_are_held_in_passes_of_like_size() -> None:
+    assert steps_of(Held(1, 5), 1536, 128) == (12, 4)
+    assert steps_of(Held(8, 5), 5120, 32) == (20, 10)  # 12 at most
+    assert steps_of(Held(3, 8), 704, 64) == (4, 4)
+    assert steps_of(Held(4, 2), 200, 128) == (1, 1)
 
 
 def test_the_more_rows_the_later_the_weight_is_dequantized() -> None:

@@ -10,6 +10,7 @@ import pytest
 from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill
 from dsv2quant.kernels.int4_gemm import Config
+from dsv2quant.kernels.int4_held import Held
 
 CONTENT = {
     "gpu": "Some GPU",
@@ -17,7 +18,7 @@ CONTENT = {
     "fp8_gemm": {
         "256x512": {"1": ["decode", 64, 16, 2, 4], "16": ["decode", 128, 16, 1, 4], "1024": ["prefill", 64, 128, 3]},
     },
-    "int4_gemm": {"256x512": {"16": ["gemm", 64, 16, 8, 4, 4], "256": ["dequantize"]}},
+    "int4_gemm": {"256x512": {"1": ["held", 2, 4], "16": ["gemm", 64, 16, 8, 4, 4], "256": ["dequantize"]}},
 }  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def test_a_share_serves_at_most_its_tokens(tokens, share, some_gpu):
 
 
 def test_int4_takes_its_own(some_gpu):
+    assert int4_gemm.choose(1, 256, 512) == Held(2, 4)
     assert int4_gemm.choose(5, 256, 512) == Config(64, 16, 8, 4, 4)
     assert int4_gemm.choose(200, 256, 512) is None
     assert int4_gemm.rule(200, 256, 512) is None
@@ -118,7 +120,9 @@ def test_a_table_that_is_no_json_is_refused(tmp_path):
 
 def test_kinds_have_as_many_numbers_as_fields():
     assert tables.KINDS["fp8_gemm"] == {name: len(kind._fields) for name, kind in fp8_gemm.KINDS.items()}
-    assert tables.KINDS["int4_gemm"] == {"gemm": len(Config._fields), "dequantize": 0}
+    assert tables.KINDS["int4_gemm"] == {
+        "dequantize": 0, **{name: len(kind._fields) for name, kind in int4_gemm.KINDS.items()}
+    }  # fmt: skip
 
 
 def test_the_tables_that_come_with_the_package_can_be_read():

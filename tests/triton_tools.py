@@ -61,8 +61,21 @@ def compile_for_hopper(
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"enable_fp_fusion": True})
     cubin.write_bytes(made.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = _run("cuobjdump", "-res-usage", cubin)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assert len(resources) == 3, usage
     return Compiled(made.asm["ptx"], resources, made.metadata.shared)
+
+
+def sass(cubin: Path) -> list[str]:
+    """The names of the machine's instructions, in order."""
+    code = _run("nvdisasm", "-c", cubin)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    """What a tool that comes with Triton prints."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout

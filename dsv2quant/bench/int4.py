@@ -11,8 +11,10 @@ import torch
 from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
 from dsv2quant.bench.results import Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
+from dsv2quant.kernels import int4_layout
 from dsv2quant.kernels.checks import MULTIPROCESSORS
-from dsv2quant.kernels.int4_gemm import Config, choose, dequantize, linear
+from dsv2quant.kernels.int4_gemm import KINDS, Config, choose, dequantize, linear
+from dsv2quant.kernels.int4_held import Held
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.reference import dequantize_int4
 
@@ -21,7 +23,7 @@ PEERS = ("cublas bf16",)
 GROUP = 128
 LARGE = 20e6  # bytes in BF16: smaller weights are bound by latency
 EXACT, ROUNDED = 2e-3, 3e-3  # limits of the error, where weights are integers and where they are rounded to BF16
-Share = Config | None
+Share = Config | Held | None
 
 
 def weights_of(model: str) -> dict[str, tuple[int, int]]:
@@ -87,7 +89,9 @@ def label(share: Share) -> str:
 
 def table_row(share: Share) -> list[str | int]:
     """As tables have it."""
-    return ["dequantize"] if share is None else ["gemm", *share]
+    if share is None:
+        return ["dequantize"]
+    return [next(name for name, kind in KINDS.items() if isinstance(share, kind)), *share]
 
 
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:
@@ -109,7 +113,15 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Share]:
             if split == 1 or (programs <= MULTIPROCESSORS * 8 and split <= columns // 256 and tokens <= 64):
                 found.append((programs, Config(high, wide, split, warps, stages)))
     enough = min(120, max(programs for programs, _ in found))
-    return [config for programs, config in found if programs >= enough] + [None] * (tokens > 64)
+    kept: list[Share] = [config for programs, config in found if programs >= enough]
+    return kept + (helds(rows, columns) if tokens <= 16 else []) + [None] * (tokens > 64)
+
+
+def helds(rows: int, columns: int) -> list[Held]:
+    """Those whose programs have as much to do each, 512 columns or more."""
+    steps, blocks = math.ceil(columns / GROUP), math.ceil(rows / int4_layout.ROWS)
+    splits = [s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if 240 <= blocks * s <= 1300 and steps >= 4 * s]
+    return [Held(split, held) for split in splits for held in (4, 5, 6, 8) if steps % (split * held) == 0]
 
 
 ROWS = (

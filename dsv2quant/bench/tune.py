@@ -27,6 +27,7 @@ from dsv2quant.bench.shapes import MODELS, configuration, matrices
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
 from dsv2quant.kernels.fp8_vector import Vector
+from dsv2quant.kernels.int4_held import Held
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 CLOSE = 1.1  # of the fastest in the first round, for a second
@@ -72,7 +73,7 @@ OPERATIONS = {
     "int4": Operation(
         "int4_gemm", lambda: {shape for model in MODELS for shape in int4.weights_of(model).values()}, int4_gemm.rule,
         int4.candidates, int4.random_weights, int4.random_tokens, int4.calls, int4.table_row,
-        lambda share, rows, columns: (share, 256, 512),
+        lambda share, rows, columns: (share, 256, columns if isinstance(share, Held) else 512),
     ),
 }  # fmt: skip
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS
-from dsv2quant.kernels.int4_gemm import MAGIC, _operand
 from dsv2quant.kernels.int4_layout import depth
+from dsv2quant.kernels.int4_operand import MAGIC, operand
 from dsv2quant.kernels.int4_stack import Int4Experts, Stack
 from dsv2quant.kernels.routing import Routes
 
@@ -74,7 +74,7 @@ def _sums(
         else:
             both = tl.load(zero_words + group * blocks * 32)
             low, high = both & 0xFFFF, both >> 16
-        weight = _operand(
+        weight = operand(
             words, low, high, first + i * (SPANS * 128 * STEPS), BLOCKS, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM
         )
         if GROUPED:

@@ -4,7 +4,7 @@ Few tokens: the weight's rows are the MMA's M side (64 of them, where M tokens w
 in the registers the MMA reads. Codes less their zero are exact integers; a group's scale multiplies its partial sum.
 Where rows alone make too few programs, K is split: each program leaves its sums in float32, and the last to arrive
 adds them in order, so that the result does not depend on which that is. It counts in `Int4Weight.arrivals`, which
-therefore serves one call at a time.
+therefore serves one call at a time. At most 16 tokens or so, and not too large a weight: int4_held.py.
 
 Many tokens: the weight is dequantized into BF16, and the product is the vendor's.
 """
@@ -17,13 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels import tables
+from dsv2quant.kernels import int4_held, tables
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS, output
+from dsv2quant.kernels.int4_held import Held, held_kernel
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.int4_operand import MAGIC, operand, zero_points
 from dsv2quant.kernels.splits import finish
 
-# A 16-bit float whose lowest mantissa bits are an integer's: 128 + u in BF16, 1024 + u in float16.
-MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400, torch.float32: 0}
+HELD_WEIGHTS = 40_000_000  # of larger ones, loads that run ahead keep more under way
 
 
 class Config(NamedTuple):
@@ -34,79 +36,6 @@ class Config(NamedTuple):
     stages: int
 
 
-def _assembly(kind: str, magic: int) -> str:
-    """Words $8 and zeros $9 (of rows h = 0) and $10 → four registers of two values, 16 bits each of $0 … $7."""
-    lines = [".reg .b32 a<4>, b<3>;"]
-    lines += [f"shr.u32 b{i}, $8, {4 * i + 4};" for i in range(3)]
-    for i, source in enumerate(("$8", "b0", "b1", "b2")):
-        lines.append(f"lop3.b32 a{i}, {source}, 0x000f000f, {magic:#x}, 0xea;")
-        lines.append(f"sub.{kind}x2 a{i}, a{i}, ${9 + i % 2};")
-        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};")
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-_BF16: tl.constexpr = tl.constexpr(_assembly("bf16", MAGIC[torch.bfloat16]))
-_F16: tl.constexpr = tl.constexpr(_assembly("f16", MAGIC[torch.float16]))
-
-
-@triton.jit
-def _codes(words, low, high, DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
-    """words [...] → code − zero as DTYPE [..., p, c, h], with the zeros `low` of h = 0 and `high` of h = 1.
-
-    ASM takes zeros as pairs of MAGIC + zero; without it they are integers.
-    """
-    if ASM:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _F16 if DTYPE.is_fp16() else _BF16,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r",
-            [words, low, high],
-            (tl.int16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        a, b = (words & 15) - low, (words >> 16 & 15) - low
-        c, d = (words >> 4 & 15) - high, (words >> 20 & 15) - high
-        e, f = (words >> 8 & 15) - low, (words >> 24 & 15) - low
-        g, h = (words >> 12 & 15) - high, (words >> 28 & 15) - high
-    joined = tl.join(tl.join(tl.join(a, b), tl.join(e, f)), tl.join(tl.join(c, d), tl.join(g, h)))
-    return joined.to(DTYPE, bitcast=True) if ASM else joined.to(DTYPE)
-
-
-@triton.jit
-def _zeros(zeros, group, tiles, N):
-    """Zeros of rows h = 0 and h = 1 of the blocks `tiles` [TILES, 1], int32 [TILES, 32] each: by warp and r, since
-    threads of the same q have the same rows."""
-    if zeros is None:
-        low = tl.full((tiles.shape[0], 32), 8, tl.int32)
-        high = low
-    else:
-        thread = tl.arange(0, 32)
-        row = tiles * 64 + (thread // 8 * 16 + thread % 8)[None, :]
-        at = zeros + group * N + row
-        low, high = tl.load(at, row < N, 8), tl.load(at + 8, row + 8 < N, 8)
-    return low, high
-
-
-@triton.jit
-def _operand(
-    words, low, high, block,
-    TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
-    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """The weight's integers [64 · TILES, 16 · STEPS · SPANS] at offsets `block` [TILES, 1, 1] of `words`."""
-    LANES: tl.constexpr = 128 * STEPS
-    SHAPE: tl.constexpr = (TILES, SPANS, LANES)
-    loaded = tl.load(words + block + tl.arange(0, SPANS)[None, :, None] * LANES + tl.arange(0, LANES))
-    if ASM:
-        low, high = low * 0x10001 + MAGIC, high * 0x10001 + MAGIC
-    low = tl.broadcast_to(low[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
-    high = tl.broadcast_to(high[:, None, :, None], (TILES, SPANS, 32, 4 * STEPS)).reshape(SHAPE)
-    values = _codes(loaded, low, high, DTYPE, MAGIC, ASM)
-    values = values.reshape(TILES, SPANS, 4, 8, 4, STEPS, 2, 2, 2)  # block, span, warp, r, q, step, p, c, h
-    return values.trans(0, 2, 8, 3, 1, 5, 7, 4, 6).reshape(64 * TILES, 16 * STEPS * SPANS)
-
-
 @triton.jit(do_not_specialize=["M", "blocks", "spans"])
 def _gemm_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, blocks, spans,
@@ -114,6 +43,7 @@ def _gemm_kernel(
     TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, rows, tokens). spans: of a block row, padded; blocks: of 64 rows."""
+    start_next()
     ROWS: tl.constexpr = 64 * TILES
     DEPTH: tl.constexpr = 16 * STEPS * SPANS
     split, by_rows, by_tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -125,14 +55,15 @@ def _gemm_kernel(
     steps = spans // SPANS
     begin = split * steps // SPLIT
     end = (split + 1) * steps // SPLIT
+    wait()
 
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for i in tl.range(begin, end, num_stages=STAGES):
         mask = m[None, :] < M if EVEN else (m[None, :] < M) & (i * DEPTH + k[:, None] < K)
         tokens = tl.load(x + m[None, :] * K + (i * DEPTH + k[:, None]), mask, 0.0)
         group = i if GROUPED else 0
-        low, high = _zeros(zeros, group, tiles, N)
-        weight = _operand(
+        low, high = zero_points(zeros, group, tiles, N)
+        weight = operand(
             words, low, high, (first + i * SPANS) * (128 * STEPS), TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM
         )
         if GROUPED:
@@ -164,15 +95,19 @@ def _dequantize_kernel(
     n = by_rows * ROWS + tl.arange(0, ROWS)
     k = i * DEPTH + tl.arange(0, DEPTH)
     group = i if GROUPED else 0
-    low, high = _zeros(zeros, group, tiles, N)
-    weight = _operand(words, low, high, (first + i * SPANS) * (128 * STEPS), TILES, SPANS, STEPS, DTYPE, MAGIC, ASM)
+    low, high = zero_points(zeros, group, tiles, N)
+    weight = operand(words, low, high, (first + i * SPANS) * (128 * STEPS), TILES, SPANS, STEPS, DTYPE, MAGIC, ASM)
     scale = tl.load(scales + group * N + n, n < N, 0.0)
     values = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
     tl.store(out + n[:, None].to(tl.int64) * K + k[None, :], values, (n[:, None] < N) & (k[None, :] < K))
 
 
+Share = Config | Held
+KINDS = {"gemm": Config, "held": Held}  # in tables
+
+
 def linear(
-    x: torch.Tensor, weight: Int4Weight, out: torch.Tensor | None = None, config: Config | None = None
+    x: torch.Tensor, weight: Int4Weight, out: torch.Tensor | None = None, config: Share | None = None
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K]ᵀ in x's dtype, BF16 or float16: [M, N], in `out` if given.
 
@@ -199,16 +134,18 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch
     return out if weight.order is None else out[:, torch.argsort(weight.order)]
 
 
-def choose(tokens: int, rows: int, columns: int) -> Config | None:
+def choose(tokens: int, rows: int, columns: int) -> Share | None:
     """The configuration for a shape, by this device's table or by `rule`; None: dequantize."""
     tabulated = tables.lookup("int4_gemm", rows, columns, tokens)
     if tabulated:
-        return Config(*tabulated[1:]) if tabulated[0] == "gemm" else None
+        return KINDS[tabulated[0]](*tabulated[1:]) if tabulated[0] in KINDS else None
     return rule(tokens, rows, columns)
 
 
-def rule(tokens: int, rows: int, columns: int) -> Config | None:
+def rule(tokens: int, rows: int, columns: int) -> Share | None:
     """Fitted to sweeps on an H200 with 1, 16, 64 and 256 tokens; between these, a guess."""
+    if tokens <= int4_held.TOKENS and rows * columns < HELD_WEIGHTS:
+        return int4_held.rule(rows, columns)
     tall = rows >= 8192
     if tokens > (256 if tall else 128):
         return None
@@ -245,24 +182,36 @@ def _shape(weight: Int4Weight) -> tuple[int, int, int]:
     return blocks, spans, steps
 
 
-def _gemm(x: torch.Tensor, weight: Int4Weight, out: torch.Tensor, config: Config) -> None:
+def _gemm(x: torch.Tensor, weight: Int4Weight, out: torch.Tensor, share: Share) -> None:
     tokens, columns = x.shape
     blocks, spans, steps = _shape(weight)
     block = depth(weight.group)
-    tiles = config.rows // ROWS
-    grid = (config.split, triton.cdiv(blocks, tiles), triton.cdiv(tokens, config.tokens))
+    per_step = block // (16 * steps)
+    tiles = share.rows // ROWS
+    grid = (share.split, triton.cdiv(blocks, tiles), triton.cdiv(tokens, share.tokens))
     partial = None
-    if config.split > 1:
+    if share.split > 1:
         if grid[1] * grid[2] > len(weight.arrivals):
             raise ValueError(f"{tokens} tokens are too many for a split of K")
-        partial = torch.empty(grid[0] * grid[1] * grid[2] * config.rows * config.tokens, device=x.device)
-    _gemm_kernel[grid](
-        x, weight.words, weight.scales, weight.zeros, out, partial, weight.arrivals,
-        tokens, weight.rows, columns, blocks, spans,
-        len(weight.scales) > 1, columns % block == 0, tiles, block // (16 * steps), steps,
-        config.tokens, config.split, config.stages, MAGIC[x.dtype], not INTERPRETED,
-        num_warps=config.warps, enable_fp_fusion=True,
+        partial = torch.empty(grid[0] * grid[1] * grid[2] * share.rows * share.tokens, device=x.device)
+    operands = (
+        x, weight.words, weight.scales, weight.zeros, out, partial, weight.arrivals, tokens, weight.rows, columns,
     )  # fmt: skip
+    constants = {
+        "GROUPED": len(weight.scales) > 1, "SPANS": per_step, "STEPS": steps, "TOKENS": share.tokens,
+        "SPLIT": share.split, "MAGIC": MAGIC[x.dtype], "ASM": not INTERPRETED,
+    }  # fmt: skip
+    if isinstance(share, Held):
+        part, held = int4_held.steps_of(share, columns, block)
+        held_kernel[grid](
+            *operands, spans, **constants, EVEN=columns == share.split * part * block and part % held == 0,
+            PART=part, HELD=held, num_warps=4, num_stages=1, enable_fp_fusion=True, launch_pdl=PDL,
+        )  # fmt: skip
+    else:
+        _gemm_kernel[grid](
+            *operands, blocks, spans, **constants, EVEN=columns % block == 0, TILES=tiles, STAGES=share.stages,
+            num_warps=share.warps, enable_fp_fusion=True, launch_pdl=PDL,
+        )  # fmt: skip
 
 
 def _dequantized(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:

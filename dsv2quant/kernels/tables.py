@@ -23,7 +23,7 @@ import triton
 FOLDER = Path(__file__).with_name("tuned")
 KINDS = {  # of each operation's shares, and the number of their fields
     "fp8_gemm": {"vector": 3, "decode": 4, "prefill": 3},
-    "int4_gemm": {"gemm": 5, "dequantize": 0},
+    "int4_gemm": {"held": 2, "gemm": 5, "dequantize": 0},
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from int4_cases import error, random_weight
 
-from dsv2quant.kernels.int4_gemm import Config, dequantize, linear
+from dsv2quant.kernels.int4_gemm import Config, Share, dequantize, linear
+from dsv2quant.kernels.int4_held import Held
 from dsv2quant.kernels.int4_layout import Int4Weight
 from dsv2quant.kernels.reference import dequantize_int4
 
@@ -20,7 +23,7 @@ SHAPES = {
 EXACT, ROUNDED = 2e-3, 3e-3
 
 
-def product(x: torch.Tensor, weight: Int4Weight, config: Config | None = None) -> float:
+def product(x: torch.Tensor, weight: Int4Weight, config: Share | None = None) -> float:
     """The error of `linear` into an output full of NaN."""
     out = torch.full((len(x), weight.rows), torch.nan, dtype=x.dtype, device="cuda")
     linear(x, weight, out, config)
@@ -73,3 +76,71 @@ def test_a_split_sums_in_order() -> None:
     first = linear(x, weight, config=Config(128, 16, 16, 4, 3))
     for _ in range(50):
         assert torch.equal(linear(x, weight, config=Config(128, 16, 16, 4, 3)), first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "zeros", "share"),
+    [
+        ((2112, 5120), 128, False, Held(8, 5)), ((24576, 1536), 128, False, Held(1, 6)),
+        ((32768, 512), 128, False, Held(1, 4)), ((5120, 3072), 64, True, Held(6, 4)),
+        ((576, 5120), 32, True, Held(10, 4)), ((2048, 2816), 128, False, Held(5, 5)),
+        ((10944, 2048), 128, True, Held(3, 4)), ((1408, 2112), 64, False, Held(4, 3)),
+        ((200, 1400), 1400, True, Held(4, 3)), ((72, 64), 32, False, Held(3, 4)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_held(shape: tuple[int, int], group: int, zeros: bool, share: Held) -> None:
+    """Parts and passes of unlike size, rows and columns that blocks don't fill, tokens in several programs."""
+    weight = random_weight(*shape, group, zeros, device="cuda")
+    for tokens in (1, 4, 16, 37):
+        assert product(torch.randn(tokens, shape[1], device="cuda").bfloat16(), weight, share) < EXACT, tokens
+
+
+def test_more_tokens_than_counters_for_a_split() -> None:
+    with pytest.raises(ValueError, match="65 tokens are too many for a split of K"):
+        linear(torch.zeros(65, 512, device="cuda").half(), random_weight(64, 512, 128, device="cuda"), None, Held(2, 2))
+
+
+@pytest.mark.parametrize(
+    "shares", [(Held(8, 5),), (Config(64, 16, 8, 4, 4),), (Held(1, 4), Config(64, 16, 1, 4, 4), Held(6, 4))]
+)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_each_product_of_a_chain_waits_for_the_one_before(shares: tuple[Share, ...], tokens: int) -> None:
+    """In a graph each may start while the one before it runs, whose output is its input, and whose counters and
+    partial sums it takes over: replayed, it gives what calls one by one give, the same bits."""
+    size, layers = 5120, 8
+    first = random_weight(size, size, 128, device="cuda")
+    low, high = -(2**31), 2**31 - 1
+    weights = [
+        first._replace(words=torch.randint(low, high, first.words.shape, dtype=torch.int32, device="cuda"))
+        for _ in range(layers)
+    ]  # of the same scales and counters
+    x = torch.empty(tokens, size, device="cuda", dtype=torch.bfloat16)
+    outs = [torch.empty_like(x) for _ in range(layers)]
+
+    def chain(between: Callable[[], object]) -> None:
+        value = x
+        for i, weight in enumerate(weights):
+            value = linear(value, weight, outs[i], shares[i % len(shares)])
+            between()
+
+    def renewed() -> None:
+        x.normal_()
+        for out in outs:
+            out.fill_(torch.nan)
+        torch.cuda.synchronize()
+
+    renewed()
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for replays in (1, 2) * 10:
+        renewed()
+        for _ in range(replays):
+            graph.replay()
+        found = torch.stack(outs)
+        chain(torch.cuda.synchronize)
+        assert bool(found.isfinite().all())
+        assert torch.equal(found, torch.stack(outs))
+    assert int(first.arrivals.abs().sum()) == 0
