@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from triton_tools import compile_for_hopper
 
 from dsv2quant.kernels import int4_gemm
-from dsv2quant.kernels.int4_gemm import MAGIC, Config
+from dsv2quant.kernels.int4_gemm import Config
+from dsv2quant.kernels.int4_operand import MAGIC
 
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "partial": "*fp32",
