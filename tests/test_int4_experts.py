@@ -88,6 +88,8 @@ def test_compiled_for_hopper(kernel: str, tokens: int, group: int, config: Confi
     """wgmma with weights in registers, loads on their way while the last are used or all asked for before any is,
     nothing in local memory."""
     made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
+    names = [name.split(".")[0] for name in made.instructions if name.startswith(("griddepcontrol", "ld.global"))]
+    assert names[:3] == ["griddepcontrol", "griddepcontrol", "ld"]  # what others make is read when they have ended
     products = [i for i, name in enumerate(made.instructions) if name.startswith("wgmma.mma_async")]
     assert not any(name.startswith(("mma.sync", "ldmatrix")) for name in made.instructions[: products[-1]])
     if config.held > 1:
