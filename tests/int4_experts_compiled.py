@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from int4_compiled import Compiled
 from triton_tools import compile_for_hopper
 
 from dsv2quant.kernels import int4_experts
@@ -20,15 +19,21 @@ TYPES = {
 }  # fmt: skip
 
 
+class Compiled(NamedTuple):
+    instructions: list[str]  # of PTX, in order
+    resources: dict[str, int]  # REG, STACK, LOCAL
+    shared: int  # bytes
+
+
 def compiled(
     name: str, config: Config, tokens: int, group: int, file: Path, zeros: bool = False, scales: str = "*bf16"
 ) -> Compiled:
     """The kernel of `gate_up` or `down` with tiles of so many tokens."""
     block, steps = min(group, 128), 2 if group == 32 else 4
     constants = {
-        "GROUPED": group <= 128, "EVEN": True, "ROWS": config.rows,
+        "GROUPED": group <= 128, "EVEN": True, "TILES": config.rows // 64,
         "SPANS": block // (16 * steps), "STEPS": steps, "TOKENS": tokens, "STAGES": config.stages,
-        "MAGIC": MAGIC[torch.bfloat16], "ASM": True,
+        "HELD": config.held, "MAGIC": MAGIC[torch.bfloat16], "ASM": True,
     }  # fmt: skip
     constants |= {} if zeros else {"zeros": None}
     constants |= {"SPLIT": config.split} if name == "down" else {}
@@ -36,4 +41,4 @@ def compiled(
     kernel = getattr(int4_experts, f"_{name}_kernel")
     made = compile_for_hopper(kernel, types, constants, file, num_warps=config.warps)
     instructions = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]+)\s", made.ptx, re.M)
-    return Compiled(Counter(instructions), made.resources, made.shared)
+    return Compiled(instructions, made.resources, made.shared)

@@ -23,9 +23,15 @@ CASES = {  # experts, hidden, width, group, zeros, scales, tokens, k, block, con
     "rows of two blocks, tails": (3, 384, 192, 64, False, torch.bfloat16, 5, 2, 16, Config(128, 1, 4, 3), 2),
     "group 32, all pairs to one expert": (3, 96, 64, 32, True, torch.bfloat16, 20, 2, 16, Config(64, 1, 4, 3), 2),
     "whole rows, columns beyond blocks": (3, 200, 72, None, True, torch.bfloat16, 4, 2, 32, Config(64, 1, 4, 2), 1),
+    "held, whole": (2, 256, 256, 64, True, torch.bfloat16, 2, 2, 16, Config(64, 1, 4, 1, 2), 2),
+    "held, tails, split": (2, 224, 160, 32, True, torch.float16, 2, 2, 16, Config(64, 1, 4, 1, 5), 3),
+    "held, rows of two blocks": (2, 160, 96, 32, False, torch.bfloat16, 3, 2, 16, Config(128, 1, 8, 1, 4), 1),
+    "held, whole rows, columns beyond blocks": (
+        2, 328, 72, None, True, torch.bfloat16, 2, 2, 32, Config(64, 1, 4, 1, 2), 1,
+    ),
     "chosen, split": (8, 128, 256, 64, False, torch.bfloat16, 2, 4, 16, None, 2),
     "chosen": (8, 256, 128, 64, False, torch.bfloat16, 2, 4, 16, None, 1),
-}
+}  # fmt: skip
 
 
 def main() -> None:

@@ -14,20 +14,21 @@ from triton_tools import interpreted
 
 from dsv2quant.kernels.int4_experts import Config, choose, down, gate_up
 from dsv2quant.kernels.int4_layout import pack
-from dsv2quant.kernels.int4_stack import empty, fill, weight_of
+from dsv2quant.kernels.int4_stack import down_of, empty, fill, gate_up_of
 from dsv2quant.kernels.reference import linear_int4
 from dsv2quant.kernels.reference_experts import experts_int4, sort_pairs
 from dsv2quant.kernels.routing import tiles_needed
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size; float16 rounds the result at 2^-11.
 TOLERANCES = {"torch.float32": 2e-6, "torch.float16": 2.0**-11}
-UP, SPLIT, DOWN = Config(64, 1, 4, 4), Config(64, 2, 4, 4), Config(128, 1, 4, 4)
-MANY_UP, MANY_DOWN = Config(64, 1, 8, 3), Config(64, 1, 4, 3)
+UP, SPLIT, DOWN = Config(64, 1, 4, 1, 4), Config(64, 2, 4, 1, 6), Config(64, 1, 4, 1, 6)
+MORE, MANY_UP, MANY_DOWN = Config(128, 1, 4, 4), Config(128, 1, 8, 3), Config(64, 1, 4, 3)
 COMPILED = [  # kernel, pairs in a tile, group, a configuration that is chosen
-    ("gate_up", 16, 128, UP), ("gate_up", 16, 64, UP), ("gate_up", 32, 32, UP), ("gate_up", 32, 128, UP),
+    ("gate_up", 16, 128, UP), ("gate_up", 16, 64, UP), ("gate_up", 32, 32, UP), ("gate_up", 16, 2048, UP),
+    ("gate_up", 16, 128, MORE), ("gate_up", 32, 128, MORE), ("gate_up", 32, 32, MORE),
     ("gate_up", 64, 128, MANY_UP), ("gate_up", 128, 128, MANY_UP), ("gate_up", 128, 2048, MANY_UP),
     ("down", 16, 128, SPLIT), ("down", 16, 64, SPLIT), ("down", 32, 32, SPLIT), ("down", 16, 128, DOWN),
-    ("down", 32, 128, DOWN), ("down", 64, 128, MANY_DOWN), ("down", 128, 128, MANY_DOWN),
+    ("down", 16, 128, MORE), ("down", 32, 128, MORE), ("down", 64, 128, MANY_DOWN), ("down", 128, 128, MANY_DOWN),
     ("down", 128, 2048, MANY_DOWN),
 ]  # fmt: skip
 
@@ -59,8 +60,7 @@ def test_a_stack_holds_what_it_was_filled_with(group: int | None, zeros: bool, s
         gate, up = (random_weights(width, hidden, group, zeros and i == 0, make, scales) for i in range(2))
         expected = gate, up, random_weights(hidden, width, group, zeros, make, scales)
         fill(stack, expert, *expected)
-        found = [weight_of(*place) for place in ((stack.gate_up, expert, 0), (stack.gate_up, expert, 1))]
-        for weight, other in zip([*found, weight_of(stack.down, expert, 0)], expected, strict=True):
+        for weight, other in zip([*gate_up_of(stack, expert), down_of(stack, expert)], expected, strict=True):
             assert torch.equal(weight.words, other.words)
             assert torch.equal(weight.scales, other.scales)
             if zeros:
@@ -77,20 +77,28 @@ def test_the_twin_is_the_sum_of_its_matrices() -> None:
     expected = torch.empty(3, 2, 96)
     for token in range(3):
         for i, expert in enumerate(chosen[token].tolist()):
-            gate, up = (linear_int4(x[token], weight_of(stack.gate_up, expert, j)) for j in range(2))
+            gate, up = (linear_int4(x[token], weight) for weight in gate_up_of(stack, expert))
             h = gate * gate.sigmoid() * up
-            expected[token, i] = linear_int4(h, weight_of(stack.down, expert, 0)) * weights[token, i]
+            expected[token, i] = linear_int4(h, down_of(stack, expert)) * weights[token, i]
     torch.testing.assert_close(experts_int4(x, weights, chosen, stack), expected)
 
 
 @pytest.mark.parametrize(("kernel", "tokens", "group", "config"), COMPILED)
 def test_compiled_for_hopper(kernel: str, tokens: int, group: int, config: Config, tmp_path: Path) -> None:
-    """wgmma with weights in registers, loads on their way while the last are used, nothing in local memory."""
+    """wgmma with weights in registers, loads on their way while the last are used or all asked for before any is,
+    nothing in local memory."""
     made = int4_experts_compiled.compiled(kernel, config, tokens, group, tmp_path / "k.cubin")
-    assert any(name.startswith("wgmma.mma_async") for name in made.instructions)
-    assert not any(name.startswith(("mma.sync", "ldmatrix")) for name in made.instructions)
-    assert any(name.startswith("cp.async.c") for name in made.instructions)
-    assert group < 128 or made.instructions["cp.async.cg.shared.global"]  # of 16 bytes
+    names = [name.split(".")[0] for name in made.instructions if name.startswith(("griddepcontrol", "ld.global"))]
+    assert names[:3] == ["griddepcontrol", "griddepcontrol", "ld"]  # what others make is read when they have ended
+    products = [i for i, name in enumerate(made.instructions) if name.startswith("wgmma.mma_async")]
+    assert not any(name.startswith(("mma.sync", "ldmatrix")) for name in made.instructions[: products[-1]])
+    if config.held > 1:
+        asked = [i for i, name in enumerate(made.instructions) if name.startswith("ld.global")]
+        assert sum(i < products[0] for i in asked) > 2 * config.held  # words and x
+        assert not any(products[0] < i < products[-1] for i in asked)
+    else:
+        assert any(name.startswith("cp.async.c") for name in made.instructions)
+        assert group < 128 or "cp.async.cg.shared.global" in made.instructions  # of 16 bytes
     assert made.resources["LOCAL"] == made.resources["STACK"] == 0
     assert made.shared <= 227 << 10
 
@@ -101,31 +109,32 @@ def test_scales_and_zeros_are_loaded_ahead(kernel: str, scales: str, tmp_path: P
     """With a group in each step of the loop, none of its loads waits for memory: all are `cp.async`. What remains are
     the tile's own: where, pairs, weights."""
     made = int4_experts_compiled.compiled(kernel, Config(64, 1, 4, 3), 16, 128, tmp_path / "k.cubin", True, scales)
-    assert not made.instructions["ld.global.b16"]
+    assert "ld.global.b16" not in made.instructions
     assert made.resources["LOCAL"] == made.resources["STACK"] == 0
 
 
 @pytest.mark.parametrize("model", [(64, 2048, 1408, 6), (160, 5120, 1536, 6), (16, 256, 128, 4)])
 def test_chosen_configurations_fit(model: tuple[int, int, int, int]) -> None:
-    """No program without columns; K is split for `down` alone, and there only where programs would leave
-    multiprocessors idle."""
+    """No program without columns; K is split for `down` alone, and there only where few programs run; many of them
+    don't hold what they load."""
     experts, hidden, width, k = model
     stack = empty(experts, hidden, width, 128, device="meta")
     for tokens in (1, 4, 16, 64, 1024):
         for block in (16, 32, 64, 128):
             tiles = tiles_needed(tokens * k, experts, block)
-            assert choose(tiles, stack.gate_up, block) == (UP if block <= 32 else MANY_UP)
-            config = choose(tiles, stack.down, block)
-            assert block <= 32 or config == MANY_DOWN
-            assert config.split <= max(1, stack.down.columns // 128)
-            assert config.split == 1 or (block <= 32 and tiles * -(-hidden // 128) < 132)
+            up, down_ = choose(tiles, stack, block)
+            assert up.split == 1
+            assert down_.split <= max(1, width // 128)
+            assert down_.split == 1 or tiles * -(-hidden // 64) <= 264
+            assert up.held == 1 or (block <= 32 and tiles * width <= 3 * 132 * 32)
 
 
-def test_one_token_of_v2_lite_splits_and_of_v2_does_not() -> None:
-    """6 tiles of 16 blocks of 128 rows, or of 40."""
-    lite, v2 = (empty(1, *shape, 128, device="meta").down for shape in ((2048, 1408), (5120, 1536)))
-    assert choose(6, lite, 16) == SPLIT
-    assert choose(6, v2, 16) == choose(24, lite, 16) == DOWN
+def test_chosen_for_one_token_and_more() -> None:
+    lite, v2 = (empty(1, *shape, 128, device="meta") for shape in ((2048, 1408), (5120, 1536)))
+    assert choose(6, lite, 16) == (UP, SPLIT)
+    assert choose(6, v2, 16) == (UP, DOWN)
+    assert choose(12, lite, 16) == (MORE, MORE)
+    assert choose(200, v2, 64) == (MANY_UP, MANY_DOWN)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -1,9 +1,10 @@
 """Routed experts of INT4 weights over BF16 tokens: `gate_up` and `down`, one launch each for all experts.
 
 As int4_gemm.py, by whose operand the weights are read: they are the MMA's M side, 64 or more rows of one expert, and a
-tile of pairs (routing.py) is its N side. A program of `gate_up` has the same rows of gate and up. Tiles that are not
-needed return at once. Where few tokens make few programs of `down`, K is split among more: each split's sums are a row
-of its own, to be added with those of the token's experts.
+tile of pairs (routing.py) is its N side. Rows of gate and up alternate (int4_stack.py), so that a thread's sums are of
+both. Tiles that are not needed return at once. Where few tokens make few programs of `down`, K is split among more:
+each split's sums are a row of its own, to be added with those of the token's experts. Where few programs run at all,
+each asks for as much as it can hold before it computes.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.chain import PDL, start_next, wait
 from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS
-from dsv2quant.kernels.int4_layout import depth
-from dsv2quant.kernels.int4_operand import MAGIC, operand
+from dsv2quant.kernels.int4_layout import ROWS, depth
+from dsv2quant.kernels.int4_operand import MAGIC, integers, words_at
 from dsv2quant.kernels.int4_stack import Int4Experts, Stack
 from dsv2quant.kernels.routing import Routes
 
 
 class Config(NamedTuple):
-    rows: int  # of each matrix, per program
+    rows: int  # of the weight, per program
     split: int  # programs along K: of `down` alone
     warps: int
-    stages: int
+    stages: int  # of the loop over K; 1 where it holds more than a step
+    held: int = 1  # steps, of a group or 128 columns each, that a program asks for at once
 
 
 @triton.jit
@@ -41,49 +44,64 @@ def _scales(words, TILES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _sums(
-    x, rows, present, words, scales, zeros, matrix, by_rows, split, K, blocks, spans, groups,
-    GROUPED: tl.constexpr, EVEN: tl.constexpr, MATRICES: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr,
-    STEPS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr,
+    x, rows, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, MAGIC: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """float32 [MATRICES · 64 · TILES, TOKENS]: rows of the matrices `matrix` and on, by rows of x [TOKENS]."""
-    BLOCKS: tl.constexpr = MATRICES * TILES
+    """float32 [64 · TILES, TOKENS]: rows of the expert's matrix by rows of x [TOKENS]. EVEN: a program's columns are
+    whole steps, in whole HELDs."""
     DEPTH: tl.constexpr = 16 * STEPS * SPANS
-    tile = tl.arange(0, BLOCKS)[:, None]
-    of = (matrix + tile // TILES).to(tl.int64)
-    block = tl.minimum(by_rows * TILES + tile % TILES, blocks - 1)  # beyond the last: any, since it isn't stored
-    first = (of * blocks + block)[:, :, None] * (spans * 128 * STEPS)
-    pair = (of * groups * blocks + block) * 32 + tl.arange(0, 32)[None, :]
+    SIZE: tl.constexpr = SPANS * 128 * STEPS
+    POLICY: tl.constexpr = "evict_first" if HELD > 1 else ""
+    expert = expert.to(tl.int64)
+    block = by_rows * TILES + tl.arange(0, TILES)[:, None]
+    block = tl.minimum(block, blocks - 1)  # beyond the last: any, since it isn't stored
+    near = (expert * blocks + block)[:, :, None] * (spans * 128 * STEPS)
+    pair = (expert * groups * blocks + block) * 32 + tl.arange(0, 32)[None, :]
     scale_words = scales.to(tl.pointer_type(tl.int32), bitcast=True) + pair
     if zeros is not None:
         zero_words = zeros.to(tl.pointer_type(tl.int32), bitcast=True) + pair
-    k = tl.arange(0, DEPTH)
-    x += rows.to(tl.int64)[None, :] * K + k[:, None]
+    k = tl.arange(0, DEPTH)[:, None]
+    x += rows.to(tl.int64)[None, :] * K + k
     steps = spans // SPANS
     begin = split * steps // SPLIT
     end = (split + 1) * steps // SPLIT
 
-    sums = tl.zeros((64 * BLOCKS, TOKENS), tl.float32)
-    for i in tl.range(begin, end, num_stages=STAGES):
-        mask = present[None, :] if EVEN else present[None, :] & (i * DEPTH + k[:, None] < K)
-        tokens = tl.load(x + i * DEPTH, mask, 0.0)
-        group = i if GROUPED else 0
-        if zeros is None:
-            low = tl.full((BLOCKS, 32), 8, tl.int32)
-            high = low
-        else:
-            both = tl.load(zero_words + group * blocks * 32)
-            low, high = both & 0xFFFF, both >> 16
-        weight = operand(
-            words, low, high, first + i * (SPANS * 128 * STEPS), BLOCKS, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM
-        )
-        if GROUPED:
-            scale = _scales(tl.load(scale_words + group * blocks * 32), BLOCKS, scales.dtype.element_ty)
-            sums += tl.dot(weight, tokens, input_precision="ieee") * scale[:, None]
-        else:
-            sums = tl.dot(weight, tokens, sums, input_precision="ieee")
+    sums = tl.zeros((64 * TILES, TOKENS), tl.float32)
+    for first in tl.range(begin, end, HELD, num_stages=STAGES):
+        held, points, factors, values = (), (), (), ()
+        for j in tl.static_range(HELD):
+            i = first + j if EVEN else tl.minimum(first + j, end - 1)  # beyond the last: any, since x is 0 there
+            group = i if GROUPED else 0
+            held = held + (words_at(words, near + i * SIZE, SPANS, STEPS, POLICY),)
+            if zeros is not None:
+                points = points + (tl.load(zero_words + group * blocks * 32),)
+            if GROUPED:
+                factors = factors + (tl.load(scale_words + group * blocks * 32),)
+        for j in tl.static_range(HELD):
+            i = first + j
+            mask = present[None, :] if EVEN else present[None, :] & (i * DEPTH + k < tl.minimum(end * DEPTH, K))
+            values = values + (tl.load(x + i * DEPTH, mask, 0.0),)
+        # One wait for all of them: the compiler moves no load over a barrier, and no use of one before a branch, which
+        # is always taken.
+        if HELD > 1:
+            tl.debug_barrier()
+        if HELD == 1 or K > 0:
+            for j in tl.static_range(HELD):
+                if zeros is None:
+                    low = tl.full((TILES, 32), 8, tl.int32)
+                    high = low
+                else:
+                    low, high = points[j] & 0xFFFF, points[j] >> 16
+                weight = integers(held[j], low, high, TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM)
+                if GROUPED:
+                    scale = _scales(factors[j], TILES, scales.dtype.element_ty)
+                    sums += tl.dot(weight, values[j], input_precision="ieee") * scale[:, None]
+                else:
+                    sums = tl.dot(weight, values[j], sums, input_precision="ieee")
     if not GROUPED:
-        sums *= _scales(tl.load(scale_words), BLOCKS, scales.dtype.element_ty)[:, None]
+        sums *= _scales(tl.load(scale_words), TILES, scales.dtype.element_ty)[:, None]
     return sums
 
 
@@ -98,33 +116,38 @@ def _place(pairs, begins, ends, tile, TOKENS: tl.constexpr):
 @triton.jit(do_not_specialize=["k", "blocks", "spans", "groups"])
 def _gate_up_kernel(
     x, pairs, experts, begins, ends, words, scales, zeros, out, k, N, K, blocks, spans, groups,
-    GROUPED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, tile of pairs)."""
+    start_next()
+    wait()
     by_rows, tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(experts + tile)
     if expert < 0:
         return
     pair, present = _place(pairs, begins, ends, tile, TOKENS)
     sums = _sums(
-        x, pair // k, present, words, scales, zeros, expert * 2, by_rows, 0, K, blocks, spans, groups,
-        GROUPED, EVEN, 2, ROWS // 64, SPANS, STEPS, TOKENS, 1, STAGES, MAGIC, ASM,
+        x, pair // k, present, words, scales, zeros, expert, by_rows, 0, K, blocks, spans, groups,
+        GROUPED, EVEN, TILES, SPANS, STEPS, TOKENS, 1, STAGES, HELD, MAGIC, ASM,
     )  # fmt: skip
-    gate, up = tl.split(tl.trans(sums.reshape(2, ROWS, TOKENS), 2, 1, 0))
-    h = gate / (1 + tl.exp(-gate)) * up
-    n = by_rows * ROWS + tl.arange(0, ROWS)
+    gate, up = tl.split(sums.reshape(TILES, 4, 2, 8, TOKENS).trans(0, 1, 3, 4, 2))
+    h = (gate / (1 + tl.exp(-gate)) * up).reshape(32 * TILES, TOKENS)
+    n = by_rows * (32 * TILES) + tl.arange(0, 32 * TILES)
     at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, h.to(out.dtype.element_ty), present[:, None] & (n[None, :] < N))
+    tl.store(at, tl.trans(h).to(out.dtype.element_ty), present[:, None] & (n[None, :] < N))
 
 
 @triton.jit(do_not_specialize=["blocks", "spans", "groups"])
 def _down_kernel(
     h, weights, pairs, experts, begins, ends, words, scales, zeros, out, N, K, blocks, spans, groups,
-    GROUPED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (split, rows, tile of pairs)."""
+    start_next()
+    wait()
     split, by_rows, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(experts + tile)
     if expert < 0:
@@ -132,10 +155,10 @@ def _down_kernel(
     pair, present = _place(pairs, begins, ends, tile, TOKENS)
     sums = _sums(
         h, pair, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
-        GROUPED, EVEN, 1, ROWS // 64, SPANS, STEPS, TOKENS, SPLIT, STAGES, MAGIC, ASM,
+        GROUPED, EVEN, TILES, SPANS, STEPS, TOKENS, SPLIT, STAGES, HELD, MAGIC, ASM,
     )  # fmt: skip
     sums *= tl.load(weights + pair, present, 0.0)[None, :]
-    n = by_rows * ROWS + tl.arange(0, ROWS)
+    n = by_rows * (64 * TILES) + tl.arange(0, 64 * TILES)
     at = out + (pair.to(tl.int64) * SPLIT + split)[:, None] * N + n[None, :]
     tl.store(at, tl.trans(sums), present[:, None] & (n[None, :] < N))
 
@@ -149,16 +172,15 @@ def gate_up(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts, config:
     part = stack.gate_up
     pairs = len(x) * k
     _check(x, "x", (pairs // k, part.columns), routes, pairs)
-    config = config or choose(len(routes.experts), part, routes.block)
+    config = config or choose(len(routes.experts), stack, routes.block)[0]
     if config.split > 1:
         raise ValueError("gate_up does not split K")
     out = x.new_empty(pairs, part.rows)
-    arguments, constants, grid = _launch(x, part, routes, config)
+    arguments, constants, options = _launch(x, part, config, routes.block)
     if pairs:
-        _gate_up_kernel[grid](
-            x, *routes[:4], *arguments[:3], out, k, *arguments[3:], *constants,
-            num_warps=config.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        _gate_up_kernel[triton.cdiv(2 * part.rows, config.rows), len(routes.experts)](
+            x, *routes[:4], *arguments[:3], out, k, *arguments[3:], **constants, **options
+        )
     return out
 
 
@@ -175,28 +197,25 @@ def down(
     _check(h, "h", (tokens * k, part.columns), routes, tokens * k)
     if weights.dtype != torch.float32 or not weights.is_contiguous():
         raise ValueError("weights must be contiguous float32")
-    config = config or choose(len(routes.experts), part, routes.block)
+    config = config or choose(len(routes.experts), stack, routes.block)[1]
     out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
-    arguments, constants, grid = _launch(h, part, routes, config)
+    arguments, constants, options = _launch(h, part, config, routes.block)
     if tokens:
-        _down_kernel[config.split, *grid](
-            h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], *constants, config.split,
-            num_warps=config.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        _down_kernel[config.split, triton.cdiv(part.rows, config.rows), len(routes.experts)](
+            h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], **constants, SPLIT=config.split, **options
+        )
     return out
 
 
-def choose(tiles: int, stack: Stack, block: int) -> Config:
-    """The configuration for so many tiles of `block` pairs: fitted on an H200, to 1 … 16 tokens of DeepSeek-V2 and
-    V2-Lite; for larger blocks, less closely."""
-    down = stack.words.shape[1] == 1
+def choose(tiles: int, stack: Int4Experts, block: int) -> tuple[Config, Config]:
+    """The configurations of `gate_up` and `down` for so many tiles of `block` pairs: a guess."""
     if block > 32:
-        return Config(64, 1, 4 if down else 8, 3)
-    if not down:
-        return Config(64, 1, 4, 4)
-    if tiles * triton.cdiv(stack.rows, 128) >= MULTIPROCESSORS:
-        return Config(128, 1, 4, 4)
-    return Config(64, 2 if stack.columns > 128 else 1, 4, 4)  # 128 columns may be one step, which can't be split
+        return Config(128, 1, 8, 3), Config(64, 1, 4, 3)
+    if tiles * triton.cdiv(2 * stack.gate_up.rows, ROWS) > 3 * MULTIPROCESSORS:
+        return Config(128, 1, 4, 4), Config(128, 1, 4, 4)
+    few = tiles * triton.cdiv(stack.down.rows, ROWS) <= 2 * MULTIPROCESSORS
+    split = 2 if few and stack.down.columns > 128 else 1  # 128 columns may be one step
+    return Config(64, 1, 4, 1, 4), Config(64, split, 4, 1, 6)
 
 
 def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, pairs: int) -> None:
@@ -208,15 +227,17 @@ def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, p
 
 
 def _launch(
-    x: torch.Tensor, stack: Stack, routes: Routes, config: Config
-) -> tuple[list[object], list[object], tuple[int, int]]:
-    """A kernel's arguments, its constants and its grid of rows and tiles."""
-    _, _, blocks, spans, *_, steps = stack.words.shape
-    groups = stack.scales.shape[2]
+    x: torch.Tensor, stack: Stack, config: Config, pairs: int
+) -> tuple[list[object], dict[str, object], dict[str, object]]:
+    """A kernel's arguments, the constants that both have, and how it is launched."""
+    _, blocks, spans, *_, steps = stack.words.shape
+    groups = stack.scales.shape[1]
     block = depth(stack.columns // groups)
+    shares = config.split * config.held if config.held > 1 else 1
     arguments = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns, blocks, spans, groups]
-    constants = [
-        groups > 1, stack.columns % block == 0, config.rows,
-        block // (16 * steps), steps, routes.block, config.stages, MAGIC[x.dtype], not INTERPRETED,
-    ]  # fmt: skip
-    return arguments, constants, (triton.cdiv(stack.rows, config.rows), len(routes.experts))
+    constants = {
+        "GROUPED": groups > 1, "EVEN": stack.columns % (shares * block) == 0, "TILES": config.rows // ROWS,
+        "SPANS": block // (16 * steps), "STEPS": steps, "TOKENS": pairs, "STAGES": config.stages, "HELD": config.held,
+        "MAGIC": MAGIC[x.dtype], "ASM": not INTERPRETED,
+    }  # fmt: skip
+    return arguments, constants, {"num_warps": config.warps, "enable_fp_fusion": True, "launch_pdl": PDL}

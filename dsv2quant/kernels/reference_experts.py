@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import expand_blocks
-from dsv2quant.kernels.int4_stack import Int4Experts, Stack, weight_of
+from dsv2quant.kernels.int4_layout import Int4Weight
+from dsv2quant.kernels.int4_stack import Int4Experts, down_of, gate_up_of
 from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation, route
 from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
 
@@ -48,7 +49,7 @@ def gate_up_int4(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts) ->
     """silu(gate · x) · (up · x) of each pair, in float64, in x's dtype: [tokens · k, width], by number of the pair."""
     h = x.new_empty(len(x) * k, stack.gate_up.rows)
     for expert, pairs in _tiles(routes):
-        gate, up = (F.linear(x[pairs // k].double(), _matrix(stack.gate_up, expert, i)) for i in range(2))
+        gate, up = (F.linear(x[pairs // k].double(), _matrix(weight)) for weight in gate_up_of(stack, expert))
         h[pairs] = (F.silu(gate) * up).to(x.dtype)
     return h
 
@@ -57,7 +58,7 @@ def down_int4(h: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int
     """Each pair's output times its weight, in float64: float32 [tokens, k, hidden]."""
     outputs = weights.new_empty(*weights.shape, stack.down.rows)
     for expert, pairs in _tiles(routes):
-        sums = F.linear(h[pairs].double(), _matrix(stack.down, expert, 0))
+        sums = F.linear(h[pairs].double(), _matrix(down_of(stack, expert)))
         outputs.flatten(0, 1)[pairs] = (sums * weights.flatten()[pairs, None]).float()
     return outputs
 
@@ -68,8 +69,8 @@ def experts_int4(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, s
     return down_int4(gate_up_int4(x, routes, chosen.shape[1], stack), weights, routes, stack)
 
 
-def _matrix(stack: Stack, expert: int, matrix: int) -> torch.Tensor:
-    return dequantize_int4(weight_of(stack, expert, matrix), torch.float32).double()
+def _matrix(weight: Int4Weight) -> torch.Tensor:
+    return dequantize_int4(weight, torch.float32).double()
 
 
 def gate_up(

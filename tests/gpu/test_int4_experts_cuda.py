@@ -73,7 +73,8 @@ def test_groups(group: int | None, zeros: bool) -> None:
     "config",
     [
         Config(64, 1, 4, 3), Config(64, 4, 4, 4), Config(64, 8, 4, 6), Config(64, 1, 8, 4), Config(128, 2, 4, 4),
-        Config(128, 1, 4, 4), Config(128, 1, 8, 4),
+        Config(128, 1, 4, 4), Config(128, 1, 8, 4), Config(64, 1, 4, 1, 4), Config(64, 2, 4, 1, 6),
+        Config(64, 3, 4, 1, 8), Config(128, 1, 8, 1, 3),
     ],
     ids=str,
 )  # fmt: skip
