@@ -8,6 +8,7 @@ Prints one JSON object: what each case found. Results of products are written ov
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import torch
@@ -75,16 +76,17 @@ def products() -> dict[str, float]:
 def own_codes() -> list[str]:
     """Cases whose product differs by a bit from that of codes made before it."""
     different = []
-    for shape in ((1, 24, 1024), (2, 24, 1552), (3, 130, 400)):
-        _, _, w, w_scales = operands(*shape, "block", "cpu")
+    for shape, scheme in itertools.product(((1, 24, 1024), (2, 24, 1552), (3, 130, 400)), ("block", "channel")):
+        _, _, w, w_scales = operands(*shape, scheme, "cpu")
+        granularity = "group128" if scheme == "block" else "token"
         for x in (activations(shape[0], shape[2]), activations(shape[0], shape[2]).half()):
-            codes = act_quant.quantize_activation(x, "group128")
+            codes = act_quant.quantize_activation(x, granularity)
             for share in VECTORS:
-                if (share.held - 1) * 512 * share.warps < shape[2]:
+                if share.columns - 512 * share.warps < shape[2] and (scheme == "block" or shape[2] <= share.columns):
                     given, made = (torch.full(shape[:2], float("nan")) for _ in range(2))
                     matmul_into(given, *codes, w, w_scales, share)
-                    if not torch.equal(linear_into(made, x, w, w_scales, share), given):
-                        different.append(f"{shape} {x.dtype} {share}")
+                    if not torch.equal(linear_into(made, x, w, w_scales, granularity, share), given):
+                        different.append(f"{shape} {x.dtype} {granularity} {share}")
     return different
 
 

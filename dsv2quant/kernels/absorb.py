@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import MULTIPROCESSORS, check_rows
 
 
@@ -33,7 +33,6 @@ def _per_head_kernel(
     K: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out [T, heads, C] = Σ_k x [T, heads, K] · w [heads, K, C], in strides as named."""
-    start_next()
     head = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2).to(tl.int64) * TOKENS

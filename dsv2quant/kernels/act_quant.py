@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
@@ -83,7 +83,6 @@ def _quantize_kernel(
     GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One group of WIDTH columns of ROWS tokens; `scale_stride` lies between the scales of two groups."""
-    start_next()
     wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import outputs, quantize_row
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
@@ -34,7 +34,6 @@ def _add_norm_kernel(
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """HELD: how many pairs are in registers at once."""
-    start_next()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * SPAN + tl.arange(0, SPAN)[None, :]

@@ -1,9 +1,12 @@
 """Programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"): a kernel
 may start while the one before it in the stream still runs.
 
-Every kernel that is launched so says at once that its successor may start, asks for its weights, which no kernel of the
-stream makes, and waits until all before it has ended and is visible: only then may it read what others made, or write.
-Since each of them waits, whatever is before a predecessor has ended, too.
+A kernel launched so waits until those before it have ended, and lets its successor start then: no kernel is more than
+one ahead. What any but its direct predecessor wrote, weights above all, it may read before it waits, so that they are
+on their way; all else it reads, and all that it writes, comes behind the wait. Every program must wait.
+
+On an H200 a step of V2-Lite took 1.72 ms without, 1.62 where kernels let the next one start at once, which then takes
+room from those of other streams, and 1.55 so.
 """
 
 from __future__ import annotations
@@ -19,12 +22,7 @@ _ON: tl.constexpr = tl.constexpr(PDL)
 
 
 @triton.jit
-def start_next() -> None:
-    if _ON:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def wait() -> None:
     if _ON:
         gdc_wait()
+        gdc_launch_dependents()

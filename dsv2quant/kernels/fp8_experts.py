@@ -15,7 +15,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, quantize_activation, scale_of
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -92,7 +92,6 @@ def _gate_up_kernel(
     STAGES: tl.constexpr, QUANTIZED: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) · up in DTYPE, and QUANTIZED by the ROWS // 2 columns that a program has."""
-    start_next()
     wait()
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
@@ -133,7 +132,6 @@ def _down_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of pairs by their routed weights."""
-    start_next()
     wait()
     expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels import fp8_vector, tables
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import check_rows
 from dsv2quant.kernels.fp8_vector import Vector
 
@@ -52,7 +52,6 @@ def _decode_kernel(
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """y [splits, M, N]: the sum over one part of K. WHOLE: K is a multiple of 128."""
-    start_next()
     wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -92,7 +91,6 @@ def _decode_kernel(
 @triton.jit
 def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr):
     """y [count] = the sums of `sums` [SPLITS, count], added in order."""
-    start_next()
     wait()
     element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = element < count
@@ -189,23 +187,31 @@ def linear(
     granularity: str,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`matmul` of what act_quant.quantize_activation makes of x: for a few tokens, and groups, in one launch."""
+    """`matmul` of what act_quant.quantize_activation makes of x: for a few tokens in one launch, unless by `scale`."""
     (M, K), N = x.shape, w.shape[0]
     share = choose(M, N, K)
-    if granularity == "group128" and isinstance(share, Vector) and 0 < M * K <= fp8_vector.MOST_FLOATS:
-        return linear_into(torch.empty(M, N, dtype=dtype, device=x.device), x, w, w_scales, share)
+    if isinstance(share, Vector) and 0 < M * K <= fp8_vector.MOST_FLOATS:
+        reach = {"group128": K, "token": share.columns}.get(granularity, 0)  # columns that it can make codes of
+        if reach >= K:
+            return linear_into(torch.empty(M, N, dtype=dtype, device=x.device), x, w, w_scales, granularity, share)
     return matmul(*quantize_activation(x, granularity, scale), w, w_scales, dtype)
 
 
 def linear_into(
-    out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, share: Vector
+    out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, granularity: str, share: Vector
 ) -> torch.Tensor:
-    """`linear` of groups, with the share of programs given; writes to `out` [M, N] and returns it."""
+    """`linear` by 'group128' or 'token' with the share of programs given, which with 'token' must hold all columns.
+    Writes to `out` [M, N] and returns it."""
     check_rows("x", x, (None, w.shape[1]))
     _check_codes("w", w)
-    if w_scales.dtype != torch.float32 or w_scales.shape != tuple(triton.cdiv(size, BLOCK) for size in w.shape):
-        raise ValueError(f"scales {w_scales.dtype}, {tuple(w_scales.shape)}: need those of blocks, float32")
-    fp8_vector.launch(out, x, None, w, w_scales, (0, 0, *w_scales.stride()), True, share)
+    N, K = w.shape
+    grouped = granularity == "group128"
+    fitting = [(triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK))] if grouped else [(N, 1), (1,), ()]
+    if w_scales.dtype != torch.float32 or tuple(w_scales.shape) not in fitting:
+        raise ValueError(f"scales {w_scales.dtype}, {tuple(w_scales.shape)} of w [{N}, {K}] don't fit {granularity}")
+    if not grouped and share.columns < K:
+        raise ValueError(f"{share} holds {share.columns} columns of a token's {K}")
+    fp8_vector.launch(out, x, None, w, w_scales, (0, 0, *_strides(w_scales)), grouped, share)
     return out
 
 

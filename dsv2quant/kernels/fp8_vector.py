@@ -16,7 +16,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
@@ -34,6 +34,11 @@ class Vector(NamedTuple):
     warps: int
     held: int
 
+    @property
+    def columns(self) -> int:
+        """Of a row, that are held."""
+        return self.held * self.warps * 32 * PIECE.value
+
 
 def rule(rows: int, columns: int) -> Vector:
     """The share for one weight."""
@@ -43,16 +48,28 @@ def rule(rows: int, columns: int) -> Vector:
 
 
 @triton.jit
-def _coded(low, high, ROUND: tl.constexpr):
-    """Codes of one token's columns [1, ·], and the scale of each 16, by groups as act_quant makes them; a thread's 16
-    columns come in halves [· / 16, 8]."""
-    PIECES: tl.constexpr = low.shape[0]
+def _joined(low, high):
+    """A thread's 16 columns of one token, which come in halves [· / 16, 8], as float32 [· / 16, 16]."""
+    return tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], PIECE).to(tl.float32)
+
+
+@triton.jit
+def _group_scales(values):
+    """[· / 16]: of each 16 columns, those that act_quant gives to the 128 that they are part of."""
+    PIECES: tl.constexpr = values.shape[0]
     OF_GROUP: tl.constexpr = DEPTH // PIECE
-    values = tl.join(low, high).permute(0, 2, 1).reshape(PIECES, PIECE).to(tl.float32)
     largest = tl.max(tl.max(magnitudes(values), 1).reshape(PIECES // OF_GROUP, OF_GROUP), 1)
-    scales = tl.broadcast_to(scale_of(largest)[:, None], [PIECES // OF_GROUP, OF_GROUP]).reshape(PIECES)
-    codes = encoded(values, tl.broadcast_to(scales[:, None], [PIECES, PIECE]), ROUND)
-    return codes.reshape(1, PIECES * PIECE), scales
+    return tl.broadcast_to(scale_of(largest)[:, None], [PIECES // OF_GROUP, OF_GROUP]).reshape(PIECES)
+
+
+@triton.jit
+def _token_scales(values, t: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr):
+    """Of token t, all of whose columns are held."""
+    largest = tl.max(magnitudes(_joined(values[2 * t], values[2 * t + 1])), 1)
+    for i in tl.static_range(1, HELD):
+        at: tl.constexpr = 2 * (i * TOKENS + t)
+        largest = tl.maximum(largest, tl.max(magnitudes(_joined(values[at], values[at + 1])), 1))
+    return scale_of(tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
@@ -62,8 +79,7 @@ def _vector_kernel(
     HELD: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Sums of a thread's own 16 columns stay apart, [ROWS, WIDE / 16], until the end. Without x_scale, x is no codes
-    yet."""
-    start_next()
+    yet; unless they are GROUPED, all columns are held."""
     PIECES: tl.constexpr = WIDE // PIECE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near_row = tl.minimum(row, N - 1).to(tl.int64)
@@ -71,6 +87,8 @@ def _vector_kernel(
     weight_scales = w_scale + (tl.program_id(0) * ROWS // DEPTH) * ws_n
     first_token = tl.program_id(1) * TOKENS
     totals = (tl.zeros([ROWS, PIECES], tl.float32),) * TOKENS
+    if not GROUPED:
+        of_channels = tl.load(w_scale + near_row * ws_n)
     for first in range(0, K, WIDE * HELD):
         codes, values, of_rows, of_tokens = (), (), (), ()
         for i in tl.static_range(HELD):
@@ -100,8 +118,8 @@ def _vector_kernel(
                     values = values + (tl.load(x + token * x_m + column),)
                 else:
                     values = values + (tl.load(x + token * x_m + column, mask=inside, other=0.0),)
-                if GROUPED and x_scale is not None:
-                    of_tokens = of_tokens + (tl.load(x_scale + token * xs_m + group * xs_k),)
+                if x_scale is not None:
+                    of_tokens = of_tokens + (tl.load(x_scale + token * xs_m + (group * xs_k if GROUPED else 0)),)
         # One wait for all of them: the compiler moves no load over a barrier, and no use of one before a branch, which
         # is always taken.
         tl.debug_barrier()
@@ -110,9 +128,15 @@ def _vector_kernel(
             if x_scale is None:
                 given, scales = (), ()
                 for i in tl.static_range(HELD * TOKENS):
-                    made, made_scales = _coded(values[2 * i], values[2 * i + 1], ROUND)
-                    given = given + (made,)
-                    scales = scales + (made_scales,)
+                    floats = _joined(values[2 * i], values[2 * i + 1])
+                    if GROUPED:
+                        scale = _group_scales(floats)
+                        wide = tl.broadcast_to(scale[:, None], [PIECES, PIECE])
+                    else:
+                        scale = _token_scales(values, i % TOKENS, TOKENS, HELD)
+                        wide = tl.zeros([PIECES, PIECE], tl.float32) + scale
+                    given = given + (encoded(floats, wide, ROUND).reshape(1, WIDE),)
+                    scales = scales + (scale,)
             for i in tl.static_range(HELD):
                 a = codes[i].to(tl.float32)
                 found = ()
@@ -121,13 +145,14 @@ def _vector_kernel(
                     sums = tl.sum(products.reshape(ROWS, PIECES, PIECE), 2)
                     if GROUPED:
                         sums *= (of_rows[i] * scales[i * TOKENS + t])[None, :]
+                    else:
+                        sums *= scales[i * TOKENS + t]
                     found = found + (totals[t] + sums,)
                 totals = found
     for t in tl.static_range(TOKENS):
         total = tl.sum(totals[t], 1)
         if not GROUPED:
-            token_scale = tl.load(x_scale + tl.minimum(first_token + t, M - 1) * xs_m)
-            total *= tl.load(w_scale + near_row * ws_n) * token_scale
+            total *= of_channels
         out = y + (first_token + t).to(tl.int64) * N + row
         tl.store(out, total.to(y.dtype.element_ty), mask=row < tl.where(first_token + t < M, N, 0))
 
@@ -139,8 +164,8 @@ def launch(
     """What fp8_gemm has checked, x without scales being floats; the strides are those of x's scales and of w's. Raises
     ValueError for a share that holds columns beyond the last."""
     (M, K), N = x.shape, w.shape[0]
-    wide = share.warps * 32 * PIECE.value
-    if (share.held - 1) * wide >= K:
+    wide = share.columns // share.held
+    if share.columns - wide >= K:
         # Triton 3.6 makes wrong numbers of FP8 loads that it finds to be masked altogether.
         raise ValueError(f"{share.held} times {wide} columns are held, of {K}")
     tokens = min(M, MOST_TOKENS)

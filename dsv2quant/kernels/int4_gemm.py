@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels import int4_held, tables
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS, output
 from dsv2quant.kernels.int4_held import Held, held_kernel
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
@@ -43,7 +43,6 @@ def _gemm_kernel(
     TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (split, rows, tokens). spans: of a block row, padded; blocks: of 64 rows."""
-    start_next()
     ROWS: tl.constexpr = 64 * TILES
     DEPTH: tl.constexpr = 16 * STEPS * SPANS
     split, by_rows, by_tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import start_next, wait
+from dsv2quant.kernels.chain import wait
 from dsv2quant.kernels.checks import MULTIPROCESSORS
 from dsv2quant.kernels.int4_layout import ROWS
 from dsv2quant.kernels.int4_operand import integers, words_at, zero_points
@@ -58,7 +58,6 @@ def held_kernel(
 ):  # fmt: skip
     """Program (split, rows, tokens). spans: of a block row, padded; PART: the most steps of a split; EVEN: all splits
     have as many, in whole HELDs, and columns are whole steps."""
-    start_next()
     DEPTH: tl.constexpr = 16 * STEPS * SPANS
     split, by_rows, by_tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block = by_rows + tl.zeros((1, 1), tl.int32)

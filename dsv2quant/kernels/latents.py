@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.act_quant import nearest
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -42,7 +42,6 @@ def _latents_kernel(
 ):  # fmt: skip
     """Program (token, part): part 0 fills the cache, the others turn the queries of HEADS heads each. `turns`: rows of
     the table."""
-    start_next()
     wait()
     WIDTH: tl.constexpr = RANK + ROPE
     token = tl.program_id(0).to(tl.int64)

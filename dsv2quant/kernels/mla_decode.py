@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 
 FLOATS = (torch.bfloat16, torch.float16)
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -56,7 +56,6 @@ def _split_kernel(
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     wait()
     WIDTH: tl.constexpr = RANK + ROPE
     split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -115,7 +114,6 @@ def _join_kernel(
     parts, lse, lengths, out, heads, splits,
     RANK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     wait()
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     split, column = tl.arange(0, SPLITS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

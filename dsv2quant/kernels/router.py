@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import check_rows
 
 PIECE: tl.constexpr = tl.constexpr(4)  # columns that a thread loads of a row at once, also of x's narrower ones
@@ -23,7 +23,6 @@ def _router_kernel(
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """ROWS experts' logits of TOKENS tokens: sums of a thread's own pieces stay apart until the end."""
-    start_next()
     PIECES: tl.constexpr = WIDE // PIECE
     expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weights = router + tl.minimum(expert, EXPERTS - 1)[:, None] * COLUMNS

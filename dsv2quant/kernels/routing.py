@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 
 SLICE = 32  # pairs whose places one program finds
 CHUNK = 512  # pairs that it compares them to at once
@@ -49,7 +49,6 @@ def _route_kernel(
     K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """One token, its experts as [MANY_GROUPS, WIDTH]. SORTED: also the routes, where there is no other token."""
-    start_next()
     wait()
     token = tl.program_id(0)
     group, column = tl.arange(0, MANY_GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
@@ -129,7 +128,6 @@ def _sort_kernel(
     BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program 0: the tiles. Each other: the places of SLICE pairs, which is how many pairs go before each."""
-    start_next()
     wait()
     if tl.program_id(0) == 0:
         _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK, BINS, CHUNK)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.kernels.act_quant import outputs, quantize_row
-from dsv2quant.kernels.chain import PDL, start_next, wait
+from dsv2quant.kernels.chain import PDL, wait
 from dsv2quant.kernels.checks import INTERPRETED, check_rows
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
@@ -22,7 +22,6 @@ def _silu_mul_kernel(
     gate, up, out, codes, scales, gate_stride, up_stride, scale_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
