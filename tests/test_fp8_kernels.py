@@ -90,6 +90,14 @@ def test_very_few_tokens_are_asked_for_at_once(N: int, K: int, tokens: int, grou
     assert "e4m3x2" not in asked
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_codes_of_tokens_are_made_of_all_that_is_held(tokens: int, tmp_path: Path) -> None:
+    constants = {"K": 3072, "GROUPED": False, "ROWS": 2, "TOKENS": tokens, "WIDE": 1024, "HELD": 3, "ROUND": False}
+    types = POINTERS | {"x": "*bf16", "w": "*fp8e4nv", "y": "*bf16"}
+    ptx = compiled(fp8_vector._vector_kernel, constants | {"x_scale": None}, types, 2, 1, tmp_path)
+    assert ptx.count("cvt.rn.satfinite.e4m3x2.f32") == 3 * 8 * tokens
+
+
 def test_codes_are_made_where_they_are_used(tmp_path: Path) -> None:
     """All is asked for before the barrier, and what becomes codes behind it stays in registers."""
     constants = {"K": 2048, "GROUPED": True, "ROWS": 2, "TOKENS": 1, "WIDE": 2048, "HELD": 1, "ROUND": False}

@@ -67,8 +67,8 @@ def _token_scales(values, t: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.conste
     """Of token t, all of whose columns are held."""
     largest = tl.max(magnitudes(_joined(values[2 * t], values[2 * t + 1])), 1)
     for i in tl.static_range(1, HELD):
-        at: tl.constexpr = 2 * (i * TOKENS + t)
-        largest = tl.maximum(largest, tl.max(magnitudes(_joined(values[at], values[at + 1])), 1))
+        floats = _joined(values[2 * (i * TOKENS + t)], values[2 * (i * TOKENS + t) + 1])
+        largest = tl.maximum(largest, tl.max(magnitudes(floats), 1))
     return scale_of(tl.max(largest, 0))
 
 
