@@ -191,8 +191,8 @@ def down(
     h: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts, config: Config | None = None
 ) -> torch.Tensor:
     """The weighted outputs of pairs: h BF16 [tokens · k, width], weights float32 [tokens, k] → float32
-    [tokens, k · split, hidden], of which the sum over dim 1 is the experts' output. What the kernel right before this
-    one writes is not yet in the routes: that is `gate_up`.
+    [tokens, k · split, hidden], of which the sum over dim 1 is the experts' output. Routes are read while the kernel
+    right before this one runs: it must not be the one that makes them, and is `gate_up`.
 
     Raises ValueError where shapes or dtypes don't fit.
     """

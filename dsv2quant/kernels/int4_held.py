@@ -73,9 +73,8 @@ def held_kernel(
         held, lows, highs, factors, values = (), (), (), (), ()
         for i in tl.static_range(HELD):
             step = begin + first + i
-            step = (
-                step if EVEN else tl.minimum(step, tl.maximum(end - 1, 0))
-            )  # beyond the part: any, since x is 0 there
+            if not EVEN:  # beyond the part: any, since x is 0 there
+                step = tl.minimum(step, tl.maximum(end - 1, 0))
             at = (block[:, :, None] * spans + step * SPANS) * (128 * STEPS)
             held = held + (words_at(words, at, SPANS, STEPS, "evict_first"),)
             group = step if GROUPED else 0
