@@ -76,7 +76,7 @@ def products() -> dict[str, float]:
 def own_codes() -> list[str]:
     """Cases whose product differs by a bit from that of codes made before it."""
     different = []
-    for shape, scheme in itertools.product(((1, 24, 1024), (2, 24, 1552), (3, 130, 400)), ("block", "channel")):
+    for shape, scheme in itertools.product(((2, 24, 1024), (3, 18, 400)), ("block", "channel")):
         _, _, w, w_scales = operands(*shape, scheme, "cpu")
         granularity = "group128" if scheme == "block" else "token"
         for x in (activations(shape[0], shape[2]), activations(shape[0], shape[2]).half()):
