@@ -6,7 +6,8 @@ import math
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,6 +45,27 @@ def check_device() -> None:
 def copies(nbytes: float) -> int:
     """Of an operand that no call may find in the cache."""
     return max(2, math.ceil(ROTATED / nbytes))
+
+
+def random_tokens(count: int, columns: int) -> torch.Tensor:
+    return torch.randn(count, columns, device="cuda").bfloat16()
+
+
+def products(
+    linear: Callable[..., torch.Tensor],
+    dequantize: Callable[..., torch.Tensor],
+    weights: Sequence[Any],
+    x: torch.Tensor,
+    share: object,
+) -> list[Callable[[], torch.Tensor]]:
+    """x times each weight, by `linear` with a share; without one, as it takes many tokens. All write to the same
+    output, which begins as NaN."""
+    out = torch.full((len(x), weights[0].rows), math.nan, dtype=torch.bfloat16, device="cuda")
+
+    def product(weight: Any) -> torch.Tensor:
+        return linear(x, weight, out, share) if share else torch.mm(x, dequantize(weight, x.dtype).T, out=out)
+
+    return [partial(product, weight) for weight in weights]
 
 
 def recorded(calls: Sequence[Callable[[], object]]) -> Callable[[int], float]:

@@ -19,7 +19,7 @@ from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
 from dsv2quant.bench.results import Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
 from dsv2quant.formats.fp8 import BLOCK, expand_blocks
-from dsv2quant.kernels import reference
+from dsv2quant.kernels import reference, tables
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
@@ -135,7 +135,7 @@ def label(share: Share) -> str:
 
 def table_row(share: Share) -> list[str | int]:
     """As tables have it."""
-    return [next(name for name, kind in KINDS.items() if isinstance(share, kind)), *share]
+    return tables.row(KINDS, share)
 
 
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:

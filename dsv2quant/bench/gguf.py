@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
+from dsv2quant.bench.device import Limits, copies, frobenius, microseconds, products, random_tokens
 from dsv2quant.bench.results import FLOOR, Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
 from dsv2quant.config import ModelConfig
@@ -65,19 +65,8 @@ def nbytes_of(name: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // SPECS[name].values * SPECS[name].bytes
 
 
-def random_tokens(count: int, columns: int) -> torch.Tensor:
-    return torch.randn(count, columns, device="cuda").bfloat16()
-
-
 def calls(weights: list[GgufWeight], x: torch.Tensor, share: Share) -> list[Callable[[], torch.Tensor]]:
-    """One product for each weight; all write to the same output, which begins as NaN."""
-    out = torch.full((len(x), weights[0].rows), math.nan, dtype=torch.bfloat16, device="cuda")
-    return [partial(multiply, x, weight, out, share) for weight in weights]
-
-
-def multiply(x: torch.Tensor, weight: GgufWeight, out: torch.Tensor, share: Share) -> torch.Tensor:
-    """By a configuration; without one, by the path of many tokens."""
-    return linear(x, weight, out, share) if share else torch.mm(x, dequantize(weight, x.dtype).T, out=out)
+    return products(linear, dequantize, weights, x, share)
 
 
 def measure(limits: Limits) -> Iterator[Measured]:

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
+from dsv2quant.bench.device import Limits, copies, frobenius, microseconds, products, random_tokens
 from dsv2quant.bench.results import Measured, Row
 from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.kernels import int4_layout
+from dsv2quant.kernels import int4_gemm, int4_layout, tables
 from dsv2quant.kernels.checks import MULTIPROCESSORS
 from dsv2quant.kernels.int4_gemm import KINDS, Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_held import Held
@@ -23,7 +23,7 @@ PEERS = ("cublas bf16",)
 GROUP = 128
 LARGE = 20e6  # bytes in BF16: smaller weights are bound by latency
 EXACT, ROUNDED = 2e-3, 3e-3  # limits of the error, where weights are integers and where they are rounded to BF16
-Share = Config | Held | None
+Share = int4_gemm.Share | None
 
 
 def weights_of(model: str) -> dict[str, tuple[int, int]]:
@@ -49,19 +49,8 @@ def random_weights(rows: int, columns: int, count: int | None = None) -> list[In
     return [weight, *others]
 
 
-def random_tokens(count: int, columns: int) -> torch.Tensor:
-    return torch.randn(count, columns, device="cuda").bfloat16()
-
-
 def calls(weights: list[Int4Weight], x: torch.Tensor, share: Share) -> list[Callable[[], torch.Tensor]]:
-    """One product for each weight; all write to the same output, which begins as NaN."""
-    out = torch.full((len(x), weights[0].rows), math.nan, dtype=torch.bfloat16, device="cuda")
-    return [partial(multiply, x, weight, out, share) for weight in weights]
-
-
-def multiply(x: torch.Tensor, weight: Int4Weight, out: torch.Tensor, share: Share) -> torch.Tensor:
-    """By a configuration; without one, by the path of many tokens."""
-    return linear(x, weight, out, share) if share else torch.mm(x, dequantize(weight, x.dtype).T, out=out)
+    return products(linear, dequantize, weights, x, share)
 
 
 def measure(limits: Limits) -> Iterator[Measured]:
@@ -89,9 +78,7 @@ def label(share: Share) -> str:
 
 def table_row(share: Share) -> list[str | int]:
     """As tables have it."""
-    if share is None:
-        return ["dequantize"]
-    return [next(name for name, kind in KINDS.items() if isinstance(share, kind)), *share]
+    return ["dequantize"] if share is None else tables.row(KINDS, share)
 
 
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:

@@ -159,7 +159,7 @@ def _down_kernel(
         h, pair, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
         GROUPED, EVEN, TILES, SPANS, STEPS, TOKENS, SPLIT, STAGES, HELD, MAGIC, ASM,
     )  # fmt: skip
-    wait()
+    wait()  # has been, unless this split has no columns
     sums *= tl.load(weights + pair, present, 0.0)[None, :]
     n = by_rows * (64 * TILES) + tl.arange(0, 64 * TILES)
     at = out + (pair.to(tl.int64) * SPLIT + split)[:, None] * N + n[None, :]

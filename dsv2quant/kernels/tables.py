@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,11 @@ def lookup(operation: str, rows: int, columns: int, tokens: int) -> list[Any] | 
     if known is None or tokens > known.tokens[-1]:
         return None
     return known.shares[bisect_left(known.tokens, tokens)]
+
+
+def row(kinds: Mapping[str, type], share: Iterable[int]) -> list[Any]:
+    """As a table has a share of one of an operation's kinds."""
+    return [next(name for name, kind in kinds.items() if isinstance(share, kind)), *share]
 
 
 @functools.cache
