@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dsv2quant import __version__, targets
 from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
@@ -25,6 +26,7 @@ from dsv2quant.headers import SINGLE_FILE
 from dsv2quant.names import Slot
 from dsv2quant.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.shards import DEFAULT_SHARD_SIZE, Output, Shard, aligned
+from dsv2quant.targets import Parallel
 
 FOLDED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 
@@ -92,7 +94,7 @@ class Plan:
     checkpoint: Checkpoint
     recipe: Recipe
     targets: tuple[str, ...]
-    tp: int
+    parallel: Parallel
     lines: tuple[Line, ...]
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
@@ -114,6 +116,10 @@ class Plan:
     def schemes(self) -> set[str]:
         return {line.scheme for line in self.lines} - {"bf16"}
 
+    @property
+    def tp(self) -> int:
+        return self.parallel.tp
+
     @cached_property
     def digest(self) -> str:
         """sha256 over what determines the output bytes, the weights' values aside."""
@@ -121,7 +127,7 @@ class Plan:
             "dsv2quant": __version__,
             "config": self.config,
             "recipe": self.recipe.text,
-            "targets": [self.targets, self.tp],
+            "targets": [self.targets, self.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
             "lines": [[x.slot.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.lines],
             "steps": [[[line.slot.name for line in step.lines], step.shard] for step in self.steps],
             "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
@@ -143,19 +149,22 @@ def make_plan(
     *,
     for_targets: Sequence[str] | None = None,
     tp: int = 1,
+    ep: int = 1,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     kv_scales: bool = False,
 ) -> Plan:
     """Plan a conversion for some targets, or for all that load what the recipe makes; `kv_scales` adds a KV cache's.
 
     Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
-    `tp` does not divide the model or a target does not load what the recipe makes.
+    `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
     checkpoint.check_source()
-    chosen = targets.choose(for_targets, recipe.schemes)
+    chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
-        targets.check_parallel(checkpoint.config, tp)
-    schemes = _choose(checkpoint, recipe, chosen, tp)
+        targets.check_parallel(checkpoint.config, parallel, chosen)
+    schemes = choose_schemes(
+        (weight.slot for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
+    )
     _mark_folded(checkpoint, recipe, schemes)
     where = f"recipe {recipe.name}"
     planned = {weight.slot: schemes[weight.slot][0] for weight in checkpoint.weights}
@@ -163,40 +172,38 @@ def make_plan(
         quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, checkpoint.config, chosen, tp)
+    targets.check_unquantized(planned, checkpoint.config, chosen, parallel)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     lines = tuple(_line(weight, *schemes[weight.slot], kv_parts) for weight in checkpoint.weights)
     steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
-    return Plan(checkpoint, recipe, chosen, tp, lines, steps, shards, _out_config(checkpoint, quantization))
+    return Plan(checkpoint, recipe, chosen, parallel, lines, steps, shards, _out_config(checkpoint, quantization))
 
 
-def _choose(
-    checkpoint: Checkpoint, recipe: Recipe, chosen: Sequence[str], tp: int
+def choose_schemes(
+    slots: Iterable[Slot], config: ModelConfig, recipe: Recipe, chosen: Sequence[str], parallel: Parallel
 ) -> dict[Slot, tuple[str, str, str | None]]:
     """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
 
     Fused modules are decided as one: the first member that a target refuses takes the others along.
     """
-    config = checkpoint.config
     modules: dict[str, list[Slot]] = defaultdict(list)
-    for weight in checkpoint.weights:
-        slot = weight.slot
+    for slot in slots:
         modules[targets.fused_module(slot, config, chosen) or slot.name].append(slot)
     decided: dict[Slot, tuple[str, str, str | None]] = {}
-    for slots in modules.values():
-        wishes = {slot: recipe.assign(slot) for slot in slots}
-        scheme = wishes[slots[0]][0]
-        odd = next((slot for slot in slots if wishes[slot][0] != scheme), None)
+    for members in modules.values():
+        wishes = {slot: recipe.assign(slot) for slot in members}
+        scheme = wishes[members[0]][0]
+        odd = next((slot for slot in members if wishes[slot][0] != scheme), None)
         if odd is not None:
-            reason = f"the recipe gives the fused {slots[0].role} and {odd.role} different schemes"
-            decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in slots}
+            reason = f"the recipe gives the fused {members[0].role} and {odd.role} different schemes"
+            decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in members}
             continue
         reasons: dict[Slot, str] = {}
         while scheme != "bf16":
-            refusals = {slot: targets.refusal(slot, scheme, config, chosen, tp) for slot in slots}
+            refusals = {slot: targets.refusal(slot, scheme, config, chosen, parallel) for slot in members}
             first = next(((slot, r) for slot, r in refusals.items() if r is not None), None)
             if first is None:
                 break
@@ -205,7 +212,7 @@ def _choose(
                 reasons[slot] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
             scheme = refused.instead
         possible = CODECS[scheme].methods
-        for slot in slots:
+        for slot in members:
             wished = wishes[slot][1]
             decided[slot] = (scheme, wished if wished in possible else "rtn", reasons.get(slot))
     return decided

@@ -1,7 +1,7 @@
 """What each consumer takes: the rules that make a scheme fall back for a tensor, and the modules consumers fuse.
 
-Read from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.23.0; the file of each rule stands beside it. `tp` is the
-tensor-parallel size of vLLM and SGLang; transformers loads whole tensors.
+Read from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.23.0; the file of each rule stands beside it. `tp` is the number
+of GPUs over which vLLM and SGLang split the tensor at hand; transformers loads whole tensors.
 """
 
 from __future__ import annotations
@@ -45,6 +45,31 @@ _NEVER = {
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How vLLM and SGLang split a model: each matrix over `tp` GPUs, or, where `ep` is above 1, all but routed experts,
+    which are dealt out whole to `ep` GPUs (vLLM fused_moe/config.py, FusedMoEParallelConfig.make: ep is tp times the
+    data-parallel size)."""
+
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def experts_over(self) -> int:
+        """The number of GPUs over which a routed expert is split."""
+        return 1 if self.ep > 1 else self.tp
+
+    def over(self, slot: Slot) -> int:
+        """The number of GPUs over which a tensor is split, if its role is split at all."""
+        return self.experts_over if slot.role.startswith("routed.") else self.tp
+
+    def __str__(self) -> str:
+        """'' for one GPU, else ' at tensor-parallel size 8 and expert-parallel size 8'."""
+        sizes = {"tensor": self.tp, "expert": self.ep}
+        said = " and ".join(f"{kind}-parallel size {size}" for kind, size in sizes.items() if size > 1)
+        return f" at {said}" * bool(said)
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A rule that a scheme breaks for a tensor, and the scheme to try next."""
 
@@ -69,7 +94,7 @@ def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ..
     return tuple(target for target in TARGETS if target in asked)
 
 
-def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str], tp: int) -> Refusal | None:
+def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str], parallel: Parallel) -> Refusal | None:
     """The first rule of `targets` that forbids `scheme` for this tensor, or None."""
     if scheme == "bf16":
         return None
@@ -79,21 +104,23 @@ def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str]
     if why is not None:
         return Refusal(why, _finer(scheme))
     for target in targets:
-        found = _RULES[target](slot, scheme, config, target, tp)
+        found = _RULES[target](slot, scheme, config, target, parallel.over(slot))
         if found is not None:
             return found
     return None
 
 
-def check_unquantized(schemes: Mapping[Slot, str], config: ModelConfig, targets: Iterable[str], tp: int) -> None:
+def check_unquantized(
+    schemes: Mapping[Slot, str], config: ModelConfig, targets: Iterable[str], parallel: Parallel
+) -> None:
     """Raise InputError where a target can't load what a GPTQ or AWQ artifact leaves in BF16."""
     used = {CODECS[scheme].quant_method: scheme for scheme in schemes.values()}
     for slot in (slot for slot, scheme in schemes.items() if scheme == "bf16"):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
         if "gptq" in used and "vllm" in targets and slot.role.startswith("routed."):
-            found = refusal(slot, used["gptq"], config, ("vllm",), tp)
+            found = refusal(slot, used["gptq"], config, ("vllm",), parallel)
             if found is not None:
-                what = f"{found.reason}, and GPTQ experts can't stay in BF16 where it is not"
+                what = f"{found.reason}, and GPTQ experts of such a width can't stay in BF16"
                 raise InputError(what, where=slot.module, fix="take a smaller group size, or compressed-tensors")
         # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
         if "awq" in used and "sglang" in targets and slot.role == "q_a_proj":
@@ -142,16 +169,38 @@ def input_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str:
     return f"model.layers.{slot.layer}.mlp.experts.{'w2' if slot.role == 'routed.down_proj' else 'w13'}"
 
 
-def check_parallel(config: ModelConfig, tp: int) -> None:
-    """Raise UsageError where the engines can't split the model over `tp` GPUs at all."""
+def check_parallel(config: ModelConfig, parallel: Parallel, targets: Iterable[str]) -> None:
+    """Raise UsageError where the engines can't split the model so at all."""
+    tp, ep, experts = parallel.tp, parallel.ep, config.n_routed_experts
     widths = {"num_attention_heads": config.num_attention_heads}
-    if config.n_routed_experts:
+    if experts and ep == 1:
         widths["moe_intermediate_size"] = config.moe_intermediate_size
+    elif config.n_shared_experts:
+        widths["the shared experts' width"] = config.n_shared_experts * config.moe_intermediate_size
     if any(not config.is_moe(layer) for layer in range(config.num_hidden_layers)):
         widths["intermediate_size"] = config.intermediate_size
     for key, value in widths.items():
         if tp < 1 or value % tp:
             raise UsageError(f"--tp {tp} does not divide {key}, {value}", fix="give a tensor-parallel size that does")
+    if ep < 1 or (ep > 1 and ep % tp):
+        raise UsageError(
+            f"--ep {ep} is no multiple of --tp {tp}: experts are spread over all GPUs of an engine",
+            fix="give the number of GPUs",
+        )
+    # vLLM expert_map_manager.py, determine_expert_map, gives some GPUs one more; SGLang fused_moe_triton/layer.py
+    # asserts that all have as many.
+    if ep > 1 and (ep > experts or ("sglang" in targets and experts % ep)):
+        raise UsageError(f"--ep {ep} does not divide {experts} routed experts", fix="give fewer GPUs, or --ep 1")
+
+
+def refined_block(config: ModelConfig) -> int:
+    """What the experts' share must be a multiple of in block FP8 for vLLM 0.30 and newer.
+
+    Where the share holds no whole blocks, it repeats the scales for blocks of 64 or 32 (fused_moe/oracle/fp8.py,
+    refine_fp8_moe_block_shape). It counts them by whole blocks of the unsplit matrix, so that none may be ragged
+    (routed_experts.py, _load_w13).
+    """
+    return BLOCK if config.moe_intermediate_size % BLOCK or config.hidden_size % BLOCK else BLOCK // 4
 
 
 def _group_size(scheme: str) -> int | None:
@@ -189,7 +238,8 @@ def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) 
     # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
     rows, cols = slot.shape
     if routed:
-        return _multiple(target, "the experts' width", config.moe_intermediate_size, tp)
+        width = config.moe_intermediate_size
+        return _multiple(target, "the experts' width", width, tp, refined_block(config) if target == "vllm" else BLOCK)
     if tp > 1 and slot.role in _COLUMN_PARALLEL:
         return _multiple(target, "rows", rows, tp)
     if tp > 1 and slot.role in _ROW_PARALLEL:
@@ -211,9 +261,15 @@ def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: 
     if slot.role.startswith("routed."):
         if config.hidden_size % 128:
             return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
+        width = config.moe_intermediate_size
         unit = max(64, group) if target == "sglang" else group
         instead = _finer(scheme) if group == unit else "bf16"
-        return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
+        found = _multiple(target, "the experts' width", width, tp, unit, instead)
+        return (
+            found
+            or _several_groups(target, "the experts' width", width, tp, scheme)
+            or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
+        )
     found = None
     if slot.role in _ROW_PARALLEL:
         found = _multiple(target, "columns", cols, tp, group, _finer(scheme))
@@ -226,12 +282,28 @@ def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: 
     return found
 
 
-def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, instead: str = "bf16") -> Refusal | None:
-    share = size // tp
-    if share % unit == 0:
+def _several_groups(target: str, what: str, size: int, tp: int, scheme: str) -> Refusal | None:
+    """Refuse INT4 experts that are no wider, or take no more columns, than one group.
+
+    vLLM int_wna16.py and SGLang awq.py order the scales of gate and up by whether the width of a share, where their
+    columns were meant, is beyond a group; the product reads them by the columns. So half of such experts' scales are
+    swapped: seen in vLLM 0.26, with a width of 128 in groups of 128, in all three layouts. SGLang's
+    compressed-tensors path does so where the hidden size is one group.
+    """
+    group = _group_size(scheme)
+    if group is None or size // tp > group:
         return None
-    split = f"{size} / tp {tp} = {share}" if tp > 1 else str(size)
-    return Refusal(f"{target}: {what}, {split}, must be a multiple of {unit}", instead)
+    return Refusal(f"{target}: {what}, {_share(size, tp)}, must exceed the group of {group}", _finer(scheme))
+
+
+def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, instead: str = "bf16") -> Refusal | None:
+    if size // tp % unit == 0:
+        return None
+    return Refusal(f"{target}: {what}, {_share(size, tp)}, must be a multiple of {unit}", instead)
+
+
+def _share(size: int, tp: int) -> str:
+    return f"{size} / tp {tp} = {size // tp}" if tp > 1 else str(size)
 
 
 def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:

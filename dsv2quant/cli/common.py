@@ -97,6 +97,8 @@ plan_options = stack(
                  help="A consumer that must load the artifact; repeat for several. Default: all that can."),
     click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Tensor-parallel size that vLLM or SGLang will use."),
+    click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Over how many GPUs they will spread whole routed experts; --tp then splits the rest."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
 )  # fmt: skip
 
@@ -156,6 +158,7 @@ def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
         choose_recipe(options),
         for_targets=options["targets"] or None,
         tp=options["tp"],
+        ep=options["ep"],
         max_shard_size=parse_size(options["max_shard_size"]),
         kv_scales=options["kv_scales"],
     )
@@ -173,7 +176,7 @@ def words(options: Mapping[str, Any]) -> list[str]:
     found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
     found += ["--kv-scales"] * options["kv_scales"]
     found += [f"--target {target}" for target in options["targets"]]
-    found += [f"--tp {options['tp']}"] * (options["tp"] > 1)
+    found += [f"--{key} {options[key]}" for key in ("tp", "ep") if options[key] > 1]
     size = options["max_shard_size"]
     return found + [f"--max-shard-size {size}"] * (size != "5GB")
 

@@ -74,9 +74,13 @@ def command(
     from dsv2quant.convert import convert
     from dsv2quant.report.calibration import calibration_json, calibration_text
     from dsv2quant.report.coverage import draw
+    from dsv2quant.report.warnings import warnings
 
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
+    elif not quiet:
+        for warning in warnings(plan):
+            click.echo(f"warning: {warning}", err=True)
     words = ["dsv2quant convert", checkpoint.model, *common.words(options)]
     measures = needs_statistics(plan) and statistics is None
     text = None
@@ -108,6 +112,7 @@ def command(
                 "bytes_out": result.bytes_out,
                 "bits_per_weight": 8 * result.bytes_out / plan.parameters,
                 "files": result.files,
+                "warnings": warnings(plan),
                 "calibration": calibration_json(plan, result.outcomes, result.expert_tokens),
                 "resumed_shards": result.resumed,
                 "already_complete": result.already_complete,

@@ -31,8 +31,8 @@ _NEEDS_GGUF = (
     "split_max_size",
 )  # fmt: skip
 _EXCLUDED = (
-    "fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "tp", "max_shard_size",
-    "text", "samples", "length", "seed", "figure", "statistics",
+    "fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "tp", "ep",
+    "max_shard_size", "text", "samples", "length", "seed", "figure", "statistics",
 )  # fmt: skip
 
 

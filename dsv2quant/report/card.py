@@ -54,7 +54,8 @@ def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str,
         "plan": plan.digest,
         "command": command,
         "source": {"model": plan.checkpoint.model, "revision": plan.checkpoint.revision},
-        "targets": {"consumers": list(plan.targets), "tp": plan.tp},
+        "targets": {"consumers": list(plan.targets), "tp": plan.tp}
+        | ({"ep": plan.parallel.ep} if plan.parallel.ep > 1 else {}),
         "versions": {"dsv2quant": __version__, "python": platform.python_version()}
         | {name: version(name) for name in libraries},
     }
@@ -88,8 +89,7 @@ def model_card(plan: Plan, command: str) -> str:
         f"# {base.rpartition('/')[2]}, {plan.recipe.name}",
         f"{base}"
         + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
-        + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}"
-        + (f" at tensor-parallel size {plan.tp}." if plan.tp > 1 else "."),
+        + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}.",
         f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served."
         if activations
         else "Activations are not quantized.",

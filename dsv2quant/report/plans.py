@@ -11,10 +11,12 @@ from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.fp8 import BLOCK
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.plan import Line, Plan
 from dsv2quant.report.summary import RoleSummary, roles_table, summarize
 from dsv2quant.report.tables import count, gigabytes
+from dsv2quant.report.warnings import warnings
 from dsv2quant.targets import ENGINES
 
 # vLLM pull 13232
@@ -24,10 +26,10 @@ _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
 def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
     """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks are listed one by one."""
     roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
-    at = f" at tensor-parallel size {plan.tp}" if plan.tp > 1 else ""
     parts = [
+        *(f"warning: {warning}" for warning in warnings(plan)),
         f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, recipe {plan.recipe.name}, "
-        f"for {', '.join(plan.targets)}{at}",
+        f"for {', '.join(plan.targets)}{plan.parallel}",
         roles_table(roles, before=True),
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
         f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
@@ -52,6 +54,10 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     found += serving_notes(plan)
     found += _finer_groups(plan)
+    share = config.moe_intermediate_size // plan.parallel.experts_over
+    blocks = any(line.scheme == "fp8-block" and line.slot.role.startswith("routed.") for line in plan.lines)
+    if blocks and "vllm" in plan.targets and share % BLOCK:
+        found.append(f"vllm: FP8 blocks of experts' shares of {share} need vLLM 0.30 or newer")
     if any(line.kv_scales for line in plan.lines) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
@@ -79,7 +85,7 @@ def _finer_groups(plan: Plan) -> list[str]:
         if not isinstance(codec, Int4) or codec.quant_method == "compressed-tensors":
             continue
         for size in (size for size in (64, 32) if size < (codec.group_size or 0)):
-            rules = (f"{codec.family}-g{size}", plan.checkpoint.config, plan.targets, plan.tp)
+            rules = (f"{codec.family}-g{size}", plan.checkpoint.config, plan.targets, plan.parallel)
             roles = list(dict.fromkeys(slot.role for slot in fallen if targets.refusal(slot, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"
@@ -97,6 +103,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "targets": list(plan.targets),
         "tp": plan.tp,
+        "ep": plan.parallel.ep,
         "parameters": plan.parameters,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
@@ -108,6 +115,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for x in plan.lines
             if x.reason
         ],
+        "warnings": warnings(plan),
         "notes": notes(plan),
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.outputs)} for s in plan.shards],
         "quantization_config": plan.config.get("quantization_config"),

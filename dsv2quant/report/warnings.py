@@ -1,0 +1,114 @@
+"""What a plan warns of: a recipe of which the targets leave little, and rules that do nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dsv2quant import recipe as recipes
+from dsv2quant import targets
+from dsv2quant.errors import Dsv2quantError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.int4 import Int4
+from dsv2quant.names import Slot
+from dsv2quant.plan import Plan, choose_schemes
+from dsv2quant.recipe import Recipe
+from dsv2quant.report.tables import gigabytes
+from dsv2quant.targets import Parallel
+
+
+def warnings(plan: Plan) -> list[str]:
+    """One line each, the gravest first."""
+    idle: list[str] = []
+    if not plan.recipe.builtin:
+        slots = (line.slot for line in plan.lines)
+        idle = plan.recipe.idle_rules(slots, plan.checkpoint.config.num_hidden_layers)
+    return _unquantized(plan) + [f"recipe {plan.recipe.name}: {line}" for line in idle]
+
+
+def _unquantized(plan: Plan) -> list[str]:
+    """Whether most weights that the recipe quantizes stay in BF16; why, and what quantizes them."""
+    left = _left(((line.slot, line.scheme, line.reason) for line in plan.lines), 1)
+    if left <= 0.5:
+        return []
+    reasons: Counter[str] = Counter()
+    for line in plan.lines:
+        if line.reason and line.scheme == "bf16":
+            reasons[line.reason] += line.slot.size
+    bits = 8 * plan.bytes_out / plan.parameters
+    said = f"{left:.0%} of what recipe {plan.recipe.name} quantizes stays in BF16, {bits:.2f} bits per weight in all"
+    ways = [f"{words} (about {gigabytes(nbytes)})" for words, nbytes in _ways_out(plan).items()]
+    instead = f". What quantizes most of it: {', '.join(ways)}" if ways else ""
+    return [f"{said}: {max(reasons, key=lambda reason: reasons[reason])}{instead}"]
+
+
+def _ways_out(plan: Plan) -> dict[str, int]:
+    """{options: bytes of the artifact's weights} of plans near this one that do quantize most of what they should."""
+    recipe, parallel = plan.recipe, plan.parallel
+    finer = [(f"--group-size {size}", _regrouped(recipe, size)) for size in ("64", "32", "channel") if recipe.builtin]
+    other = [("--fp8=channel", recipes.builtin("fp8-channel"))] if recipe.schemes != {"bf16", "fp8-channel"} else []
+    smaller = [tp for tp in range(parallel.tp - 1, 0, -1) if parallel.tp % tp == 0]
+    # Of each kind the first that helps.
+    kinds: list[list[tuple[str, Recipe | None, Parallel]]] = [
+        [(words, regrouped, parallel) for words, regrouped in finer],
+        [(f"--ep {parallel.tp}", recipe, Parallel(parallel.tp, parallel.tp))] if parallel.ep == 1 else [],
+        [(f"--tp {tp}", recipe, replace(parallel, tp=tp)) for tp in smaller],
+        [(words, another, parallel) for words, another in other],
+    ]
+    ways: dict[str, int] = {}
+    for kind in kinds:
+        for words, near, split in kind:
+            nbytes = _planned(plan, near, split) if near is not None else None
+            if nbytes is not None:
+                ways[words] = nbytes
+                break
+    return ways
+
+
+def _regrouped(recipe: Recipe, size: str) -> Recipe | None:
+    """The recipe with another INT4 group size; None where that changes nothing, or its layout has no such size."""
+    rules = []
+    for rule in recipe.rules:
+        codec = CODECS[rule.scheme]
+        scheme = rule.scheme
+        if isinstance(codec, Int4):
+            scheme = f"{codec.family}-{size}" if size == "channel" else f"{codec.family}-g{size}"
+        rules.append(replace(rule, scheme=scheme))
+    changed = replace(recipe, rules=tuple(rules))
+    return changed if changed != recipe and changed.schemes <= set(CODECS) else None
+
+
+def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
+    """Bytes of the weights that a recipe gives at a parallel size; None where most of it falls back too, or it has no
+    artifact. Looks at one expert of each layer: all of them are treated alike."""
+    config = plan.checkpoint.config
+    slots = [line.slot for line in plan.lines if not line.slot.expert]
+    try:
+        targets.choose(plan.targets, recipe.schemes)
+        targets.check_parallel(config, parallel, plan.targets)
+        chosen = choose_schemes(slots, config, recipe, plan.targets, parallel)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, config, plan.targets, parallel)
+    except Dsv2quantError:
+        return None
+    if _left(((slot, scheme, reason) for slot, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
+        return None
+    nbytes = 0
+    for slot, (scheme, _, _) in chosen.items():
+        parts = CODECS[scheme].layout(slot.shape) if scheme != "bf16" else ()
+        copies = 1 if slot.expert is None else config.n_routed_experts
+        nbytes += copies * (sum(part.nbytes for part in parts) if parts else 2 * slot.size)
+    return nbytes
+
+
+def _left(decided: Iterable[tuple[Slot, str, str | None]], experts: int) -> float:
+    """The share of weights that fell back to BF16 among those that a recipe quantizes; each expert counts `experts`
+    times."""
+    kept = done = 0
+    for slot, scheme, reason in decided:
+        size = slot.size * (1 if slot.expert is None else experts)
+        if scheme != "bf16":
+            done += size
+        elif reason:
+            kept += size
+    return kept / (kept + done) if kept else 0.0
