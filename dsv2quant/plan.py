@@ -21,7 +21,7 @@ from dsv2quant.errors import InputError
 from dsv2quant.folds import layer_folds
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.part import Part
-from dsv2quant.formats.quant_config import kv_scale_parts, quantization_config
+from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
 from dsv2quant.headers import SINGLE_FILE
 from dsv2quant.names import Slot
 from dsv2quant.recipe import CALIBRATED, MEASURED, Recipe
@@ -162,13 +162,15 @@ def make_plan(
     chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
+    where = f"recipe {recipe.name}"
     schemes = choose_schemes(
         (weight.slot for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
     )
     _mark_folded(checkpoint, recipe, schemes)
-    where = f"recipe {recipe.name}"
     planned = {weight.slot: schemes[weight.slot][0] for weight in checkpoint.weights}
     try:
+        kinds = {(slot.role, slot.layer): slot for slot in planned}.values()
+        one_method(recipe.assign(slot)[0] for slot in kinds)  # what falls back must not hide it
         quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
@@ -190,11 +192,14 @@ def choose_schemes(
     Fused modules are decided as one: the first member that a target refuses takes the others along.
     """
     modules: dict[str, list[Slot]] = defaultdict(list)
+    assigned: dict[tuple[str, int | None], tuple[str, str]] = {}
     for slot in slots:
+        if (slot.role, slot.layer) not in assigned:
+            assigned[slot.role, slot.layer] = recipe.assign(slot)
         modules[targets.fused_module(slot, config, chosen) or slot.name].append(slot)
     decided: dict[Slot, tuple[str, str, str | None]] = {}
     for members in modules.values():
-        wishes = {slot: recipe.assign(slot) for slot in members}
+        wishes = {slot: assigned[slot.role, slot.layer] for slot in members}
         scheme = wishes[members[0]][0]
         odd = next((slot for slot in members if wishes[slot][0] != scheme), None)
         if odd is not None:

@@ -34,6 +34,7 @@ _RULE_KEYS = {"roles", "layers", "scheme", "method"}
 _RECIPE_KEYS = {"name", "description", "rules"}
 MAX_BYTES = 64 << 10
 MAX_LAYERS = 1024
+_MAX_PATTERN = 64  # fnmatch takes time that grows with the square
 _MAX_DEPTH = 6  # a list of patterns in a rule in the list of rules in the recipe is 4 deep
 
 
@@ -66,7 +67,7 @@ class Recipe:
         return {rule.scheme for rule in self.rules}
 
     def assign(self, slot: Slot) -> tuple[str, str]:
-        """(scheme, method) of a tensor."""
+        """(scheme, method) of a tensor, by its role and layer alone."""
         for rule in self.rules:
             if rule.matches(slot):
                 return rule.scheme, rule.method
@@ -120,20 +121,15 @@ def load(path: str | Path) -> Recipe:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        known = {
-            entry.name.removesuffix(".yaml") for entry in resources.files("dsv2quant").joinpath("recipes").iterdir()
-        }
-        option = f"--{str(path).replace('-', '=', 1)}"  # int4-pure: --int4=pure
-        fix = (
-            f"the recipe of this name that comes with the package is {option}"
-            if str(path) in known
-            else "give a YAML file"
-        )
+        files = resources.files("dsv2quant").joinpath("recipes").iterdir()
+        known = {file.name.removesuffix(".yaml") for file in files}
+        fix = "give a YAML file"
+        if str(path) in known:  # int4-pure: --int4=pure
+            fix = f"the recipe of this name that comes with the package is --{str(path).replace('-', '=', 1)}"
         raise InputError("no such file", where=path, fix=fix) from None
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 text: {error.reason} at byte {error.start}", where=path, fix="give a YAML file"
-        ) from None
+        what = f"not UTF-8 text: {error.reason} at byte {error.start}"
+        raise InputError(what, where=path, fix="give a YAML file") from None
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a YAML file") from None
     if len(content) > MAX_BYTES:
@@ -146,11 +142,7 @@ def parse(text: str, where: object) -> Recipe:
     try:
         _check_plain(text, where)
         node = yaml.compose(text, Loader=yaml.BaseLoader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # PyYAML's own, and what its escapes and versions raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: PyYAML reading numbers and escapes
         raise InputError(f"not valid YAML: {error}", where=where, fix="see the README's recipe section") from None
     raw = _content(node, where)
     _known_keys(raw, _RECIPE_KEYS, where)
@@ -171,8 +163,7 @@ def _check_plain(text: str, where: object) -> None:
     for event in yaml.parse(text, Loader=yaml.BaseLoader):
         if isinstance(event, yaml.NodeEvent) and (event.anchor or getattr(event, "tag", None)):
             found = "an anchor or alias" if event.anchor else "a tag"
-            at = f"{where}, line {event.start_mark.line + 1}"
-            raise InputError(f"{found}, and recipes are plain YAML", where=at, fix="write it out")
+            raise InputError(f"{found}, and recipes are plain YAML", where=_at(event, where), fix="write it out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise InputError("nested too deeply", where=where, fix="see the README's recipe section")
@@ -185,16 +176,22 @@ def _content(node: yaml.Node | None, where: object) -> Any:
     if isinstance(node, yaml.MappingNode):
         content: dict[str, Any] = {}
         for key_node, value in node.value:
-            key, at = key_node.value, f"{where}, line {key_node.start_mark.line + 1}"
+            key, at = key_node.value, _at(key_node, where)
             if not isinstance(key, str):
                 raise InputError("a key that is no word", where=at, fix="see the README's recipe section")
             if key in content:
                 raise InputError(f"the key {_short(key)} is there twice", where=at, fix="remove one")
             content[key] = _content(value, where)
         return content
-    if node is None or (node.style is None and node.value in ("", "~", "null", "Null", "NULL")):
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if node is None or (plain and node.value in ("", "~", "null", "Null", "NULL")):
         return None
     return node.value
+
+
+def _at(found: yaml.Event | yaml.Node, where: object) -> str:
+    mark = found.start_mark
+    return f"{where}, line {mark.line + 1}" if mark else str(where)
 
 
 def _rule(raw: Any, where: str) -> Rule:
@@ -203,7 +200,7 @@ def _rule(raw: Any, where: str) -> Rule:
     if not isinstance(roles, list) or not roles or not all(isinstance(r, str) for r in roles):
         raise InputError("`roles` must be a list of roles or patterns", where=where, fix=f"roles: {', '.join(ROLES)}")
     for pattern in roles:
-        if not any(fnmatchcase(role, pattern) for role in ROLES):
+        if len(pattern) > _MAX_PATTERN or not any(fnmatchcase(role, pattern) for role in ROLES):
             raise InputError(f"unknown role {_short(pattern)}", where=where, fix=f"roles: {', '.join(ROLES)}")
     scheme, method = raw.get("scheme"), raw.get("method", "rtn")
     if not isinstance(scheme, str) or scheme not in CODECS:

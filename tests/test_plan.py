@@ -12,6 +12,7 @@ from dsv2quant import recipe
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.plan import make_plan
+from dsv2quant.report.plans import notes
 from dsv2quant.shards import parse_size
 
 V2_236B = LITE_16B | {
@@ -102,12 +103,33 @@ def test_tensor_parallel_shares_must_hold_whole_blocks(published):
     at = {tp: plan(published["v2"], for_targets=["vllm"], tp=tp) for tp in (2, 4, 8)}
     assert not fallen(at[2])
     assert not fallen(at[4])
+    assert not fallen(at[8])  # 1536 / 8 = 192: vLLM refines the experts' blocks to 64
+    assert notes(at[8]) == ["vllm: FP8 blocks of experts' shares of 192 need vLLM 0.30 or newer"]
+    assert not notes(at[4])
     routed = {"routed.gate_proj", "routed.up_proj", "routed.down_proj"}
-    assert fallen(at[8]) == routed  # 1536 / 8 = 192
-    assert "1536 / tp 8 = 192" in reasons(at[8], "routed.down_proj").pop()
     lite = plan(published["lite"], for_targets=["sglang"], tp=2)
     assert fallen(lite) == routed | {"dense.gate_proj", "dense.up_proj", "dense.down_proj"}  # 1408 / 2 = 704
     assert not fallen(plan(published["lite"], "fp8-channel", for_targets=["sglang"], tp=2))
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "tp", "unit"),
+    [
+        (1408, 256, 2, None),  # 704 = 11 × 64
+        (1408, 256, 4, None),  # 352 = 11 × 32
+        (1408, 256, 8, 32),  # 176
+        (192, 256, 2, 128),  # 96 = 3 × 32, but the scales of 192 rows count whole blocks
+        (256, 192, 4, 128),  # likewise along the other side
+        (256, 192, 2, None),  # whole blocks need no refining
+    ],
+)
+def test_vllm_refines_blocks_of_experts_down_to_32(width, hidden, tp, unit, tmp_path):
+    config = tiny.LITE | {
+        "hidden_size": hidden, "moe_intermediate_size": width, "num_attention_heads": 8, "num_hidden_layers": 2,
+    }  # fmt: skip
+    made = plan(Checkpoint.open(tiny.write_headers(tmp_path / "x", config)), for_targets=["vllm"], tp=tp)
+    reason = f"vllm: the experts' width, {width} / tp {tp} = {width // tp}, must be a multiple of {unit}"
+    assert reasons(made, "routed.up_proj") == reasons(made, "routed.down_proj") == {reason if unit else ""}
 
 
 def test_a_size_that_does_not_divide_the_model_is_a_usage_error(published):
@@ -201,10 +223,11 @@ def test_the_digest_covers_what_determines_the_bytes(tmp_path):
     others = [
         plan(Checkpoint.open(tiny.MINI), "fp8-channel"),
         plan(Checkpoint.open(tiny.MINI), for_targets=["vllm"]),
+        plan(Checkpoint.open(tiny.MINI), ep=2),
         plan(Checkpoint.open(tiny.MINI), max_shard_size=3_000_000),
         plan(Checkpoint.open(tiny.write_checkpoint(tmp_path / "lite", tiny.LITE))),
     ]
-    assert len({made.digest for made in [base, *others]}) == 5
+    assert len({made.digest for made in [base, *others]}) == 6
 
 
 def test_config_declares_the_schemes_and_drops_remote_code(tmp_path):

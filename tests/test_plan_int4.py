@@ -15,12 +15,14 @@ from dsv2quant.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.plan import make_plan
 from dsv2quant.report.plans import plan_text
+from dsv2quant.report.warnings import warnings
 
 RECIPES = ("int4-mixed", "int4-pure", "int4-experts")
 ROUTED = {"routed.gate_proj", "routed.up_proj", "routed.down_proj"}
 SHARED = {"shared.gate_proj", "shared.up_proj", "shared.down_proj"}
 DENSE = {"dense.gate_proj", "dense.up_proj", "dense.down_proj"}
 UNTOUCHED = {"kv_b_proj", "router", "embed", "lm_head", "norm"}
+EXPERTS = {"lite": "int4-g128", "v2": "int4-g128", "mini": "int4-g64"}  # dsv2-mini's experts are one group of 128 wide
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +52,17 @@ def test_what_every_recipe_leaves_in_bf16(model, name, models):
     made = plan(models[model], name)
     assert all(schemes(made)[role] == {"bf16"} for role in UNTOUCHED)
     assert not fallen(made) & UNTOUCHED  # as the recipe wants it, not as a fallback
-    assert all(schemes(made)[role] == {"int4-g128"} for role in ROUTED)
+    assert all(schemes(made)[role] == {EXPERTS[model]} for role in ROUTED)
 
 
 @pytest.mark.parametrize("model", ["lite", "v2", "mini"])
 def test_mixed_is_int4_experts_and_fp8_channel_for_the_rest(model, models):
     made = plan(models[model])
-    assert not fallen(made)
-    assert {role for role, found in schemes(made).items() if found == {"int4-g128"}} == ROUTED
+    assert fallen(made) == (ROUTED if model == "mini" else set())
+    assert {role for role, found in schemes(made).items() if found == {EXPERTS[model]}} == ROUTED
     assert {role for role, found in schemes(made).items() if found == {"bf16"}} == UNTOUCHED
-    assert made.schemes == {"int4-g128", "fp8-channel"}
-    assert methods(made) == {("bf16", "rtn"), ("fp8-channel", "rtn"), ("int4-g128", "gptq")}
+    assert made.schemes == {EXPERTS[model], "fp8-channel"}
+    assert methods(made) == {("bf16", "rtn"), ("fp8-channel", "rtn"), (EXPERTS[model], "gptq")}
 
 
 def test_experts_alone_leaves_everything_else_in_bf16(models):
@@ -76,7 +78,7 @@ def test_pure_plans_fall_back_where_sglang_pads_nothing(models):
     assert fallen(lite) == {"dense.down_proj"}
     assert reasons(lite, "dense.down_proj") == {"sglang: columns, 10944, must be a multiple of 128"}
     mini = plan(models["mini"], "int4-pure")
-    assert fallen(mini) == {"q_a_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
+    assert fallen(mini) == ROUTED | {"q_a_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
     assert reasons(mini, "kv_a_proj_with_mqa") == {"sglang: rows, 144, must be a multiple of 64"}
     assert reasons(mini, "q_a_proj").pop().startswith("fused with kv_a_proj_with_mqa, which falls back: sglang: rows")
     assert "dense.down_proj [2048, 10944], 1 tensor in layer 0 → bf16: sglang: columns, 10944" in plan_text(lite)
@@ -151,9 +153,61 @@ def test_sglang_needs_128_columns_and_64_rows_a_share(group_size, models):
         assert schemes(made)[role] == {"bf16"}
         assert reasons(made, role) == {f"sglang: {rule}"}
     assert schemes(made)["shared.gate_proj"] == {f"int4-g{group_size}" if group_size else "int4-channel"}
-    # vLLM pads ragged tiles, and needs whole groups alone.
+    # vLLM pads ragged tiles, and needs whole groups alone; experts, whose share is 32 wide, more than one.
     vllm = plan(models["mini"], "int4-pure", group_size=32, for_targets=["vllm"], tp=4)
-    assert {role for role, found in schemes(vllm).items() if found == {"bf16"}} == UNTOUCHED | {"dense.down_proj"}
+    assert {role for role, found in schemes(vllm).items() if found == {"bf16"}} == UNTOUCHED | ROUTED | {
+        "dense.down_proj"
+    }
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("width", "hidden", "group_size", "scheme", "rule"),
+    # The engines take experts of one group to have a scale per row, and misread it.
+    [
+        (128, 256, 128, "int4-g64", "the experts' width, 128, must exceed the group of 128"),
+        (64, 256, 64, "int4-g32", "the experts' width, 64, must exceed the group of 64"),
+        (64, 256, 128, "int4-g32", "the experts' width, 64, must exceed the group of 64"),
+        (256, 128, 128, "int4-g64", "the hidden size, 128, must exceed the group of 128"),
+        (256, 256, 128, "int4-g128", None),
+        (128, 256, 0, "int4-channel", None),
+    ],
+)
+def test_experts_must_be_wider_than_a_group(width, hidden, group_size, scheme, rule, target, tmp_path):
+    config = tiny.LITE | {"hidden_size": hidden, "moe_intermediate_size": width, "n_shared_experts": 4}
+    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "x", config))
+    made = plan(checkpoint, "int4-experts", group_size=group_size, for_targets=[target])
+    assert all(schemes(made)[role] == {scheme} for role in ROUTED)  # gate, up and down together
+    assert {reasons(made, role).pop() for role in ROUTED} == ({f"{target}: {rule}"} if rule else {""})
+    free = plan(checkpoint, "int4-experts", group_size=group_size, for_targets=["transformers"])
+    assert reasons(free, "routed.up_proj") in (
+        {""},
+        {"fused with routed.down_proj, which falls back: 64 columns are not a multiple of 128"},
+    )
+    if width == 256:
+        halved = plan(checkpoint, "int4-experts", group_size=group_size, for_targets=[target], tp=2)
+        assert schemes(halved)["routed.down_proj"] == {"int4-g64"}  # 128 columns a share
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_other_layouts_have_the_same_rule_and_no_finer_group(layout, models):
+    name = "int4-pure" if layout == "gptq" else "int4-experts"
+    asked = recipe.builtin(name, layout=layout)
+    reason = "vllm: the experts' width, 128, must exceed the group of 128"
+    if layout == "gptq":
+        with pytest.raises(InputError, match=f"{reason}, and GPTQ experts of such a width can't stay in BF16"):
+            make_plan(models["mini"], asked, for_targets=["vllm"])
+    else:
+        made = make_plan(models["mini"], asked, for_targets=["vllm"])
+        assert reasons(made, "routed.up_proj") == {reason}
+        [warning] = warnings(made)
+        assert warning.startswith(
+            f"100% of what recipe int4-experts quantizes stays in BF16, 16.02 bits per weight in all: {reason}"
+        )
+        assert "--group-size 64 (about 11." in warning
+    finer = make_plan(models["mini"], recipe.builtin(name, layout=layout, group_size=64), for_targets=["vllm"])
+    assert not fallen(finer) & ROUTED
+    assert not warnings(finer)
 
 
 def test_engines_need_a_hidden_size_of_whole_tiles_for_experts(tmp_path):
@@ -199,7 +253,7 @@ def test_a_recipe_that_splits_a_layers_experts_quantizes_none(models):
     assert fallen(made) == ROUTED
     assert "different schemes" in reasons(made, "routed.down_proj").pop()
     assert methods(made) == {("bf16", "rtn")}
-    by_layer = custom("{roles: ['routed.*'], layers: '2', scheme: int4-g64}, {roles: ['routed.*'], scheme: int4-g128}")
+    by_layer = custom("{roles: ['routed.*'], layers: '2', scheme: int4-g32}, {roles: ['routed.*'], scheme: int4-g64}")
     assert not fallen(make_plan(models["mini"], by_layer))
 
 
@@ -260,7 +314,7 @@ def test_planned_sizes_are_the_files_sizes(name, models, tmp_path):
 
 def test_the_digest_covers_method_and_group_size(models):
     def digest(name: str, text: str = "", **choices: object) -> str:
-        return make_plan(models["mini"], replace(recipe.builtin(name, **choices), text=text)).digest
+        return make_plan(models["lite"], replace(recipe.builtin(name, **choices), text=text)).digest
 
     kinds = [{"method": m, "group_size": g} for m in ("gptq", "mse", "rtn") for g in (128, 64, 32, 0)]
     digests = {digest("int4-mixed", **choices) for choices in kinds} | {digest(name) for name in RECIPES[1:]}

@@ -101,7 +101,9 @@ def test_rows_must_fill_words_on_every_gpu(tmp_path):
 
 def test_vllm_loads_no_bf16_experts_of_another_width_from_gptq(models):
     # Lite's experts are 11 × 128 wide: on two GPUs 5.5 × 128.
-    with pytest.raises(InputError, match=r"1408 / tp 2 = 704, must be a multiple of 128, and GPTQ experts can't stay"):
+    with pytest.raises(
+        InputError, match=r"1408 / tp 2 = 704, must be a multiple of 128, and GPTQ experts of such a width can't stay"
+    ):
         plan(models["lite"], family="gptq", for_targets=["vllm"], tp=2)
     awq = plan(models["lite"], family="awq", for_targets=["vllm"], tp=2)
     assert all(schemes(awq)[role] == {"bf16"} for role in ROUTED)
@@ -204,7 +206,9 @@ def quantized_there(name: str, config: dict) -> bool:
     return not any(re.match(key.removeprefix("-:"), name) for key in config["dynamic"])
 
 
-# g128 leaves dsv2-mini's dense.down_proj in BF16, and Lite's; the last one leaves whole fused modules and a layer out.
+# g128 leaves Lite's dense.down_proj in BF16, and does not fit dsv2-mini's experts.
+GROUP = {"lite": 128, "v2": 128, "mini": 64}
+# Leaves whole fused modules and a layer out.
 MIXED = """{roles: [kv_b_proj, 'shared.gate_proj', 'shared.up_proj'], scheme: bf16},
            {roles: ['routed.*'], layers: '2', scheme: bf16}, {roles: ['dense.*', q_proj], scheme: bf16},
            {roles: ['*_proj', 'shared.*', 'routed.*'], scheme: FAMILY-g64}"""
@@ -217,7 +221,7 @@ def test_engines_find_every_modules_scheme(family, name, model, models):
     if name == MIXED:
         made = make_plan(models[model], custom(name.replace("FAMILY", family)), for_targets=["vllm"])
     else:
-        made = plan(models[model], name, family=family, for_targets=["vllm"])
+        made = plan(models[model], name, family=family, group_size=GROUP[model], for_targets=["vllm"])
     config = made.config["quantization_config"]
     of = {line.slot.module: line.scheme for line in made.lines}
     modules = engine_modules(models[model])

@@ -14,7 +14,7 @@ be found in `mlp.gate_proj`. Both lists are of modules; neither engine looks for
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv2quant.formats.codec import CODECS, Codec
@@ -32,6 +32,19 @@ _FUSED_ALIASES = {
 }
 
 
+def one_method(schemes: Iterable[str]) -> set[str]:
+    """The quant method of an artifact with these schemes; empty where all are BF16. Raises ValueError where they have
+    several: for `fp8`, with one weight layout and one activation scheme for all modules, schemes count."""
+    used = {s: CODECS[s].quant_method for s in schemes if s != "bf16"}
+    methods = {s if method == "fp8" else str(method) for s, method in used.items()}
+    if len(methods) > 1:
+        what = f"mixes the quant methods {' and '.join(sorted(methods))}: an artifact has one"
+        if methods & {"gptq", "awq"}:
+            what += "; take --int4=pure or --int4=experts, or --format compressed-tensors"
+        raise ValueError(what)
+    return methods
+
+
 def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) -> dict[str, Any] | None:
     """The configuration of a model whose tensors have these schemes; None where nothing is quantized. `kv_scales`
     declares KV-cache scales where the quant method has a word for them.
@@ -39,16 +52,9 @@ def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) ->
     Raises ValueError, with what to do, where the schemes don't go together: an artifact has one quant method, and one
     group size in GPTQ's and AWQ's layouts.
     """
-    # `fp8` has one weight layout and one activation scheme for all modules.
-    used = {s: CODECS[s].quant_method for s in schemes.values() if s != "bf16"}
-    methods = {s if method == "fp8" else str(method) for s, method in used.items()}
+    methods = one_method(schemes.values())
     if not methods:
         return None
-    if len(methods) > 1:
-        what = f"mixes the quant methods {' and '.join(sorted(methods))}: an artifact has one"
-        if methods & {"gptq", "awq"}:
-            what += "; take --int4=pure or --int4=experts, or --format compressed-tensors"
-        raise ValueError(what)
     ignored = _ignored_modules(schemes)
     if methods <= {"gptq", "awq"}:
         return _transposed(schemes, ignored)
