@@ -128,7 +128,31 @@ def test_every_scalar_is_text_and_null_is_nothing():
     assert listed.rules[0].layers == {0, 2, 3}
 
 
-WORDS = """&a |*a|!!int |[|]|{|}|: |, |name|x|- |roles|scheme|bf16|'*'|layers|1-2|? |null|0x|1e9|"\\""".split("|")
+WORDS = [
+    "&a ",
+    "*a",
+    "!!int ",
+    "[",
+    "]",
+    "{",
+    "}",
+    ": ",
+    ", ",
+    "name",
+    "x",
+    "- ",
+    "roles",
+    "scheme",
+    "bf16",
+    "'*'",
+    "layers",
+    "1-2",
+    "? ",
+    "null",
+    "0x",
+    "1e9",
+    '"\\',
+]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
