@@ -41,7 +41,8 @@ from dsv2quant.plan import make_plan
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TARGETS = ("vllm", "transformers")  # SGLang's kernels would leave kv_a's 144 rows unquantized
+# vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
+TARGETS = ("transformers",)
 
 
 class Made(NamedTuple):

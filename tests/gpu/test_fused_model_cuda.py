@@ -28,7 +28,7 @@ ARTIFACTS = {
     "fp8-tensor": ["--fp8=tensor"],
     "int4-mixed": ["--int4=mixed", "--method", "rtn"],
     "int4-pure-g32": ["--int4=pure", "--method", "rtn", "--group-size", "32"],
-    "gptq": ["--int4=pure", "--method", "rtn", "--format", "gptq"],
+    "gptq": ["--int4=pure", "--method", "rtn", "--format", "gptq", "--group-size", "64"],
     "awq": ["--int4=pure", "--method", "rtn", "--format", "awq", "--group-size", "64"],
     "q8_0": ["--gguf", "Q8_0"],
     "q4_k_m": ["--gguf", "Q4_K_M"],
