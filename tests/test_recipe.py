@@ -129,8 +129,8 @@ def test_every_scalar_is_text_and_null_is_nothing():
 
 
 WORDS = (
-    "&a ", "*a", "!!int ", "[", "]", "{", "}", ": ", ", ", "name", "x", "- ", "roles", "scheme", "bf16", "'*'", "layers",
-    "1-2", "? ", "null", "0x", "1e9", '"\\', "|", "\n", "---\n",
+    "&a ", "*a", "!!int ", "[", "]", "{", "}", ": ", ", ", "name", "x", "- ", "roles", "scheme", "bf16", "layers",
+    "'*'", "1-2", "? ", "null", "0x", "1e9", '"\\', "|", "\n", "---\n",
 )  # fmt: skip
 
 
