@@ -140,6 +140,7 @@ def test_programs_are_neither_few_nor_many():
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
     """The part of another operation stays."""
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("triton.__version__", "3.6.0")
     monkeypatch.setattr(tune, "check_device", lambda: None)
     monkeypatch.setattr(tune, "precompile", lambda operations: 7)

@@ -123,10 +123,11 @@ def test_compiled_for_hopper(name: str, config: Config, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: nothing is written to shared memory on the way, nothing to local."""
     made = compiled(name, config, tmp_path / "k.cubin", experts=config.tokens >= 64)
     found = Counter(line.split()[0] for line in made.ptx.splitlines() if line.strip())
-    unit = "mma.sync" if config.tokens == 8 and gguf_product.NARROW.value else "wgmma.mma_async"
+    narrow = config.tokens == 8 and gguf_product.NARROW.value  # mma.sync, whose order of columns suits groups of 32 only
+    unit = "mma.sync" if narrow else "wgmma.mma_async"
     assert any(instruction.startswith(unit) for instruction in found)
     assert found["shfl.sync.idx.b32"] == sum(found[what] for what in found if what.startswith("shfl"))
-    assert found["shfl.sync.idx.b32"] <= 1  # a warp's number
+    assert found["shfl.sync.idx.b32"] <= 1 or (narrow and SPECS[name].group < 32)  # a warp's number
     assert any(instruction.startswith("cp.async.c") for instruction in found)
     if config.split == 1 and config.tokens > 8:
         assert not any(instruction.startswith("st.shared") for instruction in found)

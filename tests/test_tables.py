@@ -14,6 +14,7 @@ from dsv2quant.kernels.int4_held import Held
 
 CONTENT = {
     "gpu": "Some GPU",
+    "capability": "9.0",
     "triton": "3.6",
     "fp8_gemm": {
         "256x512": {"1": ["decode", 64, 16, 2, 4], "16": ["decode", 128, 16, 1, 4], "1024": ["prefill", 64, 128, 3]},
@@ -61,15 +62,57 @@ def test_other_weights_go_by_the_rule(some_gpu):
     assert int4_gemm.choose(1, 512, 256) == int4_gemm.rule(1, 512, 256)
 
 
-def test_a_table_is_for_one_gpu_and_minor_version(tmp_path, monkeypatch):
+TABLES = [
+    ("Some GPU", "9.0", "3.6"),
+    ("Some GPU", "9.0", "3.10"),
+    ("Big GPU", "9.0", "3.8"),
+    ("New GPU", "10.0", "3.8"),
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "version", "found"),
+    [
+        ("Some GPU", "9.0", "3.6.0", "Some-GPU-triton3.6"),
+        ("Some GPU", "9.0", "3.6.1+git", "Some-GPU-triton3.6"),
+        ("Some GPU", "9.0", "3.7.1", "Some-GPU-triton3.6"),
+        ("Some GPU", "9.0", "3.8.0", "Some-GPU-triton3.10"),  # as near as 3.6, and newer
+        ("Some GPU", "9.0", "3.60.0", "Some-GPU-triton3.10"),
+        ("Some GPU", "9.0", "4.0.0", "Some-GPU-triton3.10"),
+        ("Big GPU", "9.0", "3.6.0", "Big-GPU-triton3.8"),  # its own before a nearer version
+        ("Third GPU", "9.0", "3.9.0", "Some-GPU-triton3.10"),
+        ("Third GPU", "9.0", "3.8.0", "Big-GPU-triton3.8"),
+        ("Third GPU", "10.0", "3.6.0", "New-GPU-triton3.8"),
+        ("Some GPU", "8.9", "3.6.0", None),
+    ],
+)
+def test_the_nearest_table_of_the_architecture_is_taken(gpu, capability, version, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    for its_gpu, its_capability, triton in TABLES:
+        name = f"{its_gpu.replace(' ', '-')}-triton{triton}.json"
+        written(tmp_path, name, gpu=its_gpu, capability=its_capability, triton=triton)
+    path = tables.nearest(gpu, capability, version)
+    assert (path and path.name.removesuffix(".json")) == found
+
+
+def test_which_table_is_taken_is_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("triton.__version__", "3.7.1")
     written(tmp_path)
-    for version, found in (("3.6.0", True), ("3.6.1+git", True), ("3.7.0", False), ("3.60.0", False)):
-        monkeypatch.setattr("triton.__version__", version)
+    for capability, line, known in (
+        ((9, 0), "block shapes: Some-GPU-triton3.6.json, for Some GPU with Triton 3.7.1", True),
+        ((8, 6), "block shapes: by rules; no table is for compute capability 8.6", False),
+    ):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda capability=capability: capability)
         tables._of_this_device.cache_clear()
-        assert (tables.lookup("int4_gemm", 256, 512, 1) is not None) is found, version
+        caplog.clear()
+        with caplog.at_level("INFO", "dsv2quant"):
+            for _ in range(3):
+                assert (tables.lookup("int4_gemm", 256, 512, 1) is not None) is known
+        assert [record.getMessage() for record in caplog.records] == [line]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     tables._of_this_device.cache_clear()
     assert tables.lookup("fp8_gemm", 256, 512, 1) is None
@@ -91,6 +134,10 @@ def test_the_device_is_asked_for_once(tmp_path, monkeypatch):
     [
         ({"gpu": "Other GPU"}, "another GPU"),
         ({"triton": "3.7"}, "another GPU"),
+        ({"triton": "3.6.0"}, "another GPU"),
+        ({"triton": "six"}, "'six' is no version"),
+        ({"capability": "Hopper"}, "no compute capability"),
+        ({"capability": None}, "TypeError"),
         ({"softmax": {}}, "softmax"),
         ({"fp8_gemm": {"256": {"1": ["decode", 64, 16, 1, 4]}}}, "'256' is no rows and columns"),
         ({"fp8_gemm": {"256x512": {}}}, "has no shares"),

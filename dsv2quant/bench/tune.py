@@ -89,7 +89,11 @@ def run(names: Sequence[str], folder: Path, say: Callable[[str], object]) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / tables.path_of(torch.cuda.get_device_name(), triton.__version__).name
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    table |= {"gpu": torch.cuda.get_device_name(), "triton": tables.minor(triton.__version__)}
+    table |= {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": tables.capability_of_this_device(),
+        "triton": tables.minor(triton.__version__),
+    }
     for operation in operations:
         table[operation.name] = found = {}
         for rows, columns in sorted(operation.weights(), reverse=True):

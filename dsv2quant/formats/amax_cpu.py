@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-compiled = njit(nogil=True, error_model="numpy", cache=True)
+from dsv2quant.formats.compiled import compiled
 
 
 @intrinsic

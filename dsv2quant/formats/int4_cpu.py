@@ -7,13 +7,12 @@ columns, so that the result does not depend on the processor's vector width. One
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from dsv2quant.formats.compiled import compiled
 
 # Candidate scales in units of amax / 7. 1 comes first and stays where no error tells candidates apart.
 FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
 _LANES = 16
-
-compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:

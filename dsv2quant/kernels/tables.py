@@ -1,16 +1,18 @@
 """Shares of work that were fastest on one GPU, with one minor version of Triton: what `bench kernels --tune` found.
 
-    {"gpu": "NVIDIA H200", "triton": "3.6",
+    {"gpu": "NVIDIA H200", "capability": "9.0", "triton": "3.6",
      "fp8_gemm": {"24576x1536": {"1": ["decode", 128, 16, 1, 4], "16": …}, …}, "int4_gemm": …}
 
 A share serves weights of so many rows and columns, and at most so many tokens: its kind and its fields, as the
-operation's module has them. Kernels have a rule of their own for what no table holds.
+operation's module has them. Kernels have a rule of their own for what no table holds. A table also serves other
+versions of Triton and other GPUs of its compute capability, where there is none of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -20,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).with_name("tuned")
+HEAD = ("gpu", "capability", "triton")
 KINDS = {  # of each operation's shares, and the number of their fields
     "fp8_gemm": {"vector": 3, "decode": 4, "prefill": 3},
     "int4_gemm": {"held": 2, "gemm": 5, "dequantize": 0},
@@ -55,8 +59,35 @@ def _of_this_device() -> Table:
     """Of the device that is current at the first call: no later call asks for one."""
     if not torch.cuda.is_available():
         return {}
-    path = path_of(torch.cuda.get_device_name(), triton.__version__)
-    return read(path) if path.exists() else {}
+    gpu, capability, version = torch.cuda.get_device_name(), capability_of_this_device(), triton.__version__
+    path = nearest(gpu, capability, version)
+    if path is None:
+        logger.info("block shapes: by rules; no table is for compute capability %s", capability)
+        return {}
+    logger.info("block shapes: %s, for %s with Triton %s", path.name, gpu, version)
+    return read(path)
+
+
+def capability_of_this_device() -> str:
+    """'9.0' on Hopper."""
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+def nearest(gpu: str, capability: str, version: str) -> Path | None:
+    """The table of the same compute capability, of the GPU itself if there is one, whose version of Triton is nearest;
+    the newer of two. None where there is none."""
+
+    def place(version: str) -> int:
+        major, number = map(int, minor(version).split("."))
+        return 1000 * major + number
+
+    def distance(table: tuple[Path, dict[str, Any]]) -> tuple[bool, int, int, str]:
+        path, raw = table
+        its = place(raw["triton"])
+        return raw["gpu"] != gpu, abs(its - place(version)), -its, path.name
+
+    tables = [(path, raw) for path in FOLDER.glob("*.json") if (raw := _raw(path))["capability"] == capability]
+    return min(tables, key=distance)[0] if tables else None
 
 
 def path_of(gpu: str, version: str) -> Path:
@@ -65,20 +96,33 @@ def path_of(gpu: str, version: str) -> Path:
 
 
 def minor(version: str) -> str:
-    """'3.6.0' → '3.6'."""
-    return ".".join(version.split(".")[:2])
+    """'3.6.0' → '3.6'. Raises ValueError for what is no version."""
+    if not (matched := re.match(r"\d+\.\d+", version)):
+        raise ValueError(f"{version!r} is no version of Triton")
+    return matched[0]
 
 
 def read(path: Path) -> Table:
     """A table's shares by operation, and rows and columns of the weight. Raises ValueError, naming the file, where it
     is another GPU's or version's than its name says, or a share is none."""
+    raw = _raw(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if path_of(raw.pop("gpu"), raw.pop("triton")).name != path.name:
-            raise ValueError("it is of another GPU or version of Triton")
-        return {operation: _weights(operation, weights) for operation, weights in raw.items()}
+        return {name: _weights(name, weights) for name, weights in raw.items() if name not in HEAD}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error!r}") from None
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    """A table as its file has it, its head checked."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path_of(raw["gpu"], raw["triton"]).name != path.name or minor(raw["triton"]) != raw["triton"]:
+            raise ValueError("it is of another GPU or version of Triton")
+        if not re.fullmatch(r"\d+\.\d+", raw["capability"]):
+            raise ValueError(f"{raw['capability']!r} is no compute capability")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error!r}") from None
+    return raw
 
 
 def _weights(operation: str, raw: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int], Shares]:

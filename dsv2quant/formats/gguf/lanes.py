@@ -2,19 +2,18 @@
 
 ggml's x86-64 library adds a block's terms in order, without FMA. To use the vector unit and still add in that order,
 `LANES` blocks are searched at a time: arrays are [element, lane] and the innermost loop runs over lanes. One thread
-each; the GIL is released. numba's cache of a function does not see a change of one it calls in another file: delete
-the files *.nbi after editing this one or search.py.
+each; the GIL is released.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from dsv2quant.formats.compiled import compiled
 
 LANES = 64
 TINY = np.float32(1e-15)  # GROUP_MAX_EPS: a block whose magnitudes are all below is taken as zero
 
-compiled = njit(nogil=True, error_model="numpy", cache=True)
 _MAGIC = np.float32(12582912)  # 1.5 × 2^23
 
 
