@@ -22,7 +22,7 @@ from convert import make_checkpoint, processor
 
 from dsv2quant import __version__, recipe
 from dsv2quant.bench.results import append
-from dsv2quant.calib.calibration import Calibration, work_bytes, work_memory
+from dsv2quant.calib.calibration import Calibration, layer_file, work_bytes, work_memory
 from dsv2quant.calib.sequence import quantize_layers
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.plan import make_plan
@@ -48,13 +48,9 @@ def main() -> None:
     calibration = Calibration(ids, "random", "", 0, [])
     cuda = options.device != "cpu"
     before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    marks: list[tuple[int, float]] = [(0, time.perf_counter())]
-
-    def passed(tokens: int) -> None:
-        marks.append((marks[-1][0] + tokens, time.perf_counter()))
-
-    quantize_layers(plan, work, calibration, options.device, passed)
-    ends = [moment for tokens, moment in marks if tokens % ids.size == 0]
+    began = time.time()
+    quantize_layers(plan, work, calibration, options.device)
+    ends = [began, *(layer_file(work, layer).stat().st_mtime for layer in range(LAYERS))]
     peak = (
         torch.cuda.max_memory_allocated()
         if cuda

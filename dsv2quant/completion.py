@@ -19,6 +19,7 @@ from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.generate import Sampling, check_prompt, finish_reason, generate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import open_model
+from dsv2quant.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Request:
 
 
 def complete(
-    checkpoint: Checkpoint, request: Request, emit: Callable[[str], object] = lambda text: None
+    checkpoint: Checkpoint,
+    request: Request,
+    emit: Callable[[str], object] = lambda text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """The object of `generate --json`; `emit` is given the text in pieces as it comes, whole characters only.
 
@@ -49,7 +53,7 @@ def complete(
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
     stop = stop_ids(checkpoint, tokenizer)
-    model = open_model(checkpoint, request.options)
+    model = open_model(checkpoint, request.options, progress=progress)
 
     detokenizer = Detokenizer(tokenizer)
     tokens: list[int] = []

@@ -68,9 +68,10 @@ def needs_statistics(plan: Plan) -> bool:
     return any(line.needs_inputs or line.kv_scales for line in plan.lines)
 
 
-def work_tokens(plan: Plan, calibration: Calibration) -> int:
-    """Tokens that pass a layer, over all layers: the total of a progress bar."""
-    return calibration.ids.size * plan.checkpoint.config.num_hidden_layers
+def work_weights(plan: Plan, layers: range | None = None) -> int:
+    """Weights whose codes calibration chooses, of some layers or all: what progress counts."""
+    chosen = (line.slot for line in plan.lines if line.method in CALIBRATED)
+    return sum(slot.size for slot in chosen if layers is None or slot.layer in layers)
 
 
 def work_bytes(plan: Plan, calibration: Calibration) -> int:

@@ -106,7 +106,7 @@ def collect(
                 sums.unseen(f"{at}.mlp.experts.{expert}.down_proj", config.moe_intermediate_size)
         return sums.arrays(), dict(sorted(sums.counts.items()))
 
-    through_layers(folder, loader, ids, ("ideal",), process, progress)
+    through_layers(folder, loader, ids, ("ideal",), process, lambda layers: progress(layers * ids.size))
     counts: dict[str, int] = {}
     for index in range(config.num_hidden_layers):
         counts |= json.loads(safe_open(layer_file(folder, index), "np").metadata()["about"])

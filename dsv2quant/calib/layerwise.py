@@ -49,6 +49,7 @@ class Job:
     ctx: int
     parts: dict[str, Parts] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+    progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
 
     def aside(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens are kept aside."""
@@ -88,14 +89,12 @@ def quantize_layer(
     streams: tuple[Spool, Spool],
     out: tuple[Spool, Spool],
     context: tuple[Spool, Spool],
-    progress: Callable[[int], object],
 ) -> None:
     """Fill `job.parts`; (real, ideal) hidden states go from `streams` to `out`. `context` is scratch."""
     _attention(job, streams, context)
     for spool, x, c, layer in zip(out, streams, context, (job.real, job.ideal), strict=True):
         for rows in batches(len(x), job.ctx):
             spool[rows] = x[rows] + layer.attention.o_proj(c[rows])
-    progress(len(out[0]) // 2)
     if isinstance(job.real.ffn, MoE):
         _moe(job, out)
     else:
@@ -105,7 +104,6 @@ def quantize_layer(
     for spool, layer in zip(out, (job.real, job.ideal), strict=True):
         for rows in batches(len(spool), job.ctx):
             spool[rows], _ = layer.feed_forward(spool[rows])
-    progress(len(out[0]) - len(out[0]) // 2)
 
 
 Pair = tuple[slice, torch.Tensor, torch.Tensor]  # rows, real and ideal inputs [tokens, K]
@@ -331,6 +329,7 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
                 job.parts[module] = {"weight": to_bf16(linear.weight.cpu().numpy())}
             seen = int(train.count[i])
             job.outcomes.append(Outcome(module, role, seen, errors[0][i], errors[1][i], bool(worse[i])))
+        job.progress(weight.numel())
 
 
 def _stored(codec: Int4, scales: torch.Tensor) -> torch.Tensor:

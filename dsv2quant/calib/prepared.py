@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, needs_statistics, work_tokens
+from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, needs_statistics, work_weights
 from dsv2quant.calib.kv import kv_scale
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.folds import Folds
@@ -107,6 +107,6 @@ def prepare(
     from dsv2quant.calib.sequence import quantize_layers
 
     assert calibration is not None
-    with disk_errors(work.parent), progress(work_tokens(plan, calibration), "tok·layer", "gptq") as advance:
+    with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:
         encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
     return Prepared(plan, statistics, folds, encoded)

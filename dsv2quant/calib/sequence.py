@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsv2quant.calib.calibration import Calibration, Encoded
+from dsv2quant.calib.calibration import Calibration, Encoded, work_weights
 from dsv2quant.calib.layerwise import Job, quantize_layer, twin
 from dsv2quant.calib.prepared import Prepared
 from dsv2quant.calib.spool import Spool
@@ -28,11 +28,11 @@ def quantize_layers(
     folder: Path,
     calibration: Calibration,
     device: str = "cpu",
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda weights: None,
     prepared: Prepared | None = None,
 ) -> Encoded:
     """Encode every line whose method needs calibration, in `folder`, which keeps what is finished; `progress` is called
-    with tokens that passed a layer. Other lines may need statistics, in `prepared`."""
+    with weights whose codes are chosen. Other lines may need statistics, in `prepared`."""
     prepared = prepared or Prepared(plan)
     config, ids = plan.checkpoint.config, calibration.ids
     loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
@@ -43,13 +43,16 @@ def quantize_layers(
     def process(layer: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
         job = _job(plan, loader, layer, rope, (windows, ctx), device, prepared)
         real, ideal = (Spool(folder / f"context-{side}", ids.size, width, device) for side in ("real", "ideal"))
-        quantize_layer(job, (before[0], before[1]), (behind[0], behind[1]), (real, ideal), progress)
+        job.progress = progress
+        quantize_layer(job, (before[0], before[1]), (behind[0], behind[1]), (real, ideal))
         real.remove()
         ideal.remove()
         tensors = {f"{module}.{suffix}": bits for module, parts in job.parts.items() for suffix, bits in parts.items()}
         return tensors, [asdict(outcome) for outcome in job.outcomes]
 
-    through_layers(folder, loader, ids, ("real", "ideal"), process, progress)
+    through_layers(
+        folder, loader, ids, ("real", "ideal"), process, lambda layers: progress(work_weights(plan, range(layers)))
+    )
     return Encoded(folder, config.num_hidden_layers)
 
 

@@ -35,12 +35,12 @@ def through_layers(
     ids: np.ndarray,
     sides: Sequence[str],
     process: Process,
-    progress: Callable[[int], object],
+    kept: Callable[[int], object],
 ) -> None:
     """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
 
     `ids` are token windows [windows, ctx]; each of `sides` names a stream, all of which begin with their embeddings.
-    `progress` is called with the tokens of layers that were finished before.
+    `kept` is called with how many layers were finished before.
     """
     config, device, tokens = loader.checkpoint.config, loader.options.device, ids.size
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def through_layers(
         start += 1
     if not all(Spool.holds(path, tokens, config.hidden_size) for path in files(start)):
         start = 0
-    progress(start * tokens)
+    kept(start)
     if start:
         logger.info("calibration continues at layer %d of %d", start, config.num_hidden_layers)
     else:

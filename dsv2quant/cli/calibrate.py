@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import calibration, common
+from dsv2quant.cli import bars, calibration, common
 
 if TYPE_CHECKING:
     from dsv2quant.calib.tokens import Protocol
@@ -71,7 +71,7 @@ def command(
     windows = calibration.load(checkpoint, options, quiet, protocol)
     found = calibrate(
         checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
-        progress=common.progress(quiet),
+        progress=bars.progress(quiet),
     )  # fmt: skip
     if imatrix is not None:
         write_imatrix(Path(imatrix), found, checkpoint.config, force)

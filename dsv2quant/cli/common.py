@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,7 +13,6 @@ import click
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.plan import Plan
-    from dsv2quant.progress import Progress
     from dsv2quant.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -181,11 +177,6 @@ def words(options: Mapping[str, Any]) -> list[str]:
     return found + [f"--max-shard-size {size}"] * (size != "5GB")
 
 
-def progress(quiet: bool) -> Progress:
-    """Bars on stderr for the library's long work."""
-    return lambda total, unit, label: progress_bar(total, unit, label, quiet)
-
-
 def print_json(value: Mapping[str, Any]) -> None:
     """One object on one line. JSON has no NaN or infinity: a number that is none prints as null."""
     print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
@@ -197,22 +188,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def progress_bar(total: int, unit: str, label: str, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr with rate and ETA; yields the function that advances it. Off a terminal it prints sparsely."""
-    from tqdm import tqdm
-
-    disabled = quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
-    with tqdm(
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        desc=label,
-        disable=disabled,
-        delay=0.3,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        file=sys.stderr,
-    ) as bar:
-        yield lambda amount: bar.update(amount)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import calibration, common, gguf
+from dsv2quant.cli import bars, calibration, common, gguf
 
 
 @click.command(cls=common.Command)
@@ -98,7 +98,7 @@ def command(
         words.append(f"--statistics {measured.path.name}")
     result = convert(
         plan, out, command=" ".join(words), calibration=text, statistics=measured, device=device, force=force,
-        progress=common.progress(quiet),
+        progress=bars.progress(quiet),
     )  # fmt: skip
     if options["figure"] and result.expert_tokens:
         draw(result.expert_tokens, checkpoint.config.hidden_size, options["figure"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import bars, common
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -115,7 +115,7 @@ def command(
     text = _text(text_file, dataset, cache_dir, offline)
     if (shared := _shared_with_calibration(checkpoint, text)) and not quiet:
         print(f"warning: {shared:.1%} of the text's lines were calibrated on: it flatters the model", file=sys.stderr)
-    result = evaluate(checkpoint, against, text, settings, common.progress(quiet))
+    result = evaluate(checkpoint, against, text, settings, bars.progress(quiet))
     if as_json:
         common.print_json(result)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import bars, common
 
 
 @click.command(cls=common.Command)
@@ -75,10 +75,10 @@ def command(
     )
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     if as_json:
-        result = complete(checkpoint, request)
+        result = complete(checkpoint, request, progress=bars.progress(quiet))
         common.print_json(result)
     else:
-        result = complete(checkpoint, request, lambda text: print(text, end="", flush=True))
+        result = complete(checkpoint, request, lambda text: print(text, end="", flush=True), bars.progress(quiet))
         print()
     if not quiet:
         print(_speed(result), file=sys.stderr)

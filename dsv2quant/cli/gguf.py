@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from dsv2quant.cli import common
+from dsv2quant.cli import bars, common
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -107,7 +107,7 @@ def convert(
             click.echo(f"note: {note}", err=True)
     size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
     result = convert_gguf(
-        plan, Path(out), split_max_size=size, device=device, force=force, progress=common.progress(quiet)
+        plan, Path(out), split_max_size=size, device=device, force=force, progress=bars.progress(quiet)
     )
     nbytes = sum(result.files.values())
     if as_json:

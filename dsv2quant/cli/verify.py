@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import bars, common
 
 
 @click.command(cls=common.Command)
@@ -40,7 +40,7 @@ def command(
     opened = Checkpoint.open(artifact, revision=revision, cache_dir=cache_dir, offline=offline)
     nbytes = sum(w.nbytes for w in opened.weights)
     manifest = None
-    with common.progress_bar(nbytes, "B", "checksums" if opened.metadata is None else "scales", quiet) as progress:
+    with bars.progress_bar(nbytes, "B", "checksums" if opened.metadata is None else "scales", quiet) as progress:
         if opened.metadata is None:
             manifest = verify.check_files(opened, progress)
         else:
@@ -49,7 +49,7 @@ def command(
     if source is not None:
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
         verify.check_layout(opened, original)
-        with common.progress_bar(nbytes, "B", "errors", quiet) as progress:
+        with bars.progress_bar(nbytes, "B", "errors", quiet) as progress:
             errors = verify.compare_tensors(opened, original, progress)
     result = verify.report(manifest, opened, errors)
     if as_json:

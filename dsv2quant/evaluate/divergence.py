@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,10 @@ class Divergence:
 
 
 @torch.inference_mode()
-def compare(model: Pass, reference: Pass, ids: np.ndarray, first: int) -> Divergence:
-    """Both passes must be over the windows `ids` [windows, ctx]."""
+def compare(
+    model: Pass, reference: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+) -> Divergence:
+    """Both passes must be over the windows `ids` [windows, ctx]. `progress` is called with tokens compared."""
     shape = (len(ids), ids.shape[1] - 1 - first)
     nll, reference_nll, kld = np.empty(shape), np.empty(shape), np.empty(shape)
     same = np.empty(shape, bool)
@@ -42,6 +45,7 @@ def compare(model: Pass, reference: Pass, ids: np.ndarray, first: int) -> Diverg
             kld[window, at] = (logp.exp() * (logp - logq)).sum(1).cpu().numpy()
             same[window, at] = (logq.argmax(1) == logp.argmax(1)).cpu().numpy()
             done += len(logq)
+            progress(len(logq))
     return Divergence(nll, reference_nll, kld, same, _router_agreement(model, reference))
 
 

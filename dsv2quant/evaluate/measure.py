@@ -75,9 +75,11 @@ def evaluate(
     ids, first = windows.ids, windows.first
     batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
     result: dict[str, Any] = {"schema": "dsv2quant.eval-ppl/1", "model": checkpoint.model}
-    passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress)
+    passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
+    scored = len(ids) * windows.scored
     if reference is None:
-        result["perplexity"] = divergence.perplexity(negative_log_likelihoods(passed, ids, first))
+        with progress(scored, "tok", "score") as advance:
+            result["perplexity"] = divergence.perplexity(negative_log_likelihoods(passed, ids, first, advance))
     else:
         floor_ids = ids[:FLOOR_WINDOWS]
         # The reference also runs its first windows again, one at a time (or all at once): the kernels then round
@@ -85,14 +87,16 @@ def evaluate(
         again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
         both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
         unquantized = replace(settings, kv_cache=None)
-        referred = _run(reference, np.concatenate([ids, floor_ids]), both, unquantized, progress)
-        compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first)
+        every = np.concatenate([ids, floor_ids])
+        referred = _run(reference, every, both, unquantized, progress, f"reference {reference.model}")
+        with progress(scored, "tok", "compare") as advance:
+            compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first, advance)
         result["perplexity"] = divergence.perplexity(compared.nll)
         result |= divergence.summarize(compared)
         result["reference"]["model"] = reference.model
         result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, unquantized, progress)
     return result | {
-        "tokens": len(ids) * windows.scored,
+        "tokens": scored,
         "windows": len(ids),
         "ctx": int(ids.shape[1]),
         "protocol": settings.protocol,
@@ -143,9 +147,11 @@ def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         raise InputError(what, where=reference.model, fix="give the model it was made from")
 
 
-def _run(checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress) -> Pass:
-    model = open_model(checkpoint, settings.options, stream=settings.stream)
-    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
+def _run(
+    checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress, label: str
+) -> Pass:
+    model = open_model(checkpoint, settings.options, stream=settings.stream, progress=progress)
+    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", label) as advance:
         return run(model, ids, batches, advance, decode_path=settings.decode_path)
 
 
@@ -162,11 +168,14 @@ def _noise_floor(
     count = len(ids)
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
     other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
-    rerun = _run(reference, ids, batches_of(count, batch), replace(settings, dtype=other, backend="auto"), progress)
+    in_other = replace(settings, dtype=other, backend="auto")
+    rerun = _run(reference, ids, batches_of(count, batch), in_other, progress, "noise floor")
+    with progress(2 * count * (ids.shape[1] - 1 - first), "tok", "compare noise") as advance:
+        batched, typed = (divergence.compare(run, baseline, ids, first, advance).kld.mean() for run in (again, rerun))
     return {
         "windows": count,
-        "kld_other_batch": float(divergence.compare(again, baseline, ids, first).kld.mean()),
-        f"kld_{str(other).removeprefix('torch.')}": float(divergence.compare(rerun, baseline, ids, first).kld.mean()),
+        "kld_other_batch": float(batched),
+        f"kld_{str(other).removeprefix('torch.')}": float(typed),
     }
 
 

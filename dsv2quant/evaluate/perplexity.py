@@ -82,8 +82,10 @@ def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tens
         yield run.model.ends.logits(block).double().log_softmax(-1)
 
 
-def negative_log_likelihoods(run: Pass, ids: np.ndarray, first: int) -> np.ndarray:
-    """−ln p of every scored token, [windows, ctx − 1 − first], in nats."""
+def negative_log_likelihoods(
+    run: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+) -> np.ndarray:
+    """−ln p of every scored token, [windows, ctx − 1 − first], in nats. `progress` is called with tokens scored."""
     result = np.empty((len(ids), ids.shape[1] - 1 - first))
     for window, row in enumerate(ids):
         targets = torch.from_numpy(row[first + 1 :]).to(run.hidden.device)
@@ -92,4 +94,5 @@ def negative_log_likelihoods(run: Pass, ids: np.ndarray, first: int) -> np.ndarr
             picked = logp.gather(1, targets[done : done + len(logp), None])[:, 0]
             result[window, done : done + len(logp)] = -picked.cpu().numpy()
             done += len(logp)
+            progress(len(logp))
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,8 +21,15 @@ class FusedModel(Runtime[FusedLayer]):
     On the CPU their torch twins take their place, which are slow, and right.
     """
 
-    def __init__(self, source: Source, options: LoadOptions, *, stream: bool = False) -> None:
-        super().__init__(FusedLoader(source), options, stream)
+    def __init__(
+        self,
+        source: Source,
+        options: LoadOptions,
+        *,
+        stream: bool = False,
+        loaded: Callable[[int], object] = lambda layers: None,
+    ) -> None:
+        super().__init__(FusedLoader(source), options, stream, loaded)
 
     @torch.inference_mode()
     def next_logits(self, tokens: torch.Tensor, caches: Sequence[LatentCache]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dsv2quant.model.cache import LatentCache
 from dsv2quant.model.decoder import DecoderLayer, Ends
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.model.rope import Rope
+from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from dsv2quant.model.fused_model import FusedModel
@@ -49,15 +50,21 @@ class Runtime(Generic[Layer]):
     """The layers of a model, whichever they are, and what they share.
 
     Resident models load every layer when made. Streamed ones load a layer whenever they come to it: that pays where
-    many windows go through a layer at once, as in evaluation.
+    many windows go through a layer at once, as in evaluation. `loaded` is called with the layers that are resident.
     """
 
-    def __init__(self, loader: LayerLoader[Layer], options: LoadOptions, stream: bool) -> None:
+    def __init__(
+        self, loader: LayerLoader[Layer], options: LoadOptions, stream: bool, loaded: Callable[[int], object]
+    ) -> None:
         self.options, self.config = options, loader.config
         self._loader = loader
         self.ends = loader.ends()
         self._rope = Rope(self.config, torch.device(options.device))
-        self._resident = None if stream else [loader.layer(i) for i in range(self.config.num_hidden_layers)]
+        self._resident: list[Layer] | None = None if stream else []
+        if self._resident is not None:
+            for index in range(self.config.num_hidden_layers):
+                self._resident.append(loader.layer(index))
+                loaded(1)
 
     def layers(self) -> Iterator[Layer]:
         """The layers in order."""
@@ -85,9 +92,16 @@ class Runtime(Generic[Layer]):
 class Model(Runtime[DecoderLayer]):
     """A DeepSeek-V2 forward pass over a checkpoint, quantized or not, in plain torch: the reference."""
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions | None = None, *, stream: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: LoadOptions | None = None,
+        *,
+        stream: bool = False,
+        loaded: Callable[[int], object] = lambda layers: None,
+    ) -> None:
         options = options or LoadOptions()
-        super().__init__(Loader(checkpoint, options), options, stream)
+        super().__init__(Loader(checkpoint, options), options, stream, loaded)
 
     @torch.inference_mode()
     def forward(
@@ -119,11 +133,23 @@ class Model(Runtime[DecoderLayer]):
         return x
 
 
-def open_model(checkpoint: Checkpoint, options: LoadOptions, *, stream: bool = False) -> Model | FusedModel:
+def open_model(
+    checkpoint: Checkpoint, options: LoadOptions, *, stream: bool = False, progress: Progress = no_progress
+) -> Model | FusedModel:
     """The model on the backend that the options name."""
+    layers = 0 if stream else checkpoint.config.num_hidden_layers
+    with progress(layers, "layers", f"load {checkpoint.model}") as loaded:
+        return _open(checkpoint, options, stream, loaded)
+
+
+def _open(
+    checkpoint: Checkpoint, options: LoadOptions, stream: bool, loaded: Callable[[int], object]
+) -> Model | FusedModel:
     if options.backend == "torch":
-        return Model(checkpoint, options, stream=stream)
+        return Model(checkpoint, options, stream=stream, loaded=loaded)
     from dsv2quant.model.fused_model import FusedModel  # with Triton, which is not on every machine
     from dsv2quant.model.source import CheckpointSource
 
-    return FusedModel(CheckpointSource(checkpoint, options.device, options.dtype), options, stream=stream)
+    return FusedModel(
+        CheckpointSource(checkpoint, options.device, options.dtype), options, stream=stream, loaded=loaded
+    )

@@ -1,0 +1,90 @@
+"""Progress on stderr: a bar on a terminal, now and then a line anywhere else. Both tell the time even while nothing
+advances, so that work which stands still is told from a process that does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dsv2quant.progress import Progress
+
+REDRAW = 1.0  # seconds between two states of a bar
+LINE_EVERY = 10.0  # seconds between two lines, where stderr is no terminal
+_COUNTED = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} gone, {remaining} left"
+_UNCOUNTED = "{desc}: {elapsed}"
+
+
+def progress(quiet: bool) -> Progress:
+    """Bars on stderr for the library's long work."""
+    return lambda total, unit, label: progress_bar(total, unit, label, quiet)
+
+
+@contextmanager
+def progress_bar(total: int, unit: str, label: str, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Progress with rate and time left; yields the function that advances it. Of work that can't be counted, `total` 0,
+    it shows the time gone."""
+    if quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE"):
+        yield lambda amount: None
+    elif sys.stderr.isatty():
+        with _bar(total, unit, label) as advance:
+            yield advance
+    else:
+        with _lines(total, unit, label) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(total: int, unit: str, label: str) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    uncounted: dict[str, Any] = {} if total else {"bar_format": _UNCOUNTED, "leave": False}
+    with tqdm(
+        total=total or None, unit=unit, unit_scale=True, desc=label, delay=0.3, file=sys.stderr, **uncounted
+    ) as bar, _every(REDRAW, bar.refresh):  # fmt: skip
+        yield bar.update
+
+
+@contextmanager
+def _lines(total: int, unit: str, label: str) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    began, done = time.monotonic(), 0
+    lock = threading.Lock()
+
+    def advance(amount: int) -> None:
+        nonlocal done
+        with lock:
+            done += amount
+
+    def say() -> None:
+        shown = tqdm.format_meter(
+            done, total, time.monotonic() - began, unit=unit, unit_scale=True, prefix=label,
+            bar_format=_COUNTED if total else _UNCOUNTED,
+        )  # fmt: skip
+        print(shown, file=sys.stderr, flush=True)
+
+    with _every(LINE_EVERY, say):
+        yield advance
+
+
+@contextmanager
+def _every(seconds: float, call: Callable[[], object]) -> Iterator[None]:
+    """Call something again and again, from a thread of its own."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
