@@ -97,9 +97,9 @@ class ModelConfig:
         """
         read = _Reader(raw, where)
         architecture = _architecture(read)
-        if read.boolean("use_mla", True) is False:
-            fix = "only DeepSeek-V2's multi-head latent attention is supported"
-            raise read.error("use_mla", "false", fix)
+        if not read.boolean("use_mla", True):
+            what = "use_mla is false: the model has plain multi-head attention"
+            raise InputError(what, where=where, fix="not supported yet, only multi-head latent attention is")
         n_routed = read.integer("n_routed_experts", 0, minimum=0, maximum=4096)
         layers = read.integer("num_hidden_layers", 30, maximum=1024)
         if layers * n_routed > MAX_EXPERTS:
