@@ -17,7 +17,7 @@ CAUSAL_LM = "DeepseekV2ForCausalLM"
 SEQUENCE_CLASSIFICATION = "DeepseekV2ForSequenceClassification"
 DTYPES = ("bfloat16", "float16", "float32")
 
-MAX_EXPERTS = 1 << 17  # of all layers: the largest models have some 25,000, and every one of them is listed
+MAX_EXPERTS = 1 << 16  # of all layers: the largest models have some 25,000, and each is listed
 
 _YARN_KEYS = {
     "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",

@@ -67,16 +67,23 @@ def shard_files(folder: Path) -> list[str]:
     indexed = (folder / INDEX_FILE).exists()
     if not indexed and SINGLE_FILE not in held:
         raise _no_weights(folder, held)
-    files = sorted(set(_weight_map(folder).values())) if indexed else [SINGLE_FILE]
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            fix = "shards lie in the same folder"
-            raise InputError(f"names the shard {file!r}", where=folder / INDEX_FILE, fix=fix)
+    files = indexed_shards(folder) if indexed else [SINGLE_FILE]
     missing = [file for file in files if not os.path.exists(folder / file)]
     if missing:
         are = "shard {} is missing" if len(missing) == 1 else f"{len(missing)} of {len(files)} shards are missing: {{}}"
         raise InputError(are.format(listing(missing)), where=folder, fix=_unfinished(folder))
     _check_strays(folder, [name for name in held if name not in files], files)
+    return files
+
+
+def indexed_shards(folder: Path) -> list[str]:
+    """Names of the shards that a folder's index lists, in order, there or not. Raises InputError where one lies
+    outside."""
+    files = sorted(set(_weight_map(folder).values()))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            fix = "shards lie in the same folder"
+            raise InputError(f"names the shard {file!r}", where=folder / INDEX_FILE, fix=fix)
     return files
 
 

@@ -135,7 +135,7 @@ def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
     beyond = [name for name in surplus if (match := _LAYER.match(name)) and int(match[1]) >= layers]
     if any(_PREDICTION.search(name) for name in beyond):
         what = f"holds a multi-token prediction layer, {len(beyond)} tensors: {listing(beyond)}"
-        fix = "DeepSeek-V2 has none and no consumer loads it with this architecture: leave its tensors out"
+        fix = "DeepSeek-V2 has none, and none is written: leave its tensors out of the shards"
     elif beyond:
         what = f"{len(beyond)} tensors beyond the {layers} layers of config.json: {listing(beyond)}"
         fix = "correct num_hidden_layers, or remove them"

@@ -218,7 +218,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
         set_entry(shape=[1 << 40, 1 << 40]),
         CONVERT,
         3,
-        "needs ",
+        "malformed header entry",
     ),
     ("misnamed tensor", lambda f: edit_header(f, rename), CONVERT, 3, f"are missing: {O_PROJ}"),
     ("a name twice", duplicate_name, CONVERT, 3, "a name occurs twice"),

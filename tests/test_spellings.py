@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch
 
+from dsv2quant import hub
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
+from dsv2quant.headers import read_header
 
 Tensors = dict[str, torch.Tensor]
 CONFIG = tiny.GROUPED | {"moe_intermediate_size": 96}
@@ -119,6 +121,16 @@ def test_one_experts_bytes_are_read_alone(plain, tmp_path):
     assert checkpoint.read(weight.stored).nbytes == 2 * weight.slot.size == weight.nbytes
 
 
+def test_headers_from_the_hub_may_have_them_too(plain, published, tmp_path, monkeypatch):
+    folder = tiny.write_checkpoint(tmp_path / "model", CONFIG, renamed("language.{}".format)(transformers_fused(plain)))
+    headers = {"model.safetensors": read_header(folder / "model.safetensors")[0]}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "read_headers", lambda *_: (CONFIG, headers, "abc"))
+    checkpoint = Checkpoint.open("owner/name", headers_only=True)
+    assert [w.slot for w in checkpoint.weights] == [w.slot for w in published.weights]
+    assert [w.nbytes for w in checkpoint.weights] == [w.nbytes for w in published.weights]
+
+
 def swap(tensors: Tensors) -> Tensors:
     tensors = transformers_fused(tensors)
     return {n: t.mT.contiguous() if n.endswith("gate_up_proj") else t for n, t in tensors.items()}
@@ -159,6 +171,10 @@ def extended(spelling: str, **extra: str) -> Callable[[Tensors], Tensors]:
         (
             extended("peft", a="base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"),
             r"holds a LoRA adapter: .*lora_A.*merge_and_unload",
+        ),
+        (
+            extended("wrapped", a="language_model.model.layers.3.eh_proj.weight", b="model.layers.3.enorm.weight"),
+            r"multi-token prediction layer, 2 tensors: model.layers.3.eh_proj.weight, .*leave its tensors out",
         ),
         (
             renamed(lambda n: n.replace("model.layers", "decoder.blocks")),
