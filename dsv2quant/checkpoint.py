@@ -19,11 +19,13 @@ import numpy as np
 
 from dsv2quant import hub
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError, listing
+from dsv2quant.errors import InputError, listing, printable
+from dsv2quant.files import AGAIN, reading
 from dsv2quant.formats.fp8 import decode_block_to_float32
 from dsv2quant.formats.quant_config import readable_codecs
-from dsv2quant.headers import AGAIN, StoredTensor, check_index, read_header, read_json, shard_files
+from dsv2quant.headers import StoredTensor, check_index, read_header, read_json, shard_files
 from dsv2quant.names import model_slots
+from dsv2quant.spellings import as_published
 from dsv2quant.weights import Weight, check_quantization, index_tensors, match, take_kv_scales
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Checkpoint:
         else:
             name = folder.resolve().name
         raw_config = read_json(folder / "config.json")
+        ModelConfig.from_dict(raw_config, folder / "config.json")  # another model is not asked for its shards
         headers, data = {}, {}
         for file in shard_files(folder):
             headers[file], start = read_header(folder / file)
@@ -106,11 +109,11 @@ class Checkpoint:
         where = folder if folder is not None else model
         config = ModelConfig.from_dict(raw_config, f"{where}/config.json")
         check_quantization(config.quantization, where)
-        tensors = index_tensors(headers, where)
+        tensors = as_published(index_tensors(headers, where), config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(model_slots(config), tensors, readable_codecs(config.quantization), where)
-        return cls(model, raw_config, config, weights, sorted(headers), data, folder, revision, kv_scales)
+        return cls(printable(model), raw_config, config, weights, sorted(headers), data, folder, revision, kv_scales)
 
     @classmethod
     def _of_gguf(cls, path: Path) -> Checkpoint:
@@ -120,9 +123,8 @@ class Checkpoint:
         data = {file.path.name: (file.path, file.data_start) for file in found.files}
         first = found.files[0]
         logger.info("%s: %d weights in %d files", first.path.name, len(found.weights), len(data))
-        return cls(
-            first.path.name, found.raw_config, found.config, found.weights, list(data), data, metadata=first.metadata
-        )
+        model = printable(first.path.name)
+        return cls(model, found.raw_config, found.config, found.weights, list(data), data, metadata=first.metadata)
 
     def check_source(self) -> None:
         """Raise InputError for what is measured, but never converted: a GGUF file, or what is quantized already, save
@@ -145,15 +147,16 @@ class Checkpoint:
         path, start = self._path_and_start(tensor.file)
         offset = start + tensor.begin + begin
         view, done = buffer.data, 0
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-                if count == 0:
-                    raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
-                done += count
-        finally:
-            os.close(descriptor)
+        with reading(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while done < len(view):
+                    count = os.preadv(descriptor, [view[done:]], offset + done)
+                    if count == 0:
+                        raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
+                    done += count
+            finally:
+                os.close(descriptor)
         return buffer
 
     def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
@@ -187,8 +190,13 @@ class Checkpoint:
 
     def fingerprint(self) -> list[list[object]]:
         """Name, size and modification time of every shard: tells whether a source changed between two runs."""
-        stats = [(file, os.stat(self._path_and_start(file)[0])) for file in self.files]
-        return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        stats = []
+        for file in self.files:
+            path, _ = self._path_and_start(file)
+            with reading(path):
+                stat = os.stat(path)
+            stats.append([file, stat.st_size, stat.st_mtime_ns])
+        return stats
 
     def _path_and_start(self, file: str) -> tuple[Path, int]:
         if file not in self.data:

@@ -6,7 +6,7 @@ transformers, whose class has other defaults. A value that this tool would have 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from dsv2quant.errors import InputError
 CAUSAL_LM = "DeepseekV2ForCausalLM"
 SEQUENCE_CLASSIFICATION = "DeepseekV2ForSequenceClassification"
 DTYPES = ("bfloat16", "float16", "float32")
+
+MAX_EXPERTS = 1 << 16  # of all layers: the largest models have some 25,000, and each is listed
 
 _YARN_KEYS = {
     "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
@@ -94,16 +96,24 @@ class ModelConfig:
         Raises InputError for another architecture, a value of the wrong type or range, or an unknown RoPE key.
         """
         read = _Reader(raw, where)
+        architecture = _architecture(read)
+        if not read.boolean("use_mla", True):
+            what = "use_mla is false: the model has plain multi-head attention"
+            raise InputError(what, where=where, fix="not supported yet, only multi-head latent attention is")
         n_routed = read.integer("n_routed_experts", 0, minimum=0, maximum=4096)
+        layers = read.integer("num_hidden_layers", 30, maximum=1024)
+        if layers * n_routed > MAX_EXPERTS:
+            what = f"num_hidden_layers × n_routed_experts is {layers:,} × {n_routed:,}"
+            raise InputError(what, where=where, fix=f"no model has more than {MAX_EXPERTS:,} experts")
         n_group, topk_group = _groups(read, n_routed)
         yarn, theta = _rope(read)
         config = cls(
-            architecture=_architecture(read),
+            architecture=architecture,
             vocab_size=read.integer("vocab_size", 102400),
             hidden_size=read.integer("hidden_size", 4096),
             intermediate_size=read.integer("intermediate_size", 11008),
             moe_intermediate_size=read.integer("moe_intermediate_size", 1407),
-            num_hidden_layers=read.integer("num_hidden_layers", 30, maximum=1024),
+            num_hidden_layers=layers,
             num_attention_heads=read.integer("num_attention_heads", 32),
             q_lora_rank=read.integer("q_lora_rank", None if "q_lora_rank" in raw else 1536) or None,
             kv_lora_rank=read.integer("kv_lora_rank", 512),
@@ -125,7 +135,7 @@ class ModelConfig:
             max_position_embeddings=read.integer("max_position_embeddings", 2048),
             attention_bias=read.boolean("attention_bias", False),
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-            num_labels=len(raw.get("id2label") or ()) or read.integer("num_labels", 2),
+            num_labels=len(read.mapping("id2label") or ()) or read.integer("num_labels", 2),
             dtype=_dtype(read),
             quantization=read.mapping("quantization_config"),
         )
@@ -150,7 +160,7 @@ class _Reader:
         self.raw, self.where = raw, where
 
     def error(self, key: str, value: object, rule: str) -> InputError:
-        return InputError(f"{key} is {value!r}", where=self.where, fix=rule)
+        return InputError(f"{key} is {_shown(value)}", where=self.where, fix=rule)
 
     def integer(self, key: str, default: Any, minimum: int = 1, maximum: int = 1 << 31) -> Any:
         value = self.raw.get(key)
@@ -164,7 +174,7 @@ class _Reader:
         value = (self.raw if raw is None else raw).get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
             raise self.error(key, value, "it must be a finite number, not negative")
         return float(value)
 
@@ -191,12 +201,23 @@ class _Reader:
         return str(value)
 
 
+def _shown(value: object) -> str:
+    """A value as an error shows it, whatever its size."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists within lists
+        return "a value too large to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _architecture(read: _Reader) -> str:
     names = read.raw.get("architectures")
     if names is None and read.raw.get("model_type") == "deepseek_v2":
         return CAUSAL_LM
     if not isinstance(names, list) or len(names) != 1 or names[0] not in (CAUSAL_LM, SEQUENCE_CLASSIFICATION):
-        raise read.error("architectures", names, f"supported: {CAUSAL_LM}, {SEQUENCE_CLASSIFICATION}")
+        within = next((key for key in ("language_config", "text_config") if isinstance(read.raw.get(key), dict)), None)
+        alone = f"; take the language model of {within} out, as a checkpoint of its own" if within else ""
+        raise read.error("architectures", names, f"supported: {CAUSAL_LM}, {SEQUENCE_CLASSIFICATION}{alone}")
     read.require("model_type", "deepseek_v2", ("deepseek_v2",))
     return str(names[0])
 

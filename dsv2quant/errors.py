@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class Dsv2quantError(Exception):
-    """A failure the user can act on. `str()` is one line: `where: what (fix)`."""
+    """A failure the user can act on. `str()` is one line: `where: what (fix)`, safe to print."""
 
     exit_code = 3
 
@@ -16,7 +16,7 @@ class Dsv2quantError(Exception):
         line = f"{where}: {what}" if where is not None else what
         if fix:
             line += f" ({fix})"
-        super().__init__(" ".join(line.split()))
+        super().__init__(printable(" ".join(line.split())))
 
 
 class UsageError(Dsv2quantError):
@@ -41,3 +41,11 @@ def listing(items: list[str], limit: int = 3) -> str:
     """The first `limit` items and how many more there are: 'a, b, c and 7 more'."""
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are escaped: names in files of others must not drive a terminal. Line breaks
+    stay."""
+    if all(c.isprintable() or c in " \n" for c in text):
+        return text
+    return "".join(c if c.isprintable() or c in " \n" else c.encode("unicode_escape").decode() for c in text)

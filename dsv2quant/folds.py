@@ -20,9 +20,11 @@ from safetensors.numpy import load, save
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
+from dsv2quant.files import read_bytes
 from dsv2quant.names import Slot, layer_slots
 
 FOLDS_FILE = "dsv2quant.folds"  # safetensors inside, but not its name: consumers load all files of that name
+MAX_FOLDS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Folds:
         if not path.exists():
             return cls({})
         try:
-            return cls(load(path.read_bytes()))
+            return cls(load(read_bytes(path, MAX_FOLDS_BYTES)))
         except SafetensorError as error:
             raise InputError(f"can't be read: {error}", where=path, fix="download it again") from None
 

@@ -1,25 +1,31 @@
 """Reading safetensors headers and JSON files that nobody vouches for.
 
 Downloaded files are untrusted: sizes are checked before anything is allocated, shards must lie inside the folder, and
-a header must describe exactly the bytes that follow it.
+a header must describe exactly the bytes that follow it. What the safetensors library refuses is refused here.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsv2quant.errors import InputError, listing
+from dsv2quant.files import AGAIN, check_pointer, open_regular, read_bytes, reading
 from dsv2quant.formats.part import DTYPE_BYTES
 
+logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_JSON_BYTES = 64_000_000
-AGAIN = "download it again"
+_MAX_BYTES = 1 << 63  # of a tensor
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,35 +42,89 @@ class StoredTensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from an untrusted file. Raises InputError naming the file and what is wrong with it."""
+    content = read_bytes(path, MAX_JSON_BYTES)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"larger than {MAX_JSON_BYTES:,} bytes", where=path, fix="this is no configuration")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("missing", where=path, fix="a checkpoint's folder must hold it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = _parse(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {error}", where=path, fix=AGAIN) from None
     if not isinstance(value, dict):
         raise InputError("not a JSON object", where=path, fix=AGAIN)
     return value
 
 
+def _parse(content: bytes, **hooks: Any) -> Any:
+    """JSON in UTF-8 without BOM. Raises ValueError, of which every error of decoding is one, or RecursionError."""
+    value = json.loads(content.decode(), **hooks)
+    if b"\\ud" in content.lower():  # half a surrogate pair is no text: nothing could write it again
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def shard_files(folder: Path) -> list[str]:
-    """Names of the shards in a folder, in order. Raises InputError where one is missing or lies outside."""
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    if not (folder / INDEX_FILE).exists():
-        pickles = list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
-        fix = "convert the checkpoint to safetensors first: pickle is never read" if pickles else "check the folder"
-        raise InputError(f"neither {SINGLE_FILE} nor {INDEX_FILE}", where=folder, fix=fix)
+    """Names of the shards in a folder, in order. Raises InputError where one is missing or lies outside, and where the
+    folder holds two sets of weights, of which one would be ignored."""
+    held = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    indexed = (folder / INDEX_FILE).exists()
+    if not indexed and SINGLE_FILE not in held:
+        raise _no_weights(folder, held)
+    files = indexed_shards(folder) if indexed else [SINGLE_FILE]
+    missing = [file for file in files if not os.path.exists(folder / file)]
+    if missing:
+        are = "shard {} is missing" if len(missing) == 1 else f"{len(missing)} of {len(files)} shards are missing: {{}}"
+        raise InputError(are.format(listing(missing)), where=folder, fix=_unfinished(folder))
+    _check_strays(folder, [name for name in held if name not in files], files)
+    return files
+
+
+def indexed_shards(folder: Path) -> list[str]:
+    """Names of the shards that a folder's index lists, in order, there or not. Raises InputError where one lies
+    outside."""
     files = sorted(set(_weight_map(folder).values()))
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             fix = "shards lie in the same folder"
             raise InputError(f"names the shard {file!r}", where=folder / INDEX_FILE, fix=fix)
-        if not (folder / file).exists():
-            raise InputError(f"shard {file} is missing", where=folder, fix="download it, the index needs it")
     return files
+
+
+def _no_weights(folder: Path, held: list[str]) -> InputError:
+    """The error to raise where a folder has neither the one file nor the index."""
+    what = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
+    adapter = any((folder / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    if adapter:
+        what, fix = "is a LoRA adapter, not a checkpoint", "merge it into its base model first: PEFT's merge_and_unload"
+    elif held:
+        what = f"{len(held)} shards without their index, {INDEX_FILE}: {listing(held)}"
+        fix = "download the index from the same place, it says which shards there are"
+    elif any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
+        fix = "convert the checkpoint to safetensors first: pickle is never read"
+    else:
+        fix = _unfinished(folder)
+    return InputError(what, where=folder, fix=fix)
+
+
+def _unfinished(folder: Path) -> str:
+    """What to do where weights are missing; names a download that did not end."""
+    # The hub's own client: beside a snapshot in its cache, and inside a folder that it was told to fill.
+    caches = (folder, folder / ".cache/huggingface/download", folder.parent.parent / "blobs")
+    begun = [path.name for cache in caches for path in cache.glob("*.incomplete")]
+    if begun:
+        return f"the download did not end, it left {listing(sorted(begun), 1)}: run it again"
+    return "download the weights: the folder is not a whole checkpoint"
+
+
+def _check_strays(folder: Path, strays: list[str], files: list[str]) -> None:
+    """Weights that nothing names: a second set of the model's own is an error, anything else is said."""
+    if (folder / "adapter_config.json").exists() or "adapter_model.safetensors" in strays:
+        fix = "merge it first (PEFT's merge_and_unload), or move it out: transformers would load it with the model"
+        raise InputError("holds a LoRA adapter beside the weights", where=folder, fix=fix)
+    second = [name for name in strays if name == SINGLE_FILE or _SHARD.fullmatch(name)]
+    if second:
+        what = f"holds {listing(second, 1)} beside {listing(files, 1)}, which the model is made of"
+        fix = "two sets of weights: programs differ on which they load, so move one out"
+        raise InputError(what, where=folder, fix=fix)
+    if strays:
+        logger.warning("%s: %s is not read: the model is %s", folder, listing(strays), listing(files, 1))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -76,7 +136,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def check_index(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise InputError where the index and the shards' headers disagree on which tensor lies where."""
-    if SINGLE_FILE in headers:
+    if not (folder / INDEX_FILE).exists():
         return
     index = _weight_map(folder)
     held = {name: file for file, header in headers.items() for name in header}
@@ -90,18 +150,26 @@ def check_index(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """(header without __metadata__, offset of the data) of a safetensors file, checked against the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    with os.fdopen(open_regular(path), "rb") as file, reading(path):
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(64)
+        check_pointer(start, path)
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise InputError("truncated or not a safetensors file", where=path, fix=AGAIN)
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise InputError(f"its header can't be parsed: {error}", where=path, fix=AGAIN) from None
+        file.seek(8)
+        content = file.read(length)
+    try:
+        header = _parse(content, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its header can't be parsed: {error}", where=path, fix=AGAIN) from None
     if not isinstance(header, dict):
         raise InputError("its header is not an object", where=path, fix=AGAIN)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise InputError("its __metadata__ is not an object of texts", where=path, fix=AGAIN)
     stored = stored_tensors(header, path.name, path)
     end = 8 + length + sum(t.nbytes for t in stored)
     if end != size:
@@ -117,17 +185,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def stored_tensors(header: Mapping[str, Any], file: str, where: object) -> list[StoredTensor]:
     """The tensors of one header in file order. Raises InputError where an entry is malformed or tensors overlap."""
     tensors = []
     for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole or dtype not in DTYPE_BYTES:
+        found = _entry(entry)
+        if found is None:
             raise InputError(f"{name}: malformed header entry", where=where, fix=AGAIN)
+        dtype, shape, begin, end = found
         nbytes = DTYPE_BYTES[dtype]
         for dim in shape:
             nbytes *= dim
@@ -143,3 +212,23 @@ def stored_tensors(header: Mapping[str, Any], file: str, where: object) -> list[
             raise InputError(f"{tensor.name} {what}", where=where, fix=AGAIN)
         position += tensor.nbytes
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int] | None:
+    """(dtype, shape, first byte, end) of a header's entry; None where it is malformed, or larger than any file."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    lists = isinstance(shape, list) and isinstance(entry["data_offsets"], list)
+    if not lists or not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        return None
+    size = 1
+    for number in (begin, end, *shape):
+        if type(number) is not int or not 0 <= number < _MAX_BYTES:
+            return None
+    for dim in shape:
+        size *= dim
+        if size >= _MAX_BYTES:
+            return None
+    return dtype, tuple(shape), begin, end

@@ -66,7 +66,7 @@ def aligned(outputs: list[Output]) -> tuple[Output, ...]:
 
 def parse_size(text: str) -> int:
     """'5GB' → 5,000,000,000 bytes; also KB, MB, TB and the binary KiB, MiB, GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise UsageError(f"{text!r} is not a size", fix="write it as 5GB, 500MB or a number of bytes")

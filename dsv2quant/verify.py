@@ -12,6 +12,7 @@ import torch
 
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
+from dsv2quant.files import is_artifact_path
 from dsv2quant.folds import FOLDS_FILE, Folds
 from dsv2quant.headers import read_json
 from dsv2quant.model.load import decode
@@ -58,7 +59,7 @@ def check_files(artifact: Checkpoint, progress: Callable[[int], object]) -> dict
     if unknown:
         raise InputError(f"does not list {listing(unknown)}", where=folder / MANIFEST_FILE, fix="convert again")
     for name, entry in files.items():
-        if "/" in name or name.startswith(".") or not (folder / name).is_file():
+        if not is_artifact_path(name) or not (folder / name).is_file():
             raise InputError(f"{name} is missing", where=folder, fix="get it again, or convert again")
         if hash_file(folder / name) != entry:
             raise InputError("size or sha256 differs from the manifest", where=folder / name, fix="get it again")

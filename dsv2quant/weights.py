@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from dsv2quant.formats.quant_config import kv_scale_parts
 from dsv2quant.headers import StoredTensor, stored_tensors
 from dsv2quant.names import LINEAR_ROLES, Slot
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\.")  # DeepSeek-V3's names
 _PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
 
 
@@ -103,18 +107,42 @@ def match(
 ) -> list[Weight]:
     """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
     slots = list(slots)
+    # Old checkpoints store RoPE's frequencies, which follow from config.json.
+    kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     missing = [slot.name for slot in slots if _held(slot, tensors) is None]
     if missing:
-        what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
-        raise InputError(what, where=where, fix="download the missing shards, or correct config.json")
+        modules = {slot.module for slot in slots}
+        raise _missing(missing, [name for name in kept if name.rpartition(".")[0] not in modules], where)
     weights = [_weight(slot, tensors, codecs, where) for slot in slots]
     used = {part.name for weight in weights for part in weight.parts.values()}
-    # Old checkpoints store RoPE's frequencies, which follow from config.json.
-    surplus = [name for name in tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
+    surplus = [name for name in kept if name not in used]
     if surplus:
-        what = f"{len(surplus)} tensors that config.json does not imply: {listing(surplus)}"
-        raise InputError(what, where=where, fix="correct config.json, or remove them")
+        raise _surplus(surplus, 1 + max(slot.layer for slot in slots if slot.layer is not None), where)
     return weights
+
+
+def _missing(missing: list[str], others: list[str], where: object) -> InputError:
+    what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
+    if not others:
+        return InputError(what, where=where, fix="download the missing shards, or correct config.json")
+    prefix = os.path.commonprefix(others).rpartition(".")[0]  # noqa: RUF071 - names, not paths
+    what += f"; {len(others)} others are there{f' under {prefix!r}' if prefix else ''}: {listing(others)}"
+    return InputError(what, where=where, fix="names are read as DeepSeek, transformers, MLX and PEFT write them")
+
+
+def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
+    """Tensors that no slot takes, of which those beyond the last layer are told apart."""
+    beyond = [name for name in surplus if (match := _LAYER.match(name)) and int(match[1]) >= layers]
+    if any(_PREDICTION.search(name) for name in beyond):
+        what = f"holds a multi-token prediction layer, {len(beyond)} tensors: {listing(beyond)}"
+        fix = "DeepSeek-V2 has none, and none is written: leave its tensors out of the shards"
+    elif beyond:
+        what = f"{len(beyond)} tensors beyond the {layers} layers of config.json: {listing(beyond)}"
+        fix = "correct num_hidden_layers, or remove them"
+    else:
+        what = f"{len(surplus)} tensors that config.json does not imply: {listing(surplus)}"
+        fix = "correct config.json, or remove them"
+    return InputError(what, where=where, fix=fix)
 
 
 def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:

@@ -143,6 +143,7 @@ class ArtifactFolder:
     def write_file(self, name: str, content: bytes) -> dict[str, Any]:
         """Write a small file at once or not at all; returns its manifest entry."""
         with disk_errors(self.path / name):
+            (self.path / name).parent.mkdir(exist_ok=True)
             write_whole(self.path / name, [content])
         return file_entry(content)
 

@@ -6,9 +6,12 @@ import json
 
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv2quant.config import CAUSAL_LM, ModelConfig, Yarn
 from dsv2quant.errors import InputError
+from dsv2quant.weights import check_quantization
 
 
 def parse(**changes: object) -> ModelConfig:
@@ -91,6 +94,14 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "supported: DeepseekV2ForCausalLM"),
+        ({"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}, "DeepseekV3.*supported: Deep"),
+        ({"architectures": ["VL2"], "language_config": {"use_mla": False}}, "language model of language_config"),
+        ({"use_mla": False, "qk_nope_head_dim": 0}, "use_mla is false: .*plain multi-head.*not supported yet"),
+        ({"num_hidden_layers": 1024, "n_routed_experts": 4096}, "1,024 × 4,096 .*no model has more"),
+        ({"id2label": 5}, "id2label is 5"),
+        ({"routed_scaling_factor": 10**400}, "finite"),
+        ({"routed_scaling_factor": 10**5000}, "too large to show"),
+        ({"hidden_size": [[1] * 999]}, r"\.\.\. \(it must be an integer"),
         ({"model_type": "llama"}, "model_type"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": True}, "hidden_size"),
@@ -119,3 +130,40 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
 def test_what_is_not_understood_is_an_error(changes, message):
     with pytest.raises(InputError, match=message):
         parse(**changes)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from([10**400, -(10**400), 1 << 31, 1e308, "yarn", "default", "silu", [["silu"]]]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "factor", "0"]), inner),
+    max_leaves=4,
+)  # fmt: skip
+KEYS = sorted({*tiny.LITE, "id2label", "num_labels", "use_mla", "mlp_bias", "dtype", "rope_parameters", "text_config"})
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3), st.booleans())
+def test_no_value_is_more_than_an_error(changes, yarn):
+    if yarn:  # let the values meet YaRN's own keys, too
+        changes = {
+            "rope_scaling": tiny.YARN
+            | {"factor": 4}
+            | dict.fromkeys(("mscale", "beta_fast"), next(iter(changes.values())))
+        }
+    try:
+        config = parse(**changes)
+    except InputError:
+        return
+    assert all(
+        type(v) in (int, float, bool, str)
+        for v in vars(config).values()
+        if v is not None and v != config.yarn and v != config.quantization
+    )
+    assert 0 < config.rope_theta < float("inf")
+
+
+@pytest.mark.parametrize("quantization", [{}, {"quant_method": []}, {"quant_method": "gptq", "bits": {}},
+                                          {"quant_method": "awq", "version": 1, "bits": 4}, {"bits": 4}])  # fmt: skip
+def test_a_quantization_that_is_not_understood_is_an_error(quantization):
+    with pytest.raises(InputError):
+        check_quantization(quantization, "")

@@ -306,7 +306,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 potatoes", "0", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 potatoes", "0", "1e9", "9" * 400, "0." + "9" * 400])
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv2quant.errors import InputError
-from dsv2quant.evaluate.text import from_file
+from dsv2quant.files import MAX_CARRIED_BYTES, read_text
 from dsv2quant.headers import read_json
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _template(folder: Path) -> tuple[str, Path, dict[str, str]]:
     config = read_json(config_path) if config_path.exists() else {}
     source: Any
     if path.exists():  # it wins in transformers too
-        source = from_file(str(path)).content
+        source = read_text(path, MAX_CARRIED_BYTES)
     else:
         path, source = config_path, config.get("chat_template")
     if isinstance(source, list):

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from dsv2quant import __version__
-from dsv2quant.errors import Dsv2quantError
+from dsv2quant.errors import Dsv2quantError, printable
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
 VERBS = {
@@ -27,6 +27,13 @@ VERBS = {
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
+
+
+class Lines(logging.Formatter):
+    """Log lines that can be printed, whatever they name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Verbs(click.Group):
@@ -58,7 +65,9 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         code = cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as exit_:
@@ -78,6 +87,6 @@ def main() -> NoReturn:
         code = 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {where}{error.strerror or error}"), file=sys.stderr)
         code = 3
     sys.exit(code)

@@ -5,7 +5,6 @@ Nothing here depends on when or where the conversion ran, so that the same plan 
 
 from __future__ import annotations
 
-import fnmatch
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from dsv2quant import __version__
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.prepared import Prepared
 from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.errors import InputError
+from dsv2quant.files import MAX_CARRIED_BYTES, carried_files, read_bytes
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.plan import Plan
 from dsv2quant.report.calibration import calibration_json, expert_tokens
@@ -25,25 +24,10 @@ from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.summary import roles_table, summarize
 from dsv2quant.report.tables import gigabytes
 
-# Tokenizer, generation defaults and chat template. No Python: consumers have DeepSeek-V2 built in.
-COPIED = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "generation_config.json", "chat_template.*", "LICENSE*",
-)  # fmt: skip
-MAX_COPIED_BYTES = 256 << 20
-
 
 def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """{name: content} of the source's files that an artifact carries along."""
-    if checkpoint.folder is None:
-        return {}
-    files: dict[str, bytes] = {}
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED):
-            if path.stat().st_size > MAX_COPIED_BYTES:
-                raise InputError(f"larger than {MAX_COPIED_BYTES:,} bytes", where=path, fix="remove it")
-            files[path.name] = path.read_bytes()
-    return files
+    return {} if checkpoint.folder is None else carried_files(checkpoint.folder)
 
 
 def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +90,9 @@ def model_card(plan: Plan, command: str) -> str:
 def _licence(folder: Path | None) -> dict[str, Any]:
     """The base model's licence keys from its own card, if it has one that can be read."""
     card = folder / "README.md" if folder is not None else None
-    if card is None or not card.is_file() or card.stat().st_size > 1 << 20:
+    if card is None or not card.exists():
         return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    parts = read_bytes(card, MAX_CARRIED_BYTES).decode(errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv2quant.errors import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, markdown: bool = False) -> str:
     """Columns as wide as their widest cell; the first column is aligned left, numbers right."""
-    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    cells = [[printable(str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 
 from dsv2quant import recipe
 from dsv2quant.calib.tokens import Tokenizer, cut
@@ -273,3 +274,13 @@ def test_biases_and_a_classifiers_head_load_too(changes, asked, tmp_path):
     got = Model(Checkpoint.open(tmp_path / "out"), LoadOptions(weight_only=True)).forward(tokens)
     got = got if want.dim() == 3 else got[:, -1]  # a classifier gives the score of the last token
     assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_its_stacked_experts_are_the_same_model(tmp_path, lite):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(lite, dtype="auto")
+    model.save_pretrained(tmp_path, save_original_format=False)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "model.layers.1.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 - it is no dictionary
+    assert Checkpoint.open(tmp_path).identity() == Checkpoint.open(lite).identity()

@@ -7,6 +7,7 @@ is left of the file before anything is made of it. (gguf-py's reader walks off t
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from dsv2quant.errors import InputError
+from dsv2quant.files import open_regular
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -101,8 +103,8 @@ def _pack_string(text: str) -> bytes:
 
 def read(path: Path) -> Container:
     """Open a GGUF file. Raises InputError where it is none, is truncated, or contradicts itself."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size < 24 or file.read(4) != MAGIC:
             raise InputError("truncated or not a GGUF file", where=path, fix=_AGAIN)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
+from dsv2quant.files import MAX_CARRIED_BYTES, read_bytes
 from dsv2quant.formats.gguf.container import Value
 from dsv2quant.formats.gguf.loadable import check_loadable
 from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
@@ -83,6 +84,8 @@ def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
+    if (folder / "README.md").exists():
+        read_bytes(folder / "README.md", MAX_CARRIED_BYTES)  # gguf-py opens it unchecked
     try:
         return Card.load_model_card(folder)
     except (YAMLError, UnicodeDecodeError) as error:

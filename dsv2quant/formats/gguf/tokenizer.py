@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
+from dsv2quant.files import carried_files
 from dsv2quant.formats.gguf.container import Metadata, Value
 from dsv2quant.formats.gguf.pretokenizer import NAMES, llama_cpp_splits, recognise
 from dsv2quant.formats.gguf.values import array, string, written
@@ -33,6 +34,7 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     Raises InputError where tokenizer.json is missing, not a byte-level BPE with a pre-tokenizer of DeepSeek's, or has
     ids beyond the vocabulary.
     """
+    carried_files(folder)  # gguf-py opens them unchecked
     path = folder / "tokenizer.json"
     raw, backend = _load(path)
     settings_path = folder / "tokenizer_config.json"
