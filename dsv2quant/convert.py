@@ -122,7 +122,8 @@ def convert(
     if statistics is not None:
         statistics.check_model(plan.checkpoint)
         described |= {"statistics": statistics.describe()}
-    read = [path for path in (plan.checkpoint.folder, statistics and statistics.path, *inputs) if path is not None]
+    measured = statistics.path if statistics is not None else None
+    read = [path for path in (plan.checkpoint.folder, measured, *inputs) if path is not None]
     folder = ArtifactFolder(
         Path(out), plan, source, small=small, calibration=described or None, aside=aside, force=force, inputs=read,
         progress=progress,
@@ -202,6 +203,8 @@ class _Pipeline:
         job, future = self.running.popleft()
         pieces = future.result()
         shard = self._plan.shards[job.step.shard]
+        if shard.file in self._finishing:
+            raise PlanViolation(f"{shard.file}: {job.step.lines[0].slot.name} came after the shard was full")
         if self._writer is None:
             self._writer = ShardWriter(self._folder.path, shard, self._hasher, self._finisher)
         for piece in pieces:

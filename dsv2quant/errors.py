@@ -37,7 +37,7 @@ class GateError(Dsv2quantError):
     exit_code = 4
 
 
-class PlanViolation(RuntimeError):  # noqa: N818 - it says what was broken
+class PlanViolation(RuntimeError):
     """What was made is not what was planned: a bug of ours, never the user's. Nothing may look finished after it."""
 
 

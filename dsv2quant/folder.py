@@ -129,9 +129,9 @@ class ArtifactFolder:
             manifest = read_json(self.path / MANIFEST_FILE)
         except InputError:
             return None
-        files, schema = manifest.get("files"), manifest.get("schema")
-        ours = isinstance(schema, str) and schema.startswith("dsv2quant.manifest/") and isinstance(files, dict)
-        return manifest if ours and all(self._is_inside(name) for name in files) else None
+        files, schema = manifest.get("files"), str(manifest.get("schema"))
+        ours = schema.startswith("dsv2quant.manifest/") and isinstance(files, dict) and all(map(self._is_inside, files))
+        return manifest if ours else None
 
     def _is_inside(self, name: object) -> bool:
         return isinstance(name, str) and (self.path / name).parent.resolve().is_relative_to(self.path.resolve())
@@ -185,7 +185,7 @@ class ArtifactFolder:
         be written, or that a consumer would load with it."""
         assert self._state is not None
         owned = self._owned(manifest)
-        planned = self._names | {name + PARTIAL for name in self._names}
+        planned = {FOLDS_FILE, *self._names, *(name + PARTIAL for name in self._names)}
         loaded = {name for name in held if name.endswith(".safetensors")} | {INDEX_FILE}
         foreign = sorted(held & (planned | loaded) - set(owned))
         if foreign:

@@ -23,10 +23,10 @@ _MOST = 16  # of one stored tensor
 class Source:
     """A checkpoint as it was when its conversion began.
 
-    `identity` is what artifacts record: {"weights": sha256 of names, dtypes, shapes and samples, "files": {name: sha256}
-    of the configuration and all that is copied or read beside it}. Samples are 4 KiB each, 2 to 16 of every stored
-    tensor, spread from its first byte to its last; a tensor no larger than its samples is read whole. So other or
-    trained weights always differ; a change that keeps sizes and times and hits no sample is not seen.
+    `identity` is what artifacts record: {"weights": sha256 of names, dtypes, shapes and samples, "files": {name:
+    sha256} of the configuration and all that is copied or read beside it}. Samples are 4 KiB each, 2 to 16 of every
+    stored tensor, spread from its first byte to its last; a tensor no larger than its samples is read whole. So other
+    or trained weights always differ; a change that keeps sizes and times and hits no sample is not seen.
     `stats` are sizes and times of the shards, which also must stay while a conversion is unfinished.
     """
 

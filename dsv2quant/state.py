@@ -17,7 +17,7 @@ _MAX_BYTES = 64 << 20
 
 
 class StateLog:
-    """`lines` are those that were there when it was opened; it is locked until it is closed."""
+    """`lines` are those that it holds; it is locked until it is closed."""
 
     def __init__(self, path: Path, where: Path) -> None:
         """Open it, or make it. Raises InputError naming `where` if another run has it, and OSError."""
@@ -31,7 +31,7 @@ class StateLog:
     def start(self, first: dict[str, Any]) -> None:
         """Forget all lines and write the first. Raises OSError."""
         os.ftruncate(self._descriptor, 0)
-        self.lines, self._end = [first], 0
+        self.lines, self._end = [], 0
         self.append(first)
 
     def append(self, line: dict[str, Any]) -> None:
@@ -43,6 +43,7 @@ class StateLog:
             done += os.pwrite(self._descriptor, content[done:], self._end + done)
         os.fsync(self._descriptor)
         self._end += len(content)
+        self.lines.append(line)
 
     def close(self) -> None:
         """Release the lock."""

@@ -83,7 +83,7 @@ class ShardWriter:
         if begin is None:
             fits = data.dtype == HELD_AS[output.dtype] and data.shape == output.shape
         else:
-            fits = data.dtype == np.uint8 and 0 <= begin and begin + data.nbytes <= output.nbytes
+            fits = data.dtype == np.uint8 and begin >= 0 and begin + data.nbytes <= output.nbytes
         if not fits:
             planned = f"{output.dtype} {list(output.shape)} was planned"
             raise PlanViolation(f"{name}: {data.dtype} {list(data.shape)} at {begin or 0} came, {planned}")
