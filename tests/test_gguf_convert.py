@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import threading
@@ -242,7 +241,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "state empty": edit_state(lambda data: b""),
     "state not JSON": edit_state(lambda data: b"\xff[{" + data),
     "state says more": edit_state(lambda data: data.replace(b'"done": ', b'"done": 1')),
-    "state of another hash": edit_state(lambda data: re.sub(rb'"sha256": "..', b'"sha256": "..', data)),
     "state of an object": edit_state(lambda data: b"[]"),
     "state gone": lambda out: (out / "m.gguf.state").unlink(),
     "partial cut": lambda out: os.truncate(out / "m.gguf.partial", 200_000),
@@ -259,13 +257,6 @@ def test_after_damage_it_starts_over(damage, model, whole, to_gguf, tmp_path):
     ran = to_gguf(model)
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["resumed_tensors"] == 0
-    assert contents(tmp_path / "out") == whole(model)
-
-
-def test_a_state_that_is_cut_counts_as_far_as_it_goes(model, whole, to_gguf, tmp_path):
-    interrupt(to_gguf, model)
-    edit_state(lambda data: data[: len(data) // 2])(tmp_path / "out")
-    assert json.loads(to_gguf(model).out)["resumed_tensors"] > 0
     assert contents(tmp_path / "out") == whole(model)
 
 

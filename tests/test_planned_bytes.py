@@ -40,7 +40,7 @@ def last(parts: Parts, change: Callable[[np.ndarray], np.ndarray]) -> Parts:
 
 def swapped(parts: Parts) -> Parts:
     values = list(parts.values())
-    return dict(zip(parts, values[1:] + values[:1] if len(values) > 1 else [values[0].T], strict=True))
+    return dict(zip(parts, values[1:] + values[:1] if len(values) > 1 else [values[0].reshape(-1)], strict=True))
 
 
 FAULTS: dict[str, Callable[[Parts], Parts]] = {
@@ -81,7 +81,11 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.slot.shape[1], np.float32), 1.0))
 
 
-PREPARED = {"statistics": None, "encoded": None, "folds": SimpleNamespace(tensors={}, apply=lambda slot, weight: weight)}
+PREPARED = {
+    "statistics": None,
+    "encoded": None,
+    "folds": SimpleNamespace(tensors={}, apply=lambda slot, weight: weight),
+}
 
 
 @pytest.mark.usefixtures("uncalibrated")
@@ -195,9 +199,12 @@ def of_type(plan: GgufPlan, kind: str) -> GgufPlan:
 def test_a_block_encoder_that_breaks_the_plan_finishes_nothing(kind, blocky, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "model_metadata", lambda *args, **options: {})
     plan, out = of_type(blocky, kind), tmp_path / "m.gguf"
-    encode = blocks.encode
     for fault in BLOCK_FAULTS.values():
-        monkeypatch.setattr(blocks, "encode", lambda *args, fault=fault: fault(encode(*args)))
+
+        def faulty(kind, rows, fault=fault):
+            return fault(np.zeros((len(rows), blocks.nbytes(kind, rows.shape[1:])), np.uint8))
+
+        monkeypatch.setattr(blocks, "encode", faulty)
         with pytest.raises(PlanViolation, match=f"as {kind}: .* came, uint8 .* was planned"):
             gguf.convert_gguf(plan, out)
         assert list(tmp_path.iterdir()) == []
