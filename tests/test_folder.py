@@ -320,7 +320,7 @@ def test_nothing_is_written_through_a_link_or_pipe(name, make, model, tmp_path):
     (tmp_path / "precious").write_text("{}")
     make(tmp_path / "precious", tmp_path / "out" / name)
     for force in (False, True):
-        with pytest.raises(InputError, match="is a link or no regular file|is not empty|no conversion of dsv2quant"):
+        with pytest.raises(InputError, match=r"is a link or no regular file|is not empty|no conversion of dsv2quant"):
             run(model, tmp_path / "out", force=force)
     assert (tmp_path / "precious").read_text() == "{}"
     write_whole(tmp_path / "out" / name, [b"whole"])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf_tiny
 import numpy as np
@@ -146,6 +147,16 @@ def test_calibrated_parts_that_break_the_plan_finish_nothing(fault, model, tmp_p
     nothing_is_finished(tmp_path / "out")
 
 
+def put_all(writer: ShardWriter, puts: list[tuple[Any, ...]]) -> None:
+    try:
+        for put in puts:
+            writer.put(*put)
+    except PlanViolation:
+        writer.abandon()
+        raise
+    writer.finish()
+
+
 def test_the_shard_writer_takes_what_is_planned_alone(tmp_path):
     shard = Shard("s.safetensors", (Output("a", "F32", (4,), 16), Output("b", "BF16", (2, 2), 8)))
     a, b = np.arange(4, dtype=np.float32), np.zeros((2, 2), np.uint16)
@@ -161,12 +172,7 @@ def test_the_shard_writer_takes_what_is_planned_alone(tmp_path):
         ):
             writer = ShardWriter(tmp_path, shard, hasher, finisher)
             with pytest.raises(PlanViolation):
-                for put in puts:
-                    writer.put(*put)
-                puts = []
-                writer.finish()
-            if puts:
-                writer.abandon()
+                put_all(writer, puts)
             assert list(tmp_path.iterdir()) == []
 
 
