@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from dsv2quant.calib.calibration import Calibration, Outcome, needs_calibration,
 from dsv2quant.calib.prepared import Prepared, prepare
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, PlanViolation
+from dsv2quant.folder import CARD_FILE, ArtifactFolder
 from dsv2quant.folds import FOLDS_FILE
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_VALUES
@@ -36,7 +38,8 @@ from dsv2quant.recipe import CALIBRATED
 from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
 from dsv2quant.scratch import Scratch
-from dsv2quant.writer import MANIFEST_FILE, ArtifactFolder, ShardWriter, dump_json, file_entry, hash_file
+from dsv2quant.source import Source
+from dsv2quant.writer import MANIFEST_FILE, Entry, ShardWriter, dump_json, file_entry
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
@@ -49,7 +52,7 @@ class Result:
     `outcomes` say what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
 
     out: Path
-    files: dict[str, dict[str, Any]]
+    files: dict[str, Entry]
     bytes_in: int
     bytes_out: int
     resumed: int
@@ -79,7 +82,7 @@ class _Job:
 
 
 _scratch = Scratch()
-Piece = tuple[str, int, np.ndarray]  # output name, first byte, bytes
+Piece = tuple[str, np.ndarray, int | None]  # output name, the tensor; or bytes of it, and the first one's place
 
 
 def convert(
@@ -91,13 +94,16 @@ def convert(
     statistics: Statistics | None = None,
     device: str = "cpu",
     force: bool = False,
+    inputs: Iterable[Path] = (),
     progress: Progress = no_progress,
 ) -> Result:
     """Write the plan's artifact into folder `out`. Where the plan's methods need it, `calibration` is what they
-    calibrate on; `statistics`, measured before, save the pass that measures.
+    calibrate on; `statistics`, measured before, save the pass that measures. `inputs` are further files that were read
+    for it: neither they nor the checkpoint are ever written to.
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
-    nothing, a weight is NaN or infinite, or `out` can't take the artifact.
+    nothing, a weight is NaN or infinite, the source changes meanwhile, or `out` can't take the artifact; and
+    PlanViolation, with nothing finished, where a codec does not return what was planned.
     """
     started = time.perf_counter()
     if not plan.schemes:
@@ -105,7 +111,9 @@ def convert(
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
     if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
-    small = _small_files(plan, command)
+    copied = copied_files(plan.checkpoint)
+    source = Source.of(plan.checkpoint, copied | _card_of(plan.checkpoint))
+    small = _small_files(plan, command, copied)
     aside = sum(map(len, small.values()))
     described: dict[str, Any] = {}
     if calibration is not None:
@@ -114,7 +122,12 @@ def convert(
     if statistics is not None:
         statistics.check_model(plan.checkpoint)
         described |= {"statistics": statistics.describe()}
-    folder = ArtifactFolder(Path(out), plan, calibration=described or None, aside=aside, force=force)
+    measured = statistics.path if statistics is not None else None
+    read = [path for path in (plan.checkpoint.folder, measured, *inputs) if path is not None]
+    folder = ArtifactFolder(
+        Path(out), plan, source, small=small, calibration=described or None, aside=aside, force=force, inputs=read,
+        progress=progress,
+    )  # fmt: skip
     prepared = Prepared(plan)
     try:
         resumed = len(folder.finished)
@@ -128,7 +141,9 @@ def convert(
                 small = {FOLDS_FILE: prepared.folds.to_bytes()} | small
             with progress(plan.bytes_in, "B", "convert") as advance:
                 files = _write_shards(plan, folder, prepared, device, advance)
+            source.check_unchanged(plan.checkpoint)
             about = manifest(plan, command, described) | calibrated(plan, calibration, prepared)
+            about["source"]["identity"] = source.identity
             files = _write_small_files(folder, small, files, about)
             folder.finish()
     finally:
@@ -143,19 +158,21 @@ def convert(
 
 def _write_shards(
     plan: Plan, folder: ArtifactFolder, prepared: Prepared, device: str, progress: Callable[[int], object]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Entry]:
     """Encode and write every shard that is not finished; returns the manifest entries of all."""
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
         pipeline = _Pipeline(plan, folder, progress)
-        kept = {file: workers.submit(hash_file, folder.path / file) for file in sorted(folder.finished)}
         try:
-            for job in _jobs(plan, folder.finished, progress):
+            for job in _jobs(plan, folder.finished.keys(), progress):
                 pipeline.make_room(job)
                 pipeline.running.append((job, workers.submit(_run, plan.checkpoint, job, prepared, device)))
-            return pipeline.drain() | {file: entry.result() for file, entry in kept.items()}
+            written = pipeline.drain() | folder.finished
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
             pipeline.close()
+    if missing := {shard.file for shard in plan.shards} - written.keys():
+        raise PlanViolation(f"{folder.path}: {', '.join(sorted(missing))} never came")
+    return written
 
 
 class _Pipeline:
@@ -165,7 +182,7 @@ class _Pipeline:
         self._plan, self._folder, self._progress = plan, folder, progress
         self.running: deque[tuple[_Job, Future[list[Piece]]]] = deque()
         self._writer: ShardWriter | None = None
-        self._finishing: dict[str, Future[dict[str, Any]]] = {}
+        self._finishing: dict[str, Future[Entry]] = {}
         self._hasher, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def make_room(self, job: _Job) -> None:
@@ -173,27 +190,34 @@ class _Pipeline:
         while self.running and sum(j.memory for j, _ in self.running) + job.memory > MAX_IN_FLIGHT:
             self._write_oldest()
 
-    def drain(self) -> dict[str, dict[str, Any]]:
+    def drain(self) -> dict[str, Entry]:
         """Write what is left and wait until every shard is durable; returns the manifest entries."""
         while self.running:
             self._write_oldest()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.finish()  # raises: it isn't full
         return {file: future.result() for file, future in self._finishing.items()}
 
     def _write_oldest(self) -> None:
         job, future = self.running.popleft()
         pieces = future.result()
         shard = self._plan.shards[job.step.shard]
+        if shard.file in self._finishing:
+            raise PlanViolation(f"{shard.file}: {job.step.lines[0].slot.name} came after the shard was full")
         if self._writer is None:
             self._writer = ShardWriter(self._folder.path, shard, self._hasher, self._finisher)
-        for name, begin, data in pieces:
-            self._writer.put(name, begin, data)
+        for piece in pieces:
+            self._writer.put(*piece)
         self._progress(job.bytes_in)
         if self._writer.is_full:
             for finished in self._finishing.values():
                 if finished.done():
                     finished.result()  # a disk that fails ends the run now
             logger.debug("%s is written", shard.file)
-            self._finishing[shard.file], self._writer = self._writer.finish(), None
+            record = partial(self._folder.record, shard.file)
+            self._finishing[shard.file] = self._finisher.submit(self._writer.finish, record)
+            self._writer = None
 
     def close(self) -> None:
         """Drop the unfinished shard, and wait for the threads."""
@@ -203,7 +227,7 @@ class _Pipeline:
             self._writer.abandon()
 
 
-def _jobs(plan: Plan, finished: set[str], progress: Callable[[int], object]) -> Iterator[_Job]:
+def _jobs(plan: Plan, finished: Set[str], progress: Callable[[int], object]) -> Iterator[_Job]:
     for step in plan.steps:
         if plan.shards[step.shard].file in finished:
             progress(step.bytes_in)
@@ -225,14 +249,19 @@ def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> 
         found = [prepared.encoded_parts(line) for line in lines]
     else:
         found = _encode(checkpoint, lines, prepared, device)
-    return [
-        (output.name, 0, array)
-        for line, arrays in zip(lines, found, strict=True)
-        for output, array in zip(line.outputs, (*arrays, *prepared.kv_scales(line)), strict=True)
-    ]
+    pieces: list[Piece] = []
+    for line, arrays in zip(lines, found, strict=True):
+        arrays = arrays | prepared.kv_scales(line)
+        planned = {output.name for output in line.outputs}
+        if arrays.keys() != planned:
+            raise PlanViolation(f"{line.slot.name}: {sorted(arrays)} came, {sorted(planned)} were planned")
+        pieces += [(output.name, arrays[output.name], None) for output in line.outputs]
+    return pieces
 
 
-def _encode(checkpoint: Checkpoint, lines: Sequence[Line], prepared: Prepared, device: str) -> list[list[np.ndarray]]:
+def _encode(
+    checkpoint: Checkpoint, lines: Sequence[Line], prepared: Prepared, device: str
+) -> list[dict[str, np.ndarray]]:
     sizes = [line.weight.stored.nbytes for line in lines]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
     weights = [
@@ -244,7 +273,12 @@ def _encode(checkpoint: Checkpoint, lines: Sequence[Line], prepared: Prepared, d
         encoded = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
     except NonFiniteError as error:
         raise checkpoint.not_finite(lines[error.which].weight, error.index) from None
-    return [list(parts.values()) for parts in encoded]
+    if len(encoded) != len(lines):
+        raise PlanViolation(f"{lines[0].slot.name}: {len(encoded)} weights came, {len(lines)} were planned")
+    return [
+        {f"{line.slot.module}.{suffix}": array for suffix, array in parts.items()}
+        for line, parts in zip(lines, encoded, strict=True)
+    ]
 
 
 def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: int) -> list[Piece]:
@@ -257,21 +291,26 @@ def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: i
         element = begin // values.itemsize + error.index[0]
         index = tuple(int(i) for i in np.unravel_index(element, part.shape))
         raise checkpoint.not_finite(line.weight, index) from None
-    output = next(o for o in line.outputs if o.name == part.name)
-    return [(output.name, begin, data)]
+    return [(part.name, data, begin)]
 
 
-def _small_files(plan: Plan, command: str) -> dict[str, bytes]:
+def _card_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """{name: content} of the source's model card, which the artifact's is made with."""
+    path = checkpoint.folder / CARD_FILE if checkpoint.folder is not None else None
+    return {CARD_FILE: path.read_bytes()} if path is not None and path.is_file() else {}
+
+
+def _small_files(plan: Plan, command: str, copied: dict[str, bytes]) -> dict[str, bytes]:
     """Everything beside the shards and the manifest, config.json last."""
-    files = copied_files(plan.checkpoint) | {"README.md": model_card(plan, command).encode()}
+    files = copied | {CARD_FILE: model_card(plan, command).encode(errors="backslashreplace")}
     if (index := plan.index()) is not None:
         files[INDEX_FILE] = dump_json(index)
     return files | {"config.json": dump_json(plan.config)}
 
 
 def _write_small_files(
-    folder: ArtifactFolder, small: dict[str, bytes], files: dict[str, dict[str, Any]], about: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+    folder: ArtifactFolder, small: dict[str, bytes], files: dict[str, Entry], about: dict[str, Any]
+) -> dict[str, Entry]:
     """Write them, and the manifest before config.json; returns the manifest's whole file list."""
     files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
     for name, content in small.items():

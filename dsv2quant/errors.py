@@ -37,6 +37,10 @@ class GateError(Dsv2quantError):
     exit_code = 4
 
 
+class PlanViolation(RuntimeError):
+    """What was made is not what was planned: a bug of ours, never the user's. Nothing may look finished after it."""
+
+
 def listing(items: list[str], limit: int = 3) -> str:
     """The first `limit` items and how many more there are: 'a, b, c and 7 more'."""
     shown = ", ".join(items[:limit])

@@ -1,8 +1,8 @@
-"""Writing an artifact so that nothing looks finished until it is.
+"""Writing files so that nothing looks finished until it is.
 
-A shard is written front to back under `<name>.partial`, hashed on the way, fsynced and renamed. config.json comes last:
-without it no consumer loads the folder. A state file names the plan while the work is unfinished; a later run with the
-same plan and source continues from the finished shards.
+A shard is written front to back under `<name>.partial`, hashed on the way, fsynced and renamed. Every byte of it was
+planned: what is handed over is checked against the plan, and a shard that lacks a byte is never renamed. No link is
+followed: what a name stands for is replaced, never written through.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import shutil
+import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,154 +22,38 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant.errors import InputError
-from dsv2quant.headers import INDEX_FILE
-from dsv2quant.plan import Plan
-from dsv2quant.shards import Shard
+from dsv2quant.errors import InputError, PlanViolation
+from dsv2quant.formats.part import HELD_AS
+from dsv2quant.shards import Output, Shard
 
 STATE_FILE = ".dsv2quant-state.json"
 MANIFEST_FILE = "dsv2quant.json"
 WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+Entry = dict[str, Any]  # what a manifest says of a file: {size, sha256}
 _MAX_UNHASHED = 64 << 20
 _FLUSH_EVERY = 64 << 20
-_ASIDE = 1 << 20  # what the manifest may need, and the file system
+_HASHED_AT_ONCE = 1 << 20
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failing file system into one line: what can't be written, and that running again resumes."""
+    """Turn a failing file system into one line: what can't be written, and that running again resumes. An error that
+    names another file is passed on: it says itself where it lies."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(path)):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "free space and run the same command again: finished shards are kept" if full else "check the folder"
         raise InputError(f"can't be written: {error.strerror or error}", where=path, fix=fix) from None
 
 
-class ArtifactFolder:
-    """The output folder of one conversion, locked while it is open."""
-
-    def __init__(
-        self,
-        path: Path,
-        plan: Plan,
-        *,
-        calibration: Mapping[str, Any] | None = None,
-        aside: int = 0,
-        force: bool = False,
-    ) -> None:
-        """Create or resume; `aside` is what the files beside the shards need, in bytes. Raises InputError where the
-        folder holds something else, another run is writing to it, or the disk is too small.
-
-        An artifact is the same if its plan is and what it was calibrated on.
-
-        `complete` is then the manifest's file list if it already holds this very artifact, and `finished` has the
-        shards to keep.
-        """
-        self.path, self.plan, self._calibration = path, plan, calibration
-        self._state: int | None = None
-        source = plan.checkpoint.folder
-        if source is not None and path.resolve() == source.resolve():
-            raise InputError("is the checkpoint's own folder", where=path, fix="give another output folder")
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._claim(force)
-            if self.complete is None:
-                self._check_space(aside)
-
-    def _claim(self, force: bool) -> None:
-        wanted: dict[str, Any] = {"plan": self.plan.digest, "source": self.plan.checkpoint.fingerprint()}
-        if self._calibration is not None:
-            wanted["calibration"] = self._calibration
-        state_path = self.path / STATE_FILE
-        held = sorted(entry.name for entry in self.path.iterdir() if entry.name != STATE_FILE)
-        self.complete = None if state_path.exists() or force else self._complete()
-        if self.complete is not None:
-            self.finished = {shard.file for shard in self.plan.shards}
-            return
-        self._state = open_locked(state_path, self.path)
-        unfinished = os.pread(self._state, 1 << 20, 0)
-        if unfinished == json.dumps(wanted).encode() and not force:
-            self.finished = {shard.file for shard in self.plan.shards if self._is_whole(shard)}
-            return
-        if held and not force:
-            if not unfinished:
-                os.unlink(state_path)
-            self.close()
-            what = "holds an unfinished conversion with another plan or source" if unfinished else "is not empty"
-            raise InputError(what, where=self.path, fix="give another output folder, or --force to start over")
-        for name in held:
-            if _SHARD.fullmatch(name) or name in ("config.json", INDEX_FILE, MANIFEST_FILE):
-                os.unlink(self.path / name)
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.finished = set()
-        os.ftruncate(self._state, 0)
-        os.pwrite(self._state, json.dumps(wanted).encode(), 0)
-        os.fsync(self._state)
-        sync_folder(self.path)
-
-    def _complete(self) -> dict[str, dict[str, Any]] | None:
-        """The manifest's file list if the folder is a finished artifact of this plan, all files at their sizes."""
-        try:
-            manifest = json.loads((self.path / MANIFEST_FILE).read_text(encoding="utf-8"))
-            files: dict[str, dict[str, Any]] = manifest["files"]
-            whole = all((self.path / name).stat().st_size == entry["size"] for name, entry in files.items())
-            same = manifest["plan"] == self.plan.digest and manifest.get("calibration") == self._calibration
-            return files if whole and same else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-    def _is_whole(self, shard: Shard) -> bool:
-        path = self.path / shard.file
-        if not path.exists() or path.stat().st_size != shard.nbytes:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(shard.header)) == shard.header
-
-    def _check_space(self, aside: int) -> None:
-        needed = sum(shard.nbytes for shard in self.plan.shards if shard.file not in self.finished) + aside + _ASIDE
-        partial = [entry for entry in self.path.iterdir() if entry.name.endswith(PARTIAL)]
-        free = shutil.disk_usage(self.path).free + sum(entry.stat().st_size for entry in partial)
-        if needed > free:
-            if not self.finished and not partial:
-                os.unlink(self.path / STATE_FILE)
-            self.close()
-            what = f"needs {needed:,} bytes, the disk has {free:,} free"
-            raise InputError(what, where=self.path, fix="free space, or give a folder on another disk")
-
-    def write_file(self, name: str, content: bytes) -> dict[str, Any]:
-        """Write a small file at once or not at all; returns its manifest entry."""
-        with disk_errors(self.path / name):
-            (self.path / name).parent.mkdir(exist_ok=True)
-            write_whole(self.path / name, [content])
-        return file_entry(content)
-
-    @property
-    def work(self) -> Path:
-        """Where an unfinished calibration keeps what a resumed run needs."""
-        return self.path / WORK_FOLDER
-
-    def finish(self) -> None:
-        """Remove the work folder and the state file: the artifact is whole."""
-        with disk_errors(self.path):
-            shutil.rmtree(self.work, ignore_errors=True)
-            os.unlink(self.path / STATE_FILE)
-            sync_folder(self.path)
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock; an unfinished folder stays resumable."""
-        if self._state is not None:
-            os.close(self._state)
-            self._state = None
-
-
 class ShardWriter:
     """Writes one shard. Data may come in any order; what is ahead of its turn is held in memory.
 
-    Hashing runs on `hasher`, fsync and rename on `finisher`, both single threads, so that they overlap the encoding.
+    Hashing runs on `hasher`, early flushes on `finisher`, both single threads, so that they overlap the encoding.
     """
 
     def __init__(self, folder: Path, shard: Shard, hasher: ThreadPoolExecutor, finisher: ThreadPoolExecutor) -> None:
@@ -180,20 +63,33 @@ class ShardWriter:
         self._hashing: deque[tuple[int, Future[None]]] = deque()
         self._flushing: list[Future[None]] = []
         self._held: dict[int, np.ndarray] = {}
-        self._starts: dict[str, int] = {}
+        self._planned: dict[str, tuple[Output, int]] = {}  # and its first byte
         self._position = self._flushed = 0
         self._size = shard.nbytes
         position = len(shard.header)
         for output in shard.outputs:
-            self._starts[output.name] = position
+            self._planned[output.name] = output, position
             position += output.nbytes
         with disk_errors(self._path):
-            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._file = create(self._partial)
         self._append(np.frombuffer(shard.header, np.uint8))
 
-    def put(self, name: str, begin: int, data: np.ndarray) -> None:
-        """Write `data` at byte `begin` of a tensor. The array must not change afterwards."""
-        self._held[self._starts[name] + begin] = data.reshape(-1).view(np.uint8)
+    def put(self, name: str, data: np.ndarray, begin: int | None = None) -> None:
+        """Write a whole tensor, in the shape and as what holds its dtype's bits; or with `begin`, bytes (uint8) of it
+        from that one on. The array must not change afterwards. Raises PlanViolation."""
+        if name not in self._planned:
+            raise PlanViolation(f"{name}: {data.dtype} {list(data.shape)} came, nothing was planned in {self._path}")
+        output, start = self._planned[name]
+        if begin is None:
+            fits = data.dtype == HELD_AS[output.dtype] and data.shape == output.shape
+        else:
+            fits = data.dtype == np.uint8 and begin >= 0 and begin + data.nbytes <= output.nbytes
+        if not fits:
+            planned = f"{output.dtype} {list(output.shape)} was planned"
+            raise PlanViolation(f"{name}: {data.dtype} {list(data.shape)} at {begin or 0} came, {planned}")
+        if data.size == 0:
+            return
+        self._held[start + (begin or 0)] = data.reshape(-1).view(np.uint8)
         while self._position in self._held:
             self._append(self._held.pop(self._position))
 
@@ -215,25 +111,28 @@ class ShardWriter:
     def is_full(self) -> bool:
         return self._position == self._size
 
-    def finish(self) -> Future[dict[str, Any]]:
-        """Make the shard durable under its final name, in the background; gives its manifest entry."""
-        return self._finisher.submit(self._finish)
-
-    def _finish(self) -> dict[str, Any]:
+    def finish(self, record: Callable[[Entry], object] = lambda entry: None) -> Entry:
+        """Make the shard durable under its final name; returns its manifest entry. It has been given to `record` before
+        the file has its name. Raises PlanViolation where a planned byte never came, or one came twice."""
         try:
+            if not self.is_full or self._held:
+                what = f"{self._position:,} of {self._size:,} bytes came in order, {len(self._held)} pieces out of it"
+                raise PlanViolation(f"{self._path}: {what}")
             for _, hashed in self._hashing:
                 hashed.result()
+            entry = {"size": self._size, "sha256": self._sha256.hexdigest()}
             with disk_errors(self._path):
                 for flushed in self._flushing:
                     flushed.result()  # an error is reported once, so the last fsync may not repeat it
                 os.fsync(self._file)
+                record(entry)
                 self._partial.rename(self._path)
                 sync_folder(self._path.parent)
         except BaseException:
             self.abandon()
             raise
         os.close(self._file)
-        return {"size": self._size, "sha256": self._sha256.hexdigest()}
+        return entry
 
     def abandon(self) -> None:
         """Give the disk space of an unfinished shard back."""
@@ -241,17 +140,43 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
 
 
+def create(path: Path) -> int:
+    """A descriptor of a new, empty file to read and write in place of whatever had its name. Raises OSError."""
+    path.unlink(missing_ok=True)  # not truncated: another name may stand for the same file
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def open_own(path: Path, flags: int = 0) -> int:
+    """A descriptor, to read and write, of a regular file that has no other name. Raises InputError where it is a link,
+    a pipe or a device: what stands there is none of ours."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise InputError("is a link or no regular file", where=path, fix="remove it") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise InputError("is a link or no regular file", where=path, fix="remove it")
+    return descriptor
+
+
 def open_locked(path: Path, where: Path) -> int:
-    """A descriptor of a file, made if need be, that no other process holds. Raises InputError naming `where`."""
+    """A descriptor of a file, made if need be, that no other process holds. Raises InputError naming `where`, or `path`
+    where it is a link or no regular file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_own(path, os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise InputError("another run is writing to it", where=where, fix="wait for it, or stop it") from None
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # a run that ended in between has removed it
 
 
@@ -259,14 +184,15 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file so that it is durable under its name, or not there. Raises OSError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
+        with os.fdopen(create(partial), "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
         sync_folder(path.parent)
     except OSError:
-        partial.unlink(missing_ok=True)
+        if not partial.is_dir():
+            partial.unlink(missing_ok=True)
         raise
 
 
@@ -279,18 +205,73 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_entry(content: bytes) -> dict[str, Any]:
-    """The manifest entry, {size, sha256}, of a file with this content."""
+def is_regular(path: Path) -> bool:
+    """Whether a regular file has this very name, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise InputError where a path that is to be written or removed is one of the inputs, or a file in one of them
+    that is a folder: by whatever name, link or mount."""
+    read: dict[tuple[int, int], Path] = {}
+    for given in inputs:
+        for path in (given, *(given.iterdir() if given.is_dir() else ())):
+            read.update((key, path) for key in _identity(path))
+    for path in outputs:
+        for key in _identity(path):
+            if key in read:
+                raise InputError(f"is an input of this command, {read[key]}", where=path, fix="give another output")
+
+
+def _identity(path: Path) -> list[tuple[int, int]]:
+    """[(device, inode)] of what a path leads to; empty where that is nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return []
+    return [(found.st_dev, found.st_ino)]
+
+
+def file_entry(content: bytes) -> Entry:
+    """The manifest entry of a file with this content."""
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """The manifest entry, {size, sha256}, of a file on disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> Entry:
+    """The manifest entry of a file on disk. Raises OSError, also where it is no regular file."""
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+        while count := os.readv(descriptor, [buffer]):
+            digest.update(buffer[:count])
+            size += count
+            progress(count)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def damaged_files(
+    folder: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = lambda nbytes: None
+) -> list[str]:
+    """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
+
+    def differs(name: str) -> bool:
+        try:
+            return hash_file(folder / name, progress) != entries[name]
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
+        return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
-    """JSON as Hugging Face writes it: two spaces, keys in order, a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """JSON as Hugging Face writes it: two spaces, keys in order, a final newline. What is no Unicode, a lone surrogate
+    or a byte of a file name, is written as JSON's escape of it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

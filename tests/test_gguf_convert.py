@@ -107,9 +107,9 @@ def test_killed_at_10_moments_and_resumed_the_bytes_are_the_same(split, model, t
         changes, status = run_killed(0, *command(tmp_path / "whole"), "-q")
         assert status == 0
         expected = contents(tmp_path / "whole")
-        assert len(expected) == (4 if split else 1)
+        assert len(expected) == (5 if split else 2)
         kept = []
-        # At the last change the state file is gone already: the file is whole, and would be refused as one.
+        # At the last change the state file is gone already: the file is whole, and recognised as such.
         for n in sorted(random.Random(0).sample(range(1, changes), 10)):
             out = tmp_path / f"out-{n}"
             assert run_killed(n, *command(out), "-q") == [-signal.SIGKILL]
@@ -239,9 +239,8 @@ def edit_state(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "state empty": edit_state(lambda data: b""),
-    "state cut": edit_state(lambda data: data[: len(data) // 2]),
     "state not JSON": edit_state(lambda data: b"\xff[{" + data),
-    "state says more": edit_state(lambda data: data.replace(b'"done": [', b'"done": [1')),
+    "state says more": edit_state(lambda data: data.replace(b'"done": ', b'"done": 1')),
     "state of an object": edit_state(lambda data: b"[]"),
     "state gone": lambda out: (out / "m.gguf.state").unlink(),
     "partial cut": lambda out: os.truncate(out / "m.gguf.partial", 200_000),
@@ -319,7 +318,7 @@ def test_a_state_file_that_its_run_removes_locks_nobody_out(model, to_gguf, tmp_
     ran = to_gguf(model)
     assert ran.code == 0, ran.err
     assert len(calls) == 2
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"m.gguf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"m.gguf", "m.gguf.json"}
 
 
 # Disks and folders
@@ -337,7 +336,7 @@ def test_a_file_size_limit_ends_in_one_line_and_a_resumable_state(model, whole, 
 def test_a_disk_that_fails_once_ends_in_one_line_and_resumes(call, model, whole, to_gguf, tmp_path, monkeypatch):
     """A late call fails, and no call after it: an error that the kernel reports once must not be lost."""
     original, done = getattr(os, call), []
-    counts = {"pwrite": 70, "ftruncate": 2, "fsync": 3, "fdatasync": 20, "rename": 1}
+    counts = {"pwrite": 70, "ftruncate": 2, "fsync": 12, "fdatasync": 20, "rename": 1}
 
     def full(*args):
         done.append(1)

@@ -128,9 +128,9 @@ def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
         writer = ShardWriter(out.parent, shard, hasher, finisher)
         try:
             for name, file in where.items():
-                writer.put(name, 0, file.get_tensor(name))
+                writer.put(name, file.get_tensor(name))
         except BaseException:
             writer.abandon()
             raise
-        writer.finish().result()
+        writer.finish()
     sync_folder(out.parent)

@@ -43,10 +43,11 @@ class Prepared:
         """What became of each matrix that is encoded already."""
         return self.encoded.outcomes if self.encoded is not None else []
 
-    def encoded_parts(self, line: Line) -> list[np.ndarray]:
-        """The parts of a matrix that is encoded already."""
+    def encoded_parts(self, line: Line) -> dict[str, np.ndarray]:
+        """The parts of a matrix that is encoded already, by name."""
         assert self.encoded is not None
-        return [self.encoded.part(output.name) for output in line.outputs if output not in line.kv_scales]
+        names = [output.name for output in line.outputs if output not in line.kv_scales]
+        return {name: self.encoded.part(name) for name in names}
 
     def weight(self, line: Line, weight: np.ndarray) -> np.ndarray:
         """The weight to encode: BF16 bits (uint16) or float32, scaled where it is part of a fold."""
@@ -61,14 +62,14 @@ class Prepared:
             importance = np.ldexp(importance, -2 * columns)
         return Inputs(importance, self._amax[self._group(line)])
 
-    def kv_scales(self, line: Line) -> list[np.ndarray]:
-        """The values of `line.kv_scales`: one for keys and values."""
+    def kv_scales(self, line: Line) -> dict[str, np.ndarray]:
+        """The values of `line.kv_scales` by name: one for keys and values."""
         if not line.kv_scales:
-            return []
+            return {}
         assert self.statistics is not None
         assert line.slot.layer is not None
         value = kv_scale(*self.statistics.kv_ranges(line.slot.layer))
-        return [np.full(output.shape, value, np.float32) for output in line.kv_scales]
+        return {output.name: np.full(output.shape, value, np.float32) for output in line.kv_scales}
 
     def _group(self, line: Line) -> str:
         return input_group(line.slot, self._plan.checkpoint.config, self._plan.targets)

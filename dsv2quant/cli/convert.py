@@ -98,6 +98,7 @@ def command(
         words.append(f"--statistics {measured.path.name}")
     result = convert(
         plan, out, command=" ".join(words), calibration=text, statistics=measured, device=device, force=force,
+        inputs=[Path(path) for path in (options["text"], options["recipe_file"]) if path],
         progress=bars.progress(quiet),
     )  # fmt: skip
     if options["figure"] and result.expert_tokens:

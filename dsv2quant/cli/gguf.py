@@ -47,6 +47,17 @@ def is_asked_for(options: Mapping[str, Any]) -> bool:
     return bool(options["gguf"])
 
 
+def words(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
+    """The command as the manifest shows it: everything that shapes the file, and no path of this machine."""
+    found = ["dsv2quant convert", checkpoint.model, f"--gguf {options['gguf']}"]
+    found += [f"--imatrix {Path(options['imatrix']).name}"] if options["imatrix"] else []
+    found += ["--imatrix-shrink"] * options["imatrix_shrink"]
+    found += [f"--tensor-type {spec}" for spec in options["tensor_types"]]
+    keys = ("output_type", "token_embedding_type", "split_max_size")
+    found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
+    return found + ["--drop-expert-groups"] * options["drop_expert_groups"]
+
+
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
     """Show what a conversion would do, into GGUF or another format."""
     if is_asked_for(options):
@@ -107,22 +118,25 @@ def convert(
             click.echo(f"note: {note}", err=True)
     size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
     result = convert_gguf(
-        plan, Path(out), split_max_size=size, device=device, force=force, progress=bars.progress(quiet)
-    )
-    nbytes = sum(result.files.values())
+        plan, Path(out), command=" ".join(words(checkpoint, options)), split_max_size=size, device=device, force=force,
+        progress=bars.progress(quiet),
+    )  # fmt: skip
+    nbytes = sum(entry["size"] for entry in result.files.values())
     if as_json:
         common.print_json(
             {
                 "schema": "dsv2quant.convert-gguf/1",
-                "files": {str(Path(out).with_name(name)): size for name, size in result.files.items()},
+                "files": {str(Path(out).with_name(name)): entry["size"] for name, entry in result.files.items()},
                 "bytes_in": plan.bytes_in,
                 "bytes_out": nbytes,
                 "bits_per_weight": 8 * nbytes / plan.parameters,
                 "resumed_tensors": result.resumed,
+                "already_complete": result.already_complete,
                 "seconds": result.seconds,
             }
         )
     elif not quiet:
         names = next(iter(result.files)) + (f" and {len(result.files) - 1} more" if len(result.files) > 1 else "")
         sizes = f"{gigabytes(plan.bytes_in)} → {gigabytes(nbytes)}, {8 * nbytes / plan.parameters:.2f} bits/weight"
-        print(f"{Path(out).with_name(names)}: {sizes}, in {result.seconds:.1f} s")
+        done = "was already complete" if result.already_complete else f"in {result.seconds:.1f} s"
+        print(f"{Path(out).with_name(names)}: {sizes}, {done}")

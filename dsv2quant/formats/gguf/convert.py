@@ -2,7 +2,7 @@
 
 All sizes are known, so workers read, encode and write their pieces where they belong. A file is written under
 `<name>.partial` and renamed when it is whole; a run that was killed goes on behind the tensors that its state file
-says are durable.
+says are durable. What was written is hashed in the order of the file, close behind the workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.formats.gguf.metadata import model_metadata
@@ -27,19 +27,23 @@ from dsv2quant.formats.gguf.plan import File, GgufPlan, lay_out
 from dsv2quant.formats.gguf.rows import CACHED, PIECE, Piece, pieces, read_rows
 from dsv2quant.formats.gguf.state import State
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.writer import disk_errors, sync_folder
+from dsv2quant.source import Source
+from dsv2quant.writer import Entry, create, disk_errors, open_own, sync_folder
 
 RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
 _MAX_RUNNING = 32  # pieces that run or wait
+_HASHED_AT_ONCE = 1 << 20
 _one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did: sizes by file, and how many tensors an earlier run had written."""
+    """What a conversion did: manifest entries by file, how many tensors an earlier run had written, and whether these
+    very files were there already."""
 
-    files: dict[str, int]
+    files: dict[str, Entry]
     resumed: int
+    already_complete: bool
     seconds: float
 
 
@@ -47,6 +51,7 @@ def convert_gguf(
     plan: GgufPlan,
     out: Path,
     *,
+    command: str = "",
     split_max_size: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -54,7 +59,8 @@ def convert_gguf(
 ) -> Result:
     """Write the plan's file, or with `split_max_size` bytes its shards; the bytes are the same from every device.
 
-    Raises InputError where a weight is NaN, infinite or beyond what its type holds, or `out` can't be written.
+    Raises InputError where a weight is NaN, infinite or beyond what its type holds, the source changes meanwhile, or
+    `out` can't be written; and PlanViolation, with no file finished, where an encoder does not return what was planned.
     """
     started = time.perf_counter()
     options = plan.options
@@ -62,7 +68,10 @@ def convert_gguf(
     if options.imatrix is not None:
         metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
     files = lay_out(plan, out, metadata, split_max_size)
-    state = State(out, files, plan, force)
+    source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
+    state = State(out, files, plan, source, force, progress)
+    if state.complete is not None:
+        return Result(state.complete, 0, True, time.perf_counter() - started)
     try:
         resumed = sum(state.done)
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -72,10 +81,14 @@ def convert_gguf(
                 else:
                     with _Writer(plan, state, number, workers, device, advance) as writer:
                         writer.write()
+        source.check_unchanged(plan.checkpoint)
+        hashes = zip(files, state.hashes, strict=True)
+        entries: dict[str, Entry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
+        state.manifest.write(plan.checkpoint, command, entries)
         state.finish()
     finally:
         state.close()
-    return Result({file.path.name: file.nbytes for file in files}, resumed, time.perf_counter() - started)
+    return Result(entries, resumed, False, time.perf_counter() - started)
 
 
 class _Writer:
@@ -95,21 +108,25 @@ class _Writer:
         self._file: File = state.files[number]
         self._done = state.done[number]
         self._unrecorded = 0
-        self._running: deque[tuple[Piece, bool, Future[None]]] = deque()  # and whether it is its tensor's last
-        self._recorder = ThreadPoolExecutor(1)
+        # Pieces with their first byte, the first behind them, and whether they are their tensor's last.
+        self._running: deque[tuple[Piece, int, int, bool, Future[int]]] = deque()
+        self._recorder, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._recording: Future[None] | None = None
+        self._position = self._hashed = self._file.end(self._done) if self._done else 0
+        self._hash, self._buffer = state.hashes[number], memoryview(bytearray(_HASHED_AT_ONCE))
         with disk_errors(self._file.path):
-            self._descriptor = os.open(self._file.partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_own(self._file.partial) if self._done else create(self._file.partial)
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for _, _, job in self._running:
+        for *_, job in self._running:
             job.cancel()
-        for _, _, job in self._running:
+        for *_, job in self._running:
             if not job.cancelled():
                 job.exception()  # waits
+        self._hasher.shutdown()
         self._recorder.shutdown()
         os.close(self._descriptor)
 
@@ -118,56 +135,87 @@ class _Writer:
         file = self._file
         with disk_errors(file.path):
             if not self._done:
-                os.ftruncate(self._descriptor, 0)
                 os.pwrite(self._descriptor, file.header, 0)
                 os.ftruncate(self._descriptor, file.nbytes)
+                self._position = file.end(0)
         for line, _ in file.lines[: self._done]:
             self._advance(sum(piece.bytes_in for piece in pieces(self._plan, line)))
         for line, begin in file.lines[self._done :]:
             importance = self._plan.importance(line.tensor)
+            row_bytes = blocks.nbytes(line.type, line.tensor.shape[-1:])
             cut = list(pieces(self._plan, line))
             for piece in cut:
                 if len(self._running) >= _MAX_RUNNING:
                     self._settle()
-                job = self._workers.submit(self._encode, piece, importance, begin)
-                self._running.append((piece, piece is cut[-1], job))
+                at = begin + piece.begin * row_bytes
+                job = self._workers.submit(self._encode, piece, importance, at)
+                self._running.append((piece, at, at + piece.count * row_bytes, piece is cut[-1], job))
         while self._running:
             self._settle()
         if self._recording is not None:
             self._recording.result()  # a disk reports an error once: the last fsync may not repeat it
+        if self._position != file.nbytes or self._done != len(file.lines):
+            raise PlanViolation(f"{file.path}: {self._position:,} of {file.nbytes:,} bytes came")
+        sha256 = self._hasher.submit(self._hash_up_to, file.nbytes).result()
         with disk_errors(file.path):
             os.fsync(self._descriptor)
+            self._state.record(self._number, len(file.lines), sha256)
             file.partial.rename(file.path)
             sync_folder(file.path.parent)
-        self._state.record(self._number, len(file.lines))
 
     def _settle(self) -> None:
         """Wait for the oldest piece. Now and then, make what is finished durable, behind the work."""
-        piece, is_last, job = self._running[0]
-        job.result()
+        piece, begin, end, is_last, job = self._running[0]
+        written = job.result()
         self._running.popleft()
+        planned = self._file.lines[self._done]
+        if piece.line is not planned[0] or begin != self._position or written != end - begin:
+            what = f"bytes {begin:,} to {begin + written:,} came, {self._position:,} to {end:,} were planned"
+            raise PlanViolation(f"{self._file.path}: {piece.line.name}: {what}")
+        self._position = end
         self._advance(piece.bytes_in)
+        self._hasher.submit(self._hash_up_to, end)
         if not is_last:
             return
+        if end != planned[1] + piece.line.nbytes:
+            what = f"{end - planned[1]:,} of {piece.line.nbytes:,} bytes came"
+            raise PlanViolation(f"{self._file.path}: {piece.line.name}: {what}")
         self._done += 1
+        self._position = self._file.end(self._done)
         self._unrecorded += piece.line.nbytes
         if self._unrecorded >= RECORD_EVERY:
             if self._recording is not None:
                 self._recording.result()
             self._unrecorded = 0
-            self._recording = self._recorder.submit(self._record, self._done)
+            sha256 = self._hasher.submit(self._hash_up_to, self._position)
+            self._recording = self._recorder.submit(self._record, self._done, sha256)
 
-    def _record(self, done: int) -> None:
+    def _record(self, done: int, sha256: Future[str]) -> None:
         with disk_errors(self._file.path):
             os.fdatasync(self._descriptor)
-        self._state.record(self._number, done)
+        self._state.record(self._number, done, sha256.result())
 
-    def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> None:
-        """A worker's part: read a piece of a tensor that begins at byte `begin`, encode it, write it to its place."""
-        line = piece.line
-        at = begin + piece.begin * blocks.nbytes(line.type, line.tensor.shape[-1:])
+    def _hash_up_to(self, end: int) -> str:
+        """The hash of the file's first `end` bytes. They were written just now: the system still has them in memory."""
+        while self._hashed < end:
+            piece = self._buffer[: end - self._hashed]
+            with disk_errors(self._file.path):
+                count = os.preadv(self._descriptor, [piece], self._hashed)
+            if not count:
+                raise InputError("was cut while it was written", where=self._file.partial, fix="run the command again")
+            self._hash.update(piece[:count])
+            self._hashed += count
+        return self._hash.hexdigest()
+
+    def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> int:
+        """A worker's part: read a piece, encode it, write it from byte `begin` on; returns how many bytes."""
+        line, at = piece.line, begin
+        row_bytes = blocks.nbytes(line.type, line.tensor.shape[-1:])
         for rows in read_rows(self._plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
             data = _encode_rows(piece, rows, importance, self._device)
+            if data.dtype != np.uint8 or data.shape != (len(rows), row_bytes):
+                what = f"{data.dtype} {list(data.shape)} came, uint8 {[len(rows), row_bytes]} was planned"
+                raise PlanViolation(f"{self._file.path}: {line.name} as {line.type}: {what}")
             if not blocks.holds(line.type, rows, data):
                 what = f"{piece.weight.slot.name} has values too large for {line.type}"
                 raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
@@ -176,6 +224,7 @@ class _Writer:
                 while done < len(view):
                     done += os.pwrite(self._descriptor, view[done:], at + done)
             at += data.nbytes
+        return at - begin
 
 
 def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:

@@ -105,6 +105,10 @@ class File:
         line, begin = self.lines[-1]
         return begin + padded(line.nbytes)
 
+    def end(self, done: int) -> int:
+        """The first byte behind `done` tensors and what fills them up."""
+        return self.lines[done][1] if done < len(self.lines) else self.nbytes
+
     @property
     def is_written(self) -> bool:
         """Whether it is there, under its own name."""
