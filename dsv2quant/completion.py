@@ -24,13 +24,15 @@ from dsv2quant.model.runtime import open_model
 @dataclass(frozen=True)
 class Request:
     """What to complete and how. As a `chat`, the prompt is a user's message in the checkpoint's chat template;
-    otherwise it is a text, which begins with BOS."""
+    otherwise it is a text, which begins with BOS where the tokenizer says so. With `special`, control tokens that are
+    spelled out in the text are meant as such."""
 
     prompt: str
     chat: bool
     max_new_tokens: int
     sampling: Sampling
     options: LoadOptions
+    special: bool = False
 
 
 def complete(
@@ -90,15 +92,17 @@ def complete(
 
 
 def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -> list[int]:
-    """The tokens of a prompt. Special tokens count only where the chat template is spelled out: it has BOS, too."""
+    """The tokens of a prompt. A BOS that it spells out as a special token is not put before it again, and a chat
+    template spells out all that it wants."""
     if request.chat:
         render = renderer_of(checkpoint, generation_prompt=True)
-        ids = tokenizer.encode_chat(render([{"role": "user", "content": request.prompt}], checkpoint.model))
+        text = render([{"role": "user", "content": request.prompt}], checkpoint.model)
     else:
-        ids = tokenizer.encode(request.prompt)
+        text = request.prompt
+    ids = tokenizer.encode(text, parse_special=request.chat or request.special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
-    bos = [tokenizer.bos_id] * (tokenizer.add_bos and not request.chat)
-    return [*bos, *ids.tolist()]
+    wanted = tokenizer.add_bos and not request.chat and ids[:1].tolist() != [tokenizer.bos_id]
+    return [*[tokenizer.bos_id] * wanted, *ids.tolist()]
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

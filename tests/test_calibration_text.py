@@ -229,7 +229,7 @@ def test_chats_are_rendered_and_tokenized_as_transformers_does(tmp_path, tokeniz
         text = rendered(tmp_path, folder)
         assert text == peer.apply_chat_template(CHAT, tokenize=False)
         ids = peer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-        assert tokenizer.encode_chat(text).tolist() == ids
+        assert tokenizer.encode(text, parse_special=True).tolist() == ids
     assert '    <|im_start|>system\n"Be <brief> & kind."<|im_end|>\n\n    <|im_start|>user\n"Größe' in text
 
 
@@ -323,24 +323,24 @@ def test_a_short_text_gives_the_windows_there_are(tokenizer):
 def test_special_tokens_in_plain_text_stay_text_and_in_chats_are_meant(tokenizer):
     text = f"{BOS}User: hi{EOS}{BOS}"
     bos, eos = tokenizer.bos_id, 1
-    special = tokenizer.encode_chat(text)
+    special = tokenizer.encode(text, parse_special=True)
     assert special[0] == special[-1] == bos
     assert (special == eos).sum() == 1
-    assert not np.isin(tokenizer.encode(text), (bos, eos)).any()  # also after encode_chat
+    assert not np.isin(tokenizer.encode(text), (bos, eos)).any()  # also after that
     plain = windows(CalibrationText("x", (Document(text),)), tokenizer, 1, 8, seed=0)
     assert not np.isin(plain[:, 1:], (bos, eos)).any()
 
 
 def test_a_chats_own_bos_is_left_out_once(tokenizer):
     chats = tuple(Document(f"{BOS}{BOS}User: {i}{EOS}", is_chat=True) for i in range(6))
-    each = tokenizer.encode_chat(chats[0].text)
+    each = tokenizer.encode(chats[0].text, parse_special=True)
     assert each[:2].tolist() == [tokenizer.bos_id] * 2
     ids = windows(CalibrationText("x", chats), tokenizer, 6, len(each), seed=0)
     assert (ids == tokenizer.bos_id).sum() == 12  # a window's own, and the one that is left of two
     assert (ids[:, :2] == tokenizer.bos_id).all()
     assert (ids[:, -1] == 1).all()
     without = (Document("User: 1", is_chat=True),)  # has none to lose
-    count = len(tokenizer.encode_chat("User: 1"))
+    count = len(tokenizer.encode("User: 1", parse_special=True))
     assert windows(CalibrationText("x", without), tokenizer, 1, count + 1, seed=0).shape == (1, count + 1)
 
 

@@ -161,7 +161,7 @@ def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int
     for i in np.random.default_rng(seed).permutation(len(text.documents)):
         document = text.documents[i]
         if document.is_chat:
-            ids = tokenizer.encode_chat(document.text)
+            ids = tokenizer.encode(document.text, parse_special=True)
             ids = ids[1:] if ids[:1].tolist() == [tokenizer.bos_id] else ids
         else:
             ids = tokenizer.encode(f"{document.text}\n\n")  # the next one begins a paragraph
