@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsv2quant.calib.chat import renderer_of
+from dsv2quant.calib.chat import Chat, Templates
 from dsv2quant.calib.tokens import Detokenizer, Tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM
@@ -95,8 +95,8 @@ def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -
     """The tokens of a prompt. A BOS that it spells out as a special token is not put before it again, and a chat
     template spells out all that it wants."""
     if request.chat:
-        render = renderer_of(checkpoint, generation_prompt=True)
-        text = render([{"role": "user", "content": request.prompt}], checkpoint.model)
+        chat = Chat([{"role": "user", "content": request.prompt}], checkpoint.model)
+        (text,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
     else:
         text = request.prompt
     ids = tokenizer.encode(text, parse_special=request.chat or request.special)

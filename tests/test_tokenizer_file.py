@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
+from dsv2quant.calib.chat import Templates
 from dsv2quant.calib.tokenizer_file import adds_bos, bos_note, check_tokenizer
 from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.checkpoint import Checkpoint
@@ -202,3 +203,34 @@ def test_the_tokenizer_is_checked(folder: Path) -> None:
     (folder / "blob").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer: Model missing"):
         check_tokenizer(folder, 4096)
+
+
+# Chat templates: the GGUF file gets the one that `generate` takes
+
+
+def test_a_gguf_file_gets_the_folders_chat_templates(folder: Path) -> None:
+    def keys() -> dict[str, object]:
+        found = tokenizer_metadata(folder, CONFIG)
+        return {key.removeprefix("tokenizer."): found[key].value for key in found if "chat_template" in key}
+
+    edit(folder / "tokenizer_config.json", lambda raw: raw.update(chat_template="settings"))
+    assert keys() == {"chat_template": "settings"}
+    (folder / "chat_template.json").write_text('{"chat_template": "legacy"}')
+    assert keys() == {"chat_template": "settings"}
+    (folder / "chat_template.jinja").write_text("file")
+    assert keys() == {"chat_template": "file"}
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    named = {"chat_template.tool_use": "tools", "chat_templates": ["tool_use"], "chat_template": "file"}
+    assert keys() == named
+    empty = Checkpoint("m.gguf", {}, CONFIG, [], [], {}, metadata=tokenizer_metadata(folder, CONFIG))
+    ours, theirs = Templates.of_folder(folder), Templates.of(empty)
+    assert ours.named == theirs.named == {"default": "file", "tool_use": "tools"}
+    assert ours.tokens == theirs.tokens
+    (folder / "chat_template.jinja").unlink()
+    shutil.rmtree(folder / "additional_chat_templates")
+    edit(folder / "tokenizer_config.json", lambda raw: raw.pop("chat_template"))
+    assert keys() == {"chat_template": "legacy"}
+    edit(folder / "tokenizer_config.json", lambda raw: raw.update(chat_template=7))
+    with pytest.raises(InputError, match=r"tokenizer_config.json: not a tokenizer's settings"):
+        keys()

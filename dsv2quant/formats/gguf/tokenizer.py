@@ -14,6 +14,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
+from dsv2quant.calib.chat import template_source
 from dsv2quant.calib.tokenizer_file import (
     FILE,
     SETTINGS,
@@ -88,6 +89,7 @@ def _special(
     writer = GGUFWriter(path=None, arch="deepseek2")
     try:
         special = SpecialVocab(folder, load_merges=True)
+        special.chat_template = template_source(folder, settings)
         said = {"bos": adds_bos(raw, settings), "eos": settings.get("add_eos_token")}
         special.add_special_token |= {name: value for name, value in said.items() if isinstance(value, bool)}
         special.add_to_gguf(writer, quiet=True)
