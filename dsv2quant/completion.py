@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from dsv2quant.calib.chat import Chat, Templates
+from dsv2quant.calib.tokenizer_file import bos_note
 from dsv2quant.calib.tokens import Detokenizer, Tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM
@@ -19,6 +21,8 @@ from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.generate import Sampling, check_prompt, finish_reason, generate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import open_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ def complete(
     tokenizer = Tokenizer.of(checkpoint)
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
+    if not request.chat and checkpoint.folder is not None:
+        for note in bos_note(checkpoint.folder):
+            logger.warning("warning: %s", note)
     stop = stop_ids(checkpoint, tokenizer)
     model = open_model(checkpoint, request.options)
 

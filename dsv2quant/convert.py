@@ -22,6 +22,7 @@ import numpy as np
 from dsv2quant.calib.calibration import Calibration, Outcome, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.prepared import Prepared, prepare
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.calib.tokenizer_file import check_tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.folds import FOLDS_FILE
@@ -97,7 +98,7 @@ def convert(
     calibrate on; `statistics`, measured before, save the pass that measures.
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
-    nothing, a weight is NaN or infinite, or `out` can't take the artifact.
+    nothing, the tokenizer is damaged or another model's, a weight is NaN or infinite, or `out` can't take the artifact.
     """
     started = time.perf_counter()
     if not plan.schemes:
@@ -105,6 +106,7 @@ def convert(
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
     if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
+    check_tokenizer(plan.checkpoint.folder, plan.checkpoint.config.vocab_size)
     small = _small_files(plan, command)
     aside = sum(map(len, small.values()))
     described: dict[str, Any] = {}

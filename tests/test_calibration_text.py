@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from dsv2quant.calib import text as module
-from dsv2quant.calib.text import CalibrationText, Document, fingerprint, load, overlap, windows
+from dsv2quant.calib.text import CalibrationText, Document, fingerprint, load, overlap, windows, windows_in_order
 from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.errors import InputError
 from dsv2quant.evaluate.text import python_topics
@@ -144,6 +144,23 @@ def test_files_that_hold_no_utf8_text(tmp_path, name):
             load(str(path), tiny.MINI)
     with pytest.raises(InputError, match="can't be read"):
         load(str(tmp_path), tiny.MINI)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\0" * 9000, b"a\0b\0" * 3000, "text".encode("utf-16"), "text".encode("utf-16-le")]
+)
+def test_what_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"a.txt: (holds NUL|can't be read).*\(give a UTF-8 text file: iconv"):
+        load(str(tmp_path / "a.txt"), tiny.MINI)
+
+
+@pytest.mark.parametrize("content", ["=" * 9000, "a" * 9000, "\n \n" * 999 + "."])
+def test_one_character_over_and_over_is_refused(tokenizer, content):
+    text = CalibrationText("a.txt", (Document(content),))
+    for cut in (windows_in_order, lambda *args: windows(*args, seed=0)):
+        with pytest.raises(InputError, match=r"a.txt: only \d different tokens among \d+ \(give a text"):
+            cut(text, tokenizer, 4, 32)
 
 
 def test_evaluation_datasets_are_refused():

@@ -184,13 +184,16 @@ def test_a_tokenizer_that_transformers_5_saved(folder: Path, tmp_path: Path) -> 
 # What an artifact would carry along
 
 
-def test_the_tokenizer_is_checked(folder: Path) -> None:
-    assert check_tokenizer(folder, 4096) == []
+def test_the_tokenizer_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_tokenizer(folder, 4096)
+    check_tokenizer(None, 4096)
+    assert not caplog.messages
     with pytest.raises(InputError, match=r"tokenizer.json: has 96 ids beyond vocab_size, 4000 \(use the tokenizer"):
         check_tokenizer(folder, 4000)
     path = folder / "tokenizer.json"
     path.unlink()
-    (note,) = check_tokenizer(folder, 4096)
+    check_tokenizer(folder, 4096)
+    (note,) = caplog.messages
     assert "has no tokenizer.json" in note
     path.symlink_to(folder / "blob")
     with pytest.raises(InputError, match=r"tokenizer.json: a link to nothing \(download it again\)"):
@@ -203,6 +206,42 @@ def test_the_tokenizer_is_checked(folder: Path) -> None:
     (folder / "blob").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer: Model missing"):
         check_tokenizer(folder, 4096)
+
+
+def _beyond(folder: Path) -> None:
+    edit(folder / "tokenizer.json", lambda raw: raw["model"]["vocab"].update({"ÿ": 5000}))
+
+
+def _pointer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 46\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(_pointer, "a Git LFS pointer"), (_beyond, "has 1 ids beyond vocab_size, 4096")]
+)
+@pytest.mark.parametrize("options", [("--fp8",), ("--int4", "--method", "rtn")])
+def test_nothing_is_converted_with_a_broken_tokenizer(cli, wordy, tmp_path, change, what, options) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(wordy, model)
+    change(model)
+    for command in (("convert", model, *options, "-o", out), ("plan", model, *options)):
+        ran = cli(*command)
+        assert ran.code == 3
+        assert ran.err.startswith("error: ")
+        assert f"tokenizer.json: {what}" in ran.err
+        assert ran.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_weights_without_a_tokenizer_are_converted(cli, lite, tmp_path, caplog) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(lite, model)
+    (model / "tokenizer.json").unlink()
+    for command in (("convert", model, "--fp8=channel", "-o", tmp_path / "out"), ("plan", model, "--fp8=channel")):
+        ran = cli(*command)
+        assert ran.code == 0, ran.err
+        assert f"warning: {model} has no tokenizer.json" in caplog.messages.pop()
+        caplog.clear()
 
 
 # Chat templates: the GGUF file gets the one that `generate` takes

@@ -6,6 +6,7 @@ The file is a downloaded one: what makes the library abort is taken out before, 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from dsv2quant.errors import InputError
 from dsv2quant.headers import AGAIN, read_json
 
+logger = logging.getLogger(__name__)
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 _LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
@@ -111,17 +113,20 @@ def bos_note(folder: Path) -> list[str]:
     ]
 
 
-def check_tokenizer(folder: Path, vocabulary: int) -> list[str]:
-    """Notes for the user on the tokenizer that an artifact gets: weights without one are worth converting, too.
+def check_tokenizer(folder: Path | None, vocabulary: int) -> None:
+    """Check the tokenizer that an artifact gets, unless it wasn't downloaded, and warn where there is none: weights
+    alone are worth converting, too.
 
     Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model.
     """
+    if folder is None:
+        return
     path = folder / FILE
     if not path.exists() and not path.is_symlink():
-        return [f"{folder} has no {FILE}, and so the artifact won't have one: copy it from the base model"]
+        logger.warning("warning: %s has no %s, nor will the artifact: copy it from the base model", folder, FILE)
+        return
     _, backend = read_tokenizer(path)
     beyond = sum(number >= vocabulary for number in backend.get_vocab(with_added_tokens=True).values())
     if beyond:
         what = f"has {beyond} ids beyond vocab_size, {vocabulary}"
         raise InputError(what, where=path, fix="use the tokenizer of this model")
-    return []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
 
 Protocol = Literal["default", "llama.cpp"]
+FEWEST = 4  # different tokens of a text
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,11 @@ def cut(ids: np.ndarray, ctx: int, bos: int, protocol: Protocol, where: object, 
     default: each window is BOS and the next ctx − 1 tokens, all of which are scored. llama.cpp: BOS before the whole
     stream, windows of ctx whose first token BOS replaces, the second half scored (tools/perplexity/perplexity.cpp);
     without `add_bos` it adds and replaces nothing.
-    Raises InputError when the text is too short for a single window.
+    Raises InputError when the text is too short for a single window, or is one character over and over.
     """
+    if len(ids) >= 64 and (different := len(np.unique(ids))) < FEWEST:
+        what = f"only {different} different tokens among {len(ids)}"
+        raise InputError(what, where=where, fix="give a text, as people write it")
     if protocol == "llama.cpp":
         stream, first = np.concatenate([[bos] * add_bos, ids]).astype(np.int64), ctx // 2
         count = len(stream) // ctx
