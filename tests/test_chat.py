@@ -166,7 +166,7 @@ TEMPLATES = {
     "\n  {% if loop.index0 > 0 %}{% break %}{% endif %}\n{% endfor %}\n",
     "tools": "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents is none %}none{% endif %}",
 }
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"ü": 1}}}]
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"ü": 1}}}]
 
 
 def test_templates_of_all_kinds_are_rendered_as_transformers_does(tmp_path):
@@ -190,7 +190,7 @@ def test_additional_templates(tmp_path):
     assert module.template_source(folder, {"chat_template": "settings"}) == "file"
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0]['function']['name'] }}")
     chats = [Chat(CHAT, 1), Chat(CHAT, 2, TOOLS), Chat(CHAT, 3)]
-    assert Templates.of_folder(folder).render(chats) == ["file", "f", "file"]
+    assert Templates.of_folder(folder).render(chats) == ["file", "look_up", "file"]
 
 
 def test_the_chat_that_fails_is_named(tmp_path):
@@ -203,7 +203,7 @@ def test_the_chat_that_fails_is_named(tmp_path):
 # Files of records
 
 
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "ü"}'}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"x": "ü"}'}}
 ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
@@ -251,7 +251,7 @@ def test_forms_of_a_record(tmp_path, name):
 )  # fmt: skip
 @pytest.mark.parametrize("parsed", [False, True])
 def test_calls_are_spelled_as_the_template_needs_them(tmp_path, template, want, parsed):
-    call = CALL | {"function": {"name": "f", "arguments": {"x": "ü"}}} if parsed else CALL
+    call = CALL | {"function": {"name": "look_up", "arguments": {"x": "ü"}}} if parsed else CALL
     messages = [{"role": "user", "content": "a"}, ASSISTANT | {"tool_calls": [call]}]
     assert rendered(tmp_path, with_template(tmp_path / "m", template), messages) == want
 
@@ -287,6 +287,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "a"}}
         ({"messages": [ONE, ONE, ONE | {"content": None}]}, ", message 3: has no content"),
         ({"messages": [ONE | {"content": 5}]}, ", message 1: its content is 5 (text, or a list of parts of text"),
         ({"messages": [ONE | {"content": [IMAGE]}]}, ", message 1: a part of its content is 'image_url' (the model"),
+        ({"messages": [ONE | {"tool_calls": "f"}]}, ", message 1: its 'tool_calls' are not a list of objects"),
         ({"conversations": [{"from": "human", "value": None}]}, ", message 1: has no content"),
         ({"conversations": [{"value": "a"}]}, ", message 1: has no role"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', ": not valid Unicode"),
@@ -308,6 +309,16 @@ def test_a_malformed_record_is_named(tmp_path, record: Any, what: str):
         with pytest.raises(InputError) as error:
             load(str(path), tiny.MINI)
         assert str(error.value).startswith(f"{path}, record 2{what}")
+
+
+def test_what_the_template_leaves_out_is_told(tmp_path, caplog):
+    load(write_lines(tmp_path / "r.jsonl", {"messages": CHAT}, {"text": "a"}), tiny.MINI)
+    assert not caplog.messages
+    tool = {"messages": [ONE, {"role": "tool", "content": "sunny, 20 degrees"}]}
+    records = [{"messages": CHAT}, tool, {"messages": CHAT, "tools": TOOLS}, {"messages": [ONE, ASSISTANT]}]
+    load(write_lines(tmp_path / "r.jsonl", *records), tiny.MINI)
+    (message,) = caplog.messages
+    assert message.startswith(f"warning: {tmp_path}/r.jsonl: the chat template leaves out some of 3 of 4 chats: roles,")
 
 
 def test_a_data_set_is_no_file():

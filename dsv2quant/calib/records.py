@@ -90,7 +90,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             raise InputError("has no role", where=where, fix="a message has a 'role' and a 'content'")
     if isinstance(content, list):
         content = "\n".join(_part(part, where) for part in content)  # as vLLM joins them
-    if not isinstance(content, str) and not (content is None and rest.get("tool_calls")):
+    calls = rest.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise InputError("its 'tool_calls' are not a list of objects", where=where, fix="as in OpenAI's files")
+    if not isinstance(content, str) and not (content is None and calls):
         what = "has no content" if content is None else f"its content is {content!r:.40}"
         raise InputError(what, where=where, fix="text, or a list of parts of text; none only beside tool_calls")
     return {"role": _ROLES.get(role, role), "content": content, **rest}
@@ -125,7 +128,7 @@ def _variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     for given in (messages, filled):
         yield [
             message | {"tool_calls": [_other_arguments(call) for call in message["tool_calls"]]}
-            if isinstance(message.get("tool_calls"), list)
+            if message.get("tool_calls")
             else message
             for message in given
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import platform
 import re
 import sysconfig
@@ -25,6 +26,7 @@ from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.errors import InputError
 from dsv2quant.evaluate.text import DATASETS, from_file
 
+logger = logging.getLogger(__name__)
 # Rich in docstrings, pure Python, the same on every platform. A package stands for the files directly in its folder.
 # What a version lacks is skipped: datetime's docstrings lie in _pydatetime from 3.12 on, decimal's in _pydecimal.
 MODULES = (
@@ -124,8 +126,24 @@ def _of_records(path: str, folder: Path) -> list[Document]:
     """The documents of a file of records, in its order. Chats are rendered together: a template runs elsewhere."""
     found = [record for _, record in records(path, from_file(path).content)]
     chats = [record for record in found if isinstance(record, Chat)]
-    texts = iter(Templates.of_folder(folder).render(chats) if chats else [])
-    return [Document(r) if isinstance(r, str) else Document(next(texts), is_chat=True) for r in found]
+    texts = Templates.of_folder(folder).render(chats) if chats else []
+    partly = sum(not _is_whole(chat, text) for chat, text in zip(chats, texts, strict=True))
+    if partly:
+        what = "the chat template leaves out some of %d of %d chats: roles, tools or calls that it doesn't know"
+        logger.warning(f"warning: %s: {what}", path, partly, len(chats))
+    rest = iter(texts)
+    return [Document(r) if isinstance(r, str) else Document(next(rest), is_chat=True) for r in found]
+
+
+def _is_whole(chat: Chat, text: str) -> bool:
+    """Whether a rendered chat holds each message's content, and the names of what can be and is called."""
+    parts = [message["content"] or "" for message in chat.messages]
+    calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
+    for named in (*calls, *(chat.tools or ())):
+        match named:
+            case {"function": {"name": str(name)}}:
+                parts.append(name)
+    return all(part.strip() in text for part in parts)
 
 
 def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int, seed: int) -> np.ndarray:
