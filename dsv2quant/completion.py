@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dsv2quant.calib.chat import renderer_of
+from dsv2quant.calib.chat import Chat, Templates
+from dsv2quant.calib.tokenizer_file import bos_note
 from dsv2quant.calib.tokens import Detokenizer, Tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM
@@ -21,17 +23,21 @@ from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import open_model
 from dsv2quant.progress import Progress, no_progress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
     """What to complete and how. As a `chat`, the prompt is a user's message in the checkpoint's chat template;
-    otherwise it is a text, which begins with BOS."""
+    otherwise it is a text, which begins with BOS where the tokenizer says so. With `special`, control tokens that are
+    spelled out in the text are meant as such."""
 
     prompt: str
     chat: bool
     max_new_tokens: int
     sampling: Sampling
     options: LoadOptions
+    special: bool = False
 
 
 def complete(
@@ -52,6 +58,9 @@ def complete(
     tokenizer = Tokenizer.of(checkpoint)
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
+    if not request.chat and checkpoint.folder is not None:
+        for note in bos_note(checkpoint.folder):
+            logger.warning("warning: %s", note)
     stop = stop_ids(checkpoint, tokenizer)
     model = open_model(checkpoint, request.options, progress=progress)
 
@@ -94,15 +103,17 @@ def complete(
 
 
 def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -> list[int]:
-    """The tokens of a prompt. Special tokens count only where the chat template is spelled out: it has BOS, too."""
+    """The tokens of a prompt. A BOS that it spells out as a special token is not put before it again, and a chat
+    template spells out all that it wants."""
     if request.chat:
-        render = renderer_of(checkpoint, generation_prompt=True)
-        ids = tokenizer.encode_chat(render([{"role": "user", "content": request.prompt}], checkpoint.model))
+        chat = Chat([{"role": "user", "content": request.prompt}], checkpoint.model)
+        (text,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
     else:
-        ids = tokenizer.encode(request.prompt)
+        text = request.prompt
+    ids = tokenizer.encode(text, parse_special=request.chat or request.special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
-    bos = [tokenizer.bos_id] * (tokenizer.add_bos and not request.chat)
-    return [*bos, *ids.tolist()]
+    wanted = tokenizer.add_bos and not request.chat and ids[:1].tolist() != [tokenizer.bos_id]
+    return [*[tokenizer.bos_id] * wanted, *ids.tolist()]
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

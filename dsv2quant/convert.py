@@ -23,6 +23,7 @@ import numpy as np
 from dsv2quant.calib.calibration import Calibration, Outcome, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.prepared import Prepared, prepare
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.calib.tokenizer_file import check_tokenizer
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.folder import CARD_FILE, ArtifactFolder
@@ -102,7 +103,7 @@ def convert(
     for it: neither they nor the checkpoint are ever written to.
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
-    nothing, a weight is NaN or infinite, the source changes meanwhile, or `out` can't take the artifact; and
+    nothing, the tokenizer is damaged or another model's, a weight is NaN or infinite, the source changes meanwhile, or `out` can't take the artifact; and
     PlanViolation, with nothing finished, where a codec does not return what was planned.
     """
     started = time.perf_counter()
@@ -111,6 +112,7 @@ def convert(
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
     if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
+    check_tokenizer(plan.checkpoint.folder, plan.checkpoint.config.vocab_size)
     copied = copied_files(plan.checkpoint)
     source = Source.of(plan.checkpoint, copied | _card_of(plan.checkpoint))
     small = _small_files(plan, command, copied)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sysconfig
 from pathlib import Path
 
@@ -12,26 +11,12 @@ import pytest
 import tiny
 
 from dsv2quant.calib import text as module
-from dsv2quant.calib.text import CalibrationText, Document, fingerprint, load, overlap, windows
+from dsv2quant.calib.text import CalibrationText, Document, fingerprint, load, overlap, windows, windows_in_order
 from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.errors import InputError
 from dsv2quant.evaluate.text import python_topics
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-CHAT = [
-    {"role": "system", "content": "Be <brief> & kind."},
-    {"role": "user", "content": "Größe?\nIn cm."},
-    {"role": "assistant", "content": "180"},
-]
-CHATML = """\
-{% for message in messages %}
-    {% if loop.index > 9 %}
-        {% break %}
-    {% endif %}
-    {{ '<|im_start|>' + message['role'] + '\n' + (message['content'] | tojson) + '<|im_end|>' + '\n' }}
-{% endfor %}
-{% if tools is not none %}never{% endif %}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +45,6 @@ def tokenizer():
 
 def content(text: CalibrationText) -> str:
     return "\n".join(document.text for document in text.documents)
-
-
-def write_lines(path: Path, *records: object) -> str:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
-    return str(path)
-
-
-def with_template(folder: Path, template: object) -> Path:
-    """A folder with dsv2-mini's tokenizer and another chat template."""
-    folder.mkdir(exist_ok=True)
-    shutil.copy(tiny.MINI / "tokenizer.json", folder)
-    config = json.loads((tiny.MINI / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config = config | {"chat_template": template} if template is not None else config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def rendered(tmp_path: Path, folder: Path, messages: object = CHAT) -> str:
-    (document,) = load(write_lines(tmp_path / "chat.jsonl", {"messages": messages}), folder).documents
-    assert document.is_chat
-    return document.text
 
 
 # The default text
@@ -166,32 +130,6 @@ def test_the_hash_tells_documents_apart():
     assert CalibrationText("y", (Document("ab"),)).sha256 in hashes  # the source's name is no part of it
 
 
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ('{"text": "a"', "not valid JSON: Expecting ',' delimiter: column 13"),
-        ("plain", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"text": "\\ud800"}', "not valid Unicode"),
-        ('["a"]', "not an object with either a 'text' string or a list of 'messages'"),
-        ('{"text": null}', "not an object with either"),
-        ('{"content": "a"}', "not an object with either"),
-        ('{"messages": []}', "not an object with either"),
-        ('{"messages": "a"}', "not an object with either"),
-        ('{"messages": ["a"]}', "not an object with either"),
-        ('{"messages": [{"role": "user"}]}', "not an object with either"),
-        ('{"messages": [{"role": "user", "content": ["a"]}]}', "not an object with either"),
-        ('{"text": "a", "messages": [{"role": "user", "content": "a"}]}', "not an object with either"),
-    ],
-)
-def test_a_malformed_line_is_named(tmp_path, line, what):
-    path = tmp_path / "records.jsonl"
-    path.write_text(f'{{"text": "good"}}\n\n{line}\n', encoding="utf-8")
-    with pytest.raises(InputError) as error:
-        load(str(path), tiny.MINI)
-    assert str(error.value).startswith(f"{path}, line 3: {what}")
-
-
 @pytest.mark.parametrize("name", ["text.txt", "records.jsonl"])
 def test_files_that_hold_no_utf8_text(tmp_path, name):
     path = tmp_path / name
@@ -208,80 +146,26 @@ def test_files_that_hold_no_utf8_text(tmp_path, name):
         load(str(tmp_path), tiny.MINI)
 
 
+@pytest.mark.parametrize(
+    "content", [b"\0" * 9000, b"a\0b\0" * 3000, "text".encode("utf-16"), "text".encode("utf-16-le")]
+)
+def test_what_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"a.txt: (holds NUL|can't be read).*\(give a UTF-8 text file: iconv"):
+        load(str(tmp_path / "a.txt"), tiny.MINI)
+
+
+@pytest.mark.parametrize("content", ["=" * 9000, "a" * 9000, "\n \n" * 999 + "."])
+def test_one_character_over_and_over_is_refused(tokenizer, content):
+    text = CalibrationText("a.txt", (Document(content),))
+    for cut in (windows_in_order, lambda *args: windows(*args, seed=0)):
+        with pytest.raises(InputError, match=r"a.txt: only \d different tokens among \d+ \(give a text"):
+            cut(text, tokenizer, 4, 32)
+
+
 def test_evaluation_datasets_are_refused():
     with pytest.raises(InputError, match="wikitext2: an evaluation text"):
         load("wikitext2", tiny.MINI)
-
-
-# Chats
-
-
-def test_deepseek_v2s_own_template(tmp_path):
-    assert rendered(tmp_path, tiny.MINI) == (f"{BOS}Be <brief> & kind.\n\nUser: Größe?\nIn cm.\n\nAssistant: 180{EOS}")
-
-
-def test_chats_are_rendered_and_tokenized_as_transformers_does(tmp_path, tokenizer):
-    from transformers import PreTrainedTokenizerFast
-
-    for name, template in (("own", None), ("chatml", CHATML)):
-        folder = with_template(tmp_path / name, template)
-        peer = PreTrainedTokenizerFast.from_pretrained(folder)
-        text = rendered(tmp_path, folder)
-        assert text == peer.apply_chat_template(CHAT, tokenize=False)
-        ids = peer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-        assert tokenizer.encode_chat(text).tolist() == ids
-    assert '    <|im_start|>system\n"Be <brief> & kind."<|im_end|>\n\n    <|im_start|>user\n"Größe' in text
-
-
-def test_forms_of_a_template(tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}list"}]
-    folder = with_template(tmp_path / "m", named)
-    assert rendered(tmp_path, folder) == f"{EOS}list"
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}file", encoding="utf-8")  # wins over the config's
-    assert rendered(tmp_path, folder) == f"{BOS}file"
-    config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}[{{ eos_token }}]")
-    assert rendered(tmp_path, folder) == "<s>[]"
-
-
-@pytest.mark.parametrize(
-    "template", [[{"name": "tool_use", "template": "x"}], [{"name": "default"}], ["x"], 7, "absent"]
-)
-def test_messages_need_a_template(tmp_path, template):
-    folder = with_template(tmp_path / "m", template)
-    if template == "absent":
-        (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(InputError, match=r"tokenizer_config.json: no chat template \(give plain text"):
-        rendered(tmp_path, folder)
-    path = write_lines(tmp_path / "text.jsonl", {"text": "a"})
-    assert load(path, folder).documents == (Document("a"),)
-
-
-@pytest.mark.parametrize(
-    ("template", "what"),
-    [
-        ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
-        ("{{ messages.append(1) }}", "SecurityError: "),
-        ("{{ raise_exception('Roles must alternate!') }}", "TemplateError: Roles must alternate!"),
-        ("{{ messages[0]['content'] + none }}", "TypeError: "),
-        ("{{ missing.field }}", "UndefinedError: 'missing' is undefined"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
-    ],
-)
-def test_a_template_that_fails_or_breaks_out(tmp_path, template, what):
-    folder = with_template(tmp_path / "m", template)
-    with pytest.raises(InputError) as error:
-        rendered(tmp_path, folder)
-    assert str(error.value).startswith(f"{tmp_path / 'chat.jsonl'}, line 1: the chat template fails: {what}")
-
-
-@pytest.mark.parametrize("template", ["{% if %}", "{{ 'open", "{{ " + "(" * 10_000 + " }}"])
-def test_a_template_that_is_no_template(tmp_path, template):
-    folder = with_template(tmp_path / "m", template)
-    with pytest.raises(InputError, match=r"tokenizer_config.json: broken chat template: .*download it again"):
-        rendered(tmp_path, folder)
 
 
 # Windows
@@ -323,24 +207,24 @@ def test_a_short_text_gives_the_windows_there_are(tokenizer):
 def test_special_tokens_in_plain_text_stay_text_and_in_chats_are_meant(tokenizer):
     text = f"{BOS}User: hi{EOS}{BOS}"
     bos, eos = tokenizer.bos_id, 1
-    special = tokenizer.encode_chat(text)
+    special = tokenizer.encode(text, parse_special=True)
     assert special[0] == special[-1] == bos
     assert (special == eos).sum() == 1
-    assert not np.isin(tokenizer.encode(text), (bos, eos)).any()  # also after encode_chat
+    assert not np.isin(tokenizer.encode(text), (bos, eos)).any()  # also after that
     plain = windows(CalibrationText("x", (Document(text),)), tokenizer, 1, 8, seed=0)
     assert not np.isin(plain[:, 1:], (bos, eos)).any()
 
 
 def test_a_chats_own_bos_is_left_out_once(tokenizer):
     chats = tuple(Document(f"{BOS}{BOS}User: {i}{EOS}", is_chat=True) for i in range(6))
-    each = tokenizer.encode_chat(chats[0].text)
+    each = tokenizer.encode(chats[0].text, parse_special=True)
     assert each[:2].tolist() == [tokenizer.bos_id] * 2
     ids = windows(CalibrationText("x", chats), tokenizer, 6, len(each), seed=0)
     assert (ids == tokenizer.bos_id).sum() == 12  # a window's own, and the one that is left of two
     assert (ids[:, :2] == tokenizer.bos_id).all()
     assert (ids[:, -1] == 1).all()
     without = (Document("User: 1", is_chat=True),)  # has none to lose
-    count = len(tokenizer.encode_chat("User: 1"))
+    count = len(tokenizer.encode("User: 1", parse_special=True))
     assert windows(CalibrationText("x", without), tokenizer, 1, count + 1, seed=0).shape == (1, count + 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -140,6 +141,36 @@ def test_a_gguf_file_without_a_template_or_bos(twins, cli, tmp_path):
     assert (ran.code, "the prompt is empty" in ran.err) == (2, True)
 
 
+FIM = "<｜fim▁begin｜>def f():<｜fim▁hole｜><｜fim▁end｜>"
+
+
+def test_special_tokens_of_a_prompt_are_text_unless_asked_for(twins, cli):
+    for path in twins:
+        plain, special = (
+            json.loads(cli("generate", path, "--prompt", FIM, *PROMPT[2:], *option, "--json", "-q").out)[
+                "prompt_tokens"
+            ]
+            for option in ((), ("--special",))
+        )
+        assert [number for number in plain if number < 8] == [0]
+        assert [number for number in special if number < 8] == [0, 3, 2, 4]
+        again = cli("generate", path, "--prompt", "<｜begin▁of▁sentence｜>a", *PROMPT[2:], "--special", "--json", "-q")
+        assert json.loads(again.out)["prompt_tokens"].count(0) == 1  # not a second one before it
+    ran = cli("generate", twins[0], *PROMPT, "--special", "--chat")
+    assert (ran.code, "--special goes with a plain prompt" in ran.err) == (2, True)
+
+
+def test_a_folder_that_does_not_say_whether_bos_is_added(cli, wordy, tmp_path, caplog):
+    """As transformers 5 saves DeepSeek's tokenizers."""
+    folder = shutil.copytree(wordy, tmp_path / "m")
+    for name, key in (("tokenizer_config.json", "add_bos_token"), ("tokenizer.json", "post_processor")):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | {key: None}))
+    ran = cli("generate", folder, *PROMPT, "--json")
+    assert json.loads(ran.out)["prompt_tokens"][0] != 0
+    assert "has no add_bos_token" in caplog.text
+
+
 # --- bad input ---
 
 
@@ -163,6 +194,7 @@ def classifier(folder) -> None:
 
 def small_vocabulary(folder) -> None:
     tiny.write_checkpoint(folder, tiny.LITE)
+    shutil.copy(tiny.MINI / "tokenizer.json", folder)
 
 
 def not_finite(folder) -> None:

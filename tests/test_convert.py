@@ -316,7 +316,7 @@ def test_space_is_checked_before_the_first_byte(lite, tmp_path, monkeypatch):
 def test_the_space_check_counts_the_small_files(lite, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(lite, model)
-    (model / "tokenizer.json").write_bytes(b"{" + b" " * (8 << 20) + b"}")
+    (model / "tokenizer.json").write_bytes((lite / "tokenizer.json").read_bytes() + b" " * (8 << 20))
     made = make_plan(Checkpoint.open(model), recipe.builtin("fp8-channel"))
     usage = shutil.disk_usage(tmp_path)._replace(free=made.bytes_out + (8 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -22,8 +22,8 @@ from test_gguf_convert import LATE, interrupted
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import convert
-from dsv2quant.formats.gguf.convert import Result, convert_gguf
 from dsv2quant.formats.gguf.container import Metadata, Value
+from dsv2quant.formats.gguf.convert import Result, convert_gguf
 from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
 from dsv2quant.state import resumable
 

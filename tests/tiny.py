@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def random_weights(
 def write_checkpoint(
     folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None, shards: int = 1
 ) -> Path:
-    """A checkpoint folder, with dsv2-mini's tokenizer beside the weights."""
+    """A checkpoint folder, with dsv2-mini's tokenizer beside the weights, or what of it the vocabulary has room for."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = random_weights(config) if tensors is None else tensors
@@ -87,7 +88,18 @@ def write_checkpoint(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(MINI / name, folder / name)
+    if config["vocab_size"] < 4096:
+        (folder / "tokenizer.json").write_text(_tokenizer(config["vocab_size"]))
     return folder
+
+
+@cache
+def _tokenizer(size: int) -> str:
+    """The first tokens of dsv2-mini's tokenizer, without merges."""
+    raw = json.loads((MINI / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = raw["model"]["vocab"]
+    raw["model"] |= {"vocab": {token: number for token, number in vocabulary.items() if number < size}, "merges": []}
+    return json.dumps(raw)
 
 
 def transformers_config(config: dict[str, Any]) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv2quant.calib.tokenizer_file import SETTINGS, read_settings, token_of
 from dsv2quant.errors import InputError
 from dsv2quant.files import MAX_CARRIED_BYTES, read_text
 from dsv2quant.headers import read_json
@@ -16,90 +20,140 @@ if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.formats.gguf.container import Metadata
 
+FILE = "chat_template.jinja"
+MORE = "additional_chat_templates"
+# What a template may take: seconds of a processor, and 10 ms more for each chat; bytes; characters of a text, which 64
+# for each that it is given come on top of.
+CPU_SECONDS, MEMORY, CHARACTERS = 10, 1 << 30, 1 << 24
+_PROGRAM = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _WITHOUT = "give plain text, or use a checkpoint that has one"
-Render = Callable[[list[dict[str, Any]], object], str]
+_ORDER = "it may want other roles or another order"
 
 
-def renderer(folder: Path, *, generation_prompt: bool = False) -> Render:
-    """render(messages, where) → text: what transformers' apply_chat_template(messages, tokenize=False) gives, with
-    add_generation_prompt as `generation_prompt` says.
+@dataclass(frozen=True)
+class Chat:
+    """Messages as templates take them, {"role", "content", ...} each, and what the model may call; `where` names it.
 
-    The template is a downloaded program that nobody vouches for: it runs in Jinja's sandbox. Raises InputError where
-    the folder has no template or a broken one; so does render, naming `where`, when the template fails or refuses.
-    """
-    return _renderer(*_template(folder), generation_prompt)
+    `variants` are other spellings of the messages, for templates that fail on these."""
 
-
-def renderer_of(checkpoint: Checkpoint, *, generation_prompt: bool = False) -> Render:
-    """`renderer` of a checkpoint: its folder's, or that of a GGUF file."""
-    if checkpoint.metadata is not None:
-        return _renderer(*_gguf_template(checkpoint.metadata, checkpoint.model), generation_prompt)
-    assert checkpoint.folder is not None
-    return renderer(checkpoint.folder, generation_prompt=generation_prompt)
+    messages: list[dict[str, Any]]
+    where: object
+    tools: list[dict[str, Any]] | None = None
+    variants: tuple[list[dict[str, Any]], ...] = ()
 
 
-def _renderer(source: str, path: object, tokens: dict[str, str], generation_prompt: bool) -> Render:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+@dataclass(frozen=True)
+class Templates:
+    """A checkpoint's chat templates by name, where they are from, and the BOS and EOS tokens that they may name."""
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
+    named: Mapping[str, str]
+    where: object
+    tokens: Mapping[str, str]
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = refuse
-    try:
-        template = environment.from_string(source)
-    except Exception as error:  # noqa: BLE001 - deep nesting, for one, is no TemplateSyntaxError
-        raise InputError(f"broken chat template: {error}", where=path, fix="download it again") from None
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Templates:
+        """Those of its folder, or of a GGUF file."""
+        if checkpoint.metadata is not None:
+            return cls._of_gguf(checkpoint.metadata, checkpoint.model)
+        assert checkpoint.folder is not None
+        return cls.of_folder(checkpoint.folder)
 
-    def render(messages: list[dict[str, Any]], where: object) -> str:
-        try:
-            # None, as transformers gives them: templates ask `tools is not none`.
-            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
-            return template.render(**given, **tokens)
-        except Exception as error:  # noqa: BLE001 - a program of somebody else's fails in any way
-            what = f"the chat template fails: {type(error).__name__}: {error}"
-            raise InputError(what, where=where, fix="it may want other roles or another order") from None
+    @classmethod
+    def of_folder(cls, folder: Path) -> Templates:
+        """A folder's. Raises InputError for a damaged file."""
+        settings = read_settings(folder)
+        # A missing token is undefined and prints nothing, None would print "None".
+        tokens = {name: found for name in ("bos_token", "eos_token") if (found := token_of(settings, name)) is not None}
+        source = template_source(folder, settings)
+        where = folder / (FILE if (folder / FILE).exists() else SETTINGS)
+        if source is None or isinstance(source, str):
+            return cls({} if source is None else {"default": source}, where, tokens)
+        named = {}
+        for entry in source if isinstance(source, list) else [source]:
+            match entry:
+                case {"name": str(name), "template": str(text)}:
+                    named[name] = text
+                case _:
+                    what = f"a chat template is {entry!r:.60}"
+                    raise InputError(what, where=where, fix="it must be text, or a list of names and templates")
+        return cls(named, where, tokens)
 
-    return render
+    @classmethod
+    def _of_gguf(cls, metadata: Metadata, where: object) -> Templates:
+        def value(key: str) -> Any:
+            return metadata[f"tokenizer.{key}"].value if f"tokenizer.{key}" in metadata else None
+
+        keys = {"default": "chat_template", "tool_use": "chat_template.tool_use"}
+        named = {name: text for name, key in keys.items() if isinstance(text := value(key), str)}
+        vocabulary, tokens = value("ggml.tokens"), {}
+        for name in ("bos", "eos"):
+            number = value(f"ggml.{name}_token_id")
+            if isinstance(vocabulary, list) and isinstance(number, int) and 0 <= number < len(vocabulary):
+                tokens[f"{name}_token"] = str(vocabulary[number])
+        return cls(named, where, tokens)
+
+    def choose(self, tools: bool) -> str:
+        """The template for a chat with or without tools, as transformers chooses. Raises InputError without one."""
+        names = ("tool_use", "default") if tools else ("default",)
+        found = next((self.named[name] for name in names if name in self.named), None)
+        if found is None:
+            raise InputError("no chat template", where=self.where, fix=_WITHOUT)
+        return found
+
+    def render(self, chats: Sequence[Chat], *, generation_prompt: bool = False) -> list[str]:
+        """What transformers' apply_chat_template(messages, tools, tokenize=False) gives for each chat, with
+        add_generation_prompt as `generation_prompt` says. strftime_now is today's date, as there.
+
+        Raises InputError where there is no template or a broken one, and, naming the chat, where it fails, refuses, or
+        takes more time or memory than a template can need."""
+        texts: dict[int, str] = {}
+        for with_tools in (False, True):
+            numbers = [i for i, chat in enumerate(chats) if (chat.tools is not None) is with_tools]
+            if numbers:
+                group = [chats[i] for i in numbers]
+                texts |= zip(numbers, self._run(self.choose(with_tools), group, generation_prompt), strict=True)
+        return [texts[i] for i in range(len(chats))]
+
+    def _run(self, template: str, chats: list[Chat], generation_prompt: bool) -> list[str]:
+        # None, as transformers gives them: templates ask `tools is not none`.
+        common = {"documents": None, "add_generation_prompt": generation_prompt, **self.tokens}
+        lines = [
+            json.dumps([{"messages": m, "tools": chat.tools, **common} for m in (chat.messages, *chat.variants)])
+            for chat in chats
+        ]
+        head = {
+            "template": template, "seconds": CPU_SECONDS + len(chats) // 100, "memory": MEMORY,
+            "characters": CHARACTERS + 64 * sum(map(len, lines)),
+        }  # fmt: skip
+        command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).with_name("rendering.py")), *sys.path]
+        given = "\n".join([json.dumps(head), *lines])
+        ran = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=False)
+        texts = []
+        for chat, line in zip(chats, ran.stdout.splitlines(), strict=False):
+            match json.loads(line):
+                case {"text": str(text)}:
+                    texts.append(text)
+                case {"broken": why}:
+                    raise InputError(f"broken chat template: {why}", where=self.where, fix="download it again")
+                case {"error": why}:
+                    raise InputError(f"the chat template fails: {why}", where=chat.where, fix=_ORDER)
+        if len(texts) < len(chats):
+            if ran.returncode >= 0 and "MemoryError" not in ran.stderr:
+                raise RuntimeError(f"rendering failed: {ran.stderr}")
+            timed = ran.returncode == -signal.SIGXCPU
+            what = f"the chat template takes {f'over {CPU_SECONDS} s' if timed else 'too much memory'}"
+            raise InputError(what, where=chats[len(texts)].where, fix="no template of a model needs so much")
+        return texts
 
 
-def _template(folder: Path) -> tuple[str, Path, dict[str, str]]:
-    """The default template, the file it is in, and the BOS and EOS tokens that it may name."""
-    path, config_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    source: Any
-    if path.exists():  # it wins in transformers too
-        source = read_text(path, MAX_CARRIED_BYTES)
-    else:
-        path, source = config_path, config.get("chat_template")
-    if isinstance(source, list):
-        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
-        source = entries[0].get("template") if entries else None
-    if not isinstance(source, str):
-        raise InputError("no chat template", where=path, fix=_WITHOUT)
-    tokens = {}
-    for key in ("bos_token", "eos_token"):
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):  # a missing one is undefined and prints nothing, None would print "None"
-            tokens[key] = token
-    return source, path, tokens
-
-
-def _gguf_template(metadata: Metadata, where: object) -> tuple[str, object, dict[str, str]]:
-    """The same of a GGUF file."""
-    keys = ("chat_template", "ggml.tokens", "ggml.bos_token_id", "ggml.eos_token_id")
-    source, vocabulary, *ids = (
-        metadata[f"tokenizer.{key}"].value if f"tokenizer.{key}" in metadata else None for key in keys
-    )
-    if not isinstance(source, str):
-        raise InputError("no chat template", where=where, fix=_WITHOUT)
-    tokens = {}
-    for name, number in zip(("bos_token", "eos_token"), ids, strict=True):
-        if isinstance(vocabulary, list) and isinstance(number, int) and 0 <= number < len(vocabulary):
-            tokens[name] = str(vocabulary[number])
-    return source, where, tokens
+def template_source(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """A folder's chat template as transformers finds it: that of chat_template.jinja and additional_chat_templates, or
+    else of tokenizer_config.json; or of chat_template.json, where llama.cpp's converter looks. Text, a list of
+    {"name", "template"}, None; unchecked where a JSON file holds it."""
+    files = {"default": folder / FILE} if (folder / FILE).exists() else {}
+    files |= {path.stem: path for path in sorted((folder / MORE).glob("*.jinja"))}
+    found = [{"name": name, "template": read_text(path, MAX_CARRIED_BYTES)} for name, path in files.items()]
+    if not found:
+        legacy = folder / "chat_template.json"
+        return settings.get("chat_template", read_json(legacy).get("chat_template") if legacy.exists() else None)
+    return found[0]["template"] if list(files) == ["default"] else found

@@ -9,22 +9,24 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dsv2quant.calib.chat import renderer
+from dsv2quant.calib.chat import Chat, Templates
+from dsv2quant.calib.records import SUFFIXES, records
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.errors import InputError
 from dsv2quant.evaluate.text import DATASETS, from_file
 
+logger = logging.getLogger(__name__)
 # Rich in docstrings, pure Python, the same on every platform. A package stands for the files directly in its folder.
 # What a version lacks is skipped: datetime's docstrings lie in _pydatetime from 3.12 on, decimal's in _pydecimal.
 MODULES = (
@@ -68,17 +70,20 @@ class CalibrationText:
 
 
 def load(spec: str | None, folder: Path) -> CalibrationText:
-    """The text that `spec` names: a UTF-8 text file, a .jsonl file, or None for the default text.
+    """The text that `spec` names: a UTF-8 text file, a file of records (.jsonl, .json), or None for the default text.
 
-    A line of a .jsonl file is an object with `text`, or with `messages`, which the chat template of the checkpoint in
-    `folder` renders. Raises InputError naming the file, and the line, where one can't be read or holds no text.
+    Records hold texts or chats, which the chat template of the checkpoint in `folder` renders. Raises InputError
+    naming the file, and the line or record, where one can't be read or holds no text.
     """
     if spec is None:
         return standard_library()
     if spec in DATASETS:
         what = "an evaluation text, on which a model calibrated on it would look better than it is"
         raise InputError(what, where=spec, fix="give another text")
-    found = _records(spec, folder) if spec.lower().endswith(".jsonl") else _sections(from_file(spec).content)
+    if not Path(spec).exists():
+        fix = "give a text, .jsonl or .json file; of a data set: datasets.load_dataset(…).to_json('text.jsonl')"
+        raise InputError("can't be read: no such file", where=spec, fix=fix)
+    found = _of_records(spec, folder) if spec.lower().endswith(SUFFIXES) else _sections(from_file(spec).content)
     documents = tuple(document for document in found if document.text.strip())
     if not documents:
         raise InputError("holds no text", where=spec, fix="give a file with text")
@@ -117,37 +122,28 @@ def _docstrings(source: str) -> str:
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
-def _records(path: str, folder: Path) -> Iterator[Document]:
-    """The documents of a .jsonl file; blank lines are none. Raises InputError naming the line."""
-    render: Callable[[list[Any], str], str] | None = None
-    # Not splitlines(): it breaks at U+2028 too, which JSON strings may hold.
-    for number, line in enumerate(from_file(path).content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            what = str(error).replace("line 1 ", "")  # of this line, not of the file
-            raise InputError(f"not valid JSON: {what}", where=where, fix="one object a line") from None
-        match record:
-            case {"text": str(text)} if "messages" not in record:
-                document = Document(text)
-            case {"messages": [_, *_] as messages} if "text" not in record and all(map(_is_message, messages)):
-                render = render or renderer(folder)
-                document = Document(render(messages, where), is_chat=True)
-            case _:
-                what = "not an object with either a 'text' string or a list of 'messages'"
-                raise InputError(what, where=where, fix="a message has a 'role' and a 'content', both strings")
-        try:
-            document.text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"not valid Unicode: {error.reason}", where=where, fix="surrogates are pairs") from None
-        yield document
+def _of_records(path: str, folder: Path) -> list[Document]:
+    """The documents of a file of records, in its order. Chats are rendered together: a template runs elsewhere."""
+    found = [record for _, record in records(path, from_file(path).content)]
+    chats = [record for record in found if isinstance(record, Chat)]
+    texts = Templates.of_folder(folder).render(chats) if chats else []
+    partly = sum(not _is_whole(chat, text) for chat, text in zip(chats, texts, strict=True))
+    if partly:
+        what = "the chat template leaves out some of %d of %d chats: roles, tools or calls that it doesn't know"
+        logger.warning(f"warning: %s: {what}", path, partly, len(chats))
+    rest = iter(texts)
+    return [Document(r) if isinstance(r, str) else Document(next(rest), is_chat=True) for r in found]
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _is_whole(chat: Chat, text: str) -> bool:
+    """Whether a rendered chat holds each message's content, and the names of what can be and is called."""
+    parts = [message["content"] or "" for message in chat.messages]
+    calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
+    for named in (*calls, *(chat.tools or ())):
+        match named:
+            case {"function": {"name": str(name)}}:
+                parts.append(name)
+    return all(part.strip() in text for part in parts)
 
 
 def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int, seed: int) -> np.ndarray:
@@ -161,7 +157,7 @@ def windows(text: CalibrationText, tokenizer: Tokenizer, count: int, length: int
     for i in np.random.default_rng(seed).permutation(len(text.documents)):
         document = text.documents[i]
         if document.is_chat:
-            ids = tokenizer.encode_chat(document.text)
+            ids = tokenizer.encode(document.text, parse_special=True)
             ids = ids[1:] if ids[:1].tolist() == [tokenizer.bos_id] else ids
         else:
             ids = tokenizer.encode(f"{document.text}\n\n")  # the next one begins a paragraph

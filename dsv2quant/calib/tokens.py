@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dsv2quant.calib.tokenizer_file import FILE, SETTINGS, adds_bos, no_panic, read_settings, read_tokenizer, token_of
 from dsv2quant.errors import InputError
 from dsv2quant.headers import read_json
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
 
 Protocol = Literal["default", "llama.cpp"]
+FEWEST = 4  # different tokens of a text
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Windows:
 
 class Tokenizer:
     """A checkpoint's own tokenizer: tokenizer.json with the BOS that tokenizer_config.json or config.json names, or
-    what the metadata of a GGUF file holds. `add_bos` says whether llama.cpp puts BOS before a text."""
+    what the metadata of a GGUF file holds. `add_bos` says whether llama.cpp puts BOS before a text.
+
+    A folder and its GGUF file give a text the same tokens: control tokens that are spelled out in it are text, other
+    added tokens are themselves.
+    """
 
     def __init__(self, backend: Any, bos_id: int, where: Path | str, add_bos: bool = True) -> None:
         self._backend, self.bos_id, self._where, self.add_bos = backend, bos_id, where, add_bos
-        # Special tokens spelled out in a text are text: it must not be able to end a window's document.
-        self._backend.encode_special_tokens = True
         self.vocab_size: int = self._backend.get_vocab_size()
 
     @classmethod
@@ -59,31 +63,22 @@ class Tokenizer:
     @classmethod
     def open(cls, folder: Path) -> Tokenizer:
         """A folder's. Raises InputError for a missing or damaged file, and where no BOS is named."""
-        from tokenizers import Tokenizer as Backend
+        path, settings = folder / FILE, read_settings(folder)
+        raw, backend = read_tokenizer(path)
+        return cls(backend, _find_bos(backend, settings, folder), path, bool(adds_bos(raw, settings)))
 
-        path = folder / "tokenizer.json"
-        read_json(path)  # one clear line for a missing or damaged file
-        try:
-            backend: Any = Backend.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
-        return cls(backend, _find_bos(backend, folder), path)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids (int64) without any special token."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
-
-    def encode_chat(self, text: str) -> np.ndarray:
-        """Token ids (int64) of a rendered chat: special tokens spelled out in it become themselves, none is added."""
-        self._backend.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self._backend.encode_special_tokens = True
+    def encode(self, text: str, *, parse_special: bool = False) -> np.ndarray:
+        """Token ids (int64) without any that the tokenizer adds. With `parse_special` control tokens that are spelled
+        out become themselves: in a rendered chat, or a prompt that asks for it. Raises InputError where the tokenizer
+        breaks down over the text."""
+        self._backend.encode_special_tokens = not parse_special
+        with no_panic(self._where):
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        with no_panic(self._where):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def id_of(self, token: str) -> int | None:
@@ -128,16 +123,13 @@ class Detokenizer:
         return self._tokenizer.decode(self._shown + self._held)[len(shown) :]
 
 
-def _find_bos(backend: Any, folder: Path) -> int:
-    config_path = folder / "tokenizer_config.json"
-    bos = read_json(config_path).get("bos_token") if config_path.exists() else None
-    if isinstance(bos, dict):
-        bos = bos.get("content")
-    found = backend.token_to_id(bos) if isinstance(bos, str) else None
+def _find_bos(backend: Any, settings: Mapping[str, Any], folder: Path) -> int:
+    bos = token_of(settings, "bos_token")
+    found = None if bos is None else backend.token_to_id(bos)
     if found is None:
         found = read_json(folder / "config.json").get("bos_token_id")
     if not isinstance(found, int):
-        raise InputError("no BOS token is named", where=config_path, fix="set bos_token, as the base model does")
+        raise InputError("no BOS token is named", where=folder / SETTINGS, fix="set bos_token, as the base model does")
     return found
 
 
@@ -147,8 +139,11 @@ def cut(ids: np.ndarray, ctx: int, bos: int, protocol: Protocol, where: object, 
     default: each window is BOS and the next ctx − 1 tokens, all of which are scored. llama.cpp: BOS before the whole
     stream, windows of ctx whose first token BOS replaces, the second half scored (tools/perplexity/perplexity.cpp);
     without `add_bos` it adds and replaces nothing.
-    Raises InputError when the text is too short for a single window.
+    Raises InputError when the text is too short for a single window, or is one character over and over.
     """
+    if len(ids) >= 64 and (different := len(np.unique(ids))) < FEWEST:
+        what = f"only {different} different tokens among {len(ids)}"
+        raise InputError(what, where=where, fix="give a text, as people write it")
     if protocol == "llama.cpp":
         stream, first = np.concatenate([[bos] * add_bos, ids]).astype(np.int64), ctx // 2
         count = len(stream) // ctx

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 calibration_options = common.stack(
     click.option("--calibration", "text", metavar="FILE",
-                 help="Text, or .jsonl with text or messages. Default: Python's library."),
+                 help="Text, or .jsonl or .json with texts or chats. Default: Python's library."),
     click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512, show_default=True,
                  help="Windows of calibration text."),
     click.option("--max-seq-length", "length", type=click.IntRange(min=8),
@@ -36,7 +36,7 @@ def words(options: Mapping[str, Any], calibration: Calibration) -> list[str]:
 
 def check_protocol(protocol: Protocol, text: str | None) -> None:
     """Raise a usage error where there is no text that llama.cpp could read."""
-    if protocol == "llama.cpp" and (text is None or text.lower().endswith(".jsonl")):
+    if protocol == "llama.cpp" and (text is None or text.lower().endswith((".jsonl", ".json"))):
         raise click.UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
 
 

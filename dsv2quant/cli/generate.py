@@ -14,6 +14,7 @@ from dsv2quant.cli import bars, common
 @click.argument("model")
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
+@click.option("--special", is_flag=True, help="Take special tokens spelled out in the prompt as such (<｜fim▁hole｜>).")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Where to stop.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest that sum to this.")
@@ -27,6 +28,7 @@ def command(
     model: str,
     prompt: str,
     chat: bool,
+    special: bool,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -46,6 +48,7 @@ def command(
 
     The text is printed as it comes, and nothing else is on stdout. It ends with the model's end-of-sequence token,
     after --max-new-tokens or at the context's end. Temperature and top-p of generation_config.json are not used.
+    Special tokens in the prompt are text like any other, unless --chat or --special asks for them.
 
     \b
     Examples:
@@ -53,6 +56,10 @@ def command(
       dsv2quant generate DeepSeek-V2-Lite-Chat-Q4_K_M.gguf --chat --prompt "Why is the sky blue?" --temperature 0.3
     """
     common.set_verbosity(verbose, quiet)
+    if chat and special:
+        raise click.UsageError(
+            "--special goes with a plain prompt: the chat template spells out its own special tokens"
+        )
     common.check_device(device)
 
     import torch
@@ -72,6 +79,7 @@ def command(
         LoadOptions(
             computed, device, kv_cache=KV_DTYPES.get(kv_cache), backend=choose_backend(backend, device, computed)
         ),
+        special,
     )
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     if as_json:

@@ -9,6 +9,7 @@ from pathlib import Path
 from dsv2quant.errors import InputError
 
 DATASETS = ("wikitext2",)
+_UTF8 = "give a UTF-8 text file: iconv -f UTF-16 -t UTF-8 makes one of Windows' Unicode"
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,16 @@ class Text:
 
 
 def from_file(path: str) -> Text:
-    """A UTF-8 text file."""
+    """A UTF-8 text file. Raises InputError for one that can't be read or is none: NUL is in UTF-16 and binary files."""
     try:
-        return Text(Path(path).name, Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
         raise InputError(f"can't be read: {error}", where=path, fix="give a UTF-8 text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"can't be read: {error}", where=path, fix=_UTF8) from None
+    if "\0" in content:
+        raise InputError("holds NUL characters, which no text has", where=path, fix=_UTF8)
+    return Text(Path(path).name, content)
 
 
 def python_topics() -> Text:

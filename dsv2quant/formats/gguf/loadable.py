@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple
 
-from dsv2quant.calib.chat import renderer
+from dsv2quant.calib.chat import Chat, Templates
+from dsv2quant.calib.tokenizer_file import bos_note
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM, ModelConfig
 from dsv2quant.errors import InputError
@@ -83,6 +84,8 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
             "best scores (as DeepSeek-V3 does), not by the best one as DeepSeek-V2 was trained: some tokens go to "
             "other experts. --drop-expert-groups lets it choose from all experts instead; measure which is better."
         )
+    if checkpoint.folder is not None:
+        found += bos_note(checkpoint.folder)
     if checkpoint.folder is not None and _prompt_ends_in_space(checkpoint):
         found.append(
             "the chat template's generation prompt ends with a space after 'Assistant:', which no token of an answer "
@@ -92,10 +95,9 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
 
 
 def _prompt_ends_in_space(checkpoint: Checkpoint) -> bool:
-    assert checkpoint.folder is not None
     try:
-        render = renderer(checkpoint.folder, generation_prompt=True)
-        prompt = render([{"role": "user", "content": "?"}], checkpoint.model)
+        chat = Chat([{"role": "user", "content": "?"}], checkpoint.model)
+        (prompt,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
     except InputError:  # no template, or a broken one: nothing that a conversion depends on
         return False
     return prompt != prompt.rstrip() and prompt.rstrip().endswith("Assistant:")

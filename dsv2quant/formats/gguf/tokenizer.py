@@ -14,32 +14,39 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
+from dsv2quant.calib.chat import template_source
+from dsv2quant.calib.tokenizer_file import (
+    FILE,
+    SETTINGS,
+    adds_bos,
+    is_control,
+    no_panic,
+    read_settings,
+    read_tokenizer,
+)
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.files import carried_files
 from dsv2quant.formats.gguf.container import Metadata, Value
 from dsv2quant.formats.gguf.pretokenizer import NAMES, llama_cpp_splits, recognise
 from dsv2quant.formats.gguf.values import array, string, written
-from dsv2quant.headers import read_json
 
-_LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
 _OURS = "use the tokenizer of this model"
 
 
 def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     """tokenizer.*, in the order of the file.
 
-    Whether a text begins with BOS is what tokenizer_config.json says, as in transformers 4: some versions of the
-    converter turn it off for a tokenizer.json without a template, which DeepSeek's are.
+    Whether a text begins with BOS is what `adds_bos` says: some versions of the converter turn it off for a
+    tokenizer.json without a template, which DeepSeek's are.
     Raises InputError where tokenizer.json is missing, not a byte-level BPE with a pre-tokenizer of DeepSeek's, or has
     ids beyond the vocabulary.
     """
     carried_files(folder)  # gguf-py opens them unchecked
-    path = folder / "tokenizer.json"
+    path = folder / FILE
     raw, backend = _load(path)
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
-    special, found = _special(folder, settings, settings_path)
+    settings_path, settings = folder / SETTINGS, read_settings(folder)
+    special, found = _special(folder, raw, settings, settings_path)
     for name, number in special.special_token_ids.items():
         if number >= config.vocab_size:
             what = f"{name}'s id {number} is beyond vocab_size, {config.vocab_size}"
@@ -63,32 +70,30 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
 
 
 def _load(path: Path) -> tuple[dict[str, Any], Tokenizer]:
-    raw = read_json(path)
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise InputError(f"not a tokenizer: {error}", where=path, fix="download it again") from None
+    raw, backend = read_tokenizer(path)
     model = raw["model"]
     if not isinstance(backend.model, models.BPE) or not model.get("merges"):
         raise InputError("not a BPE tokenizer with merges", where=path, fix=_OURS)
     normalizer = raw.get("normalizer")
     if normalizer is not None and normalizer != {"type": "Sequence", "normalizers": []}:
         raise InputError(f"has a normalizer, {normalizer!r:.60}", where=path, fix=f"DeepSeek's have none: {_OURS}")
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+    for option in ("byte_fallback", "ignore_merges"):
         if model.get(option):
             raise InputError(f"its BPE model has {option}", where=path, fix=f"llama.cpp has it not: {_OURS}")
     return raw, backend
 
 
-def _special(folder: Path, settings: dict[str, Any], where: Path) -> tuple[SpecialVocab, dict[str, Value]]:
+def _special(
+    folder: Path, raw: dict[str, Any], settings: dict[str, Any], where: Path
+) -> tuple[SpecialVocab, dict[str, Value]]:
     """Merges, ids of special tokens, chat templates, and which tokens are added to a text; and their keys."""
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
     writer = GGUFWriter(path=None, arch="deepseek2")
     try:
         special = SpecialVocab(folder, load_merges=True)
-        for name in ("bos", "eos"):
-            if isinstance(settings.get(f"add_{name}_token"), bool):
-                special.add_special_token[name] = settings[f"add_{name}_token"]
+        special.chat_template = template_source(folder, settings)
+        said = {"bos": adds_bos(raw, settings), "eos": settings.get("add_eos_token")}
+        special.add_special_token |= {name: value for name, value in said.items() if isinstance(value, bool)}
         special.add_to_gguf(writer, quiet=True)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"not a tokenizer's settings: {error}", where=where, fix="download it again") from None
@@ -114,8 +119,7 @@ def _vocabulary(backend: Tokenizer, size: int, path: Path) -> tuple[list[str], l
             if not added[number].normalized:  # llama.cpp compares with the text, which is never normalised
                 ids = backend.encode(token, add_special_tokens=False).ids
                 token = backend.decode(ids, skip_special_tokens=False)
-            looks_special = token == "<pad>" or any(token.startswith(a) and token.endswith(b) for a, b in _LOOK)
-            kind = TokenType.CONTROL if added[number].special or looks_special else TokenType.USER_DEFINED
+            kind = TokenType.CONTROL if is_control(token, added[number].special) else TokenType.USER_DEFINED
             if kind == TokenType.USER_DEFINED:
                 token = token.replace("▁", " ")
         tokens.append(token)
@@ -147,10 +151,8 @@ def gguf_tokenizer(metadata: Metadata, where: object) -> Tokenizer:
     if not all(isinstance(text, str) for text in (*tokens, *merges)):
         raise InputError("tokens or merges are not text", where=where, fix=fix)
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
+    with no_panic(where):
         backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise InputError(f"not a tokenizer: {error}", where=where, fix=fix) from None
     backend.pre_tokenizer = llama_cpp_splits(pre)
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
