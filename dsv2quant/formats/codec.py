@@ -50,6 +50,9 @@ class Codec(Protocol):
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The stored parts of a weight of this shape, which `refusal` lets pass."""
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Parts that files of others may hold besides: `decode` takes them, `encode` never makes them."""
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

@@ -63,6 +63,10 @@ class Fp8:
         parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
         return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None."""
+        return ()
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

@@ -32,6 +32,10 @@ class Transposed(Int4):
         ragged = f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
         return super().refusal(shape) or ragged
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None: zero points, and in GPTQ's the groups of columns, are always there."""
+        return ()
+
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """Float16 values that BF16 holds too, so that consumers may load them in either."""
         from dsv2quant.formats.int4_cpu import round_to_float16

@@ -29,6 +29,10 @@ class Bf16:
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None."""
+        return ()
+
     def encode(
         self,
         weights: Sequence[np.ndarray],
