@@ -30,6 +30,7 @@ from dsv2quant.formats.fp8 import E4M3_VALUES
 from dsv2quant.formats.part import NonFiniteError
 from dsv2quant.formats.plain import check_finite
 from dsv2quant.headers import INDEX_FILE
+from dsv2quant.manifest import sealed
 from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
@@ -276,6 +277,6 @@ def _write_small_files(
     files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
     for name, content in small.items():
         if name == "config.json":
-            folder.write_file(MANIFEST_FILE, dump_json(about | {"files": files}))
+            folder.write_file(MANIFEST_FILE, dump_json(sealed(about | {"files": files})))
         folder.write_file(name, content)
     return files

@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _MAX_UNHASHED = 64 << 20
+_HASHED_AT_ONCE = 1 << 20
 _FLUSH_EVERY = 64 << 20
 _ASIDE = 1 << 20  # what the manifest may need, and the file system
 
@@ -283,13 +285,23 @@ def file_entry(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """The manifest entry, {size, sha256}, of a file on disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> dict[str, Any]:
+    """The manifest entry of a file on disk. Raises OSError, also where it is no regular file."""
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+        while count := os.readv(descriptor, [buffer]):
+            digest.update(buffer[:count])
+            size += count
+            progress(count)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
-    """JSON as Hugging Face writes it: two spaces, keys in order, a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """JSON as Hugging Face writes it: two spaces, keys in order, a final newline. What is no Unicode, a lone surrogate
+    or a byte of a file name, is written as JSON's escape of it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -205,7 +205,7 @@ def test_what_was_written_is_read(scheme, artifacts, cli):
 
 @both
 def test_verify_decodes_it(scheme, artifacts):
-    from dsv2quant.verify import check_layout, compare_tensors
+    from dsv2quant.compare import check_layout, compare_tensors
 
     folder, _ = artifacts[scheme]
     artifact, source = Checkpoint.open(folder), Checkpoint.open(folder.parent / "source")

@@ -67,6 +67,15 @@ class Fp8:
         """None."""
         return ()
 
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Codes and scales of these rows."""
+        scales = parts[self.scale_suffix]
+        if self.grid == "block":
+            scales = scales[begin // BLOCK : -(-end // BLOCK)]
+        elif self.grid == "channel":
+            scales = scales[begin:end]
+        return {"weight": parts["weight"][begin:end], self.scale_suffix: scales}
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

@@ -104,6 +104,12 @@ class Int4:
         zeros = (-(-rows // PER_WORD), cols // (self.group_size or cols))
         return Part(ZERO_POINT, "I32", zeros), Part(GROUP_INDEX, "I32", (cols,))
 
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Codes, scales and zero points of these rows; the groups of columns are those of all."""
+        words = slice(begin // PER_WORD, -(-end // PER_WORD))
+        cut = {PACKED: slice(begin, end), "weight_scale": slice(begin, end), ZERO_POINT: words}
+        return {suffix: part[cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

@@ -14,6 +14,7 @@ DTYPE_BYTES = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32")
+ROWS_APART = 128  # wherever a weight is cut into rows (`Codec.rows`), every codec's parts can be
 
 
 @dataclass(frozen=True)

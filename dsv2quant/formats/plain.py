@@ -33,6 +33,10 @@ class Bf16:
         """None."""
         return ()
 
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Its rows."""
+        return {"weight": parts["weight"][begin:end]}
+
     def encode(
         self,
         weights: Sequence[np.ndarray],
