@@ -26,7 +26,7 @@ from dsv2quant.formats.quant_config import readable_codecs
 from dsv2quant.headers import StoredTensor, check_index, read_header, read_json, shard_files
 from dsv2quant.names import model_slots
 from dsv2quant.spellings import as_published
-from dsv2quant.weights import Weight, check_quantization, index_tensors, match, take_kv_scales
+from dsv2quant.weights import Weight, check_declared, check_quantization, index_tensors, match, take_kv_scales
 
 if TYPE_CHECKING:
     from dsv2quant.formats.gguf.container import Metadata
@@ -113,6 +113,7 @@ class Checkpoint:
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(model_slots(config), tensors, readable_codecs(config.quantization), where)
+        check_declared(weights, config.quantization, where)
         return cls(printable(model), raw_config, config, weights, sorted(headers), data, folder, revision, kv_scales)
 
     @classmethod

@@ -33,6 +33,7 @@ from dsv2quant.formats.fp8 import E4M3_VALUES
 from dsv2quant.formats.part import NonFiniteError
 from dsv2quant.formats.plain import check_finite
 from dsv2quant.headers import INDEX_FILE
+from dsv2quant.manifest import sealed
 from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
@@ -103,8 +104,8 @@ def convert(
     for it: neither they nor the checkpoint are ever written to.
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
-    nothing, the tokenizer is damaged or another model's, a weight is NaN or infinite, the source changes meanwhile, or `out` can't take the artifact; and
-    PlanViolation, with nothing finished, where a codec does not return what was planned.
+    nothing, the tokenizer is damaged or another model's, a weight is NaN or infinite, the source changes meanwhile, or
+    `out` can't take the artifact; and PlanViolation, with nothing finished, where a codec does not return what was planned.
     """
     started = time.perf_counter()
     if not plan.schemes:
@@ -317,6 +318,6 @@ def _write_small_files(
     files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
     for name, content in small.items():
         if name == "config.json":
-            folder.write_file(MANIFEST_FILE, dump_json(about | {"files": files}))
+            folder.write_file(MANIFEST_FILE, dump_json(sealed(about | {"files": files})))
         folder.write_file(name, content)
     return files

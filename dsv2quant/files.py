@@ -23,7 +23,7 @@ _CARRIED = (
     "generation_config.json", "chat_template.*", "LICENSE*",
 )  # fmt: skip
 MAX_CARRIED_BYTES = 256 << 20
-_TEMPLATES = "additional_chat_templates"  # where transformers 5 keeps all but the default one
+TEMPLATES = "additional_chat_templates"  # where transformers 5 keeps all but the default one
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _BLOB = re.compile(r"models--[^/]+/blobs/[0-9a-f]{40,64}")  # where the hub cache keeps what its snapshots link to
 
@@ -88,7 +88,7 @@ def carried_files(folder: Path) -> dict[str, bytes]:
     one can't be read by the rules of `read_bytes`, or has a name that no artifact may hold."""
     names = [path.name for path in folder.iterdir() if not path.is_dir()]
     names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _CARRIED)]
-    names += [f"{_TEMPLATES}/{path.name}" for path in folder.glob(f"{_TEMPLATES}/*.jinja")]
+    names += [f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja")]
     for name in names:
         if not is_artifact_path(name):
             fix = "templates are named with letters, digits, '_', '-' and '.'"
@@ -98,4 +98,4 @@ def carried_files(folder: Path) -> dict[str, bytes]:
 
 def is_artifact_path(name: str) -> bool:
     """Whether an artifact may hold a file of this name: in the folder itself and not hidden, or a further template."""
-    return re.fullmatch(rf"[^/.][^/]*|{_TEMPLATES}/\w[\w.-]*\.jinja", name) is not None
+    return re.fullmatch(rf"[^/.][^/]*|{TEMPLATES}/\w[\w.-]*\.jinja", name) is not None

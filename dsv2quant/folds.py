@@ -93,9 +93,13 @@ class Folds:
         """Exponents of a matrix's columns; None where they stay."""
         return self.tensors.get(f"{slot.name}.columns")
 
+    def rows(self, slot: Slot) -> np.ndarray | None:
+        """Exponents of a weight's rows; None where they stay."""
+        return self.tensors.get(f"{slot.name}.rows")
+
     def apply(self, slot: Slot, weight: np.ndarray) -> np.ndarray:
         """A weight as it is quantized: BF16 bits (uint16) or float32 in, the same or float32 out."""
-        rows, columns = self.tensors.get(f"{slot.name}.rows"), self.columns(slot)
+        rows, columns = self.rows(slot), self.columns(slot)
         if rows is None and columns is None:
             return weight
         x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)

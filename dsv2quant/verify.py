@@ -1,132 +1,135 @@
-"""Checking an artifact: its files against the manifest, its tensors against its plan, its error against the source. A
-GGUF file has neither manifest nor plan: there the scales of its blocks are looked at."""
+"""Checking an artifact: its files against the manifest, its tensors against its plan. Of a GGUF file that has no
+manifest the scales of its blocks are looked at. `compare.py` measures its error."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
-
-from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.compare import TensorError, decoded_dtype, sqnr
 from dsv2quant.errors import InputError, listing
-from dsv2quant.files import is_artifact_path
-from dsv2quant.folds import FOLDS_FILE, Folds
-from dsv2quant.headers import read_json
-from dsv2quant.model.load import decode
+from dsv2quant.folds import FOLDS_FILE
+from dsv2quant.headers import INDEX_FILE
+from dsv2quant.manifest import beside, check_regular, gguf_manifest, is_text, read_manifest
 from dsv2quant.names import ROLES
+from dsv2quant.progress import Progress
 from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, hash_file
 
 WORST = 5
 
 
 @dataclass(frozen=True)
-class TensorError:
-    """Error of one decoded weight against its source: signal and noise are sums of squares."""
+class Checked:
+    """What of an artifact was checked: its files by the 'manifest', a GGUF file's 'blocks' or, of a checkpoint that
+    isn't ours, 'nothing'. `files` are the manifest's entries, or sizes alone; `edited` are texts that differ from it,
+    `added` names of files that it does not list and no consumer loads."""
 
-    name: str
-    role: str
-    scheme: str
-    signal: float
-    noise: float
-    max_error: float
-
-    @property
-    def sqnr(self) -> float:
-        """Signal to quantization noise in dB; infinite where the weight is exact."""
-        return sqnr(self.signal, self.noise)
+    by: Literal["manifest", "blocks", "nothing"]
+    files: dict[str, dict[str, Any]]
+    plan: str | None = None
+    edited: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
 
 
-def sqnr(signal: float, noise: float) -> float:
-    """10 · log10(signal / noise); infinite without noise."""
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def check_files(artifact: Checkpoint, progress: Callable[[int], object]) -> dict[str, Any]:
-    """Every file of the manifest at its size and sha256; returns the manifest. Raises InputError naming the first
-    that differs, or that the manifest does not know."""
+def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) -> Checked:
+    """Check the files of an artifact. Raises InputError naming the first that is not as its manifest says, that the
+    manifest does not list though consumers load it, or whose scales are not finite; also where a folder is no artifact
+    of ours and, its source not given, nothing could be checked."""
+    if artifact.metadata is not None:
+        first = artifact.data[artifact.files[0]][0]
+        manifest = gguf_manifest(first)
+        if os.path.lexists(manifest):
+            return _by_manifest(manifest, artifact.files, progress)
+        check_blocks(artifact, progress)
+        return Checked("blocks", _sizes(artifact))
     folder = artifact.folder
     assert folder is not None
     if (folder / STATE_FILE).exists():
         raise InputError("the conversion is unfinished", where=folder, fix="run the same `convert` again")
-    manifest = read_json(folder / MANIFEST_FILE)
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise InputError("lists no files", where=folder / MANIFEST_FILE, fix="convert again")
-    unknown = [file for file in artifact.files if file not in files]
-    if unknown:
-        raise InputError(f"does not list {listing(unknown)}", where=folder / MANIFEST_FILE, fix="convert again")
+    if not os.path.lexists(folder / MANIFEST_FILE):
+        if has_source and artifact.config.quantization is not None:
+            return Checked("nothing", _sizes(artifact))
+        what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
+        fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
+        raise InputError(what, where=folder, fix=fix)
+    needed = [*artifact.files, "config.json", *(name for name in (INDEX_FILE, FOLDS_FILE) if (folder / name).exists())]
+    checked = _by_manifest(folder / MANIFEST_FILE, needed, progress)
+    loaded, added = beside(folder, checked.files.keys() | {MANIFEST_FILE})
+    if loaded:
+        what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
+        raise InputError(what, where=folder, fix="remove what was added")
+    return Checked("manifest", checked.files, checked.plan, checked.edited, added)
+
+
+def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Checked:
+    """Hash every file of a manifest, which must list those `needed`."""
+    check_regular(path)
+    manifest, folder = read_manifest(path), path.parent
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    if unlisted := [file for file in needed if file not in files]:
+        raise InputError(f"does not list {listing(unlisted)}", where=path, fix="convert again")
+    edited = []
     for name, entry in files.items():
-        if not is_artifact_path(name) or not (folder / name).is_file():
-            raise InputError(f"{name} is missing", where=folder, fix="get it again, or convert again")
-        if hash_file(folder / name) != entry:
-            raise InputError("size or sha256 differs from the manifest", where=folder / name, fix="get it again")
-        progress(entry["size"])
-    return manifest
+        check_regular(folder / name)
+        size = (folder / name).stat().st_size
+        if size != entry["size"] and not is_text(name):
+            what = f"has {size:,} bytes; the manifest says {entry['size']:,}"
+            raise InputError(what, where=folder / name, fix="get it again")
+    total = sum(entry["size"] for entry in files.values())
+    workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    with progress(total, "B", "checksums") as advance, workers:
+        found = {name: workers.submit(hash_file, folder / name, advance) for name in files}
+        for name, future in found.items():
+            try:
+                same = future.result() == files[name]
+            except OSError as error:
+                workers.shutdown(wait=False, cancel_futures=True)
+                what = f"can't be read: {error.strerror}"
+                raise InputError(what, where=folder / name, fix="get it again") from None
+            if not same and not is_text(name):
+                workers.shutdown(wait=False, cancel_futures=True)
+                raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
+            edited += [name] * (not same)
+    plan = manifest.get("plan")
+    return Checked("manifest", files, plan if isinstance(plan, str) else None, edited)
 
 
-def check_blocks(artifact: Checkpoint, progress: Callable[[int], object]) -> None:
+def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:
+    return {name: {"size": path.stat().st_size, "sha256": None} for name, (path, _) in artifact.data.items()}
+
+
+def check_blocks(artifact: Checkpoint, progress: Progress) -> None:
     """Read every weight of a GGUF file. Raises InputError at the first scale or plain value that is NaN or infinite."""
     from dsv2quant.formats.gguf.blocks import first_bad_block
 
-    for weight in artifact.weights:
-        for part in weight.parts.values():
-            bad = first_bad_block(part.dtype, artifact.read(part))
-            if bad is not None:
-                what = f"{part.name}: block {bad:,} of {weight.slot.name} has a scale that is NaN or infinite"
-                raise InputError(what, where=artifact.data[part.file][0], fix="get the file again, or convert again")
-            progress(part.nbytes)
+    with progress(sum(weight.nbytes for weight in artifact.weights), "B", "scales") as advance:
+        for weight in artifact.weights:
+            for part in weight.parts.values():
+                bad = first_bad_block(part.dtype, artifact.read(part))
+                if bad is not None:
+                    what = f"{part.name}: block {bad:,} of {weight.slot.name} has a scale that is NaN or infinite"
+                    raise InputError(
+                        what, where=artifact.data[part.file][0], fix="get the file again, or convert again"
+                    )
+                advance(part.nbytes)
 
 
-def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
-    """Raise InputError where artifact and source are not the same model."""
-    ours = {w.slot.name: w.slot.shape for w in artifact.weights}
-    theirs = {w.slot.name: w.slot.shape for w in source.weights}
-    differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-    if differing:
-        what = f"{source.model} is another model: {listing(sorted(differing))}"
-        raise InputError(what, where=artifact.model, fix="give the checkpoint it was made from")
-
-
-def compare_tensors(artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object]) -> list[TensorError]:
-    """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
-    in the artifact."""
-    wanted = {w.slot.name: w for w in source.weights}
-    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE)
-    errors = []
-    for weight in artifact.weights:
-        errors.append(_tensor_error(artifact, weight, source, wanted[weight.slot.name], folds))
-        progress(weight.nbytes)
-    return errors
-
-
-def decoded_dtype(artifact: Checkpoint) -> torch.dtype:
-    """BF16, in which DeepSeek-V2 is served; float32 of a GGUF file's blocks, which llama.cpp multiplies as they are."""
-    return torch.bfloat16 if artifact.metadata is None else torch.float32
-
-
-def _tensor_error(
-    artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, folds: Folds
-) -> TensorError:
-    exact = torch.from_numpy(folds.apply(wanted.slot, decode(source, wanted, torch.float32).numpy()))
-    difference = decode(artifact, weight, decoded_dtype(artifact)).float() - exact
-    signal, noise = (float(x.double().square().sum()) for x in (exact, difference))
-    largest = float(difference.abs().max())
-    return TensorError(weight.slot.name, weight.slot.role, weight.stored_scheme, signal, noise, largest)
-
-
-def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
-    """The object of `verify --json`; an exact weight has infinite SQNR, which JSON shows as null. A GGUF file has
-    no manifest."""
+def report(checked: Checked, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
+    """The object of `verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
     result: dict[str, Any] = {
-        "schema": "dsv2quant.verify/1",
+        "schema": "dsv2quant.verify/2",
         "artifact": artifact.model,
-        "files": len(manifest["files"] if manifest else artifact.files),
+        "checked": checked.by,
+        "plan": checked.plan,
+        "files": checked.files,
+        "edited": checked.edited,
+        "added": checked.added,
         "tensors": len(artifact.weights),
-        "plan": manifest.get("plan") if manifest else None,
-        "checked": "manifest" if manifest else "blocks",
     }
     if errors is None:
         return result
@@ -140,6 +143,7 @@ def report(manifest: dict[str, Any] | None, artifact: Checkpoint, errors: list[T
             "role": role,
             "scheme": scheme,
             "tensors": len(members),
+            "exact": not any(e.noise for e in members),
             "sqnr_db": sqnr(sum(e.signal for e in members), sum(e.noise for e in members)),
             "lowest_sqnr_db": min(e.sqnr for e in members),
             "max_error": max(e.max_error for e in members),

@@ -10,8 +10,9 @@ from typing import Any
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
+from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec
-from dsv2quant.formats.int4 import PACKED
+from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
 from dsv2quant.formats.part import PLAIN_DTYPES, Part
 from dsv2quant.formats.quant_config import kv_scale_parts
 from dsv2quant.headers import StoredTensor, stored_tensors
@@ -20,6 +21,12 @@ from dsv2quant.names import LINEAR_ROLES, Slot
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\.")  # DeepSeek-V3's names
 _PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
+_MARKS = {ZERO_POINT: "asym", GROUP_INDEX: "g_idx"}  # what `stored_scheme` adds for the parts that others' files have
+# What follows the last dot of a quantized weight's parts, of the schemes that are not read too.
+_QUANTIZED = (
+    "scale", "scale_inv", "scale_2", "global_scale", "zero_point", "zeros", "qzeros", "scales", "g_idx", "packed",
+    "shape", "absmax", "compressed", "bitmask", "k_scale", "v_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,11 @@ class Weight:
 
     @property
     def stored_scheme(self) -> str:
-        """The scheme, or the dtype of an unquantized weight that is stored wider: 'f16', 'f32'."""
+        """The scheme, or the dtype of an unquantized weight that is stored wider: 'f16', 'f32'. Of others' INT4 with
+        zero points or scattered groups: 'int4-g128-asym', 'int4-g128-asym-g_idx'."""
         plain = {"F16": "f16", "F32": "f32"} if self.scheme == "bf16" else {}
-        return plain.get(self.stored.dtype, self.scheme)
+        marks = [mark for suffix, mark in _MARKS.items() if suffix in self.parts]
+        return "-".join((plain.get(self.stored.dtype, self.scheme), *marks))
 
     @property
     def stored(self) -> StoredTensor:
@@ -58,6 +67,9 @@ def check_quantization(quantization: Mapping[str, Any] | None, where: object) ->
     if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
         what = f"is quantized with {method!r}"
         raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+    if method == "compressed-tensors" and (unread := compressed_tensors.refusal(quantization)):
+        fix = "it is not read: give the checkpoint it was made from"
+        raise InputError(f"quantization_config has {unread}", where=f"{where}/config.json", fix=fix)
     if method not in ("gptq", "awq"):
         return
     key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
@@ -116,6 +128,11 @@ def match(
     weights = [_weight(slot, tensors, codecs, where) for slot in slots]
     used = {part.name for weight in weights for part in weight.parts.values()}
     surplus = [name for name in kept if name not in used]
+    parts = [name for name in surplus if _is_quantization(name)]
+    if parts:
+        what = f"{len(parts)} tensors belong to a quantization that quantization_config does not declare: "
+        fix = "without them the weights are others: give config.json as it was published, and remove nothing"
+        raise InputError(what + listing(parts), where=where, fix=fix)
     if surplus:
         raise _surplus(surplus, 1 + max(slot.layer for slot in slots if slot.layer is not None), where)
     return weights
@@ -145,6 +162,25 @@ def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
     return InputError(what, where=where, fix=fix)
 
 
+def _is_quantization(name: str) -> bool:
+    """Whether a tensor's name is that of a quantized weight's part."""
+    return name.rpartition(".")[2].removeprefix("weight_").removeprefix("input_") in _QUANTIZED
+
+
+def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | None, where: object) -> None:
+    """Raise InputError where compressed-tensors' configuration contradicts an INT4 weight."""
+    if quantization is None or quantization.get("quant_method") != "compressed-tensors":
+        return
+    for weight in weights:
+        if PACKED not in weight.parts:
+            continue
+        groups = weight.parts["weight_scale"].shape[1]
+        wrong = compressed_tensors.contradiction(quantization, weight.slot.shape[1], groups, weight.parts)
+        if wrong is not None:
+            fix = "weights and config.json must be of one publication: get both again"
+            raise InputError(f"{weight.slot.module} {wrong}", where=where, fix=fix)
+
+
 def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
     """The tensor under the slot's own name or, of a matrix, its packed codes."""
     names = [slot.name, *(f"{slot.module}.{suffix}" for suffix in _PACKED if slot.role in LINEAR_ROLES)]
@@ -169,10 +205,18 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Co
         layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
         found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
         parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+        others = [
+            part for part in (codec.others(slot.shape) if layout else ()) if f"{slot.module}.{part.suffix}" in tensors
+        ]
         if held not in parts.values() or not _fits(layout[0], held):
             continue
         missing = [suffix for suffix in found if suffix not in parts]
-        wrong = [parts[part.suffix] for part in layout if part.suffix in parts and not _fits(part, parts[part.suffix])]
+        parts |= {part.suffix: tensors[f"{slot.module}.{part.suffix}"] for part in others}
+        wrong = [
+            parts[part.suffix]
+            for part in (*layout, *others)
+            if part.suffix in parts and not _fits(part, parts[part.suffix])
+        ]
         if not missing and not wrong:
             return Weight(slot, codec.name, parts)
         if wrong:

@@ -338,7 +338,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
     ("text that is none", None, (*EVAL, "--text", "{model}/no.txt"), 3, "no.txt: can't be read"),
     ("gate without reference", None, (*EVAL, "--max-kld", "0.1"), 2, "need --reference"),
     ("context out of range", None, ("eval-ppl", "{model}", "--ctx", "5000", "-q"), 2, "--ctx 5000 is out of range"),
-    ("verify without manifest", None, ("verify", "{model}", "-q"), 3, "dsv2quant.json: missing"),
+    ("verify without manifest", None, ("verify", "{model}", "-q"), 3, "is no artifact of dsv2quant"),
 ]
 
 

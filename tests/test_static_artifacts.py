@@ -205,7 +205,7 @@ def test_what_was_written_is_read(scheme, artifacts, cli):
 
 @both
 def test_verify_decodes_it(scheme, artifacts):
-    from dsv2quant.verify import check_layout, compare_tensors
+    from dsv2quant.compare import check_layout, compare_tensors
 
     folder, _ = artifacts[scheme]
     artifact, source = Checkpoint.open(folder), Checkpoint.open(folder.parent / "source")
@@ -305,9 +305,9 @@ def test_scales_that_the_configuration_does_not_declare_are_surplus(artifacts, t
             group["input_activations"] = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
     kept = artifacts["fp8-static"][0]
-    with pytest.raises(InputError, match=r"does not imply: .*input_scale"):
+    with pytest.raises(InputError, match=r"does not declare: .*input_scale"):
         Checkpoint.open(change(kept, tmp_path / "dynamic", lambda t: None, dynamic))
-    with pytest.raises(InputError, match=r"does not imply: .*k_scale"):
+    with pytest.raises(InputError, match=r"does not declare: .*k_scale"):
         Checkpoint.open(change(kept, tmp_path / "kv", lambda t: None, lambda c: c.pop("kv_cache_scheme")))
 
 

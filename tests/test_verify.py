@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,9 +15,15 @@ from safetensors.torch import load_file
 
 from dsv2quant import recipe
 from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.compare import _squares, bytes_compared, compare_tensors
 from dsv2quant.convert import convert
+from dsv2quant.errors import InputError
+from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.part import Inputs
+from dsv2quant.manifest import DIGEST, read_manifest, sealed
 from dsv2quant.plan import make_plan
-from dsv2quant.writer import STATE_FILE
+from dsv2quant.verify import check
+from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, dump_json
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,10 @@ def test_verify_measures_what_consumers_decode(lite, artifact, cli):
     assert role["sqnr_db"] == pytest.approx(10 * np.log10(signal / noise), rel=1e-5)
     assert role["max_error"] >= float((decoded.float() - source[name].float()).abs().max())
     exact = next(r for r in result["roles"] if r["role"] == "embed")
-    assert (exact["sqnr_db"], exact["max_error"]) == (None, 0)
+    assert (exact["sqnr_db"], exact["exact"], exact["max_error"]) == (None, True, 0)
+    assert role["exact"] is False
+    assert result["files"]["model.safetensors"]["size"] == (artifact / "model.safetensors").stat().st_size
+    assert (result["checked"], result["edited"], result["added"]) == ("manifest", [], [])
     assert len(result["worst"]) == 5
     assert result["worst"][0]["sqnr_db"] <= result["worst"][-1]["sqnr_db"]
     text = cli("verify", artifact, "--source", lite, "-q").out
@@ -70,16 +81,55 @@ def change_byte(path, at=-100):
     path.write_bytes(bytes(data))
 
 
+def resealed(folder, change):
+    """A manifest after a change that somebody made with care."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    del manifest[DIGEST]
+    change(manifest)
+    (folder / MANIFEST_FILE).write_bytes(dump_json(sealed(manifest)))
+
+
+def only(*names):
+    return lambda folder: resealed(folder, lambda m: m.update(files={n: m["files"][n] for n in names}))
+
+
+def listed(name, entry=None):
+    return lambda folder: resealed(folder, lambda m: m["files"].update({name: entry or m["files"]["config.json"]}))
+
+
+def replaced(name, make):
+    def change(folder):
+        (folder / name).rename(folder.parent / name)
+        make(folder / name)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: change_byte(f / "model.safetensors"), "model.safetensors: size or sha256 differs"),
-        (lambda f: change_byte(f / "tokenizer.json"), "tokenizer.json: size or sha256 differs"),
+        (lambda f: change_byte(f / "model.safetensors"), "model.safetensors: its sha256 differs"),
+        (lambda f: change_byte(f / "tokenizer.json"), "tokenizer.json: its sha256 differs"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "has 2 bytes; the manifest says"),
         (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json is missing"),
         (lambda f: (f / STATE_FILE).touch(), "the conversion is unfinished"),
-        (lambda f: (f / "dsv2quant.json").write_text('{"files": {}}'), "does not list model.safetensors"),
-        (lambda f: (f / "dsv2quant.json").write_text("{}"), "lists no files"),
-        (lambda f: (f / "dsv2quant.json").write_text('{"files": {"model.safetensors": {}, "../x": {}}}'), "differs"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{}"), "is no manifest of dsv2quant's"),
+        (lambda f: resealed(f, lambda m: m.pop("files")), "lists no files"),
+        (lambda f: resealed(f, lambda m: m.update(files={})), "lists no files"),
+        (only("model.safetensors"), "dsv2quant.json: does not list config.json"),
+        (only("config.json"), "dsv2quant.json: does not list model.safetensors"),
+        (only("config.json", "model.safetensors"), "holds generation_config.json, tokenizer.json, tokenizer_config"),
+        (listed("../x"), "lists '../x', which is outside its folder"),
+        (listed("/etc/passwd"), "which is outside its folder"),
+        (listed("..."), "lists '...', which is outside its folder"),
+        (listed("x", {"size": True, "sha256": "0" * 64}), "lists x without its size and sha256"),
+        (listed("x", {"size": 1, "sha256": ["0"]}), "lists x without its size and sha256"),
+        (replaced("tokenizer.json", lambda p: p.symlink_to(p.parents[1] / p.name)), "a link that leads out of its"),
+        (replaced("tokenizer.json", os.mkfifo), "tokenizer.json: is no regular file"),
+        (replaced("tokenizer.json", lambda p: p.mkdir()), "tokenizer.json: is no regular file"),
+        (replaced("tokenizer.json", lambda p: p.symlink_to(p.name)), "tokenizer.json can't be read"),
+        (replaced(MANIFEST_FILE, os.mkfifo), "dsv2quant.json: is no regular file"),
+        (replaced(MANIFEST_FILE, lambda p: None), "copy: is no artifact of dsv2quant: it has no dsv2quant.json"),
     ],
 )
 def test_damage_is_found(damage, message, artifact, tmp_path, cli):
@@ -90,6 +140,130 @@ def test_damage_is_found(damage, message, artifact, tmp_path, cli):
     assert ran.code == 3
     assert message in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_changed_bytes_of_the_manifest_is_found(artifact, tmp_path):
+    content = (artifact / MANIFEST_FILE).read_bytes()
+    path = tmp_path / MANIFEST_FILE
+    path.write_bytes(content)
+    assert read_manifest(path)["files"].keys() >= {"model.safetensors", "config.json"}
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with pytest.raises(InputError):
+            read_manifest(path)
+    path.write_bytes(content.replace(b"  ", b" "))  # the same object
+    with pytest.raises(InputError, match="was changed: its digest is another"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002.safetensors", "consolidated.safetensors", "model.safetensors.index.json",
+     "pytorch_model.bin", "x.pt", "modeling_x.py", "chat_template.jinja", "additional_chat_templates",
+     "tokenizer.model", "added_tokens.json", "adapter_config.json", "hf_quant_config.json", "dsv2quant.folds"],
+)  # fmt: skip
+def test_an_added_file_that_programs_load_is_an_error(name, artifact, tmp_path, cli):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    if "." in name:
+        (copy / name).write_bytes(b"{}")
+    else:
+        (copy / name).mkdir()
+    ran = cli("verify", copy, "-q")
+    assert ran.code == 3
+    assert name in ran.err
+
+
+def test_texts_may_be_edited_and_others_are_named(artifact, tmp_path, cli):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    (copy / "README.md").write_text("# Mine")
+    (copy / "notes.txt").touch()
+    ran = cli("verify", copy, "-q")
+    assert ran.code == 0, ran.err
+    assert "edited since (texts may be): README.md" in ran.out
+    assert "not in the manifest, and loaded by no program: notes.txt" in ran.out
+    result = json.loads(cli("verify", copy, "--json", "-q").out)
+    assert (result["edited"], result["added"]) == (["README.md"], ["notes.txt"])
+    (copy / "README.md").unlink()
+    assert "README.md is missing" in cli("verify", copy, "-q").err
+
+
+def test_a_snapshot_of_the_hubs_cache_is_verified(artifact, tmp_path, cli):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(artifact.iterdir())):
+        shutil.copy(path, blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    ran = cli("verify", snapshot, "-q")
+    assert ran.code == 0, ran.err
+    assert "files match the manifest" in ran.out
+
+
+def test_an_unquantized_folder_is_no_artifact(lite, cli):
+    for more in ((), ("--source", lite)):
+        ran = cli("verify", lite, *more, "-q")
+        assert ran.code == 3
+        assert "is no artifact of dsv2quant" in ran.err
+        assert "`dsv2quant inspect` shows what it holds" in ran.err
+
+
+def test_progress_counts_every_byte_that_is_read(lite, artifact):
+    counted = []
+
+    @contextmanager
+    def progress(total, unit, label):
+        seen = [0]
+
+        def advance(nbytes):
+            seen[0] += nbytes
+
+        yield advance
+        counted.append((label, total, seen[0]))
+
+    opened, source = Checkpoint.open(artifact), Checkpoint.open(lite)
+    checked = check(opened, progress)
+    ((label, total, seen),) = counted
+    assert (label, total) == ("checksums", seen)
+    assert seen == sum(p.stat().st_size for p in artifact.iterdir() if p.name != MANIFEST_FILE)
+    assert checked.files.keys() == {p.name for p in artifact.iterdir()} - {MANIFEST_FILE}
+    seen = []
+    compare_tensors(opened, source, seen.append)
+    assert sum(seen) == bytes_compared(opened, source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_that_is_not_finite_is_no_reference(value, artifact, tmp_path, cli):
+    weights = tiny.random_weights(tiny.LITE)
+    weights["model.layers.0.self_attn.o_proj.weight"][3, 5] = value
+    source = tiny.write_checkpoint(tmp_path / "source", tiny.LITE, weights)
+    ran = cli("verify", artifact, "--source", source, "-q")
+    assert ran.code == 3
+    assert "model.layers.0.self_attn.o_proj.weight is NaN or infinite, there or in source" in ran.err
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_sums_of_squares_that_float32_does_not_hold(scale):
+    x = torch.full((3, 5), scale)
+    assert _squares(x) == pytest.approx(15 * scale**2)
+
+
+@pytest.mark.parametrize("scheme", [s for s in CODECS if s != "bf16"])
+def test_rows_decode_as_the_whole_does(scheme):
+    codec, generator = CODECS[scheme], np.random.default_rng(0)
+    weight = generator.standard_normal((328, 256)).astype(np.float32)
+    (arrays,) = codec.encode([weight], inputs=[Inputs(np.ones(256, np.float32), 1.0)])
+    torch_types = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16}
+    parts = {
+        part.suffix: torch.from_numpy(arrays[part.suffix]).view(
+            torch_types.get(part.dtype, torch.from_numpy(arrays[part.suffix]).dtype)
+        )
+        for part in codec.layout(weight.shape)
+    }
+    whole = codec.decode(parts, torch.bfloat16)
+    for begin, end in ((0, 128), (128, 328), (256, 328)):
+        assert torch.equal(codec.decode(codec.rows(parts, begin, end), torch.bfloat16), whole[begin:end])
 
 
 def test_another_source_is_refused(artifact, tmp_path, cli):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2quant.calib.tokenizer_file import SETTINGS, read_settings, token_of
 from dsv2quant.errors import InputError
-from dsv2quant.files import MAX_CARRIED_BYTES, read_text
+from dsv2quant.files import MAX_CARRIED_BYTES, TEMPLATES, read_text
 from dsv2quant.headers import read_json
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from dsv2quant.formats.gguf.container import Metadata
 
 FILE = "chat_template.jinja"
-MORE = "additional_chat_templates"
 # What a template may take: seconds of a processor, and 10 ms more for each chat; bytes; characters of a text, which 64
 # for each that it is given come on top of.
 CPU_SECONDS, MEMORY, CHARACTERS = 10, 1 << 30, 1 << 24
@@ -151,7 +150,7 @@ def template_source(folder: Path, settings: Mapping[str, Any]) -> Any:
     else of tokenizer_config.json; or of chat_template.json, where llama.cpp's converter looks. Text, a list of
     {"name", "template"}, None; unchecked where a JSON file holds it."""
     files = {"default": folder / FILE} if (folder / FILE).exists() else {}
-    files |= {path.stem: path for path in sorted((folder / MORE).glob("*.jinja"))}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     found = [{"name": name, "template": read_text(path, MAX_CARRIED_BYTES)} for name, path in files.items()]
     if not found:
         legacy = folder / "chat_template.json"

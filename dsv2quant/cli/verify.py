@@ -10,11 +10,13 @@ from dsv2quant.cli import bars, common
 @click.command(cls=common.Command)
 @click.argument("artifact")
 @click.option("--source", metavar="MODEL", help="The checkpoint it was made from: measures each role's error too.")
+@click.option("--device", default="cpu", show_default=True, help="Where --source is compared: cpu, cuda, cuda:1.")
 @common.hub_options
 @common.output_options
 def command(
     artifact: str,
     source: str | None,
+    device: str,
     revision: str | None,
     cache_dir: str | None,
     offline: bool,
@@ -24,7 +26,7 @@ def command(
 ) -> None:
     """Check ARTIFACT: checksums, shapes and dtypes; with --source also the error of what consumers will decode.
 
-    Of a GGUF file, which has no checksums, every block's scales must be finite.
+    Of a GGUF file without a manifest beside it (NAME.gguf.json), every block's scales must be finite.
 
     Prints per role the signal-to-noise ratio (SQNR) and the largest error, and names the worst tensors.
 
@@ -32,26 +34,23 @@ def command(
     Example:
       dsv2quant verify DeepSeek-V2-Lite-FP8-BLOCK --source deepseek-ai/DeepSeek-V2-Lite
     """
-    from dsv2quant import verify
+    from dsv2quant import compare, verify
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.report.verification import verification_text
 
     common.set_verbosity(verbose, quiet)
+    common.check_device(device)
     opened = Checkpoint.open(artifact, revision=revision, cache_dir=cache_dir, offline=offline)
-    nbytes = sum(w.nbytes for w in opened.weights)
-    manifest = None
-    with bars.progress_bar(nbytes, "B", "checksums" if opened.metadata is None else "scales", quiet) as progress:
-        if opened.metadata is None:
-            manifest = verify.check_files(opened, progress)
-        else:
-            verify.check_blocks(opened, progress)
-    errors = None
+    original = None
     if source is not None:
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
-        verify.check_layout(opened, original)
-        with bars.progress_bar(nbytes, "B", "errors", quiet) as progress:
-            errors = verify.compare_tensors(opened, original, progress)
-    result = verify.report(manifest, opened, errors)
+        compare.check_layout(opened, original)
+    checked = verify.check(opened, bars.progress(quiet), has_source=original is not None)
+    errors = None
+    if original is not None:
+        with bars.progress_bar(compare.bytes_compared(opened, original), "B", "errors", quiet) as progress:
+            errors = compare.compare_tensors(opened, original, progress, device)
+    result = verify.report(checked, opened, errors)
     if as_json:
         common.print_json(result)
     else:

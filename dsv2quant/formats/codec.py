@@ -50,6 +50,13 @@ class Codec(Protocol):
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The stored parts of a weight of this shape, which `refusal` lets pass."""
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Parts that files of others may hold besides: `decode` takes them, `encode` never makes them."""
+
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Views of what `decode` needs for rows `begin` … `end` − 1, the first a multiple of ROWS_APART, as the last is
+        or that of the weight."""
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

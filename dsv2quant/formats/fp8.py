@@ -63,6 +63,19 @@ class Fp8:
         parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
         return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None."""
+        return ()
+
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Codes and scales of these rows."""
+        scales = parts[self.scale_suffix]
+        if self.grid == "block":
+            scales = scales[begin // BLOCK : -(-end // BLOCK)]
+        elif self.grid == "channel":
+            scales = scales[begin:end]
+        return {"weight": parts["weight"][begin:end], self.scale_suffix: scales}
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

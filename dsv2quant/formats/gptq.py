@@ -32,6 +32,20 @@ class Transposed(Int4):
         ragged = f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
         return super().refusal(shape) or ragged
 
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """The columns of transposed parts; `g_idx` is that of all."""
+        words = slice(begin // PER_WORD, end // PER_WORD)
+        cut = {
+            "qweight": words if self.family == "awq" else slice(begin, end),
+            "qzeros": words,
+            "scales": slice(begin, end),
+        }
+        return {suffix: part[:, cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
+
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None: zero points, and in GPTQ's the groups of columns, are always there."""
+        return ()
+
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """Float16 values that BF16 holds too, so that consumers may load them in either."""
         from dsv2quant.formats.int4_cpu import round_to_float16

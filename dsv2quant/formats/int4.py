@@ -9,6 +9,11 @@
     mse   the scale among 61 that leaves the least squared error, weighted by the inputs' mean squares; codes to nearest
     awq   the same, behind a fold that widens the columns of strong inputs: see `calib/awq.py`
     gptq  with calibration: see `calib/gptq.py`
+
+Files of others are read with what ours never have:
+
+    weight_zero_point  zero + 8 of each group, eight to an int32 along the output: weight' = (code − zero) × scale
+    weight_g_idx       the group of each column (`actorder: group`); a −1 anywhere: columns are in order
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKED = "weight_packed"
+ZERO_POINT = "weight_zero_point"
+GROUP_INDEX = "weight_g_idx"
 PER_WORD = 8  # codes of 4 bits in an int32
 OFFSET = 8  # code −8 is stored as 0
 
@@ -41,6 +48,26 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
 
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)
+
+
+def unpack_zero_points(parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """int32 [rows, groups], 0 … 15 where a code of 0 is stored as 8; None where the weight is symmetric."""
+    if ZERO_POINT not in parts:
+        return None
+    return unpack_words(parts[ZERO_POINT].T).T[: len(parts[PACKED])]
+
+
+def group_of_columns(parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The group of each column, int64 [columns], where groups are scattered. Raises ValueError for a group that is not
+    there."""
+    if GROUP_INDEX not in parts:
+        return None
+    index, groups = parts[GROUP_INDEX].long(), parts["weight_scale"].shape[1]
+    if bool((index == -1).any()):  # as compressed-tensors has it where columns were not reordered
+        return None
+    if int(index.min()) < 0 or int(index.max()) >= groups:
+        raise ValueError(f"{GROUP_INDEX} names groups beyond its {groups}")
+    return index
 
 
 class Int4:
@@ -71,6 +98,17 @@ class Int4:
             Part("weight_scale", "BF16", (rows, cols // (self.group_size or cols))),
             Part("weight_shape", "I64", (2,)),
         )
+
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        zeros = (-(-rows // PER_WORD), cols // (self.group_size or cols))
+        return Part(ZERO_POINT, "I32", zeros), Part(GROUP_INDEX, "I32", (cols,))
+
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Codes, scales and zero points of these rows; the groups of columns are those of all."""
+        words = slice(begin // PER_WORD, -(-end // PER_WORD))
+        cut = {PACKED: slice(begin, end), "weight_scale": slice(begin, end), ZERO_POINT: words}
+        return {suffix: part[cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
 
     def encode(
         self,
@@ -113,10 +151,16 @@ class Int4:
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """code × scale in float32, rounded once to `dtype`."""
-        scales = parts["weight_scale"]
+        """(code − zero) × scale in float32, rounded once to `dtype`. Raises ValueError as `group_of_columns`."""
+        import torch
+
+        scales, zeros, group = parts["weight_scale"], unpack_zero_points(parts), group_of_columns(parts)
         if scale_dtype is not None:
             scales = scales.to(scale_dtype)
-        codes = unpack_words(parts[PACKED]).float().sub_(OFFSET)  # [out, in]
+        scales = scales.float()
+        codes = unpack_words(parts[PACKED]).float()  # [out, in]
+        offsets = torch.full_like(scales, OFFSET) if zeros is None else zeros.float()
+        if group is not None:
+            return codes.sub_(offsets[:, group]).mul_(scales[:, group]).to(dtype)
         groups = codes.unflatten(1, (scales.shape[1], -1))
-        return groups.mul_(scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+        return groups.sub_(offsets.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)

@@ -18,6 +18,7 @@ HELD_AS = {
     "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32")
+ROWS_APART = 128  # wherever a weight is cut into rows (`Codec.rows`), every codec's parts can be
 
 
 @dataclass(frozen=True)

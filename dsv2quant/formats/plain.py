@@ -29,6 +29,14 @@ class Bf16:
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
 
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None."""
+        return ()
+
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Its rows."""
+        return {"weight": parts["weight"][begin:end]}
+
     def encode(
         self,
         weights: Sequence[np.ndarray],

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.formats.awq import ORDER
-from dsv2quant.formats.int4 import OFFSET, PER_WORD, unpack_words
+from dsv2quant.formats.int4 import (
+    GROUP_INDEX,
+    OFFSET,
+    PER_WORD,
+    group_of_columns,
+    unpack_words,
+    unpack_zero_points,
+)
 
 ROWS = 64  # of a block: the rows of one wgmma
 GROUPS = (32, 64, 128)
@@ -103,24 +110,32 @@ def join(weights: Sequence[Int4Weight]) -> Int4Weight | None:
 
 
 def from_compressed_tensors(parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-    """`weight_packed` int32 [rows, columns / 8] and `weight_scale` [rows, groups] (formats/int4.py)."""
-    return pack(unpack_words(parts["weight_packed"]).to(torch.uint8), parts["weight_scale"].T)
+    """`weight_packed` int32 [rows, columns / 8] and `weight_scale` [rows, groups]; of others' files also
+    `weight_zero_point` and `weight_g_idx` (formats/int4.py). Raises as `_scattered`."""
+    codes, scales = unpack_words(parts["weight_packed"]).to(torch.uint8), parts["weight_scale"].T
+    zeros, group = unpack_zero_points(parts), group_of_columns(parts)
+    if zeros is not None:
+        zeros = zeros.T
+    return pack(codes, scales, zeros) if group is None else _scattered(codes, scales, zeros, group, GROUP_INDEX)
 
 
 def from_gptq(parts: Mapping[str, torch.Tensor]) -> Int4Weight:
     """`qweight` int32 [columns / 8, rows], `qzeros` (less one), `scales` and `g_idx` of version 1 (formats/gptq.py).
+    Raises as `_scattered`."""
+    codes = unpack_words(parts["qweight"].T).to(torch.uint8)
+    return _scattered(codes, parts["scales"], unpack_words(parts["qzeros"]) + 1, parts["g_idx"].long(), "g_idx")
 
-    Groups that `g_idx` scatters are gathered: the columns then have an order. Raises ValueError where they don't have
-    as many columns each.
-    """
-    scales, group = parts["scales"], parts["g_idx"].long()
+
+def _scattered(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: torch.Tensor, name: str
+) -> Int4Weight:
+    """`pack` of columns whose groups are `group` [columns]: scattered ones are gathered, and the columns then have an
+    order. Raises ValueError where groups don't have as many columns each."""
     columns, count = len(group), len(scales)
     order = torch.argsort(group, stable=True)
     whole = torch.arange(columns, device=group.device) // (columns // count)
     if not torch.equal(group[order], whole):
-        raise ValueError(f"g_idx does not name each of {count} groups for {columns // count} of {columns} columns")
-    codes = unpack_words(parts["qweight"].T).to(torch.uint8)
-    zeros = unpack_words(parts["qzeros"]) + 1
+        raise ValueError(f"{name} does not name each of {count} groups for {columns // count} of {columns} columns")
     if torch.equal(group, whole):
         return pack(codes, scales, zeros)
     return pack(codes[:, order], scales, zeros, order)

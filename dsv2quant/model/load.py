@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,6 +84,17 @@ def decode(
     parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
     if weight.scheme == "bf16":
         return next(iter(parts.values())).to(dtype)
+    return decode_parts(checkpoint, weight, parts, dtype, scale_dtype)
+
+
+def decode_parts(
+    checkpoint: Checkpoint,
+    weight: Weight,
+    parts: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The same of a quantized weight's parts, or of those of some of its rows (`Codec.rows`)."""
     try:
         return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
     except ValueError as error:

@@ -7,16 +7,24 @@ from typing import Any
 
 from dsv2quant.report.tables import table
 
+_CHECKED = {
+    "manifest": "{files} match the manifest, {tensors} tensors are as planned",
+    "blocks": "{tensors} weights in {files} are as its metadata says, all scales finite; "
+    "no manifest lies beside it, so other bytes are not checked",
+    "nothing": "{tensors} tensors in {files} are as config.json says; it has no manifest, so no checksum is checked",
+}
+
 
 def verification_text(r: dict[str, Any]) -> str:
     """What `dsv2quant verify` prints without --json."""
-    if r["checked"] == "manifest":
-        lines = [f"{r['artifact']}: {r['files']} files match the manifest, {r['tensors']} tensors are as planned"]
-    else:
-        files = f"{r['files']} file{'s' * (r['files'] > 1)}"
-        lines = [f"{r['artifact']}: {r['tensors']} weights in {files} are as its metadata says, all scales finite"]
+    files = f"{len(r['files'])} file{'s' * (len(r['files']) != 1)}"
+    lines = [f"{r['artifact']}: {_CHECKED[r['checked']].format(files=files, tensors=r['tensors'])}"]
+    if r["edited"]:
+        lines.append(f"edited since (texts may be): {', '.join(r['edited'])}")
+    if r["added"]:
+        lines.append(f"not in the manifest, and loaded by no program: {', '.join(r['added'])}")
     if "roles" not in r:
-        return lines[0]
+        return "\n".join(lines)
     rows = [
         [x["role"], x["scheme"], x["tensors"], _db(x["sqnr_db"]), _db(x["lowest_sqnr_db"]), f"{x['max_error']:.3g}"]
         for x in r["roles"]

@@ -12,6 +12,7 @@ from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.gguf.plan import File
 from dsv2quant.headers import read_json
+from dsv2quant.manifest import gguf_manifest, sealed
 from dsv2quant.progress import Progress
 from dsv2quant.source import Source
 from dsv2quant.writer import Entry, damaged_files, disk_errors, dump_json, is_regular, write_whole
@@ -24,7 +25,7 @@ class Manifest:
     bytes, the weights aside."""
 
     def __init__(self, out: Path, files: Sequence[File], digest: str, source: Source) -> None:
-        self.path = out.with_name(f"{out.name}.json")
+        self.path = gguf_manifest(out)
         self._out, self._files, self._digest, self._source = out, files, digest, source
 
     def check_name(self) -> None:
@@ -66,7 +67,7 @@ class Manifest:
             "files": entries,
         }
         with disk_errors(self.path):
-            write_whole(self.path, [dump_json(content)])
+            write_whole(self.path, [dump_json(sealed(content))])
 
     def _read(self) -> dict[str, Any] | None:
         """What a manifest of ours says; None where there is none, or something else."""
