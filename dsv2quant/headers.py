@@ -57,13 +57,21 @@ def shard_files(folder: Path) -> list[str]:
         pickles = list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
         fix = "convert the checkpoint to safetensors first: pickle is never read" if pickles else "check the folder"
         raise InputError(f"neither {SINGLE_FILE} nor {INDEX_FILE}", where=folder, fix=fix)
+    files = indexed_shards(folder)
+    for file in files:
+        if not (folder / file).exists():
+            raise InputError(f"shard {file} is missing", where=folder, fix="download it, the index needs it")
+    return files
+
+
+def indexed_shards(folder: Path) -> list[str]:
+    """Names of the shards that a folder's index lists, in order, there or not. Raises InputError where one lies
+    outside."""
     files = sorted(set(_weight_map(folder).values()))
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             fix = "shards lie in the same folder"
             raise InputError(f"names the shard {file!r}", where=folder / INDEX_FILE, fix=fix)
-        if not (folder / file).exists():
-            raise InputError(f"shard {file} is missing", where=folder, fix="download it, the index needs it")
     return files
 
 
