@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import common, types
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
+@click.argument("model", type=types.Path())
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Where to stop.")
@@ -53,6 +53,9 @@ def command(
       dsv2quant generate DeepSeek-V2-Lite-Chat-Q4_K_M.gguf --chat --prompt "Why is the sky blue?" --temperature 0.3
     """
     common.set_verbosity(verbose, quiet)
+    if temperature == 0 and (useless := common.given("top_p", "seed")):
+        raise click.UsageError(f"{useless[0]} goes with --temperature above 0: without sampling it does nothing")
+    text = _text(prompt)
     common.check_device(device)
 
     import torch
@@ -65,7 +68,7 @@ def command(
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     request = Request(
-        _text(prompt),
+        text,
         chat,
         max_new_tokens,
         Sampling(temperature, top_p, seed),

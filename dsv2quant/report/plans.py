@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -136,20 +137,25 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
     roles = _stored_roles(checkpoint)
     weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
     return {
-        "schema": "dsv2quant.inspect/1",
+        "schema": "dsv2quant.inspect/2",
         "model": checkpoint.model,
         "revision": checkpoint.revision,
         "architecture": checkpoint.config.architecture,
         "parameters": weights,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / weights,
-        "files": checkpoint.files,
+        "files": {file: {"size": _size(checkpoint, file)} for file in checkpoint.files},
         "roles": [{k: v for k, v in _role_json(r).items() if k != "bytes_before"} for r in roles],
         "configuration": _describe(checkpoint.config),
         "kv_scales": len(checkpoint.kv_scales),
         "quantization_config": checkpoint.config.quantization,
         "gguf": _gguf_json(checkpoint),
     }
+
+
+def _size(checkpoint: Checkpoint, file: str) -> int | None:
+    """Bytes of a file of weights; None where only its header was read."""
+    return os.stat(checkpoint.data[file][0]).st_size if file in checkpoint.data else None
 
 
 def _gguf_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
