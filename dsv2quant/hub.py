@@ -140,7 +140,9 @@ def _shards(repo: str, names: Collection[str], fetch: Callable[[str], Path]) -> 
         raise InputError(what, where=repo, fix="take another revision, or tell the model's owner")
     if SINGLE_FILE in names and SINGLE_FILE not in shards:
         what = f"holds {SINGLE_FILE} beside {listing(shards, 1)}, which its index names"
-        raise InputError(what, where=repo, fix="two sets of weights: download the right one into a folder and give that")
+        raise InputError(
+            what, where=repo, fix="two sets of weights: download the right one into a folder and give that"
+        )
     return shards
 
 

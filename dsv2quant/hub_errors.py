@@ -56,7 +56,9 @@ def hub_errors(repo: str, cache_dir: str | None) -> Iterator[None]:
         raise InputError(f"can't keep downloads of {repo}: {error.strerror}", where=where, fix=fix) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"the answer is not the hub's: {type(error).__name__}: {error!s:.80}"
-        raise InputError(what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT") from None
+        raise InputError(
+            what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT"
+        ) from None
 
 
 def _unreachable(error: BaseException, repo: str) -> InputError:

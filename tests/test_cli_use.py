@@ -1,4 +1,4 @@
-"""What people type: mistakes that are told early and rightly, completion in their shell, and terminals of few letters."""
+"""What people type: mistakes that are told early and rightly, completion in their shell, terminals of few letters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import tiny
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 from test_cli import modules_after
 
-from dsv2quant.cli.main import VERBS, cli as group, main
+from dsv2quant.cli.main import VERBS, main
+from dsv2quant.cli.main import cli as group
 
 MISTAKES = [
-    (("convert", "{lite}", "--fp8", "blok", "-o", "x"), "--fp8 blok: it takes block, channel, tensor, static, or nothing"),
+    (("convert", "{lite}", "--fp8", "blok", "-o", "x"), "--fp8 blok: it takes block, channel, tensor, static"),
     (("plan", "--int4", "quarter", "{lite}"), "--int4 quarter: it takes mixed, pure, experts, or nothing, for mixed"),
     (("plan", "--fp8", "{lite}", "more"), "unexpected extra argument (more)"),
     (("plan", "{lite}", "--fp8=blok"), "'blok' is not one of 'block', 'channel', 'tensor', 'static'"),
@@ -45,7 +46,9 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=[" ".join(args).replace("{lite} ", "") for args, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("args", "message"), MISTAKES, ids=[" ".join(args).replace("{lite} ", "") for args, _ in MISTAKES]
+)
 def test_a_mistake_on_the_command_line_is_told(args, message, lite, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = cli(*(arg.format(lite=lite) for arg in args))
@@ -139,10 +142,13 @@ def test_bash_itself_completes_names_of_files(tmp_path):
         compopt() { printf "compopt %s %s\n" "$@"; }
         COMP_WORDS=(dsv2quant plan my-); COMP_CWORD=2; _dsv2quant_completion dsv2quant; echo "${#COMPREPLY[@]}"
         COMPREPLY=()
-        COMP_WORDS=(dsv2quant convert m --gguf Q8); COMP_CWORD=4; _dsv2quant_completion dsv2quant; echo "${COMPREPLY[@]}"
+        COMP_WORDS=(dsv2quant convert m --gguf Q8); COMP_CWORD=4; _dsv2quant_completion dsv2quant
+        echo "${COMPREPLY[@]}"
     """
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([bash, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [bash, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.stdout.splitlines() == ["compopt -o default", "0", "Q8_0"], ran.stderr
 
 
@@ -171,7 +177,12 @@ def run_in(encoding: str, monkeypatch, *args: object) -> tuple[int, bytes, bytes
 def test_a_terminal_of_few_letters_never_fails(encoding, lite, wordy, tmp_path, monkeypatch):
     code, out, _ = run_in(encoding, monkeypatch, "convert", lite, "--fp8=channel", "-o", tmp_path / "out")
     assert (code, b" kB -> " in out) == (0, True), out
-    for args in (("plan", lite, "--fp8=channel"), ("plan", tiny.MINI, "--gguf", "BF16"), ("convert", "-h"), ("bench", "-h")):
+    for args in (
+        ("plan", lite, "--fp8=channel"),
+        ("plan", tiny.MINI, "--gguf", "BF16"),
+        ("convert", "-h"),
+        ("bench", "-h"),
+    ):
         code, _, err = run_in(encoding, monkeypatch, *args)
         assert code == 0, err
     prompt = ("--prompt", "Zażółć “gęślą” → 日本", "--max-new-tokens", "1")

@@ -249,7 +249,10 @@ def test_a_truncated_shard_is_one_line(near_hub, cli, tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("https://huggingface.co/owner/name/blob/main/config.json", "part of a model (give owner/name or owner/name@main)"),
+        (
+            "https://huggingface.co/owner/name/blob/main/config.json",
+            "part of a model (give owner/name or owner/name@main)",
+        ),
         ("https://huggingface.co/owner/name/tree/main/fp8", "part of a model (give owner/name or owner/name@main)"),
         ("https://huggingface.co/owner/name/discussions", "part of a model (give owner/name)"),
         ("https://huggingface.co/datasets/owner/name", "is no model's address (give a hub id, owner/name)"),
@@ -286,7 +289,12 @@ def test_an_address_and_a_revision_in_the_id_are_hub_ids(near_hub, cli):
 def test_a_typo_suggests_what_lies_beside(near_hub, cli, tmp_path, monkeypatch):
     tiny.write_checkpoint(tmp_path / "examples" / "dsv2-mini", tiny.LITE)
     monkeypatch.chdir(tmp_path)
-    for model in ("examples/dsv2-min", "examples/dsv2_mini", "./examples/dsv2-mini-", str(tmp_path / "examples/dsv-mini")):
+    for model in (
+        "examples/dsv2-min",
+        "examples/dsv2_mini",
+        "./examples/dsv2-mini-",
+        str(tmp_path / "examples/dsv-mini"),
+    ):
         ran = cli("plan", model)
         assert (ran.code, ran.err.count("\n")) == (3, 1)
         assert "dsv2-mini?" in ran.err
@@ -302,7 +310,7 @@ def sharded(hub: Served, awkward) -> list[str]:
     hub.files.update({path.name: path.read_bytes() for path in awkward.iterdir()})
     shards = [name for name in hub.files if name.endswith(".safetensors")]
     others = ("consolidated.safetensors", "original/model.safetensors", "fp8/model-00001-of-00002.safetensors",
-              "original/params.json", "onnx/config.json", "pytorch_model.bin", "model.gguf", "model_q4.onnx")  # fmt: skip
+              "original/params.json", "onnx/config.json", "pytorch_model.bin", "model.gguf", "model.onnx")  # fmt: skip
     hub.files.update(dict.fromkeys(others, b"not fetched"))
     hub.files["additional_chat_templates/tool.jinja"] = b"{{ messages }}"
     return shards

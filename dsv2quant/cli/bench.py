@@ -68,7 +68,9 @@ def kernels(
         from dsv2quant.kernels.tables import FOLDER
 
         path = tuner.run(names, tables or FOLDER, say)
-        common.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(f"wrote {path}")
+        common.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
+            f"wrote {path}"
+        )
         return
 
     from dsv2quant.bench import kernels as measure

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 @click.command(cls=common.Command)
 @click.argument("model", type=types.Path())
-@click.option("-o", "--output", "out", type=types.Path(), metavar="STATS", required=True, help="The statistics file, *.safetensors.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=types.Path(),
+    metavar="STATS",
+    required=True,
+    help="The statistics file, *.safetensors.",
+)
 @calibration.calibration_options
 @click.option(
     "--protocol",
@@ -24,7 +32,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix does.",
 )
-@click.option("--imatrix", type=types.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf.")
+@click.option(
+    "--imatrix", type=types.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf."
+)
 @common.device_option
 @click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")
 @common.hub_options
@@ -84,8 +94,20 @@ def command(
         draw(tokens, checkpoint.config.hidden_size, options["figure"])
     if as_json:
         coverage = coverage_json(tokens, checkpoint.config.hidden_size)
-        files = {"out": out, "imatrix": imatrix}
-        common.print_json({"schema": "dsv2quant.calibrate/1", **files, **found.describe(), "experts": coverage})
+        about = found.describe()
+        measured = about.pop("model")
+        common.print_json(
+            {
+                "schema": "dsv2quant.calibrate/2",
+                "model": measured["name"],
+                "revision": measured["revision"],
+                "identity": measured["identity"],
+                "out": out,
+                "imatrix": imatrix,
+                **about,
+                "experts": coverage,
+            }
+        )
     elif not quiet:
         if tokens:
             print(coverage_text(tokens, checkpoint.config.hidden_size))

@@ -45,7 +45,12 @@ class Command(click.Command):
         except click.UsageError:
             # A kind that is none was taken for MODEL, and MODEL for one argument too many.
             for name, word in pairwise(args):
-                if name in KINDS and word not in KINDS[name] and re.fullmatch(r"\w+", word) and not os.path.exists(word):
+                if (
+                    name in KINDS
+                    and word not in KINDS[name]
+                    and re.fullmatch(r"\w+", word)
+                    and not os.path.exists(word)
+                ):
                     what = f"{name} {word}: it takes {', '.join(KINDS[name])}, or nothing, for {KINDS[name][0]}"
                     raise click.UsageError(what, ctx) from None
             raise

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @click.command(cls=common.Command)
 @click.argument("model", type=types.Path())
-@click.option("--reference", type=types.Path(), metavar="MODEL", help="What to compare with, normally the BF16 model it was made from.")
+@click.option(
+    "--reference",
+    type=types.Path(),
+    metavar="MODEL",
+    help="What to compare with, normally the BF16 model it was made from.",
+)
 @common.stack(
     click.option("--text", "text_file", type=types.Path(), metavar="FILE", help="A UTF-8 text to score."),
     click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead."),

@@ -24,7 +24,8 @@ def file_type_names() -> tuple[str, ...]:
 
 
 gguf_options = common.stack(
-    click.option("--gguf", type=types.Names(file_type_names), metavar="TYPE", help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
+    click.option("--gguf", type=types.Names(file_type_names), metavar="TYPE",
+                 help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
     click.option("--imatrix", type=types.Path(), metavar="FILE",
                  help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),

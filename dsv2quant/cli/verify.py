@@ -9,7 +9,12 @@ from dsv2quant.cli import common, types
 
 @click.command(cls=common.Command)
 @click.argument("artifact", type=types.Path())
-@click.option("--source", type=types.Path(), metavar="MODEL", help="The checkpoint it was made from: measures each role's error too.")
+@click.option(
+    "--source",
+    type=types.Path(),
+    metavar="MODEL",
+    help="The checkpoint it was made from: measures each role's error too.",
+)
 @common.hub_options
 @common.output_options
 def command(
