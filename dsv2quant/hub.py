@@ -46,10 +46,17 @@ def identify(model: str, revision: str | None) -> tuple[str, str | None]:
 
 def _of_address(address: str) -> str:
     """The hub id behind the address of a model's page, or of its file list at a revision."""
-    url = urlsplit(address)
+    elsewhere = InputError(
+        "is a web address, not of the hub", where=address, fix="give a folder or a hub id, owner/name"
+    )
+    try:
+        url = urlsplit(address)
+        site = url.hostname
+    except ValueError:
+        raise elsewhere from None
+    if url.scheme not in ("http", "https") or site not in _SITES:
+        raise elsewhere
     parts = url.path.strip("/").split("/")
-    if url.scheme not in ("http", "https") or url.hostname not in _SITES:
-        raise InputError("is a web address, not of the hub", where=address, fix="give a folder or a hub id, owner/name")
     if parts[0] in ("datasets", "spaces") or len(parts) < 2:
         raise InputError("is no model's address", where=address, fix="give a hub id, owner/name")
     repo = "/".join(parts[:2])

@@ -122,6 +122,7 @@ def test_paths_names_and_devices_complete(cls):
     assert [value for _, value in completions(["convert", "m", "--device"], "c", cls)] == ["cpu", "cuda"]
     assert completions(["convert", "m", "--fp8"], "b", cls) == [("file", "b"), ("plain", "block")]
     assert [value for _, value in completions([], "co", cls)] == ["convert"]
+    assert completions(["convrt"], "x", cls) == []
 
 
 def test_gguf_types_and_presets_complete():

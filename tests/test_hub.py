@@ -257,6 +257,8 @@ def test_a_truncated_shard_is_one_line(near_hub, cli, tmp_path):
         ("https://huggingface.co/owner/name/discussions", "part of a model (give owner/name)"),
         ("https://huggingface.co/datasets/owner/name", "is no model's address (give a hub id, owner/name)"),
         ("https://huggingface.co/owner", "is no model's address (give a hub id, owner/name)"),
+        ("https://[example/owner/name", "is a web address, not of the hub"),
+        ("s3://bucket/owner/name.gguf", "is a web address, not of the hub"),
         ("https://example.com/owner/name", "is a web address, not of the hub (give a folder or a hub id"),
         ("owner/name/x", "no such folder (give a checkpoint's folder or a hub id, owner/name or owner/name@REVISION)"),
         ("./owner/name", "no such folder"),

@@ -264,7 +264,7 @@ def print_json(value: Mapping[str, Any]) -> None:
     """One object on one line. JSON has no NaN or infinity: a number that is none prints as null."""
     line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     try:
-        line.encode(sys.stdout.encoding)
+        line.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # a terminal of few letters, or a path that is not UTF-8: JSON can spell both
         line = json.dumps(_finite(value), allow_nan=False)
     print(line)

@@ -44,7 +44,7 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in VERBS and args[0][:1].isalnum():
+        if args[0] not in VERBS and args[0][:1].isalnum() and not ctx.resilient_parsing:
             near = get_close_matches(args[0].replace("_", "-"), VERBS, 1)
             raise click.UsageError(f"No such verb {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""), ctx)
         return super().resolve_command(ctx, args)
