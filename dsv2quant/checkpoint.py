@@ -19,7 +19,7 @@ import numpy as np
 
 from dsv2quant import hub
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError, listing, printable
+from dsv2quant.errors import InputError, UsageError, listing, printable
 from dsv2quant.files import AGAIN, reading
 from dsv2quant.formats.fp8 import decode_block_to_float32
 from dsv2quant.formats.quant_config import readable_codecs
@@ -65,20 +65,23 @@ class Checkpoint:
         offline: bool = False,
         headers_only: bool = False,
     ) -> Checkpoint:
-        """Open a folder, a GGUF file (of split ones any), or a hub id (downloaded unless `headers_only`). An existing
-        path wins over a hub id.
+        """Open a folder, a GGUF file (of split ones any), or a hub id, `owner/name` or `owner/name@REVISION`
+        (downloaded unless `headers_only`). An existing path wins over a hub id.
 
-        Raises InputError for whatever is missing, surplus, mis-shaped, truncated, overlapping or not understood.
+        Raises InputError for whatever is missing, surplus, mis-shaped, truncated, overlapping or not understood, and
+        UsageError for a revision of what has none.
         """
         name = os.fspath(model)
         folder = Path(name)
-        if name.endswith(".gguf") and not folder.is_dir():
+        is_gguf = name.endswith(".gguf") and not folder.is_dir()
+        if revision is not None and (is_gguf or folder.exists()):
+            raise UsageError(f"--revision goes with a hub id: {name} is on this machine", fix="leave it out")
+        if is_gguf and "://" not in name:
             return cls._of_gguf(folder)
         commit = None
         if not folder.exists():
-            if not hub.is_repo_id(name):
-                raise InputError("no such folder", where=name, fix="give a checkpoint's folder or a hub id, owner/name")
-            if headers_only and not offline:
+            name, revision = hub.identify(name, revision)
+            if headers_only and not hub.is_offline(offline):
                 raw_config, headers, commit = hub.read_headers(name, revision, cache_dir)
                 return cls._of_headers(name, None, commit, raw_config, headers, {})
             folder, commit = hub.download(name, revision, cache_dir, offline)

@@ -105,7 +105,8 @@ def convert(
 
     A run that was killed continues from its finished layers and shards. Raises InputError where the plan quantizes
     nothing, the tokenizer is damaged or another model's, a weight is NaN or infinite, the source changes meanwhile, or
-    `out` can't take the artifact; and PlanViolation, with nothing finished, where a codec does not return what was planned.
+    `out` can't take the artifact; and PlanViolation, with nothing finished, where a codec does not return what was
+    planned.
     """
     started = time.perf_counter()
     if not plan.schemes:

@@ -70,7 +70,7 @@ def test_rounding_does_not_import_torch(wordy, tmp_path):
         (("--recipe", "x.yaml", "--method", "gptq"), "a recipe names them itself"),
         (("--fp8", "--int4"), "--fp8, --int4 and --recipe exclude each other"),
         (("--int4", "--recipe", "x.yaml"), "--fp8, --int4 and --recipe exclude each other"),
-        (("--fp8", "--calibration", "{fox}"), "--calibration and --figure: nothing of this recipe calibrates"),
+        (("--fp8", "--calibration", "{fox}"), "--calibration: nothing of this recipe calibrates"),
         (("--int4", "--method", "rtn", "--calibration", "{fox}"), "nothing of this recipe calibrates here"),
         (("--int4=quarter",), "'quarter' is not one of 'mixed', 'pure', 'experts'"),
         (("--int4", "--method", "best"), "'best' is not one of 'rtn', "),
@@ -165,7 +165,7 @@ def test_json_is_one_object_with_what_calibration_did(wordy, fox, tmp_path, cli)
     assert ran.err == ""
     assert ran.out.count("\n") == 1
     result = json.loads(ran.out)
-    assert result["schema"] == "dsv2quant.convert/1"
+    assert result["schema"] == "dsv2quant.convert/2"
     made = result["calibration"]
     assert made == manifest(tmp_path / "out")["calibrated"]
     roles = ["routed.gate_proj", "routed.up_proj", "routed.down_proj"]

@@ -375,7 +375,7 @@ def test_convert_command_prints_one_object(lite, tmp_path, cli):
     ran = cli("convert", lite, "--fp8", "--target", "vllm", "-o", tmp_path / "out", "--json", "-q")
     result = json.loads(ran.out)
     assert ran.err == ""
-    assert result["schema"] == "dsv2quant.convert/1"
+    assert result["schema"] == "dsv2quant.convert/2"
     assert result["files"]["model.safetensors"]["size"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     dry = json.loads(cli("convert", lite, "--fp8", "--dry-run", "--json").out)
-    assert dry["schema"] == "dsv2quant.plan/1"
+    assert dry["schema"] == "dsv2quant.plan/2"

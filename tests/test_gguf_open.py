@@ -204,7 +204,7 @@ def test_inspect(model, split, cli):
         assert words in ran.out
     assert "router              f32" in ran.out
     result = json.loads(cli("inspect", split[1], "--json").out)
-    assert result["files"] == [path.name for path in split]
+    assert result["files"] == {path.name: {"size": path.stat().st_size} for path in split}
     assert result["gguf"]["file_type"] == "Q4_K_M"
     assert result["gguf"]["tensor_types"] == {
         "Q4_K": 13, "F32": 10, "Q6_K": 2, "Q4_0": 2, "Q5_0": 2, "Q5_1": 2, "Q8_0": 2,

@@ -289,7 +289,7 @@ def test_the_command_prints_coverage_and_draws_it(wordy, fox, tmp_path, cli):
     assert ran.out.splitlines()[-1].endswith("inputs of wordy, 64 tokens")
     assert "<svg" in figure.read_text()
     result = json.loads(cli("calibrate", wordy, "-o", out, *options, "--json", "-q").out)
-    assert result["schema"] == "dsv2quant.calibrate/1"
+    assert result["schema"] == "dsv2quant.calibrate/2"
     statistics = Statistics(out)
     for row in result["experts"]:
         tokens = [statistics.counts[f"model.layers.{row['layer']}.mlp.experts.{e}.gate_proj"] for e in range(4)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import common, types
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
 TUNED = ("fp8", "int4")
@@ -68,7 +68,9 @@ def kernels(
         from dsv2quant.kernels.tables import FOLDER
 
         path = tuner.run(names, tables or FOLDER, say)
-        common.print_json({"table": str(path)}) if as_json else print(f"wrote {path}")
+        common.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
+            f"wrote {path}"
+        )
         return
 
     from dsv2quant.bench import kernels as measure
@@ -76,7 +78,7 @@ def kernels(
 
     found = measure.run(names, results, say)
     if as_json:
-        common.print_json(found)
+        common.print_json({"schema": "dsv2quant.bench-kernels/1", **found})
     else:
         print(*map(measure.summary_line, found["rows"]), sep="\n")
     if found["wrong"]:
@@ -84,7 +86,7 @@ def kernels(
 
 
 @command.command(cls=common.Command)
-@click.argument("model", default="v2-lite")
+@click.argument("model", type=types.Path(), default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
@@ -124,6 +126,8 @@ def model(
         raise click.UsageError(f"--batch {batch}: it takes numbers from 1, as 1,8,64")
     if scheme and model not in RANDOM:
         raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
+    if model in RANDOM and (useless := common.given("revision", "cache_dir", "offline")):
+        raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
 
     from dsv2quant.bench import model as measure
     from dsv2quant.bench import subject as subjects
@@ -136,7 +140,7 @@ def model(
         subject = subjects.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
-        common.print_json(found)
+        common.print_json({"schema": "dsv2quant.bench-model/1", **found})
 
 
 def _names(only: str | None, possible: tuple[str, ...]) -> list[str]:

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, calibration, common
+from dsv2quant.cli import bars, calibration, common, types
 
 if TYPE_CHECKING:
     from dsv2quant.calib.tokens import Protocol
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
-@click.option("-o", "--output", "out", metavar="STATS", required=True, help="The statistics file, *.safetensors.")
+@click.argument("model", type=types.Path())
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=types.Path(),
+    metavar="STATS",
+    required=True,
+    help="The statistics file, *.safetensors.",
+)
 @calibration.calibration_options
 @click.option(
     "--protocol",
@@ -24,8 +32,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix does.",
 )
-@click.option("--imatrix", metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf.")
-@click.option("--device", default="cpu", show_default=True, help="Where to run the model: cpu, cuda, cuda:1.")
+@click.option(
+    "--imatrix", type=types.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf."
+)
+@common.device_option
 @click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")
 @common.hub_options
 @common.output_options
@@ -56,19 +66,23 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8=static --statistics lite.safetensors -o LITE-FP8
       dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
-    from dsv2quant.calib.calibrate import calibrate
-    from dsv2quant.calib.imatrix import check_free, write_imatrix
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.report.coverage import coverage_json, coverage_text, draw, tokens_by_layer
 
     common.set_verbosity(verbose, quiet)
     calibration.check_figure(options["figure"])
-    common.check_device(device)
     calibration.check_protocol(protocol, options["text"])
+    calibration.check_text(options["text"])
+    common.check_device(device)
     if imatrix is not None:
+        from dsv2quant.calib.imatrix import check_free, write_imatrix
+
         check_free(Path(imatrix), Path(out), force)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     windows = calibration.load(checkpoint, options, quiet, protocol)
+
+    from dsv2quant.calib.calibrate import calibrate
+
     found = calibrate(
         checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
         progress=bars.progress(quiet),
@@ -80,8 +94,20 @@ def command(
         draw(tokens, checkpoint.config.hidden_size, options["figure"])
     if as_json:
         coverage = coverage_json(tokens, checkpoint.config.hidden_size)
-        files = {"out": out, "imatrix": imatrix}
-        common.print_json({"schema": "dsv2quant.calibrate/1", **files, **found.describe(), "experts": coverage})
+        about = found.describe()
+        measured = about.pop("model")
+        common.print_json(
+            {
+                "schema": "dsv2quant.calibrate/2",
+                "model": measured["name"],
+                "revision": measured["revision"],
+                "identity": measured["identity"],
+                "out": out,
+                "imatrix": imatrix,
+                **about,
+                "experts": coverage,
+            }
+        )
     elif not quiet:
         if tokens:
             print(coverage_text(tokens, checkpoint.config.hidden_size))

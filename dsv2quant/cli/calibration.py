@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import common, types
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.calib.statistics import Statistics
     from dsv2quant.calib.tokens import Protocol
     from dsv2quant.checkpoint import Checkpoint
 
 calibration_options = common.stack(
-    click.option("--calibration", "text", metavar="FILE",
+    click.option("--calibration", "text", type=types.Path(), metavar="FILE",
                  help="Text, or .jsonl or .json with texts or chats. Default: Python's library."),
     click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512, show_default=True,
                  help="Windows of calibration text."),
@@ -23,7 +26,15 @@ calibration_options = common.stack(
                  help="Tokens of a window. Default: 2048, or the context the model was trained for."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                  help="Order of calibration texts."),
-    click.option("--figure", metavar="FILE", help="Draw tokens per expert: .png, .svg or .pdf (viz extra)."),
+    click.option("--figure", type=types.Path(), metavar="FILE",
+                 help="Draw tokens per expert: .png, .svg or .pdf (viz extra)."),
+    section="Calibration",
+)  # fmt: skip
+
+statistics_option = common.stack(
+    click.option("--statistics", type=types.Path(), metavar="STATS",
+                 help="What `calibrate` measured, instead of measuring again."),
+    section="Calibration",
 )  # fmt: skip
 
 
@@ -34,10 +45,36 @@ def words(options: Mapping[str, Any], calibration: Calibration) -> list[str]:
     return [*found, f"{windows} --seed {options['seed']}"]
 
 
+def check_useless() -> None:
+    """Raise a usage error where calibration options are given to what doesn't calibrate."""
+    if useless := common.given("text", "samples", "length", "seed", "figure"):
+        what = f"{useless[0]}: nothing of this recipe calibrates here"
+        raise click.UsageError(what)
+
+
+def check_text(path: str | None) -> None:
+    """Raise InputError for a text that can't be read, before anything is downloaded for it."""
+    if path is not None and not os.access(path, os.R_OK):
+        from dsv2quant.calib.text import load
+
+        load(path, Path())  # says what is wrong
+
+
+def open_statistics(path: str | None) -> Statistics | None:
+    """The statistics at `path`, opened. Raises InputError as Statistics does."""
+    if path is None:
+        return None
+    from dsv2quant.calib.statistics import Statistics
+
+    return Statistics(Path(path))
+
+
 def check_protocol(protocol: Protocol, text: str | None) -> None:
     """Raise a usage error where there is no text that llama.cpp could read."""
     if protocol == "llama.cpp" and (text is None or text.lower().endswith((".jsonl", ".json"))):
         raise click.UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
+    if protocol == "llama.cpp" and common.given("seed"):
+        raise click.UsageError("--seed goes with the default protocol: llama.cpp's takes the text in order")
 
 
 def load(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from dsv2quant.cli import types
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -22,64 +30,101 @@ GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
 FORMATS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
 
 
+KINDS = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}
+
+
 class Command(click.Command):
-    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind."""
+    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind. --help
+    groups the options by the sections that `stack` gave them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [self._with_kind(args, i) for i in range(len(args))])
+        try:
+            return super().parse_args(ctx, [self._with_kind(args, i) for i in range(len(args))])
+        except click.UsageError:
+            # A kind that is none was taken for MODEL, and MODEL for one argument too many.
+            for name, word in pairwise(args):
+                if (
+                    name in KINDS
+                    and word not in KINDS[name]
+                    and re.fullmatch(r"\w+", word)
+                    and not os.path.exists(word)
+                ):
+                    what = f"{name} {word}: it takes {', '.join(KINDS[name])}, or nothing, for {KINDS[name][0]}"
+                    raise click.UsageError(what, ctx) from None
+            raise
 
     @staticmethod
     def _with_kind(args: list[str], i: int) -> str:
-        kinds = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}.get(args[i])
+        kinds = KINDS.get(args[i])
         stands_alone = kinds is not None and args[i + 1 : i + 2] not in ([kind] for kind in kinds)
         return f"{args[i]}={kinds[0]}" if kinds and stands_alone else args[i]
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                title = "Output style" if "--help" in param.opts else getattr(param, "section", "Options")
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
-def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator, in the order they are to appear in --help."""
+
+def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order they are to appear in --help, there under a title."""
 
     def apply(function: F) -> F:
+        before = len(getattr(function, "__click_params__", ()))
         for option in reversed(options):
             function = option(function)
+        for param in getattr(function, "__click_params__", ())[before:] if section else ():
+            param.section = section
         return function
 
     return apply
 
 
 hub_options = stack(
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
-    click.option("--cache-dir", metavar="DIR", help="Where hub downloads are kept."),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id; owner/name@REV says it too."),
+    click.option("--cache-dir", type=types.Path(folder=True), metavar="DIR", help="Where hub downloads are kept."),
     click.option("--offline", is_flag=True, help="Use only what the hub cache already holds."),
+    section="Hub",
 )
 
-compute_options = stack(
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1."),
-    click.option("--dtype", type=click.Choice(("auto", "float32", "bfloat16")), default="auto", show_default=True,
-                 help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
+device_option = stack(
+    click.option("--device", type=types.Device(), default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
+                 help="Where to compute."),
+    section="Computing",
 )  # fmt: skip
 
-backend_option = click.option(
-    "--backend",
-    type=click.Choice(("auto", "torch", "kernels")),
-    default="auto",
-    show_default=True,
-    help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the reference. "
-    "auto takes kernels where they can be had.",
-)
+compute_options = stack(
+    device_option,
+    click.option("--dtype", type=click.Choice(("auto", "float32", "bfloat16")), default="auto", show_default=True,
+                 help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
+    section="Computing",
+)  # fmt: skip
 
-kv_cache_option = click.option(
-    "--kv-cache",
-    type=click.Choice(("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")),
-    default="auto",
-    show_default=True,
-    help="What the KV cache stores, FP8 under the artifact's own scales or 1; auto is the compute dtype.",
-)
+backend_option = stack(
+    click.option("--backend", type=click.Choice(("auto", "torch", "kernels")), default="auto", show_default=True,
+                 help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the "
+                 "reference. auto takes kernels where they can be had."),
+    section="Computing",
+)  # fmt: skip
 
-plan_options = stack(
-    click.option("--fp8", "fp8", type=click.Choice(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
+kv_cache_option = stack(
+    click.option("--kv-cache", type=click.Choice(("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")), default="auto",
+                 show_default=True,
+                 help="What the KV cache stores, FP8 under the artifact's own scales or 1; auto is the compute dtype."),
+    section="Computing",
+)  # fmt: skip
+
+_scheme_options = stack(
+    click.option("--fp8", "fp8", type=types.Kind(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
                  help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "
                  "per tensor, and activations with calibrated scales."),
-    click.option("--int4", "int4", type=click.Choice(INT4_KINDS), metavar="[=mixed|pure|experts]",
+    click.option("--int4", "int4", type=types.Kind(INT4_KINDS), metavar="[=mixed|pure|experts]",
                  help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
     click.option("--method", type=click.Choice(("rtn", "mse", "awq", "gptq")),
                  help="How INT4 codes are chosen; all but rtn calibrate. Default: gptq."),
@@ -88,7 +133,11 @@ plan_options = stack(
     click.option("--format", type=click.Choice(tuple(FORMATS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
-    click.option("--recipe", "recipe_file", metavar="FILE", help="A YAML recipe of your own instead."),
+    click.option("--recipe", "recipe_file", type=types.Path(), metavar="FILE",
+                 help="A YAML recipe of your own instead."),
+    section="FP8 and INT4",
+)  # fmt: skip
+_consumer_options = stack(
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
                  help="A consumer that must load the artifact; repeat for several. Default: all that can."),
     click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
@@ -96,24 +145,32 @@ plan_options = stack(
     click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Over how many GPUs they will spread whole routed experts; --tp then splits the rest."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
+    section="Consumers of FP8 and INT4",
 )  # fmt: skip
+plan_options = stack(_scheme_options, _consumer_options)
 
 output_options = stack(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     click.option("-v", "--verbose", count=True, help="Say more on stderr; -vv for debugging."),
     click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr, no progress bar."),
+    section="Output style",
 )
 
 
 def set_verbosity(verbose: int, quiet: bool) -> None:
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other")
     levels = [logging.WARNING, logging.INFO, logging.DEBUG]
     logging.getLogger("dsv2quant").setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])
 
 
 def check_device(device: str) -> None:
-    """Raise a usage error for a device that is not there; 'cpu' needs no look."""
+    """Raise a usage error for a device that is not there; 'cpu' needs no look, and a machine without any driver not
+    the seconds that importing torch takes."""
     if device == "cpu":
         return
+    if sys.platform == "linux" and not _has_driver():
+        raise click.UsageError(f"--device {device} can't be used: there is no GPU driver on this machine")
     import torch
 
     try:
@@ -122,11 +179,33 @@ def check_device(device: str) -> None:
         raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from None
 
 
+def _has_driver() -> bool:
+    if os.path.exists("/dev/kfd"):  # AMD's, which torch also calls cuda
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def given(*names: str) -> list[str]:
+    """Which of these parameters the command line gives, as it spells them: what does nothing there is a usage error."""
+    context = click.get_current_context()
+    return [
+        param.opts[-1]
+        for param in context.command.params
+        if param.name in names and context.get_parameter_source(param.name) == ParameterSource.COMMANDLINE
+    ]
+
+
 def choose_recipe(options: Mapping[str, Any]) -> Recipe:
     """The recipe of --fp8, --int4 or --recipe; block FP8 when none is given."""
     from dsv2quant import recipe
 
     fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
+    if options["tp"] > 1 and set(options["targets"]) == {"transformers"}:
+        raise click.UsageError("--tp goes with vLLM and SGLang: transformers loads the whole model")
     method, group, layout = options["method"], options["group_size"], options["format"]
     if sum(map(bool, (fp8, int4, file))) > 1:
         raise click.UsageError("--fp8, --int4 and --recipe exclude each other")
@@ -179,7 +258,12 @@ def words(options: Mapping[str, Any]) -> list[str]:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One object on one line. JSON has no NaN or infinity: a number that is none prints as null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal of few letters, or a path that is not UTF-8: JSON can spell both
+        line = json.dumps(_finite(value), allow_nan=False)
+    print(line)
 
 
 def _finite(value: Any) -> Any:

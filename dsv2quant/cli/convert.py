@@ -7,19 +7,23 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import bars, calibration, common, gguf
+from dsv2quant.cli import bars, calibration, common, gguf, types
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
-@click.option("-o", "--output", "out", metavar="OUT", help="The artifact's folder, or its GGUF file.")
+@click.argument("model", type=types.Path())
+@common.stack(
+    click.option("-o", "--output", "out", type=types.Path(), metavar="OUT",
+                 help="The artifact's folder, or its GGUF file."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--force", is_flag=True, help="Start over in a folder that is not empty."),
+    section="Output",
+)  # fmt: skip
 @common.plan_options
 @gguf.gguf_options
 @calibration.calibration_options
-@click.option("--statistics", metavar="STATS", help="What `calibrate` measured, instead of measuring again.")
-@click.option("--device", default="cpu", show_default=True, help="Where to encode and calibrate: cpu, cuda, cuda:1.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--force", is_flag=True, help="Start over in a folder that is not empty.")
+@calibration.statistics_option
+@common.device_option
 @common.hub_options
 @common.output_options
 def command(
@@ -57,6 +61,11 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("give -o OUT, the folder or file to write, or --dry-run")
     as_gguf = gguf.is_asked_for(options)
+    if not as_gguf:
+        common.choose_recipe(options)  # says what contradicts itself before anything is opened or downloaded
+    calibration.check_figure(options["figure"])
+    calibration.check_text(options["text"])
+    measured = calibration.open_statistics(statistics)
     common.check_device(device)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
     if dry_run or out is None:
@@ -70,7 +79,6 @@ def command(
     plan = common.plan_for(checkpoint, options)
 
     from dsv2quant.calib.calibration import needs_calibration, needs_statistics
-    from dsv2quant.calib.statistics import Statistics
     from dsv2quant.convert import convert
     from dsv2quant.report.calibration import calibration_json, calibration_text
     from dsv2quant.report.coverage import draw
@@ -82,19 +90,16 @@ def command(
         for warning in warnings(plan):
             click.echo(f"warning: {warning}", err=True)
     words = ["dsv2quant convert", checkpoint.model, *common.words(options)]
-    measures = needs_statistics(plan) and statistics is None
+    if measured is not None and not needs_statistics(plan):
+        raise click.UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
+    measures = needs_statistics(plan) and measured is None
     text = None
     if needs_calibration(plan) or measures:
-        calibration.check_figure(options["figure"])
         text = calibration.load(checkpoint, options, quiet)
         words += calibration.words(options, text)
-    elif options["text"] or options["figure"]:
-        raise click.UsageError("--calibration and --figure: nothing of this recipe calibrates here")
-    measured = None
-    if statistics is not None:
-        if not needs_statistics(plan):
-            raise click.UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
-        measured = Statistics(Path(statistics))
+    else:
+        calibration.check_useless()
+    if measured is not None:
         words.append(f"--statistics {measured.path.name}")
     result = convert(
         plan, out, command=" ".join(words), calibration=text, statistics=measured, device=device, force=force,
@@ -106,9 +111,9 @@ def command(
     if as_json:
         common.print_json(
             {
-                "schema": "dsv2quant.convert/1",
+                "schema": "dsv2quant.convert/2",
                 "out": str(result.out),
-                "plan": plan.digest,
+                "digest": plan.digest,
                 "bytes_in": result.bytes_in,
                 "bytes_out": result.bytes_out,
                 "bits_per_weight": 8 * result.bytes_out / plan.parameters,

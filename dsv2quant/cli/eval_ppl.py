@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, common
+from dsv2quant.cli import bars, common, types
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -15,30 +15,43 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
-@click.option("--reference", metavar="MODEL", help="What to compare with, normally the BF16 model it was made from.")
-@click.option("--text", "text_file", metavar="FILE", help="A UTF-8 text to score.")
-@click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead.")
+@click.argument("model", type=types.Path())
 @click.option(
-    "--ctx", type=click.IntRange(min=8), help="Window length. Default: 2048, or the trained context if that is shorter."
+    "--reference",
+    type=types.Path(),
+    metavar="MODEL",
+    help="What to compare with, normally the BF16 model it was made from.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows.")
-@click.option("--batch", type=click.IntRange(min=1), help="Windows that go through a layer together.")
-@click.option(
-    "--protocol",
-    type=click.Choice(["default", "llama.cpp"]),
-    default="default",
-    show_default=True,
-    help="default scores every text token; llama.cpp the second half of each window.",
+@common.stack(
+    click.option("--text", "text_file", type=types.Path(), metavar="FILE", help="A UTF-8 text to score."),
+    click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead."),
+    click.option("--ctx", type=click.IntRange(min=8),
+                 help="Window length. Default: 2048, or the trained context if that is shorter."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows."),
+    click.option("--protocol", type=click.Choice(["default", "llama.cpp"]), default="default", show_default=True,
+                 help="default scores every text token; llama.cpp the second half of each window."),
+    section="Text",
+)  # fmt: skip
+@common.stack(
+    click.option("--batch", type=click.IntRange(min=1), help="Windows that go through a layer together."),
+    click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory."),
+    section="Computing",
 )
-@click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory.")
 @common.compute_options
 @common.backend_option
-@click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme.")
-@click.option("--decode-path", is_flag=True, help="Score as decoding computes: token by token. Slow: for small models.")
+@common.stack(
+    click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme."),
+    click.option("--decode-path", is_flag=True,
+                 help="Score as decoding computes: token by token. Slow: for small models."),
+    section="Computing",
+)  # fmt: skip
 @common.kv_cache_option
-@click.option("--max-ppl-increase", type=float, metavar="P", help="Fail (exit 4) if perplexity grows by more than P %.")
-@click.option("--max-kld", type=float, metavar="K", help="Fail (exit 4) if mean KLD exceeds K nats.")
+@common.stack(
+    click.option("--max-ppl-increase", type=float, metavar="P",
+                 help="Fail (exit 4) if perplexity grows by more than P %."),
+    click.option("--max-kld", type=float, metavar="K", help="Fail (exit 4) if mean KLD exceeds K nats."),
+    section="Gates",
+)  # fmt: skip
 @common.hub_options
 @common.output_options
 def command(
@@ -83,12 +96,14 @@ def command(
         raise click.UsageError("--text and --dataset exclude each other")
     if kv_cache != "auto" and not decode_path:
         raise click.UsageError("--kv-cache needs --decode-path: prefill reads no cache")
+    text = _text(text_file, dataset, cache_dir, offline)
     common.check_device(device)
 
     import torch
 
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.evaluate.measure import Settings, check_gates, evaluate
+    from dsv2quant.evaluate.identity import identify
+    from dsv2quant.evaluate.measure import Settings, check_gates, evaluate, gates
     from dsv2quant.model.cache import KV_DTYPES
     from dsv2quant.report.evaluation import evaluation_text
 
@@ -112,15 +127,17 @@ def command(
         decode_path=decode_path,
         kv_cache=KV_DTYPES.get(kv_cache),
     )
-    text = _text(text_file, dataset, cache_dir, offline)
     if (shared := _shared_with_calibration(checkpoint, text)) and not quiet:
         print(f"warning: {shared:.1%} of the text's lines were calibrated on: it flatters the model", file=sys.stderr)
     result = evaluate(checkpoint, against, text, settings, bars.progress(quiet))
+    verdicts = gates(result, max_ppl_increase, max_kld)
     if as_json:
-        common.print_json(result)
+        if against is not None:
+            result["reference"] |= identify(against)
+        common.print_json(result | identify(checkpoint) | {"gates": verdicts})
     else:
         print(evaluation_text(result))
-    check_gates(result, max_ppl_increase, max_kld)
+    check_gates(verdicts)
 
 
 def _shared_with_calibration(checkpoint: Checkpoint, text: Text) -> float:

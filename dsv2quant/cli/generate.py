@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import bars, common
+from dsv2quant.cli import bars, common, types
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
+@click.argument("model", type=types.Path())
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
 @click.option("--special", is_flag=True, help="Take special tokens spelled out in the prompt as such (<｜fim▁hole｜>).")
@@ -60,6 +60,9 @@ def command(
         raise click.UsageError(
             "--special goes with a plain prompt: the chat template spells out its own special tokens"
         )
+    if temperature == 0 and (useless := common.given("top_p", "seed")):
+        raise click.UsageError(f"{useless[0]} goes with --temperature above 0: without sampling it does nothing")
+    text = _text(prompt)
     common.check_device(device)
 
     import torch
@@ -72,7 +75,7 @@ def command(
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     request = Request(
-        _text(prompt),
+        text,
         chat,
         max_new_tokens,
         Sampling(temperature, top_p, seed),

@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from dsv2quant.cli import bars, common
+from dsv2quant.cli import bars, common, types
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.formats.gguf.plan import GgufPlan
 
+
+def file_type_names() -> tuple[str, ...]:
+    """What --gguf takes: file types, then presets."""
+    from dsv2quant.formats.gguf import presets
+    from dsv2quant.formats.gguf.types import FILE_TYPES
+
+    return (*FILE_TYPES, *presets.PRESETS)
+
+
 gguf_options = common.stack(
-    click.option("--gguf", metavar="TYPE", help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
-    click.option("--imatrix", metavar="FILE", help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
+    click.option("--gguf", type=types.Names(file_type_names), metavar="TYPE",
+                 help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
+    click.option("--imatrix", type=types.Path(), metavar="FILE",
+                 help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
     click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
                  help="A type for tensors whose name matches, as llama-quantize has it; repeat for several."),
@@ -25,6 +35,7 @@ gguf_options = common.stack(
     click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
     click.option("--drop-expert-groups", is_flag=True, help="Let llama.cpp route without groups: see the plan's note."),
     click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
+    section="GGUF",
 )  # fmt: skip
 _NEEDS_GGUF = (
     "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "drop_expert_groups",
@@ -38,12 +49,8 @@ _EXCLUDED = (
 
 def is_asked_for(options: Mapping[str, Any]) -> bool:
     """Whether --gguf is given; options that go with the other formats, or with it alone, are a usage error."""
-    context = click.get_current_context()
-    wrong = _EXCLUDED if options["gguf"] else _NEEDS_GGUF
-    for option in context.command.params:
-        if option.name in wrong and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
-            rule = "does not go with --gguf" if options["gguf"] else "goes with --gguf"
-            raise click.UsageError(f"{option.opts[-1]} {rule}")
+    if wrong := common.given(*(_EXCLUDED if options["gguf"] else _NEEDS_GGUF)):
+        raise click.UsageError(f"{wrong[0]} {'does not go' if options['gguf'] else 'goes'} with --gguf")
     return bool(options["gguf"])
 
 
@@ -127,8 +134,9 @@ def convert(
     if as_json:
         common.print_json(
             {
-                "schema": "dsv2quant.convert-gguf/1",
-                "files": {str(Path(out).with_name(name)): entry["size"] for name, entry in result.files.items()},
+                "schema": "dsv2quant.convert-gguf/2",
+                "out": out,
+                "files": result.files,
                 "bytes_in": plan.bytes_in,
                 "bytes_out": nbytes,
                 "bits_per_weight": 8 * nbytes / plan.parameters,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from dsv2quant.cli import common
+from dsv2quant.cli import common, types
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
+@click.argument("model", type=types.Path())
 @common.hub_options
 @common.output_options
 def command(

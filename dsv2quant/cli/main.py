@@ -9,11 +9,13 @@ import importlib
 import logging
 import os
 import sys
+from difflib import get_close_matches
 from typing import NoReturn
 
 import click
 
 from dsv2quant import __version__
+from dsv2quant.cli.streams import take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
@@ -46,6 +48,14 @@ class _Verbs(click.Group):
         command: click.Command = importlib.import_module(VERBS[name][0]).command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and args[0][:1].isalnum() and not ctx.resilient_parsing:
+            near = get_close_matches(args[0].replace("_", "-"), VERBS, 1)
+            raise click.UsageError(f"No such verb {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""), ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
@@ -65,6 +75,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    take_any_text()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import common, gguf
+from dsv2quant.cli import common, gguf, types
 
 
 @click.command(cls=common.Command)
-@click.argument("model")
+@click.argument("model", type=types.Path())
 @common.plan_options
 @gguf.gguf_options
 @common.hub_options
@@ -37,5 +37,7 @@ def command(
     from dsv2quant.checkpoint import Checkpoint
 
     common.set_verbosity(verbose, quiet)
+    if not gguf.is_asked_for(options):
+        common.choose_recipe(options)  # says what contradicts itself before anything is opened
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
     gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)

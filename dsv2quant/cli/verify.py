@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import click
 
-from dsv2quant.cli import bars, common
+from dsv2quant.cli import bars, common, types
 
 
 @click.command(cls=common.Command)
-@click.argument("artifact")
-@click.option("--source", metavar="MODEL", help="The checkpoint it was made from: measures each role's error too.")
+@click.argument("artifact", type=types.Path())
+@click.option(
+    "--source",
+    type=types.Path(),
+    metavar="MODEL",
+    help="The checkpoint it was made from: measures each role's error too.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where --source is compared: cpu, cuda, cuda:1.")
 @common.hub_options
 @common.output_options

@@ -114,14 +114,27 @@ def evaluate(
     }
 
 
-def check_gates(result: dict[str, Any], max_ppl_increase: float | None, max_kld: float | None) -> None:
-    """Raise GateError where perplexity grew by more than `max_ppl_increase` percent, or mean KLD exceeds `max_kld`."""
-    if max_ppl_increase is not None:
-        increase = 100 * np.expm1(result["delta"]["ln_ratio"])
-        if not increase <= max_ppl_increase:
-            raise GateError(f"perplexity grew by {increase:.3f}%, more than --max-ppl-increase {max_ppl_increase:g}%")
-    if max_kld is not None and not result["kld"]["mean"] <= max_kld:
-        raise GateError(f"mean KLD is {result['kld']['mean']:.5f} nats, more than --max-kld {max_kld:g}")
+def gates(result: dict[str, Any], max_ppl_increase: float | None, max_kld: float | None) -> dict[str, dict[str, Any]]:
+    """{gate: {limit, value, passed}} of those that are set: percent that perplexity grew by, mean KLD in nats. A value
+    that is no number doesn't pass."""
+    limits = {"max_ppl_increase": max_ppl_increase, "max_kld": max_kld}
+    found = {}
+    for gate, limit in limits.items():
+        if limit is not None:
+            growth = gate == "max_ppl_increase"
+            value = float(100 * np.expm1(result["delta"]["ln_ratio"]) if growth else result["kld"]["mean"])
+            found[gate] = {"limit": limit, "value": value, "passed": value <= limit}
+    return found
+
+
+def check_gates(verdicts: dict[str, dict[str, Any]]) -> None:
+    """Raise GateError at the first of `gates` that failed."""
+    for gate, verdict in verdicts.items():
+        if not verdict["passed"]:
+            value, limit = verdict["value"], verdict["limit"]
+            if gate == "max_ppl_increase":
+                raise GateError(f"perplexity grew by {value:.3f}%, more than --max-ppl-increase {limit:g}%")
+            raise GateError(f"mean KLD is {value:.5f} nats, more than --max-kld {limit:g}")
 
 
 def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:

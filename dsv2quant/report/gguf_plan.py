@@ -32,14 +32,15 @@ def plan_text(plan: GgufPlan, *, every_tensor: bool = False) -> str:
 def plan_json(plan: GgufPlan) -> dict[str, Any]:
     """The object of `dsv2quant plan --gguf --json`."""
     return {
-        "schema": "dsv2quant.plan-gguf/1",
+        "schema": "dsv2quant.plan-gguf/2",
         "model": plan.checkpoint.model,
+        "revision": plan.checkpoint.revision,
         "file_type": plan.options.file_type,
         "parameters": plan.parameters,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
-        "tensors": [
+        "entries": [
             {
                 "tensor": line.name,
                 "shape": list(line.tensor.shape),

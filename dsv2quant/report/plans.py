@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +98,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The object of `dsv2quant plan --json`."""
     roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
     return {
-        "schema": "dsv2quant.plan/1",
+        "schema": "dsv2quant.plan/2",
         "model": plan.checkpoint.model,
         "revision": plan.checkpoint.revision,
         "recipe": plan.recipe.name,
@@ -109,7 +110,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes_out": plan.bytes_out,
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
         "digest": plan.digest,
-        "roles": [_role_json(r) for r in roles],
+        "roles": [_role_json(r) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.slot.name, "shape": list(x.slot.shape), "scheme": x.scheme, "reason": x.reason}
             for x in plan.lines
@@ -144,20 +145,25 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
     roles = _stored_roles(checkpoint)
     weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
     return {
-        "schema": "dsv2quant.inspect/1",
+        "schema": "dsv2quant.inspect/2",
         "model": checkpoint.model,
         "revision": checkpoint.revision,
         "architecture": checkpoint.config.architecture,
         "parameters": weights,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / weights,
-        "files": checkpoint.files,
-        "roles": [{k: v for k, v in _role_json(r).items() if k != "bytes_before"} for r in roles],
+        "files": {file: {"size": _size(checkpoint, file)} for file in checkpoint.files},
+        "roles": [_role_json(r) | {"bytes": r.bytes_after} for r in roles],
         "configuration": _describe(checkpoint.config),
         "kv_scales": len(checkpoint.kv_scales),
         "quantization_config": checkpoint.config.quantization,
         "gguf": _gguf_json(checkpoint),
     }
+
+
+def _size(checkpoint: Checkpoint, file: str) -> int | None:
+    """Bytes of a file of weights; None where only its header was read."""
+    return os.stat(checkpoint.data[file][0]).st_size if file in checkpoint.data else None
 
 
 def _gguf_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -187,8 +193,6 @@ def _role_json(r: RoleSummary) -> dict[str, Any]:
         "scheme": r.scheme,
         "tensors": r.count,
         "weights": r.weights,
-        "bytes_before": r.bytes_before,
-        "bytes_after": r.bytes_after,
         "bits_per_weight": r.bits,
     }
 
