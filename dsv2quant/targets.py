@@ -118,7 +118,7 @@ def check_unquantized(
     for slot in (slot for slot, scheme in schemes.items() if scheme == "bf16"):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
         if "gptq" in used and "vllm" in targets and slot.role.startswith("routed."):
-            found = refusal(slot, used["gptq"], config, ("vllm",), parallel)
+            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(slot))
             if found is not None:
                 what = f"{found.reason}, and GPTQ experts of such a width can't stay in BF16"
                 raise InputError(what, where=slot.module, fix="take a smaller group size, or compressed-tensors")
@@ -209,6 +209,11 @@ def _group_size(scheme: str) -> int | None:
     return codec.group_size if isinstance(codec, Int4) else None
 
 
+def _unit(scheme: str) -> int:
+    """Columns that can't be split in an INT4 scheme: a group, or the 8 codes of a word in the layouts of others."""
+    return _group_size(scheme) or (PER_WORD if CODECS[scheme].quant_method in ("gptq", "awq") else 1)
+
+
 def _finer(scheme: str) -> str:
     """The scheme to try where an INT4 group is too wide: half the group, down to 32. GPTQ and AWQ have no other."""
     group = _group_size(scheme)
@@ -257,22 +262,13 @@ def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: 
         return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix")
     rows, cols = slot.shape
     transposed = CODECS[scheme].quant_method in ("gptq", "awq")
-    group = _group_size(scheme) or (PER_WORD if transposed else 1)
     if slot.role.startswith("routed."):
-        if config.hidden_size % 128:
-            return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
-        width = config.moe_intermediate_size
-        unit = max(64, group) if target == "sglang" else group
-        instead = _finer(scheme) if group == unit else "bf16"
-        found = _multiple(target, "the experts' width", width, tp, unit, instead)
-        return (
-            found
-            or _several_groups(target, "the experts' width", width, tp, scheme)
-            or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
-        )
+        found = _marlin_experts(scheme, config, target, tp)
+        found = found or _several_groups(target, "the experts' width", config.moe_intermediate_size, tp, scheme)
+        return found or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
     found = None
     if slot.role in _ROW_PARALLEL:
-        found = _multiple(target, "columns", cols, tp, group, _finer(scheme))
+        found = _multiple(target, "columns", cols, tp, _unit(scheme), _finer(scheme))
     if found is None and transposed and slot.role in _COLUMN_PARALLEL:
         found = _multiple(target, "rows", rows, tp, PER_WORD)  # packed along the output
     # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
@@ -282,13 +278,23 @@ def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: 
     return found
 
 
+def _marlin_experts(scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    """Refuse INT4 experts that the engine finds not fit for its Marlin kernels."""
+    if config.hidden_size % 128:
+        return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
+    group = _unit(scheme)
+    unit = max(64, group) if target == "sglang" else group
+    instead = _finer(scheme) if group == unit else "bf16"
+    return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
+
+
 def _several_groups(target: str, what: str, size: int, tp: int, scheme: str) -> Refusal | None:
     """Refuse INT4 experts that are no wider, or take no more columns, than one group.
 
     vLLM int_wna16.py and SGLang awq.py order the scales of gate and up by whether the width of a share, where their
     columns were meant, is beyond a group; the product reads them by the columns. So half of such experts' scales are
     swapped: seen in vLLM 0.26, with a width of 128 in groups of 128, in all three layouts. SGLang's
-    compressed-tensors path does so where the hidden size is one group.
+    compressed-tensors path does so where the hidden size is one group. Linear modules go by their own columns.
     """
     group = _group_size(scheme)
     if group is None or size // tp > group:
