@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -27,10 +28,34 @@ FORMATS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("in
 
 
 class Command(click.Command):
-    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind."""
+    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind.
+
+    An option that takes a value doesn't take another option for it, and one that can't be repeated is not given twice.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [self._with_kind(args, i) for i in range(len(args))])
+        args = [self._with_kind(args, i) for i in range(len(args))]
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        if not ctx.resilient_parsing:
+            self._check_values(options, args)
+            self._check_once(self.make_parser(ctx).parse_args(list(args))[2])
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _check_values(options: list[click.Option], args: list[str]) -> None:
+        names = {name for option in options for name in option.opts}
+        takes_value = {name for option in options if not (option.is_flag or option.count) for name in option.opts}
+        for name, value in pairwise(args[: args.index("--")] if "--" in args else args):
+            if name in takes_value and (option := value.partition("=")[0]) in names:
+                raise click.UsageError(f"{name} needs a value: {option} is an option")
+
+    @staticmethod
+    def _check_once(given: list[click.Parameter]) -> None:
+        """`given` are the parameters in the order of the command line. Flags may be repeated."""
+        for param in given:
+            is_single = isinstance(param, click.Option) and not (param.multiple or param.is_flag or param.count)
+            if is_single and given.count(param) > 1:
+                raise click.UsageError(f"{' / '.join(param.opts)} is given twice")
 
     @staticmethod
     def _with_kind(args: list[str], i: int) -> str:

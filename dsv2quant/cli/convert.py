@@ -57,6 +57,8 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("give -o OUT, the folder or file to write, or --dry-run")
     as_gguf = gguf.is_asked_for(options)
+    if out is not None:
+        gguf.check_out(out, options)
     common.check_device(device)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
     if dry_run or out is None:

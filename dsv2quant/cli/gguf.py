@@ -10,13 +10,21 @@ import click
 from click.core import ParameterSource
 
 from dsv2quant.cli import common
+from dsv2quant.formats.gguf.file_types import NAMES
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.formats.gguf.plan import GgufPlan
 
+
+def file_type_names() -> tuple[str, ...]:
+    """What --gguf takes: file types, then presets."""
+    return NAMES
+
+
 gguf_options = common.stack(
-    click.option("--gguf", metavar="TYPE", help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
+    click.option("--gguf", metavar="TYPE", help="Write a GGUF file for llama.cpp: a file type of llama-quantize's or a "
+                 f"preset (DSV2_…), which spends its bytes better. {', '.join(file_type_names())}."),
     click.option("--imatrix", metavar="FILE", help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
     click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
@@ -45,6 +53,15 @@ def is_asked_for(options: Mapping[str, Any]) -> bool:
             rule = "does not go with --gguf" if options["gguf"] else "goes with --gguf"
             raise click.UsageError(f"{option.opts[-1]} {rule}")
     return bool(options["gguf"])
+
+
+def check_out(out: str, options: Mapping[str, Any]) -> None:
+    """Raise a usage error where `out` is named as the other kind of artifact: a file with --gguf, else a folder."""
+    if options["gguf"] and not out.endswith(".gguf"):
+        raise click.UsageError(f"-o {out}: --gguf writes a file, whose name must end in .gguf")
+    if not options["gguf"] and out.lower().endswith(".gguf"):
+        asked = "--int4" if options["int4"] else "--recipe" if options["recipe_file"] else "--fp8"
+        raise click.UsageError(f"-o {out}: a GGUF file is written by --gguf TYPE; {asked} writes a folder")
 
 
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
@@ -97,8 +114,6 @@ def convert(
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.shards import parse_size
 
-    if not out.endswith(".gguf"):
-        raise click.UsageError("-o OUT: the name of a GGUF file must end in .gguf")
     plan = plan_for(checkpoint, options)
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
