@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2quant.formats.gguf.blocks import DECODABLE, TYPES, decode, encode, first_bad_block, nbytes
+from dsv2quant.formats.gguf.ggml import NUMBERS, SIZES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_blocks.json").read_text())
 MATRICES = matrices()
@@ -127,7 +128,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(name: str) -> None:
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
     """uint8 [64, bytes of a block]: any bits, among them scales that are NaN or infinite."""
-    size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
+    size = SIZES[name].bytes
     return np.random.default_rng(seed).integers(0, 256, (64, size), np.uint8)
 
 
@@ -157,8 +158,24 @@ def test_exponents_that_are_not_float16() -> None:
     assert first_bad_block("NVFP4", random_blocks("NVFP4", 0)) is None
 
 
+def test_one_and_two_bits() -> None:
+    """dequantize_row_q1_0 and _q2_0, value by value; the library has neither."""
+    for name, values, bits, level in (("Q1_0", 128, 1, (-1, 1)), ("Q2_0", 64, 2, (-1, 0, 1, 2))):
+        data = random_blocks(name, 2).reshape(32, -1)
+        data[:, 1::18] &= 0x3B  # finite scales
+        expected = np.empty((32, 2 * values), np.float32)
+        for row in range(32):
+            for i in range(2 * values):
+                block = data[row, i // values * 18 :][:18]
+                code = block[2 + i % values * bits // 8] >> (i % (8 // bits) * bits) & (2**bits - 1)
+                expected[row, i] = np.float32(level[code]) * np.float32(block[:2].view(np.float16)[0])
+        np.testing.assert_array_equal(decode(name, data).view(np.uint32), expected.view(np.uint32), strict=True)
+        assert nbytes(name, (3, 2 * values)) == 3 * 36
+        assert GGMLQuantizationType.__members__.get(name, NUMBERS[name]) == NUMBERS[name]
+
+
 @pytest.mark.parametrize("name", DECODABLE)
 def test_what_is_decodable_decodes(name: str) -> None:
-    values = GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
+    values = SIZES[name].values
     with np.errstate(all="ignore"):
         assert decode(name, random_blocks(name, 1)).shape == (64, values)

@@ -200,6 +200,30 @@ def test_a_large_file_does_not_make_a_large_header(small, tmp_path):
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize(("arrays", "values"), [(1, 60_000_000), (40, 60_000)])
+def test_arrays_do_not_take_many_times_their_size(arrays, values, tmp_path):
+    """60 million bytes were 1.2 GB of objects."""
+    path = tmp_path / "m.gguf"
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, arrays))
+        for i in range(arrays):
+            file.write(struct.pack("<Q2sIIQ", 2, f"{i:02}".encode(), 9, 0, values) + bytes(values))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"m.gguf: .* is the end of more than 2,000,000 values"):
+        read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20
+
+
+def test_more_tensors_than_any_model_has(tmp_path):
+    """Two million headers took a minute."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 100_001, 0) + bytes(4_000_000))
+    with pytest.raises(InputError, match=r"m.gguf: 100,001 tensors, more than 100,000"):
+        read(path)
+
+
 @pytest.mark.parametrize("alignment", [0, 3, 4, 33, True, -32, "32", [32]])
 def test_alignments_that_are_none(alignment, tmp_path):
     writer = GGUFWriter(tmp_path / "m.gguf", "deepseek2")

@@ -26,6 +26,7 @@ from dsv2quant.formats.gguf.container import Value, pack_header, read
 from dsv2quant.formats.gguf.hf_config import model_config
 from dsv2quant.formats.gguf.loadable import check_loadable, warnings
 from dsv2quant.formats.gguf.metadata import model_metadata
+from dsv2quant.formats.gguf.values import array, check_numbers, f32, string, u32
 
 KNOWN = json.loads(GOLDEN.read_text(encoding="utf-8"))
 LITE = tiny.LITE | {"num_hidden_layers": 27}
@@ -117,6 +118,10 @@ REFUSED = {
     "513 layers": tiny.V2 | {"num_hidden_layers": 513},
     "norm_topk_prob": tiny.V2 | {"norm_topk_prob": True},
     "topk_group equals n_group": tiny.V2 | {"topk_group": 4},
+    "one routed expert per group": tiny.V2
+    | {"n_routed_experts": 4, "n_group": 4, "topk_group": 3, "num_experts_per_tok": 2},
+    "original_max_position_embeddings is beyond 32 bits": tiny.V2
+    | {"rope_scaling": tiny.YARN | {"original_max_position_embeddings": 2**40}},
     "beyond float32's range": tiny.V2 | {"routed_scaling_factor": 1e39},
     "mscale is 1.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 1.0}},
     "mscale_all_dim 0.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}},
@@ -146,7 +151,15 @@ def test_what_llama_cpp_runs_is_taken(name: str) -> None:
 
 
 def test_groups_that_limit_nothing_may_be_dropped() -> None:
-    check_loadable(config(REFUSED["topk_group equals n_group"]), "model", drop_expert_groups=True)
+    for name in ("topk_group equals n_group", "one routed expert per group"):
+        check_loadable(config(REFUSED[name]), "model", drop_expert_groups=True)
+
+
+def test_numbers_that_their_types_do_not_hold() -> None:
+    for value in (u32(2**32), u32(-1), f32(float("nan")), f32(1e39)):
+        with pytest.raises(InputError, match=r"model: tokenizer.ggml.bos_token_id would be .* \(it must fit"):
+            check_numbers({"general.name": string("x"), "tokenizer.ggml.bos_token_id": value}, "model")
+    check_numbers({"a": u32(2**32 - 1), "b": f32(3e38), "c": array([1, 2])}, "model")
 
 
 def test_warnings(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gguf_files import CONFIG, keep_plain, mixed, stacked, write_gguf
 from dsv2quant.calib.tokens import Tokenizer, cut
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
+from dsv2quant.formats.gguf import blocks, container
 from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
 
@@ -211,6 +212,41 @@ def test_inspect(model, split, cli):
     }  # fmt: skip
     assert result["bytes"] == sum(w.nbytes for w in Checkpoint.open(model).weights)
     assert f"files: {', '.join(result['files'])}" in cli("inspect", split[0]).out
+
+
+def test_types_that_the_gguf_library_does_not_know(model, tmp_path, cli):
+    """A model whose experts are Q1_0 and whose embedding is Q2_0, of random codes."""
+    found, generator = container.read(model), np.random.default_rng(0)
+    headers, data = [], b""
+    for tensor in found.tensors:
+        kind = "Q1_0" if "exps" in tensor.name else "Q2_0" if tensor.name == "token_embd.weight" else tensor.type
+        size = blocks.nbytes(kind, tensor.shape)
+        if kind == tensor.type:
+            begin = found.data_start + tensor.begin
+            raw = model.read_bytes()[begin : begin + size]
+        else:
+            codes = generator.integers(0, 256, (size // 18, 18), np.uint8)
+            codes[:, :2] = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
+            raw = codes.tobytes()
+        headers.append(container.TensorHeader(tensor.name, kind, tensor.shape, len(data), size))
+        data += raw.ljust(container.padded(size), b"\0")
+    metadata = {**found.metadata, "general.file_type": found.metadata["general.file_type"]._replace(value=41)}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(container.pack_header(metadata, headers) + data)
+    ran = cli("inspect", path)
+    assert ran.code == 0, ran.err
+    assert "file type: Q2_0" in ran.out
+    assert {"routed.down_proj", "q1_0"} <= set(ran.out.split())
+    assert json.loads(cli("inspect", path, "--json").out)["gguf"]["tensor_types"]["Q1_0"] == 3
+    assert cli("verify", path, "-q").code == 0
+    ran = cli("eval-ppl", path, "--ctx", 32, "--limit", 1, "--json", "-q")
+    assert ran.code == 0, ran.err
+    opened = Checkpoint.open(path)
+    weight = next(w for w in opened.weights if w.slot.name == "model.layers.1.mlp.experts.2.down_proj.weight")
+    stored = data[weight.stored.begin :][: weight.nbytes]
+    expected = blocks.decode("Q1_0", np.frombuffer(stored, np.uint8).reshape(256, -1))
+    assert np.array_equal(decode(opened, weight, torch.float32).numpy(), expected)
+    assert set(np.unique(expected)) == {-np.float32(np.float16(0.02)), np.float32(np.float16(0.02))}
 
 
 def test_verify_measures_float32_errors_against_the_source(model, weights, tmp_path, cli):

@@ -71,3 +71,14 @@ def test_overrides_are_those_of_llama_quantize(model: str, options: str) -> None
     fixed = {option[2:].replace("-", "_"): value.upper() for option, value in pairs if option != "--tensor-type"}
     tensor_types = [(pattern, name.upper()) for pattern, name in patterns]
     check(model, GOLDEN[f"{model}-Q4_K_M-{options}"], "Q4_K_M", tensor_types=tensor_types, **fixed)
+
+
+def test_q2_k_s_gives_the_first_eighth_of_ffn_down_more() -> None:
+    """As Q2_K, but for what llama_tensor_get_type_impl says of Q2_K_S: no more for attn_output and the other layers."""
+    config, tensors = CONFIGS["v2"], TENSORS["v2"]
+    kinds = zip(*(choose(tensors, name, config, has_imatrix=True) for name in ("Q2_K", "Q2_K_S")), strict=True)
+    for tensor, ((plain, _), (small, _)) in zip(tensors, kinds, strict=True):
+        if tensor.kind.startswith("ffn_down"):
+            assert (plain, small) == ("Q3_K", "Q4_K" if tensor.layer < 7 else "Q2_K")
+        else:
+            assert (plain, small) == ("Q3_K", "Q2_K") if tensor.kind == "attn_output" else small == plain

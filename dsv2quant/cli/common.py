@@ -7,16 +7,15 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from dsv2quant.cli import types
+from dsv2quant.cli.command import FP8_GRIDS, INT4_KINDS
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -24,52 +23,8 @@ if TYPE_CHECKING:
     from dsv2quant.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-FP8_GRIDS = ("block", "channel", "tensor", "static")
-INT4_KINDS = ("mixed", "pure", "experts")
 GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
 FORMATS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
-
-
-KINDS = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}
-
-
-class Command(click.Command):
-    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind. --help
-    groups the options by the sections that `stack` gave them."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, [self._with_kind(args, i) for i in range(len(args))])
-        except click.UsageError:
-            # A kind that is none was taken for MODEL, and MODEL for one argument too many.
-            for name, word in pairwise(args):
-                if (
-                    name in KINDS
-                    and word not in KINDS[name]
-                    and re.fullmatch(r"\w+", word)
-                    and not os.path.exists(word)
-                ):
-                    what = f"{name} {word}: it takes {', '.join(KINDS[name])}, or nothing, for {KINDS[name][0]}"
-                    raise click.UsageError(what, ctx) from None
-            raise
-
-    @staticmethod
-    def _with_kind(args: list[str], i: int) -> str:
-        kinds = KINDS.get(args[i])
-        stands_alone = kinds is not None and args[i + 1 : i + 2] not in ([kind] for kind in kinds)
-        return f"{args[i]}={kinds[0]}" if kinds and stands_alone else args[i]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                title = "Output style" if "--help" in param.opts else getattr(param, "section", "Options")
-                sections.setdefault(title, []).append(record)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
 
 
 def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F], F]:

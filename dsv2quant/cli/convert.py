@@ -61,6 +61,8 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("give -o OUT, the folder or file to write, or --dry-run")
     as_gguf = gguf.is_asked_for(options)
+    if out is not None:
+        gguf.check_out(out, options)
     if not as_gguf:
         common.choose_recipe(options)  # says what contradicts itself before anything is opened or downloaded
     calibration.check_figure(options["figure"])

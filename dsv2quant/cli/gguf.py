@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv2quant.cli import bars, common, types
+from dsv2quant.formats.gguf.file_types import NAMES
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
@@ -17,15 +18,13 @@ if TYPE_CHECKING:
 
 def file_type_names() -> tuple[str, ...]:
     """What --gguf takes: file types, then presets."""
-    from dsv2quant.formats.gguf import presets
-    from dsv2quant.formats.gguf.types import FILE_TYPES
-
-    return (*FILE_TYPES, *presets.PRESETS)
+    return NAMES
 
 
 gguf_options = common.stack(
     click.option("--gguf", type=types.Names(file_type_names), metavar="TYPE",
-                 help="Write a GGUF file for llama.cpp: Q4_K_M, Q8_0, IQ4_XS, BF16, …"),
+                 help="Write a GGUF file for llama.cpp: a file type of llama-quantize's or a preset (DSV2_…), which "
+                 f"spends its bytes better. {', '.join(file_type_names())}."),
     click.option("--imatrix", type=types.Path(), metavar="FILE",
                  help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
@@ -63,6 +62,15 @@ def words(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
     keys = ("output_type", "token_embedding_type", "split_max_size")
     found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
     return found + ["--drop-expert-groups"] * options["drop_expert_groups"]
+
+
+def check_out(out: str, options: Mapping[str, Any]) -> None:
+    """Raise a usage error where `out` is named as the other kind of artifact: a file with --gguf, else a folder."""
+    if options["gguf"] and not out.endswith(".gguf"):
+        raise click.UsageError(f"-o {out}: --gguf writes a file, whose name must end in .gguf")
+    if not options["gguf"] and out.lower().endswith(".gguf"):
+        asked = "--int4" if options["int4"] else "--recipe" if options["recipe_file"] else "--fp8"
+        raise click.UsageError(f"-o {out}: a GGUF file is written by --gguf TYPE; {asked} writes a folder")
 
 
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
@@ -117,8 +125,6 @@ def convert(
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.shards import parse_size
 
-    if not out.endswith(".gguf"):
-        raise click.UsageError("-o OUT: the name of a GGUF file must end in .gguf")
     plan = plan_for(checkpoint, options)
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)

@@ -9,6 +9,8 @@ from gguf import LlamaFileType
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.formats.gguf.container import Metadata
 
+_LATER = {"41": "Q2_0"}  # what the library doesn't know yet
+
 
 def file_type(metadata: Metadata) -> str | None:
     """'Q4_K_M' of `general.file_type`; its number where that is unknown (llama.h, llama_ftype), None without one."""
@@ -18,7 +20,7 @@ def file_type(metadata: Metadata) -> str | None:
     try:
         return LlamaFileType(found.value).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
-        return str(found.value)
+        return _LATER.get(str(found.value), str(found.value))
 
 
 def tensor_types(checkpoint: Checkpoint) -> dict[str, int]:

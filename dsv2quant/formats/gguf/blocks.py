@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.amax_cpu import amax_bits
 from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
+from dsv2quant.formats.gguf.ggml import SIZES, BlockType, dequantize
 
-
-class BlockType(NamedTuple):
-    """`values` consecutive values of a row are stored in `bytes` bytes."""
-
-    values: int
-    bytes: int
-
-
-# ggml/src/ggml-common.h: the static_asserts beside each block's struct.
+# What can be encoded. ggml/src/ggml-common.h: the static_asserts beside each block's struct.
 TYPES = {
     "F32": BlockType(1, 4), "F16": BlockType(1, 2), "BF16": BlockType(1, 2),
     "Q8_0": BlockType(32, 34), "Q4_0": BlockType(32, 18), "Q4_1": BlockType(32, 20),
@@ -38,7 +30,8 @@ def _halves(*offsets: int) -> tuple[tuple[tuple[int, int], ...], ...]:
 # (offset, mask), have all bits of their masks set. Structs of ggml/src/ggml-common.h.
 _EXPONENTS = {
     "F32": (((2, 0x80), (3, 0x7F)),), "F16": _halves(0), "BF16": (((0, 0x80), (1, 0x7F)),),
-    "Q4_0": _halves(0), "Q4_1": _halves(0, 2), "Q5_0": _halves(0), "Q5_1": _halves(0, 2), "Q8_0": _halves(0),
+    "Q1_0": _halves(0), "Q2_0": _halves(0), "Q4_0": _halves(0), "Q4_1": _halves(0, 2), "Q5_0": _halves(0),
+    "Q5_1": _halves(0, 2), "Q8_0": _halves(0),
     "Q2_K": _halves(80, 82), "Q3_K": _halves(108), "Q4_K": _halves(0, 2), "Q5_K": _halves(0, 2), "Q6_K": _halves(208),
     "IQ1_S": _halves(0), "IQ1_M": (((53, 0xC0), (55, 0x70)),), "IQ2_XXS": _halves(0), "IQ2_XS": _halves(0),
     "IQ2_S": _halves(0), "IQ3_XXS": _halves(0), "IQ3_S": _halves(0), "IQ4_NL": _halves(0), "IQ4_XS": _halves(0),
@@ -56,7 +49,7 @@ def nbytes(name: str, shape: tuple[int, ...]) -> int:
 
     Raises ValueError where the last dimension is not a multiple of the type's block.
     """
-    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    values, size = SIZES[name]
     if shape[-1] % values:
         raise ValueError(f"{name} stores blocks of {values} values: a row of {shape[-1]} is not whole blocks")
     return prod(shape) // values * size
@@ -107,13 +100,12 @@ def decode(name: str, data: np.ndarray) -> np.ndarray:
 
     Raises ValueError where a row is not whole blocks.
     """
-    kind = GGMLQuantizationType[name]
-    values, size = GGML_QUANT_SIZES[kind]
+    values, size = SIZES[name]
     if data.shape[-1] % size:
         raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
     out = np.empty((len(data), data.shape[-1] // size * values), np.float32)
     for first in range(0, len(data), _ROWS):  # the library would hold everything twice
-        out[first : first + _ROWS] = quants.dequantize(data[first : first + _ROWS], kind)
+        out[first : first + _ROWS] = dequantize(name, data[first : first + _ROWS])
     return out
 
 
@@ -127,7 +119,7 @@ def holds(name: str, x: np.ndarray, data: np.ndarray) -> bool:
 def first_bad_block(name: str, data: np.ndarray) -> int | None:
     """The first block of `data` (uint8, whole blocks of a type of DECODABLE) with a scale that is NaN or infinite, of
     plain types the first such value: what ggml_validate_row_data refuses. None where all are finite."""
-    rows = data.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[name]][1])
+    rows = data.reshape(-1, SIZES[name].bytes)
     bad = np.zeros(len(rows), bool)
     for exponent in _EXPONENTS[name]:
         bad |= np.logical_and.reduce([rows[:, offset] & mask == mask for offset, mask in exponent])

@@ -15,15 +15,19 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from dsv2quant.errors import InputError
 from dsv2quant.files import open_regular
+from dsv2quant.formats.gguf.ggml import NAMES, NUMBERS, SIZES
 
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 MAX_HEADER_BYTES = 64_000_000  # ten times what DeepSeek-V2's vocabulary of 100,000 and its merges take
+# Python objects take more than their bytes in the file: what models have, several times over.
+MAX_VALUES = 2_000_000  # in all arrays of the metadata
+MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 63  # of a tensor: GGML_MAX_NAME
 _MAX_KEY_BYTES = 65535
 _AGAIN = "get the file again"
@@ -89,9 +93,8 @@ def pack_header(metadata: Metadata, tensors: Sequence[TensorHeader]) -> bytes:
             parts.append(struct.pack(f"<I{_FORMATS[kind]}", kind, value))
     for tensor in tensors:
         dims = tensor.shape[::-1]
-        kind_number = GGMLQuantizationType[tensor.type]
         parts.append(_pack_string(tensor.name))
-        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind_number, tensor.begin))
+        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, NUMBERS[tensor.type], tensor.begin))
     header = b"".join(parts)
     return header.ljust(padded(len(header)), b"\0")
 
@@ -117,6 +120,7 @@ class _Reader:
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 4
         self.end = min(size, MAX_HEADER_BYTES)  # of the header: no damaged count makes it larger
+        self.values = 0  # read so far, of the metadata
 
     def container(self) -> Container:
         version, tensor_count, key_count = self.unpack("IQQ")
@@ -124,6 +128,8 @@ class _Reader:
             raise self.error(f"GGUF version {version}, not 2 or 3", "convert the model again")
         self.check_count(tensor_count, 24)  # of a tensor's header at the least
         self.check_count(key_count, 13)
+        if tensor_count > MAX_TENSORS:
+            raise self.error(f"{tensor_count:,} tensors, more than {MAX_TENSORS:,}")
         metadata: dict[str, Value] = {}
         for _ in range(key_count):
             key = self.string(_MAX_KEY_BYTES)
@@ -156,15 +162,13 @@ class _Reader:
             raise self.error(f"{name} has {rank} dimensions")
         shape = self.unpack(f"{rank}Q")[::-1]
         number, begin = self.unpack("IQ")
-        try:
-            kind = GGMLQuantizationType(number)
-        except ValueError:
-            fix = "update dsv2quant, or get another file"
-            raise self.error(f"{name} has the unknown type number {number}", fix) from None
-        values, nbytes = GGML_QUANT_SIZES[kind]
+        if number not in NAMES:
+            raise self.error(f"{name} has the unknown type number {number}", "update dsv2quant, or get another file")
+        kind = NAMES[number]
+        values, nbytes = SIZES[kind]
         if not prod(shape) or shape[-1] % values:
-            raise self.error(f"{name}: {kind.name} can't have the shape {list(shape)}")
-        return TensorHeader(name, kind.name, shape, begin, prod(shape) // values * nbytes)
+            raise self.error(f"{name}: {kind} can't have the shape {list(shape)}")
+        return TensorHeader(name, kind, shape, begin, prod(shape) // values * nbytes)
 
     def value(self, key: str) -> Value:
         number = self.unpack("I")[0]
@@ -176,6 +180,9 @@ class _Reader:
             raise self.error(f"{key} has a value of the unknown type {number}")
         kind = GGUFValueType(number)
         self.check_count(count, 8 if kind == GGUFValueType.STRING else struct.calcsize(_FORMATS[kind]))
+        self.values += count
+        if self.values > MAX_VALUES:
+            raise self.error(f"{key} is the end of more than {MAX_VALUES:,} values")
         if kind == GGUFValueType.STRING:
             items = [self.string() for _ in range(count)]
         else:

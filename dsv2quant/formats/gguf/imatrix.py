@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.gguf import container
 from dsv2quant.formats.gguf.container import TensorHeader, Value
-from dsv2quant.formats.gguf.tensors import Tensor
+from dsv2quant.formats.gguf.tensors import K_B, Tensor
 from dsv2quant.writer import write_whole
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -32,6 +32,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 # 64 to 128 leave the smallest error of the logarithm in every case. (KLD of Q3_K_M and Q2_K stays within its error.)
 PRIOR_TOKENS = 64
 _TEXT = 127  # bytes that llama-quantize keeps of a name (include/llama.h, llama_model_kv_override)
+_OTHER = "give the imatrix of this model"
 _AGAIN = "make it again, with `dsv2quant calibrate --imatrix` or llama-imatrix"
 
 
@@ -86,7 +87,7 @@ class Imatrix:
         if tensor.name == "token_embd.weight":  # a row lookup has no input; llama-quantize ignores it, too
             return False
         what = f"of another model: {tensor.name} has {entry.sums.size:,} values there, {wanted:,} in the model"
-        raise InputError(what, where=self.source, fix="give the imatrix of this model")
+        raise InputError(what, where=self.source, fix=_OTHER)
 
 
 def _whole(counts: np.ndarray) -> np.ndarray:
@@ -111,13 +112,20 @@ def _shrunk(sums: np.ndarray, tokens: np.ndarray, are_own: bool) -> np.ndarray:
 
 
 def check_model(tensors: Sequence[Tensor], imatrix: Imatrix) -> None:
-    """Raise InputError where the imatrix is of another model: a size is wrong, or most of its names are unknown."""
-    known = [tensor for tensor in tensors if tensor.name in imatrix.entries]
-    if 2 * len(known) < len(imatrix.entries):
-        what = f"of another model: {len(known)} of its {len(imatrix.entries)} tensors are in this one"
-        raise InputError(what, where=imatrix.source, fix="give the imatrix of this model")
-    for tensor in known:
-        imatrix._fits(tensor, imatrix.entries[tensor.name])
+    """Raise InputError where the imatrix is of another model: it has tensors that the model has not, but for
+    `older_names`, or of another size."""
+    known = {tensor.name for tensor in tensors}
+    if unknown := sorted(imatrix.entries.keys() - known - set(older_names(tensors))):
+        what = f"of another model: {len(unknown)} of its {len(imatrix.entries)} tensors are not in this one: "
+        raise InputError(what + listing(unknown), where=imatrix.source, fix=_OTHER)
+    for tensor in tensors:
+        if tensor.name in imatrix.entries:
+            imatrix._fits(tensor, imatrix.entries[tensor.name])
+
+
+def older_names(tensors: Sequence[Tensor]) -> list[str]:
+    """What llama-imatrix measured before llama.cpp stored kv_b_proj's halves, and llama-quantize ignores."""
+    return [tensor.name.replace(K_B, "attn_kv_b") for tensor in tensors if tensor.kind == K_B]
 
 
 def metadata(path: str | Path, imatrix: Imatrix) -> dict[str, Value]:
@@ -209,7 +217,7 @@ def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entry
     if len(sums) % len(counts):
         what = f"{name} has {len(sums):,} sums of {len(counts):,} matrices"
         raise InputError(what, where=path, fix=_AGAIN)
-    if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all()):
+    if not all(np.isfinite(array).all() and (array >= 0).all() for array in (sums, counts)):
         raise InputError(f"{name} is not finite, or negative", where=path, fix=_AGAIN)
     return Entry(sums.reshape(len(counts), -1), counts)
 

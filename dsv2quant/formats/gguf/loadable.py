@@ -14,7 +14,7 @@ from dsv2quant.calib.tokenizer_file import bos_note
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import CAUSAL_LM, ModelConfig
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.values import FLOAT32_MAX
+from dsv2quant.formats.gguf.values import FLOAT32_MAX, UINT32_MAX
 
 _LITE_LAYERS = (26, 27)
 _LITE_48 = (48, 128256)  # layers and vocabulary of another model without query latents
@@ -55,9 +55,14 @@ def check_loadable(config: ModelConfig, where: object, *, drop_expert_groups: bo
         raise refuse("norm_topk_prob with a routed_scaling_factor, or with one expert per token", _ROUTING)
     if config.n_group > 1 and config.topk_group == config.n_group and not drop_expert_groups:
         raise refuse("topk_group equals n_group", "it limits nothing: use --drop-expert-groups")
+    if 1 < config.n_group == config.n_routed_experts and not drop_expert_groups:
+        fix = "llama.cpp wants two or more; the routing is the same without groups: use --drop-expert-groups"
+        raise refuse("has one routed expert per group", fix)
     yarn = () if config.yarn is None else astuple(config.yarn)
     if max(config.routed_scaling_factor, config.rms_norm_eps, config.rope_theta, *yarn) > FLOAT32_MAX:
         raise refuse("has a number beyond float32's range", "GGUF holds float32: correct config.json")
+    if config.yarn is not None and config.yarn.original_max_position_embeddings > UINT32_MAX:
+        raise refuse("original_max_position_embeddings is beyond 32 bits", "GGUF holds 32: correct config.json")
     _check_yarn(config, refuse)
 
 

@@ -24,7 +24,7 @@ from dsv2quant.formats.gguf.container import Value
 from dsv2quant.formats.gguf.loadable import check_loadable
 from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
 from dsv2quant.formats.gguf.tokenizer import tokenizer_metadata
-from dsv2quant.formats.gguf.values import boolean, f32, string, u32, written
+from dsv2quant.formats.gguf.values import boolean, check_numbers, f32, string, u32, written
 from dsv2quant.headers import read_json
 
 ARCHITECTURE = "deepseek2"
@@ -48,13 +48,15 @@ def model_metadata(checkpoint: Checkpoint, file_type: int, *, drop_expert_groups
     if checkpoint.folder is None:
         raise InputError("its tokenizer was not downloaded", where=checkpoint.model)
     check_loadable(checkpoint.config, checkpoint.folder, drop_expert_groups=drop_expert_groups)
-    return {
+    values = {
         **_general(checkpoint, checkpoint.folder),
         **_model(checkpoint.config, checkpoint.raw_config, drop_expert_groups),
         **tokenizer_metadata(checkpoint.folder, checkpoint.config),
         "general.quantization_version": u32(GGML_QUANT_VERSION),
         "general.file_type": u32(file_type),
     }
+    check_numbers(values, checkpoint.folder)
+    return values
 
 
 def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:

@@ -13,8 +13,9 @@ from gguf import GGUFValueType
 
 from dsv2quant.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import UsageError
-from dsv2quant.formats.gguf import blocks, imatrix, presets, types
+from dsv2quant.formats.gguf import asked, blocks, imatrix, presets, types
 from dsv2quant.formats.gguf.container import Metadata, TensorHeader, Value, pack_header, padded
+from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix
 from dsv2quant.formats.gguf.loadable import check_loadable, warnings
 from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
@@ -24,8 +25,8 @@ from dsv2quant.writer import PARTIAL
 
 @dataclass(frozen=True)
 class Options:
-    """What `--gguf` is asked for: a file type (`types.FILE_TYPES`) or preset (`presets.PRESETS`), types for single
-    tensors, and an importance matrix. `shrink` evens out those of experts with few tokens."""
+    """What `--gguf` is asked for: a file type or preset (`file_types`), types for single tensors, and an importance
+    matrix. `shrink` evens out those of experts with few tokens."""
 
     file_type: str
     overrides: Overrides = Overrides()  # noqa: RUF009
@@ -36,7 +37,7 @@ class Options:
     @property
     def number(self) -> int:
         """`general.file_type`; a preset's is that of the mix whose bytes it spends."""
-        return types.FILE_TYPES[presets.PRESETS.get(self.file_type, (self.file_type,))[0]].number
+        return FILE_TYPES[PRESETS.get(self.file_type, (self.file_type,))[0]].number
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,16 @@ class File:
 
 def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     """Plan a GGUF file. Raises InputError where llama.cpp could not load it or the importance matrix is of another
-    model, and UsageError where a type can't be encoded or a tensor's rows don't fit the type asked for."""
+    model or lacks what the file type requires, and UsageError where a type asked for decides nothing, or a tensor's
+    rows don't fit it."""
     config = checkpoint.config
     check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
     checkpoint.check_source()
     tensors = model_tensors(config)
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
-    if options.file_type in presets.PRESETS:
+    asked.check_types(tensors, options.file_type, options.overrides)
+    if options.file_type in PRESETS:
         choices = presets.choose(tensors, options.file_type, config, options.overrides)
     else:
         weighted = options.imatrix is not None
@@ -132,16 +135,11 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     lines = tuple(Line(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
     for line in lines:
         _check_type(line)
-    notes = list(warnings(checkpoint))
-    if options.file_type in ("Q2_K", "Q3_K_S") and options.imatrix is None:
-        notes.append(f"{options.file_type} without an importance matrix loses much: see `calibrate --imatrix`")
+    notes = [*warnings(checkpoint), *asked.importance_notes(lines, options.file_type, options.imatrix)]
     return GgufPlan(checkpoint, options, lines, tuple(notes))
 
 
 def _check_type(line: Line) -> None:
-    if line.type not in blocks.TYPES:
-        fix = f"it encodes {', '.join(blocks.TYPES)}"
-        raise UsageError(f"{line.name} would be {line.type}, which dsv2quant does not encode", fix=fix)
     if line.tensor.shape[-1] % blocks.TYPES[line.type].values:
         what = f"{line.name} can't be {line.type}: its rows have {line.tensor.shape[-1]} columns"
         raise UsageError(what, fix="give another type")
@@ -149,7 +147,14 @@ def _check_type(line: Line) -> None:
 
 def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int | None = None) -> list[File]:
     """The artifact's files in order: `out`, or where it is larger than `split_max_size` bytes the shards
-    `out-00001-of-0000N.gguf`, cut where llama-gguf-split cuts. The first has all metadata."""
+    `out-00001-of-0000N.gguf`, cut where llama-gguf-split cuts. The first has all metadata, which isn't counted.
+
+    Raises UsageError where a tensor alone is larger.
+    """
+    largest = max(plan.lines, key=lambda line: line.nbytes)
+    if split_max_size is not None and padded(largest.nbytes) > split_max_size:
+        what = f"--split-max-size {split_max_size:,}: {largest.name} alone takes {padded(largest.nbytes):,} bytes"
+        raise UsageError(what, fix="tensors are not cut: give at least that")
     groups: list[list[Line]] = [[]]
     size = 0
     for line in plan.lines:
@@ -184,14 +189,12 @@ def _file(path: Path, metadata: Metadata, lines: Sequence[Line]) -> File:
 
 
 def parse_file_type(name: str) -> str:
-    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none."""
-    upper = name.upper()
-    known = types.ALIASES.get(upper, upper)
-    if known not in types.FILE_TYPES and known not in presets.PRESETS:
-        raise UsageError(
-            f"unknown file type {name!r}", fix=f"one of {', '.join((*types.FILE_TYPES, *presets.PRESETS))}"
-        )
-    return known
+    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none, or is not written."""
+    known = ALIASES.get(name.upper(), name.upper())
+    if known in NAMES:
+        return known
+    what = f"{known} is a file type of llama-quantize's that is not written here"
+    raise UsageError(what if known in NOT_WRITTEN else f"unknown file type {name!r}", fix=f"one of {', '.join(NAMES)}")
 
 
 def parse_type(name: str) -> str:

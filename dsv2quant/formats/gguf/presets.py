@@ -14,14 +14,10 @@ from collections.abc import Iterator, Sequence
 from dsv2quant.config import ModelConfig
 from dsv2quant.formats.gguf import blocks, types
 from dsv2quant.formats.gguf.container import padded
+from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
 from dsv2quant.formats.gguf.tensors import Tensor
 from dsv2quant.formats.gguf.types import Choice, Overrides, quantizable
 
-# The stock mix whose bytes are spent, and the type between its default and Q8_0 that many tensors are raised to.
-PRESETS = {
-    "DSV2_Q3_K_M": ("Q3_K_M", "Q4_K"), "DSV2_Q4_K_S": ("Q4_K_S", "Q5_K"), "DSV2_Q4_K_M": ("Q4_K_M", "Q5_K"),
-    "DSV2_Q5_K_M": ("Q5_K_M", "Q6_K"),
-}  # fmt: skip
 _LATENT = ("attn_kv_a_mqa", "attn_q_a", "attn_v_b", "attn_k_b")
 _SHARED = (
     "attn_output", "attn_q", "attn_q_b", "ffn_down", "ffn_gate", "ffn_up", "ffn_down_shexp", "ffn_gate_shexp",
@@ -39,7 +35,7 @@ def choose(
 ) -> list[Choice]:
     """(type, reason) of every tensor, as `types.choose` gives them; `overrides` are not counted in the file's size."""
     stock, raised = PRESETS[preset]
-    default = types.FILE_TYPES[stock].default
+    default = FILE_TYPES[stock].default
     chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.kind == "output" else default) for tensor in tensors}
     room = sum(map(_nbytes, tensors, types.choose(tensors, stock, config)))
     room -= sum(_nbytes(tensor, chosen[tensor.name]) for tensor in tensors)
@@ -48,7 +44,8 @@ def choose(
         if extra <= room:
             room -= extra
             chosen |= {tensor.name: _fit(tensor, wished) for tensor in members}
-    return [overrides.of(t) or chosen[t.name] if quantizable(t) else chosen[t.name] for t in tensors]
+    tied = types.is_tied(tensors)
+    return [(quantizable(t) and overrides.of(t, tied=tied)) or chosen[t.name] for t in tensors]
 
 
 def _steps(tensors: Sequence[Tensor], raised: str) -> Iterator[tuple[list[Tensor], str]]:

@@ -7,44 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from dataclasses import dataclass
 
 from dsv2quant.config import ModelConfig
+from dsv2quant.formats.gguf.file_types import FILE_TYPES
+from dsv2quant.formats.gguf.ggml import SIZES
 from dsv2quant.formats.gguf.tensors import Tensor
 
-
-class FileType(NamedTuple):
-    """A mix: its number in `general.file_type` (enum llama_ftype), and the type that most tensors get."""
-
-    number: int
-    default: str
-
-
-FILE_TYPES = {
-    "F32": FileType(0, "F32"), "F16": FileType(1, "F16"), "BF16": FileType(32, "BF16"),
-    "Q8_0": FileType(7, "Q8_0"), "Q6_K": FileType(18, "Q6_K"),
-    "Q5_K_M": FileType(17, "Q5_K"), "Q5_K_S": FileType(16, "Q5_K"),
-    "Q5_1": FileType(9, "Q5_1"), "Q5_0": FileType(8, "Q5_0"),
-    "Q4_K_M": FileType(15, "Q4_K"), "Q4_K_S": FileType(14, "Q4_K"),
-    "Q4_1": FileType(3, "Q4_1"), "Q4_0": FileType(2, "Q4_0"),
-    "IQ4_NL": FileType(25, "IQ4_NL"), "IQ4_XS": FileType(30, "IQ4_XS"),
-    "Q3_K_L": FileType(13, "Q3_K"), "Q3_K_M": FileType(12, "Q3_K"), "Q3_K_S": FileType(11, "Q3_K"),
-    "Q2_K": FileType(10, "Q2_K"),
-    "IQ3_M": FileType(27, "IQ3_S"), "IQ3_S": FileType(26, "IQ3_S"), "MXFP4_MOE": FileType(38, "MXFP4"),
-}  # fmt: skip
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp
-_PLAIN = ("F32", "F16", "BF16")
+PLAIN = ("F32", "F16", "BF16")
 # The type of blocks of 32 that stands in where a row is not whole blocks of 256 (tensor_type_fallback).
 _FALLBACKS = {
-    "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
-_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}  # attn_output
+_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # attn_output
 # The same in a model of 8 experts, whose attention is taken for a Mixtral's.
-_RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS")
+_RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
 Choice = tuple[str, str | None]
 
 
@@ -53,21 +30,34 @@ class Overrides:
     """Types that the user asks for, as llama-quantize takes them.
 
     `tensor_types` are (regular expression, type): the first that is found in a tensor's name decides, before the
-    fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback.
+    fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback. Where the
+    embedding is the output, too, `output_type` is the embedding's, after all others and with the fallback.
     """
 
     tensor_types: Sequence[tuple[str, str]] = ()
     output_type: str | None = None
     token_embedding_type: str | None = None
 
-    def of(self, tensor: Tensor) -> Choice | None:
-        """The type asked for, if any."""
-        chosen = {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
-        if chosen is not None:
-            return chosen, None
-        patterns = (kind for pattern, kind in self.tensor_types if re.search(pattern.lower(), tensor.name))
-        found = next(patterns, None)
-        return None if found is None else fall_back(tensor, found)
+    def pattern(self, tensor: Tensor) -> int | None:
+        """Which of `tensor_types` decides, if any."""
+        if self._fixed(tensor) is not None:
+            return None
+        found = (i for i, (pattern, _) in enumerate(self.tensor_types) if re.search(pattern.lower(), tensor.name))
+        return next(found, None)
+
+    def of(self, tensor: Tensor, *, tied: bool) -> Choice | None:
+        """The type asked for, if any; `tied` says that the embedding is the output."""
+        fixed, at = self._fixed(tensor), self.pattern(tensor)
+        if fixed is not None:
+            return fixed, None
+        if at is not None:
+            return fall_back(tensor, self.tensor_types[at][1])
+        if tied and tensor.kind == "token_embd" and self.output_type is not None:
+            return fall_back(tensor, self.output_type)
+        return None
+
+    def _fixed(self, tensor: Tensor) -> str | None:
+        return {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
 
 
 def choose(
@@ -79,13 +69,19 @@ def choose(
     overrides: Overrides = Overrides(),
 ) -> list[Choice]:
     """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
-    mix = _Mix(file_type, config, has_imatrix, tied=all(tensor.kind != "output" for tensor in tensors))
-    if mix.default in _PLAIN:
-        overrides = replace(overrides, tensor_types=())
+    tied = is_tied(tensors)
+    mix = _Mix(file_type, config, has_imatrix, tied)
     return [
-        (overrides.of(tensor) or fall_back(tensor, mix.type_of(tensor))) if quantizable(tensor) else ("F32", None)
+        (overrides.of(tensor, tied=tied) or fall_back(tensor, mix.type_of(tensor)))
+        if quantizable(tensor)
+        else ("F32", None)
         for tensor in tensors
     ]
+
+
+def is_tied(tensors: Sequence[Tensor]) -> bool:
+    """Whether the embedding is the output, too."""
+    return all(tensor.kind != "output" for tensor in tensors)
 
 
 def quantizable(tensor: Tensor) -> bool:
@@ -105,7 +101,7 @@ def fall_back(tensor: Tensor, wished: str, fallbacks: Mapping[str, str] = _FALLB
 
 
 def _block(name: str) -> int:
-    return GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
+    return SIZES[name].values
 
 
 class _Mix:
@@ -118,12 +114,10 @@ class _Mix:
 
     def type_of(self, tensor: Tensor) -> str:
         kind = tensor.kind
-        if self.default in _PLAIN:
+        if self.default in PLAIN:
             return self.default
         if kind == "output" or (kind == "token_embd" and self.tied):
             return self._output(tensor.shape[-1])
-        if self.name == "MXFP4_MOE":
-            return "MXFP4" if tensor.matrices > 1 else "Q8_0"  # attn_k_b and attn_v_b included
         if kind.startswith("ffn_down"):
             assert tensor.layer is not None
             return self._down(tensor.layer)
@@ -134,7 +128,7 @@ class _Mix:
         return self.default
 
     def _output(self, columns: int) -> str:
-        if self.name in ("MXFP4_MOE", "Q8_0") or columns % _block(self.default):
+        if self.name == "Q8_0" or columns % _block(self.default):
             return "Q8_0"
         return "Q6_K"
 
@@ -151,7 +145,7 @@ class _Mix:
                 return "Q6_K"
             case "Q4_K_S" if eighth:
                 return "Q5_K"
-            case "IQ3_M" if eighth or (self.experts == 8 and self._more_bits(layer)):
+            case "Q2_K_S" if eighth:
                 return "Q4_K"
             case "IQ4_NL" | "IQ4_XS" if eighth and not self.has_imatrix:
                 return "Q5_K"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from gguf import GGUFValueType, GGUFWriter
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.container import Value
 
+UINT32_MAX = 2**32 - 1
 _INTEGERS = {
-    GGUFValueType.UINT32: (0, 2**32 - 1), GGUFValueType.INT32: (-(2**31), 2**31 - 1),
+    GGUFValueType.UINT32: (0, UINT32_MAX), GGUFValueType.INT32: (-(2**31), 2**31 - 1),
 }  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 can't
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -56,6 +57,13 @@ def written(writer: GGUFWriter, where: object) -> dict[str, Value]:
             raise InputError(what, where=where, fix=f"it must be {rule}")
         found[key] = Value(kind, entry.value, is_array)
     return found
+
+
+def check_numbers(values: Mapping[str, Value], where: object) -> None:
+    """Raise InputError naming `where` for a number, but in an array, that its type can't hold."""
+    for key, (kind, value, is_array) in values.items():
+        if not is_array and kind != GGUFValueType.STRING and not _fits(kind, value):
+            raise InputError(f"{key} would be {value!r}", where=where, fix=f"it must fit {kind.name.lower()}")
 
 
 def _fits(kind: GGUFValueType, value: Any) -> bool:

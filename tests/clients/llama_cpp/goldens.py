@@ -28,7 +28,7 @@ from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
 GOLDEN = Path(__file__).parents[2] / "golden"
 MIXES = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "MXFP4_MOE", "IQ3_M", "IQ3_S",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
 )  # fmt: skip
 
 

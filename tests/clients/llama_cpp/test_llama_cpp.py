@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,7 +19,8 @@ from gguf import GGUFReader
 from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
 
 from dsv2quant.evaluate.text import python_topics
-from dsv2quant.formats.gguf import container
+from dsv2quant.formats.gguf import blocks, container
+from dsv2quant.formats.gguf.file_types import NOT_WRITTEN
 
 CHUNKS, LENGTH = 8, 128  # of the text that importance matrices are measured on
 
@@ -74,11 +76,44 @@ def test_a_file_is_llama_quantizes(model: str, file_type: str, weighted: bool, c
     assert_same(convert(model, file_type, *options), theirs)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("model", gguf_tiny.MODELS)
+def test_q2_k_s_is_llama_quantizes(model: str, convert, sources) -> None:
+    """It needs an importance matrix."""
+    options = ["--imatrix", "imatrix.gguf"]
+    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", "Q2_K_S", *options)
+    assert_same(convert(model, "Q2_K_S", *options), theirs)
+
+
+TIED = {"output": ("--output-type", "Q5_K"), "patterns": OPTIONS["patterns"]}  # tiny-odd's options that take effect
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(m, o) for m in gguf_tiny.MODELS for o in (TIED if m == "tiny-odd" else OPTIONS)],
+)
 def test_overrides_are_those_of_llama_quantize(model: str, options: str, convert, sources) -> None:
-    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", "Q5_K_M", *OPTIONS[options])
-    assert_same(convert(model, "Q5_K_M", *OPTIONS[options]), theirs)
+    words = (TIED if model == "tiny-odd" else OPTIONS)[options]
+    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", "Q5_K_M", *words)
+    assert_same(convert(model, "Q5_K_M", *words), theirs)
+
+
+@pytest.mark.parametrize("file_type", [*FILE_TYPES, *(name for name in NOT_WRITTEN if name != "COPY")])
+def test_every_type_that_llama_quantize_writes_is_decoded_as_it_does(file_type: str, sources, tmp_path) -> None:
+    """Against what llama-quantize itself expands to F32, bit for bit."""
+    source = sources["tiny-v2"]
+    options = ["--imatrix", "imatrix.gguf"]
+    theirs = llama.quantize(source, source.parent / "theirs.gguf", file_type, *options)
+    expanded = container.read(llama.quantize(theirs, tmp_path / "expanded.gguf", "F32", "--allow-requantize"))
+    floats = {tensor.name: values(expanded, tensor) for tensor in expanded.tensors}
+    found = container.read(theirs)
+    for tensor in found.tensors:
+        ours = blocks.decode(tensor.type, values(found, tensor).view(np.uint8).reshape(prod(tensor.shape[:-1]), -1))
+        np.testing.assert_array_equal(ours.reshape(-1).view(np.uint32), floats[tensor.name].view(np.uint32))
+
+
+def values(file: container.Container, tensor: container.TensorHeader) -> np.ndarray:
+    """A tensor's bytes, uint8."""
+    return np.fromfile(file.path, np.uint8, tensor.nbytes, offset=file.data_start + tensor.begin)
 
 
 @pytest.mark.parametrize("model", SPLIT_MODELS)
