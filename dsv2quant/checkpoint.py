@@ -6,8 +6,6 @@ weight's bytes are read when asked for.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -175,16 +173,6 @@ class Checkpoint:
             scales = self.array(weight.parts["weight_scale_inv"]).astype(np.float32, copy=False)
             return decode_block_to_float32(stored, scales)
         return stored if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
-
-    def identity(self) -> str:
-        """sha256 that tells this model from others of its shape: of names, shapes, dtypes and each tensor's first
-        4 KiB, which training never leaves alone. How tensors are spread over shards does not matter."""
-        digest = hashlib.sha256()
-        for weight in self.weights:
-            for part in weight.parts.values():
-                digest.update(json.dumps([part.name, part.dtype, part.shape]).encode())
-                digest.update(self.read(part, nbytes=min(part.nbytes, 4096)).data)
-        return digest.hexdigest()
 
     def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
         """The error to raise where `weight` is NaN or infinite, or would be in BF16."""

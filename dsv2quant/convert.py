@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
 from dsv2quant.scratch import Scratch
 from dsv2quant.source import Source
+from dsv2quant.state import resumable, tell_kept
 from dsv2quant.writer import MANIFEST_FILE, Entry, ShardWriter, dump_json, file_entry
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def convert(
         described |= calibration.describe(device)
         aside += work_bytes(plan, calibration)
     if statistics is not None:
-        statistics.check_model(plan.checkpoint)
+        statistics.check(plan.checkpoint)
         described |= {"statistics": statistics.describe()}
     measured = statistics.path if statistics is not None else None
     read = [path for path in (plan.checkpoint.folder, measured, *inputs) if path is not None]
@@ -133,7 +135,7 @@ def convert(
         progress=progress,
     )  # fmt: skip
     prepared = Prepared(plan)
-    try:
+    with closing(folder), tell_kept(folder.path, partial(resumable, folder.path)):
         resumed = len(folder.finished)
         if folder.complete is not None:
             files = folder.complete
@@ -150,8 +152,6 @@ def convert(
             about["source"]["identity"] = source.identity
             files = _write_small_files(folder, small, files, about)
             folder.finish()
-    finally:
-        folder.close()
     seconds = time.perf_counter() - started
     complete = folder.complete is not None
     return Result(

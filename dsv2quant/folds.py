@@ -10,21 +10,24 @@ all, keeps its digits, and every token its experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, listing
 from dsv2quant.files import read_bytes
+from dsv2quant.headers import read_header, stored_tensors
 from dsv2quant.names import Slot, layer_slots
 
 FOLDS_FILE = "dsv2quant.folds"  # safetensors inside, but not its name: consumers load all files of that name
 MAX_FOLDS_BYTES = 256 << 20
+_AGAIN = "get it again, or convert again"
+REACH = 8  # exponents lie within ±8: far beyond what helps, far within BF16's range
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,32 @@ class Folds:
         return save(self.tensors)
 
     @classmethod
-    def open(cls, path: Path) -> Folds:
-        """Those of an artifact; empty where it has none. Raises InputError for a damaged file."""
-        if not path.exists():
+    def open(cls, path: Path, config: ModelConfig) -> Folds:
+        """Those of an artifact of such a model; empty where it has none. Raises InputError for a damaged file: all
+        tensors of a fold must say the same, so that together they leave the model as it is."""
+        if not os.path.lexists(path):
             return cls({})
-        try:
-            return cls(load(read_bytes(path, MAX_FOLDS_BYTES)))
-        except SafetensorError as error:
-            raise InputError(f"can't be read: {error}", where=path, fix="download it again") from None
+        content, tensors = read_bytes(path, MAX_FOLDS_BYTES), {}
+        header, start = read_header(path)
+        for stored in stored_tensors(header, path.name, path):
+            begin = start + stored.begin
+            if stored.dtype != "I8":
+                raise InputError(f"{stored.name} is {stored.dtype}, not I8", where=path, fix=_AGAIN)
+            tensors[stored.name] = np.frombuffer(content[begin : begin + stored.nbytes], np.int8).reshape(stored.shape)
+        left = dict(tensors)
+        for fold in (fold for layer in range(config.num_hidden_layers) for fold in layer_folds(config, layer)):
+            exponents = tensors.get(f"{fold.consumers[0].name}.columns")
+            if exponents is None:
+                continue
+            if exponents.shape != fold.consumers[0].shape[1:] or abs(exponents.astype(np.int16)).max() > REACH:
+                what = f"{fold.consumers[0].name}.columns is no fold of this model's"
+                raise InputError(what, where=path, fix=_AGAIN)
+            for name, wanted in cls.of(fold, exponents).items():
+                if name not in left or not np.array_equal(left.pop(name), wanted):
+                    raise InputError(f"{name} is missing or does not undo its fold", where=path, fix=_AGAIN)
+        if left:
+            raise InputError(f"{listing(sorted(left))} belongs to no fold", where=path, fix=_AGAIN)
+        return cls(tensors)
 
     def columns(self, slot: Slot) -> np.ndarray | None:
         """Exponents of a matrix's columns; None where they stay."""

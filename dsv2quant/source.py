@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from dsv2quant.checkpoint import Checkpoint, Weight
+from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 
 SAMPLE = 4096  # bytes
@@ -64,6 +65,11 @@ class Source:
         if not same:
             what = "its weights changed while they were converted"
             raise InputError(what, where=checkpoint.model, fix="convert again with --force when they stay as they are")
+
+
+def configured(config: ModelConfig) -> str:
+    """sha256 of all that was read of a model's configuration."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
 def sampled(checkpoint: Checkpoint) -> str:

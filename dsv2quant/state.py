@@ -7,12 +7,16 @@ kill or a power failure costs the last one at most.
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dsv2quant.writer import STATE_FILE, WORK_FOLDER, is_regular, open_locked
 
+logger = logging.getLogger(__name__)
 _MAX_BYTES = 64 << 20
 
 
@@ -78,4 +82,17 @@ def resumable(out: Path) -> bool:
         return False
     with path.open("rb") as file:
         recorded = len(_parse(file.read(_MAX_BYTES))[0]) > 1
-    return recorded or any((out / WORK_FOLDER).rglob("layer-*.safetensors"))
+    return recorded or any((out / WORK_FOLDER).rglob("*.safetensors"))
+
+
+@contextmanager
+def tell_kept(out: Path, is_kept: Callable[[], bool]) -> Iterator[None]:
+    """Say so where an interrupt ends the work on `out` and something of it is kept. An error says itself what to do."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        if is_kept():
+            logger.warning("%s: what is finished is kept; the same command continues there", out)
+        raise

@@ -77,7 +77,7 @@ def test_every_spelling_is_the_same_model(spelling, shards, plain, published, tm
     tensors = SPELLINGS[spelling](plain)
     assert tensors.keys() != plain.keys()
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", CONFIG, tensors, shards))
-    assert checkpoint.identity() == published.identity()
+    assert sampled(checkpoint) == sampled(published)
     assert [w.slot for w in checkpoint.weights] == [w.slot for w in published.weights]
     for ours, theirs in zip(checkpoint.weights, published.weights, strict=True):
         assert checkpoint.read(ours.stored).tobytes() == published.read(theirs.stored).tobytes()

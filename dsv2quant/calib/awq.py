@@ -8,25 +8,27 @@ that no forward pass is needed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.numpy import load
 
 from dsv2quant.calib.calibration import layer_file
+from dsv2quant.calib.pieces import Pieces
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.calib.streams import save_layer
-from dsv2quant.folds import Fold, Folds, layer_folds
+from dsv2quant.folds import REACH, Fold, Folds, layer_folds
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.model.load import decode
 from dsv2quant.plan import Line, Plan
 
+logger = logging.getLogger(__name__)
 ALPHAS = np.linspace(0, 1, 21)
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # scales that a candidate is judged by, in units of amax / 7
-REACH = 8  # exponents lie within ±8: far beyond what helps, far within BF16's range
 
 
 def choose_folds(
@@ -34,21 +36,22 @@ def choose_folds(
 ) -> Folds:
     """Exponents for every fold that a line with method `awq` reads, layer by layer in `folder`, which keeps what is
     finished; `progress` is called with weights."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = {line.slot.name: line for line in plan.lines if line.method == "awq"}
     tensors: dict[str, np.ndarray] = {}
-    for layer in range(plan.checkpoint.config.num_hidden_layers):
-        path = layer_file(folder, layer)
-        if not path.exists():
-            found: dict[str, np.ndarray] = {}
-            for fold in layer_folds(plan.checkpoint.config, layer):
-                readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
-                if readers:
-                    found |= Folds.of(fold, _exponents(plan, fold, readers, statistics, device))
-            save_layer(path, found)
-        file = safe_open(path, "np")
-        tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        progress(sum(line.slot.size for line in lines.values() if line.slot.layer == layer))
+    with Pieces(folder) as pieces:
+        for layer in range(plan.checkpoint.config.num_hidden_layers):
+            path = layer_file(folder, layer)
+            if damaged := pieces.holds(path) and pieces.damaged([path]):
+                logger.warning("%s: is not what was written to it; it is made again", path)
+            if damaged or not pieces.holds(path):
+                found: dict[str, np.ndarray] = {}
+                for fold in layer_folds(plan.checkpoint.config, layer):
+                    readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
+                    if readers:
+                        found |= Folds.of(fold, _exponents(plan, fold, readers, statistics, device))
+                save_layer(path, found, pieces)
+            tensors |= load(path.read_bytes())
+            progress(sum(line.slot.size for line in lines.values() if line.slot.layer == layer))
     return Folds(tensors)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +16,19 @@ from safetensors import safe_open
 
 from dsv2quant import __version__
 from dsv2quant.calib.calibration import Calibration, layer_file
-from dsv2quant.calib.statistics import SCHEMA, Statistics
+from dsv2quant.calib.statistics import SCHEMA, Statistics, digest_of, read_about
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.shards import Output, Shard
-from dsv2quant.writer import ShardWriter, disk_errors, dump_json, open_locked, sync_folder
+from dsv2quant.source import Source, configured
+from dsv2quant.state import StateLog, tell_kept
+from dsv2quant.writer import PARTIAL, ShardWriter, disk_errors, is_regular, refuse_inputs, sync_folder
 
 logger = logging.getLogger(__name__)
-STATE_FILE = "state.json"
+STATE_FILE, LAYERS = "state.json", "layers"
+_STATES = "dsv2quant.calibration/"  # schema of state files, in whichever version
 
 
 def statistics_bytes(config: ModelConfig) -> int:
@@ -45,69 +48,132 @@ def calibrate(
     device: str = "cpu",
     halves: bool = False,
     force: bool = False,
+    inputs: Iterable[Path] = (),
     progress: Progress = no_progress,
 ) -> Statistics:
     """Measure `checkpoint` on `calibration` and write the statistics file `out`; what is there already is opened.
 
     `halves` adds what an importance matrix needs of kv_b_proj's halves. Work goes into the folder `<out>.work`, from
-    which a killed run continues. Raises InputError where `out` holds something else, another run is making it, or the
-    disk is too small.
+    which a killed run continues; where an interrupt leaves it something to go on with, a warning says so. `inputs` are
+    further files that were read for it. Raises InputError where `out` holds something else or is an input, another run
+    is making it, the source changes meanwhile, or the disk is too small. `force` replaces statistics, nothing else.
     """
+    work = work_folder(out)
+    with tell_kept(out, lambda: any((work / LAYERS).glob("layer-*.safetensors"))):
+        return measure(
+            checkpoint, out, calibration, device=device, halves=halves, force=force, inputs=inputs, progress=progress
+        )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    out: Path,
+    calibration: Calibration,
+    *,
+    device: str,
+    progress: Progress,
+    halves: bool = False,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+) -> Statistics:
+    """As `calibrate`, as a part of work that says itself what is kept."""
     from dsv2quant.calib.collect import collect
 
-    work = out.with_name(out.name + ".work")
-    wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
+    work, source = work_folder(out), Source.of(checkpoint, {})
+    model = {"identity": source.identity["weights"], "config": configured(checkpoint.config)}
+    wanted = {"model": model, "calibration": calibration.describe(device)}
+    _check_out(out, [*inputs, *([checkpoint.folder] if checkpoint.folder is not None else [])])
     if out.exists() and not force:
-        made = Statistics(out)
-        shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
-        same = wanted == {"model": made.identity, "calibration": made.about["calibration"]}
-        if same and (made.halves or not halves):
-            return made
-        what = "holds statistics of another model or another calibration"
-        if same:
-            what = "was measured without what an importance matrix needs"
-        raise InputError(what, where=out, fix="give another file, or --force to replace it")
+        made = _opened(out, wanted, halves)
+        made.check(checkpoint)
+        if work.is_dir() and set(os.listdir(work)) <= {STATE_FILE, LAYERS}:  # a kill may have left it
+            with disk_errors(work), _claimed(work, {}, force=True):
+                pass
+        return made
     config = checkpoint.config
     total = calibration.ids.size * config.num_hidden_layers
-    with disk_errors(out), _claimed(work, wanted | {"halves": halves}, force):
+    state = {"schema": f"{_STATES}1", "dsv2quant": __version__, "halves": halves, "stats": source.stats}
+    with disk_errors(out), _claimed(work, state | wanted, force):
         needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
         logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
         _check_space(out, needed)
         with progress(total, "tok·layer", "calibrate") as advance:
-            counts = collect(checkpoint, work / "layers", calibration, device, halves, advance)
+            counts = collect(checkpoint, work / LAYERS, calibration, device, halves, advance)
+        source.check_unchanged(checkpoint)
         about = {
             "schema": SCHEMA,
             "dsv2quant": __version__,
-            "model": {"name": checkpoint.model, "revision": checkpoint.revision, "identity": wanted["model"]},
+            "model": {"name": checkpoint.model, "revision": checkpoint.revision} | model,
             "calibration": wanted["calibration"],
             "halves": halves,
             "counts": counts,
             "fingerprint": calibration.fingerprint,
         }
-        _write(out, work / "layers", config.num_hidden_layers, about)
+        _write(out, work / LAYERS, config.num_hidden_layers, about)
     return Statistics(out)
+
+
+def work_folder(out: Path) -> Path:
+    """Where unfinished work on the statistics file `out` lies."""
+    return out.with_name(out.name + ".work")
+
+
+def _check_out(out: Path, inputs: list[Path]) -> None:
+    """Raise InputError where `out` is an input or would be read as one, or is neither free nor a statistics file."""
+    refuse_inputs([out, out.with_name(out.name + PARTIAL)], inputs)
+    if out.suffix == ".safetensors" and any(folder.is_dir() and out.parent.samefile(folder) for folder in inputs):
+        what = "would lie among the checkpoint's weights, and be taken for some of them"
+        raise InputError(what, where=out, fix="give a file in another folder")
+    if not os.path.lexists(out):
+        return
+    if not out.is_file():
+        raise InputError("is there and no file", where=out, fix="give another file")
+    try:
+        read_about(out)
+    except InputError as error:
+        what = str(error).removeprefix(f"{out}: ").partition(" (")[0]
+        raise InputError(f"is there, and {what}", where=out, fix="give another file, or remove it yourself") from None
+
+
+def _opened(out: Path, wanted: dict[str, Any], halves: bool) -> Statistics:
+    """The statistics that are there. Raises InputError where these are others than is wanted."""
+    made, fix = Statistics(out), "give another file, or --force to replace it"
+    model = {key: made.about["model"][key] for key in wanted["model"]}
+    if wanted != {"model": model, "calibration": made.about["calibration"]}:
+        raise InputError("holds statistics of another model or another calibration", where=out, fix=fix)
+    if halves and not made.halves:
+        raise InputError("was measured without what an importance matrix needs", where=out, fix=fix)
+    return made
 
 
 @contextmanager
 def _claimed(work: Path, wanted: dict[str, Any], force: bool) -> Iterator[None]:
-    """The work folder, locked; removed at the end, kept where it ends early."""
+    """The work folder, locked; removed at the end, kept where it ends early. Only what is in a folder with a state file
+    of ours is ever removed, and only what we put there."""
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise InputError("is a link or no folder", where=work, fix="remove it")
     work.mkdir(parents=True, exist_ok=True)
-    state = open_locked(work / STATE_FILE, work)
+    strange = {entry.name for entry in work.iterdir()} - {LAYERS, STATE_FILE}
+    if strange or ((work / LAYERS).exists() and not is_regular(work / STATE_FILE)):
+        what = f"is where unfinished work would go, and holds {listing(sorted(strange)) or LAYERS}, which is none"
+        raise InputError(what, where=work, fix="give another output file, or move it away")
+    state = StateLog(work / STATE_FILE, work)
     try:
-        content, found = dump_json(wanted), os.pread(state, 1 << 20, 0)
-        if found != content:
-            begun = any(entry.name != STATE_FILE for entry in work.iterdir())
+        begun = (work / LAYERS).exists()
+        if begun and not (state.lines and str(state.lines[0].get("schema")).startswith(_STATES)):
+            raise InputError("holds files but no state of our work", where=work, fix="move them away")
+        if not state.lines or state.lines[0] != wanted:
             if begun and not force:
-                what = "holds an unfinished calibration of another model or text"
+                what = "holds an unfinished calibration of another model, text or version"
                 raise InputError(what, where=work, fix="delete it, or --force to start over")
-            shutil.rmtree(work / "layers", ignore_errors=True)
-            os.ftruncate(state, 0)
-            os.pwrite(state, content, 0)
-            os.fsync(state)
+            shutil.rmtree(work / LAYERS, ignore_errors=True)
+            state.start(wanted)
         yield
-        shutil.rmtree(work)
+        shutil.rmtree(work / LAYERS, ignore_errors=True)
+        os.unlink(work / STATE_FILE)  # last: what lies in a folder without it is not known to be ours
+        work.rmdir()
     finally:
-        os.close(state)
+        state.close()
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -121,6 +187,7 @@ def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
     """Join the layers' files, one tensor at a time."""
     files = [safe_open(layer_file(layers, layer), "np") for layer in range(count)]
     where = {name: file for file in files for name in sorted(file.keys())}
+    about = about | {"digest": digest_of(about, ((name, where[name].get_tensor(name)) for name in sorted(where)))}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
     outputs = tuple(Output(name, "F32", shape, 4 * shape[0]) for name, shape in shapes.items())
     shard = Shard(out.name, outputs, {"statistics": json.dumps(about, sort_keys=True)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from dsv2quant.calib.statistics import K_HALF, V_HALF, Statistics
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, write
+from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, read, write
 from dsv2quant.formats.gguf.tensors import K_B, V_B, Tensor, model_tensors
 from dsv2quant.writer import disk_errors
 
@@ -37,8 +38,20 @@ def check_free(out: Path, statistics: Path, force: bool) -> None:
     """Raise InputError, before hours of work, where `out` holds something else than an imatrix of these statistics."""
     if out.resolve() == statistics.resolve():
         raise InputError("is the statistics file", where=out, fix="give the imatrix a name of its own")
-    if out.is_dir() or (out.exists() and not statistics.exists() and not force):
+    if not os.path.lexists(out):
+        return
+    if not out.is_file() or (not statistics.exists() and not force):
         raise InputError("exists", where=out, fix="give another file, or --force to replace it")
+    _check_imatrix(out)
+
+
+def _check_imatrix(out: Path) -> None:
+    """Raise InputError for a file that is no imatrix: no --force replaces it."""
+    try:
+        read(out)
+    except InputError:
+        what, fix = "is there and no importance matrix", "give another file, or remove it yourself"
+        raise InputError(what, where=out, fix=fix) from None
 
 
 def write_imatrix(out: Path, statistics: Statistics, config: ModelConfig, force: bool) -> None:

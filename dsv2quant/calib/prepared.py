@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import numpy as np
 from dsv2quant.calib.calibration import Calibration, Encoded, Outcome, needs_calibration, needs_statistics, work_weights
 from dsv2quant.calib.kv import kv_scale
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.errors import InputError
 from dsv2quant.folds import Folds
 from dsv2quant.formats.part import Inputs
 from dsv2quant.plan import Line, Plan
 from dsv2quant.progress import Progress
 from dsv2quant.targets import input_group
 from dsv2quant.writer import disk_errors
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared:
@@ -88,12 +92,18 @@ def prepare(
     `calibration` is needed where the plan has methods that run the model on it, or needs statistics that aren't given.
     """
     if needs_statistics(plan) and statistics is None:
-        from dsv2quant.calib.calibrate import calibrate
+        from dsv2quant.calib.calibrate import measure
 
         assert calibration is not None
         work.mkdir(exist_ok=True)
         path = work / "statistics.safetensors"
-        statistics = calibrate(plan.checkpoint, path, calibration, device=device, progress=progress)
+        try:
+            if path.exists():
+                Statistics(path).check(plan.checkpoint)
+        except InputError as error:
+            logger.warning("%s; it is made again", error)
+            path.unlink()
+        statistics = measure(plan.checkpoint, path, calibration, device=device, progress=progress)
     folds = Folds({})
     wanted = sum(line.slot.size for line in plan.lines if line.method == "awq")
     if wanted:

@@ -13,13 +13,17 @@ and, where asked for, of kv_b_proj's halves, which absorbed attention applies to
     <layer>.self_attn.kv_b_proj.k.square  float32 [heads · qk_nope_head_dim]   Σ x²
     <layer>.self_attn.kv_b_proj.v.square  float32 [heads · kv_lora_rank]       Σ x²
 
-`__metadata__.statistics` is JSON: the model (`Checkpoint.identity`), the calibration text and tokens, tokens per site.
+`__metadata__.statistics` is JSON: the model (weights and configuration, as `dsv2quant/source.py` tells them apart), the
+calibration text and tokens, tokens per site, and a digest of all this and the vectors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,44 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.errors import InputError
-from dsv2quant.names import Slot
+from dsv2quant.config import ModelConfig
+from dsv2quant.errors import InputError, listing
+from dsv2quant.headers import read_header
+from dsv2quant.names import LINEAR_ROLES, Slot, layer_slots
+from dsv2quant.source import configured, sampled
 
-SCHEMA = "dsv2quant.statistics/1"
+FAMILY = "dsv2quant.statistics/"
+SCHEMA = FAMILY + "2"
 K_HALF, V_HALF = "kv_b_proj.k", "kv_b_proj.v"
+
+
+_ROUNDING, _TINY = 1e-5, 1e-30
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _is_model(value: object) -> bool:
+    keys = ("name", "identity", "config")
+    return isinstance(value, dict) and "revision" in value and all(isinstance(value.get(key), str) for key in keys)
+
+
+def _is_calibration(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("source"), str):
+        return False
+    return all(_is_count(value.get(key)) and value[key] for key in ("windows", "ctx"))
+
+
+_HEADER: dict[str, Callable[[Any], bool]] = {  # key → whether its value is what it must be
+    "dsv2quant": lambda value: isinstance(value, str),
+    "model": _is_model,
+    "calibration": _is_calibration,
+    "halves": lambda value: isinstance(value, bool),
+    "counts": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+    "fingerprint": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "digest": lambda value: isinstance(value, str),
+}
 
 
 def site(slot: Slot) -> str:
@@ -46,43 +83,130 @@ def site(slot: Slot) -> str:
     return slot.module
 
 
+def inputs(config: ModelConfig) -> Iterator[tuple[str, int, bool]]:
+    """(site, channels, whether it is a routed expert's) of everything that is measured, layer by layer."""
+    for layer in range(config.num_hidden_layers):
+        slots = [slot for slot in layer_slots(config, layer) if slot.role in (*LINEAR_ROLES, "router")]
+        yield from dict.fromkeys((site(slot), slot.shape[1], slot.expert is not None) for slot in slots)
+
+
+def vectors(config: ModelConfig, halves: bool) -> dict[str, int]:
+    """{name: length} of all vectors of a statistics file."""
+    found = {}
+    for name, columns, routed in inputs(config):
+        for suffix in ("amax", "square", *(("weighted_square",) if routed else ())):
+            found[f"{name}.{suffix}"] = columns
+    for layer in range(config.num_hidden_layers):
+        at, heads = f"model.layers.{layer}.self_attn", config.num_attention_heads
+        found[f"{at}.k_pe_radius"] = config.qk_rope_head_dim // 2
+        if halves:
+            found[f"{at}.{K_HALF}.square"] = heads * config.qk_nope_head_dim
+            found[f"{at}.{V_HALF}.square"] = heads * config.kv_lora_rank
+    return found
+
+
+def digest_of(about: Mapping[str, Any], arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    """sha256 of what a file says, its own digest aside, and of its vectors by name."""
+    found = hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "digest"}, sort_keys=True).encode())
+    for name, array in arrays:
+        found.update(f"\0{name}\0".encode())
+        found.update(array.data)
+    return found.hexdigest()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What the header of a statistics file says, of whichever version. Raises InputError where it is none of ours, or
+    damaged."""
+    fix = "give the file that `dsv2quant calibrate` made"
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(what, where=path, fix=fix)
+    try:
+        read_header(path)
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {}).get("statistics", ""))
+    except (InputError, OSError, SafetensorError, ValueError, RecursionError) as error:
+        what = str(error).removeprefix(f"{path}: ").partition(" (")[0]
+        raise InputError(f"not a statistics file: {what}", where=path, fix=fix) from None
+    if not isinstance(about, dict) or not str(about.get("schema")).startswith(FAMILY):
+        raise InputError("not a statistics file: its header is another", where=path, fix=fix)
+    return about
+
+
 class Statistics:
     """An opened statistics file; arrays are read when asked for. `counts` are tokens by site, `tokens` those of the
-    text, `source` its name, `identity` is the model's; `halves` says whether kv_b_proj's halves were measured."""
+    text, `source` its name; `halves` says whether kv_b_proj's halves were measured."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError where the file is missing, damaged or none of ours."""
+        """Raises InputError where the file is missing, damaged or none of ours. `check` says whether it is true."""
         self.path = path
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "no such file"
-            raise InputError(what, where=path, fix="give the file that `dsv2quant calibrate` made")
-        try:
-            self._file: Any = safe_open(path, "np")
-            self.about: dict[str, Any] = json.loads((self._file.metadata() or {}).get("statistics", ""))
-        except (OSError, SafetensorError, ValueError) as error:
-            fix = "give a file that `dsv2quant calibrate` made"
-            raise InputError(f"not a statistics file: {error}", where=path, fix=fix) from None
-        schema = self.about.get("schema") if isinstance(self.about, dict) else None
-        if schema != SCHEMA:
-            raise InputError(
-                f"has schema {schema!r}, not {SCHEMA}", where=path, fix="calibrate again with this version"
-            )
-        try:
-            self.counts: Mapping[str, int] = {str(name): int(count) for name, count in self.about["counts"].items()}
-            self.identity = str(self.about["model"]["identity"])
-            self.windows, self.ctx = (int(self.about["calibration"][key]) for key in ("windows", "ctx"))
-            self.source = str(self.about["calibration"]["source"])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError("its header is incomplete", where=path, fix="calibrate again") from None
+        self.about = read_about(path)
+        if self.about["schema"] != SCHEMA:
+            what = f"has schema {self.about['schema']!r}, not {SCHEMA}"
+            raise InputError(what, where=path, fix="calibrate again with this version")
+        lacking = [key for key, is_right in _HEADER.items() if not is_right(self.about.get(key))]
+        if lacking:
+            raise InputError(f"its header is incomplete: {listing(lacking)}", where=path, fix="calibrate again")
+        self.counts: Mapping[str, int] = self.about["counts"]
+        self.windows, self.ctx = (int(self.about["calibration"][key]) for key in ("windows", "ctx"))
+        self.source = str(self.about["calibration"]["source"])
         self.tokens = self.windows * self.ctx
-        self.halves = bool(self.about.get("halves"))
+        self.halves = bool(self.about["halves"])
+        self._file: Any = safe_open(path, "np")
         self._names = set(self._file.keys())
 
-    def check_model(self, checkpoint: Checkpoint) -> None:
-        """Raise InputError where the statistics are of another model."""
-        if self.identity != checkpoint.identity():
-            what = f"statistics of another model, {self.about['model'].get('name')}"
-            raise InputError(what, where=self.path, fix=f"calibrate {checkpoint.model}")
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where the statistics are of another model or configuration, or are not what was measured.
+        Reads the whole file: V2's 0.8 GB take some seconds."""
+        model, config = self.about["model"], checkpoint.config
+        fix = f"calibrate {checkpoint.model}"
+        if model["identity"] != sampled(checkpoint):
+            raise InputError(f"statistics of another model, {model['name']}", where=self.path, fix=fix)
+        if model["config"] != configured(config):
+            what = f"statistics of {model['name']} with another config.json"
+            raise InputError(what, where=self.path, fix=fix)
+        wanted, fix = vectors(config, self.halves), "calibrate again"
+        for what, names in (("holds no", wanted.keys() - self._names), ("holds unknown", self._names - wanted.keys())):
+            if names:
+                raise InputError(f"{what} {listing(sorted(names))}", where=self.path, fix=fix)
+        for name, columns, routed in inputs(config):
+            self._check_input(name, columns, routed)
+        self._check_counts(config)
+        if self.about["digest"] != digest_of(self.about, ((n, self._read(n, wanted[n])) for n in sorted(wanted))):
+            raise InputError("was changed: its digest is another", where=self.path, fix=fix)
+
+    def _check_input(self, name: str, columns: int, routed: bool) -> None:
+        """Raise InputError where an input's vectors can't be true: Σ x² of each channel lies between its largest x²
+        and as many times that as there are tokens. Only experts may see nothing but zeros, which pruned ones do."""
+        count = self.counts.get(name)
+        if count is None:
+            raise InputError(f"holds no count of {name}", where=self.path, fix="calibrate again")
+        amax, square = (self._read(f"{name}.{suffix}", columns).astype(np.float64) for suffix in ("amax", "square"))
+        largest = amax**2
+        # The square of a tiny input is 0 in float32; sums are rounded once.
+        possible = (square <= largest * count * (1 + _ROUNDING)) & (square >= largest * (1 - _ROUNDING) - _TINY)
+        if not possible.all():
+            what = f"{name}.square and .amax can't be of the same {count:,} tokens at channel {int(possible.argmin())}"
+            raise InputError(what, where=self.path, fix="calibrate again")
+        if not (routed or amax.any()):
+            raise InputError(f"{name}.amax is all zeros", where=self.path, fix="calibrate again")
+
+    def _check_counts(self, config: ModelConfig) -> None:
+        """Raise InputError unless every token came by everywhere, and by as many experts as it has."""
+        experts: dict[str, int] = defaultdict(int)
+        known = {}
+        for name, _, routed in inputs(config):
+            known[name] = self.counts[name]
+            if routed:
+                experts[re.sub(r"\d+\.(\w+)$", r"*.\1", name)] += self.counts[name]
+            elif self.counts[name] != self.tokens:
+                what = f"{name} was measured on {self.counts[name]:,} of {self.tokens:,} tokens"
+                raise InputError(what, where=self.path, fix="calibrate again")
+        chosen = self.tokens * config.num_experts_per_tok
+        odd = next((name for name, total in experts.items() if total != chosen), None)
+        if odd is not None or known != self.counts:
+            what = f"tokens of {odd or listing(sorted(self.counts.keys() - known.keys()))} don't add up"
+            raise InputError(what, where=self.path, fix="calibrate again")
 
     def count(self, slot: Slot) -> int:
         """Tokens that the tensor's input was measured on."""
@@ -140,6 +264,6 @@ class Statistics:
         if found.dtype != np.float32 or found.ndim != 1 or (columns is not None and len(found) != columns):
             what = f"{name} is {found.dtype} {list(found.shape)}, not float32 [{columns or 'channels'}]"
             raise InputError(what, where=self.path, fix=fix)
-        if not np.isfinite(found).all():
-            raise InputError(f"{name} is not finite", where=self.path, fix=fix)
+        if not (np.isfinite(found).all() and (found >= 0).all()):
+            raise InputError(f"{name} is not finite, or negative", where=self.path, fix=fix)
         return found

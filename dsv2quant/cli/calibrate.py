@@ -79,13 +79,14 @@ def command(
 
         check_free(Path(imatrix), Path(out), force)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    calibration.check_outputs([path for path in (out, imatrix, options["figure"]) if path], checkpoint, options)
     windows = calibration.load(checkpoint, options, quiet, protocol)
 
     from dsv2quant.calib.calibrate import calibrate
 
     found = calibrate(
         checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
-        progress=bars.progress(quiet),
+        inputs=calibration.inputs(checkpoint, options), progress=bars.progress(quiet),
     )  # fmt: skip
     if imatrix is not None:
         write_imatrix(Path(imatrix), found, checkpoint.config, force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,22 @@ def check_text(path: str | None) -> None:
         from dsv2quant.calib.text import load
 
         load(path, Path())  # says what is wrong
+
+
+def inputs(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[Path]:
+    """The files and folders that a calibration reads."""
+    return [Path(path) for path in (checkpoint.folder, options["text"]) if path is not None]
+
+
+def check_outputs(outputs: Sequence[str], checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Raise InputError, before the work begins, where a file to write is also read, or named twice."""
+    from dsv2quant.errors import InputError
+    from dsv2quant.writer import refuse_inputs
+
+    refuse_inputs(map(Path, outputs), inputs(checkpoint, options))
+    for i, path in enumerate(outputs):
+        if any(os.path.realpath(path) == os.path.realpath(other) for other in outputs[:i]):
+            raise InputError("is named for two outputs", where=path, fix="give each a name of its own")
 
 
 def open_statistics(path: str | None) -> Statistics | None:

@@ -78,6 +78,8 @@ def command(
             checkpoint, out, options, device=device, force=force, as_json=as_json, verbose=verbose, quiet=quiet
         )
         return
+    if options["figure"]:
+        calibration.check_outputs([out, options["figure"]], checkpoint, options)
     plan = common.plan_for(checkpoint, options)
 
     from dsv2quant.calib.calibration import needs_calibration, needs_statistics

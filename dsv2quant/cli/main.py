@@ -1,6 +1,6 @@
 """The `dsv2quant` command: finds the verb, and turns failures into one line and an exit code.
 
-0 done · 1 a bug · 2 wrong usage · 3 bad input · 4 a gate failed · 130 interrupted
+0 done · 1 a bug · 2 wrong usage · 3 bad input · 4 a gate failed · 130 interrupted · 129, 143 hung up, terminated
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -73,6 +76,29 @@ def cli() -> None:
     """
 
 
+class Stopped(BaseException):
+    """A signal asks for an end, which cleans up as an interrupt does."""
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Stopped in here, once: a second one ends the process at once."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    # What nohup ignores stays ignored.
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> NoReturn:
     """Entry point of the console script."""
     take_any_text()
@@ -80,15 +106,20 @@ def main() -> NoReturn:
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        code = cli.main(standalone_mode=False) or 0
+        with stopping():
+            code = cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         code = 130
+    except Stopped as stopped:
+        with suppress(OSError):  # the terminal may be gone
+            print("terminated", file=sys.stderr)
+        code = 128 + stopped.args[0]
     except Dsv2quantError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

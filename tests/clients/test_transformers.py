@@ -283,4 +283,4 @@ def test_its_stacked_experts_are_the_same_model(tmp_path, lite):
     model.save_pretrained(tmp_path, save_original_format=False)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "model.layers.1.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 - it is no dictionary
-    assert Checkpoint.open(tmp_path).identity() == Checkpoint.open(lite).identity()
+    assert sampled(Checkpoint.open(tmp_path)) == sampled(Checkpoint.open(lite))

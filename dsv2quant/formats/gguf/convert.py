@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from dsv2quant.formats.gguf.rows import CACHED, PIECE, Piece, pieces, read_rows
 from dsv2quant.formats.gguf.state import State
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.source import Source
+from dsv2quant.state import resumable, tell_kept
 from dsv2quant.writer import Entry, create, disk_errors, open_own, sync_folder
 
 RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
@@ -72,7 +74,7 @@ def convert_gguf(
     state = State(out, files, plan, source, force, progress)
     if state.complete is not None:
         return Result(state.complete, 0, True, time.perf_counter() - started)
-    try:
+    with tell_kept(out, partial(resumable, out)), closing(state):
         resumed = sum(state.done)
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, file in enumerate(files):
@@ -86,8 +88,6 @@ def convert_gguf(
         entries: dict[str, Entry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
         state.manifest.write(plan.checkpoint, command, entries)
         state.finish()
-    finally:
-        state.close()
     return Result(entries, resumed, False, time.perf_counter() - started)
 
 
