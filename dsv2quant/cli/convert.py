@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from dsv2quant.cli import bars, calibration, common, gguf, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @common.stack(
     click.option("-o", "--output", "out", type=types.Path(), metavar="OUT",
