@@ -22,8 +22,8 @@ from test_gguf_convert import LATE, interrupted
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import convert
-from dsv2quant.formats.gguf.convert import Result, convert_gguf
 from dsv2quant.formats.gguf.container import Metadata, Value
+from dsv2quant.formats.gguf.convert import Result, convert_gguf
 from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
 from dsv2quant.state import resumable
 
@@ -82,8 +82,8 @@ def test_the_same_command_again_finds_it_complete(split, model, tmp_path):
     assert not first.already_complete
     assert contents(tmp_path / "out") == before
     assert not resumable(tmp_path / "out" / "m.gguf")
+    plan = make_gguf_plan(Checkpoint.open(model), Options("BF16"))
     with pytest.raises(InputError, match="is there already"):
-        plan = make_gguf_plan(Checkpoint.open(model), Options("BF16"))
         convert_gguf(plan, tmp_path / "out" / "m.gguf", **split)
 
 
