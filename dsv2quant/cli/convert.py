@@ -19,7 +19,7 @@ from dsv2quant.cli import calibration, common, gguf
 @click.option("--statistics", metavar="STATS", help="What `calibrate` measured, instead of measuring again.")
 @click.option("--device", default="cpu", show_default=True, help="Where to encode and calibrate: cpu, cuda, cuda:1.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--force", is_flag=True, help="Start over in a folder that is not empty.")
+@click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed.")
 @common.hub_options
 @common.output_options
 def command(
