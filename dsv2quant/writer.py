@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -260,15 +261,24 @@ def damaged_files(
     folder: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = lambda nbytes: None
 ) -> list[str]:
     """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
+    ended = threading.Event()
+
+    def advance(nbytes: int) -> None:
+        progress(nbytes)
+        if ended.is_set():  # Ctrl-C: nobody waits for the rest of a large file
+            raise InterruptedError
 
     def differs(name: str) -> bool:
         try:
-            return hash_file(folder / name, progress) != entries[name]
+            return hash_file(folder / name, advance) != entries[name]
         except OSError:
             return True
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
-        return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
+        try:
+            return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
+        finally:
+            ended.set()
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:

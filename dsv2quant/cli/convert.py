@@ -17,7 +17,7 @@ from dsv2quant.cli.command import Command
     click.option("-o", "--output", "out", type=types.Path(), metavar="OUT",
                  help="The artifact's folder, or its GGUF file."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
-    click.option("--force", is_flag=True, help="Start over in a folder that is not empty."),
+    click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed."),
     section="Output",
 )  # fmt: skip
 @common.plan_options
