@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,20 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     card = folder / "README.md" if folder is not None else None
     if card is None or not card.is_file() or card.stat().st_size > 1 << 20:
         return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    # With a byte order mark and line ends of any kind, as the hub takes it.
+    parts = re.split("^---[ \t]*\n", card.read_text(encoding="utf-8-sig", errors="replace"), maxsplit=2, flags=re.M)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = yaml.load(parts[1], yaml.BaseLoader)  # every scalar a text: a language is "no"
+    except (yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(front, dict):
         return {}
-    return {key: front[key] for key in ("license", "license_name", "license_link", "language") if key in front}
+    wanted = ("license", "license_name", "license_link", "language")
+    return {key: front[key] for key in wanted if _is_text(front.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is a text, or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
