@@ -44,7 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(path)):
+        named = Path(os.fsdecode(error.filename)) if error.filename is not None else path
+        if named not in path.parents and not os.fspath(named).startswith(os.fspath(path)):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "free space and run the same command again: finished shards are kept" if full else "check the folder"
