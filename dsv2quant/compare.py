@@ -125,7 +125,7 @@ def _tensor_error(
         end = min(begin + step, rows)
         x = _folded(exact(begin, end), folds, weight.slot, begin)
         difference = torch.sub(decoded(begin, end).float(), x)
-        furthest = float(torch.linalg.vector_norm(difference, math.inf))
+        furthest = max(abs(float(extreme)) for extreme in torch.aminmax(difference))  # NaN is both
         if not math.isfinite(furthest):
             what = f"{weight.slot.name} is NaN or infinite, there or in {source.model}"
             raise InputError(what, where=artifact.model, fix="one of them is damaged: get it again, or convert again")

@@ -56,16 +56,21 @@ def open_regular(path: Path) -> int:
 def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
     """A file's content. Raises InputError where it is missing, no file, larger than `limit` bytes, a git-lfs pointer,
     or a link that leads out of `folder`, by default its own; the hub cache's blobs are let be."""
-    with reading(path):
-        real, root = (Path(os.path.realpath(x, strict=True)) for x in (path, folder or path.parent))
-    if not real.is_relative_to(root) and not _BLOB.fullmatch("/".join(real.parts[-3:])):
-        raise InputError(f"is a link out of its folder, to {real}", where=path, fix="put the file itself there")
+    check_link(path, folder or path.parent)
     with os.fdopen(open_regular(path), "rb") as file, reading(path):
         if os.fstat(file.fileno()).st_size > limit:
             raise InputError(f"larger than {limit:,} bytes", where=path, fix="no checkpoint has such a file")
         content = file.read(limit)
     check_pointer(content, path)
     return content
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Raise InputError for a link that leads out of `folder`, save to the hub cache's blobs, or nowhere."""
+    with reading(path):
+        real, root = (Path(os.path.realpath(x, strict=True)) for x in (path, folder))
+    if not real.is_relative_to(root) and not _BLOB.fullmatch("/".join(real.parts[-3:])):
+        raise InputError(f"is a link out of its folder, to {real}", where=path, fix="put the file itself there")
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2quant.errors import InputError
-from dsv2quant.files import TEMPLATES, is_artifact_path
+from dsv2quant.files import TEMPLATES, check_link, is_artifact_path
 from dsv2quant.headers import read_json
 from dsv2quant.writer import dump_json
 
@@ -74,9 +74,8 @@ def _is_entry(entry: object) -> bool:
     return type(size) is int and size >= 0 and isinstance(sha256, str) and _SHA256.fullmatch(sha256) is not None
 
 
-def check_regular(path: Path) -> None:
-    """Raise InputError where a file of an artifact is missing, no regular file, or a link to one that lies neither in
-    the folder nor, of a snapshot in the hub's cache, among its blobs."""
+def check_regular(path: Path, folder: Path) -> None:
+    """Raise InputError where a file of an artifact in `folder` is missing, no regular file, or a link out of it."""
     again = "get it again, or convert again"
     try:
         found = path.stat()
@@ -85,11 +84,7 @@ def check_regular(path: Path) -> None:
         raise InputError(f"{path.name} {missing}", where=path.parent, fix=again) from None
     if not stat.S_ISREG(found.st_mode):
         raise InputError("is no regular file", where=path, fix=again)
-    if path.is_symlink():
-        folder = path.parent.resolve()
-        places = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
-        if not any(path.resolve().is_relative_to(place) for place in places):
-            raise InputError("is a link that leads out of its folder", where=path, fix=again)
+    check_link(path, folder)
 
 
 def beside(folder: Path, listed: Container[str]) -> tuple[list[str], list[str]]:

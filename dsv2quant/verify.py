@@ -68,14 +68,15 @@ def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) ->
 
 def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Checked:
     """Hash every file of a manifest, which must list those `needed`."""
-    check_regular(path)
-    manifest, folder = read_manifest(path), path.parent
+    folder = path.parent
+    check_regular(path, folder)
+    manifest = read_manifest(path)
     files: dict[str, dict[str, Any]] = manifest["files"]
     if unlisted := [file for file in needed if file not in files]:
         raise InputError(f"does not list {listing(unlisted)}", where=path, fix="convert again")
     edited = []
     for name, entry in files.items():
-        check_regular(folder / name)
+        check_regular(folder / name, folder)
         size = (folder / name).stat().st_size
         if size != entry["size"] and not is_text(name):
             what = f"has {size:,} bytes; the manifest says {entry['size']:,}"
@@ -123,9 +124,9 @@ def report(checked: Checked, artifact: Checkpoint, errors: list[TensorError] | N
     """The object of `verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
     result: dict[str, Any] = {
         "schema": "dsv2quant.verify/2",
-        "artifact": artifact.model,
+        "model": artifact.model,
         "checked": checked.by,
-        "plan": checked.plan,
+        "digest": checked.plan,
         "files": checked.files,
         "edited": checked.edited,
         "added": checked.added,

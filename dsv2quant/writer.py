@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(path)):
+        named = Path(os.fsdecode(error.filename)) if error.filename is not None else path
+        if named not in path.parents and not os.fspath(named).startswith(os.fspath(path)):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "free space and run the same command again: finished shards are kept" if full else "check the folder"
@@ -260,15 +262,24 @@ def damaged_files(
     folder: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = lambda nbytes: None
 ) -> list[str]:
     """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
+    ended = threading.Event()
+
+    def advance(nbytes: int) -> None:
+        progress(nbytes)
+        if ended.is_set():  # Ctrl-C: nobody waits for the rest of a large file
+            raise InterruptedError
 
     def differs(name: str) -> bool:
         try:
-            return hash_file(folder / name, progress) != entries[name]
+            return hash_file(folder / name, advance) != entries[name]
         except OSError:
             return True
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
-        return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
+        try:
+            return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
+        finally:
+            ended.set()
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:

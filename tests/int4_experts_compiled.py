@@ -40,5 +40,5 @@ def compiled(
     types = TYPES | {"scales": scales, "out": "*bf16" if name == "gate_up" else "*fp32"}
     kernel = getattr(int4_experts, f"_{name}_kernel")
     made = compile_for_hopper(kernel, types, constants, file, num_warps=config.warps)
-    instructions = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]+)\s", made.ptx, re.M)
+    instructions = re.findall(r"^\s+(?:@%p\d+ )?([a-z][\w.:]+)[\s;]", made.ptx, re.M)
     return Compiled(instructions, made.resources, made.shared)

@@ -177,7 +177,8 @@ def test_json_is_one_object_with_what_calibration_did(wordy, fox, tmp_path, cli)
     assert experts["layer"] == 1
     assert experts["fewest"] <= 48 <= experts["most"] <= 96
     assert made["kept_rtn"] == []
-    rounded = cli(*command[:-3], "-o", tmp_path / "rtn", "--json", "--method", "rtn")
+    rounding = ("--int4=experts", *FEW[:4], "--method", "rtn")
+    rounded = cli("convert", wordy, *rounding, "-o", tmp_path / "rtn", "--json")
     assert json.loads(rounded.out)["calibration"] is None
 
 

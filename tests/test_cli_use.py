@@ -63,7 +63,6 @@ def test_a_mistake_on_the_command_line_is_told(args, message, lite, cli, tmp_pat
         # Neither the model nor what the option needs is there: the cheaper check comes first.
         (("convert", "{no}", "-o", "x", "--fp8", "--int4"), 2, "exclude each other"),
         (("plan", "{no}", "--group-size", "64"), 2, "--method and --group-size go with --int4"),
-        (("convert", "{no}", "-o", "x", "--int4", "--statistics", "nosuch"), 3, "nosuch"),
         (("convert", "{no}", "-o", "x", "--int4", "--calibration", "nosuch"), 3, "nosuch: can't be read"),
         (("convert", "{no}", "-o", "x", "--int4", "--figure", "a.bmp"), 2, "--figure"),
         (("calibrate", "{no}", "-o", "x", "--calibration", "nosuch"), 3, "nosuch: can't be read"),
@@ -82,7 +81,8 @@ def test_cheap_checks_come_before_opening_anything(args, code, message, cli, tmp
 
 def test_cheap_checks_do_not_import_torch(tmp_path):
     assert "torch" not in modules_after("eval-ppl", "x", "--text", str(tmp_path / "nosuch"))
-    assert "torch" not in modules_after("convert", "x", "--int4", "--statistics", str(tmp_path / "no"), "-o", "out")
+    args = ("--int4", "--statistics", str(tmp_path / "no"), "-o", str(tmp_path / "out"))
+    assert "torch" not in modules_after("convert", str(tiny.MINI), *args)
     assert "torch" not in modules_after("calibrate", "x", "--calibration", str(tmp_path / "no"), "-o", "out")
 
 
@@ -206,4 +206,4 @@ def test_a_path_that_is_not_utf8_is_shown_and_never_fails(tmp_path, monkeypatch)
     for args in (("plan", "no\udcff"), ("plan", "no\udcff", "--json"), ("inspect", "no\udcff.gguf")):
         code, out, err = run_in("utf-8", monkeypatch, *args)
         assert (code, out) == (3, b"")
-        assert err.startswith(b"error: no?")
+        assert err.startswith(b"error: no\\udcff")

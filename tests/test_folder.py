@@ -359,7 +359,12 @@ def test_no_descriptor_stays_open_where_the_state_cant_be_made(call, model, tmp_
 
 
 def test_an_error_that_names_another_file_is_not_blamed_on_the_output(tmp_path):
-    for where, ours in ((tmp_path / "out" / "x", True), (tmp_path / "out.partial", True), (tmp_path / "model", False)):
+    for where, ours in (
+        (tmp_path / "out" / "x", True),
+        (tmp_path / "out.partial", True),
+        (tmp_path, True),
+        (tmp_path / "model", False),
+    ):
         with pytest.raises(InputError if ours else OSError), disk_errors(tmp_path / "out"):
             raise OSError(errno.EIO, "Input/output error", str(where))
 

@@ -184,7 +184,7 @@ def test_output_type_is_the_embedding_s_where_that_is_the_output(models, cli):
     assert chosen(Overrides([("embd", "Q4_1")], output_type="Q4_0")) == "Q4_1"
     assert chosen(Overrides(output_type="Q4_0", token_embedding_type="Q5_0")) == "Q5_0"
     ran = cli("plan", models["odd"], "--gguf", "DSV2_Q4_K_M", "--output-type", "q4_0", "--json")
-    assert next(t["type"] for t in json.loads(ran.out)["tensors"] if t["tensor"] == "token_embd.weight") == "Q4_0"
+    assert next(t["type"] for t in json.loads(ran.out)["entries"] if t["tensor"] == "token_embd.weight") == "Q4_0"
 
 
 def test_shards_hold_the_largest_tensor(models, tmp_path, cli):
@@ -196,7 +196,7 @@ def test_shards_hold_the_largest_tensor(models, tmp_path, cli):
         assert f"--split-max-size {size:,}: token_embd.weight alone takes 417,792 bytes" in ran.err
         assert not (tmp_path / "out").exists()
     assert cli(*command, str(largest)).code == 0
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").glob("*.gguf"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_folder_and_the_imatrix_are_never_overwritten(model, cli, tmp_path):
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", "tiny-odd")
     before = imatrix.read_bytes()
     command = ("convert", model, "--gguf", "Q4_K_M", "--imatrix", imatrix, "-o", imatrix, "-q")
-    one_line(cli(*command, "--force"), "imatrix.gguf: is the importance matrix (give another name)")
+    one_line(cli(*command, "--force"), "imatrix.gguf: is an input of this command")
     assert imatrix.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "imatrix.gguf"}
 

@@ -123,9 +123,7 @@ def test_compiled_for_hopper(name: str, config: Config, tmp_path: Path) -> None:
     """Weights go to wgmma through registers alone: nothing is written to shared memory on the way, nothing to local."""
     made = compiled(name, config, tmp_path / "k.cubin", experts=config.tokens >= 64)
     found = Counter(line.split()[0] for line in made.ptx.splitlines() if line.strip())
-    narrow = (
-        config.tokens == 8 and gguf_product.NARROW.value
-    )  # mma.sync, whose order of columns suits groups of 32 only
+    narrow = config.tokens == 8 and gguf_product.NARROW.value  # mma.sync: its order of columns suits groups of 32
     unit = "mma.sync" if narrow else "wgmma.mma_async"
     assert any(instruction.startswith(unit) for instruction in found)
     assert found["shfl.sync.idx.b32"] == sum(found[what] for what in found if what.startswith("shfl"))

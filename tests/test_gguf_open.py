@@ -254,7 +254,7 @@ def test_verify_measures_float32_errors_against_the_source(model, weights, tmp_p
     ran = cli("verify", model, "--source", source, "--json", "-q")
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
-    assert (result["checked"], result["plan"], result["decoded_dtype"]) == ("blocks", None, "float32")
+    assert (result["checked"], result["digest"], result["decoded_dtype"]) == ("blocks", None, "float32")
     assert result["files"] == {"model.gguf": {"size": model.stat().st_size, "sha256": None}}
     kv_b = next(r for r in result["roles"] if r["role"] == "kv_b_proj")
     signal = noise = 0.0
@@ -326,3 +326,32 @@ def test_a_file_without_a_tokenizer(arrays, tmp_path, cli):
     ran = cli("eval-ppl", tmp_path / "m.gguf", "--ctx", "32", "-q")
     assert ran.code == 3
     assert ran.err.count("\n") == 1
+
+
+def test_verify_takes_the_manifest_that_lies_beside_a_gguf_file(model, tmp_path, cli):
+    import hashlib
+
+    from dsv2quant.manifest import sealed
+    from dsv2quant.writer import dump_json
+
+    copy, manifest = tmp_path / "copy.gguf", tmp_path / "copy.gguf.json"
+    data = bytearray(model.read_bytes())
+    copy.write_bytes(data)
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content = {"schema": "dsv2quant.gguf-manifest/1", "plan": "p", "source": {}, "command": "c"}
+    manifest.write_bytes(dump_json(sealed(content | {"files": {"copy.gguf": entry}})))
+    ran = cli("verify", copy, "--json", "-q")
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert (result["checked"], result["digest"], result["files"]) == ("manifest", "p", {"copy.gguf": entry})
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    assert "copy.gguf: its sha256 differs from the manifest" in cli("verify", copy, "-q").err
+    manifest.write_bytes(dump_json(sealed(content | {"files": {"other.gguf": entry}})))
+    assert "does not list copy.gguf" in cli("verify", copy, "-q").err
+
+
+def test_the_manifest_of_a_split_gguf_has_the_name_of_the_whole(tmp_path):
+    from dsv2quant.manifest import gguf_manifest
+
+    assert gguf_manifest(tmp_path / "m-00001-of-00003.gguf") == tmp_path / "m.gguf.json"

@@ -201,7 +201,7 @@ DAMAGED = {
     "add_bos_token without such a token": _settings(bos_token="<none>"),
     "tokenizer_config.json: not valid JSON": lambda folder: (folder / "tokenizer_config.json").write_text("["),
     "tokenizer.chat_template would be 5": _settings(chat_template=[{"name": "default", "template": 5}]),
-    "tokenizer.chat_template would be": lambda folder: (folder / "tokenizer_config.json").write_text(
+    "not valid JSON: 'utf-8' codec": lambda folder: (folder / "tokenizer_config.json").write_text(
         '{"chat_template": "\\ud800"}'
     ),
     "not a tokenizer's settings": _settings(chat_template=["x"]),

@@ -21,6 +21,8 @@ from dsv2quant.cli.main import Lines
 from dsv2quant.errors import InputError
 from dsv2quant.files import read_bytes
 from dsv2quant.headers import read_header
+from dsv2quant.manifest import sealed
+from dsv2quant.writer import dump_json
 
 SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -164,7 +166,8 @@ def test_a_manifest_names_no_other_path(name, model, run, tmp_path, cli):
     manifest = tmp_path / "out/dsv2quant.json"
     content = json.loads(manifest.read_text())
     content["files"][name] = content["files"].pop("LICENSE")
-    manifest.write_text(json.dumps(content))
+    del content["digest"]
+    manifest.write_bytes(dump_json(sealed(content)))
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(tmp_path / "out/LICENSE", os.path.normpath(path))

@@ -185,6 +185,7 @@ def test_a_tokenizer_that_transformers_5_saved(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_tokenizer_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "dsv2quant")
     check_tokenizer(folder, 4096)
     check_tokenizer(None, 4096)
     assert not caplog.messages
@@ -196,12 +197,12 @@ def test_the_tokenizer_is_checked(folder: Path, caplog: pytest.LogCaptureFixture
     (note,) = caplog.messages
     assert "has no tokenizer.json" in note
     path.symlink_to(folder / "blob")
-    with pytest.raises(InputError, match=r"tokenizer.json: a link to nothing \(download it again\)"):
+    with pytest.raises(InputError, match=r"tokenizer.json: is a link to .*, which is not there"):
         check_tokenizer(folder, 4096)
     (folder / "blob").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4610602\n")
-    with pytest.raises(InputError, match=r"tokenizer.json: a Git LFS pointer, not the file \(run git lfs pull\)"):
+    with pytest.raises(InputError, match=r"tokenizer.json: is a git-lfs pointer, not the file"):
         check_tokenizer(folder, 4096)
-    with pytest.raises(InputError, match="Git LFS"):
+    with pytest.raises(InputError, match="git-lfs"):
         Tokenizer.open(folder)
     (folder / "blob").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer: Model missing"):
@@ -217,9 +218,9 @@ def _pointer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [(_pointer, "a Git LFS pointer"), (_beyond, "has 1 ids beyond vocab_size, 4096")]
+    ("change", "what"), [(_pointer, "is a git-lfs pointer"), (_beyond, "has 1 ids beyond vocab_size, 4096")]
 )
-@pytest.mark.parametrize("options", [("--fp8",), ("--int4", "--method", "rtn")])
+@pytest.mark.parametrize("options", [("--fp8=channel",), ("--int4", "--method", "rtn")])
 def test_nothing_is_converted_with_a_broken_tokenizer(cli, wordy, tmp_path, change, what, options) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(wordy, model)

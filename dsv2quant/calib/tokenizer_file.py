@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 _LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
-_LFS = b"version https://git-lfs"
 # Of no use here: transformers sets its own padding and truncation for each call and so ignores the file's, and no
 # special token is ever added to a text by the library.
 _UNUSED = ("padding", "truncation", "post_processor")
@@ -35,13 +34,7 @@ def is_control(token: str, special: bool) -> bool:
 
 def read_tokenizer(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     """(tokenizer.json as it is, the tokenizer without padding, truncation and post-processor). Control tokens are the
-    special ones. Raises InputError for what is missing, a Git LFS pointer, damaged or not understood."""
-    if path.is_symlink() and not path.exists():
-        raise InputError("a link to nothing", where=path, fix=AGAIN)
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise InputError("a Git LFS pointer, not the file", where=path, fix="run git lfs pull")
+    special ones. Raises InputError for what is missing, damaged or not understood."""
     raw = read_json(path)
     model, added = raw.get("model"), raw.get("added_tokens")
     for option in ("continuing_subword_prefix", "end_of_word_suffix"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dsv2quant.cli import common, types
+from dsv2quant.cli.command import Command
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
 TUNED = ("fp8", "int4")
@@ -28,7 +29,7 @@ def command() -> None:
     """
 
 
-@command.command(cls=common.Command)
+@command.command(cls=Command)
 @click.option("--only", metavar="NAMES", help=f"Some of {','.join(SECTIONS)}. Default: all.")
 @click.option("--tune", is_flag=True, help=f"Find the fastest block shapes instead, of {','.join(TUNED)}, and write "
               "the table that kernels then take them from.")  # fmt: skip
@@ -85,7 +86,7 @@ def kernels(
         raise GateError(f"{len(found['wrong'])} results are wrong: {listing(found['wrong'])}")
 
 
-@command.command(cls=common.Command)
+@command.command(cls=Command)
 @click.argument("model", type=types.Path(), default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")

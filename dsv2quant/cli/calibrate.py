@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv2quant.cli import bars, calibration, common, types
+from dsv2quant.cli.command import Command
 
 if TYPE_CHECKING:
     from dsv2quant.calib.tokens import Protocol
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @click.option(
     "-o",

@@ -27,7 +27,7 @@ class Command(click.Command):
             if not ctx.resilient_parsing:
                 self._check_values(options, args)
                 self._check_once(self.make_parser(ctx).parse_args(list(args))[2])
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))
         except click.UsageError:
             # A kind that is none was taken for MODEL, and MODEL for one argument too many.
             for name, word in pairwise(arg.partition("=")[0] for arg in args):

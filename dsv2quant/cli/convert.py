@@ -8,15 +8,16 @@ from typing import Any
 import click
 
 from dsv2quant.cli import bars, calibration, common, gguf, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @common.stack(
     click.option("-o", "--output", "out", type=types.Path(), metavar="OUT",
                  help="The artifact's folder, or its GGUF file."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
-    click.option("--force", is_flag=True, help="Start over in a folder that is not empty."),
+    click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed."),
     section="Output",
 )  # fmt: skip
 @common.plan_options
@@ -67,7 +68,6 @@ def command(
         common.choose_recipe(options)  # says what contradicts itself before anything is opened or downloaded
     calibration.check_figure(options["figure"])
     calibration.check_text(options["text"])
-    measured = calibration.open_statistics(statistics)
     common.check_device(device)
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
     if dry_run or out is None:
@@ -94,15 +94,16 @@ def command(
         for warning in warnings(plan):
             click.echo(f"warning: {warning}", err=True)
     words = ["dsv2quant convert", checkpoint.model, *common.words(options)]
-    if measured is not None and not needs_statistics(plan):
+    if statistics is not None and not needs_statistics(plan):
         raise click.UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
-    measures = needs_statistics(plan) and measured is None
+    measures = needs_statistics(plan) and statistics is None
     text = None
     if needs_calibration(plan) or measures:
         text = calibration.load(checkpoint, options, quiet)
         words += calibration.words(options, text)
     else:
         calibration.check_useless()
+    measured = calibration.open_statistics(statistics)
     if measured is not None:
         words.append(f"--statistics {measured.path.name}")
     result = convert(

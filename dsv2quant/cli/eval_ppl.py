@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv2quant.cli import bars, common, types
+from dsv2quant.cli.command import Command
 
 if TYPE_CHECKING:
     from dsv2quant.checkpoint import Checkpoint
     from dsv2quant.evaluate.text import Text
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @click.option(
     "--reference",

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from dsv2quant.cli import bars, common, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from dsv2quant.cli import common, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @common.hub_options
 @common.output_options

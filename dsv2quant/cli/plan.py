@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from dsv2quant.cli import common, gguf, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("model", type=types.Path())
 @common.plan_options
 @gguf.gguf_options

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from dsv2quant.cli import bars, common, types
+from dsv2quant.cli.command import Command
 
 
-@click.command(cls=common.Command)
+@click.command(cls=Command)
 @click.argument("artifact", type=types.Path())
 @click.option(
     "--source",

@@ -59,9 +59,6 @@ class Awq(Transposed):
         scales = parts["scales"]
         if scale_dtype is not None:
             scales = scales.to(scale_dtype)
-        codes, zeros = (
-            unpack_words(parts[name]).unflatten(1, (-1, PER_WORD))[:, :, _INVERSE].flatten(1).float()
-            for name in ("qweight", "qzeros")
-        )
+        codes, zeros = (unpack_words(parts[name], _INVERSE).float() for name in ("qweight", "qzeros"))
         groups = codes.unflatten(0, (len(scales), -1))  # [groups, group size, out]
-        return groups.sub_(zeros[:, None]).mul_(scales.float()[:, None]).flatten(0, 1).T.to(dtype).contiguous()
+        return groups.sub_(zeros[:, None]).mul_(scales.float()[:, None]).flatten(0, 1).to(dtype).T.contiguous()

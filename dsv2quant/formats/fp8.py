@@ -107,13 +107,17 @@ class Fp8:
     ) -> torch.Tensor:
         """code × scale in float32, rounded once to `dtype`; transformers' default load of compressed-tensors rounds
         the scales to the model's dtype first (`scale_dtype`)."""
-        codes, scales = parts["weight"].float(), parts[self.scale_suffix]
+        codes, scales = decode_e4m3(parts["weight"]), parts[self.scale_suffix]
         if scale_dtype is not None:
             scales = scales.to(scale_dtype)
         scales = scales.float()
-        if self.grid == "block":
-            scales = expand_blocks(scales, codes.shape[0], codes.shape[1])
-        return codes.mul_(scales).to(dtype)
+        if self.grid != "block":
+            return codes.mul_(scales).to(dtype)
+        scales = scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]  # [⌈rows/128⌉, cols]
+        whole, ragged = codes.split((len(codes) // BLOCK * BLOCK, len(codes) % BLOCK))
+        whole.unflatten(0, (-1, BLOCK)).mul_(scales[: len(whole) // BLOCK, None])
+        ragged.mul_(scales[len(whole) // BLOCK :])
+        return codes.to(dtype)
 
 
 def scales_of(amax: torch.Tensor) -> torch.Tensor:
@@ -132,6 +136,16 @@ def scale_of(amax: float) -> np.float32:
     if not (np.isfinite(largest) and largest >= 0):
         raise ValueError(f"{amax} is no largest magnitude")
     return max(largest / np.float32(E4M3_MAX), np.float32(MIN_SCALE)) if largest else np.float32(1)
+
+
+def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """float8_e4m3fn → float32. torch's own cast takes five times as long on a CPU."""
+    import torch
+
+    if codes.device.type != "cpu":
+        return codes.float()
+    places = codes.view(torch.uint8).reshape(-1).int()
+    return torch.from_numpy(E4M3_VALUES).index_select(0, places).view(codes.shape)
 
 
 def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

@@ -83,11 +83,16 @@ class Gptq(Transposed):
     ) -> torch.Tensor:
         """(u − zero) × scale in float32, rounded once to `dtype`, with zero points and groups as stored: others' files
         may be asymmetric, and ordered by activation. Raises ValueError where g_idx names a group that is not there."""
+        import torch
+
         scales, group = parts["scales"], parts["g_idx"].long()
         if scale_dtype is not None:
             scales = scales.to(scale_dtype)
         if int(group.min()) < 0 or int(group.max()) >= len(scales):
             raise ValueError(f"g_idx names groups beyond its {len(scales)}")
-        zeros = (unpack_words(parts["qzeros"]) + 1).float()
-        weight = unpack_words(parts["qweight"].T).float()  # [out, in]
-        return weight.sub_(zeros.T[:, group]).mul_(scales.float().T[:, group]).to(dtype)
+        zeros, scales = (unpack_words(parts["qzeros"]) + 1).float().T, scales.float().T  # [out, groups]
+        weight = unpack_words(parts["qweight"].T.contiguous()).float()  # [out, in]
+        groups = weight.unflatten(1, (scales.shape[1], -1))
+        if bool((group.view(groups.shape[1:]) == torch.arange(len(groups[0]), device=group.device)[:, None]).all()):
+            return groups.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
+        return weight.sub_(zeros[:, group]).mul_(scales[:, group]).to(dtype)

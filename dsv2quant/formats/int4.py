@@ -42,11 +42,11 @@ def pack_words(nibbles: np.ndarray) -> np.ndarray:
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
 
 
-def unpack_words(words: torch.Tensor) -> torch.Tensor:
-    """int32 [rows, n] → [rows, 8n], 0 … 15: the inverse of `pack_words`."""
+def unpack_words(words: torch.Tensor, nibbles: Sequence[int] = range(PER_WORD)) -> torch.Tensor:
+    """int32 [rows, n] → [rows, 8n], 0 … 15: the inverse of `pack_words`, or of another order of nibbles."""
     import torch
 
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    shifts = torch.tensor([4 * nibble for nibble in nibbles], dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)
 
 

@@ -6,6 +6,7 @@ Nothing here depends on when or where the conversion ran, so that the same plan 
 from __future__ import annotations
 
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,21 @@ def _licence(folder: Path | None) -> dict[str, Any]:
     card = folder / "README.md" if folder is not None else None
     if card is None or not card.exists():
         return {}
-    parts = read_bytes(card, MAX_CARRIED_BYTES).decode(errors="replace").split("---\n", 2)
+    # With a byte order mark and line ends of any kind, as the hub takes it.
+    text = read_bytes(card, MAX_CARRIED_BYTES).decode("utf-8-sig", "replace")
+    parts = re.split("^---[ \t]*\n", text.replace("\r\n", "\n"), maxsplit=2, flags=re.M)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = yaml.load(parts[1], yaml.BaseLoader)  # every scalar a text: a language is "no"
+    except (yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(front, dict):
         return {}
-    return {key: front[key] for key in ("license", "license_name", "license_link", "language") if key in front}
+    wanted = ("license", "license_name", "license_link", "language")
+    return {key: front[key] for key in wanted if _is_text(front.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is a text, or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))

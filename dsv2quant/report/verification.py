@@ -18,7 +18,7 @@ _CHECKED = {
 def verification_text(r: dict[str, Any]) -> str:
     """What `dsv2quant verify` prints without --json."""
     files = f"{len(r['files'])} file{'s' * (len(r['files']) != 1)}"
-    lines = [f"{r['artifact']}: {_CHECKED[r['checked']].format(files=files, tensors=r['tensors'])}"]
+    lines = [f"{r['model']}: {_CHECKED[r['checked']].format(files=files, tensors=r['tensors'])}"]
     if r["edited"]:
         lines.append(f"edited since (texts may be): {', '.join(r['edited'])}")
     if r["added"]:

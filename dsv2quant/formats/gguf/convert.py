@@ -81,9 +81,8 @@ def convert_gguf(
                 if file.is_written:
                     advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
                 else:
-                    with _Writer(plan, state, number, workers, device, advance) as writer:
+                    with _Writer(plan, source, state, number, workers, device, advance) as writer:
                         writer.write()
-        source.check_unchanged(plan.checkpoint)
         hashes = zip(files, state.hashes, strict=True)
         entries: dict[str, Entry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
         state.manifest.write(plan.checkpoint, command, entries)
@@ -97,13 +96,15 @@ class _Writer:
     def __init__(
         self,
         plan: GgufPlan,
+        source: Source,
         state: State,
         number: int,
         workers: ThreadPoolExecutor,
         device: str,
         advance: Callable[[int], object],
     ) -> None:
-        self._plan, self._state, self._number, self._workers = plan, state, number, workers
+        self._plan, self._source, self._state = plan, source, state
+        self._number, self._workers = number, workers
         self._device, self._advance = device, advance
         self._file: File = state.files[number]
         self._done = state.done[number]
@@ -156,6 +157,7 @@ class _Writer:
             self._recording.result()  # a disk reports an error once: the last fsync may not repeat it
         if self._position != file.nbytes or self._done != len(file.lines):
             raise PlanViolation(f"{file.path}: {self._position:,} of {file.nbytes:,} bytes came")
+        self._source.check_unchanged(self._plan.checkpoint)
         sha256 = self._hasher.submit(self._hash_up_to, file.nbytes).result()
         with disk_errors(file.path):
             os.fsync(self._descriptor)
