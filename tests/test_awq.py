@@ -70,7 +70,7 @@ def folded(folds: Folds, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 
 def test_chosen_folds_leave_every_logit_as_it_is(made, monkeypatch):
     plan, _, out = made
-    folds = Folds.open(out / FOLDS_FILE)
+    folds = Folds.open(out / FOLDS_FILE, plan.checkpoint.config)
     moved = {name for name, exponents in folds.tensors.items() if exponents.any()}
     for kind in ("input_layernorm", "kv_a_layernorm", "post_attention_layernorm", "up_proj"):
         assert any(f"{kind}.weight.rows" in name for name in moved), kind
@@ -140,7 +140,7 @@ def test_exponents_are_those_of_least_weighted_error(made):
 
 def test_the_artifact_is_folded_weights_with_weighted_scales(made):
     plan, statistics, out = made
-    folds, artifact = Folds.open(out / FOLDS_FILE), Checkpoint.open(out)
+    folds, artifact = Folds.open(out / FOLDS_FILE, plan.checkpoint.config), Checkpoint.open(out)
     source = {w.slot.name: w for w in plan.checkpoint.weights}
     for weight in artifact.weights:
         want = folds.apply(weight.slot, decode(plan.checkpoint, source[weight.slot.name], torch.float32).numpy())

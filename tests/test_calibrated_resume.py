@@ -254,7 +254,9 @@ def test_the_space_check_counts_the_work_folder(grouped, tmp_path, monkeypatch):
     largest, remove = [], Spool.remove
 
     def measure(self):
-        largest.append(sum(p.stat().st_size for p in self.path.parent.iterdir() if not p.name.startswith("layer-")))
+        largest.append(
+            sum(p.stat().st_size for p in self.path.parent.iterdir() if p.name.startswith(("hidden", "context")))
+        )
         remove(self)
 
     monkeypatch.setattr(Spool, "remove", measure)

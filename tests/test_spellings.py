@@ -14,6 +14,7 @@ from dsv2quant import hub
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.headers import read_header
+from dsv2quant.source import sampled
 
 Tensors = dict[str, torch.Tensor]
 CONFIG = tiny.GROUPED | {"moe_intermediate_size": 96}

@@ -30,6 +30,7 @@ from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.moe import MoE, add_rows, dispatch
 from dsv2quant.model.runtime import Model
 from dsv2quant.plan import make_plan
+from dsv2quant.source import sampled
 from dsv2quant.targets import TARGETS
 
 # name: (recipe, targets). Tensor scales for every consumer are mixed with channel scales, for transformers alone not.
