@@ -62,7 +62,7 @@ def test_statistics_are_of_one_configuration(change, made, tmp_path):
     cut_short(Checkpoint.open(model), tmp_path / "stats")
     (model / "config.json").write_text(json.dumps(tiny.LITE | change))
     other = Checkpoint.open(model)
-    with pytest.raises(InputError, match="stats.work: holds an unfinished calibration of another model"):
+    with pytest.raises(InputError, match=r"stats\.work: holds an unfinished calibration of another model"):
         calibrate(other, tmp_path / "stats", calibration())
     with pytest.raises(InputError, match=r"statistics of lite with another config.json \(calibrate model\)"):
         Statistics(made[1]).check(other)
@@ -265,7 +265,7 @@ def test_force_replaces_statistics_and_nothing_else(made, tmp_path):
     out = tmp_path / "out"
     for content in (b"letters", b"", path.read_bytes()[:-9], (checkpoint.folder / "model.safetensors").read_bytes()):
         out.write_bytes(content)
-        with pytest.raises(InputError, match="out: is there, and not a statistics file.*remove it yourself"):
+        with pytest.raises(InputError, match=r"out: is there, and not a statistics file.*remove it yourself"):
             calibrate(checkpoint, out, calibration(), force=True)
         assert out.read_bytes() == content
     out.unlink()
@@ -309,6 +309,6 @@ def test_a_work_folder_of_others_is_left_alone(made, tmp_path):
             calibrate(checkpoint, tmp_path / "out", calibration(), force=True)
         assert files(tmp_path) == before
         work.rename(tmp_path / make.__name__)
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputError, match="is there and no file"):
-        (tmp_path / "out").symlink_to(tmp_path / "nothing")
         calibrate(checkpoint, tmp_path / "out", calibration(), force=True)

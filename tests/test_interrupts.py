@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from dsv2quant.calib import collect
-from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.gguf import convert as gguf
 from dsv2quant.model.runtime import Model
 
@@ -39,13 +38,14 @@ def stopped(owner: object, name: str, number: signal.Signals | None, when=lambda
 
 
 def said(ran, caplog) -> list[str]:
-    return [*(message for message in caplog.messages if KEPT in message), *ran.err.split()]
+    assert "continues" not in ran.err.replace(KEPT, "")
+    return [*(message for message in caplog.messages if KEPT in message), ran.err.split()[-1]]
 
 
 @ways
 @pytest.mark.parametrize("verb", ["eval-ppl", "generate"])
 def test_what_keeps_nothing_says_nothing_of_it(verb, number, code, word, wordy, fox, cli, caplog):
-    options = {"eval-ppl": ("--text", fox, "--ctx", "16", "-q"), "generate": ("--prompt", "The")}[verb]
+    options = {"eval-ppl": ("--text", fox, "--ctx", "16"), "generate": ("--prompt", "The")}[verb]
     with stopped(Model, "layers", number):
         ran = cli(verb, wordy, *options)
     assert ran.code == code
@@ -61,7 +61,7 @@ def test_signals_are_as_before_in_the_end(wordy, cli):
 def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path, cli, caplog):
     for size, is_kept in (("5GB", False), ("100KB", True)):
         out = tmp_path / size
-        command = ("convert", lite, "--fp8=channel", "--max-shard-size", size, "-o", out, "-q")
+        command = ("convert", lite, "--fp8=channel", "--max-shard-size", size, "-o", out)
         with stopped(sys.modules["dsv2quant.convert"]._Pipeline, "drain", number):
             ran = cli(*command)
         assert ran.code == code
@@ -75,9 +75,9 @@ def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path
 def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, lite, tmp_path, cli, caplog, monkeypatch):
     out = tmp_path / "m.gguf"
     monkeypatch.setattr(gguf, "RECORD_EVERY", 1)
-    for name, is_kept in (("finish", True),):
-        with stopped(gguf.State, name, number):
-            ran = cli("convert", lite, "--gguf", "Q8_0", "-o", out, "-q")
+    for owner, name, is_kept in ((gguf._Writer, "__enter__", False), (gguf.State, "finish", True)):
+        with stopped(owner, name, number):
+            ran = cli("convert", lite, "--gguf", "Q8_0", "-o", out)
         assert ran.code == code
         assert said(ran, caplog) == [f"{out}: {KEPT}"] * is_kept + [word]
 
@@ -86,7 +86,7 @@ def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, lite, tmp_path, 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_calibrate_says_so_when_a_layer_is_kept(layer, number, code, word, wordy, fox, tmp_path, cli, caplog):
     out = tmp_path / "stats"
-    command = ("calibrate", wordy, "--calibration", fox, "--num-calibration-samples", "2", "-o", out, "-q")
+    command = ("calibrate", wordy, "--calibration", fox, "--num-calibration-samples", "2", "-o", out)
     with stopped(collect, "_attention", number, lambda layer_, at, *args: at == f"model.layers.{layer}"):
         ran = cli(*command)
     assert ran.code == code
@@ -116,7 +116,8 @@ def test_convert_says_it_once_while_it_measures(wordy, fox, tmp_path, cli, caplo
 def test_a_process_ends_with_the_signals_code_and_nohup_is_heeded(lite):
     program = (
         "import os, signal, sys; from dsv2quant.cli import main, inspect\n"
-        "def stop(*args, **kwargs): os.kill(os.getpid(), getattr(signal, sys.argv.pop()))\n"
+        "number = getattr(signal, sys.argv.pop())\n"
+        "def stop(*args, **kwargs): os.kill(os.getpid(), number)\n"
         "from dsv2quant.checkpoint import Checkpoint; Checkpoint.open = stop\n"
         "main.main()"
     )
