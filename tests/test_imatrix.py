@@ -286,6 +286,13 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     assert (ran.code, ran.err) == (3, f"error: {out}: exists (give another file, or --force to replace it)\n")
     assert not stats.exists()
     assert cli(*command).code == 0
+    for force in ((), ("--force",)):
+        ran = cli(*command, "--imatrix", out, *force)
+        assert (ran.code, out.read_bytes()) == (3, b"mine")
+        assert (
+            ran.err == f"error: {out}: is there and no importance matrix (give another file, or remove it yourself)\n"
+        )
+    out.write_bytes(GOLDEN.read_bytes())
     ran = cli(*command, "--imatrix", out)
     assert ran.code == 3
     assert f"{stats}: was measured without what an importance matrix needs (" in ran.err
@@ -305,7 +312,7 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     out.unlink()
     assert cli(*command, "--imatrix", out).code == 0
     assert out.read_bytes() == before
-    out.write_bytes(before + b"0")
+    out.write_bytes(GOLDEN.read_bytes())
     ran = cli(*command, "--imatrix", out)
     assert (ran.code, ran.err) == (3, f"error: {out}: holds something else (give another file, or delete it)\n")
 

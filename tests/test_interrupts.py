@@ -9,8 +9,11 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf_tiny
 import pytest
+import tiny
 
+from dsv2quant import convert
 from dsv2quant.calib import collect
 from dsv2quant.formats.gguf import convert as gguf
 from dsv2quant.model.runtime import Model
@@ -59,10 +62,10 @@ def test_signals_are_as_before_in_the_end(wordy, cli):
 
 @ways
 def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path, cli, caplog):
-    for size, is_kept in (("5GB", False), ("100KB", True)):
-        out = tmp_path / size
-        command = ("convert", lite, "--fp8=channel", "--max-shard-size", size, "-o", out)
-        with stopped(sys.modules["dsv2quant.convert"]._Pipeline, "drain", number):
+    for owner, name, is_kept in ((convert._Pipeline, "drain", False), (convert, "_write_small_files", True)):
+        out = tmp_path / name
+        command = ("convert", lite, "--fp8=channel", "-o", out)
+        with stopped(owner, name, number):
             ran = cli(*command)
         assert ran.code == code
         assert said(ran, caplog) == [f"{out}: {KEPT}"] * is_kept + [word]
@@ -72,12 +75,13 @@ def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path
 
 
 @ways
-def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, lite, tmp_path, cli, caplog, monkeypatch):
+def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, tmp_path, cli, caplog, monkeypatch):
+    model = tiny.write_checkpoint(tmp_path / "odd", gguf_tiny.ODD, gguf_tiny.weights(gguf_tiny.ODD))
     out = tmp_path / "m.gguf"
     monkeypatch.setattr(gguf, "RECORD_EVERY", 1)
     for owner, name, is_kept in ((gguf._Writer, "__enter__", False), (gguf.State, "finish", True)):
         with stopped(owner, name, number):
-            ran = cli("convert", lite, "--gguf", "Q8_0", "-o", out)
+            ran = cli("convert", model, "--gguf", "Q8_0", "-o", out)
         assert ran.code == code
         assert said(ran, caplog) == [f"{out}: {KEPT}"] * is_kept + [word]
 
@@ -106,7 +110,6 @@ def test_convert_says_it_once_while_it_measures(wordy, fox, tmp_path, cli, caplo
         "2",
         "-o",
         out,
-        "-q",
     )
     with stopped(collect, "_attention", None, lambda layer_, at, *args: at == "model.layers.1"):
         ran = cli(*command)
