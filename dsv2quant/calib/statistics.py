@@ -157,7 +157,7 @@ class Statistics:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the statistics are of another model or configuration, or are not what was measured.
-        Reads the whole file: V2's 0.8 GB take some seconds."""
+        Reads the whole file: V2's 0.8 GB take some ten seconds."""
         model, config = self.about["model"], checkpoint.config
         fix = f"calibrate {checkpoint.model}"
         if model["identity"] != sampled(checkpoint):
