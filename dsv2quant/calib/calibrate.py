@@ -55,7 +55,7 @@ def calibrate(
     """
     from dsv2quant.calib.collect import collect
 
-    work = out.with_name(out.name + ".work")
+    work = _work(out)
     wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
     if out.exists() and not force:
         made = Statistics(out)
@@ -86,6 +86,15 @@ def calibrate(
         }
         _write(out, work / "layers", config.num_hidden_layers, about)
     return Statistics(out)
+
+
+def resumable(out: Path) -> bool:
+    """Whether a calibration into `out` was interrupted and left a layer, which the same one keeps."""
+    return any((_work(out) / "layers").glob("layer-*.safetensors"))
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
 
 
 @contextmanager
