@@ -53,10 +53,12 @@ def calibrate(
     which a killed run continues. Raises InputError where `out` holds something else, another run is making it, or the
     disk is too small.
     """
-    from dsv2quant.calib.collect import collect
+    with progress(0, "", "starting"):  # imports torch
+        from dsv2quant.calib.collect import collect
 
     work = _work(out)
-    wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
+    with progress(0, "", "prepare"):
+        wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
     if out.exists() and not force:
         made = Statistics(out)
         shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
