@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
+from dsv2quant.files import check_pointer
 from dsv2quant.names import Slot
 
 SCHEMA = "dsv2quant.statistics/1"
@@ -56,6 +57,8 @@ class Statistics:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "no such file"
             raise InputError(what, where=path, fix="give the file that `dsv2quant calibrate` made")
+        with path.open("rb") as file:
+            check_pointer(file.read(64), path)
         try:
             self._file: Any = safe_open(path, "np")
             self.about: dict[str, Any] = json.loads((self._file.metadata() or {}).get("statistics", ""))
