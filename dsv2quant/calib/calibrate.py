@@ -56,7 +56,7 @@ def calibrate(
     with progress(0, "", "starting"):  # imports torch
         from dsv2quant.calib.collect import collect
 
-    work = _work(out)
+    work = out.with_name(out.name + ".work")
     with progress(0, "", "prepare"):
         wanted: dict[str, Any] = {"model": checkpoint.identity(), "calibration": calibration.describe(device)}
     if out.exists() and not force:
@@ -88,15 +88,6 @@ def calibrate(
         }
         _write(out, work / "layers", config.num_hidden_layers, about)
     return Statistics(out)
-
-
-def resumable(out: Path) -> bool:
-    """Whether a calibration into `out` was interrupted and left a layer, which the same one keeps."""
-    return any((_work(out) / "layers").glob("layer-*.safetensors"))
-
-
-def _work(out: Path) -> Path:
-    return out.with_name(out.name + ".work")
 
 
 @contextmanager

@@ -82,13 +82,12 @@ def command(
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     windows = calibration.load(checkpoint, options, quiet, protocol)
 
-    from dsv2quant.calib.calibrate import calibrate, resumable
+    from dsv2quant.calib.calibrate import calibrate
 
-    with common.continued(lambda: resumable(Path(out))):
-        found = calibrate(
-            checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
-            progress=bars.progress(quiet),
-        )  # fmt: skip
+    found = calibrate(
+        checkpoint, Path(out), windows, device=device, halves=imatrix is not None, force=force,
+        progress=bars.progress(quiet),
+    )  # fmt: skip
     if imatrix is not None:
         write_imatrix(Path(imatrix), found, checkpoint.config, force)
     tokens = tokens_by_layer(found.counts)

@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -111,15 +110,6 @@ output_options = stack(
     click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr, no progress bar."),
     section="Output style",
 )
-
-
-@contextmanager
-def continued(resumable: Callable[[], bool]) -> Iterator[None]:
-    """Say of work that is interrupted whether the same command goes on with it: whether there is something to keep."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise click.Abort(*["the same command continues where it stopped"] * resumable()) from None
 
 
 def set_verbosity(verbose: int, quiet: bool) -> None:

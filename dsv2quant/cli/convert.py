@@ -85,7 +85,6 @@ def command(
     from dsv2quant.report.calibration import calibration_json, calibration_text
     from dsv2quant.report.coverage import draw
     from dsv2quant.report.warnings import warnings
-    from dsv2quant.state import resumable
 
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
@@ -105,12 +104,11 @@ def command(
     measured = calibration.open_statistics(statistics)
     if measured is not None:
         words.append(f"--statistics {measured.path.name}")
-    with common.continued(lambda: resumable(Path(out))):
-        result = convert(
-            plan, out, command=" ".join(words), calibration=text, statistics=measured, device=device, force=force,
-            inputs=[Path(path) for path in (options["text"], options["recipe_file"]) if path],
-            progress=bars.progress(quiet),
-        )  # fmt: skip
+    result = convert(
+        plan, out, command=" ".join(words), calibration=text, statistics=measured, device=device, force=force,
+        inputs=[Path(path) for path in (options["text"], options["recipe_file"]) if path],
+        progress=bars.progress(quiet),
+    )  # fmt: skip
     if options["figure"] and result.expert_tokens:
         draw(result.expert_tokens, checkpoint.config.hidden_size, options["figure"])
     if as_json:

@@ -124,7 +124,6 @@ def convert(
     from dsv2quant.report.gguf_plan import plan_text
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.shards import parse_size
-    from dsv2quant.state import resumable
 
     plan = plan_for(checkpoint, options)
     if verbose:
@@ -133,11 +132,10 @@ def convert(
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
     size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
-    with common.continued(lambda: resumable(Path(out))):
-        result = convert_gguf(
-            plan, Path(out), command=" ".join(words(checkpoint, options)), split_max_size=size, device=device,
-            force=force, progress=bars.progress(quiet),
-        )  # fmt: skip
+    result = convert_gguf(
+        plan, Path(out), command=" ".join(words(checkpoint, options)), split_max_size=size, device=device, force=force,
+        progress=bars.progress(quiet),
+    )  # fmt: skip
     nbytes = sum(entry["size"] for entry in result.files.values())
     if as_json:
         common.print_json(

@@ -95,8 +95,8 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort) as stop:
-        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
         code = 130
     except Dsv2quantError as error:
         print(f"error: {error}", file=sys.stderr)
