@@ -118,7 +118,8 @@ def convert(
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
     check_tokenizer(plan.checkpoint.folder, plan.checkpoint.config.vocab_size)
     copied = copied_files(plan.checkpoint)
-    source = Source.of(plan.checkpoint, copied | _card_of(plan.checkpoint))
+    with progress(0, "", "prepare"):
+        source = Source.of(plan.checkpoint, copied | _card_of(plan.checkpoint))
     small = _small_files(plan, command, copied)
     aside = sum(map(len, small.values()))
     described: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import re
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from dsv2quant.hub_errors import hub_errors, near
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+logger = logging.getLogger(__name__)
 # What `convert` reads or copies beside the weights. README.md carries the licence of the base model.
 _ROOT = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*")
 _TEMPLATES = "additional_chat_templates/*.jinja"
@@ -80,6 +82,7 @@ def download(repo: str, revision: str | None, cache_dir: str | None, offline: bo
     """(folder of the snapshot, resolved commit). With `offline`, only what the cache already holds."""
     from huggingface_hub import HfApi, snapshot_download
 
+    _heed_quiet()
     if is_offline(offline):
         folder = _cached(repo, revision, cache_dir)
     else:
@@ -101,6 +104,7 @@ def read_headers(
     """(config.json, {shard: {tensor: {dtype, shape, data_offsets}}}, resolved commit), without downloading weights."""
     from huggingface_hub import HfApi
 
+    _heed_quiet()
     with hub_errors(repo, cache_dir):
         api = HfApi()
         commit, names = _list(api, repo, revision)
@@ -116,6 +120,14 @@ def read_headers(
                 for file, header in zip(shards, read, strict=True)
             }
     return read_json(config), headers, commit
+
+
+def _heed_quiet() -> None:
+    """Keep huggingface_hub's own bars down where warnings are."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not logger.isEnabledFor(logging.WARNING):
+        disable_progress_bars()
 
 
 def _list(api: HfApi, repo: str, revision: str | None) -> tuple[str, list[str]]:

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from dsv2quant.errors import InputError
+from dsv2quant.files import check_pointer
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.names import ROLES, Slot
 
@@ -132,6 +133,7 @@ def load(path: str | Path) -> Recipe:
         raise InputError(what, where=path, fix="give a YAML file") from None
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a YAML file") from None
+    check_pointer(content, Path(path))
     if len(content) > MAX_BYTES:
         raise InputError(f"larger than {MAX_BYTES:,} bytes", where=path, fix="give a YAML recipe")
     return parse(text, path)

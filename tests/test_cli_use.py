@@ -83,6 +83,8 @@ def test_cheap_checks_do_not_import_torch(tmp_path):
     assert "torch" not in modules_after("eval-ppl", "x", "--text", str(tmp_path / "nosuch"))
     args = ("--int4", "--statistics", str(tmp_path / "no"), "-o", str(tmp_path / "out"))
     assert "torch" not in modules_after("convert", str(tiny.MINI), *args)
+    for args in (("verify", "no/such/x"), ("generate", "no/such/x", "--prompt", "a"), ("eval-ppl", "no/such/x")):
+        assert "torch" not in modules_after(*args)
     assert "torch" not in modules_after("calibrate", "x", "--calibration", str(tmp_path / "no"), "-o", "out")
 
 

@@ -148,13 +148,26 @@ def test_the_first_folder_that_is_ours_to_write_is_taken(candidates, tmp_path, m
 
 def test_without_a_folder_functions_compile_and_one_line_says_so(candidates, tmp_path, caplog):
     (tmp_path / "file").touch()
+    module._say_that_it_compiles.cache_clear()
     with caplog.at_level(logging.INFO, "dsv2quant"):
         assert candidates(tmp_path / "file" / "a") is None
         assert compiled(doubled)(4) == 8
         assert compiled(doubled)(4.0) == 8
-    assert [record.getMessage() for record in caplog.records] == [
-        "compiled code is not kept: no folder can be written to, so every run compiles again"
+    assert caplog.messages == [
+        "compiling for this processor, at every run, as no folder to keep it in can be written to: it can take a minute"
     ]
+
+
+def test_that_it_compiles_is_said_once_and_not_where_machine_code_is_kept(kept, caplog):
+    says = module._say_that_it_compiles
+    says.cache_clear()
+    for argument in (4, 4.0):
+        assert compiled(doubled)(argument) == 8
+    assert caplog.messages == ["compiling for this processor, once: it can take a minute"]
+    caplog.clear()
+    says.cache_clear()
+    assert compiled(doubled)(4) == 8
+    assert not caplog.messages
 
 
 def test_a_container_without_a_home_a_package_folder_and_a_temporary_folder(candidates, tmp_path, monkeypatch):

@@ -143,6 +143,11 @@ def test_plan_reads_headers_and_no_weights(hub):
     assert len(files["model.safetensors"]) > 400_000
 
 
+def test_quiet_is_quiet_while_it_downloads(hub, tmp_path):
+    ran = dsv2quant(hub.environment, "inspect", "owner/name", "-q")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_convert_downloads_safely_and_records_the_commit(hub, tmp_path):
     environment, sent, _, _ = hub
     out = tmp_path / "out"

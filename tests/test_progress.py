@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from contextlib import contextmanager
 
 import pytest
+from tqdm import tqdm
 
 from dsv2quant.cli import bars
+from dsv2quant.cli.main import AboveBars
 
 
 @pytest.fixture
@@ -104,3 +107,23 @@ def test_short_work_says_nothing_off_a_terminal(monkeypatch):
     with bars.progress_bar(10, "B", "convert", quiet=False) as advance:
         advance(10)
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_line_does_not_break_the_bar(terminal, monkeypatch):
+    """On a terminal the bar's line is cleared before it, and the bar drawn again below."""
+    screen = Screen(terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    handler = AboveBars(screen)
+    with bars.progress_bar(4000, "B", "convert", quiet=False):
+        bar = next(iter(tqdm._instances), None)
+        assert (bar is not None) == terminal
+        if bar is not None:
+            bar.delay = 0
+            bar.refresh()
+        handler.emit(logging.makeLogRecord({"msg": "compiling"}))
+        shown = screen.getvalue()
+    assert "compiling\n" in shown
+    before, after = shown.split("compiling\n")
+    assert before == "" or before.endswith(" \r")
+    assert after.startswith("\rconvert:") if terminal else after == ""

@@ -180,6 +180,27 @@ def test_pointers_of_git_lfs_are_told(name, model, run):
     refused(run(CONVERT), f"{name}: is a git-lfs pointer, not the file", "git lfs pull")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval-ppl {model} --text {file}.txt --ctx 8",
+        "convert {model} --int4 --calibration {file}.jsonl -o {out}",
+        "convert {model} --int4 --method mse --statistics {file}.safetensors -o {out}",
+        "convert {model} --recipe {file}.yaml -o {out}",
+        "plan {model} --gguf Q8_0 --imatrix {file}.gguf",
+        "inspect {file}.gguf",
+        "verify {file}.gguf",
+        "generate {model} --prompt @{file}.txt",
+    ],
+)
+def test_pointers_of_git_lfs_are_told_of_every_file_that_is_given(command, wordy, tmp_path, cli):
+    for suffix in ("txt", "jsonl", "safetensors", "yaml", "gguf"):
+        (tmp_path / f"file.{suffix}").write_bytes(POINTER)
+    ran = cli(*command.format(model=wordy, file=tmp_path / "file", out=tmp_path / "out").split(), "-q")
+    refused(ran, "is a git-lfs pointer, not the file", "git lfs pull")
+    assert not (tmp_path / "out").exists()
+
+
 def shards(folder: Path, count: int = 3) -> None:
     (folder / SHARD).unlink(missing_ok=True)
     tiny.write_checkpoint(folder, tiny.WORDY, shards=count)

@@ -77,9 +77,12 @@ def measure(
     inputs: Iterable[Path] = (),
 ) -> Statistics:
     """As `calibrate`, as a part of work that says itself what is kept."""
-    from dsv2quant.calib.collect import collect
+    with progress(0, "", "starting"):  # imports torch
+        from dsv2quant.calib.collect import collect
 
-    work, source = work_folder(out), Source.of(checkpoint, {})
+    work = work_folder(out)
+    with progress(0, "", "prepare"):
+        source = Source.of(checkpoint, {})
     model = {"identity": source.identity["weights"], "config": configured(checkpoint.config)}
     wanted = {"model": model, "calibration": calibration.describe(device)}
     _check_out(out, [*inputs, *([checkpoint.folder] if checkpoint.folder is not None else [])])

@@ -107,7 +107,8 @@ def prepare(
     folds = Folds({})
     wanted = sum(line.slot.size for line in plan.lines if line.method == "awq")
     if wanted:
-        from dsv2quant.calib.awq import choose_folds
+        with progress(0, "", "starting"):
+            from dsv2quant.calib.awq import choose_folds
 
         assert statistics is not None
         with disk_errors(work.parent), progress(wanted, "weights", "awq") as advance:
@@ -115,7 +116,8 @@ def prepare(
     prepared = Prepared(plan, statistics, folds)
     if not needs_calibration(plan):
         return prepared
-    from dsv2quant.calib.sequence import quantize_layers
+    with progress(0, "", "starting"):  # imports torch
+        from dsv2quant.calib.sequence import quantize_layers
 
     assert calibration is not None
     with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:

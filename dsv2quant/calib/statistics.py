@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from dsv2quant.checkpoint import Checkpoint
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError, listing
+from dsv2quant.files import check_pointer
 from dsv2quant.headers import read_header
 from dsv2quant.names import LINEAR_ROLES, Slot, layer_slots
 from dsv2quant.source import configured, sampled
@@ -121,6 +122,8 @@ def read_about(path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise InputError(what, where=path, fix=fix)
+    with path.open("rb") as file:
+        check_pointer(file.read(64), path)
     try:
         read_header(path)
         with safe_open(path, "np") as file:

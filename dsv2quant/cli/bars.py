@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from dsv2quant.progress import Progress
@@ -22,6 +22,19 @@ _UNCOUNTED = "{desc}: {elapsed}"
 def progress(quiet: bool) -> Progress:
     """Bars on stderr for the library's long work."""
     return lambda total, unit, label: progress_bar(total, unit, label, quiet)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Free the terminal's line of the bar that is open, and draw it again afterwards."""
+    tqdm = sys.modules.get("tqdm")  # without it no bar is open
+    with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
+        yield
+
+
+def starting(quiet: bool) -> AbstractContextManager[object]:
+    """Tells the time while torch is imported, which takes seconds."""
+    return progress_bar(0, "", "starting", quiet)
 
 
 @contextmanager
@@ -66,7 +79,7 @@ def _lines(total: int, unit: str, label: str) -> Iterator[Callable[[int], object
             done, total, time.monotonic() - began, unit=unit, unit_scale=True, prefix=label,
             bar_format=_COUNTED if total else _UNCOUNTED,
         )  # fmt: skip
-        print(shown, file=sys.stderr, flush=True)
+        print(shown + "\n", end="", file=sys.stderr, flush=True)  # in one piece
 
     with _every(LINE_EVERY, say):
         yield advance

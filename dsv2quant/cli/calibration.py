@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import common, types
+from dsv2quant.cli import bars, common, types
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
@@ -106,22 +106,23 @@ def load(
     checkpoint.check_source()
     assert checkpoint.folder is not None
     spec, samples = options["text"], options["samples"]
-    text = load_text(spec, checkpoint.folder)
     longest = 512 if protocol == "llama.cpp" else 2048
     length = options["length"] or min(longest, checkpoint.config.trained_context)
-    tokenizer = Tokenizer.of(checkpoint)
-    if protocol == "llama.cpp":
-        ids = windows_in_order(text, tokenizer, samples, length)
-    else:
-        ids = windows(text, tokenizer, samples, length, options["seed"])
-    tokenizer.check_ids(ids, checkpoint.config.vocab_size)
-    sketch = fingerprint("\n".join(document.text for document in text.documents))
+    with bars.progress_bar(0, "", "tokenize", quiet):
+        text = load_text(spec, checkpoint.folder)
+        tokenizer = Tokenizer.of(checkpoint)
+        if protocol == "llama.cpp":
+            ids = windows_in_order(text, tokenizer, samples, length)
+        else:
+            ids = windows(text, tokenizer, samples, length, options["seed"])
+        tokenizer.check_ids(ids, checkpoint.config.vocab_size)
+        sketch = fingerprint("\n".join(document.text for document in text.documents))
+        shared = overlap(fingerprint(python_topics().content), sketch)
     if not quiet:
         if spec is None:
             click.echo(f"no --calibration: using {text.source}; text like what the model will see is better", err=True)
         if len(ids) < samples:
             click.echo(f"warning: {text.source} fills {len(ids)} of {samples} windows of {length} tokens", err=True)
-        shared = overlap(fingerprint(python_topics().content), sketch)
         if shared > MAX_OVERLAP:
             click.echo(f"warning: {shared:.1%} of the text that eval-ppl scores by default is in it", err=True)
     return Calibration(ids, text.source, text.sha256, options["seed"], sketch)

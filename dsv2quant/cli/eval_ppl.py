@@ -100,18 +100,19 @@ def command(
     text = _text(text_file, dataset, cache_dir, offline)
     common.check_device(device)
 
-    import torch
-
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.evaluate.identity import identify
-    from dsv2quant.evaluate.measure import Settings, check_gates, evaluate, gates
-    from dsv2quant.model.cache import KV_DTYPES
-    from dsv2quant.report.evaluation import evaluation_text
 
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     against = None
     if reference is not None:
         against = Checkpoint.open(reference, cache_dir=cache_dir, offline=offline)
+    with bars.starting(quiet):
+        import torch
+
+        from dsv2quant.evaluate.identity import identify
+        from dsv2quant.evaluate.measure import Settings, check_gates, evaluate, gates
+        from dsv2quant.model.cache import KV_DTYPES
+        from dsv2quant.report.evaluation import evaluation_text
     trained = checkpoint.config.trained_context
     if ctx is not None and ctx > trained and not quiet:
         print(f"warning: --ctx {ctx} is beyond the trained context, {trained}: perplexity may explode", file=sys.stderr)

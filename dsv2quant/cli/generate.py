@@ -66,13 +66,16 @@ def command(
     text = _text(prompt)
     common.check_device(device)
 
-    import torch
-
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.completion import Request, complete
-    from dsv2quant.model.cache import KV_DTYPES
-    from dsv2quant.model.generate import Sampling
-    from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+
+    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    with bars.starting(quiet):
+        import torch
+
+        from dsv2quant.completion import Request, complete
+        from dsv2quant.model.cache import KV_DTYPES
+        from dsv2quant.model.generate import Sampling
+        from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     request = Request(
@@ -85,7 +88,6 @@ def command(
         ),
         special,
     )
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     if as_json:
         result = complete(checkpoint, request, progress=bars.progress(quiet))
         common.print_json(result)

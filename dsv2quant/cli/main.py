@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from dsv2quant import __version__
+from dsv2quant.cli import bars
 from dsv2quant.cli.streams import take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
 
@@ -39,6 +40,14 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class AboveBars(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes log lines to stderr, above the progress bar that may be open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with bars.set_aside():
+            super().emit(record)
 
 
 class _Verbs(click.Group):
@@ -102,7 +111,7 @@ def stopping() -> Iterator[None]:
 def main() -> NoReturn:
     """Entry point of the console script."""
     take_any_text()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = AboveBars(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:

@@ -40,9 +40,7 @@ def command(
     Example:
       dsv2quant verify DeepSeek-V2-Lite-FP8-BLOCK --source deepseek-ai/DeepSeek-V2-Lite
     """
-    from dsv2quant import compare, verify
     from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.report.verification import verification_text
 
     common.set_verbosity(verbose, quiet)
     common.check_device(device)
@@ -50,6 +48,10 @@ def command(
     original = None
     if source is not None:
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
+    with bars.starting(quiet):
+        from dsv2quant import compare, verify
+        from dsv2quant.report.verification import verification_text
+    if original is not None:
         compare.check_layout(opened, original)
     checked = verify.check(opened, bars.progress(quiet), has_source=original is not None)
     errors = None

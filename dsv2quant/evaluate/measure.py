@@ -69,7 +69,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The object of `eval-ppl --json`. Raises InputError where model, reference and text don't go together."""
     started = time.perf_counter()
-    windows = _windows(checkpoint, text, settings)
+    with progress(0, "", "tokenize"):
+        windows = _windows(checkpoint, text, settings)
     if reference is not None:
         _check_same_tokens(checkpoint, reference)
     ids, first = windows.ids, windows.first

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2quant.errors import InputError
+from dsv2quant.files import check_pointer
 
 DATASETS = ("wikitext2",)
 _UTF8 = "give a UTF-8 text file: iconv -f UTF-16 -t UTF-8 makes one of Windows' Unicode"
@@ -29,9 +30,10 @@ def from_file(path: str) -> Text:
     try:
         content = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"can't be read: {error}", where=path, fix="give a UTF-8 text file") from None
+        raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a UTF-8 text file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"can't be read: {error}", where=path, fix=_UTF8) from None
+    check_pointer(content[:64].encode(), Path(path))
     if "\0" in content:
         raise InputError("holds NUL characters, which no text has", where=path, fix=_UTF8)
     return Text(Path(path).name, content)

@@ -58,14 +58,13 @@ class Kept(NullCache):
     def load_overload(self, signature: Any, target: Any) -> Any:
         """The CompileResult, or None where none is kept that is whole and of these sources."""
         target.refresh()
-        if not (path := self._path(signature, target.codegen())):
-            return None
-        try:
-            kept = path.read_bytes()
-        except OSError:
-            return None
+        path = self._path(signature, target.codegen())
+        kept = b""
+        with contextlib.suppress(OSError):
+            kept = path.read_bytes() if path else b""
         payload = kept[DIGEST_SIZE:]
         if kept[:DIGEST_SIZE] != self._seal(payload):
+            _say_that_it_compiles()
             return None
         return CompileResult._rebuild(target, *pickle.loads(payload))
 
@@ -105,6 +104,13 @@ def sources_digest() -> bytes:
 
 
 @functools.cache
+def _say_that_it_compiles() -> None:
+    """Once a process: work stands still meanwhile, and its time left means nothing."""
+    often = "once" if folder() else "at every run, as no folder to keep it in can be written to"
+    logger.warning("compiling for this processor, %s: it can take a minute", often)
+
+
+@functools.cache
 def folder() -> Path | None:
     """Where machine code is kept, None where nowhere can be written. Reading it is running it, so a folder of another
     user's, or one that others may write to, is passed over."""
@@ -116,7 +122,6 @@ def folder() -> Path | None:
                 tempfile.TemporaryFile(dir=candidate).close()
                 logger.debug("compiled code is kept in %s", candidate)
                 return candidate
-    logger.info("compiled code is not kept: no folder can be written to, so every run compiles again")
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from gguf import GGUFValueType
 
 from dsv2quant.errors import InputError
-from dsv2quant.files import open_regular
+from dsv2quant.files import check_pointer, open_regular
 from dsv2quant.formats.gguf.ggml import NAMES, NUMBERS, SIZES
 
 MAGIC = b"GGUF"
@@ -108,7 +108,9 @@ def read(path: Path) -> Container:
     """Open a GGUF file. Raises InputError where it is none, is truncated, or contradicts itself."""
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size < 24 or file.read(4) != MAGIC:
+        start = file.read(64)
+        check_pointer(start, path)
+        if size < 24 or not start.startswith(MAGIC):
             raise InputError("truncated or not a GGUF file", where=path, fix=_AGAIN)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data, size).container()

@@ -66,11 +66,12 @@ def convert_gguf(
     """
     started = time.perf_counter()
     options = plan.options
-    metadata = model_metadata(plan.checkpoint, options.number, drop_expert_groups=options.drop_expert_groups)
-    if options.imatrix is not None:
-        metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
-    files = lay_out(plan, out, metadata, split_max_size)
-    source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
+    with progress(0, "", "prepare"):
+        metadata = model_metadata(plan.checkpoint, options.number, drop_expert_groups=options.drop_expert_groups)
+        if options.imatrix is not None:
+            metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
+        files = lay_out(plan, out, metadata, split_max_size)
+        source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
     state = State(out, files, plan, source, force, progress)
     if state.complete is not None:
         return Result(state.complete, 0, True, time.perf_counter() - started)
