@@ -31,7 +31,7 @@ from dsv2quant.folder import CARD_FILE, ArtifactFolder
 from dsv2quant.folds import FOLDS_FILE
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import E4M3_VALUES
-from dsv2quant.formats.part import NonFiniteError
+from dsv2quant.formats.part import NonFiniteError, TooLargeError, too_large
 from dsv2quant.formats.plain import check_finite
 from dsv2quant.headers import INDEX_FILE
 from dsv2quant.manifest import sealed
@@ -278,6 +278,9 @@ def _encode(
         encoded = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
     except NonFiniteError as error:
         raise checkpoint.not_finite(lines[error.which].weight, error.index) from None
+    except TooLargeError as error:
+        line = lines[error.which]
+        raise too_large(line.slot.module, line.scheme) from None
     if len(encoded) != len(lines):
         raise PlanViolation(f"{lines[0].slot.name}: {len(encoded)} weights came, {len(lines)} were planned")
     return [

@@ -25,6 +25,7 @@ from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.part import too_large
 from dsv2quant.formats.plain import to_bf16
 from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.linear import Linear
@@ -309,7 +310,11 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
             group = codec.group_size or weight.shape[2]
             scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group))
             codes = gptq.quantize(wished, scales, factored)
-            plain_scales = _stored(codec, gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group))
+            plain_scales = gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group)
+            for name, needed in zip(modules, plain_scales, strict=True):
+                if not codec.holds(needed.cpu().numpy()):
+                    raise too_large(f"{job.at}.{name}", scheme)
+            plain_scales = _stored(codec, plain_scales)
             plain_codes = gptq.nearest(weight, plain_scales)
             quantized, plain = gptq.dequantize(codes, scales), gptq.dequantize(plain_codes, plain_scales)
         else:

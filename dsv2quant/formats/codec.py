@@ -69,7 +69,7 @@ class Codec(Protocol):
 
         Each weight is [out, in], as BF16 bits (uint16) or float32; `inputs` are theirs, where the method or the scheme
         needs them. Returns per weight {suffix: array}, with arrays of `layout`'s shapes holding its dtypes' bits.
-        Raises NonFiniteError.
+        Raises NonFiniteError, and TooLargeError where the scheme's scales have a narrower range than BF16.
         """
 
     def decode(

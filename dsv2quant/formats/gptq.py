@@ -46,6 +46,11 @@ class Transposed(Int4):
         """None: zero points, and in GPTQ's the groups of columns, are always there."""
         return ()
 
+    def holds(self, scales: np.ndarray) -> bool:
+        from dsv2quant.formats.int4_cpu import LARGEST_FLOAT16, round_to_bf16
+
+        return bool((round_to_bf16(scales) <= LARGEST_FLOAT16).all())
+
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """Float16 values that BF16 holds too, so that consumers may load them in either."""
         from dsv2quant.formats.int4_cpu import round_to_float16

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv2quant.formats.part import Inputs, Part
+from dsv2quant.formats.part import Inputs, Part, TooLargeError
 from dsv2quant.formats.plain import check_finite, to_bf16
 
 if TYPE_CHECKING:
@@ -129,9 +129,15 @@ class Int4:
                 scales = search_scales(x, inputs[which].importance[None], group)
             else:
                 scales = rtn_scales(x, group)
+            if not self.holds(scales):
+                raise TooLargeError(which)
             scales = self.storable(scales)
             encoded.append(self.pack(nearest_codes(x, scales), scales))
         return encoded
+
+    def holds(self, scales: np.ndarray) -> bool:
+        """Whether none of these scales is too large to be stored."""
+        return True
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """The scales of float32 that `pack` stores without loss in place of these: to be applied before codes are

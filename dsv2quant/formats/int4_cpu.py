@@ -12,6 +12,7 @@ from dsv2quant.formats.compiled import compiled
 
 # Candidate scales in units of amax / 7. 1 comes first and stays where no error tells candidates apart.
 FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
+LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
 _LANES = 16
 
 
@@ -28,7 +29,7 @@ def round_to_float16(x: np.ndarray) -> np.ndarray:
 
     Rounded to BF16 first: below 2^-17, where float16's spacing is 2^-24, it has no more bits than BF16 either.
     """
-    return np.clip(round_to_bf16(x), np.float32(2.0**-24), np.float32(65280)).astype(np.float16).astype(np.float32)
+    return np.clip(round_to_bf16(x), np.float32(2.0**-24), LARGEST_FLOAT16).astype(np.float16).astype(np.float32)
 
 
 def rtn_scales(weight: np.ndarray, group: int) -> np.ndarray:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsv2quant.errors import InputError
+
 # Bytes per element of the safetensors dtypes (safetensors/src/tensor.rs); the sub-byte ones never occur here.
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -44,6 +46,20 @@ class Inputs:
 
     importance: np.ndarray
     amax: float
+
+
+class TooLargeError(ValueError):
+    """A weight needs larger scales than its layout stores: `which` of the weights given to `encode`."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__(f"weight {which} has values too large for its scales")
+        self.which = which
+
+
+def too_large(module: str, scheme: str) -> InputError:
+    """The error to raise for the module of such a weight."""
+    what = f"has values too large for the float16 scales of {scheme}"
+    return InputError(what, where=module, fix="leave out --format: compressed-tensors has BF16 scales")
 
 
 class NonFiniteError(ValueError):
