@@ -93,7 +93,9 @@ def test_held(shape: tuple[int, int], group: int, zeros: bool, share: Held) -> N
     """Parts and passes of unlike size, rows and columns that blocks don't fill, tokens in several programs."""
     weight = random_weight(*shape, group, zeros, device="cuda")
     for tokens in (1, 4, 16, 37):
-        assert product(torch.randn(tokens, shape[1], device="cuda").bfloat16(), weight, share) < EXACT, tokens
+        # Of few values the root mean square varies: by 1 / √n of itself at most, in one standard deviation.
+        limit = EXACT * (1 + 3 / (tokens * shape[0]) ** 0.5)
+        assert product(torch.randn(tokens, shape[1], device="cuda").bfloat16(), weight, share) < limit, tokens
 
 
 def test_more_tokens_than_counters_for_a_split() -> None:
