@@ -80,12 +80,13 @@ def command(
         return
     plan = common.plan_for(checkpoint, options)
 
-    from dsv2quant.calib.calibration import needs_calibration, needs_statistics
-    from dsv2quant.convert import convert
-    from dsv2quant.report.calibration import calibration_json, calibration_text
-    from dsv2quant.report.coverage import draw
-    from dsv2quant.report.warnings import warnings
-    from dsv2quant.state import resumable
+    with bars.starting(quiet):
+        from dsv2quant.calib.calibration import needs_calibration, needs_statistics
+        from dsv2quant.convert import convert
+        from dsv2quant.report.calibration import calibration_json, calibration_text
+        from dsv2quant.report.coverage import draw
+        from dsv2quant.report.warnings import warnings
+        from dsv2quant.state import resumable
 
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
