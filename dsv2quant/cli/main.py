@@ -39,7 +39,7 @@ class Lines(logging.Formatter):
         return printable(super().format(record))
 
 
-class AboveBars(logging.StreamHandler):  # type: ignore[type-arg]
+class AboveBars(logging.StreamHandler):
     """Writes log lines to stderr, above the progress bar that may be open."""
 
     def emit(self, record: logging.LogRecord) -> None:
