@@ -94,7 +94,7 @@ def test_wrong_usage_exits_with_2(options, message, wordy, fox, tmp_path, cli):
         ("missing.txt", None, "missing.txt: can't be read: "),
         ("empty.txt", "", "empty.txt: holds no text (give a file with text)"),
         ("short.txt", "Hello, world.", "tokens don't fill one window of 32 (give a longer text or"),
-        ("odd.jsonl", '{"text": "fine"}\n{"txt": 1}\n', "odd.jsonl, line 2: not an object with either"),
+        ("odd.jsonl", '{"text": "fine"}\n{"txt": 1}\n', "odd.jsonl, line 2: has no text"),
         ("wikitext2", None, "wikitext2: an evaluation text"),
     ],
 )

@@ -144,7 +144,7 @@ def test_plan_reads_headers_and_no_weights(hub):
 
 
 def test_quiet_is_quiet_while_it_downloads(hub, tmp_path):
-    ran = dsv2quant(hub.environment, "inspect", "owner/name", "-q")
+    ran = dsv2quant(hub.environment, "convert", "owner/name", "--fp8=channel", "-q", "-o", tmp_path / "out")
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

@@ -33,7 +33,7 @@ def set_aside() -> Iterator[None]:
 
 
 def starting(quiet: bool) -> AbstractContextManager[object]:
-    """Tells the time while torch is imported, which takes seconds."""
+    """Tells the time while torch or numba is imported, which takes seconds."""
     return progress_bar(0, "", "starting", quiet)
 
 

@@ -82,11 +82,12 @@ def command(
         calibration.check_outputs([out, options["figure"]], checkpoint, options)
     plan = common.plan_for(checkpoint, options)
 
-    from dsv2quant.calib.calibration import needs_calibration, needs_statistics
-    from dsv2quant.convert import convert
-    from dsv2quant.report.calibration import calibration_json, calibration_text
-    from dsv2quant.report.coverage import draw
-    from dsv2quant.report.warnings import warnings
+    with bars.starting(quiet):
+        from dsv2quant.calib.calibration import needs_calibration, needs_statistics
+        from dsv2quant.convert import convert
+        from dsv2quant.report.calibration import calibration_json, calibration_text
+        from dsv2quant.report.coverage import draw
+        from dsv2quant.report.warnings import warnings
 
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)

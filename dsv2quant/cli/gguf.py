@@ -120,7 +120,8 @@ def convert(
     verbose: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Write the GGUF file and say what was done."""
-    from dsv2quant.formats.gguf.convert import convert_gguf
+    with bars.starting(quiet):
+        from dsv2quant.formats.gguf.convert import convert_gguf
     from dsv2quant.report.gguf_plan import plan_text
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.shards import parse_size
