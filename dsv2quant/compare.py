@@ -75,7 +75,7 @@ def compare_tensors(
     """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
     in the artifact."""
     wanted = {w.slot.name: w for w in source.weights}
-    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE)
+    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE, artifact.config)
     running: deque[tuple[int, Future[TensorError]]] = deque()
     errors = []
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
-from dsv2quant.files import read_bytes
-from dsv2quant.names import Slot, layer_slots
+from dsv2quant.files import AGAIN, read_bytes
+from dsv2quant.names import Slot, layer_slots, model_slots
 
 FOLDS_FILE = "dsv2quant.folds"  # safetensors inside, but not its name: consumers load all files of that name
 MAX_FOLDS_BYTES = 256 << 20
@@ -80,14 +80,23 @@ class Folds:
         return save(self.tensors)
 
     @classmethod
-    def open(cls, path: Path) -> Folds:
-        """Those of an artifact; empty where it has none. Raises InputError for a damaged file."""
+    def open(cls, path: Path, config: ModelConfig) -> Folds:
+        """Those of an artifact; empty where it has none. Raises InputError where the file is damaged, or another
+        model's."""
         if not path.exists():
             return cls({})
         try:
-            return cls(load(read_bytes(path, MAX_FOLDS_BYTES)))
+            stored = deserialize(read_bytes(path, MAX_FOLDS_BYTES))
         except SafetensorError as error:
-            raise InputError(f"can't be read: {error}", where=path, fix="download it again") from None
+            raise InputError(f"can't be read: {error}", where=path, fix=AGAIN) from None
+        slots, tensors = {slot.name: slot for slot in model_slots(config)}, {}
+        for name, part in stored:
+            slot, _, kind = name.rpartition(".")
+            dim = {"rows": 0, "columns": -1}.get(kind)
+            if slot not in slots or dim is None or part["dtype"] != "I8" or part["shape"] != [slots[slot].shape[dim]]:
+                raise InputError(f"{name} is no fold of this model", where=path, fix=AGAIN)
+            tensors[name] = np.frombuffer(part["data"], np.int8)
+        return cls(tensors)
 
     def columns(self, slot: Slot) -> np.ndarray | None:
         """Exponents of a matrix's columns; None where they stay."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_statistics import calibration
 
 from dsv2quant import recipe
@@ -70,7 +70,7 @@ def folded(folds: Folds, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 
 def test_chosen_folds_leave_every_logit_as_it_is(made, monkeypatch):
     plan, _, out = made
-    folds = Folds.open(out / FOLDS_FILE)
+    folds = Folds.open(out / FOLDS_FILE, plan.checkpoint.config)
     moved = {name for name, exponents in folds.tensors.items() if exponents.any()}
     for kind in ("input_layernorm", "kv_a_layernorm", "post_attention_layernorm", "up_proj"):
         assert any(f"{kind}.weight.rows" in name for name in moved), kind
@@ -138,9 +138,28 @@ def test_exponents_are_those_of_least_weighted_error(made):
         assert any((found == e).all() for e in candidates)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, e: {name: e[1:]}, "is no fold of this model"),
+        (lambda name, e: {name: e.astype(np.float32)}, "is no fold of this model"),
+        (lambda name, e: {name: e.reshape(1, -1)}, "is no fold of this model"),
+        (lambda name, e: {name.replace("layers.1", "layers.9"): e}, "layers.9.* is no fold of this model"),
+        (lambda name, e: {name.rpartition(".")[0]: e}, "is no fold of this model"),
+    ],
+)
+def test_folds_that_do_not_fit_the_model_are_an_error(change, message, made, tmp_path):
+    plan, _, out = made
+    tensors = load_file(out / FOLDS_FILE)
+    name = next(name for name in tensors if "layers.1" in name)
+    save_file({k: e for k, e in tensors.items() if k != name} | change(name, tensors[name]), tmp_path / FOLDS_FILE)
+    with pytest.raises(InputError, match=message):
+        Folds.open(tmp_path / FOLDS_FILE, plan.checkpoint.config)
+
+
 def test_the_artifact_is_folded_weights_with_weighted_scales(made):
     plan, statistics, out = made
-    folds, artifact = Folds.open(out / FOLDS_FILE), Checkpoint.open(out)
+    folds, artifact = Folds.open(out / FOLDS_FILE, plan.checkpoint.config), Checkpoint.open(out)
     source = {w.slot.name: w for w in plan.checkpoint.weights}
     for weight in artifact.weights:
         want = folds.apply(weight.slot, decode(plan.checkpoint, source[weight.slot.name], torch.float32).numpy())
