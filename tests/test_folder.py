@@ -260,7 +260,7 @@ def test_a_manifest_of_names_that_no_artifact_has_is_none_of_ours(name, model, t
     (out / MANIFEST_FILE).write_text(json.dumps(forged))
     (tmp_path / "x").touch()
     for force in (False, True):
-        with pytest.raises(InputError, match="is not empty|no conversion of dsv2quant's wrote"):
+        with pytest.raises(InputError, match=r"is not empty|no conversion of dsv2quant's wrote"):
             run(model, out, force=force)
     assert os.listdir(out) == [MANIFEST_FILE]
     assert (tmp_path / "x").exists()
