@@ -89,7 +89,8 @@ class Folds:
             stored = deserialize(read_bytes(path, MAX_FOLDS_BYTES))
         except SafetensorError as error:
             raise InputError(f"can't be read: {error}", where=path, fix=AGAIN) from None
-        slots, tensors = {slot.name: slot for slot in model_slots(config)}, {}
+        slots = {slot.name: slot for slot in model_slots(config)}
+        tensors: dict[str, np.ndarray] = {}
         for name, part in stored:
             slot, _, kind = name.rpartition(".")
             dim = {"rows": 0, "columns": -1}.get(kind)
