@@ -39,7 +39,7 @@ from dsv2quant.plan import Line, Plan, Step
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.recipe import CALIBRATED
 from dsv2quant.report.calibration import expert_tokens
-from dsv2quant.report.card import calibrated, copied_files, manifest, model_card
+from dsv2quant.report.card import calibrated, copied_files, manifest, model_card, source_card
 from dsv2quant.scratch import Scratch
 from dsv2quant.source import Source
 from dsv2quant.state import resumable, tell_kept
@@ -304,8 +304,8 @@ def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: i
 
 def _card_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     """{name: content} of the source's model card, which the artifact's is made with."""
-    path = checkpoint.folder / CARD_FILE if checkpoint.folder is not None else None
-    return {CARD_FILE: path.read_bytes()} if path is not None and path.is_file() else {}
+    card = source_card(checkpoint)
+    return {} if card is None else {CARD_FILE: card}
 
 
 def _small_files(plan: Plan, command: str, copied: dict[str, bytes]) -> dict[str, bytes]:

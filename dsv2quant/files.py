@@ -103,4 +103,4 @@ def carried_files(folder: Path) -> dict[str, bytes]:
 
 def is_artifact_path(name: str) -> bool:
     """Whether an artifact may hold a file of this name: in the folder itself and not hidden, or a further template."""
-    return re.fullmatch(rf"[^/.][^/]*|{TEMPLATES}/\w[\w.-]*\.jinja", name) is not None
+    return re.fullmatch(rf"[^/.\0][^/\0]*|{TEMPLATES}/\w[\w.-]*\.jinja", name) is not None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2quant.errors import InputError, listing
+from dsv2quant.files import is_artifact_path
 from dsv2quant.folds import FOLDS_FILE
 from dsv2quant.headers import INDEX_FILE, read_json
 from dsv2quant.plan import Plan
@@ -134,7 +135,9 @@ class ArtifactFolder:
         return manifest if ours else None
 
     def _is_inside(self, name: object) -> bool:
-        return isinstance(name, str) and (self.path / name).parent.resolve().is_relative_to(self.path.resolve())
+        if not isinstance(name, str) or not is_artifact_path(name):
+            return False
+        return (self.path / name).parent.resolve().is_relative_to(self.path.resolve())
 
     def _is_planned(self, manifest: Mapping[str, Any]) -> bool:
         return bool(manifest.get("plan") == self.plan.digest and manifest.get("calibration") == self._calibration)

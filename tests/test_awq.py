@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_statistics import calibration
 
 from dsv2quant import recipe
@@ -136,6 +136,25 @@ def test_exponents_are_those_of_least_weighted_error(made):
         errors = [lost(e) for e in candidates]
         assert lost(found.astype(np.float64)) <= min(errors) * (1 + 1e-4)  # BF16 scales may round the other way
         assert any((found == e).all() for e in candidates)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, e: {name: e[1:]}, "is no fold of this model"),
+        (lambda name, e: {name: e.astype(np.float32)}, "is no fold of this model"),
+        (lambda name, e: {name: e.reshape(1, -1)}, "is no fold of this model"),
+        (lambda name, e: {name.replace("layers.1", "layers.9"): e}, "layers.9.* is no fold of this model"),
+        (lambda name, e: {name.rpartition(".")[0]: e}, "is no fold of this model"),
+    ],
+)
+def test_folds_that_do_not_fit_the_model_are_an_error(change, message, made, tmp_path):
+    plan, _, out = made
+    tensors = load_file(out / FOLDS_FILE)
+    name = next(name for name in tensors if "layers.1" in name)
+    save_file({k: e for k, e in tensors.items() if k != name} | change(name, tensors[name]), tmp_path / FOLDS_FILE)
+    with pytest.raises(InputError, match=message):
+        Folds.open(tmp_path / FOLDS_FILE, plan.checkpoint.config)
 
 
 def test_the_artifact_is_folded_weights_with_weighted_scales(made):

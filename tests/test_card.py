@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import tracemalloc
 
+import pytest
+import tiny
+
+from dsv2quant import recipe
+from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.convert import convert
+from dsv2quant.errors import InputError
+from dsv2quant.plan import make_plan
 from dsv2quant.report.card import _licence
 
 MIT = {"license": "mit", "language": ["en", "no"]}
@@ -25,7 +34,28 @@ CARDS = {
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_the_licence_of_a_card(name, tmp_path):
+def test_the_licence_of_a_card(name):
     content, expected = CARDS[name]
-    (tmp_path / "README.md").write_bytes(content)
-    assert _licence(tmp_path) == expected
+    assert _licence(content) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda card: os.truncate(os.open(card, os.O_CREAT | os.O_WRONLY), 3 << 30), "larger than 16,777,216 bytes"),
+        (lambda card: card.symlink_to("/dev/zero"), "is a link out of its folder"),
+        (os.mkfifo, "is a device, a pipe or a socket"),
+    ],
+)
+def test_a_card_that_is_none_is_not_read(make, message, tmp_path):
+    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", tiny.LITE | {"num_hidden_layers": 2}))
+    make(tmp_path / "model" / "README.md")
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message):
+            convert(plan, tmp_path / "out", command="")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    finally:
+        tracemalloc.stop()
+    assert not (tmp_path / "out").exists()

@@ -252,6 +252,20 @@ def test_force_leaves_another_checkpoint_alone(model, tmp_path):
         assert contents(folder) == (before if folder == other else {}) | {"adapter.safetensors": b"mine"}
 
 
+@pytest.mark.parametrize("name", ["a\0b", "..", "../x", ""])
+def test_a_manifest_of_names_that_no_artifact_has_is_none_of_ours(name, model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    forged = {"schema": "dsv2quant.manifest/1", "plan": "x", "files": {name: {"size": 1, "sha256": "0" * 64}}}
+    (out / MANIFEST_FILE).write_text(json.dumps(forged))
+    (tmp_path / "x").touch()
+    for force in (False, True):
+        with pytest.raises(InputError, match=r"is not empty|no conversion of dsv2quant's wrote"):
+            run(model, out, force=force)
+    assert os.listdir(out) == [MANIFEST_FILE]
+    assert (tmp_path / "x").exists()
+
+
 def test_force_replaces_what_we_wrote_finished_or_not(model, tmp_path):
     out = tmp_path / "out"
     interrupted(model, out)

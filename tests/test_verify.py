@@ -121,6 +121,7 @@ def replaced(name, make):
         (only("config.json", "model.safetensors"), "holds generation_config.json, tokenizer.json, tokenizer_config"),
         (listed("../x"), "lists '../x', which is outside its folder"),
         (listed("/etc/passwd"), "which is outside its folder"),
+        (listed("a\0b"), "which is outside its folder"),
         (listed("..."), "lists '...', which is outside its folder"),
         (listed("x", {"size": True, "sha256": "0" * 64}), "lists x without its size and sha256"),
         (listed("x", {"size": 1, "sha256": ["0"]}), "lists x without its size and sha256"),

@@ -5,10 +5,10 @@ Nothing here depends on when or where the conversion ran, so that the same plan 
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +17,7 @@ from dsv2quant import __version__
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.prepared import Prepared
 from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.files import MAX_CARRIED_BYTES, carried_files, read_bytes
+from dsv2quant.files import carried_files, read_bytes
 from dsv2quant.formats.codec import CODECS
 from dsv2quant.plan import Plan
 from dsv2quant.report.calibration import calibration_json, expert_tokens
@@ -25,10 +25,18 @@ from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.summary import roles_table, summarize
 from dsv2quant.report.tables import gigabytes
 
+MAX_CARD_BYTES = 16 << 20
+
 
 def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """{name: content} of the source's files that an artifact carries along."""
     return {} if checkpoint.folder is None else carried_files(checkpoint.folder)
+
+
+def source_card(checkpoint: Checkpoint) -> bytes | None:
+    """The source's own model card, if it has one. Raises InputError by the rules of `read_bytes`."""
+    card = checkpoint.folder / "README.md" if checkpoint.folder is not None else None
+    return read_bytes(card, MAX_CARD_BYTES) if card is not None and os.path.lexists(card) else None
 
 
 def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def calibrated(plan: Plan, calibration: Calibration | None, prepared: Prepared) 
 def model_card(plan: Plan, command: str) -> str:
     """README.md of the artifact: front matter for the hub, then base model, recipe, command and sizes."""
     base = plan.checkpoint.model
-    front: dict[str, Any] = _licence(plan.checkpoint.folder)
+    front: dict[str, Any] = _licence(source_card(plan.checkpoint))
     front |= {"base_model": base, "base_model_relation": "quantized", "quantized_by": "dsv2quant"}
     front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
     summary = summarize((line.slot, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.lines)
@@ -88,13 +96,10 @@ def model_card(plan: Plan, command: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _licence(folder: Path | None) -> dict[str, Any]:
+def _licence(card: bytes | None) -> dict[str, Any]:
     """The base model's licence keys from its own card, if it has one that can be read."""
-    card = folder / "README.md" if folder is not None else None
-    if card is None or not card.exists():
-        return {}
     # With a byte order mark and line ends of any kind, as the hub takes it.
-    text = read_bytes(card, MAX_CARRIED_BYTES).decode("utf-8-sig", "replace")
+    text = (card or b"").decode("utf-8-sig", "replace")
     parts = re.split("^---[ \t]*\n", text.replace("\r\n", "\n"), maxsplit=2, flags=re.M)
     if len(parts) < 3 or parts[0].strip():
         return {}
