@@ -122,7 +122,7 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     }
     path = tmp_path / "imatrix.gguf"
     imatrix.write(path, Imatrix(entries, ("text",), 1, 64))
-    assert notes(cli, model, "Q2_K_S", "--imatrix", path)[-1:] != ["lacks"]
+    assert not any("lacks" in note for note in notes(cli, model, "Q2_K_S", "--imatrix", path))
     del entries["blk.1.attn_v_b.weight"], entries["blk.1.attn_k_b.weight"]  # the latter falls back to Q4_0
     imatrix.write(path, Imatrix(entries, ("text",), 1, 64))
     one_line(
