@@ -43,7 +43,7 @@ class PlanViolation(RuntimeError):
 
 def listing(items: list[str], limit: int = 3) -> str:
     """The first `limit` items and how many more there are: 'a, b, c and 7 more'."""
-    shown = ", ".join(items[:limit])
+    shown = ", ".join(item if len(item) <= 200 else f"{item[:200]}…" for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
