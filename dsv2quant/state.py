@@ -90,9 +90,7 @@ def tell_kept(out: Path, is_kept: Callable[[], bool]) -> Iterator[None]:
     """Say so where an interrupt ends the work on `out` and something of it is kept. An error says itself what to do."""
     try:
         yield
-    except Exception:
-        raise
-    except BaseException:
-        if is_kept():
+    except BaseException as error:
+        if not isinstance(error, Exception) and is_kept():
             logger.warning("%s: what is finished is kept; the same command continues there", out)
         raise
