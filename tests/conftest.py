@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(SystemExit) as exit_:
             main()
         captured = capsys.readouterr()
+        logging.getLogger("dsv2quant").setLevel(logging.NOTSET)  # -q is of this command alone
         return Ran(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run

@@ -303,7 +303,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
         3,
         "unknown key 'rulez'",
     ),
-    ("recipe is no file", None, RECIPE, 3, "recipe.yaml: can't be read"),
+    ("recipe is no file", None, RECIPE, 3, "recipe.yaml: no such file"),
     (
         "recipe quantizes nothing",
         recipe_file("name: x\nrules: [{roles: ['*'], scheme: bf16}]"),
@@ -317,7 +317,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
     ("no output", None, ("convert", "{model}", "--fp8"), 2, "give -o OUT"),
     ("tp that does not divide", None, (*CONVERT, "--tp", "3"), 2, "--tp 3 does not divide num_attention_heads, 4"),
     ("size that is none", None, (*CONVERT, "--max-shard-size", "big"), 2, "'big' is not a size"),
-    ("device that is none", None, (*CONVERT, "--device", "warp"), 2, "--device warp can't be used"),
+    ("device that is none", None, (*CONVERT, "--device", "warp"), 2, "'warp' is none of cpu, cuda and cuda:N"),
     (
         "output is the input",
         None,
