@@ -20,8 +20,9 @@ STAMP := .venv/.ready$(VARIANT)
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
 
+# Two processes of one thread each: a file of tests stays in one of them.
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-clients: $(STAMP)
 	@$(BIN)/python tests/clients/llama_cpp/build.py

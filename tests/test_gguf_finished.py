@@ -29,7 +29,7 @@ from dsv2quant.state import resumable
 
 # Plain types, so that nothing is compiled.
 ONE = {"split_max_size": None}
-SHARDS = {"split_max_size": 400_000}
+SHARDS = {"split_max_size": 800_000}
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,12 @@ def test_the_same_command_again_finds_it_complete(split, model, tmp_path):
 
 
 def test_the_command_says_so(model, tmp_path, cli):
-    command = ("convert", model, "--gguf", "F16", "-o", tmp_path / "m.gguf", "--output-type", "F32")
+    command = ("convert", model, "--gguf", "F16", "-o", tmp_path / "m.gguf", "--token-embedding-type", "F32")
     assert json.loads(cli(*command, "--json", "-q").out)["already_complete"] is False
     assert json.loads(cli(*command, "--json", "-q").out)["already_complete"] is True
     assert cli(*command).out.endswith("bits/weight, was already complete\n")
     manifest = json.loads((tmp_path / "m.gguf.json").read_text())
-    assert manifest["command"] == "dsv2quant convert model --gguf F16 --output-type F32"
+    assert manifest["command"] == "dsv2quant convert model --gguf F16 --token-embedding-type F32"
 
 
 @pytest.mark.parametrize("split", [ONE, SHARDS], ids=["one file", "shards"])

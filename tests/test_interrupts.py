@@ -24,6 +24,16 @@ WAYS = [(None, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal
 ways = pytest.mark.parametrize(("number", "code", "word"), WAYS, ids=["ctrl-c", "term", "hup"])
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """Whatever started the tests: one in the background ignores Ctrl-C, nohup SIGHUP."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @contextmanager
 def stopped(owner: object, name: str, number: signal.Signals | None, when=lambda *args: True):
     """In place of a call that fits, a signal comes, or Ctrl-C."""
