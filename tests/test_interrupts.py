@@ -27,7 +27,11 @@ ways = pytest.mark.parametrize(("number", "code", "word"), WAYS, ids=["ctrl-c", 
 @pytest.fixture(autouse=True)
 def default_signals():
     """Whatever started the tests: one in the background ignores Ctrl-C, nohup SIGHUP."""
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in before.items():
