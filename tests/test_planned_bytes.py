@@ -28,6 +28,7 @@ from dsv2quant.formats.gguf.plan import GgufPlan, Line, Options, make_gguf_plan
 from dsv2quant.formats.part import HELD_AS, Inputs
 from dsv2quant.plan import FOLDED, Plan, _lay_out, _line
 from dsv2quant.shards import Output, Shard
+from dsv2quant.targets import Parallel
 from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, WORK_FOLDER, ShardWriter
 
 Parts = dict[str, np.ndarray]
@@ -60,7 +61,9 @@ def plan_of_one(model: Path, scheme: str, method: str) -> Plan:
     weights = [w for w in checkpoint.weights if w.slot.role == "routed.down_proj"][:2]
     lines = (_line(weights[0], "fp8-channel", "rtn", None), _line(weights[1], scheme, method, None))
     steps, shards = _lay_out(lines, checkpoint, ("vllm",), 10**9)
-    return Plan(checkpoint, recipe.builtin("fp8-channel"), ("vllm",), 1, lines, steps, shards, checkpoint.raw_config)
+    return Plan(
+        checkpoint, recipe.builtin("fp8-channel"), ("vllm",), Parallel(), lines, steps, shards, checkpoint.raw_config
+    )
 
 
 def nothing_is_finished(out: Path) -> None:
