@@ -108,7 +108,7 @@ def test_a_codec_that_breaks_the_plan_finishes_nothing(scheme, model, tmp_path, 
         monkeypatch.setattr(CODECS[scheme], "encode", faulty)
         with pytest.raises(PlanViolation, match=r"came") as refused:
             convert.convert(plan, tmp_path / name, command="")
-        assert plan.lines[1].slot.module in str(refused.value)
+        assert any(line.slot.module in str(refused.value) for line in plan.lines)  # workers race for the second call
         assert "\n" not in str(refused.value)
         nothing_is_finished(tmp_path / name)
     monkeypatch.setattr(CODECS[scheme], "encode", lambda *args: [])
