@@ -89,10 +89,11 @@ def command(
         from dsv2quant.report.coverage import draw
         from dsv2quant.report.warnings import warnings
 
+    warned = warnings(plan)
     if verbose:
         click.echo(plan_text(plan, every_tensor=verbose > 1), err=True)
     elif not quiet:
-        for warning in warnings(plan):
+        for warning in warned:
             click.echo(f"warning: {warning}", err=True)
     words = ["dsv2quant convert", checkpoint.model, *common.words(options)]
     if statistics is not None and not needs_statistics(plan):
@@ -124,7 +125,7 @@ def command(
                 "bytes_out": result.bytes_out,
                 "bits_per_weight": 8 * result.bytes_out / plan.parameters,
                 "files": result.files,
-                "warnings": warnings(plan),
+                "warnings": warned,
                 "calibration": calibration_json(plan, result.outcomes, result.expert_tokens),
                 "resumed_shards": result.resumed,
                 "already_complete": result.already_complete,
