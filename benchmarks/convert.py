@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from dsv2quant import __version__
-from dsv2quant.bench.results import append
-from dsv2quant.config import CAUSAL_LM, ModelConfig
-from dsv2quant.names import model_slots
-from dsv2quant.shards import Output, Shard
+from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
+from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.bench.device import append
+from dsv2quant.storage.safetensors import Output, Shard
 
 V2_LITE = {
     "architectures": [CAUSAL_LM], "model_type": "deepseek_v2", "torch_dtype": "bfloat16", "vocab_size": 102400,

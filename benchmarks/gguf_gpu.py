@@ -20,11 +20,11 @@ import torch
 import triton
 
 from dsv2quant import __version__
-from dsv2quant.bench.results import append
-from dsv2quant.bench.shapes import configuration
-from dsv2quant.formats.gguf.tensors import model_tensors
-from dsv2quant.formats.gguf.types import choose
+from dsv2quant.arch.gguf_tensors import model_tensors
+from dsv2quant.bench.device import append
+from dsv2quant.bench.subject import configuration
 from dsv2quant.kernels.gguf_encode import encode
+from dsv2quant.planning.gguf_types import choose
 
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS")
 TENSOR, MATRIX = (64 * 1408, 2048), (1408, 2048)

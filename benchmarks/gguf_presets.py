@@ -23,8 +23,8 @@ import torch
 from quality import MODEL, Evaluator
 
 from dsv2quant import __version__
-from dsv2quant.bench.results import append
-from dsv2quant.formats.gguf.presets import PRESETS
+from dsv2quant.bench.device import append
+from dsv2quant.planning.gguf_presets import PRESETS
 
 
 def command(*words: object) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from convert import make_checkpoint, processor, run, set_cache
 
 from dsv2quant import __version__
-from dsv2quant.bench.results import append
+from dsv2quant.bench.device import append
 from dsv2quant.formats.gguf import blocks
 
 ROOT = Path(__file__).parent.parent

@@ -25,19 +25,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dsv2quant import __version__, recipe
-from dsv2quant.bench.results import append
+from dsv2quant import __version__
+from dsv2quant.bench.device import append
 from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
-from dsv2quant.calib.text import standard_library, windows
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
-from dsv2quant.evaluate.divergence import Divergence, compare
-from dsv2quant.evaluate.perplexity import Pass, batches_of, run
-from dsv2quant.evaluate.text import python_topics
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compare, run
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.text.calibration import standard_library, windows
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.model.layers import MoE
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.moe import MoE
 from dsv2quant.model.runtime import Model
 from dsv2quant.report.tables import gigabytes, table
 

@@ -19,15 +19,15 @@ import tiny
 import torch
 from test_convert import KILLER
 
-from dsv2quant import recipe
 from dsv2quant.calib.calibration import Calibration, needs_calibration
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import Result, convert
-from dsv2quant.model.linear import Linear
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import Result, convert
+from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import Plan, make_plan
-from dsv2quant.writer import MANIFEST_FILE
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.storage.durable import MANIFEST_FILE
 
 WINDOWS, CTX = 17, 30  # window 8 is kept aside
 

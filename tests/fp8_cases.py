@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv2quant.formats.fp8 import expand_blocks
+from dsv2quant.formats.e4m3 import expand_blocks
 from dsv2quant.kernels.reference import quantize_activation
 
 E4M3 = torch.float8_e4m3fn

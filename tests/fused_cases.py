@@ -8,10 +8,10 @@ import math
 import torch
 from fp8_cases import activations
 
-from dsv2quant.kernels import reference, reference_fused
-from dsv2quant.kernels.absorb import Share, absorb_k, absorb_v, choose
+from dsv2quant.kernels import reference
+from dsv2quant.kernels import reference as reference_fused
 from dsv2quant.kernels.add_norm import add_norm
-from dsv2quant.kernels.latents import append_latents
+from dsv2quant.kernels.latents import Share, absorb_k, absorb_v, append_latents, choose
 from dsv2quant.kernels.silu_mul import silu_mul
 
 EMPTY = torch.empty

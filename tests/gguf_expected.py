@@ -13,9 +13,9 @@ import tiny
 from gguf import GGUFWriter
 from gguf_cases import bell
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.gguf.container import Container
-from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.storage.gguf import Container
 
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS")
 OTHER_TYPES = ("BF16", "F16", "Q5_0", "Q5_1", "Q4_1", "Q5_K_S", "Q3_K_L", "Q3_K_S", "IQ4_NL")

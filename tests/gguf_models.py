@@ -23,9 +23,8 @@ from gguf import GGUFValueType, TokenType
 from tiny import LITE, MINI, V2, YARN, write_headers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from dsv2quant.formats.gguf.container import Metadata, Value, pack_header, read
-from dsv2quant.formats.gguf.pretokenizer import NAMES
-from dsv2quant.formats.gguf.values import array, string
+from dsv2quant.storage.gguf import Metadata, Value, array, pack_header, read, string
+from dsv2quant.text.gguf_tokenizer import NAMES
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf_metadata.json"
 GOLDEN_TOKENS = Path(__file__).parent / "golden" / "gguf_tokens.json"

@@ -15,8 +15,8 @@ import tiny
 import torch
 from gguf_cases import bell
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.names import Slot, model_slots
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import Slot, model_slots
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
 # 32 (experts) and 192 (dense FFN) stand for 1408 and 10944, which whole blocks of 256 don't fit either.

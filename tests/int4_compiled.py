@@ -11,8 +11,7 @@ from triton_tools import compile_for_hopper
 
 from dsv2quant.kernels import int4_gemm
 from dsv2quant.kernels.int4_gemm import Config
-from dsv2quant.kernels.int4_held import Held, held_kernel, steps_of
-from dsv2quant.kernels.int4_operand import MAGIC
+from dsv2quant.kernels.int4_held import MAGIC, Held, held_kernel, steps_of
 
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "partial": "*fp32",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv2quant.kernels.int4_layout import Int4Weight, pack
-from dsv2quant.kernels.int4_stack import Int4Experts, empty, fill
+from dsv2quant.kernels.int4_layout import Int4Experts, Int4Weight, empty, fill, pack
 
 
 def random_weights(

@@ -11,7 +11,7 @@ from triton_tools import compile_for_hopper
 
 from dsv2quant.kernels import int4_experts
 from dsv2quant.kernels.int4_experts import Config
-from dsv2quant.kernels.int4_operand import MAGIC
+from dsv2quant.kernels.int4_held import MAGIC
 
 TYPES = {
     "x": "*bf16", "h": "*bf16", "weights": "*fp32", "pairs": "*i32", "experts": "*i32", "begins": "*i32",

@@ -14,7 +14,7 @@ import torch
 from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
 
 from dsv2quant.kernels import reference_experts, routing
-from dsv2quant.kernels.router import router_logits
+from dsv2quant.kernels.routing import router_logits
 
 
 def sorted_as_the_twin() -> dict[str, bool]:

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.calib.kv import kv_scale
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.part import Inputs
-from dsv2quant.model.linear import Linear
+from dsv2quant.calib.statistics import kv_scale
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.formats.codec import Inputs
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.layers import Linear
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import Plan, make_plan
-from dsv2quant.recipe import Recipe
-from dsv2quant.targets import input_group
+from dsv2quant.planning import recipe
+from dsv2quant.planning.consumers import input_group
+from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.planning.recipe import Recipe
 
 AUTOFP8 = recipe.parse(
     "name: autofp8\nrules:\n"

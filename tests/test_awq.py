@@ -12,19 +12,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 from test_statistics import calibration
 
-from dsv2quant import recipe
 from dsv2quant.calib import awq
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.folds import FOLDS_FILE, Fold, Folds, layer_folds
 from dsv2quant.formats.int4_cpu import search_scales
 from dsv2quant.model import load
 from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import Plan, make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.planning.smoothing import FOLDS_FILE, Fold, Folds, layer_folds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Inputs with a few strong channels, as trained models have: otherwise nothing is worth folding.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsv2quant.bench import fp8, int4, tune
-from dsv2quant.bench.results import FLOOR, Measured, Row, append
+from dsv2quant.bench.device import FLOOR, Measured, Row, append
 from dsv2quant.bench.tune import OPERATIONS, TOKENS
 from dsv2quant.kernels import fp8_gemm, tables
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill

@@ -12,24 +12,24 @@ import torch
 from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
 from test_convert import bits, tensors
 
-from dsv2quant import recipe
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.calib import gptq, layerwise, sequence, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
-from dsv2quant.calib.spool import Spool
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.convert import convert
-from dsv2quant.evaluate import perplexity
-from dsv2quant.evaluate.divergence import bootstrap, compare
-from dsv2quant.evaluate.text import python_topics
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.calib.streams import Spool
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.evaluation import divergence as perplexity
+from dsv2quant.evaluation.divergence import bootstrap, compare
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.layers import MoE, route
 from dsv2quant.model.load import TORCH_DTYPES
-from dsv2quant.model.moe import MoE, route
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import Plan, make_plan
-from dsv2quant.recipe import CALIBRATED
-from dsv2quant.writer import MANIFEST_FILE
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.planning.recipe import CALIBRATED
+from dsv2quant.storage.durable import MANIFEST_FILE
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 U = 2.0**-24  # float32's largest relative rounding error

@@ -16,11 +16,11 @@ from test_convert import contents
 
 from dsv2quant.calib import gptq, sequence, streams
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.calib.spool import Spool
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.calib.streams import Spool
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +60,7 @@ def test_two_runs_give_the_same_bytes(grouped, tmp_path):
 def test_another_calibration_is_another_artifact(other, grouped, tmp_path):
     plan = planned(grouped, "int4-experts")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("dsv2quant.convert._write_small_files", interrupt)
+        m.setattr("dsv2quant.conversion.convert._write_small_files", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
     before = files(tmp_path / "out")
@@ -160,7 +160,7 @@ def test_ctrl_c_while_calibrating_exits_130_and_the_next_run_continues(
 def test_calibration_is_not_repeated_for_shards_that_are_missing(grouped, tmp_path, monkeypatch):
     plan = planned(grouped, max_shard_size=100_000)
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.convert._write_shards", interrupt)
+        m.setattr("dsv2quant.conversion.convert._write_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
     with monkeypatch.context() as m:

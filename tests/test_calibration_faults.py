@@ -17,11 +17,11 @@ from test_statistics import calibration
 from dsv2quant.calib import awq, collect, sequence
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.statistics import Statistics, digest_of, vectors
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.folds import FOLDS_FILE, Folds, layer_folds
 from dsv2quant.formats.gguf import imatrix
+from dsv2quant.planning.smoothing import FOLDS_FILE, Folds, layer_folds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--num-calibration-samples", "2", "--max-seq-length", "16", "-q")
@@ -120,7 +120,7 @@ def test_damaged_statistics_and_folds_of_awq_are_made_again(grouped, tmp_path, m
     plan = planned(grouped, "int4-pure", "awq")
     convert(plan, tmp_path / "whole", command="", calibration=calibration())
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.convert._write_small_files", interrupt)
+        m.setattr("dsv2quant.conversion.convert._write_small_files", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(plan, tmp_path / "out", command="", calibration=calibration())
     work, folds = tmp_path / "out" / ".dsv2quant-work", []

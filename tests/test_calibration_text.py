@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from dsv2quant.calib import text as module
-from dsv2quant.calib.text import CalibrationText, Document, fingerprint, load, overlap, windows, windows_in_order
-from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.errors import InputError
-from dsv2quant.evaluate.text import python_topics
+from dsv2quant.text import calibration as module
+from dsv2quant.text.calibration import CalibrationText, Document, fingerprint, load, overlap, windows, windows_in_order
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 

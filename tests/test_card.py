@@ -8,11 +8,11 @@ import tracemalloc
 import pytest
 import tiny
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 from dsv2quant.report.card import _licence
 
 MIT = {"license": "mit", "language": ["en", "no"]}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny
 
-from dsv2quant.calib import chat as module
-from dsv2quant.calib.chat import Chat, Templates
-from dsv2quant.calib.text import Document, load
-from dsv2quant.calib.tokens import Tokenizer
 from dsv2quant.errors import InputError
+from dsv2quant.text import chat as module
+from dsv2quant.text.calibration import Document, load
+from dsv2quant.text.chat import Chat, Templates
+from dsv2quant.text.tokenizer import Tokenizer
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 CHAT = [

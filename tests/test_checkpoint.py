@@ -8,10 +8,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.schemes import CODECS
 
 
 def values(checkpoint: Checkpoint, weight) -> torch.Tensor:

@@ -14,7 +14,7 @@ import tiny
 import torch
 from gguf_files import CONFIG, stacked, write_gguf
 
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 
 PROMPT = ("--prompt", "It was a dark night, and", "--max-new-tokens", "12")
 
@@ -114,9 +114,9 @@ def test_a_gguf_file_gives_its_checkpoints_tokens(twins, cli):
 
 
 def test_a_gguf_files_template_and_stop_tokens(twins, cli):
-    from dsv2quant.calib.tokens import Tokenizer
-    from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.completion import stop_ids
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.model.completion import stop_ids
+    from dsv2quant.text.tokenizer import Tokenizer
 
     ran = cli("generate", twins[1], "--chat", "--prompt", "Who?", "--max-new-tokens", "2", "--json", "-q")
     assert ran.code == 0, ran.err

@@ -12,9 +12,9 @@ from calibrated import manifest
 from test_cli import modules_after
 from test_convert import contents
 
-from dsv2quant.calib import text
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.evaluate.text import python_topics
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.text import calibration as text
+from dsv2quant.text.text import python_topics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--group-size", "32", "--target", "transformers", "--num-calibration-samples", "3")

@@ -16,13 +16,13 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout
 from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.names import LINEAR_ROLES
 
 CONFIG = tiny.GROUPED | {"num_hidden_layers": 2, "n_routed_experts": 3, "n_shared_experts": 1, "v_head_dim": 32}
 Parts = dict[str, torch.Tensor]

@@ -9,9 +9,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.config import CAUSAL_LM, ModelConfig, Yarn
+from dsv2quant.arch.config import CAUSAL_LM, ModelConfig, Yarn
+from dsv2quant.checkpoint.weights import check_quantization
 from dsv2quant.errors import InputError
-from dsv2quant.weights import check_quantization
 
 
 def parse(**changes: object) -> ModelConfig:

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.plan import make_plan
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 
 def planned(name: str, group_size: int | None = None):

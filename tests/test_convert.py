@@ -21,14 +21,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.convert import convert
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.plan import make_plan
-from dsv2quant.writer import MANIFEST_FILE, STATE_FILE
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
 
 KILLER = Path(__file__).parent / "killer.py"
 
@@ -232,7 +232,9 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
 def test_verbose_says_what_is_continued(lite, tmp_path, cli, monkeypatch, caplog):
     command = ("convert", lite, "--fp8=channel", "-o", tmp_path / "out", "--max-shard-size", "120KB", "-v")
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.convert._write_small_files", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            "dsv2quant.conversion.convert._write_small_files", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert cli(*command).code == 130
     ran = cli(*command)
     assert ran.code == 0
@@ -255,7 +257,9 @@ def test_an_unfinished_folder_refuses_another_plan_or_a_changed_source(lite, tmp
     shutil.copytree(lite, model)
     out = tmp_path / "out"
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.convert._write_small_files", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            "dsv2quant.conversion.convert._write_small_files", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             run(model, out)
     with pytest.raises(InputError, match="unfinished conversion with another plan or source"):

@@ -10,16 +10,23 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
-from dsv2quant.evaluate.divergence import bootstrap, compare, perplexity, summarize
-from dsv2quant.evaluate.perplexity import batches_of, negative_log_likelihoods, run
-from dsv2quant.evaluate.text import python_topics
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.evaluation.divergence import (
+    batches_of,
+    bootstrap,
+    compare,
+    negative_log_likelihoods,
+    perplexity,
+    run,
+    summarize,
+)
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 # A tiny model that dsv2-mini's tokenizer fits.
 WIDE = tiny.LITE | {"vocab_size": 4096, "num_hidden_layers": 2}
@@ -213,7 +220,7 @@ def test_a_reference_with_another_vocabulary_is_refused(wide, lite, cli):
 
 
 def test_a_classifier_has_no_perplexity(tmp_path, cli):
-    from dsv2quant.config import SEQUENCE_CLASSIFICATION
+    from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 
     folder = tiny.write_checkpoint(tmp_path / "m", WIDE | {"architectures": [SEQUENCE_CLASSIFICATION]})
     ran = cli("eval-ppl", folder, *EVAL)
@@ -236,7 +243,7 @@ def test_wikitext2_joins_the_test_split(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    from dsv2quant.evaluate.text import from_dataset
+    from dsv2quant.text.text import from_dataset
 
     path = tmp_path / "test.parquet"
     parquet.write_table(pa.table({"text": ["", " = Heading = \n", "Words .\n"]}), path)

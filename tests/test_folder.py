@@ -14,14 +14,14 @@ import pytest
 import tiny
 from test_convert import contents
 
-from dsv2quant import convert as engine
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import Result, convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion import convert as engine
+from dsv2quant.conversion.convert import Result, convert
 from dsv2quant.errors import InputError
-from dsv2quant.plan import make_plan
-from dsv2quant.state import resumable
-from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, WORK_FOLDER, disk_errors, dump_json, write_whole
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER, disk_errors, dump_json, write_whole
+from dsv2quant.storage.work import resumable
 
 SMALL = tiny.LITE | {"num_hidden_layers": 2, "n_routed_experts": 4}
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import E4M3_VALUES, MIN_SCALE, decode_block_to_float32
-from dsv2quant.formats.part import Inputs, NonFiniteError
+from dsv2quant.formats.codec import Inputs, NonFiniteError
+from dsv2quant.formats.e4m3 import E4M3_VALUES, MIN_SCALE
+from dsv2quant.formats.fp8 import decode_block_to_float32
+from dsv2quant.formats.schemes import CODECS
 
 GRIDS = ("block", "channel", "tensor")
 SHAPES = [(1, 1), (3, 5), (128, 128), (129, 127), (576, 256), (200, 704), (256, 1)]

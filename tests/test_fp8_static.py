@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_fp8 import expected, weights
 
-from dsv2quant.calib.kv import kv_scale
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import MIN_SCALE, scale_of, scales_of
-from dsv2quant.formats.part import Inputs, NonFiniteError
+from dsv2quant.calib.statistics import kv_scale
+from dsv2quant.formats.codec import Inputs, NonFiniteError
+from dsv2quant.formats.e4m3 import MIN_SCALE, scale_of, scales_of
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.reference import dequantize_activation, linear, quantize_activation
 
 SHAPES = {"fp8-static": (1,), "fp8-autofp8": ()}

@@ -10,16 +10,16 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.calib.tokens import Detokenizer, Tokenizer
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.completion import Request, complete, stop_ids
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.model.completion import Request, complete, stop_ids
 from dsv2quant.model.generate import Sampling, finish_reason, generate, sample
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.text.tokenizer import Detokenizer, Tokenizer
 
 PROMPT = [0, 700, 800, 900]
 GREEDY = Sampling()

@@ -13,13 +13,13 @@ import tiny
 from gguf_expected import write_imatrix
 from test_gguf_convert import one_line
 
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import model_tensors
 from dsv2quant.cli.gguf import file_type_names
-from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks, file_types, imatrix
 from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, check_model
-from dsv2quant.formats.gguf.tensors import model_tensors
-from dsv2quant.formats.gguf.types import Overrides, choose
+from dsv2quant.planning.gguf_types import Overrides, choose
 
 Entries = Mapping[str, Entry]
 

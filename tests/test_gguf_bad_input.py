@@ -17,12 +17,12 @@ from gguf_expected import write_imatrix
 from test_bad_input import config, edit_json, snapshot
 from test_gguf_convert import one_line
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.convert import convert_gguf
-from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
+from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 KV_B = "model.layers.1.self_attn.kv_b_proj.weight"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2quant.formats.gguf.blocks import DECODABLE, TYPES, decode, encode, first_bad_block, nbytes
-from dsv2quant.formats.gguf.ggml import NUMBERS, SIZES
+from dsv2quant.storage.gguf import NUMBERS, SIZES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_blocks.json").read_text())
 MATRICES = matrices()

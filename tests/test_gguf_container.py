@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import random_weights
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.container import ALIGNMENT, pack_header, padded, read
+from dsv2quant.storage.gguf import ALIGNMENT, pack_header, padded, read
 
 KEYS = {  # every type of value
     "u8": ("add_uint8", 200), "i8": ("add_int8", -100), "u16": ("add_uint16", 60000), "i16": ("add_int16", -30000),

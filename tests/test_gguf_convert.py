@@ -24,7 +24,7 @@ from gguf import GGUFReader
 from gguf_expected import write_imatrix
 from test_convert import contents
 
-from dsv2quant.formats.gguf import convert
+from dsv2quant.conversion import gguf as convert
 
 SPLIT = ("--split-max-size", "417792")  # the embedding, alone in the second of three
 LATE = "blk.1.attn_output.weight"  # most tensors are before it
@@ -274,7 +274,7 @@ def test_damage_is_remembered(split, model, whole, to_gguf, tmp_path):
 
 def test_another_version_does_not_go_on(model, whole, to_gguf, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.formats.gguf.state.__version__", "0.0")
+        m.setattr("dsv2quant.conversion.gguf_state.__version__", "0.0")
         interrupt(to_gguf, model)
     one_line(to_gguf(model), "an unfinished conversion with another plan or source")
     assert to_gguf(model, "Q4_K_M", "--force").code == 0

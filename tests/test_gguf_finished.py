@@ -19,13 +19,13 @@ from test_convert import contents
 from test_folder import flip
 from test_gguf_convert import LATE, interrupted
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion import gguf as convert
+from dsv2quant.conversion.gguf import Result, convert_gguf
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf import convert
-from dsv2quant.formats.gguf.container import Metadata, Value
-from dsv2quant.formats.gguf.convert import Result, convert_gguf
-from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
-from dsv2quant.state import resumable
+from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
+from dsv2quant.storage.gguf import Metadata, Value
+from dsv2quant.storage.work import resumable
 
 # Plain types, so that nothing is compiled.
 ONE = {"split_max_size": None}

@@ -13,11 +13,11 @@ from gguf_weights import random_blocks, random_weight
 from triton_tools import Compiled, compile_for_hopper, interpreted
 
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.kernels import gguf_experts, gguf_gemm, gguf_product
+from dsv2quant.kernels import gguf_experts, gguf_gemm
+from dsv2quant.kernels import gguf_gemm as gguf_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, constants, linear
 from dsv2quant.kernels.gguf_layout import SPECS, blocks_of, from_blocks, supported
-from dsv2quant.kernels.reference_experts import sort_pairs
-from dsv2quant.kernels.reference_gguf import dequantize_gguf
+from dsv2quant.kernels.reference_experts import dequantize_gguf, sort_pairs
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size, which 128 + code makes up to 64 times (of
 # Q2_K) that of the result; float16 rounds the result at 2^-11.

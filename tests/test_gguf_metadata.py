@@ -19,14 +19,12 @@ from gguf_models import GOLDEN, MODELS, Q8_0, described, edit, lite, v2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION, ModelConfig
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.container import Value, pack_header, read
 from dsv2quant.formats.gguf.hf_config import model_config
-from dsv2quant.formats.gguf.loadable import check_loadable, warnings
-from dsv2quant.formats.gguf.metadata import model_metadata
-from dsv2quant.formats.gguf.values import array, check_numbers, f32, string, u32
+from dsv2quant.planning.gguf_metadata import check_loadable, model_metadata, warnings
+from dsv2quant.storage.gguf import Value, array, check_numbers, f32, pack_header, read, string, u32
 
 KNOWN = json.loads(GOLDEN.read_text(encoding="utf-8"))
 LITE = tiny.LITE | {"num_hidden_layers": 27}

@@ -14,12 +14,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from gguf_files import CONFIG, keep_plain, mixed, stacked, write_gguf
 
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf import blocks, container
+from dsv2quant.formats.gguf import blocks
 from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
+from dsv2quant.storage import gguf as container
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {
@@ -331,8 +332,8 @@ def test_a_file_without_a_tokenizer(arrays, tmp_path, cli):
 def test_verify_takes_the_manifest_that_lies_beside_a_gguf_file(model, tmp_path, cli):
     import hashlib
 
-    from dsv2quant.manifest import sealed
-    from dsv2quant.writer import dump_json
+    from dsv2quant.storage.durable import dump_json
+    from dsv2quant.storage.manifest import sealed
 
     copy, manifest = tmp_path / "copy.gguf", tmp_path / "copy.gguf.json"
     data = bytearray(model.read_bytes())
@@ -352,6 +353,6 @@ def test_verify_takes_the_manifest_that_lies_beside_a_gguf_file(model, tmp_path,
 
 
 def test_the_manifest_of_a_split_gguf_has_the_name_of_the_whole(tmp_path):
-    from dsv2quant.manifest import gguf_manifest
+    from dsv2quant.storage.manifest import gguf_manifest
 
     assert gguf_manifest(tmp_path / "m-00001-of-00003.gguf") == tmp_path / "m.gguf.json"

@@ -12,18 +12,21 @@ import torch
 from gguf import GGUFReader
 from gguf_tiny import PUBLISHED
 
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
-from dsv2quant.evaluate import divergence, perplexity, text
-from dsv2quant.formats.gguf import blocks, types
-from dsv2quant.formats.gguf.convert import convert_gguf
-from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
-from dsv2quant.formats.gguf.presets import PRESETS, choose
-from dsv2quant.formats.gguf.tensors import model_tensors
-from dsv2quant.formats.gguf.types import Overrides
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import model_tensors
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.evaluation import divergence
+from dsv2quant.evaluation import divergence as perplexity
+from dsv2quant.formats.gguf import blocks
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
+from dsv2quant.planning import gguf_types as types
+from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
+from dsv2quant.planning.gguf_presets import PRESETS, choose
+from dsv2quant.planning.gguf_types import Overrides
+from dsv2quant.text import text
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in MODELS.items()}

@@ -17,13 +17,13 @@ import torch
 from gguf import GGUFReader
 from gguf_files import CONFIG, stacked
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, model_slots
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.convert import convert_gguf
 from dsv2quant.formats.gguf.imatrix import Entry, Imatrix
-from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
-from dsv2quant.names import LINEAR_ROLES, model_slots
+from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
 RAW = CONFIG | {"vocab_size": 4096, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}

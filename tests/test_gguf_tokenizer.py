@@ -18,13 +18,14 @@ from gguf import GGUFValueType, SpecialVocab, TokenType
 from gguf_models import GOLDEN_TOKENS, MODELS, Q8_0, TEXTS, edit, v2, vocabulary
 from tokenizers import Tokenizer
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf import pretokenizer, tokenizer
-from dsv2quant.formats.gguf.container import Value
-from dsv2quant.formats.gguf.metadata import model_metadata
-from dsv2quant.formats.gguf.tokenizer import gguf_tokenizer, tokenizer_metadata
+from dsv2quant.planning.gguf_metadata import model_metadata
+from dsv2quant.storage.gguf import Value
+from dsv2quant.text import gguf_tokenizer as pretokenizer
+from dsv2quant.text import gguf_tokenizer as tokenizer
+from dsv2quant.text.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 
 KNOWN = json.loads(GOLDEN_TOKENS.read_text())
 CONFIG = ModelConfig.from_dict(tiny.V2 | {"vocab_size": 4100}, "config.json")

@@ -14,9 +14,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_expected import OPTIONS
 from gguf_tiny import PUBLISHED
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
-from dsv2quant.formats.gguf.types import Overrides, choose
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.planning.gguf_types import Overrides, choose
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_types.json").read_text())
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in PUBLISHED.items()}

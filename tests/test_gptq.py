@@ -159,8 +159,8 @@ def test_scales_are_searched_with_the_diagonal_as_weights():
 
 
 def test_nearest_and_dequantize_are_the_codecs():
-    from dsv2quant.formats.codec import CODECS
-    from dsv2quant.formats.part import Inputs
+    from dsv2quant.formats.codec import Inputs
+    from dsv2quant.formats.schemes import CODECS
 
     w = weights(1, 9, 128).float()[0]
     scales = gptq.best_scales(w[None], torch.ones(1, 128), 32)[0]

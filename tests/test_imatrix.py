@@ -18,16 +18,16 @@ import tiny
 import torch
 from gguf import GGUFReader, GGUFWriter
 
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.calib.text import load, windows_in_order
-from dsv2quant.calib.tokens import Tokenizer
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, check_model, metadata, read, write
-from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
-from dsv2quant.names import model_slots
+from dsv2quant.text.calibration import load, windows_in_order
+from dsv2quant.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "fox.imatrix.gguf"
 # llama.cpp takes no checkpoint without latent queries but V2-Lite's depths, and scores groups otherwise.

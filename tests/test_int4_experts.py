@@ -13,8 +13,7 @@ from int4_experts_interpreted import CASES
 from triton_tools import interpreted
 
 from dsv2quant.kernels.int4_experts import Config, choose, down, gate_up
-from dsv2quant.kernels.int4_layout import pack
-from dsv2quant.kernels.int4_stack import down_of, empty, fill, gate_up_of
+from dsv2quant.kernels.int4_layout import down_of, empty, fill, gate_up_of, pack
 from dsv2quant.kernels.reference import linear_int4
 from dsv2quant.kernels.reference_experts import experts_int4, sort_pairs
 from dsv2quant.kernels.routing import tiles_needed

@@ -7,9 +7,9 @@ import pytest
 import torch
 from int4_cases import random_weight
 
-from dsv2quant.formats.awq import ORDER
-from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import pack_words
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.formats.transposed import ORDER
 from dsv2quant.kernels import int4_layout
 from dsv2quant.kernels.reference import dequantize_int4
 

@@ -13,9 +13,8 @@ import gguf_tiny
 import pytest
 import tiny
 
-from dsv2quant import convert
 from dsv2quant.calib import collect
-from dsv2quant.formats.gguf import convert as gguf
+from dsv2quant.conversion import convert, gguf
 from dsv2quant.model.runtime import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

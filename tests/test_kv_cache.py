@@ -10,11 +10,11 @@ import static
 import tiny
 import torch
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.evaluate.perplexity import batches_of, negative_log_likelihoods, run
-from dsv2quant.model.cache import KV_DTYPES, LatentCache
+from dsv2quant.evaluation.divergence import batches_of, negative_log_likelihoods, run
+from dsv2quant.model.attention import KV_DTYPES, LatentCache
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 

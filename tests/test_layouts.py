@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from test_fp8 import as_float32, to_bf16
 from test_gptq import inputs, moments_of, problem, textbook
 
-from dsv2quant import recipe
 from dsv2quant.calib import gptq, layerwise
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.gptq import Moments
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.formats.codec import TooLargeError
 from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales
-from dsv2quant.formats.part import TooLargeError
-from dsv2quant.model.linear import Linear
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
 AWQ = ("awq-g128", "awq-g64", "awq-g32")

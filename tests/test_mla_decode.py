@@ -9,12 +9,11 @@ import tiny
 import torch
 from triton_tools import interpreted, printed
 
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.mla_decode import MAX_SPLITS, blocks_of, mla_decode
-from dsv2quant.model.attention import Attention
-from dsv2quant.model.linear import Linear, RMSNorm
-from dsv2quant.model.rope import softmax_scale
+from dsv2quant.model.attention import Attention, softmax_scale
+from dsv2quant.model.layers import Linear, RMSNorm
 
 
 def test_interpreted_kernels_compute_what_the_twin_does() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from dsv2quant.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.names import ROLES, model_slots
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
+from dsv2quant.arch.deepseek_v2 import ROLES, model_slots
 
 LITE_16B = tiny.LITE | {
     "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,

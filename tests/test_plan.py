@@ -8,12 +8,12 @@ import pytest
 import tiny
 from test_names import LITE_16B
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 from dsv2quant.report.plans import notes
-from dsv2quant.shards import parse_size
+from dsv2quant.storage.safetensors import parse_size
 
 V2_236B = LITE_16B | {
     "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60,

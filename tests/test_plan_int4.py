@@ -9,11 +9,11 @@ import tiny
 from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 from dsv2quant.report.plans import plan_text
 from dsv2quant.report.warnings import warnings
 

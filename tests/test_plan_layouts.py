@@ -14,11 +14,11 @@ from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 from test_plan_int4 import ROUTED, UNTOUCHED
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 from dsv2quant.report.plans import notes, plan_text
 
 SERVE = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"

@@ -12,13 +12,13 @@ from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 from test_plan_int4 import ROUTED
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
-from dsv2quant.plan import Plan, make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import Plan, make_plan
 from dsv2quant.report.plans import plan_text
 from dsv2quant.report.warnings import warnings
-from dsv2quant.shards import parse_size
+from dsv2quant.storage.safetensors import parse_size
 
 NARROW = "vllm: the experts' width, 1408 / tp 8 = 176, must be a multiple of 32"
 

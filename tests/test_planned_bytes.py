@@ -17,19 +17,20 @@ import tiny
 from calibrated import calibration
 from test_convert import contents
 
-from dsv2quant import convert, recipe
-from dsv2quant.calib.prepared import Prepared
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.calib.calibration import Prepared
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion import convert, gguf
 from dsv2quant.errors import PlanViolation
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf import convert as gguf
-from dsv2quant.formats.gguf.plan import GgufPlan, Line, Options, make_gguf_plan
-from dsv2quant.formats.part import HELD_AS, Inputs
-from dsv2quant.plan import FOLDED, Plan, _lay_out, _line
-from dsv2quant.shards import Output, Shard
-from dsv2quant.targets import Parallel
-from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, WORK_FOLDER, ShardWriter
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import recipe
+from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.gguf_plan import GgufPlan, Line, Options, make_gguf_plan
+from dsv2quant.planning.plan import FOLDED, Plan, _lay_out, _line
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
+from dsv2quant.storage.safetensors import HELD_AS, Output, Shard
+from dsv2quant.storage.shards import ShardWriter
 
 Parts = dict[str, np.ndarray]
 SIGNED = {1: np.int8, 2: np.int16, 4: np.uint32, 8: np.uint64}
@@ -223,7 +224,7 @@ def test_a_block_encoder_that_breaks_the_plan_finishes_nothing(kind, blocky, tmp
 def test_a_piece_that_is_never_written_finishes_nothing(lost, blocky, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "model_metadata", lambda *args, **options: {})
     plan, cut = of_type(blocky, "Q8_0"), gguf.pieces
-    monkeypatch.setattr("dsv2quant.formats.gguf.rows.PIECE", 100 * 256)
+    monkeypatch.setattr("dsv2quant.conversion.gguf.PIECE", 100 * 256)
 
     def lossy(plan, line):
         found = list(cut(plan, line))

@@ -9,13 +9,12 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.bench.random_weights import RandomWeights, encode_int4
-from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, encode_int4, matrices
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.names import model_slots
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import recipe
 
 GROUPED = ModelConfig.from_dict(tiny.GROUPED_V2 | {"attention_bias": True}, "config.json")
 BITS = {"BF16": np.uint16, "F8_E4M3": np.uint8, "I32": np.int32, "F32": np.float32, "I64": np.int64}

@@ -16,13 +16,13 @@ import pytest
 import tiny
 from safetensors import SafetensorError, safe_open
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.cli.main import Lines
 from dsv2quant.errors import InputError
-from dsv2quant.files import read_bytes
-from dsv2quant.headers import read_header
-from dsv2quant.manifest import sealed
-from dsv2quant.writer import dump_json
+from dsv2quant.storage.durable import dump_json
+from dsv2quant.storage.files import read_bytes
+from dsv2quant.storage.manifest import sealed
+from dsv2quant.storage.safetensors import read_header
 
 SHARD, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

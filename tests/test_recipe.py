@@ -9,9 +9,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant import recipe
+from dsv2quant.arch.deepseek_v2 import ROLES, Slot
 from dsv2quant.errors import InputError
-from dsv2quant.names import ROLES, Slot
+from dsv2quant.planning import recipe
 
 
 def slot(role: str, layer: int | None = 0) -> Slot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv2quant.formats.fp8 import E4M3_VALUES
+from dsv2quant.formats.e4m3 import E4M3_VALUES
 from dsv2quant.kernels.reference import dequantize_activation, linear, quantize_activation
 
 

@@ -10,9 +10,10 @@ import torch
 from routing_cases import ROUTED, ROUTERS, expected, logits
 from triton_tools import compile_for_hopper, interpreted
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.kernels import router, routing
-from dsv2quant.model import moe
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.kernels import routing
+from dsv2quant.kernels import routing as router
+from dsv2quant.model import layers as moe
 
 TYPES = {
     "logits": "*fp32", "weights": "*fp32", "chosen": "*i32", "pairs": "*i32", "tile_experts": "*i32", "begins": "*i32",

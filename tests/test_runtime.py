@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION, ModelConfig
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.model.layers import route
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.moe import route
 from dsv2quant.model.runtime import Model
 
 SHARPER = {"mscale": 1.0, "mscale_all_dim": 0.5}  # cos and sin are scaled too when the two differ

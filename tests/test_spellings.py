@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import hub
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.errors import InputError
-from dsv2quant.headers import read_header
-from dsv2quant.source import sampled
+from dsv2quant.storage import hub
+from dsv2quant.storage.safetensors import read_header
 
 Tensors = dict[str, torch.Tensor]
 CONFIG = tiny.GROUPED | {"moe_intermediate_size": 96}

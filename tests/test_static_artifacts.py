@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from test_names import LITE_16B
 from test_plan import V2_236B, plan, reasons, schemes
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.quant_config import quantization_config
 from dsv2quant.kernels.reference import dequantize_activation, quantize_activation
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
-from dsv2quant.targets import input_group
+from dsv2quant.planning import recipe
+from dsv2quant.planning.consumers import input_group
+from dsv2quant.planning.plan import make_plan
 
 both = pytest.mark.parametrize("scheme", static.RECIPES)
 O_PROJ = "model.layers.1.self_attn.o_proj"
@@ -205,7 +205,7 @@ def test_what_was_written_is_read(scheme, artifacts, cli):
 
 @both
 def test_verify_decodes_it(scheme, artifacts):
-    from dsv2quant.compare import check_layout, compare_tensors
+    from dsv2quant.evaluation.verify import check_layout, compare_tensors
 
     folder, _ = artifacts[scheme]
     artifact, source = Checkpoint.open(folder), Checkpoint.open(folder.parent / "source")

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from test_statistics import calibration
 
-from dsv2quant import recipe
+from dsv2quant.arch.deepseek_v2 import model_slots
 from dsv2quant.calib.calibrate import calibrate
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.model.runtime import Model
-from dsv2quant.names import model_slots
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 
 @pytest.fixture(scope="module", params=["lite", "v2"])

@@ -14,17 +14,16 @@ import tiny
 import torch
 from safetensors.numpy import load_file
 
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
 from dsv2quant.calib import collect, streams
 from dsv2quant.calib.calibrate import calibrate, statistics_bytes
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.statistics import Statistics, site
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.model.linear import Linear
-from dsv2quant.model.moe import MoE, route
-from dsv2quant.model.rope import Rope
+from dsv2quant.model.attention import Rope
+from dsv2quant.model.layers import Linear, MoE, route
 from dsv2quant.model.runtime import Model
-from dsv2quant.names import LINEAR_ROLES
 
 WINDOWS, CTX = 5, 12
 
@@ -83,7 +82,7 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
         return routes[-1][1:]
 
     monkeypatch.setattr(Linear, "__call__", record)
-    monkeypatch.setattr("dsv2quant.model.moe.route", recorded_route)
+    monkeypatch.setattr("dsv2quant.model.layers.route", recorded_route)
     model.forward(torch.from_numpy(calibration().ids))
     stored = load_file(statistics.path)
     used = set()

@@ -12,7 +12,7 @@ from test_convert import contents
 
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.errors import InputError
-from dsv2quant.folds import FOLDS_FILE
+from dsv2quant.planning.smoothing import FOLDS_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = ("--num-calibration-samples", "6", "--max-seq-length", "32", "-q", "--calibration")

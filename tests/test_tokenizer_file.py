@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import tiny
 
-from dsv2quant.calib.chat import Templates
-from dsv2quant.calib.tokenizer_file import adds_bos, bos_note, check_tokenizer
-from dsv2quant.calib.tokens import Tokenizer
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.tokenizer import tokenizer_metadata
+from dsv2quant.text.chat import Templates
+from dsv2quant.text.gguf_tokenizer import tokenizer_metadata
+from dsv2quant.text.tokenizer import Tokenizer
+from dsv2quant.text.tokenizer_file import adds_bos, bos_note, check_tokenizer
 
 CONFIG = ModelConfig.from_dict(tiny.WORDY, "config.json")
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

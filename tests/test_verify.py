@@ -13,17 +13,16 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.compare import _squares, bytes_compared, compare_tensors
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.part import Inputs
-from dsv2quant.manifest import DIGEST, read_manifest, sealed
-from dsv2quant.plan import make_plan
-from dsv2quant.verify import check
-from dsv2quant.writer import MANIFEST_FILE, STATE_FILE, dump_json
+from dsv2quant.evaluation.verify import _squares, bytes_compared, check, compare_tensors
+from dsv2quant.formats.codec import Inputs
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, dump_json
+from dsv2quant.storage.manifest import DIGEST, read_manifest, sealed
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dsv2quant.config import CAUSAL_LM, ModelConfig
-from dsv2quant.names import model_slots
+from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
+from dsv2quant.arch.deepseek_v2 import model_slots
 
 MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 YARN = {
@@ -111,7 +111,7 @@ def transformers_config(config: dict[str, Any]) -> Any:
 
 def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_000_000) -> Path:
     """A checkpoint of any size that is headers and holes: sparse files of the right length."""
-    from dsv2quant.shards import Output, Shard
+    from dsv2quant.storage.safetensors import Output, Shard
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -5,9 +5,8 @@
     python tools/artifact_hashes.py --compare before.json after.json
 
 Every scheme, method, layout and GGUF type is made of dsv2-mini and of the tests' models, by the command line.
-`--compare` prints what differs and exits with 1 where anything but a model card or a manifest does. Both runs must be of
-one machine: GPTQ's and the runtime's numbers depend on its processor and on torch.
-
+`--compare` prints what differs and exits with 1 where anything but a card or a manifest does. Both runs must be of one
+machine: GPTQ's and the runtime's numbers depend on its processor and on torch.
 """
 
 from __future__ import annotations

@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from dsv2quant.bench.device import Limits, frobenius, microseconds
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, frobenius, microseconds
 from dsv2quant.bench.fp8 import random_codes
-from dsv2quant.bench.results import FLOOR, Measured, Row
-from dsv2quant.bench.shapes import MODELS, configuration
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.fp8 import BLOCK
-from dsv2quant.kernels import fp8_experts, int4_experts, int4_stack, reference_experts
+from dsv2quant.bench.subject import MODELS, configuration
+from dsv2quant.formats.e4m3 import BLOCK
+from dsv2quant.kernels import fp8_experts, int4_experts, reference_experts
+from dsv2quant.kernels import int4_layout as int4_stack
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_experts import Fp8Experts
-from dsv2quant.kernels.int4_stack import Int4Experts
+from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 TOKENS = (1, 4, 8, 16, 64, 1024, 4096)

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
-from dsv2quant.bench.results import Measured, Row
-from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.formats.fp8 import BLOCK, expand_blocks
+from dsv2quant.bench.device import Limits, Measured, Row, copies, frobenius, microseconds
+from dsv2quant.bench.subject import MODELS, configuration, matrices
+from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
 from dsv2quant.kernels import reference, tables
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into

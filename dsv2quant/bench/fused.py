@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds
-from dsv2quant.bench.results import FLOOR, Measured, Row
-from dsv2quant.bench.shapes import MODELS, configuration
-from dsv2quant.config import ModelConfig
-from dsv2quant.kernels import reference, reference_fused
-from dsv2quant.kernels.absorb import absorb_k, absorb_v, choose
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, copies, frobenius, microseconds
+from dsv2quant.bench.subject import MODELS, configuration
+from dsv2quant.kernels import reference
+from dsv2quant.kernels import reference as reference_fused
 from dsv2quant.kernels.add_norm import add_norm
-from dsv2quant.kernels.latents import append_latents
+from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents, choose
 from dsv2quant.kernels.silu_mul import silu_mul
 
 TOKENS = (1, 8, 64)

@@ -11,14 +11,23 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds, products, random_tokens
-from dsv2quant.bench.results import FLOOR, Measured, Row
-from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.bench.device import (
+    FLOOR,
+    Limits,
+    Measured,
+    Row,
+    copies,
+    frobenius,
+    microseconds,
+    products,
+    random_tokens,
+)
+from dsv2quant.bench.subject import MODELS, configuration, matrices
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
-from dsv2quant.kernels.reference_gguf import experts_product as experts_twin
+from dsv2quant.kernels.reference_experts import experts_product as experts_twin
 from dsv2quant.kernels.routing import choose_block, sort_pairs
 
 TYPES = ("Q8_0", "Q4_K", "Q6_K")

@@ -8,14 +8,13 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, copies, frobenius, microseconds, products, random_tokens
-from dsv2quant.bench.results import Measured, Row
-from dsv2quant.bench.shapes import MODELS, configuration, matrices
+from dsv2quant.bench.device import Limits, Measured, Row, copies, frobenius, microseconds, products, random_tokens
+from dsv2quant.bench.subject import MODELS, configuration, matrices
 from dsv2quant.kernels import int4_gemm, int4_layout, tables
-from dsv2quant.kernels.checks import MULTIPROCESSORS
 from dsv2quant.kernels.int4_gemm import KINDS, Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_held import Held
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
+from dsv2quant.kernels.launch import MULTIPROCESSORS
 from dsv2quant.kernels.reference import dequantize_int4
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from dsv2quant.bench import experts, fp8, fused, gguf, int4, mla
-from dsv2quant.bench.device import check_device, limits, measured_on
-from dsv2quant.bench.results import Measured, append
+from dsv2quant.bench.device import Measured, append, check_device, limits, measured_on
 
 SECTIONS = {"fp8": fp8, "int4": int4, "gguf": gguf, "experts": experts, "mla": mla, "fused": fused}
 PEERS = list(dict.fromkeys(peer for section in SECTIONS.values() for peer in section.PEERS))

@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, frobenius, microseconds
-from dsv2quant.bench.results import FLOOR, Measured, Row
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, frobenius, microseconds
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
 

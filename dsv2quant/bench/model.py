@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from dsv2quant.bench.device import check_device, limits, measured_on
-from dsv2quant.bench.results import append
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.bench.device import append, check_device, limits, measured_on
 from dsv2quant.bench.subject import Subject, bytes_per_step
-from dsv2quant.config import ModelConfig
 from dsv2quant.errors import UsageError
 from dsv2quant.model.fused_model import FusedModel
 

@@ -23,8 +23,8 @@ from triton.runtime.errors import OutOfResources
 
 from dsv2quant.bench import fp8, int4
 from dsv2quant.bench.device import check_device, frobenius, recorded
-from dsv2quant.bench.shapes import MODELS, configuration, matrices
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.bench.subject import MODELS, configuration, matrices
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.int4_held import Held

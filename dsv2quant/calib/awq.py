@@ -17,14 +17,13 @@ import torch
 from safetensors.numpy import load
 
 from dsv2quant.calib.calibration import layer_file
-from dsv2quant.calib.pieces import Pieces
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.calib.streams import save_layer
-from dsv2quant.folds import REACH, Fold, Folds, layer_folds
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.calib.streams import Pieces, save_layer
 from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import decode
-from dsv2quant.plan import Line, Plan
+from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.smoothing import REACH, Fold, Folds, layer_folds
 
 logger = logging.getLogger(__name__)
 ALPHAS = np.linspace(0, 1, 21)

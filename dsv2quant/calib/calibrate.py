@@ -15,16 +15,17 @@ from typing import Any
 from safetensors import safe_open
 
 from dsv2quant import __version__
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import Calibration, layer_file
 from dsv2quant.calib.statistics import SCHEMA, Statistics, digest_of, read_about
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.identity import Source, configured
 from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.shards import Output, Shard
-from dsv2quant.source import Source, configured
-from dsv2quant.state import StateLog, tell_kept
-from dsv2quant.writer import PARTIAL, ShardWriter, disk_errors, is_regular, refuse_inputs, sync_folder
+from dsv2quant.storage.durable import PARTIAL, disk_errors, is_regular, refuse_inputs, sync_folder
+from dsv2quant.storage.safetensors import Output, Shard
+from dsv2quant.storage.shards import ShardWriter
+from dsv2quant.storage.work import StateLog, tell_kept
 
 logger = logging.getLogger(__name__)
 STATE_FILE, LAYERS = "state.json", "layers"

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.plan import Plan
-from dsv2quant.recipe import CALIBRATED
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.calib.statistics import Statistics, kv_scale
+from dsv2quant.formats.codec import Inputs
+from dsv2quant.planning.consumers import input_group
+from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.recipe import CALIBRATED
+from dsv2quant.planning.smoothing import Folds
 
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 
@@ -126,3 +130,60 @@ class Encoded:
         """The bits of an encoded tensor."""
         found: np.ndarray = self._file_of[name].get_tensor(name)
         return found
+
+
+class Prepared:
+    """Use `weight` and `inputs` for what a codec is given, and `kv_scales`; `encoded` holds what needs no codec any
+    more."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        statistics: Statistics | None = None,
+        folds: Folds | None = None,
+        encoded: Encoded | None = None,
+    ) -> None:
+        self.statistics, self.folds, self.encoded = statistics, folds or Folds({}), encoded
+        self._plan = plan
+        self._amax: dict[str, float] = defaultdict(float)  # by group of tensors that share an input scale
+        for line in plan.lines:
+            if statistics is not None and line.needs_inputs:
+                amax, columns = statistics.amax(line.slot), self.folds.columns(line.slot)
+                largest = float((amax if columns is None else np.ldexp(amax, -columns)).max())
+                self._amax[self._group(line)] = max(largest, self._amax[self._group(line)])
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What became of each matrix that is encoded already."""
+        return self.encoded.outcomes if self.encoded is not None else []
+
+    def encoded_parts(self, line: Line) -> dict[str, np.ndarray]:
+        """The parts of a matrix that is encoded already, by name."""
+        assert self.encoded is not None
+        names = [output.name for output in line.outputs if output not in line.kv_scales]
+        return {name: self.encoded.part(name) for name in names}
+
+    def weight(self, line: Line, weight: np.ndarray) -> np.ndarray:
+        """The weight to encode: BF16 bits (uint16) or float32, scaled where it is part of a fold."""
+        return self.folds.apply(line.slot, weight)
+
+    def inputs(self, line: Line) -> Inputs:
+        """What the inputs of a weight that needs them were in calibration, behind the folds. The largest magnitude is
+        that of all that must share an input scale."""
+        assert self.statistics is not None
+        importance, columns = self.statistics.mean_square(line.slot), self.folds.columns(line.slot)
+        if columns is not None:
+            importance = np.ldexp(importance, -2 * columns)
+        return Inputs(importance, self._amax[self._group(line)])
+
+    def kv_scales(self, line: Line) -> dict[str, np.ndarray]:
+        """The values of `line.kv_scales` by name: one for keys and values."""
+        if not line.kv_scales:
+            return {}
+        assert self.statistics is not None
+        assert line.slot.layer is not None
+        value = kv_scale(*self.statistics.kv_ranges(line.slot.layer))
+        return {output.name: np.full(output.shape, value, np.float32) for output in line.kv_scales}
+
+    def _group(self, line: Line) -> str:
+        return input_group(line.slot, self._plan.checkpoint.config, self._plan.targets)

@@ -16,15 +16,14 @@ import torch
 from safetensors import safe_open
 
 from dsv2quant.calib.calibration import Calibration, layer_file
-from dsv2quant.calib.spool import Spool
 from dsv2quant.calib.statistics import K_HALF, V_HALF
-from dsv2quant.calib.streams import Made, batches, through_layers
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.calib.streams import Made, Spool, batches, through_layers
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
+from dsv2quant.model.attention import Rope
 from dsv2quant.model.decoder import DecoderLayer
+from dsv2quant.model.layers import FFN, MoE, add_rows, dispatch, route
 from dsv2quant.model.load import Loader, LoadOptions
-from dsv2quant.model.moe import FFN, MoE, add_rows, dispatch, route
-from dsv2quant.model.rope import Rope
 
 
 class Sums:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import K_B, V_B, Tensor, model_tensors
 from dsv2quant.calib.statistics import K_HALF, V_HALF, Statistics
-from dsv2quant.config import ModelConfig
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, read, write
-from dsv2quant.formats.gguf.tensors import K_B, V_B, Tensor, model_tensors
-from dsv2quant.writer import disk_errors
+from dsv2quant.storage.durable import disk_errors
 
 
 def from_statistics(statistics: Statistics, config: ModelConfig) -> Imatrix:

@@ -16,21 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, expert_bytes
 from dsv2quant.calib.gptq import Moments
-from dsv2quant.calib.spool import Spool
-from dsv2quant.calib.streams import batches
-from dsv2quant.config import ModelConfig
+from dsv2quant.calib.streams import Spool, batches
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.codec import to_bf16, too_large
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.formats.part import too_large
-from dsv2quant.formats.plain import to_bf16
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.decoder import DecoderLayer
-from dsv2quant.model.linear import Linear
-from dsv2quant.model.moe import FFN, MoE, route
-from dsv2quant.recipe import CALIBRATED
+from dsv2quant.model.layers import FFN, Linear, MoE, route
+from dsv2quant.planning.recipe import CALIBRATED
 
 HELD = 16  # one window in so many is kept aside, or one token
 

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import torch
 
-from dsv2quant.calib.calibration import Calibration, Encoded, work_weights
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.calib.calibration import Calibration, Encoded, Prepared, work_weights
 from dsv2quant.calib.layerwise import Job, quantize_layer, twin
-from dsv2quant.calib.prepared import Prepared
-from dsv2quant.calib.spool import Spool
-from dsv2quant.calib.streams import Made, through_layers
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.calib.streams import Made, Spool, through_layers
 from dsv2quant.formats.fp8 import INPUT_SCALE
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.attention import Rope
 from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
-from dsv2quant.model.rope import Rope
-from dsv2quant.names import LINEAR_ROLES
-from dsv2quant.plan import Line, Plan
-from dsv2quant.recipe import CALIBRATED
+from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.recipe import CALIBRATED
 
 
 @torch.inference_mode()

@@ -15,6 +15,16 @@ and, where asked for, of kv_b_proj's halves, which absorbed attention applies to
 
 `__metadata__.statistics` is JSON: the model (weights and configuration, as `dsv2quant/source.py` tells them apart), the
 calibration text and tokens, tokens per site, and a digest of all this and the vectors.
+
+The scale of an FP8 KV cache under MLA.
+
+An MLA cache holds one row per token: the normalised latent, then the rotated RoPE key, k_pe. vLLM stores both under one
+scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so it must cover both; transformers with
+compressed-tensors takes k_scale for the latent and v_scale for k_pe (compressed_tensors/modeling/kvcache.py). One value
+for both serves either. llm-compressor calibrates k_scale on the latent alone, and k_pe may then be clipped.
+
+A RoPE pair (a, b) turns with the position and keeps its length: √(a² + b²) bounds both elements at every position,
+those that calibration never reached included, and no smaller bound does.
 """
 
 from __future__ import annotations
@@ -30,13 +40,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot, layer_slots
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.identity import configured, sampled
 from dsv2quant.errors import InputError, listing
-from dsv2quant.files import check_pointer
-from dsv2quant.headers import read_header
-from dsv2quant.names import LINEAR_ROLES, Slot, layer_slots
-from dsv2quant.source import configured, sampled
+from dsv2quant.formats.e4m3 import scale_of
+from dsv2quant.storage.files import check_pointer
+from dsv2quant.storage.safetensors import read_header
 
 FAMILY = "dsv2quant.statistics/"
 SCHEMA = FAMILY + "2"
@@ -270,3 +281,12 @@ class Statistics:
         if not (np.isfinite(found).all() and (found >= 0).all()):
             raise InputError(f"{name} is not finite, or negative", where=self.path, fix=fix)
         return found
+
+
+def kv_scale(latent_amax: float, k_pe_radius: float) -> np.float32:
+    """The KV-cache scale of a layer: the larger of the latent's largest magnitude and the longest RoPE pair, / 448.
+
+    The latent is `kv_a_layernorm`'s output; `k_pe_radius` is max √(a² + b²) over the pairs of k_pe as cached, that is
+    after YaRN's magnitude where that is not 1. Raises ValueError where either is NaN or beyond float32.
+    """
+    return scale_of(float(np.maximum(latent_amax, k_pe_radius)))  # unlike max(), keeps a NaN

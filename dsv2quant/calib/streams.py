@@ -1,4 +1,10 @@
-"""Taking calibration tokens through a model layer by layer, resumable after each.
+"""The finished files of a work folder, each recorded with the hash it had when it was finished.
+
+Only what still has its hash is used by a later run. The record is a state log in the folder itself.
+
+Activations of all calibration tokens, in a file: the operating system keeps in memory what fits.
+
+Taking calibration tokens through a model layer by layer, resumable after each.
 
 A work folder holds, per finished layer, what was made of it (`layer-N.safetensors`), and one or two streams of hidden
 states in front of the next. Only one layer's weights are in memory.
@@ -8,8 +14,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,10 +25,115 @@ import torch
 from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
-from dsv2quant.calib.pieces import Pieces
-from dsv2quant.calib.spool import ROWS, Spool
 from dsv2quant.model.load import Loader
-from dsv2quant.writer import file_entry, write_whole
+from dsv2quant.storage.durable import Entry, damaged_files, file_entry, hash_file, is_regular, write_whole
+from dsv2quant.storage.work import StateLog
+
+LOG_FILE = "pieces.json"
+_FIRST = {"schema": "dsv2quant.pieces/1"}
+
+
+class Pieces:
+    """Those of one folder, which is locked until it is closed. A context."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder, or make it. Raises InputError where another run has it, and OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._log = StateLog(folder / LOG_FILE, folder)
+        try:
+            if not self._log.lines or self._log.lines[0] != _FIRST:
+                self.clear()
+        except BaseException:
+            self._log.close()
+            raise
+        self._entries = {str(line.get("file")): _entry(line) for line in self._log.lines[1:]}
+
+    def __enter__(self) -> Pieces:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file was finished and is there; `damaged` says whether it is what it was."""
+        return path.name in self._entries and is_regular(path)
+
+    def damaged(self, paths: Iterable[Path]) -> list[Path]:
+        """Those that are not what was written to them: missing, never recorded, or of another hash. Reads them."""
+        names = [path.name for path in paths]
+        differing = set(damaged_files(self.folder, {name: self._entries.get(name, {}) for name in names}))
+        return [self.folder / name for name in names if name in differing]
+
+    def record(self, path: Path, entry: Entry) -> None:
+        """A file with this manifest entry is durable, or about to be. Raises OSError."""
+        self._log.append({"file": path.name} | entry)
+        self._entries[path.name] = entry
+
+    def clear(self) -> None:
+        """Forget and remove all files. Raises OSError."""
+        self._log.start(dict(_FIRST))
+        self._entries = {}
+        for path in self.folder.iterdir():
+            if path.name != LOG_FILE:
+                path.unlink()
+
+
+def _entry(line: dict[str, object]) -> Entry:
+    return {key: line.get(key) for key in ("size", "sha256")}
+
+
+ROWS = 8192  # tokens that go through a layer at once
+
+
+class Spool:
+    """A float32 array [tokens, width] on disk; `device` is where its parts are handed out.
+
+    A new one lies under `<name>.partial` until `keep` makes it durable under its own name.
+    """
+
+    def __init__(self, path: Path, tokens: int, width: int, device: str) -> None:
+        self.path, self.device = path, device
+        self._partial = path.with_name(path.name + ".partial")
+        self._array: np.memmap
+        if path.exists():
+            self._array = np.memmap(path, np.float32, "c", shape=(tokens, width))
+        else:
+            self._array = np.memmap(self._partial, np.float32, "w+", shape=(tokens, width))
+            with self._partial.open("rb+") as file:
+                # On a full disk, writing to a hole that is mapped would kill the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, self._array.nbytes)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def width(self) -> int:
+        return int(self._array.shape[1])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> torch.Tensor:
+        """Some tokens, [·, width]; not to be changed."""
+        return torch.from_numpy(self._array[rows]).to(self.device)
+
+    def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
+        torch.from_numpy(self._array[rows]).copy_(values)
+
+    def keep(self, pieces: Pieces) -> None:
+        """Write everything to disk, record it among the finished pieces, and give the file its name. Its hash takes
+        one more read: of V2's 21 GB for a million tokens about 15 s, from memory."""
+        self._array.flush()
+        with self._partial.open("rb") as file:
+            os.fsync(file.fileno())
+        pieces.record(self.path, hash_file(self._partial))
+        self._partial.rename(self.path)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
+
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from dsv2quant.cli import common, types
+from dsv2quant.cli import command as types
+from dsv2quant.cli import common
 from dsv2quant.cli.command import Command
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, calibration, common, types
+from dsv2quant.cli import bars, calibration, common
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import Command
 
 if TYPE_CHECKING:
-    from dsv2quant.calib.tokens import Protocol
+    from dsv2quant.text.tokenizer import Protocol
 
 
 @click.command(cls=Command)
@@ -67,8 +68,8 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8=static --statistics lite.safetensors -o LITE-FP8
       dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
-    from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.report.coverage import coverage_json, coverage_text, draw, tokens_by_layer
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.report.calibration import coverage_json, coverage_text, draw, tokens_by_layer
 
     common.set_verbosity(verbose, quiet)
     calibration.check_figure(options["figure"])

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, common, types
+from dsv2quant.cli import bars, common
+from dsv2quant.cli import command as types
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
     from dsv2quant.calib.statistics import Statistics
-    from dsv2quant.calib.tokens import Protocol
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.text.tokenizer import Protocol
 
 calibration_options = common.stack(
     click.option("--calibration", "text", type=types.Path(), metavar="FILE",
@@ -55,7 +56,7 @@ def check_useless() -> None:
 def check_text(path: str | None) -> None:
     """Raise InputError for a text that can't be read, before anything is downloaded for it."""
     if path is not None and not os.access(path, os.R_OK):
-        from dsv2quant.calib.text import load
+        from dsv2quant.text.calibration import load
 
         load(path, Path())  # says what is wrong
 
@@ -68,7 +69,7 @@ def inputs(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[Path]:
 def check_outputs(outputs: Sequence[str], checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
     """Raise InputError, before the work begins, where a file to write is also read, or named twice."""
     from dsv2quant.errors import InputError
-    from dsv2quant.writer import refuse_inputs
+    from dsv2quant.storage.durable import refuse_inputs
 
     refuse_inputs(map(Path, outputs), inputs(checkpoint, options))
     for i, path in enumerate(outputs):
@@ -98,10 +99,10 @@ def load(
 ) -> Calibration:
     """The calibration windows, with a word on stderr where the user should know about them."""
     from dsv2quant.calib.calibration import Calibration
-    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap, windows, windows_in_order
-    from dsv2quant.calib.text import load as load_text
-    from dsv2quant.calib.tokens import Tokenizer
-    from dsv2quant.evaluate.text import python_topics
+    from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap, windows, windows_in_order
+    from dsv2quant.text.calibration import load as load_text
+    from dsv2quant.text.text import python_topics
+    from dsv2quant.text.tokenizer import Tokenizer
 
     checkpoint.check_source()
     assert checkpoint.folder is not None

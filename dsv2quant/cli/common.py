@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from dsv2quant.cli import types
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import FP8_GRIDS, INT4_KINDS
 
 if TYPE_CHECKING:
-    from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.plan import Plan
-    from dsv2quant.recipe import Recipe
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.planning.plan import Plan
+    from dsv2quant.planning.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 GROUP_SIZES = {"128": 128, "64": 64, "32": 32, "channel": 0}
@@ -156,7 +156,7 @@ def given(*names: str) -> list[str]:
 
 def choose_recipe(options: Mapping[str, Any]) -> Recipe:
     """The recipe of --fp8, --int4 or --recipe; block FP8 when none is given."""
-    from dsv2quant import recipe
+    from dsv2quant.planning import recipe
 
     fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
     if options["tp"] > 1 and set(options["targets"]) == {"transformers"}:
@@ -180,8 +180,8 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
 
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Plan:
     """The plan that `plan_options` ask for."""
-    from dsv2quant.plan import make_plan
-    from dsv2quant.shards import parse_size
+    from dsv2quant.planning.plan import make_plan
+    from dsv2quant.storage.safetensors import parse_size
 
     return make_plan(
         checkpoint,

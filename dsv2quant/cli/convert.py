@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import bars, calibration, common, gguf, types
+from dsv2quant.cli import bars, calibration, common, gguf
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import Command
 
 
@@ -54,7 +55,7 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --gguf Q4_K_M -o DeepSeek-V2-Lite-Q4_K_M.gguf
       dsv2quant convert ./my-finetune --fp8=channel --target vllm --tp 4 -o my-finetune-FP8-Dynamic
     """
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.report.plans import plan_text
     from dsv2quant.report.tables import gigabytes
 
@@ -84,9 +85,8 @@ def command(
 
     with bars.starting(quiet):
         from dsv2quant.calib.calibration import needs_calibration, needs_statistics
-        from dsv2quant.convert import convert
-        from dsv2quant.report.calibration import calibration_json, calibration_text
-        from dsv2quant.report.coverage import draw
+        from dsv2quant.conversion.convert import convert
+        from dsv2quant.report.calibration import calibration_json, calibration_text, draw
         from dsv2quant.report.warnings import warnings
 
     warned = warnings(plan)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, common, types
+from dsv2quant.cli import bars, common
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import Command
 
 if TYPE_CHECKING:
-    from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.evaluate.text import Text
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.text.text import Text
 
 
 @click.command(cls=Command)
@@ -100,7 +101,7 @@ def command(
     text = _text(text_file, dataset, cache_dir, offline)
     common.check_device(device)
 
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     against = None
@@ -109,10 +110,9 @@ def command(
     with bars.starting(quiet):
         import torch
 
-        from dsv2quant.evaluate.identity import identify
-        from dsv2quant.evaluate.measure import Settings, check_gates, evaluate, gates
-        from dsv2quant.model.cache import KV_DTYPES
-        from dsv2quant.report.evaluation import evaluation_text
+        from dsv2quant.evaluation.measure import Settings, check_gates, evaluate, gates, identify
+        from dsv2quant.model.attention import KV_DTYPES
+        from dsv2quant.report.results import evaluation_text
     trained = checkpoint.config.trained_context
     if ctx is not None and ctx > trained and not quiet:
         print(f"warning: --ctx {ctx} is beyond the trained context, {trained}: perplexity may explode", file=sys.stderr)
@@ -144,9 +144,9 @@ def command(
 
 def _shared_with_calibration(checkpoint: Checkpoint, text: Text) -> float:
     """The share of the text's lines that an artifact was calibrated on, where that is more than chance."""
-    from dsv2quant.calib.text import MAX_OVERLAP, fingerprint, overlap
-    from dsv2quant.headers import read_json
-    from dsv2quant.writer import MANIFEST_FILE
+    from dsv2quant.storage.durable import MANIFEST_FILE
+    from dsv2quant.storage.safetensors import read_json
+    from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 
     manifest = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
     if manifest is None or not manifest.exists():
@@ -157,7 +157,7 @@ def _shared_with_calibration(checkpoint: Checkpoint, text: Text) -> float:
 
 
 def _text(text_file: str | None, dataset: str | None, cache_dir: str | None, offline: bool) -> Text:
-    from dsv2quant.evaluate import text
+    from dsv2quant.text import text
 
     if text_file:
         return text.from_file(text_file)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import bars, common, types
+from dsv2quant.cli import bars, common
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import Command
 
 
@@ -66,14 +67,14 @@ def command(
     text = _text(prompt)
     common.check_device(device)
 
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         import torch
 
-        from dsv2quant.completion import Request, complete
-        from dsv2quant.model.cache import KV_DTYPES
+        from dsv2quant.model.attention import KV_DTYPES
+        from dsv2quant.model.completion import Request, complete
         from dsv2quant.model.generate import Sampling
         from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
@@ -104,7 +105,7 @@ def command(
 def _text(prompt: str) -> str:
     """The prompt itself, that of a file, or stdin's."""
     from dsv2quant.errors import InputError, UsageError
-    from dsv2quant.evaluate import text
+    from dsv2quant.text import text
 
     if prompt.startswith("@"):
         return text.from_file(prompt[1:]).content

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, common, types
+from dsv2quant.cli import bars, common
+from dsv2quant.cli import command as types
 from dsv2quant.formats.gguf.file_types import NAMES
 
 if TYPE_CHECKING:
-    from dsv2quant.checkpoint import Checkpoint
-    from dsv2quant.formats.gguf.plan import GgufPlan
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.planning.gguf_plan import GgufPlan
 
 
 def file_type_names() -> tuple[str, ...]:
@@ -76,13 +77,13 @@ def check_out(out: str, options: Mapping[str, Any]) -> None:
 def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool, *, every_tensor: bool) -> None:
     """Show what a conversion would do, into GGUF or another format."""
     if is_asked_for(options):
-        from dsv2quant.report import gguf_plan
+        from dsv2quant.report import gguf as gguf_plan
 
         into_gguf = plan_for(checkpoint, options)
         text, found = gguf_plan.plan_text(into_gguf, every_tensor=every_tensor), gguf_plan.plan_json(into_gguf)
     else:
-        from dsv2quant.calib.tokenizer_file import check_tokenizer
         from dsv2quant.report import plans
+        from dsv2quant.text.tokenizer_file import check_tokenizer
 
         check_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
         plan = common.plan_for(checkpoint, options)
@@ -96,8 +97,8 @@ def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool
 def plan_for(checkpoint: Checkpoint, options: Mapping[str, Any]) -> GgufPlan:
     """The plan that `gguf_options` ask for."""
     from dsv2quant.formats.gguf import imatrix
-    from dsv2quant.formats.gguf import plan as gguf
-    from dsv2quant.formats.gguf.types import Overrides
+    from dsv2quant.planning import gguf_plan as gguf
+    from dsv2quant.planning.gguf_types import Overrides
 
     if options["imatrix_shrink"] and not options["imatrix"]:
         raise click.UsageError("--imatrix-shrink goes with --imatrix")
@@ -121,10 +122,10 @@ def convert(
 ) -> None:  # fmt: skip
     """Write the GGUF file and say what was done."""
     with bars.starting(quiet):
-        from dsv2quant.formats.gguf.convert import convert_gguf
-    from dsv2quant.report.gguf_plan import plan_text
+        from dsv2quant.conversion.gguf import convert_gguf
+    from dsv2quant.report.gguf import plan_text
     from dsv2quant.report.tables import gigabytes
-    from dsv2quant.shards import parse_size
+    from dsv2quant.storage.safetensors import parse_size
 
     plan = plan_for(checkpoint, options)
     if verbose:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from dsv2quant.cli import common, types
+from dsv2quant.cli import command as types
+from dsv2quant.cli import common
 from dsv2quant.cli.command import Command
 
 
@@ -29,7 +30,7 @@ def command(
     Example:
       dsv2quant inspect DeepSeek-V2-Lite-FP8-BLOCK --json
     """
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.report.plans import inspect_json, inspect_text
 
     common.set_verbosity(verbose, quiet)

@@ -19,7 +19,7 @@ import click
 
 from dsv2quant import __version__
 from dsv2quant.cli import bars
-from dsv2quant.cli.streams import take_any_text
+from dsv2quant.cli.bars import take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import common, gguf, types
+from dsv2quant.cli import command as types
+from dsv2quant.cli import common, gguf
 from dsv2quant.cli.command import Command
 
 
@@ -35,7 +36,7 @@ def command(
     Example:
       dsv2quant plan deepseek-ai/DeepSeek-V2-Lite --fp8 --target vllm --tp 2
     """
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
 
     common.set_verbosity(verbose, quiet)
     if not gguf.is_asked_for(options):

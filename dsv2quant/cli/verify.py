@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from dsv2quant.cli import bars, common, types
+from dsv2quant.cli import bars, common
+from dsv2quant.cli import command as types
 from dsv2quant.cli.command import Command
 
 
@@ -40,7 +41,7 @@ def command(
     Example:
       dsv2quant verify DeepSeek-V2-Lite-FP8-BLOCK --source deepseek-ai/DeepSeek-V2-Lite
     """
-    from dsv2quant.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
 
     common.set_verbosity(verbose, quiet)
     common.check_device(device)
@@ -49,8 +50,9 @@ def command(
     if source is not None:
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
-        from dsv2quant import compare, verify
-        from dsv2quant.report.verification import verification_text
+        from dsv2quant.evaluation import verify
+        from dsv2quant.evaluation import verify as compare
+        from dsv2quant.report.results import verification_text
     if original is not None:
         compare.check_layout(opened, original)
     checked = verify.check(opened, bars.progress(quiet), has_source=original is not None)

@@ -20,17 +20,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dsv2quant.formats.part import Inputs, Part
-from dsv2quant.formats.plain import check_finite
+from dsv2quant.formats.codec import Inputs, check_finite
+from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch
+from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 
-BLOCK = 128
-E4M3_MAX = 448.0
-MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal float32
-
-Grid = Literal["block", "channel", "tensor"]
 INPUT_SCALE = "input_scale"
 
 
@@ -120,39 +116,6 @@ class Fp8:
         return codes.to(dtype)
 
 
-def scales_of(amax: torch.Tensor) -> torch.Tensor:
-    """The scales of largest magnitudes (float32): amax / 448, at least the smallest normal number; 1 where all is zero.
-
-    The divisor is a tensor because CUDA multiplies by the reciprocal of a scalar one, which rounds differently.
-    """
-    import torch
-
-    return torch.where(amax > 0, (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE), 1.0)
-
-
-def scale_of(amax: float) -> np.float32:
-    """`scales_of` of one magnitude. Raises ValueError where it is negative, NaN or beyond float32."""
-    largest = np.float32(amax)
-    if not (np.isfinite(largest) and largest >= 0):
-        raise ValueError(f"{amax} is no largest magnitude")
-    return max(largest / np.float32(E4M3_MAX), np.float32(MIN_SCALE)) if largest else np.float32(1)
-
-
-def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn → float32. torch's own cast takes five times as long on a CPU."""
-    import torch
-
-    if codes.device.type != "cpu":
-        return codes.float()
-    places = codes.view(torch.uint8).reshape(-1).int()
-    return torch.from_numpy(E4M3_VALUES).index_select(0, places).view(codes.shape)
-
-
-def expand_blocks(scales: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Block scales [⌈rows/128⌉, ⌈cols/128⌉] → one per weight [rows, cols]."""
-    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
-
-
 def encode_with_torch(weights: Sequence[np.ndarray], grid: Grid, device: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The torch path: (codes uint8 [out, in], scales float32) of each weight, computed on `device`."""
     import torch
@@ -193,15 +156,3 @@ def decode_block_to_float32(codes: np.ndarray, scales: np.ndarray) -> np.ndarray
     for i, row in enumerate(scales):  # row: [⌈cols/128⌉]
         weights[i * BLOCK : (i + 1) * BLOCK] *= np.repeat(row, BLOCK)[: codes.shape[1]]
     return weights
-
-
-def _e4m3_values() -> np.ndarray:
-    """The 256 values of e4m3 (OCP 8-bit floating point, `S.EEEE.MMM`, bias 7; 0x7F and 0xFF are NaN)."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(exponent == 0, mantissa / 512.0, (1 + mantissa / 8.0) * 2.0 ** (exponent - 7.0))
-    magnitude[(code & 127) == 127] = np.nan
-    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
-
-
-E4M3_VALUES = _e4m3_values()

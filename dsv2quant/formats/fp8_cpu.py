@@ -17,8 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from dsv2quant.formats.amax_cpu import amax_bits, as_float, compiled, larger, magnitude, row_amax
-from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE, Grid
-from dsv2quant.formats.plain import check_finite
+from dsv2quant.formats.codec import check_finite
+from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE, Grid
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv2quant.formats.part import Inputs, Part, TooLargeError
-from dsv2quant.formats.plain import check_finite, to_bf16
+from dsv2quant.formats.codec import Inputs, TooLargeError, check_finite, to_bf16
+from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch

@@ -17,11 +17,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv2quant.formats.codec import CODECS, Codec
-from dsv2quant.formats.fp8 import BLOCK, Fp8
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot
+from dsv2quant.formats.codec import Codec
+from dsv2quant.formats.e4m3 import BLOCK
+from dsv2quant.formats.fp8 import Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.formats.part import Part
-from dsv2quant.names import LINEAR_ROLES, Slot
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.storage.safetensors import Part
 
 # Names under which vLLM and SGLang know a fused module, by the roles of its members.
 _FUSED_ALIASES = {

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.fp8 import BLOCK, E4M3_MAX, MIN_SCALE
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED
+from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)

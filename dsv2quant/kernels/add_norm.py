@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.act_quant import outputs, quantize_row
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED, check_rows
+from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
 
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
 MAX_COLUMNS = 16384

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, quantize_activation, scale_of
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED
+from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns in one product

@@ -17,12 +17,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_vector, tables
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import check_rows
 from dsv2quant.kernels.fp8_vector import Vector
+from dsv2quant.kernels.launch import PDL, check_rows, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
 BAND: tl.constexpr = tl.constexpr(8)  # token tiles that share tiles of w in L2

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED
+from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
 PIECE: tl.constexpr = tl.constexpr(16)  # codes of one load of a thread: of one row and one group

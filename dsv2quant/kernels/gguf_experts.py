@@ -9,19 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.checks import INTERPRETED
-from dsv2quant.kernels.gguf_gemm import (
-    Config,
-    check_dtype,
-    constants,
-    partial_sums,
-    split_of,
-    strides,
-)
+from dsv2quant.kernels.gguf_gemm import Config, check_dtype, constants, partial_sums, product, split_of, strides
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight
-from dsv2quant.kernels.gguf_product import product
+from dsv2quant.kernels.launch import INTERPRETED, finish
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.kernels.splits import finish
 
 
 @triton.jit(do_not_specialize=["blocks", "choices"])

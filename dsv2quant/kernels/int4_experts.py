@@ -15,11 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS
-from dsv2quant.kernels.int4_layout import ROWS, depth
-from dsv2quant.kernels.int4_operand import MAGIC, integers, words_at
-from dsv2quant.kernels.int4_stack import Int4Experts, Stack
+from dsv2quant.kernels.int4_held import MAGIC, integers, words_at
+from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack, depth
+from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, wait
 from dsv2quant.kernels.routing import Routes
 
 

@@ -18,12 +18,9 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels import int4_held, tables
-from dsv2quant.kernels.chain import PDL, wait
-from dsv2quant.kernels.checks import INTERPRETED, MULTIPROCESSORS, output
-from dsv2quant.kernels.int4_held import Held, held_kernel
+from dsv2quant.kernels.int4_held import MAGIC, Held, held_kernel, operand, zero_points
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
-from dsv2quant.kernels.int4_operand import MAGIC, operand, zero_points
-from dsv2quant.kernels.splits import finish
+from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, finish, output, wait
 
 HELD_WEIGHTS = 40_000_000  # of larger ones, loads that run ahead keep more under way
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.chain import PDL, wait
+from dsv2quant.kernels.launch import PDL, wait
 
 FLOATS = (torch.bfloat16, torch.float16)
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from dsv2quant.kernels import (
-    absorb,
     act_quant,
     fp8_experts,
     fp8_gemm,
@@ -18,13 +17,14 @@ from dsv2quant.kernels import (
     latents,
     reference,
     reference_experts,
-    reference_fused,
-    reference_gguf,
-    router,
     routing,
 )
 from dsv2quant.kernels import add_norm as norms
+from dsv2quant.kernels import latents as absorb
 from dsv2quant.kernels import mla_decode as attention
+from dsv2quant.kernels import reference as reference_fused
+from dsv2quant.kernels import reference_experts as reference_gguf
+from dsv2quant.kernels import routing as router
 from dsv2quant.kernels import silu_mul as gates
 
 P = ParamSpec("P")

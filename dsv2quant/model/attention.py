@@ -1,4 +1,8 @@
-"""Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode.
+"""The KV cache of multi-head latent attention: one latent and one rotated key per token, shared by all heads.
+
+Rotary position embedding: plain RoPE, and YaRN with DeepSeek's mscale.
+
+Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode.
 
 The cache holds one latent c [kv_lora_rank] and one rotated key k_pe [qk_rope_head_dim] per token, shared by all heads.
 Expanded: kv_b turns every cached latent into per-head keys and values. Absorbed: its K half moves into the query and
@@ -7,15 +11,127 @@ its V half behind the weighted sum of latents, so that no key or value is ever f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.model.cache import LatentCache
-from dsv2quant.model.linear import Linear, RMSNorm
-from dsv2quant.model.rope import Rope, softmax_scale
+from dsv2quant.arch.config import ModelConfig, Yarn
+from dsv2quant.model.layers import Linear, RMSNorm
+
+KV_DTYPES = {
+    "float32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+KV_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
+
+
+class LatentCache:
+    """The latents and rotated keys of one layer, side by side in `store` [batch, capacity, kv_lora_rank +
+    qk_rope_head_dim], of which the first `length` tokens are filled.
+
+    FP8 is what vLLM stores (csrc/cache_kernels.cu, concat_and_cache_mla): x / `scale` in float32, rounded to nearest
+    even and saturated, with one scale (float32 [1]; None is 1) for both parts; it is read back as code · scale in
+    float32, rounded to the dtype of what comes in. Other dtypes only round.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        self._widths = [config.kv_lora_rank, config.qk_rope_head_dim]
+        self.store = torch.empty(batch, capacity, sum(self._widths), dtype=dtype, device=device)
+        self.scale = torch.ones(1, device=device) if scale is None else scale
+        self.length = 0
+
+    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add [batch, new, ·] and return everything cached, in the same dtype.
+
+        Decoding reads all of it `as_stored`. Prefill sees the new tokens as they were computed and only earlier ones
+        through the cache (vLLM v1/attention/backends/mla). Raises ValueError beyond the capacity.
+        """
+        end = self.length + latent.shape[1]
+        if end > self.store.shape[1]:
+            raise ValueError(f"the cache holds {self.store.shape[1]} tokens, {end} were asked for")
+        known = []
+        for store, new in zip(self.store.split(self._widths, -1), (latent, k_pe), strict=True):
+            store[:, self.length : end] = self._encoded(new)
+            if store.dtype == new.dtype:
+                known.append(store[:, :end])
+            elif as_stored:
+                known.append(self._decoded(store[:, :end], new.dtype))
+            else:
+                known.append(torch.cat([self._decoded(store[:, : self.length], new.dtype), new], 1))
+        self.length = end
+        return known[0], known[1]
+
+    def _encoded(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = self.store.dtype
+        if dtype.itemsize > 1:
+            return x.to(dtype)
+        largest = torch.finfo(dtype).max
+        return (x.float() / self.scale).clamp(-largest, largest).to(dtype)
+
+    def _decoded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return stored.to(dtype) if stored.dtype.itemsize > 1 else (stored.float() * self.scale).to(dtype)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1 (arXiv:2309.00071, eq. 22, with DeepSeek's mscale; `yarn_get_mscale`)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1/√(qk head dim), times mscale(mscale_all_dim)² under YaRN (`DeepseekV2Attention.__init__`)."""
+    scale = config.qk_head_dim**-0.5
+    if config.yarn is not None and config.yarn.mscale_all_dim:
+        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+class Rope:
+    """Rotates interleaved pairs (2i, 2i+1) of the last dimension, which has qk_rope_head_dim elements."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        dim = config.qk_rope_head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        frequencies = 1.0 / config.rope_theta**exponents  # [dim/2], radians per position
+        self._magnitude = 1.0
+        if config.yarn is not None:
+            yarn = config.yarn
+            frequencies = _yarn_frequencies(frequencies, yarn, dim, config.rope_theta)
+            self._magnitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        self._frequencies = frequencies.to(device)
+
+    def table(self, positions: torch.Tensor) -> torch.Tensor:
+        """Complex rotations [tokens, dim/2] of integer positions [tokens]."""
+        angles = positions.float()[:, None] * self._frequencies
+        return torch.polar(torch.full_like(angles, self._magnitude), angles)
+
+    @staticmethod
+    def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rotate x [..., tokens, dim] in float32; back in x's dtype."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def _yarn_frequencies(frequencies: torch.Tensor, yarn: Yarn, dim: int, theta: float) -> torch.Tensor:
+    """Blend extrapolated and interpolated frequencies: pairs that turn more than beta_fast times over the original
+    context keep theirs, those under beta_slow turns are divided by the factor (`DeepseekV2YarnRotaryEmbedding`)."""
+
+    def pair_with(turns: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), dim - 1)
+    span = high - low or 0.001
+    interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return frequencies / yarn.factor * interpolated + frequencies * (1 - interpolated)
 
 
 @dataclass

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.model.attention import Attention
-from dsv2quant.model.cache import LatentCache
-from dsv2quant.model.linear import RMSNorm
-from dsv2quant.model.moe import FFN, MoE
+from dsv2quant.model.attention import Attention, LatentCache
+from dsv2quant.model.layers import FFN, MoE, RMSNorm
 
 
 @dataclass

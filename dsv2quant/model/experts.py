@@ -12,14 +12,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import INPUT_SCALE, Fp8
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.kernels import int4_stack, ops, reference
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.kernels import int4_layout as int4_stack
+from dsv2quant.kernels import ops, reference
 from dsv2quant.kernels.add_norm import Normed
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
-from dsv2quant.kernels.int4_stack import Int4Experts
+from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes
 from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, dequantized, int4_weight, unsupported
 from dsv2quant.model.source import BLOCKS, Source

@@ -13,15 +13,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.add_norm import Normed
-from dsv2quant.model.attention import expanded
-from dsv2quant.model.cache import LatentCache
+from dsv2quant.model.attention import LatentCache, Rope, expanded, softmax_scale
 from dsv2quant.model.experts import Stack
-from dsv2quant.model.linear import RMSNorm
+from dsv2quant.model.layers import RMSNorm
 from dsv2quant.model.quantized import Codes, Linear, Projections, Quantization
-from dsv2quant.model.rope import Rope, softmax_scale
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -8,17 +8,16 @@ from typing import Literal
 
 import torch
 
-from dsv2quant.checkpoint import Checkpoint, Weight
-from dsv2quant.config import ModelConfig
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
-from dsv2quant.headers import StoredTensor
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Attention
 from dsv2quant.model.decoder import DecoderLayer, Ends
-from dsv2quant.model.linear import Linear, RMSNorm
-from dsv2quant.model.moe import FFN, MoE
+from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm
+from dsv2quant.storage.safetensors import StoredTensor
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
@@ -77,7 +76,7 @@ def decode(
 ) -> torch.Tensor:
     """A weight as a consumer reconstructs it in `dtype`. Raises InputError where its parts contradict each other."""
     if checkpoint.metadata is not None:
-        from dsv2quant.formats.gguf.opened import decode as decode_blocks
+        from dsv2quant.checkpoint.gguf import decode as decode_blocks
 
         values = decode_blocks([(part, checkpoint.read(part)) for part in weight.parts.values()])
         return torch.from_numpy(values).to(device, dtype)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import BLOCK, INPUT_SCALE, Fp8
+from dsv2quant.formats.e4m3 import BLOCK
+from dsv2quant.formats.fp8 import INPUT_SCALE, Fp8
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout, int4_layout, ops
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Weight

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
-from dsv2quant.model.cache import LatentCache
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.model.attention import LatentCache, Rope
 from dsv2quant.model.decoder import DecoderLayer, Ends
 from dsv2quant.model.load import Loader, LoadOptions
-from dsv2quant.model.rope import Rope
-from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from dsv2quant.model.fused_model import FusedModel
+    pass
 
 
 class Block(Protocol):
@@ -131,25 +129,3 @@ class Model(Runtime[DecoderLayer]):
         for index, layer in enumerate(self.layers()):
             x, _ = layer(x, rope, caches[index] if caches else None, absorbed)
         return x
-
-
-def open_model(
-    checkpoint: Checkpoint, options: LoadOptions, *, stream: bool = False, progress: Progress = no_progress
-) -> Model | FusedModel:
-    """The model on the backend that the options name."""
-    layers = 0 if stream else checkpoint.config.num_hidden_layers
-    with progress(layers, "layers", f"load {checkpoint.model}") as loaded:
-        return _open(checkpoint, options, stream, loaded)
-
-
-def _open(
-    checkpoint: Checkpoint, options: LoadOptions, stream: bool, loaded: Callable[[int], object]
-) -> Model | FusedModel:
-    if options.backend == "torch":
-        return Model(checkpoint, options, stream=stream, loaded=loaded)
-    from dsv2quant.model.fused_model import FusedModel  # with Triton, which is not on every machine
-    from dsv2quant.model.source import CheckpointSource
-
-    return FusedModel(
-        CheckpointSource(checkpoint, options.device, options.dtype), options, stream=stream, loaded=loaded
-    )

@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.quant_config import activations_quantized
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout
 from dsv2quant.model.load import decode, kv_scale, stored_tensor
 

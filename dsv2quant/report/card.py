@@ -14,16 +14,14 @@ from typing import Any
 import yaml
 
 from dsv2quant import __version__
-from dsv2quant.calib.calibration import Calibration
-from dsv2quant.calib.prepared import Prepared
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.files import carried_files, read_bytes
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.plan import Plan
+from dsv2quant.calib.calibration import Calibration, Prepared
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning.plan import Plan
 from dsv2quant.report.calibration import calibration_json, expert_tokens
 from dsv2quant.report.plans import serving_notes
-from dsv2quant.report.summary import roles_table, summarize
-from dsv2quant.report.tables import gigabytes
+from dsv2quant.report.tables import gigabytes, roles_table, summarize
+from dsv2quant.storage.files import carried_files, read_bytes
 
 MAX_CARD_BYTES = 16 << 20
 

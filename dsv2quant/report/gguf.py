@@ -1,13 +1,20 @@
-"""What a GGUF file says of itself beside its weights: its file type, and how many tensors have which block type."""
+"""What a GGUF file says of itself beside its weights: its file type, and how many tensors have which block type.
+
+A GGUF plan as text and as JSON.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from gguf import LlamaFileType
 
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.formats.gguf.container import Metadata
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.planning.gguf_plan import GgufPlan, Line
+from dsv2quant.report.tables import count, gigabytes, table
+from dsv2quant.storage.gguf import Metadata
 
 _LATER = {"41": "Q2_0"}  # what the library doesn't know yet
 
@@ -27,3 +34,72 @@ def tensor_types(checkpoint: Checkpoint) -> dict[str, int]:
     """Tensors of the file by block type, the most frequent first."""
     types = {part.name: part.dtype for weight in checkpoint.weights for part in weight.parts.values()}
     return dict(Counter(types.values()).most_common())
+
+
+def plan_text(plan: GgufPlan, *, every_tensor: bool = False) -> str:
+    """The plan as `dsv2quant plan --gguf` prints it; with `every_tensor`, tensor by tensor."""
+    parts = [
+        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, {plan.options.file_type} for llama.cpp",
+        table(
+            ["tensor", "type", "tensors", "layers", "size", "bits/weight"], [_row(*group) for group in _groups(plan)]
+        ),
+        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+    ]
+    fallbacks = [(kind, lines) for kind, lines in _groups(plan) if lines[0].reason]
+    if fallbacks:
+        parts.append("Fallbacks:")
+    parts += [f"  {kind}, {_layers(lines)} → {lines[0].type}: {lines[0].reason}" for kind, lines in fallbacks]
+    if every_tensor:
+        parts += [f"  {line.name} {list(line.tensor.shape)} {line.type}" for line in plan.lines]
+    parts += [f"note: {note}" for note in plan.notes]
+    return "\n".join(parts)
+
+
+def plan_json(plan: GgufPlan) -> dict[str, Any]:
+    """The object of `dsv2quant plan --gguf --json`."""
+    return {
+        "schema": "dsv2quant.plan-gguf/2",
+        "model": plan.checkpoint.model,
+        "revision": plan.checkpoint.revision,
+        "file_type": plan.options.file_type,
+        "parameters": plan.parameters,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
+        "entries": [
+            {
+                "tensor": line.name,
+                "shape": list(line.tensor.shape),
+                "type": line.type,
+                "bytes": line.nbytes,
+                "reason": line.reason,
+            }
+            for line in plan.lines
+        ],
+        "notes": list(plan.notes),
+    }
+
+
+def _groups(plan: GgufPlan) -> list[tuple[str, list[Line]]]:
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in plan.lines:
+        groups.setdefault((line.tensor.kind, line.type), []).append(line)
+    return [(kind, lines) for (kind, _), lines in groups.items()]
+
+
+def _row(kind: str, lines: Sequence[Line]) -> list[object]:
+    nbytes = sum(line.nbytes for line in lines)
+    weights = sum(line.tensor.size for line in lines)
+    return [kind, lines[0].type, len(lines), _layers(lines), gigabytes(nbytes), f"{8 * nbytes / weights:.2f}"]
+
+
+def _layers(lines: Sequence[Line]) -> str:
+    """'1-26', or '1-3, 7'."""
+    spans: list[list[int]] = []
+    for layer in (line.tensor.layer for line in lines if line.tensor.layer is not None):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

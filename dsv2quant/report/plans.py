@@ -7,18 +7,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dsv2quant import targets
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import needs_calibration, work_memory
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.fp8 import BLOCK
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.plan import Line, Plan
-from dsv2quant.report.summary import RoleSummary, roles_table, summarize
-from dsv2quant.report.tables import count, gigabytes
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import consumers as targets
+from dsv2quant.planning.consumers import ENGINES
+from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
 from dsv2quant.report.warnings import warnings
-from dsv2quant.targets import ENGINES
 
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"

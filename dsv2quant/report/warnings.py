@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsv2quant import recipe as recipes
-from dsv2quant import targets
+from dsv2quant.arch.deepseek_v2 import Slot
 from dsv2quant.errors import Dsv2quantError
-from dsv2quant.formats.codec import CODECS
 from dsv2quant.formats.int4 import Int4
-from dsv2quant.names import Slot
-from dsv2quant.plan import Plan, choose_schemes
-from dsv2quant.recipe import Recipe
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import consumers as targets
+from dsv2quant.planning import recipe as recipes
+from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.plan import Plan, choose_schemes
+from dsv2quant.planning.recipe import Recipe
 from dsv2quant.report.tables import gigabytes
-from dsv2quant.targets import Parallel
 
 
 def warnings(plan: Plan) -> list[str]:

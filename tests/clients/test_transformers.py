@@ -16,22 +16,20 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from dsv2quant import recipe
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.convert import convert
-from dsv2quant.evaluate.divergence import compare, perplexity
-from dsv2quant.evaluate.perplexity import Pass, batches_of, negative_log_likelihoods, run
-from dsv2quant.evaluate.text import python_topics
+from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.identity import sampled
+from dsv2quant.conversion.convert import convert
+from dsv2quant.evaluation.divergence import Pass, batches_of, compare, negative_log_likelihoods, perplexity, run
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.linear import Linear
+from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch
 from dsv2quant.model.load import LoadOptions, decode
-from dsv2quant.model.moe import MoE, add_rows, dispatch
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
-from dsv2quant.source import sampled
-from dsv2quant.targets import TARGETS
+from dsv2quant.planning import recipe
+from dsv2quant.planning.consumers import TARGETS
+from dsv2quant.planning.plan import make_plan
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 # name: (recipe, targets). Tensor scales for every consumer are mixed with channel scales, for transformers alone not.
 ARTIFACTS = {

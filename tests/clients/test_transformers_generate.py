@@ -7,13 +7,13 @@ import tiny
 import torch
 from test_transformers import load
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
 from dsv2quant.model.generate import Sampling, generate
 from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 PROMPTS = ([0, 1241, 975, 15, 507, 19, 1381, 655], [0, 77, 300, 2000], [0])
 COUNT = 40

@@ -13,15 +13,14 @@ import tiny
 import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
-from dsv2quant import recipe
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.checkpoint import Checkpoint, Weight
-from dsv2quant.convert import convert
-from dsv2quant.model.linear import Linear
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.conversion.convert import convert
+from dsv2quant.model.layers import Linear, MoE
 from dsv2quant.model.load import LoadOptions, decode
-from dsv2quant.model.moe import MoE
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 # name: (recipe, group size, method). 704 and 10944 columns hold no groups of 128: "two sizes" has them in 64.
 ARTIFACTS = {

@@ -8,7 +8,7 @@ import tiny
 import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
-from dsv2quant.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.model.load import LoadOptions, decode, stored_tensor
 from dsv2quant.model.runtime import Model
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.bench.random_weights import RandomWeights
-from dsv2quant.bench.shapes import configuration
+from dsv2quant.bench.subject import RandomWeights, configuration
 from dsv2quant.bench.tune import OPERATIONS, decide, time_all
-from dsv2quant.formats.codec import CODECS
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.int4_gemm import linear
 from dsv2quant.kernels.int4_layout import from_compressed_tensors
 from dsv2quant.kernels.reference import dequantize_int4
+from dsv2quant.planning import recipe
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"

@@ -10,17 +10,17 @@ from safetensors.numpy import load_file
 from test_gptq import TIES, differ_only_at_ties
 from test_statistics import calibration
 
-from dsv2quant import recipe
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
-from dsv2quant.evaluate import perplexity
-from dsv2quant.evaluate.divergence import compare
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.evaluation import divergence as perplexity
+from dsv2quant.evaluation.divergence import compare
 from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

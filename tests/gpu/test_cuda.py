@@ -10,17 +10,17 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant import recipe
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.convert import convert
-from dsv2quant.formats.codec import CODECS
-from dsv2quant.formats.part import NonFiniteError
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.convert import convert
+from dsv2quant.formats.codec import NonFiniteError
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.cache import KV_DTYPES, LatentCache
+from dsv2quant.model.attention import KV_DTYPES, LatentCache
 from dsv2quant.model.generate import Sampling, generate
 from dsv2quant.model.load import LoadOptions, decode
 from dsv2quant.model.runtime import Model
-from dsv2quant.plan import make_plan
+from dsv2quant.planning import recipe
+from dsv2quant.planning.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

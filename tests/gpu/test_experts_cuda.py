@@ -9,7 +9,7 @@ from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, lo
 
 from dsv2quant.kernels import fp8_experts, reference_experts, routing
 from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.router import FEW, router_logits
+from dsv2quant.kernels.routing import FEW, router_logits
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"

@@ -9,15 +9,15 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.calib.tokens import Tokenizer, cut
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.evaluate.divergence import compare
-from dsv2quant.evaluate.perplexity import Pass, batches_of, run
-from dsv2quant.evaluate.text import python_topics
-from dsv2quant.model.cache import KV_DTYPES
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.evaluation.divergence import Pass, batches_of, compare, run
+from dsv2quant.model.attention import KV_DTYPES
 from dsv2quant.model.generate import Sampling, generate
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.runtime import Model, open_model
+from dsv2quant.model.open import open_model
+from dsv2quant.model.runtime import Model
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Tokenizer, cut
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -8,8 +8,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.amax_cpu import amax_bits
-from dsv2quant.formats.gguf import iq4, kquants, legacy, lowbits
-from dsv2quant.formats.gguf.ggml import SIZES, BlockType, dequantize
+from dsv2quant.formats.gguf import kquants, legacy, lowbits
+from dsv2quant.formats.gguf import legacy as iq4
+from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
 # What can be encoded. ggml/src/ggml-common.h: the static_asserts beside each block's struct.
 TYPES = {

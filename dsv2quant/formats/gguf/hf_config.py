@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant.config import CAUSAL_LM
+from dsv2quant.arch.config import CAUSAL_LM
+from dsv2quant.arch.gguf_tensors import ARCHITECTURE
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.container import Metadata
-from dsv2quant.formats.gguf.metadata import ARCHITECTURE
+from dsv2quant.storage.gguf import Metadata
 
 _SOFTMAX = (0, 1)  # not said, or said
 _INTEGERS = {

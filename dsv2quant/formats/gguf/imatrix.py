@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
+from dsv2quant.arch.gguf_tensors import K_B, Tensor
 from dsv2quant.errors import InputError, listing
-from dsv2quant.formats.gguf import container
-from dsv2quant.formats.gguf.container import TensorHeader, Value
-from dsv2quant.formats.gguf.tensors import K_B, Tensor
-from dsv2quant.writer import write_whole
+from dsv2quant.storage import gguf as container
+from dsv2quant.storage.durable import write_whole
+from dsv2quant.storage.gguf import TensorHeader, Value
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 # Tokens by which an expert's matrix is drawn toward its layer's. On dsv2-mini, of 512 to 16,384 tokens against 142,848,

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv2quant.formats.gguf.lanes import (
+from dsv2quant.formats.gguf.search import (
     LANES,
     TINY,
     compiled,
+    fit_scales,
     level,
     load,
     load_cyclic,
     nearest,
     put_half,
+    round_positive,
+    search_affine,
+    search_symmetric,
     sum_squares,
     sum_weights,
     weigh,
     weigh_by_square,
 )
-from dsv2quant.formats.gguf.search import fit_scales, round_positive, search_affine, search_symmetric
 
 
 @compiled

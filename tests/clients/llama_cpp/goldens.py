@@ -19,11 +19,11 @@ import gguf_tiny
 import llama_cpp_tools as llama
 from gguf_expected import CASES, OPTIONS, crc, keys_and_values, types_and_digests
 
-from dsv2quant.config import ModelConfig
-from dsv2quant.formats.gguf import container
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
 from dsv2quant.formats.gguf.blocks import nbytes
-from dsv2quant.formats.gguf.container import TensorHeader, Value
-from dsv2quant.formats.gguf.tensors import Tensor, model_tensors
+from dsv2quant.storage import gguf as container
+from dsv2quant.storage.gguf import TensorHeader, Value
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MIXES = (

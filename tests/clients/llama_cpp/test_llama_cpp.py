@@ -18,9 +18,10 @@ import pytest
 from gguf import GGUFReader
 from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
 
-from dsv2quant.evaluate.text import python_topics
-from dsv2quant.formats.gguf import blocks, container
+from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import NOT_WRITTEN
+from dsv2quant.storage import gguf as container
+from dsv2quant.text.text import python_topics
 
 CHUNKS, LENGTH = 8, 128  # of the text that importance matrices are measured on
 

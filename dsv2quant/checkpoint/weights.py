@@ -1,0 +1,241 @@
+"""The weights of a checkpoint: every tensor that a configuration implies, paired with the parts that store it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats import compressed_tensors
+from dsv2quant.formats.codec import Codec
+from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
+from dsv2quant.formats.quant_config import kv_scale_parts
+from dsv2quant.storage.safetensors import PLAIN_DTYPES, Part, StoredTensor, stored_tensors
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\.")  # DeepSeek-V3's names
+_PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
+_MARKS = {ZERO_POINT: "asym", GROUP_INDEX: "g_idx"}  # what `stored_scheme` adds for the parts that others' files have
+# What follows the last dot of a quantized weight's parts, of the schemes that are not read too.
+_QUANTIZED = (
+    "scale", "scale_inv", "scale_2", "global_scale", "zero_point", "zeros", "qzeros", "scales", "g_idx", "packed",
+    "shape", "absmax", "compressed", "bitmask", "k_scale", "v_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model as this checkpoint stores it: its scheme, and its parts by suffix.
+
+    `scheme` is 'bf16' for every unquantized tensor; `parts` then has one entry, whose dtype may be BF16, F16 or F32. In
+    a GGUF file schemes are block types ('q4_k'), and kv_b_proj has two parts, whose types may differ ('q5_0+q4_k').
+    """
+
+    slot: Slot
+    scheme: str
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def stored_scheme(self) -> str:
+        """The scheme, or the dtype of an unquantized weight that is stored wider: 'f16', 'f32'. Of others' INT4 with
+        zero points or scattered groups: 'int4-g128-asym', 'int4-g128-asym-g_idx'."""
+        plain = {"F16": "f16", "F32": "f32"} if self.scheme == "bf16" else {}
+        marks = [mark for suffix, mark in _MARKS.items() if suffix in self.parts]
+        return "-".join((plain.get(self.stored.dtype, self.scheme), *marks))
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The part that holds the weight itself, or its codes."""
+        return next(iter(self.parts.values()))
+
+
+def check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:
+    """Raise InputError for a quantization that is not read."""
+    if quantization is None:
+        return
+    method = quantization.get("quant_method")
+    if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
+        what = f"is quantized with {method!r}"
+        raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+    if method == "compressed-tensors" and (unread := compressed_tensors.refusal(quantization)):
+        fix = "it is not read: give the checkpoint it was made from"
+        raise InputError(f"quantization_config has {unread}", where=f"{where}/config.json", fix=fix)
+    if method not in ("gptq", "awq"):
+        return
+    key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
+    found = {key: quantization.get(key, layout), "bits": quantization.get("bits", quantization.get("w_bit"))}
+    for name, value in {key: layout, "bits": 4}.items():
+        if (found[name].lower() if isinstance(found[name], str) else found[name]) != value:
+            what = f"is {method.upper()} with {name} {found[name]!r}"
+            raise InputError(what, where=where, fix=f"only {value!r} is read")
+
+
+def index_tensors(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str, StoredTensor]:
+    """The tensors of all shards by name. Raises InputError where one lies in two."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for tensor in stored_tensors(header, file, f"{where}/{file}"):
+            if tensor.name in tensors:
+                what = f"{tensor.name} lies in {tensors[tensor.name].file} and in {file}"
+                raise InputError(what, where=where, fix="each tensor must lie in one shard")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where: object) -> dict[int, StoredTensor]:
+    """Take the KV-cache scales that the configuration declares out of `tensors`: every layer's, or none. Only the keys'
+    are kept: MLA caches no values."""
+    found: dict[int, StoredTensor] = {}
+    names = {
+        f"model.layers.{layer}.self_attn.{part.suffix}": layer
+        for part in kv_scale_parts(config.quantization)
+        for layer in range(config.num_hidden_layers)
+    }
+    missing = [name for name in names if name not in tensors]
+    if len(missing) < len(names) and missing:
+        what = f"{len(missing)} KV-cache scales are missing: {listing(missing)}"
+        raise InputError(what, where=where, fix="download the missing shards")
+    for name, layer in names.items() if not missing else ():
+        tensor = tensors.pop(name)
+        if tensor.dtype not in PLAIN_DTYPES or tensor.shape not in ((), (1,)):
+            what = f"{name} is {tensor.dtype} {list(tensor.shape)}"
+            raise InputError(what, where=f"{where}/{tensor.file}", fix="a KV-cache scale is one plain number")
+        found.setdefault(layer, tensor)
+    return found
+
+
+def match(
+    slots: Iterable[Slot], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
+) -> list[Weight]:
+    """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
+    slots = list(slots)
+    # Old checkpoints store RoPE's frequencies, which follow from config.json.
+    kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
+    missing = [slot.name for slot in slots if _held(slot, tensors) is None]
+    if missing:
+        modules = {slot.module for slot in slots}
+        raise _missing(missing, [name for name in kept if name.rpartition(".")[0] not in modules], where)
+    weights = [_weight(slot, tensors, codecs, where) for slot in slots]
+    used = {part.name for weight in weights for part in weight.parts.values()}
+    surplus = [name for name in kept if name not in used]
+    parts = [name for name in surplus if _is_quantization(name)]
+    if parts:
+        what = f"{len(parts)} tensors belong to a quantization that quantization_config does not declare: "
+        fix = "without them the weights are others: give config.json as it was published, and remove nothing"
+        raise InputError(what + listing(parts), where=where, fix=fix)
+    if surplus:
+        raise _surplus(surplus, 1 + max(slot.layer for slot in slots if slot.layer is not None), where)
+    return weights
+
+
+def _missing(missing: list[str], others: list[str], where: object) -> InputError:
+    what = f"{len(missing)} tensors that config.json implies are missing: {listing(missing)}"
+    if not others:
+        return InputError(what, where=where, fix="download the missing shards, or correct config.json")
+    prefix = os.path.commonprefix(others).rpartition(".")[0]  # noqa: RUF071 - names, not paths
+    what += f"; {len(others)} others are there{f' under {prefix!r}' if prefix else ''}: {listing(others)}"
+    return InputError(what, where=where, fix="names are read as DeepSeek, transformers, MLX and PEFT write them")
+
+
+def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
+    """Tensors that no slot takes, of which those beyond the last layer are told apart."""
+    beyond = [name for name in surplus if (match := _LAYER.match(name)) and int(match[1]) >= layers]
+    if any(_PREDICTION.search(name) for name in beyond):
+        what = f"holds a multi-token prediction layer, {len(beyond)} tensors: {listing(beyond)}"
+        fix = "DeepSeek-V2 has none, and none is written: leave its tensors out of the shards"
+    elif beyond:
+        what = f"{len(beyond)} tensors beyond the {layers} layers of config.json: {listing(beyond)}"
+        fix = "correct num_hidden_layers, or remove them"
+    else:
+        what = f"{len(surplus)} tensors that config.json does not imply: {listing(surplus)}"
+        fix = "correct config.json, or remove them"
+    return InputError(what, where=where, fix=fix)
+
+
+def _is_quantization(name: str) -> bool:
+    """Whether a tensor's name is that of a quantized weight's part."""
+    return name.rpartition(".")[2].removeprefix("weight_").removeprefix("input_") in _QUANTIZED
+
+
+def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | None, where: object) -> None:
+    """Raise InputError where compressed-tensors' configuration contradicts an INT4 weight."""
+    if quantization is None or quantization.get("quant_method") != "compressed-tensors":
+        return
+    for weight in weights:
+        if PACKED not in weight.parts:
+            continue
+        groups = weight.parts["weight_scale"].shape[1]
+        wrong = compressed_tensors.contradiction(quantization, weight.slot.shape[1], groups, weight.parts)
+        if wrong is not None:
+            fix = "weights and config.json must be of one publication: get both again"
+            raise InputError(f"{weight.slot.module} {wrong}", where=where, fix=fix)
+
+
+def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor under the slot's own name or, of a matrix, its packed codes."""
+    names = [slot.name, *(f"{slot.module}.{suffix}" for suffix in _PACKED if slot.role in LINEAR_ROLES)]
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
+    held = _held(slot, tensors)
+    assert held is not None
+    where = f"{where}/{held.file}"
+    if held.name == slot.name and held.shape != slot.shape:
+        what = f"{slot.name} has shape {list(held.shape)}, config.json implies {list(slot.shape)}"
+        raise InputError(what, where=where, fix="correct config.json, or download the right shard")
+    if held.dtype in PLAIN_DTYPES:
+        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: held})
+    if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
+        readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
+        raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
+    lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
+    misfits: list[list[StoredTensor]] = []
+    for codec in codecs:
+        layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
+        found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
+        parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+        others = [
+            part for part in (codec.others(slot.shape) if layout else ()) if f"{slot.module}.{part.suffix}" in tensors
+        ]
+        if held not in parts.values() or not _fits(layout[0], held):
+            continue
+        missing = [suffix for suffix in found if suffix not in parts]
+        parts |= {part.suffix: tensors[f"{slot.module}.{part.suffix}"] for part in others}
+        wrong = [
+            parts[part.suffix]
+            for part in (*layout, *others)
+            if part.suffix in parts and not _fits(part, parts[part.suffix])
+        ]
+        if not missing and not wrong:
+            return Weight(slot, codec.name, parts)
+        if wrong:
+            misfits.append(wrong)
+        else:
+            lacking.append((len(parts), missing[0]))
+    found_parts, first = max(lacking, key=lambda item: item[0], default=(0, ""))
+    if found_parts > 1 or (lacking and not misfits):
+        kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
+        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{first}"
+        fix = "download the shard that holds it: without it the codes mean nothing"
+        raise InputError(what, where=where, fix=fix)
+    odd = min(misfits, key=len, default=[held])[0]
+    what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
+    fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
+    raise InputError(what, where=where, fix=fix)
+
+
+def _fits(part: Part, stored: StoredTensor) -> bool:
+    """Whether a stored tensor is this part; scales may have any plain dtype."""
+    return stored.shape == part.shape and (
+        stored.dtype == part.dtype or (stored.dtype in PLAIN_DTYPES and part.dtype in PLAIN_DTYPES)
+    )

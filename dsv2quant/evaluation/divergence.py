@@ -1,0 +1,197 @@
+"""Running windows through a model, layer by layer.
+
+Every layer is applied to all windows before the next one is touched. Resident and streamed models thus share one loop,
+and a streamed model is read from disk once, however many windows there are.
+
+How far a quantized model is from its reference: paired, token by token, with bootstrapped errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dsv2quant.model.runtime import Block, Model
+
+if TYPE_CHECKING:
+    from dsv2quant.model.fused_model import FusedModel
+
+
+ROWS = 256  # positions whose logits are held at a time, in float64
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All windows behind the last layer: hidden states [windows, ctx, hidden], and per layer the chosen experts
+    [windows, ctx, k] (None in dense layers)."""
+
+    model: Model | FusedModel
+    hidden: torch.Tensor
+    routes: list[torch.Tensor | None]
+
+    def part(self, windows: slice) -> Pass:
+        """The same pass, seen over some of its windows."""
+        return Pass(self.model, self.hidden[windows], [r if r is None else r[windows] for r in self.routes])
+
+
+@torch.inference_mode()
+def run(
+    model: Model | FusedModel,
+    ids: np.ndarray,
+    batches: Sequence[slice],
+    progress: Callable[[int], object] = lambda tokens: None,
+    *,
+    decode_path: bool = False,
+) -> Pass:
+    """Run token windows [windows, ctx] through the model; `batches` says which windows go together.
+
+    `progress` is called with the tokens that each layer has dealt with. `decode_path` goes through each layer token by
+    token, as decoding does: a token depends on no later one, so that layers may still come one after the other.
+    """
+    tokens = torch.from_numpy(ids).to(model.options.device)
+    hidden = model.ends.embed(tokens)
+    rope = model.rope(0, tokens.shape[1])
+    routes: list[torch.Tensor | None] = []
+    layers: Iterator[Block] = model.layers()
+    for index, layer in enumerate(layers):
+        chosen_by_batch = []
+        for batch in batches:
+            if decode_path:
+                cache = model.cache(index, *hidden[batch].shape[:2])
+                hidden[batch], chosen = layer.decoded(hidden[batch], rope, cache)
+            else:
+                hidden[batch], chosen = layer(hidden[batch], rope)
+            if chosen is not None:
+                chosen_by_batch.append(chosen.view(*hidden[batch].shape[:2], -1).to(torch.int16))
+            progress(hidden[batch].shape[0] * hidden.shape[1])
+        routes.append(torch.cat(chosen_by_batch) if chosen_by_batch else None)
+    return Pass(model, hidden, routes)
+
+
+def batches_of(windows: int, size: int) -> list[slice]:
+    """Slices of at most `size` windows that cover `windows` in order."""
+    return [slice(first, min(first + size, windows)) for first in range(0, windows, size)]
+
+
+@torch.inference_mode()
+def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tensor]:
+    """ln p over the vocabulary, float64, in blocks of positions of one window: from `first` to the last but one."""
+    rows = run.hidden[window, first:-1]
+    for block in rows.split(ROWS):
+        yield run.model.ends.logits(block).double().log_softmax(-1)
+
+
+def negative_log_likelihoods(
+    run: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+) -> np.ndarray:
+    """−ln p of every scored token, [windows, ctx − 1 − first], in nats. `progress` is called with tokens scored."""
+    result = np.empty((len(ids), ids.shape[1] - 1 - first))
+    for window, row in enumerate(ids):
+        targets = torch.from_numpy(row[first + 1 :]).to(run.hidden.device)
+        done = 0
+        for logp in log_probabilities(run, window, first):
+            picked = logp.gather(1, targets[done : done + len(logp), None])[:, 0]
+            result[window, done : done + len(logp)] = -picked.cpu().numpy()
+            done += len(logp)
+            progress(len(logp))
+    return result
+
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per scored token, [windows, tokens]: −ln p of both, KL(reference ‖ model) in nats, and whether the two agree on
+    the likeliest token. Per layer with experts: the share of chosen experts in common, [windows]."""
+
+    nll: np.ndarray
+    reference_nll: np.ndarray
+    kld: np.ndarray
+    same_top1: np.ndarray
+    router: dict[int, np.ndarray]
+
+
+@torch.inference_mode()
+def compare(
+    model: Pass, reference: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+) -> Divergence:
+    """Both passes must be over the windows `ids` [windows, ctx]. `progress` is called with tokens compared."""
+    shape = (len(ids), ids.shape[1] - 1 - first)
+    nll, reference_nll, kld = np.empty(shape), np.empty(shape), np.empty(shape)
+    same = np.empty(shape, bool)
+    for window, row in enumerate(ids):
+        targets = torch.from_numpy(row[first + 1 :]).to(model.hidden.device)
+        done = 0
+        both = zip(log_probabilities(model, window, first), log_probabilities(reference, window, first), strict=True)
+        for logq, logp in both:
+            at = slice(done, done + len(logq))
+            picked = targets[at, None]
+            nll[window, at] = -logq.gather(1, picked)[:, 0].cpu().numpy()
+            reference_nll[window, at] = -logp.gather(1, picked)[:, 0].cpu().numpy()
+            kld[window, at] = (logp.exp() * (logp - logq)).sum(1).cpu().numpy()
+            same[window, at] = (logq.argmax(1) == logp.argmax(1)).cpu().numpy()
+            done += len(logq)
+            progress(len(logq))
+    return Divergence(nll, reference_nll, kld, same, _router_agreement(model, reference))
+
+
+def _router_agreement(model: Pass, reference: Pass) -> dict[int, np.ndarray]:
+    agreement = {}
+    for layer, (chosen, wanted) in enumerate(zip(model.routes, reference.routes, strict=True)):
+        if chosen is not None and wanted is not None:
+            common = (chosen.unsqueeze(-1) == wanted.unsqueeze(-2)).any(-1)  # [windows, ctx, k]
+            agreement[layer] = common.double().mean((1, 2)).cpu().numpy()
+    return agreement
+
+
+def bootstrap(windows: np.ndarray) -> float:
+    """Standard error of the mean over windows (a [windows] array of window means), resampling whole windows: tokens of
+    one window are not independent. Deterministic."""
+    return float(resampled_means(windows).std())
+
+
+def resampled_means(windows: np.ndarray) -> np.ndarray:
+    """Means of RESAMPLES draws of as many windows with replacement; the same draws for every metric."""
+    draws = np.random.default_rng(0).integers(len(windows), size=(RESAMPLES, len(windows)))
+    means: np.ndarray = windows[draws].mean(1)
+    return means
+
+
+def perplexity(nll: np.ndarray) -> dict[str, float]:
+    """{value, stderr} of exp(mean −ln p) over [windows, tokens]."""
+    windows = nll.mean(1)
+    return {"value": float(np.exp(nll.mean())), "stderr": float(np.exp(resampled_means(windows)).std())}
+
+
+def summarize(d: Divergence) -> dict[str, object]:
+    """The part of `eval-ppl --json` that needs a reference."""
+    ratio = d.nll - d.reference_nll
+    quantiles = np.quantile(d.kld, [0.5, 0.99, 0.999])
+    same = d.same_top1.mean(1)
+    summary: dict[str, object] = {
+        "reference": {"perplexity": perplexity(d.reference_nll)},
+        "delta": {"ln_ratio": float(ratio.mean()), "stderr": bootstrap(ratio.mean(1))},
+        "kld": {
+            "mean": float(d.kld.mean()),
+            "stderr": bootstrap(d.kld.mean(1)),
+            "median": float(quantiles[0]),
+            "p99": float(quantiles[1]),
+            "p999": float(quantiles[2]),
+            "max": float(d.kld.max()),
+        },
+        "top1_agreement": float(same.mean()),
+        "top1_agreement_stderr": bootstrap(same),
+    }
+    if d.router:
+        by_layer = np.stack(list(d.router.values()))  # [layers, windows]
+        summary["router_agreement"] = float(by_layer.mean())
+        summary["router_agreement_stderr"] = bootstrap(by_layer.mean(0))
+        summary["router_agreement_by_layer"] = {str(layer): float(a.mean()) for layer, a in d.router.items()}
+    else:
+        summary["router_agreement"] = None
+    return summary

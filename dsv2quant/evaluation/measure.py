@@ -1,0 +1,217 @@
+"""One evaluation, start to end: text to windows, one or two models, and the numbers with what they rest on.
+
+Which weights a measurement was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv2quant.arch.config import CAUSAL_LM
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.identity import sampled
+from dsv2quant.errors import GateError, InputError, UsageError
+from dsv2quant.evaluation import divergence
+from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
+from dsv2quant.model.attention import KV_NAMES
+from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+from dsv2quant.model.open import open_model
+from dsv2quant.progress import Progress
+from dsv2quant.storage.durable import MANIFEST_FILE
+from dsv2quant.storage.safetensors import read_json
+from dsv2quant.text.text import Text
+from dsv2quant.text.tokenizer import Protocol, Tokenizer, Windows, cut
+
+logger = logging.getLogger(__name__)
+FLOOR_WINDOWS = 8
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device.
+
+    `decode_path` scores token by token through absorbed attention, as decoding does. `kv_cache` is what the model's
+    latent cache stores then, by default the compute dtype, which the reference's always stores. `backend` is 'auto',
+    'torch' or 'kernels': see `choose_backend`.
+    """
+
+    ctx: int | None = None
+    limit: int | None = None
+    batch: int | None = None
+    protocol: Protocol = "default"
+    stream: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    backend: str = "auto"
+    weight_only: bool = False
+    decode_path: bool = False
+    kv_cache: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.dtype or default_dtype(self.device)
+
+    @property
+    def options(self) -> LoadOptions:
+        """How the model is loaded. Raises UsageError for a backend that can't be had."""
+        backend = choose_backend(self.backend, self.device, self.compute_dtype, self.weight_only)
+        return LoadOptions(self.compute_dtype, self.device, self.weight_only, kv_cache=self.kv_cache, backend=backend)
+
+
+def default_ctx(checkpoint: Checkpoint) -> int:
+    """The smaller of 2048 and the context the model was trained for."""
+    return min(2048, checkpoint.config.trained_context)
+
+
+def evaluate(
+    checkpoint: Checkpoint, reference: Checkpoint | None, text: Text, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """The object of `eval-ppl --json`. Raises InputError where model, reference and text don't go together."""
+    started = time.perf_counter()
+    with progress(0, "", "tokenize"):
+        windows = _windows(checkpoint, text, settings)
+    if reference is not None:
+        _check_same_tokens(checkpoint, reference)
+    ids, first = windows.ids, windows.first
+    batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
+    result: dict[str, Any] = {"schema": "dsv2quant.eval-ppl/1", "model": checkpoint.model}
+    passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
+    scored = len(ids) * windows.scored
+    if reference is None:
+        with progress(scored, "tok", "score") as advance:
+            result["perplexity"] = divergence.perplexity(negative_log_likelihoods(passed, ids, first, advance))
+    else:
+        floor_ids = ids[:FLOOR_WINDOWS]
+        # The reference also runs its first windows again, one at a time (or all at once): the kernels then round
+        # differently, and what that alone does to the numbers is the floor under every comparison.
+        again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
+        both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
+        unquantized = replace(settings, kv_cache=None)
+        every = np.concatenate([ids, floor_ids])
+        referred = _run(reference, every, both, unquantized, progress, f"reference {reference.model}")
+        with progress(scored, "tok", "compare") as advance:
+            compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first, advance)
+        result["perplexity"] = divergence.perplexity(compared.nll)
+        result |= divergence.summarize(compared)
+        result["reference"]["model"] = reference.model
+        result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, unquantized, progress)
+    return result | {
+        "tokens": scored,
+        "windows": len(ids),
+        "ctx": int(ids.shape[1]),
+        "protocol": settings.protocol,
+        "text": {"source": text.source, "sha256": text.sha256},
+        "dtype": str(settings.compute_dtype).removeprefix("torch."),
+        # llama.cpp's kernels round activations to 8 bits, each backend in its own way: only weights are measured.
+        "weight_only": settings.weight_only or checkpoint.metadata is not None,
+        "decode_path": settings.decode_path,
+        "kv_cache": KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
+        "device": _device_name(settings.device),
+        "backend": settings.options.backend,
+        "stream": settings.stream,
+        "versions": {"torch": torch.__version__},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def gates(result: dict[str, Any], max_ppl_increase: float | None, max_kld: float | None) -> dict[str, dict[str, Any]]:
+    """{gate: {limit, value, passed}} of those that are set: percent that perplexity grew by, mean KLD in nats. A value
+    that is no number doesn't pass."""
+    limits = {"max_ppl_increase": max_ppl_increase, "max_kld": max_kld}
+    found = {}
+    for gate, limit in limits.items():
+        if limit is not None:
+            growth = gate == "max_ppl_increase"
+            value = float(100 * np.expm1(result["delta"]["ln_ratio"]) if growth else result["kld"]["mean"])
+            found[gate] = {"limit": limit, "value": value, "passed": value <= limit}
+    return found
+
+
+def check_gates(verdicts: dict[str, dict[str, Any]]) -> None:
+    """Raise GateError at the first of `gates` that failed."""
+    for gate, verdict in verdicts.items():
+        if not verdict["passed"]:
+            value, limit = verdict["value"], verdict["limit"]
+            if gate == "max_ppl_increase":
+                raise GateError(f"perplexity grew by {value:.3f}%, more than --max-ppl-increase {limit:g}%")
+            raise GateError(f"mean KLD is {value:.5f} nats, more than --max-kld {limit:g}")
+
+
+def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
+    if checkpoint.config.architecture != CAUSAL_LM:
+        fix = "perplexity needs a language model"
+        raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
+    ctx = settings.ctx or default_ctx(checkpoint)
+    if not 8 <= ctx <= checkpoint.config.max_position_embeddings:
+        limit = checkpoint.config.max_position_embeddings
+        raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
+    tokenizer = Tokenizer.of(checkpoint)
+    stream = tokenizer.encode(text.content)
+    tokenizer.check_ids(stream, checkpoint.config.vocab_size)
+    windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source, add_bos=tokenizer.add_bos)
+    logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
+    return Windows(windows.ids[: settings.limit], windows.first)
+
+
+def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    ours, theirs = checkpoint.config.vocab_size, reference.config.vocab_size
+    if ours != theirs:
+        what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {ours}"
+        raise InputError(what, where=reference.model, fix="give the model it was made from")
+
+
+def _run(
+    checkpoint: Checkpoint, ids: np.ndarray, batches: list[slice], settings: Settings, progress: Progress, label: str
+) -> Pass:
+    model = open_model(checkpoint, settings.options, stream=settings.stream, progress=progress)
+    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", label) as advance:
+        return run(model, ids, batches, advance, decode_path=settings.decode_path)
+
+
+def _noise_floor(
+    reference: Checkpoint,
+    referred: Pass,
+    ids: np.ndarray,
+    first: int,
+    batch: int,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Mean KLD of the reference against itself: under another batch size, and in the other compute dtype."""
+    count = len(ids)
+    baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
+    other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
+    in_other = replace(settings, dtype=other, backend="auto")
+    rerun = _run(reference, ids, batches_of(count, batch), in_other, progress, "noise floor")
+    with progress(2 * count * (ids.shape[1] - 1 - first), "tok", "compare noise") as advance:
+        batched, typed = (divergence.compare(run, baseline, ids, first, advance).kld.mean() for run in (again, rerun))
+    return {
+        "windows": count,
+        "kld_other_batch": float(batched),
+        f"kld_{str(other).removeprefix('torch.')}": float(typed),
+    }
+
+
+def _device_name(device: str) -> str:
+    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def identify(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells this model from every other: the hub's commit, the digest of an artifact's plan and the sha256 of its
+    manifest, which holds that of every file; each None where there is none; and `sampled`."""
+    path = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
+    manifest = path if path is not None and path.exists() else None
+    return {
+        "revision": checkpoint.revision,
+        "digest": read_json(manifest).get("plan") if manifest else None,
+        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
+        "identity": sampled(checkpoint),
+    }

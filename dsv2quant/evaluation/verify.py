@@ -1,0 +1,323 @@
+"""The error of an artifact's tensors against its source: both are read, decoded and compared piece by piece, a piece
+being so many rows that what is computed of it stays in a core's cache.
+
+Checking an artifact: its files against the manifest, its tensors against its plan. Of a GGUF file that has no
+manifest the scales of its blocks are looked at. `compare.py` measures its error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.codec import ROWS_APART
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.load import decode, decode_parts, stored_tensor
+from dsv2quant.planning.smoothing import FOLDS_FILE, Folds
+from dsv2quant.progress import Progress
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, hash_file
+from dsv2quant.storage.manifest import beside, check_regular, gguf_manifest, is_text, read_manifest
+from dsv2quant.storage.safetensors import INDEX_FILE
+
+MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
+PIECE = {"cpu": 1 << 18}  # weights of a piece
+PIECE_OF_DEVICE = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Error of one decoded weight against its source: signal and noise are sums of squares."""
+
+    name: str
+    role: str
+    scheme: str
+    signal: float
+    noise: float
+    max_error: float
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise in dB; infinite where the weight is exact."""
+        return sqnr(self.signal, self.noise)
+
+
+def sqnr(signal: float, noise: float) -> float:
+    """10 · log10(signal / noise); infinite without noise."""
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
+    """Raise InputError where artifact and source are not the same model."""
+    ours = {w.slot.name: w.slot.shape for w in artifact.weights}
+    theirs = {w.slot.name: w.slot.shape for w in source.weights}
+    differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    if differing:
+        what = f"{source.model} is another model: {listing(sorted(differing))}"
+        raise InputError(what, where=artifact.model, fix="give the checkpoint it was made from")
+
+
+def decoded_dtype(artifact: Checkpoint) -> torch.dtype:
+    """BF16, in which DeepSeek-V2 is served; float32 of a GGUF file's blocks, which llama.cpp multiplies as they are."""
+    return torch.bfloat16 if artifact.metadata is None else torch.float32
+
+
+def bytes_compared(artifact: Checkpoint, source: Checkpoint) -> int:
+    """What `compare_tensors` reads."""
+    return sum(weight.nbytes for checkpoint in (artifact, source) for weight in checkpoint.weights)
+
+
+def compare_tensors(
+    artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object], device: str = "cpu"
+) -> list[TensorError]:
+    """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
+    in the artifact."""
+    wanted = {w.slot.name: w for w in source.weights}
+    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE, artifact.config)
+    running: deque[tuple[int, Future[TensorError]]] = deque()
+    errors = []
+
+    def finish_oldest() -> None:
+        nbytes, future = running.popleft()
+        errors.append(future.result())
+        progress(nbytes)
+
+    with _single_threaded(), ThreadPoolExecutor(min(16, os.cpu_count() or 1) if device == "cpu" else 2) as workers:
+        try:
+            for weight in artifact.weights:
+                exact = wanted[weight.slot.name]
+                nbytes = weight.nbytes + exact.nbytes
+                while running and sum(held for held, _ in running) + nbytes > MAX_IN_FLIGHT:
+                    finish_oldest()
+                future = workers.submit(_tensor_error, artifact, weight, source, exact, folds, device)
+                running.append((nbytes, future))
+            while running:
+                finish_oldest()
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)
+    return errors
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Threads within torch's operations would wait for those that compare other tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tensor_error(
+    artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, folds: Folds, device: str
+) -> TensorError:
+    rows = weight.slot.shape[0]
+    step = PIECE.get(device, PIECE_OF_DEVICE) * rows // weight.slot.size
+    step = max(step // ROWS_APART, 1) * ROWS_APART
+    decoded, exact = (
+        _reader(artifact, weight, decoded_dtype(artifact), device), _reader(source, wanted, torch.float32, device)
+    )  # fmt: skip
+    signal = noise = largest = 0.0
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        x = _folded(exact(begin, end), folds, weight.slot, begin)
+        difference = torch.sub(decoded(begin, end).float(), x)
+        furthest = max(abs(float(extreme)) for extreme in torch.aminmax(difference))  # NaN is both
+        if not math.isfinite(furthest):
+            what = f"{weight.slot.name} is NaN or infinite, there or in {source.model}"
+            raise InputError(what, where=artifact.model, fix="one of them is damaged: get it again, or convert again")
+        signal += _squares(x)
+        noise += _squares(difference) if furthest else 0.0
+        largest = max(largest, furthest)
+    return TensorError(weight.slot.name, weight.slot.role, weight.stored_scheme, signal, noise, largest)
+
+
+def _squares(x: torch.Tensor) -> float:
+    """The sum of squares, in float64 where float32 does not hold it."""
+    x = x.reshape(-1)
+    total = float(torch.dot(x, x))
+    return total if 1e-30 < total < math.inf else float(x.double().square().sum())
+
+
+def _folded(x: torch.Tensor, folds: Folds, slot: Slot, begin: int) -> torch.Tensor:
+    """Rows of a weight from `begin` as they were quantized. The factors are powers of two."""
+    rows, columns = folds.rows(slot), folds.columns(slot)
+    for exponents in (
+        None if rows is None else rows[begin : begin + len(x)].reshape(-1, *(1,) * (x.ndim - 1)), columns
+    ):  # fmt: skip
+        if exponents is not None:
+            x = x * torch.from_numpy(np.ldexp(np.float32(1), exponents)).to(x.device)
+    return x
+
+
+def _reader(
+    checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype, device: str
+) -> Callable[[int, int], torch.Tensor]:
+    """A function (begin, end) that gives these rows of a weight, decoded to `dtype`."""
+    if len(weight.parts) == 1 and (weight.scheme == "bf16" or checkpoint.metadata is not None):
+        return lambda begin, end: decode(checkpoint, _rows(weight, begin, end), dtype, device)
+    if checkpoint.metadata is not None:
+        whole = decode(checkpoint, weight, dtype, device)
+        return lambda begin, end: whole[begin:end]
+    parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
+    codec = CODECS[weight.scheme]
+    return lambda begin, end: decode_parts(checkpoint, weight, codec.rows(parts, begin, end), dtype)
+
+
+def _rows(weight: Weight, begin: int, end: int) -> Weight:
+    """Some rows of a weight that is one part, as a weight."""
+    (suffix, part), shape = next(iter(weight.parts.items())), (end - begin, *weight.slot.shape[1:])
+    width = part.nbytes // weight.slot.shape[0]
+    part = replace(part, shape=shape, begin=part.begin + begin * width, nbytes=(end - begin) * width)
+    return replace(weight, parts={suffix: part})
+
+
+WORST = 5
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What of an artifact was checked: its files by the 'manifest', a GGUF file's 'blocks' or, of a checkpoint that
+    isn't ours, 'nothing'. `files` are the manifest's entries, or sizes alone; `edited` are texts that differ from it,
+    `added` names of files that it does not list and no consumer loads."""
+
+    by: Literal["manifest", "blocks", "nothing"]
+    files: dict[str, dict[str, Any]]
+    plan: str | None = None
+    edited: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+
+
+def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) -> Checked:
+    """Check the files of an artifact. Raises InputError naming the first that is not as its manifest says, that the
+    manifest does not list though consumers load it, or whose scales are not finite; also where a folder is no artifact
+    of ours and, its source not given, nothing could be checked."""
+    if artifact.metadata is not None:
+        first = artifact.data[artifact.files[0]][0]
+        manifest = gguf_manifest(first)
+        if os.path.lexists(manifest):
+            return _by_manifest(manifest, artifact.files, progress)
+        check_blocks(artifact, progress)
+        return Checked("blocks", _sizes(artifact))
+    folder = artifact.folder
+    assert folder is not None
+    if (folder / STATE_FILE).exists():
+        raise InputError("the conversion is unfinished", where=folder, fix="run the same `convert` again")
+    if not os.path.lexists(folder / MANIFEST_FILE):
+        if has_source and artifact.config.quantization is not None:
+            return Checked("nothing", _sizes(artifact))
+        what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
+        fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
+        raise InputError(what, where=folder, fix=fix)
+    needed = [*artifact.files, "config.json", *(name for name in (INDEX_FILE, FOLDS_FILE) if (folder / name).exists())]
+    checked = _by_manifest(folder / MANIFEST_FILE, needed, progress)
+    loaded, added = beside(folder, checked.files.keys() | {MANIFEST_FILE})
+    if loaded:
+        what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
+        raise InputError(what, where=folder, fix="remove what was added")
+    return Checked("manifest", checked.files, checked.plan, checked.edited, added)
+
+
+def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Checked:
+    """Hash every file of a manifest, which must list those `needed`."""
+    folder = path.parent
+    check_regular(path, folder)
+    manifest = read_manifest(path)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    if unlisted := [file for file in needed if file not in files]:
+        raise InputError(f"does not list {listing(unlisted)}", where=path, fix="convert again")
+    edited = []
+    for name, entry in files.items():
+        check_regular(folder / name, folder)
+        size = (folder / name).stat().st_size
+        if size != entry["size"] and not is_text(name):
+            what = f"has {size:,} bytes; the manifest says {entry['size']:,}"
+            raise InputError(what, where=folder / name, fix="get it again")
+    total = sum(entry["size"] for entry in files.values())
+    workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    with progress(total, "B", "checksums") as advance, workers:
+        found = {name: workers.submit(hash_file, folder / name, advance) for name in files}
+        for name, future in found.items():
+            try:
+                same = future.result() == files[name]
+            except OSError as error:
+                workers.shutdown(wait=False, cancel_futures=True)
+                what = f"can't be read: {error.strerror}"
+                raise InputError(what, where=folder / name, fix="get it again") from None
+            if not same and not is_text(name):
+                workers.shutdown(wait=False, cancel_futures=True)
+                raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
+            edited += [name] * (not same)
+    plan = manifest.get("plan")
+    return Checked("manifest", files, plan if isinstance(plan, str) else None, edited)
+
+
+def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:
+    return {name: {"size": path.stat().st_size, "sha256": None} for name, (path, _) in artifact.data.items()}
+
+
+def check_blocks(artifact: Checkpoint, progress: Progress) -> None:
+    """Read every weight of a GGUF file. Raises InputError at the first scale or plain value that is NaN or infinite."""
+    from dsv2quant.formats.gguf.blocks import first_bad_block
+
+    with progress(sum(weight.nbytes for weight in artifact.weights), "B", "scales") as advance:
+        for weight in artifact.weights:
+            for part in weight.parts.values():
+                bad = first_bad_block(part.dtype, artifact.read(part))
+                if bad is not None:
+                    what = f"{part.name}: block {bad:,} of {weight.slot.name} has a scale that is NaN or infinite"
+                    raise InputError(
+                        what, where=artifact.data[part.file][0], fix="get the file again, or convert again"
+                    )
+                advance(part.nbytes)
+
+
+def report(checked: Checked, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
+    """The object of `verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
+    result: dict[str, Any] = {
+        "schema": "dsv2quant.verify/2",
+        "model": artifact.model,
+        "checked": checked.by,
+        "digest": checked.plan,
+        "files": checked.files,
+        "edited": checked.edited,
+        "added": checked.added,
+        "tensors": len(artifact.weights),
+    }
+    if errors is None:
+        return result
+    groups: dict[tuple[str, str], list[TensorError]] = {}
+    for error in errors:
+        groups.setdefault((error.role, error.scheme), []).append(error)
+    ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
+    result["decoded_dtype"] = str(decoded_dtype(artifact)).removeprefix("torch.")
+    result["roles"] = [
+        {
+            "role": role,
+            "scheme": scheme,
+            "tensors": len(members),
+            "exact": not any(e.noise for e in members),
+            "sqnr_db": sqnr(sum(e.signal for e in members), sum(e.noise for e in members)),
+            "lowest_sqnr_db": min(e.sqnr for e in members),
+            "max_error": max(e.max_error for e in members),
+        }
+        for (role, scheme), members in ordered
+    ]
+    worst = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)[:WORST]
+    result["worst"] = [
+        {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in worst
+    ]
+    return result

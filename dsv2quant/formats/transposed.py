@@ -1,0 +1,155 @@
+"""INT4 in AutoGPTQ's layout, `checkpoint_format: gptq` (version 1): symmetric codes with float16 scales.
+
+    weight'[n, k] = (u − zero[g, n]) × scale[g, n]      g = g_idx[k]; u = code + 8, zero = 8
+
+Everything is transposed. `qweight` [in / 8, out] holds eight codes to an int32 along the input, the first in the
+lowest bits; `qzeros` [groups, out / 8] holds zero − 1, along the output; `scales` [groups, out]; `g_idx` [in]
+(AutoGPTQ, nn_modules/qlinear/qlinear_cuda.py; SGLang 0.5.23, gptq/schemes/gptq_marlin.py). vLLM 0.33 drops `g_idx`
+and, in symmetric files, takes every zero for 8. The layout can be had with every method that INT4 has, not just `gptq`.
+
+INT4 in AutoAWQ's layout, `version: gemm`: codes with zero points, ours all 8, and float16 scales.
+
+    weight'[n, k] = (u − zero[g, n]) × scale[g, n]      g = k // group size; u = code + 8, zero = 8
+
+Everything is transposed, and packed along the output: `qweight` [in, out / 8], `qzeros` [groups, out / 8], `scales`
+[groups, out]. Nibble i of a word holds the column `ORDER[i]` of its eight (AutoAWQ, modules/linear/gemm.py; vLLM
+0.33, auto_awq.py, and SGLang 0.5.23, moe_wna16.py, have the inverse order). The layout can be had with every method
+that INT4 has, not just `awq`. Per-row scales don't exist in it: vLLM and SGLang divide by the group size for experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_words
+from dsv2quant.storage.safetensors import Part
+
+if TYPE_CHECKING:
+    import torch
+
+
+_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
+
+
+class Transposed(Int4):
+    """What GPTQ's and AWQ's layouts share."""
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """As INT4's; and rows must fill the words that are packed along the output."""
+        ragged = f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
+        return super().refusal(shape) or ragged
+
+    def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
+        """The columns of transposed parts; `g_idx` is that of all."""
+        words = slice(begin // PER_WORD, end // PER_WORD)
+        cut = {
+            "qweight": words if self.family == "awq" else slice(begin, end),
+            "qzeros": words,
+            "scales": slice(begin, end),
+        }
+        return {suffix: part[:, cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
+
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None: zero points, and in GPTQ's the groups of columns, are always there."""
+        return ()
+
+    def holds(self, scales: np.ndarray) -> bool:
+        from dsv2quant.formats.int4_cpu import LARGEST_FLOAT16, round_to_bf16
+
+        return bool((round_to_bf16(scales) <= LARGEST_FLOAT16).all())
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """Float16 values that BF16 holds too, so that consumers may load them in either."""
+        from dsv2quant.formats.int4_cpu import round_to_float16
+
+        return round_to_float16(scales)
+
+
+class Gptq(Transposed):
+    """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`."""
+
+    family = "gptq"
+    quant_method = "gptq"
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        groups = cols // (self.group_size or cols)
+        return (
+            Part("qweight", "I32", (cols // PER_WORD, rows)),
+            Part("qzeros", "I32", (groups, rows // PER_WORD)),
+            Part("scales", "F16", (groups, rows)),
+            Part("g_idx", "I32", (cols,)),
+        )
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+        (rows, cols), groups = codes.shape, scales.shape[1]
+        return {
+            "qweight": np.ascontiguousarray(pack_words((codes + np.int8(OFFSET)).view(np.uint8)).T),
+            "qzeros": np.full((groups, rows // PER_WORD), _ZEROS),
+            "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
+            "g_idx": (np.arange(cols) // (cols // groups)).astype(np.int32),
+        }
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """(u − zero) × scale in float32, rounded once to `dtype`, with zero points and groups as stored: others' files
+        may be asymmetric, and ordered by activation. Raises ValueError where g_idx names a group that is not there."""
+        import torch
+
+        scales, group = parts["scales"], parts["g_idx"].long()
+        if scale_dtype is not None:
+            scales = scales.to(scale_dtype)
+        if int(group.min()) < 0 or int(group.max()) >= len(scales):
+            raise ValueError(f"g_idx names groups beyond its {len(scales)}")
+        zeros, scales = (unpack_words(parts["qzeros"]) + 1).float().T, scales.float().T  # [out, groups]
+        weight = unpack_words(parts["qweight"].T.contiguous()).float()  # [out, in]
+        groups = weight.unflatten(1, (scales.shape[1], -1))
+        if bool((group.view(groups.shape[1:]) == torch.arange(len(groups[0]), device=group.device)[:, None]).all()):
+            return groups.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
+        return weight.sub_(zeros[:, group]).mul_(scales[:, group]).to(dtype)
+
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_INVERSE = tuple(int(i) for i in np.argsort(ORDER))
+_ZEROS_awq = np.uint32(0x88888888).view(np.int32)
+
+
+class Awq(Transposed):
+    """The codec of `awq-g128`, `awq-g64` and `awq-g32`."""
+
+    family = "awq"
+    quant_method = "awq"
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, cols = shape
+        groups = cols // (self.group_size or cols)
+        return (
+            Part("qweight", "I32", (cols, rows // PER_WORD)),
+            Part("qzeros", "I32", (groups, rows // PER_WORD)),
+            Part("scales", "F16", (groups, rows)),
+        )
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+        nibbles = (codes.T + np.int8(OFFSET)).view(np.uint8)  # [in, out]
+        ordered = nibbles.reshape(len(nibbles), -1, PER_WORD)[:, :, ORDER]
+        words = pack_words(ordered.reshape(nibbles.shape))
+        return {
+            "qweight": words,
+            "qzeros": np.full((scales.shape[1], words.shape[1]), _ZEROS_awq),
+            "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
+        }
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """(u − zero) × scale in float32, rounded once to `dtype`, with zero points as stored."""
+        scales = parts["scales"]
+        if scale_dtype is not None:
+            scales = scales.to(scale_dtype)
+        codes, zeros = (unpack_words(parts[name], _INVERSE).float() for name in ("qweight", "qzeros"))
+        groups = codes.unflatten(0, (len(scales), -1))  # [groups, group size, out]
+        return groups.sub_(zeros[:, None]).mul_(scales.float()[:, None]).flatten(0, 1).to(dtype).T.contiguous()

@@ -1,0 +1,279 @@
+"""The plan of a GGUF file: what each tensor becomes, from headers alone, and the bytes before the data.
+
+Whether what a plan was asked for takes effect: types for tensors, and an importance matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType
+
+from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.formats.gguf import blocks, imatrix
+from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
+from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
+from dsv2quant.planning import gguf_presets as presets
+from dsv2quant.planning import gguf_types as types
+from dsv2quant.planning.gguf_metadata import check_loadable, warnings
+from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
+from dsv2quant.storage.durable import PARTIAL
+from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `--gguf` is asked for: a file type or preset (`file_types`), types for single tensors, and an importance
+    matrix. `shrink` evens out those of experts with few tokens."""
+
+    file_type: str
+    overrides: Overrides = Overrides()  # noqa: RUF009
+    drop_expert_groups: bool = False
+    imatrix: Imatrix | None = None
+    shrink: bool = False
+
+    @property
+    def number(self) -> int:
+        """`general.file_type`; a preset's is that of the mix whose bytes it spends."""
+        return FILE_TYPES[PRESETS.get(self.file_type, (self.file_type,))[0]].number
+
+
+@dataclass(frozen=True)
+class Line:
+    """One tensor of the file: its type, and why that is not what was wished for."""
+
+    tensor: Tensor
+    type: str
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def nbytes(self) -> int:
+        return blocks.nbytes(self.type, self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    checkpoint: Checkpoint
+    options: Options
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """The checkpoint's weights by name."""
+        return {weight.slot.name: weight for weight in self.checkpoint.weights}
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(weight.nbytes for weight in self.checkpoint.weights)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the tensors, without what is before them."""
+        return sum(padded(line.nbytes) for line in self.lines)
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.slot.size for weight in self.checkpoint.weights)
+
+    def importance(self, tensor: Tensor) -> np.ndarray | None:
+        """float32 [matrices, cols], or None without an importance matrix of this tensor."""
+        found = self.options.imatrix
+        return None if found is None else found.importance(tensor, shrink=self.options.shrink)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the artifact: its path, everything before its data, and the lines in it with their first byte."""
+
+    path: Path
+    header: bytes
+    lines: tuple[tuple[Line, int], ...]
+
+    @property
+    def partial(self) -> Path:
+        """What it is called while it is written."""
+        return self.path.with_name(self.path.name + PARTIAL)
+
+    @property
+    def nbytes(self) -> int:
+        line, begin = self.lines[-1]
+        return begin + padded(line.nbytes)
+
+    def end(self, done: int) -> int:
+        """The first byte behind `done` tensors and what fills them up."""
+        return self.lines[done][1] if done < len(self.lines) else self.nbytes
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it is there, under its own name."""
+        return self.path.exists() and self.path.stat().st_size == self.nbytes
+
+
+def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
+    """Plan a GGUF file. Raises InputError where llama.cpp could not load it or the importance matrix is of another
+    model or lacks what the file type requires, and UsageError where a type asked for decides nothing, or a tensor's
+    rows don't fit it."""
+    config = checkpoint.config
+    check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
+    checkpoint.check_source()
+    tensors = model_tensors(config)
+    if options.imatrix is not None:
+        imatrix.check_model(tensors, options.imatrix)
+    check_types(tensors, options.file_type, options.overrides)
+    if options.file_type in PRESETS:
+        choices = presets.choose(tensors, options.file_type, config, options.overrides)
+    else:
+        weighted = options.imatrix is not None
+        choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
+    lines = tuple(Line(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
+    for line in lines:
+        _check_type(line)
+    notes = [*warnings(checkpoint), *importance_notes(lines, options.file_type, options.imatrix)]
+    return GgufPlan(checkpoint, options, lines, tuple(notes))
+
+
+def _check_type(line: Line) -> None:
+    if line.tensor.shape[-1] % blocks.TYPES[line.type].values:
+        what = f"{line.name} can't be {line.type}: its rows have {line.tensor.shape[-1]} columns"
+        raise UsageError(what, fix="give another type")
+
+
+def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int | None = None) -> list[File]:
+    """The artifact's files in order: `out`, or where it is larger than `split_max_size` bytes the shards
+    `out-00001-of-0000N.gguf`, cut where llama-gguf-split cuts. The first has all metadata, which isn't counted.
+
+    Raises UsageError where a tensor alone is larger.
+    """
+    largest = max(plan.lines, key=lambda line: line.nbytes)
+    if split_max_size is not None and padded(largest.nbytes) > split_max_size:
+        what = f"--split-max-size {split_max_size:,}: {largest.name} alone takes {padded(largest.nbytes):,} bytes"
+        raise UsageError(what, fix="tensors are not cut: give at least that")
+    groups: list[list[Line]] = [[]]
+    size = 0
+    for line in plan.lines:
+        nbytes = padded(line.nbytes)
+        if split_max_size is not None and groups[-1] and size + nbytes > split_max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(line)
+        size += nbytes
+    if len(groups) == 1:
+        return [_file(out, metadata, groups[0])]
+    files = []
+    for number, lines in enumerate(groups):
+        split = {
+            "split.no": Value(GGUFValueType.UINT16, number),
+            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.lines)),
+            "split.count": Value(GGUFValueType.UINT16, len(groups)),
+        }
+        path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
+        files.append(_file(path, {**metadata, **split} if number == 0 else split, lines))
+    return files
+
+
+def _file(path: Path, metadata: Metadata, lines: Sequence[Line]) -> File:
+    headers: list[TensorHeader] = []
+    begin = 0
+    for line in lines:
+        headers.append(TensorHeader(line.name, line.type, line.tensor.shape, begin, line.nbytes))
+        begin += padded(line.nbytes)
+    header = pack_header(metadata, headers)
+    return File(path, header, tuple((line, len(header) + h.begin) for line, h in zip(lines, headers, strict=True)))
+
+
+def parse_file_type(name: str) -> str:
+    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none, or is not written."""
+    known = ALIASES.get(name.upper(), name.upper())
+    if known in NAMES:
+        return known
+    what = f"{known} is a file type of llama-quantize's that is not written here"
+    raise UsageError(what if known in NOT_WRITTEN else f"unknown file type {name!r}", fix=f"one of {', '.join(NAMES)}")
+
+
+def parse_type(name: str) -> str:
+    """'q8_0' → 'Q8_0', a type that can be encoded. Raises UsageError."""
+    if name.upper() not in blocks.TYPES:
+        raise UsageError(f"unknown type {name!r}", fix=f"one of {', '.join(blocks.TYPES)}")
+    return name.upper()
+
+
+def parse_tensor_type(text: str) -> tuple[str, str]:
+    """'ffn_down_exps=q6_k' → (pattern, type), as llama-quantize's --tensor-type. Raises UsageError."""
+    pattern, equals, kind = text.partition("=")
+    try:
+        re.compile(pattern.lower())
+    except re.error as error:
+        raise UsageError(f"--tensor-type {text}: {error}", fix="give a regular expression") from None
+    if not pattern or not equals:
+        raise UsageError(f"--tensor-type {text!r}", fix="write it as PATTERN=TYPE, as ffn_down_exps=q6_k")
+    return pattern, parse_type(kind)
+
+
+_UNWEIGHTED = (*PLAIN, "Q8_0")  # have no use for importance
+_UNMEASURED = ("token_embd", "output")  # the first has no input; llama-imatrix skips the other if not asked for it
+_NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
+_LOSSY = ("Q2_K", "Q3_K_S")
+_HOW = "make one with `calibrate --imatrix` or llama-imatrix"
+
+
+def check_types(tensors: Sequence[Tensor], file_type: str, overrides: Overrides) -> None:
+    """Raise UsageError where one of the overrides decides no tensor's type."""
+    is_plain = file_type in FILE_TYPES and FILE_TYPES[file_type].default in PLAIN
+    if overrides.tensor_types and is_plain:  # llama-quantize ignores them
+        raise UsageError(f"--tensor-type goes with a quantized file type, not {file_type}", fix="leave it out")
+    matrices = [tensor for tensor in tensors if quantizable(tensor)]
+    deciding = {overrides.pattern(tensor) for tensor in matrices}
+    for number, (pattern, kind) in enumerate(overrides.tensor_types):
+        if number not in deciding:
+            found = [tensor for tensor in tensors if re.search(pattern.lower(), tensor.name)]
+            if not found:
+                what, fix = "no tensor's name matches", "`plan --gguf TYPE -v` lists them"
+            elif not any(map(quantizable, found)):
+                what, fix = "it matches norms, biases or routers, which stay F32", "leave it out"
+            else:
+                what, fix = "options before it decide for all that it matches", "the first that matches decides"
+            raise UsageError(f"--tensor-type {pattern}={kind.lower()}: {what}", fix=fix)
+    if overrides.output_type is not None and is_tied(tensors):
+        embedding = next(tensor for tensor in tensors if tensor.kind == "token_embd")
+        is_given = overrides.token_embedding_type is not None or overrides.pattern(embedding) is not None
+        if is_plain or is_given:
+            what = f"--output-type: the model's output is its embedding, {embedding.name}"
+            what += ", whose type is given" if is_given else ""
+            raise UsageError(what, fix="give --token-embedding-type alone")
+
+
+def importance_notes(lines: Sequence[Line], file_type: str, imatrix: Imatrix | None) -> Iterator[str]:
+    """What the user should know of tensors that are quantized without importance.
+
+    Raises UsageError or InputError where llama-quantize would refuse to, because the result would be useless.
+    """
+    weighted = [line for line in lines if line.type not in _UNWEIGHTED and line.tensor.kind not in _UNMEASURED]
+    lacking = [line for line in weighted if imatrix is None or line.name not in imatrix.entries]
+    needy = [line.name for line in lacking if (file_type, line.type) == _NEEDY]
+    if imatrix is None:
+        if needy:
+            raise UsageError(f"{file_type} needs an importance matrix", fix=f"give --imatrix FILE: {_HOW}")
+        if file_type in _LOSSY:
+            yield f"{file_type} without an importance matrix loses much: see `calibrate --imatrix`"
+        return
+    if needy:
+        what = f"lacks {listing(needy)}, which {file_type} makes {_NEEDY[1]}"
+        raise InputError(what, where=imatrix.source, fix=f"{_HOW}, or give a wider type by --tensor-type")
+    if lacking:
+        names = listing([line.name for line in lacking])
+        yield f"{imatrix.source} lacks {len(lacking)} of {len(weighted)} tensors, quantized without it: {names}"
+    if older := sorted(imatrix.entries.keys() & set(older_names([line.tensor for line in lines]))):
+        what = f"{imatrix.source} has {len(older)} tensors that the model has not: {listing(older)}"
+        yield f"{what} (an older llama.cpp measured attn_k_b and attn_v_b as one)"

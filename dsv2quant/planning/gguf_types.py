@@ -1,0 +1,159 @@
+"""Which type each tensor gets: llama-quantize's choice (src/llama-quant.cpp: llama_tensor_get_type and _impl).
+
+What is there for other architectures or for models without experts is left out. The order of the rules is llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.gguf_tensors import Tensor
+from dsv2quant.formats.gguf.file_types import FILE_TYPES
+from dsv2quant.storage.gguf import SIZES
+
+PLAIN = ("F32", "F16", "BF16")
+# The type of blocks of 32 that stands in where a row is not whole blocks of 256 (tensor_type_fallback).
+_FALLBACKS = {
+    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
+_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # attn_output
+# The same in a model of 8 experts, whose attention is taken for a Mixtral's.
+_RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
+Choice = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Types that the user asks for, as llama-quantize takes them.
+
+    `tensor_types` are (regular expression, type): the first that is found in a tensor's name decides, before the
+    fallback of widths. `output_type` and `token_embedding_type` decide for those two, and have no fallback. Where the
+    embedding is the output, too, `output_type` is the embedding's, after all others and with the fallback.
+    """
+
+    tensor_types: Sequence[tuple[str, str]] = ()
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+
+    def pattern(self, tensor: Tensor) -> int | None:
+        """Which of `tensor_types` decides, if any."""
+        if self._fixed(tensor) is not None:
+            return None
+        found = (i for i, (pattern, _) in enumerate(self.tensor_types) if re.search(pattern.lower(), tensor.name))
+        return next(found, None)
+
+    def of(self, tensor: Tensor, *, tied: bool) -> Choice | None:
+        """The type asked for, if any; `tied` says that the embedding is the output."""
+        fixed, at = self._fixed(tensor), self.pattern(tensor)
+        if fixed is not None:
+            return fixed, None
+        if at is not None:
+            return fall_back(tensor, self.tensor_types[at][1])
+        if tied and tensor.kind == "token_embd" and self.output_type is not None:
+            return fall_back(tensor, self.output_type)
+        return None
+
+    def _fixed(self, tensor: Tensor) -> str | None:
+        return {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
+
+
+def choose(
+    tensors: Sequence[Tensor],
+    file_type: str,
+    config: ModelConfig,
+    *,
+    has_imatrix: bool = False,
+    overrides: Overrides = Overrides(),
+) -> list[Choice]:
+    """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
+    tied = is_tied(tensors)
+    mix = _Mix(file_type, config, has_imatrix, tied)
+    return [
+        (overrides.of(tensor, tied=tied) or fall_back(tensor, mix.type_of(tensor)))
+        if quantizable(tensor)
+        else ("F32", None)
+        for tensor in tensors
+    ]
+
+
+def is_tied(tensors: Sequence[Tensor]) -> bool:
+    """Whether the embedding is the output, too."""
+    return all(tensor.kind != "output" for tensor in tensors)
+
+
+def quantizable(tensor: Tensor) -> bool:
+    """Whether llama-quantize touches it; norms, biases and routers stay F32 (tensor_allows_quantization)."""
+    return len(tensor.shape) > 1 and tensor.kind != "ffn_gate_inp"
+
+
+def fall_back(tensor: Tensor, wished: str, fallbacks: Mapping[str, str] = _FALLBACKS) -> Choice:
+    """The type that the tensor's rows fit (tensor_type_fallback)."""
+    columns = tensor.shape[-1]
+    if columns % _block(wished) == 0:
+        return wished, None
+    instead = fallbacks.get(wished, wished)
+    if columns % _block(instead):
+        instead = "F16"
+    return instead, f"rows of {columns} are not whole blocks of {_block(wished)}, as {wished} has"
+
+
+def _block(name: str) -> int:
+    return SIZES[name].values
+
+
+class _Mix:
+    """The standard logic of a file type (llama_tensor_get_type_impl)."""
+
+    def __init__(self, file_type: str, config: ModelConfig, has_imatrix: bool, tied: bool) -> None:
+        self.name, self.default = file_type, FILE_TYPES[file_type].default
+        self.layers, self.experts = config.num_hidden_layers, config.n_routed_experts
+        self.has_imatrix, self.tied = has_imatrix, tied
+
+    def type_of(self, tensor: Tensor) -> str:
+        kind = tensor.kind
+        if self.default in PLAIN:
+            return self.default
+        if kind == "output" or (kind == "token_embd" and self.tied):
+            return self._output(tensor.shape[-1])
+        if kind.startswith("ffn_down"):
+            assert tensor.layer is not None
+            return self._down(tensor.layer)
+        if kind == "attn_output":
+            if self.experts == 8:
+                return "Q5_K" if self.name in _RAISED_OF_8 else self.default
+            return _RAISED_OUTPUT.get(self.name, self.default)
+        return self.default
+
+    def _output(self, columns: int) -> str:
+        if self.name == "Q8_0" or columns % _block(self.default):
+            return "Q8_0"
+        return "Q6_K"
+
+    def _down(self, layer: int) -> str:
+        eighth = layer < self.layers // 8
+        match self.name:
+            case "Q2_K":
+                return "Q3_K"
+            case "Q3_K_M":
+                return "Q5_K" if layer < self.layers // 16 else "Q4_K"
+            case "Q3_K_L":
+                return "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if self._more_bits(layer):
+                return "Q6_K"
+            case "Q4_K_S" if eighth:
+                return "Q5_K"
+            case "Q2_K_S" if eighth:
+                return "Q4_K"
+            case "IQ4_NL" | "IQ4_XS" if eighth and not self.has_imatrix:
+                return "Q5_K"
+            case "Q4_0" | "Q5_0" if eighth and self.has_imatrix:
+                return f"Q{self.name[1]}_1"
+        return self.default
+
+    def _more_bits(self, layer: int) -> bool:
+        """The first and last eighth of the layers, and every third between."""
+        n = self.layers
+        return layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2

@@ -1,0 +1,288 @@
+"""The plan: recipe × checkpoint, one line per tensor, made from headers alone.
+
+It fixes every output byte's place before a weight is read: schemes, with the rule behind each fallback, output tensors,
+shards and sizes. Its digest covers all that determines the output bytes, so that a resumed run continues the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dsv2quant import __version__
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import Slot
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.errors import InputError
+from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning import consumers as targets
+from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
+from dsv2quant.planning.smoothing import layer_folds
+from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, aligned
+
+FOLDED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
+
+
+@dataclass(frozen=True)
+class Line:
+    """One weight: what it is, what it becomes, and why where that is not what the recipe asked for. Behind the parts of
+    a kv_a_proj_with_mqa, `outputs` has its layer's KV-cache scales, if the plan has them."""
+
+    weight: Weight
+    scheme: str
+    method: str
+    reason: str | None
+    outputs: tuple[Output, ...]
+
+    @property
+    def slot(self) -> Slot:
+        return self.weight.slot
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether encoding needs statistics of the weight's inputs."""
+        return self.method in MEASURED or CODECS[self.scheme].activation == "static"
+
+    @property
+    def kv_scales(self) -> tuple[Output, ...]:
+        """The KV-cache scales that are stored beside kv_a_proj_with_mqa."""
+        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.slot.module}."))
+
+    @property
+    def encoding(self) -> str:
+        """The method that the codec is asked for."""
+        return "rtn" if self.method == FOLDED else self.method
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the stored bytes pass through unchanged, because the source has this very scheme and layout."""
+        stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
+        same = self.scheme == self.weight.scheme and self.method == "rtn"
+        return same and stored == [(o.dtype, o.shape) for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Lines encoded together: one, or the fused group that shares a scale. `shard` is where their outputs go."""
+
+    lines: tuple[Line, ...]
+    shard: int
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(line.weight.nbytes for line in self.lines)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    checkpoint: Checkpoint
+    recipe: Recipe
+    targets: tuple[str, ...]
+    parallel: Parallel
+    lines: tuple[Line, ...]
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(step.bytes_in for step in self.steps)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        return sum(line.slot.size for line in self.lines)
+
+    @property
+    def schemes(self) -> set[str]:
+        return {line.scheme for line in self.lines} - {"bf16"}
+
+    @property
+    def tp(self) -> int:
+        return self.parallel.tp
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over what determines the output bytes, the weights' values aside."""
+        content = {
+            "dsv2quant": __version__,
+            "config": self.config,
+            "recipe": self.recipe.text,
+            "targets": [self.targets, self.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
+            "lines": [[x.slot.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.lines],
+            "steps": [[[line.slot.name for line in step.lines], step.shard] for step in self.steps],
+            "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json; None for a single file, which needs none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {output.name: shard.file for shard in self.shards for output in shard.outputs}
+        total = sum(output.nbytes for shard in self.shards for output in shard.outputs)
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    for_targets: Sequence[str] | None = None,
+    tp: int = 1,
+    ep: int = 1,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    kv_scales: bool = False,
+) -> Plan:
+    """Plan a conversion for some targets, or for all that load what the recipe makes; `kv_scales` adds a KV cache's.
+
+    Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
+    `tp` and `ep` do not split the model or a target does not load what the recipe makes.
+    """
+    checkpoint.check_source()
+    chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
+    if set(chosen) & set(targets.ENGINES):
+        targets.check_parallel(checkpoint.config, parallel, chosen)
+    where = f"recipe {recipe.name}"
+    schemes = choose_schemes(
+        (weight.slot for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
+    )
+    _mark_folded(checkpoint, recipe, schemes)
+    planned = {weight.slot: schemes[weight.slot][0] for weight in checkpoint.weights}
+    try:
+        kinds = {(slot.role, slot.layer): slot for slot in planned}.values()
+        one_method(recipe.assign(slot)[0] for slot in kinds)  # what falls back must not hide it
+        quantization = quantization_config(planned, kv_scales)
+    except ValueError as error:
+        raise InputError(str(error), where=where) from None
+    targets.check_unquantized(planned, checkpoint.config, chosen, parallel)
+    kv_parts = kv_scale_parts(quantization)
+    if kv_scales and not kv_parts:
+        what = "its artifact can't declare KV-cache scales"
+        raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
+    lines = tuple(_line(weight, *schemes[weight.slot], kv_parts) for weight in checkpoint.weights)
+    steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
+    return Plan(checkpoint, recipe, chosen, parallel, lines, steps, shards, _out_config(checkpoint, quantization))
+
+
+def choose_schemes(
+    slots: Iterable[Slot], config: ModelConfig, recipe: Recipe, chosen: Sequence[str], parallel: Parallel
+) -> dict[Slot, tuple[str, str, str | None]]:
+    """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
+
+    Fused modules are decided as one: the first member that a target refuses takes the others along.
+    """
+    modules: dict[str, list[Slot]] = defaultdict(list)
+    assigned: dict[tuple[str, int | None], tuple[str, str]] = {}
+    for slot in slots:
+        if (slot.role, slot.layer) not in assigned:
+            assigned[slot.role, slot.layer] = recipe.assign(slot)
+        modules[targets.fused_module(slot, config, chosen) or slot.name].append(slot)
+    decided: dict[Slot, tuple[str, str, str | None]] = {}
+    for members in modules.values():
+        wishes = {slot: assigned[slot.role, slot.layer] for slot in members}
+        scheme = wishes[members[0]][0]
+        odd = next((slot for slot in members if wishes[slot][0] != scheme), None)
+        if odd is not None:
+            reason = f"the recipe gives the fused {members[0].role} and {odd.role} different schemes"
+            decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in members}
+            continue
+        reasons: dict[Slot, str] = {}
+        while scheme != "bf16":
+            refusals = {slot: targets.refusal(slot, scheme, config, chosen, parallel) for slot in members}
+            first = next(((slot, r) for slot, r in refusals.items() if r is not None), None)
+            if first is None:
+                break
+            culprit, refused = first
+            for slot, own in refusals.items():
+                reasons[slot] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
+            scheme = refused.instead
+        possible = CODECS[scheme].methods
+        for slot in members:
+            wished = wishes[slot][1]
+            decided[slot] = (scheme, wished if wished in possible else "rtn", reasons.get(slot))
+    return decided
+
+
+def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tuple[str, str, str | None]]) -> None:
+    """Give what AWQ scales along with its tensors a method of its own: such tensors are no copies."""
+    methods = {method for _, method, _ in schemes.values()}
+    if "awq" not in methods:
+        return
+    if methods & set(CALIBRATED):
+        what = "mixes awq with gptq, which calibrates on unscaled layers"
+        raise InputError(what, where=f"recipe {recipe.name}", fix="use one of them in all rules")
+    for layer in range(checkpoint.config.num_hidden_layers):
+        for fold in layer_folds(checkpoint.config, layer):
+            if any(schemes[slot][1] == "awq" for slot in fold.consumers):
+                for slot in (*fold.consumers, fold.producer):
+                    scheme, method, reason = schemes[slot]
+                    if method == "rtn":
+                        schemes[slot] = scheme, FOLDED, reason
+
+
+def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Line:
+    slot = weight.slot
+    outputs: tuple[Output, ...] = (Output(slot.name, "BF16", slot.shape, 2 * slot.size),)
+    if scheme != "bf16":
+        parts = CODECS[scheme].layout(slot.shape)
+        outputs = tuple(Output(f"{slot.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
+    if slot.role == "kv_a_proj_with_mqa":
+        attention = slot.module.rpartition(".")[0]
+        outputs += tuple(Output(f"{attention}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
+    return Line(weight, scheme, method, reason, outputs)
+
+
+def _lay_out(
+    lines: Sequence[Line], checkpoint: Checkpoint, chosen: Sequence[str], max_shard_size: int
+) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Group lines into steps and fill shards in order; a step never spans two shards."""
+    grouped: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        group = None
+        if CODECS[line.scheme].shares_scale:
+            group = targets.scale_group(line.slot, checkpoint.config, chosen)
+        grouped[group or line.slot.name].append(line)
+    steps: list[Step] = []
+    filled: list[list[Output]] = [[]]
+    size = 0
+    for members in grouped.values():
+        nbytes = sum(line.nbytes for line in members)
+        if filled[-1] and size + nbytes > max_shard_size:
+            filled.append([])
+            size = 0
+        size += nbytes
+        filled[-1] += [output for line in members for output in line.outputs]
+        steps.append(Step(tuple(members), len(filled) - 1))
+    if len(filled) == 1:
+        return tuple(steps), (Shard(SINGLE_FILE, aligned(filled[0])),)
+    name = SINGLE_FILE.replace(".safetensors", "")
+    files = [f"{name}-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
+    return tuple(steps), tuple(Shard(f, aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
+
+
+def _out_config(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """config.json of the artifact: the source's, without remote code, in BF16, with the schemes declared."""
+    config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization_config", "auto_map")}
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return config

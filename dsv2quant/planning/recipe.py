@@ -1,0 +1,256 @@
+"""Recipes: ordered rules that give each role (and layer) a scheme and a method. The first rule that matches wins.
+
+    name: mine
+    rules:
+      - {roles: [kv_b_proj], scheme: bf16}
+      - {roles: ["routed.*"], layers: "1-3, 26", scheme: fp8-block}
+      - {roles: ["*"], scheme: fp8-channel}
+
+`roles` are names or shell patterns over `names.ROLES`; `layers` counts from 0 and leaves out tensors of no layer.
+What no rule matches stays bf16. An unknown key, role or scheme is an error. The YAML is plain: every scalar is text,
+and anchors, aliases and tags are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.errors import InputError
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.storage.files import check_pointer
+
+CALIBRATED = ("gptq", "fit")  # methods that need what the layers before, quantized, make of calibration text
+MEASURED = ("mse", "awq")  # methods that need statistics of the unquantized model
+METHODS = ("rtn", *MEASURED, *CALIBRATED)
+_RULE_KEYS = {"roles", "layers", "scheme", "method"}
+_RECIPE_KEYS = {"name", "description", "rules"}
+MAX_BYTES = 64 << 10
+MAX_LAYERS = 1024
+_MAX_PATTERN = 64  # fnmatch takes time that grows with the square
+_MAX_DEPTH = 6  # a list of patterns in a rule in the list of rules in the recipe is 4 deep
+
+
+@dataclass(frozen=True)
+class Rule:
+    roles: tuple[str, ...]
+    layers: frozenset[int] | None
+    scheme: str
+    method: str
+
+    def matches(self, slot: Slot) -> bool:
+        if self.layers is not None and slot.layer not in self.layers:
+            return False
+        return any(fnmatchcase(slot.role, pattern) for pattern in self.roles)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Use `assign`; `text` is the YAML it came from, which the model card shows. A `builtin` one comes with the
+    package, is for every model of the family, and so has rules that a single model needs not."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    text: str
+    builtin: bool = False
+
+    @property
+    def schemes(self) -> set[str]:
+        """Every scheme that a rule names."""
+        return {rule.scheme for rule in self.rules}
+
+    def assign(self, slot: Slot) -> tuple[str, str]:
+        """(scheme, method) of a tensor, by its role and layer alone."""
+        for rule in self.rules:
+            if rule.matches(slot):
+                return rule.scheme, rule.method
+        return "bf16", "rtn"
+
+    def idle_rules(self, slots: Iterable[Slot], layers: int) -> list[str]:
+        """What rules name in vain in a model of so many layers: one line each."""
+        kinds = list({(slot.role, slot.layer): slot for slot in slots}.values())
+        found = []
+        taken: dict[Slot, int] = {}  # the rule that decides
+        for i, rule in enumerate(self.rules, 1):
+            matched = [slot for slot in kinds if rule.matches(slot)]
+            before = {taken[slot] for slot in matched if slot in taken}
+            roles, named = ", ".join(rule.roles), rule.layers or frozenset()
+            if not matched:
+                where = f" in layers {_spelled(named)} (its layers are 0-{layers - 1})" if named else ""
+                found.append(f"rule {i} does nothing, because this model has no {roles}{where}")
+            elif all(slot in taken for slot in matched):
+                who = f"rule{'s' * (len(before) > 1)} {_spelled(before)}"
+                found.append(f"rule {i} does nothing, because {who} before it decided all that it matches")
+            elif max(named, default=0) >= layers:
+                beyond = _spelled(layer for layer in named if layer >= layers)
+                found.append(f"rule {i} names layers {beyond}, and this model's are 0-{layers - 1}")
+            taken = dict.fromkeys(matched, i) | taken
+        return found
+
+
+def builtin(
+    name: str, *, method: str | None = None, group_size: int | None = None, layout: str | None = None
+) -> Recipe:
+    """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method, group size (0: whole
+    rows) or layout ('gptq', 'awq'), 'fp8-static' with 'autofp8'."""
+    text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    if method is not None:
+        text = text.replace("method: gptq", f"method: {method}")
+    if method not in (None, "gptq"):
+        text = text.replace(", method: fit", "")  # refits to what GPTQ's layers before left
+    if group_size is not None:
+        text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
+    if layout in ("gptq", "awq"):
+        text = text.replace("scheme: int4-", f"scheme: {layout}-")
+    if layout == "autofp8":
+        text = text.replace("scheme: fp8-static", "scheme: fp8-autofp8")
+    return replace(parse(text, f"recipe {name}"), builtin=True)
+
+
+def load(path: str | Path) -> Recipe:
+    """A recipe from a file. Raises InputError naming the rule that is wrong."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        files = resources.files("dsv2quant").joinpath("recipes").iterdir()
+        known = {file.name.removesuffix(".yaml") for file in files}
+        fix = "give a YAML file"
+        if str(path) in known:  # int4-pure: --int4=pure
+            fix = f"the recipe of this name that comes with the package is --{str(path).replace('-', '=', 1)}"
+        raise InputError("no such file", where=path, fix=fix) from None
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 text: {error.reason} at byte {error.start}"
+        raise InputError(what, where=path, fix="give a YAML file") from None
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a YAML file") from None
+    check_pointer(content, Path(path))
+    if len(content) > MAX_BYTES:
+        raise InputError(f"larger than {MAX_BYTES:,} bytes", where=path, fix="give a YAML recipe")
+    return parse(text, path)
+
+
+def parse(text: str, where: object) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        _check_plain(text, where)
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: PyYAML reading numbers and escapes
+        raise InputError(f"not valid YAML: {error}", where=where, fix="see the README's recipe section") from None
+    raw = _content(node, where)
+    _known_keys(raw, _RECIPE_KEYS, where)
+    rules = raw.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise InputError("`rules` must be a list with at least one rule", where=where, fix="add a rule")
+    name = raw.get("name")
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 100:
+        raise InputError("`name` must be a word", where=where, fix="give the recipe a name")
+    parsed = tuple(_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, 1))
+    return Recipe(name, parsed, text)
+
+
+def _check_plain(text: str, where: object) -> None:
+    """Refuse what a recipe needs not and could make small text large: anchors, aliases, tags, and lists in lists in
+    lists. Looks at one event at a time, so that nothing is built before it is refused."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if isinstance(event, yaml.NodeEvent) and (event.anchor or getattr(event, "tag", None)):
+            found = "an anchor or alias" if event.anchor else "a tag"
+            raise InputError(f"{found}, and recipes are plain YAML", where=_at(event, where), fix="write it out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise InputError("nested too deeply", where=where, fix="see the README's recipe section")
+
+
+def _content(node: yaml.Node | None, where: object) -> Any:
+    """Lists, dicts and text (None for null) of a plain YAML node. Raises InputError for keys that are none or twice."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_content(item, where) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        content: dict[str, Any] = {}
+        for key_node, value in node.value:
+            key, at = key_node.value, _at(key_node, where)
+            if not isinstance(key, str):
+                raise InputError("a key that is no word", where=at, fix="see the README's recipe section")
+            if key in content:
+                raise InputError(f"the key {_short(key)} is there twice", where=at, fix="remove one")
+            content[key] = _content(value, where)
+        return content
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if node is None or (plain and node.value in ("", "~", "null", "Null", "NULL")):
+        return None
+    return node.value
+
+
+def _at(found: yaml.Event | yaml.Node, where: object) -> str:
+    mark = found.start_mark
+    return f"{where}, line {mark.line + 1}" if mark else str(where)
+
+
+def _rule(raw: Any, where: str) -> Rule:
+    _known_keys(raw, _RULE_KEYS, where)
+    roles = raw.get("roles")
+    if not isinstance(roles, list) or not roles or not all(isinstance(r, str) for r in roles):
+        raise InputError("`roles` must be a list of roles or patterns", where=where, fix=f"roles: {', '.join(ROLES)}")
+    for pattern in roles:
+        if len(pattern) > _MAX_PATTERN or not any(fnmatchcase(role, pattern) for role in ROLES):
+            raise InputError(f"unknown role {_short(pattern)}", where=where, fix=f"roles: {', '.join(ROLES)}")
+    scheme, method = raw.get("scheme"), raw.get("method", "rtn")
+    if not isinstance(scheme, str) or scheme not in CODECS:
+        raise InputError(f"unknown scheme {_short(scheme)}", where=where, fix=f"schemes: {', '.join(CODECS)}")
+    if method not in METHODS:
+        raise InputError(f"unknown method {_short(method)}", where=where, fix=f"methods: {', '.join(METHODS)}")
+    possible = CODECS[scheme].methods
+    if method not in possible:
+        raise InputError(f"{scheme} has no method {_short(method)}", where=where, fix=f"methods: {', '.join(possible)}")
+    return Rule(tuple(roles), _layers(raw.get("layers"), where), scheme, method)
+
+
+def _layers(raw: Any, where: str) -> frozenset[int] | None:
+    """'0, 2-4' or a list of such → {0, 2, 3, 4}."""
+    if raw is None:
+        return None
+    layers: set[int] = set()
+    for item in raw if isinstance(raw, list) else str(raw).split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", item) if isinstance(item, str) else None
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last <= MAX_LAYERS:
+            raise InputError(f"`layers` is {_short(raw)}", where=where, fix='write it as "0, 2-4"')
+        layers.update(range(first, last + 1))
+    if not layers:
+        raise InputError("`layers` is an empty list", where=where, fix='write it as "0, 2-4", or leave it out for all')
+    return frozenset(layers)
+
+
+def _spelled(layers: Iterable[int]) -> str:
+    """{0, 2, 3, 4} → '0, 2-4'."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _short(value: object) -> str:
+    """A value as messages quote it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _known_keys(raw: Any, keys: set[str], where: object) -> None:
+    if not isinstance(raw, Mapping):
+        raise InputError("not a mapping", where=where, fix=f"keys: {', '.join(sorted(keys))}")
+    unknown = sorted(str(key) for key in raw if key not in keys)
+    if unknown:
+        raise InputError(f"unknown key {_short(unknown[0])}", where=where, fix=f"keys: {', '.join(sorted(keys))}")

@@ -1,0 +1,261 @@
+"""Hub ids: download a checkpoint, or read only its headers, through huggingface_hub.
+
+Only safetensors, JSON and text files are ever fetched: no pickle, no remote code. Of the weights only those that the
+model is made of are: repositories also hold other formats and precisions of them.
+
+What can go wrong between here and the hub, as one line each.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import logging
+import re
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.storage.safetensors import INDEX_FILE, SINGLE_FILE, indexed_shards, read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+# What `convert` reads or copies beside the weights. README.md carries the licence of the base model.
+_ROOT = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*")
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
+_SITES = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+def identify(model: str, revision: str | None) -> tuple[str, str | None]:
+    """(owner/name, revision) of `owner/name`, `owner/name@REVISION`, or the address of its page on the hub.
+
+    Raises InputError for anything else, and UsageError for two revisions.
+    """
+    named = _of_address(model) if "://" in model else model
+    match = _ID.fullmatch(named)
+    if match is None:
+        fix = near(model) or "give a checkpoint's folder or a hub id, owner/name or owner/name@REVISION"
+        raise InputError("no such folder", where=model, fix=fix)
+    if match[2] and revision and match[2] != revision:
+        raise UsageError(f"{model} and --revision {revision} name two revisions", fix="give one")
+    return match[1], match[2] or revision
+
+
+def _of_address(address: str) -> str:
+    """The hub id behind the address of a model's page, or of its file list at a revision."""
+    elsewhere = InputError(
+        "is a web address, not of the hub", where=address, fix="give a folder or a hub id, owner/name"
+    )
+    try:
+        url = urlsplit(address)
+        site = url.hostname
+    except ValueError:
+        raise elsewhere from None
+    if url.scheme not in ("http", "https") or site not in _SITES:
+        raise elsewhere
+    parts = url.path.strip("/").split("/")
+    if parts[0] in ("datasets", "spaces") or len(parts) < 2:
+        raise InputError("is no model's address", where=address, fix="give a hub id, owner/name")
+    repo = "/".join(parts[:2])
+    if len(parts) == 2:
+        return repo
+    revision = unquote(parts[3]) if parts[2] in ("tree", "blob", "resolve") and len(parts) > 3 else None
+    if parts[2] == "tree" and len(parts) == 4:
+        return f"{repo}@{revision}"
+    fix = f"give {repo}" + (f" or {repo}@{revision}" if revision else "")
+    raise InputError("is the address of a part of a model", where=address, fix=fix)
+
+
+def is_offline(offline: bool) -> bool:
+    """Whether only the cache may be used: by --offline, or by HF_HUB_OFFLINE, which huggingface_hub reads."""
+    from huggingface_hub import constants
+
+    return offline or constants.HF_HUB_OFFLINE
+
+
+def download(repo: str, revision: str | None, cache_dir: str | None, offline: bool) -> tuple[Path, str]:
+    """(folder of the snapshot, resolved commit). With `offline`, only what the cache already holds."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    _heed_quiet()
+    if is_offline(offline):
+        folder = _cached(repo, revision, cache_dir)
+    else:
+        with hub_errors(repo, cache_dir):
+            api = HfApi()
+            commit, names = _list(api, repo, revision)
+            shards = _shards(repo, names, lambda file: _fetch(api, repo, file, commit, cache_dir))
+            small = [name for name in names if _is_small(name)]
+            wanted = [glob.escape(name) for name in (*small, *shards)]
+            # By its branch, not the commit: the cache then knows the branch when offline.
+            folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+    # The cache names a snapshot's folder after its commit.
+    return folder, folder.name
+
+
+def read_headers(
+    repo: str, revision: str | None, cache_dir: str | None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:
+    """(config.json, {shard: {tensor: {dtype, shape, data_offsets}}}, resolved commit), without downloading weights."""
+    from huggingface_hub import HfApi
+
+    _heed_quiet()
+    with hub_errors(repo, cache_dir):
+        api = HfApi()
+        commit, names = _list(api, repo, revision)
+        config = _fetch(api, repo, "config.json", commit, cache_dir)
+        shards = _shards(repo, names, lambda file: _fetch(api, repo, file, commit, cache_dir))
+        with ThreadPoolExecutor(16) as pool:
+            read = pool.map(lambda file: api.parse_safetensors_file_metadata(repo, file, revision=commit), shards)
+            headers = {
+                file: {
+                    name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
+                    for name, t in header.tensors.items()
+                }
+                for file, header in zip(shards, read, strict=True)
+            }
+    return read_json(config), headers, commit
+
+
+def _heed_quiet() -> None:
+    """Keep huggingface_hub's own bars down where warnings are."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not logger.isEnabledFor(logging.WARNING):
+        disable_progress_bars()
+
+
+def _list(api: HfApi, repo: str, revision: str | None) -> tuple[str, list[str]]:
+    info = api.model_info(repo, revision=revision)
+    return str(info.sha), [entry.rfilename for entry in info.siblings]
+
+
+def _fetch(api: HfApi, repo: str, file: str, commit: str, cache_dir: str | None) -> Path:
+    return Path(api.hf_hub_download(repo, file, revision=commit, cache_dir=cache_dir))
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file is read or copied beside the weights. (fnmatch's * also matches a slash.)"""
+    if "/" in name:
+        return fnmatch.fnmatchcase(name, _TEMPLATES)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _ROOT)
+
+
+def _shards(repo: str, names: Collection[str], fetch: Callable[[str], Path]) -> list[str]:
+    """The safetensors files that make up the model: those of the index, where there is one."""
+    if INDEX_FILE not in names:
+        if SINGLE_FILE not in names:
+            fix = "only safetensors checkpoints are read, never pickle"
+            raise InputError(f"no {SINGLE_FILE} and no index", where=repo, fix=fix)
+        return [SINGLE_FILE]
+    shards = indexed_shards(fetch(INDEX_FILE).parent)
+    if missing := [file for file in shards if file not in names]:
+        what = f"the hub lacks {listing(missing)}, which its index names"
+        raise InputError(what, where=repo, fix="take another revision, or tell the model's owner")
+    if SINGLE_FILE in names and SINGLE_FILE not in shards:
+        what = f"holds {SINGLE_FILE} beside {listing(shards, 1)}, which its index names"
+        raise InputError(
+            what, where=repo, fix="two sets of weights: download the right one into a folder and give that"
+        )
+    return shards
+
+
+def _cached(repo: str, revision: str | None, cache_dir: str | None) -> Path:
+    """The snapshot that the cache holds. Raises InputError where it holds none, or only a part."""
+    from huggingface_hub import errors, snapshot_download
+
+    again = "run once online, without --offline and HF_HUB_OFFLINE"
+    with hub_errors(repo, cache_dir):
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns="config.json"
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            raise InputError("not in the local cache", where=repo, fix=near(repo) or again) from None
+    shards = indexed_shards(folder) if (folder / INDEX_FILE).exists() else [SINGLE_FILE]
+    if missing := [file for file in ("config.json", *shards) if not (folder / file).exists()]:
+        raise InputError(f"the local cache lacks {listing(missing)} of it", where=repo, fix=again)
+    return folder
+
+
+_OFFLINE = "retry, or use --offline for what the cache holds"
+
+
+def near(path: str) -> str | None:
+    """What to say of a path that does not exist, where its folder holds one that is spelled nearly so."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    folder = Path(parent or ("/" if path.startswith("/") else "."))
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    found = difflib.get_close_matches(name, names, 1, 0.75)
+    return f"did you mean {folder / found[0]}?" if found else None
+
+
+@contextmanager
+def hub_errors(repo: str, cache_dir: str | None) -> Iterator[None]:
+    """Raise InputError for what huggingface_hub raises within. Nothing else belongs inside: an answer that is not
+    the hub's fails in its parsing, in any way."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise InputError("the hub refuses access", where=repo, fix="accept its licence and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local folder must exist"
+        raise InputError("no such model on the hub and no such folder", where=repo, fix=fix) from None
+    except errors.RevisionNotFoundError:
+        raise InputError("no such revision", where=repo, fix="give a branch, tag or commit of the model") from None
+    except errors.LocalEntryNotFoundError as error:  # the cache was its last resort
+        raise _unreachable(error.__cause__ or error, repo) from None
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"the hub has no such file: {error}", where=repo) from None
+    except errors.SafetensorsParsingError as error:
+        raise InputError(f"a safetensors header can't be parsed: {error}", where=repo) from None
+    except errors.HFValidationError as error:
+        raise InputError(f"is no hub id: {error}", where=repo, fix=near(repo) or "give owner/name") from None
+    # errors.HTTPError is the client library's own base class: httpx in huggingface_hub 1, httpx2 in 2.
+    except (errors.HTTPError, ConnectionError) as error:
+        raise _unreachable(error, repo) from None
+    except OSError as error:
+        if error.errno is None:  # huggingface_hub's own, of a file that did not come whole
+            raise InputError(f"the download failed: {error}", where=repo, fix="retry") from None
+        where = error.filename or cache_dir or constants.HF_HUB_CACHE
+        fix = "make room, or give another --cache-dir"
+        raise InputError(f"can't keep downloads of {repo}: {error.strerror}", where=where, fix=fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the answer is not the hub's: {type(error).__name__}: {error!s:.80}"
+        raise InputError(
+            what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT"
+        ) from None
+
+
+def _unreachable(error: BaseException, repo: str) -> InputError:
+    from huggingface_hub import errors
+
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if status == 401:
+        what, fix = "the hub refuses the token", "set a valid HF_TOKEN, or none for a public model"
+    elif status == 403:
+        what, fix = "the hub refuses access", "set an HF_TOKEN that may read it"
+    elif status == 429:
+        what, fix = "the hub has had too many requests (429)", "wait some minutes; with HF_TOKEN the limit is higher"
+    elif status is not None and status < 500:
+        what, fix = f"the hub answers with status {status}", "check the id and HF_ENDPOINT"
+    elif status is not None:
+        what, fix = f"the hub fails with status {status}", _OFFLINE
+    else:
+        what, fix = f"the hub can't be reached: {type(error).__name__}: {error!s:.200}", _OFFLINE
+    return InputError(what, where=repo, fix=" ".join(filter(None, (near(repo), fix))))
