@@ -108,7 +108,7 @@ def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> Made
     checkpoint = Checkpoint.open(out)
     bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
-    return Made(printed["quantize_s"], bits / sum(w.slot.size for w in checkpoint.weights), "", versions)
+    return Made(printed["quantize_s"], bits / sum(w.spec.size for w in checkpoint.weights), "", versions)
 
 
 def main() -> None:

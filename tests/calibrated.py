@@ -29,11 +29,11 @@ from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
 from dsv2quant.storage.durable import MANIFEST_FILE
 
-WINDOWS, CTX = 17, 30  # window 8 is kept aside
+WINDOWS, CTX = 17, 30  # window 8 is held out
 
 
 def aside(windows: int = WINDOWS, ctx: int = CTX) -> torch.Tensor:
-    """[windows · ctx], true for tokens that are kept aside: one window in 16, or the last 16th of fewer windows."""
+    """[windows · ctx], true for tokens that are held out: one window in 16, or the last 16th of fewer windows."""
     window, position = torch.arange(windows)[:, None], torch.arange(ctx)
     kept = (
         (window % 16 == 8).expand(windows, ctx) if windows >= 16 else (position >= ctx - ctx // 16).expand(windows, ctx)
@@ -111,7 +111,7 @@ def inputs(folder: Path, using: Calibration) -> tuple[dict[str, torch.Tensor], M
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """{module: weight in float32} of a checkpoint's matrices."""
     opened = Checkpoint.open(folder)
-    return {w.slot.module: decode(opened, w, torch.float32) for w in opened.weights if len(w.slot.shape) == 2}
+    return {w.spec.module: decode(opened, w, torch.float32) for w in opened.weights if len(w.spec.shape) == 2}
 
 
 def interrupt(*args: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The FP8 experts' kernels by Triton's interpreter against their twins: a program of its own, since Triton reads
+"""The FP8 experts' kernels by Triton's interpreter against their references: a program of its own, since Triton reads
 TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/experts_interpreted.py
@@ -36,7 +36,7 @@ def poisoned(*shape: int, **options) -> torch.Tensor:
 
 
 def differences(layer: Layer, block: int, scheme: str) -> dict[str, float]:
-    """Errors of each kernel given the twin's operands, and bytes that differ of h quantized."""
+    """Errors of each kernel given the reference's operands, and bytes that differ of h quantized."""
     x, weights, chosen, stack, granularity, scales = given(layer, scheme, "cpu", torch.float32)
     of_x, of_h = scales or (None, None)
     codes, x_scales = reference.quantize_activation(x, granularity, of_x)
@@ -61,7 +61,7 @@ def differences(layer: Layer, block: int, scheme: str) -> dict[str, float]:
 
 
 def whole(layer: Layer, scheme: str) -> float:
-    """`experts` in float16 against the twins, one after the other."""
+    """`experts` in float16 against the references, one after the other."""
     x, weights, chosen, stack, granularity, scales = given(layer, scheme, "cpu", torch.float16)
     of_x, of_h = scales or (None, None)
     routes = reference_experts.sort_pairs(chosen, layer.experts, 16)

@@ -1,4 +1,4 @@
-"""The FP8 kernels by Triton's interpreter against their torch twins: a program of its own, since Triton reads
+"""The FP8 kernels by Triton's interpreter against their torch references: a program of its own, since Triton reads
 TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/fp8_interpreted.py
@@ -32,7 +32,7 @@ SCHEMES = ("block", "channel", "tensor")
 
 
 def quantized() -> dict[str, list[str]]:
-    """Of each granularity, the cases whose bytes differ from the twin's."""
+    """Of each granularity, the cases whose bytes differ from the reference's."""
     static = torch.tensor([0.01])
     found = {}
     for granularity in GRANULARITIES:

@@ -1,4 +1,4 @@
-"""What stands between the products of a decode step, by Triton's interpreter against its twins: a program of its own,
+"""What stands between the products of a decode step, by Triton's interpreter against its references: a program of its own,
 since Triton reads TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/fused_interpreted.py

@@ -16,7 +16,7 @@ import torch
 from gguf_cases import bell
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot, model_slots
+from dsv2quant.arch.deepseek_v2 import TensorSpec, model_specs
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
 # 32 (experts) and 192 (dense FFN) stand for 1408 and 10944, which whole blocks of 256 don't fit either.
@@ -80,25 +80,25 @@ def bfloat16(x: np.ndarray) -> torch.Tensor:
 
 def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Bell-shaped rows of different sizes, some outliers, a row and a stretch of zeros, a constant row."""
-    slots = model_slots(ModelConfig.from_dict(config, "config.json"))
-    return {slot.name: bfloat16(_weight(slot)) for slot in slots}
+    specs = model_specs(ModelConfig.from_dict(config, "config.json"))
+    return {spec.name: bfloat16(_weight(spec)) for spec in specs}
 
 
-def _weight(slot: Slot) -> np.ndarray:
-    rows, cols = slot.shape if len(slot.shape) == 2 else (1, *slot.shape)
-    seed = zlib.crc32(slot.name.encode())
+def _weight(spec: TensorSpec) -> np.ndarray:
+    rows, cols = spec.shape if len(spec.shape) == 2 else (1, *spec.shape)
+    seed = zlib.crc32(spec.name.encode())
     x = bell((rows, cols), seed) * np.float32(3.5)
-    if slot.role == "norm":
-        return (np.float32(1) + np.float32(0.0625) * x).reshape(slot.shape)
-    if slot.role != "embed":
+    if spec.role == "norm":
+        return (np.float32(1) + np.float32(0.0625) * x).reshape(spec.shape)
+    if spec.role != "embed":
         x *= np.float32(1 / math.sqrt(cols))
-    if slot.role not in ("router", "lm_head"):
+    if spec.role not in ("router", "lm_head"):
         x[seed % 7 :: 7] *= np.float32(0.375)
         x.reshape(-1)[seed % 509 :: 509] *= np.float32(11)
         x[rows // 3] = 0
         x[rows // 2, cols // 4 : cols // 2] = 0
         x[2 * rows // 3] = x[2 * rows // 3, 0]
-    return x.reshape(slot.shape)
+    return x.reshape(spec.shape)
 
 
 def write(folder: Path) -> dict[str, Path]:

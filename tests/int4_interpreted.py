@@ -1,4 +1,4 @@
-"""The INT4 kernels by Triton's interpreter against their torch twins: a program of its own, since Triton reads
+"""The INT4 kernels by Triton's interpreter against their torch references: a program of its own, since Triton reads
 TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/int4_interpreted.py

@@ -30,7 +30,7 @@ def inputs(
 
 
 def off(got: torch.Tensor, given: tuple) -> float:
-    """The largest relative Frobenius error of a sequence, against the twin in float64; infinite where a NaN is."""
+    """The largest relative Frobenius error of a sequence, against the reference in float64; infinite where a NaN is."""
     q, cache, *rest = given
     expected = reference.mla_decode(q.double(), cache, *rest)
     errors = (got.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""The kernels of routing by Triton's interpreter against their twins: a program of its own, since Triton reads
+"""The kernels of routing by Triton's interpreter against their references: a program of its own, since Triton reads
 TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/routing_interpreted.py

@@ -70,16 +70,16 @@ def write(source: Path, out: Path, scheme: str, kv: float | None = None, **optio
     watched = watch(model)
     model.forward(some_tokens(checkpoint, 2, 32))
     amax: dict[str, float] = defaultdict(float)
-    groups = {line.slot: input_group(line.slot, checkpoint.config, plan.targets) for line in plan.lines}
-    for slot, group in groups.items():
-        if slot.module in watched:
-            amax[group] = max(amax[group], watched[slot.module].seen)
+    groups = {line.spec: input_group(line.spec, checkpoint.config, plan.targets) for line in plan.entries}
+    for spec, group in groups.items():
+        if spec.module in watched:
+            amax[group] = max(amax[group], watched[spec.module].seen)
     tensors: dict[str, np.ndarray] = {}
     for step in plan.steps:
-        weights = [checkpoint.encodable(line.weight) for line in step.lines]
-        inputs = [Inputs(np.ones(1, np.float32), amax[groups[line.slot]]) for line in step.lines]
-        encoded = CODECS[step.lines[0].scheme].encode(weights, "cpu", "rtn", inputs)
-        for line, parts in zip(step.lines, encoded, strict=True):
+        weights = [checkpoint.encodable(line.weight) for line in step.entries]
+        inputs = [Inputs(np.ones(1, np.float32), amax[groups[line.spec]]) for line in step.entries]
+        encoded = CODECS[step.entries[0].scheme].encode(weights, "cpu", "rtn", inputs)
+        for line, parts in zip(step.entries, encoded, strict=True):
             arrays = list(parts.values())
             arrays += [np.full(o.shape, kv_scale(kv or 0, kv or 0)) for o in line.outputs[len(arrays) :]]
             tensors |= {o.name: array for o, array in zip(line.outputs, arrays, strict=True)}

@@ -1,4 +1,4 @@
-"""Methods that use statistics: `mse` weighted by them, and `awq` with folds that leave every logit as it was."""
+"""Methods that use statistics: `mse` weighted by them, and `awq` with smoothing that leaves every logit as it was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
-from dsv2quant.planning.smoothing import FOLDS_FILE, Fold, Folds, layer_folds
+from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing, SmoothingPair, smoothing_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Inputs with a few strong channels, as trained models have: otherwise nothing is worth folding.
@@ -43,7 +43,7 @@ def spiky(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=["lite", "v2"])
 def made(request, tmp_path_factory):
-    """(plan, statistics, artifact) with every kind of fold in use: kv_b_proj is INT4 too."""
+    """(plan, statistics, artifact) with every kind of smoothing in use: kv_b_proj is INT4 too."""
     folder = tmp_path_factory.mktemp(request.param)
     config = {"lite": tiny.LITE, "v2": tiny.V2}[request.param]
     checkpoint = Checkpoint.open(tiny.write_checkpoint(folder / "model", config, spiky(config)))
@@ -57,11 +57,13 @@ def made(request, tmp_path_factory):
     return plan, statistics, folder / "out"
 
 
-def folded(folds: Folds, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The unquantized model with folds applied."""
+def folded(smoothing: Smoothing, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The unquantized model with smoothing applied."""
 
     def scaled(checkpoint_, weight, dtype, *rest):
-        return torch.from_numpy(folds.apply(weight.slot, decode(checkpoint_, weight, torch.float32).numpy())).to(dtype)
+        return torch.from_numpy(smoothing.apply(weight.spec, decode(checkpoint_, weight, torch.float32).numpy())).to(
+            dtype
+        )
 
     with monkeypatch.context() as m:
         m.setattr(load, "decode", scaled)
@@ -70,14 +72,14 @@ def folded(folds: Folds, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 
 def test_chosen_folds_leave_every_logit_as_it_is(made, monkeypatch):
     plan, _, out = made
-    folds = Folds.open(out / FOLDS_FILE, plan.checkpoint.config)
-    moved = {name for name, exponents in folds.tensors.items() if exponents.any()}
+    smoothing = Smoothing.open(out / SMOOTHING_FILE, plan.checkpoint.config)
+    moved = {name for name, exponents in smoothing.tensors.items() if exponents.any()}
     for kind in ("input_layernorm", "kv_a_layernorm", "post_attention_layernorm", "up_proj"):
         assert any(f"{kind}.weight.rows" in name for name in moved), kind
     assert any("mlp.gate.weight.columns" in name for name in moved)
     tokens = torch.from_numpy(calibration(3, 20, seed=9).ids)
     want = Model(plan.checkpoint).forward(tokens)
-    assert torch.equal(folded(folds, plan.checkpoint, monkeypatch).forward(tokens), want)
+    assert torch.equal(folded(smoothing, plan.checkpoint, monkeypatch).forward(tokens), want)
 
 
 @pytest.mark.parametrize("config", [tiny.LITE, tiny.V2], ids=["lite", "v2"])
@@ -85,19 +87,19 @@ def test_every_legal_fold_at_once_is_exact_and_one_reader_less_is_not(config, tm
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", config))
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
-    folds = [fold for layer in range(3) for fold in layer_folds(checkpoint.config, layer)]
+    smoothing = [pair for layer in range(3) for pair in smoothing_pairs(checkpoint.config, layer)]
 
-    def chosen(fold: Fold) -> dict[str, np.ndarray]:
-        return Folds.of(fold, rng.integers(-3, 4, fold.consumers[0].shape[1]).astype(np.int8))
+    def chosen(pair: SmoothingPair) -> dict[str, np.ndarray]:
+        return Smoothing.of(pair, rng.integers(-3, 4, pair.consumers[0].shape[1]).astype(np.int8))
 
-    for fold in folds:
-        for name, exponents in chosen(fold).items():
-            # A matrix may produce for one fold and consume in another; kv_b_proj produces, and reads the latent's norm.
+    for pair in smoothing:
+        for name, exponents in chosen(pair).items():
+            # A matrix may produce for one pair and consume in another; kv_b_proj produces, and reads the latent's norm.
             assert name not in tensors
             tensors[name] = exponents
     tokens = torch.from_numpy(calibration(2, 20).ids)
     want = Model(checkpoint).forward(tokens)
-    assert torch.equal(folded(Folds(tensors), checkpoint, monkeypatch).forward(tokens), want)
+    assert torch.equal(folded(Smoothing(tensors), checkpoint, monkeypatch).forward(tokens), want)
     readers = [name for name in tensors if name.endswith("columns") and "layers.1" in name]
     roles = {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate", "down_proj"}
     for role in sorted(roles):
@@ -106,18 +108,18 @@ def test_every_legal_fold_at_once_is_exact_and_one_reader_less_is_not(config, tm
             assert role in ("q_proj", "q_a_proj", "q_b_proj")
             continue
         rest = {key: value for key, value in tensors.items() if key != name}
-        off = folded(Folds(rest), checkpoint, monkeypatch).forward(tokens) - want
+        off = folded(Smoothing(rest), checkpoint, monkeypatch).forward(tokens) - want
         assert off.abs().max() > 1e-3, name
 
 
 def test_exponents_are_those_of_least_weighted_error(made):
     """Against float64: every α's candidate, each group at the best of the scales tried."""
     plan, statistics, _ = made
-    lines = {line.slot.name: line for line in plan.lines if line.method == "awq"}
-    for fold in layer_folds(plan.checkpoint.config, 1)[:8]:
-        readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
-        found = awq._exponents(plan, fold, readers, statistics, "cpu")
-        strength = statistics.mean_square(min(fold.consumers, key=lambda s: s.expert is not None)).astype(np.float64)
+    lines = {line.spec.name: line for line in plan.entries if line.method == "awq"}
+    for pair in smoothing_pairs(plan.checkpoint.config, 1)[:8]:
+        readers = [lines[spec.name] for spec in pair.consumers if spec.name in lines]
+        found = awq._exponents(plan, pair, readers, statistics, "cpu")
+        strength = statistics.mean_square(min(pair.consumers, key=lambda s: s.expert is not None)).astype(np.float64)
         logs = 0.5 * np.log2(np.maximum(strength, strength.max() * 1e-12))
         candidates = [np.rint(a * (logs - logs.mean())).clip(-8, 8) for a in np.linspace(0, 1, 21)]
 
@@ -125,7 +127,7 @@ def test_exponents_are_those_of_least_weighted_error(made):
             total = 0.0
             for line in readers:
                 w = decode(plan.checkpoint, line.weight, torch.float64).numpy() * 2.0**e
-                m = statistics.mean_square(line.slot) * max(1, statistics.count(line.slot)) * 4.0**-e
+                m = statistics.mean_square(line.spec) * max(1, statistics.count(line.spec)) * 4.0**-e
                 best = np.full(len(w), np.inf)
                 for clip in awq.CLIPS:
                     scales = torch.from_numpy(np.abs(w).max(1) / 7 * clip).float().bfloat16().double().numpy()[:, None]
@@ -141,34 +143,34 @@ def test_exponents_are_those_of_least_weighted_error(made):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda name, e: {name: e[1:]}, "is missing or does not undo its fold"),
+        (lambda name, e: {name: e[1:]}, "is missing or does not undo its smoothing"),
         (lambda name, e: {name: e.astype(np.float32)}, "is F32, not I8"),
-        (lambda name, e: {name: e.reshape(1, -1)}, "is missing or does not undo its fold"),
-        (lambda name, e: {name.replace("layers.1", "layers.9"): e}, "is missing or does not undo its fold"),
-        (lambda name, e: {name.rpartition(".")[0]: e}, "is missing or does not undo its fold"),
+        (lambda name, e: {name: e.reshape(1, -1)}, "is missing or does not undo its smoothing"),
+        (lambda name, e: {name.replace("layers.1", "layers.9"): e}, "is missing or does not undo its smoothing"),
+        (lambda name, e: {name.rpartition(".")[0]: e}, "is missing or does not undo its smoothing"),
     ],
 )
 def test_folds_that_do_not_fit_the_model_are_an_error(change, message, made, tmp_path):
     plan, _, out = made
-    tensors = load_file(out / FOLDS_FILE)
+    tensors = load_file(out / SMOOTHING_FILE)
     name = next(name for name in tensors if "layers.1" in name)
-    save_file({k: e for k, e in tensors.items() if k != name} | change(name, tensors[name]), tmp_path / FOLDS_FILE)
+    save_file({k: e for k, e in tensors.items() if k != name} | change(name, tensors[name]), tmp_path / SMOOTHING_FILE)
     with pytest.raises(InputError, match=message):
-        Folds.open(tmp_path / FOLDS_FILE, plan.checkpoint.config)
+        Smoothing.open(tmp_path / SMOOTHING_FILE, plan.checkpoint.config)
 
 
 def test_the_artifact_is_folded_weights_with_weighted_scales(made):
     plan, statistics, out = made
-    folds, artifact = Folds.open(out / FOLDS_FILE, plan.checkpoint.config), Checkpoint.open(out)
-    source = {w.slot.name: w for w in plan.checkpoint.weights}
+    smoothing, artifact = Smoothing.open(out / SMOOTHING_FILE, plan.checkpoint.config), Checkpoint.open(out)
+    source = {w.spec.name: w for w in plan.checkpoint.weights}
     for weight in artifact.weights:
-        want = folds.apply(weight.slot, decode(plan.checkpoint, source[weight.slot.name], torch.float32).numpy())
+        want = smoothing.apply(weight.spec, decode(plan.checkpoint, source[weight.spec.name], torch.float32).numpy())
         got = decode(artifact, weight, torch.float32).numpy()
         if weight.scheme == "bf16":
             np.testing.assert_array_equal(got, want)
             continue
-        importance = statistics.mean_square(weight.slot)
-        columns = folds.columns(weight.slot)
+        importance = statistics.mean_square(weight.spec)
+        columns = smoothing.columns(weight.spec)
         importance = np.ldexp(importance, -2 * columns.astype(np.int32)) if columns is not None else importance
         scales = search_scales(want, importance[None], want.shape[1])
         np.testing.assert_array_equal(got, np.clip(np.rint(want / scales), -8, 7) * scales)
@@ -177,7 +179,7 @@ def test_the_artifact_is_folded_weights_with_weighted_scales(made):
 def test_with_a_calibration_it_measures_by_itself_and_gives_the_same_tensors(made, tmp_path):
     plan, _, out = made
     convert(plan, tmp_path / "out", command="", calibration=calibration())
-    for name in ("model.safetensors", FOLDS_FILE, "config.json"):
+    for name in ("model.safetensors", SMOOTHING_FILE, "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
     assert not (tmp_path / "out" / ".dsv2quant-work").exists()
     theirs, ours = (json.loads((f / "dsv2quant.json").read_text()) for f in (tmp_path / "out", out))
@@ -207,7 +209,7 @@ def test_cut_short_it_ends_with_the_same_bytes(at, made, tmp_path, monkeypatch):
             convert(plan, tmp_path / "out", command="", calibration=calibration())
     assert not (tmp_path / "out" / "config.json").exists()
     convert(plan, tmp_path / "out", command="", calibration=calibration())
-    for name in ("model.safetensors", FOLDS_FILE, "config.json"):
+    for name in ("model.safetensors", SMOOTHING_FILE, "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
 
 
@@ -228,7 +230,7 @@ def planned(model: Path, rules: str) -> Plan:
 
 def test_only_what_a_fold_touches_is_rewritten(lite):
     plan = planned(lite, "{roles: [dense.down_proj, q_proj], layers: 0, scheme: int4-channel, method: awq}")
-    changed = {line.slot.module: line.method for line in plan.lines if line.method != "rtn"}
+    changed = {line.spec.module: line.method for line in plan.entries if line.method != "rtn"}
     assert changed == {
         "model.layers.0.input_layernorm": "fold",
         "model.layers.0.self_attn.q_proj": "awq",
@@ -263,11 +265,11 @@ def test_mse_searches_with_the_measured_importance(lite, tmp_path):
     plan = planned(lite, "{roles: [o_proj, routed.down_proj], scheme: int4-channel, method: mse}")
     statistics = calibrate(plan.checkpoint, tmp_path / "stats", calibration())
     convert(plan, tmp_path / "out", command="", statistics=Statistics(statistics.path))
-    assert FOLDS_FILE not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert SMOOTHING_FILE not in {path.name for path in (tmp_path / "out").iterdir()}
     stored = load_file(tmp_path / "stats")
     name = "model.layers.2.self_attn.o_proj"
-    artifact = {w.slot.name: w for w in Checkpoint.open(tmp_path / "out").weights}
-    (weight,) = (w for w in plan.checkpoint.weights if w.slot.module == name)
+    artifact = {w.spec.name: w for w in Checkpoint.open(tmp_path / "out").weights}
+    (weight,) = (w for w in plan.checkpoint.weights if w.spec.module == name)
     x = decode(plan.checkpoint, weight, torch.float32).numpy()
     scales = search_scales(x, stored[f"{name}.square"][None], x.shape[1])
     got = decode(Checkpoint.open(tmp_path / "out"), artifact[f"{name}.weight"], torch.float32).numpy()

@@ -57,7 +57,7 @@ def test_the_bytes_of_a_step(name, scheme, batch, context, sizes, about):
 
 def test_v2_with_int4_experts_and_fp8_elsewhere_reads_17_gb():
     subject = subjects.random("v2", "int4-mixed")
-    halved = lambda slot: subject.nbytes(slot) // (2 if slot.role == "kv_b_proj" else 1)  # noqa: E731
+    halved = lambda spec: subject.nbytes(spec) // (2 if spec.role == "kv_b_proj" else 1)  # noqa: E731
     assert bytes_per_step(subject.config, halved, 1, 0) / 1e9 == pytest.approx(17.4, abs=0.05)
     assert bytes_per_step(subject.config, halved, 1, 4096) / 1e9 == pytest.approx(17.7, abs=0.05)
 
@@ -192,5 +192,5 @@ def test_a_checkpoint_is_measured_by_what_it_stores(lite, monkeypatch):
     subject = subjects.stored(str(lite))
     assert isinstance(subject, Subject)
     assert (subject.name, subject.scheme) == ("lite", "bf16")
-    slot = next(iter(s for s in subjects.model_slots(subject.config) if s.role == "kv_b_proj"))
-    assert subject.nbytes(slot) == 2 * slot.size
+    spec = next(iter(s for s in subjects.model_specs(subject.config) if s.role == "kv_b_proj"))
+    assert subject.nbytes(spec) == 2 * spec.size

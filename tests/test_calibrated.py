@@ -74,8 +74,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_calibrated_tensors_are_as_planned_and_the_artifact_loads(made):
     written = tensors(made.out)
-    assert set(written) == {output.name for line in made.plan.lines for output in line.outputs}
-    for line in made.plan.lines:
+    assert set(written) == {output.name for line in made.plan.entries for output in line.outputs}
+    for line in made.plan.entries:
         for output in line.outputs:
             got = written[output.name]
             assert tuple(got.shape) == output.shape
@@ -84,13 +84,13 @@ def test_calibrated_tensors_are_as_planned_and_the_artifact_loads(made):
                 # From another run, whose work folder is still there.
                 assert raw(got) == made.encoded.part(output.name).tobytes(), output.name
     opened = Checkpoint.open(made.out)
-    assert {w.slot.name: w.scheme for w in opened.weights} == {x.slot.name: x.scheme for x in made.plan.lines}
+    assert {w.spec.name: w.scheme for w in opened.weights} == {x.spec.name: x.scheme for x in made.plan.entries}
     assert Model(opened).forward(torch.from_numpy(calibration().ids)).isfinite().all()
     assert {p.name for p in made.out.iterdir()} == set(manifest(made.out)["files"]) | {MANIFEST_FILE}
 
 
 def test_outcomes_name_every_calibrated_matrix_once_and_no_other(made):
-    wanted = {line.slot.module: line.slot.role for line in made.plan.lines if line.method in CALIBRATED}
+    wanted = {line.spec.module: line.spec.role for line in made.plan.entries if line.method in CALIBRATED}
     assert {o.module: o.role for o in made.encoded.outcomes} == wanted
     assert len(made.encoded.outcomes) == len(wanted) > 0
     listed = manifest(made.out)["calibrated"]
@@ -101,11 +101,11 @@ def test_outcomes_name_every_calibrated_matrix_once_and_no_other(made):
 def test_what_needs_no_calibration_has_the_bytes_of_a_conversion_without(made):
     source, written = tensors(made.model), tensors(made.out)
     kinds = set()
-    for line in made.plan.lines:
+    for line in made.plan.entries:
         if line.method in CALIBRATED:
             continue
         kinds.add(line.scheme)
-        (encoded,) = CODECS[line.scheme].encode([bits(source[line.slot.name])], "cpu", line.method)
+        (encoded,) = CODECS[line.scheme].encode([bits(source[line.spec.name])], "cpu", line.method)
         for output, array in zip(line.outputs, encoded.values(), strict=True):
             assert raw(written[output.name]) == array.tobytes(), output.name
     assert kinds >= made.plan.schemes - {"int4-g32"} | {"bf16"}
@@ -114,9 +114,9 @@ def test_what_needs_no_calibration_has_the_bytes_of_a_conversion_without(made):
 def test_gptq_chooses_other_codes_than_rounding(made):
     source, written = tensors(made.model), tensors(made.out)
     same = []
-    for line in made.plan.lines:
+    for line in made.plan.entries:
         if line.method == "gptq":
-            (rounded,) = CODECS[line.scheme].encode([bits(source[line.slot.name])])
+            (rounded,) = CODECS[line.scheme].encode([bits(source[line.spec.name])])
             same.append(raw(written[line.outputs[0].name]) == rounded["weight_packed"].tobytes())
     assert same
     assert not any(same)
@@ -183,7 +183,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     plan = planned(model)
     choose, shrink = layerwise._choose, gptq.Moments.shrunk
     chosen: dict[str, tuple[gptq.Moments, gptq.Moments]] = {}
-    # A layer's experts: gate and up to fit on, the same kept aside, down to fit on, kept aside.
+    # A layer's experts: gate and up to fit on, the same held out, down to fit on, held out.
     own: list[gptq.Moments] = []
     priors: list[gptq.Moments] = []
     shrunk: list[gptq.Moments] = []
@@ -220,8 +220,8 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         weights, routed = route(x.float(), ours.ffn.router, ours.ffn.config)
         first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
-            tokens, slots = (routed == e).nonzero(as_tuple=True)
-            weight = weights[tokens, slots, None].double()
+            tokens, specs = (routed == e).nonzero(as_tuple=True)
+            weight = weights[tokens, specs, None].double()
             a, b = expert.activation(x[tokens].float()), original.activation(y[tokens].float())
             every_a, every_b = expert.activation(x.float()).double(), original.activation(y.float()).double()
             for k, keep in enumerate((~held, held)):

@@ -66,7 +66,7 @@ def plain_values(weight: torch.Tensor) -> torch.Tensor:
     return CODECS["int4-g32"].decode(parts, torch.float32)
 
 
-@pytest.mark.parametrize("count", [WINDOWS, 1], ids=["windows kept aside", "one window"])
+@pytest.mark.parametrize("count", [WINDOWS, 1], ids=["windows held out", "one window"])
 def test_plain_rounding_is_kept_where_gptq_is_worse(count, grouped, tmp_path, monkeypatch):
     def garbage(weight, scales, factored):
         return torch.randint(-8, 8, weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
@@ -78,7 +78,7 @@ def test_plain_rounding_is_kept_where_gptq_is_worse(count, grouped, tmp_path, mo
     assert manifest(tmp_path / "out")["calibrated"]["kept_rtn"] == [o.module for o in result.outcomes]
     assert len(result.outcomes) == 2 * 8 * 3
     first = ", ".join(o.module for o in result.outcomes[:3])
-    said = f"plain rounding was better on windows kept aside, and is kept, in {first} and 45 more"
+    said = f"plain rounding was better on windows held out, and is kept, in {first} and 45 more"
     assert said in calibration_text(plan, result.outcomes, result.expert_tokens)
     source, ours = tensors(grouped), tensors(tmp_path / "out")
     for outcome in result.outcomes:

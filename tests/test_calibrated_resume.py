@@ -245,7 +245,7 @@ def test_the_space_check_counts_the_work_folder(grouped, tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     plan = planned(grouped, "int4-experts")
-    encoded = sum(line.nbytes for line in plan.lines if line.method == "gptq")
+    encoded = sum(line.nbytes for line in plan.entries if line.method == "gptq")
     one = 2 * 4 * CTX * (2 * 128 + 4 * 16)  # both streams of a window before and behind a layer, and in front of o_proj
     longer = len("gptq") - len("rtn")  # the model card shows the recipe
     assert needed(None, calibration()) - needed("rtn") == encoded + WINDOWS * one + longer

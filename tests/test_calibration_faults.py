@@ -21,7 +21,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import imatrix
-from dsv2quant.planning.smoothing import FOLDS_FILE, Folds, layer_folds
+from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing, smoothing_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--num-calibration-samples", "2", "--max-seq-length", "16", "-q")
@@ -123,15 +123,15 @@ def test_damaged_statistics_and_folds_of_awq_are_made_again(grouped, tmp_path, m
         m.setattr("dsv2quant.conversion.convert._write_small_files", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(plan, tmp_path / "out", command="", calibration=calibration())
-    work, folds = tmp_path / "out" / ".dsv2quant-work", []
+    work, smoothing = tmp_path / "out" / ".dsv2quant-work", []
     flipped(work / "statistics.safetensors", -5)
     flipped(work / "awq" / "layer-00001.safetensors", -5)
     for path in (tmp_path / "out").glob("*.safetensors"):
         path.unlink()
-    original = awq.layer_folds
-    monkeypatch.setattr(awq, "layer_folds", lambda config, layer: (folds.append(layer), original(config, layer))[1])
+    original = awq.smoothing_pairs
+    monkeypatch.setattr(awq, "layer_folds", lambda config, layer: (smoothing.append(layer), original(config, layer))[1])
     convert(plan, tmp_path / "out", command="", calibration=calibration())
-    assert folds == [1]
+    assert smoothing == [1]
     assert "(calibrate again); it is made again" in caplog.text
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -217,17 +217,17 @@ def test_no_byte_of_statistics_changes_unseen(made, tmp_path):
 def test_damaged_folds_are_one_line(made, tmp_path):
     config, rng = made[0].config, np.random.default_rng(0)
     tensors = {}
-    for fold in layer_folds(config, 1)[:6]:
-        tensors |= Folds.of(fold, rng.integers(-8, 9, fold.consumers[0].shape[1]).astype(np.int8))
-    path = tmp_path / FOLDS_FILE
-    path.write_bytes(Folds(tensors).to_bytes())
-    opened = Folds.open(path, config).tensors
+    for pair in smoothing_pairs(config, 1)[:6]:
+        tensors |= Smoothing.of(pair, rng.integers(-8, 9, pair.consumers[0].shape[1]).astype(np.int8))
+    path = tmp_path / SMOOTHING_FILE
+    path.write_bytes(Smoothing(tensors).to_bytes())
+    opened = Smoothing.open(path, config).tensors
     assert opened.keys() == tensors.keys()
     assert all(np.array_equal(opened[name], tensors[name]) for name in tensors)
     for content in damages(path.read_bytes(), 100):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=FOLDS_FILE):
-            Folds.open(path, config)
+        with pytest.raises(InputError, match=SMOOTHING_FILE):
+            Smoothing.open(path, config)
 
 
 # Files in the way

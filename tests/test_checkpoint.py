@@ -29,16 +29,16 @@ def test_reads_what_safetensors_reads(shards, dtype, tmp_path):
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.model == "v2"
     assert len(checkpoint.files) == shards
-    assert {w.slot.name for w in checkpoint.weights} == set(tensors)
+    assert {w.spec.name for w in checkpoint.weights} == set(tensors)
     for weight in checkpoint.weights:
         got = values(checkpoint, weight)
-        assert torch.equal(got, tensors[weight.slot.name].to(got.dtype))
+        assert torch.equal(got, tensors[weight.spec.name].to(got.dtype))
         assert weight.scheme == "bf16"
 
 
 def test_parts_of_a_tensor_can_be_read(lite):
     checkpoint = Checkpoint.open(lite)
-    weight = next(w for w in checkpoint.weights if w.slot.role == "embed")
+    weight = next(w for w in checkpoint.weights if w.spec.role == "embed")
     whole = checkpoint.read(weight.stored)
     np.testing.assert_array_equal(checkpoint.read(weight.stored, 100, 57), whole[100:157])
 
@@ -52,7 +52,7 @@ def test_reads_block_fp8(tmp_path):
     tensors[name] = torch.from_numpy(encoded["weight"]).view(torch.float8_e4m3fn)
     tensors[f"{name}_scale_inv"] = torch.from_numpy(encoded["weight_scale_inv"])
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "fp8", raw, tensors))
-    weight = next(w for w in checkpoint.weights if w.slot.name == name)
+    weight = next(w for w in checkpoint.weights if w.spec.name == name)
     assert weight.scheme == "fp8-block"
     parts = {"weight": tensors[name], "weight_scale_inv": tensors[f"{name}_scale_inv"]}
     assert torch.equal(values(checkpoint, weight), CODECS["fp8-block"].decode(parts, torch.float32))
@@ -61,8 +61,8 @@ def test_reads_block_fp8(tmp_path):
 def test_a_classifiers_head_belongs_to_the_model(tmp_path):
     raw = tiny.LITE | {"architectures": [SEQUENCE_CLASSIFICATION], "id2label": {"0": "a", "1": "b", "2": "c"}}
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "classifier", raw))
-    assert checkpoint.weights[-1].slot.name == "score.weight"
-    assert checkpoint.weights[-1].slot.shape == (3, 64)
+    assert checkpoint.weights[-1].spec.name == "score.weight"
+    assert checkpoint.weights[-1].spec.shape == (3, 64)
 
 
 def test_rope_frequencies_of_old_checkpoints_are_ignored(tmp_path):

@@ -72,14 +72,14 @@ def expected(parts: Parts, scheme: QuantizationScheme) -> torch.Tensor:
 def write(folder: Path, group: int | None = 32, *, asymmetric: bool = True, reorder: bool = False) -> Path:
     """A checkpoint whose linears but kv_b_proj are compressed, beside `plain` with what they decompress to."""
     scheme, weights = scheme_of(group, asymmetric), tiny.random_weights(CONFIG)
-    slots = {w.slot.name: w.slot for w in Checkpoint.open(tiny.write_checkpoint(folder / "source", CONFIG)).weights}
+    specs = {w.spec.name: w.spec for w in Checkpoint.open(tiny.write_checkpoint(folder / "source", CONFIG)).weights}
     stored, plain = {}, {}
     for seed, (name, weight) in enumerate(weights.items()):
-        if slots[name].role not in LINEAR_ROLES or slots[name].role == "kv_b_proj":
+        if specs[name].role not in LINEAR_ROLES or specs[name].role == "kv_b_proj":
             stored[name] = plain[name] = weight
             continue
         parts = scattered(weight, scheme, seed) if reorder else compressed(weight, scheme)
-        stored |= {f"{slots[name].module}.{suffix}": part for suffix, part in parts.items()}
+        stored |= {f"{specs[name].module}.{suffix}": part for suffix, part in parts.items()}
         plain[name] = expected(parts, scheme)
     ignore = ["lm_head", "re:.*kv_b_proj", "re:.*mlp.gate$"]
     quantization = QuantizationConfig(
@@ -150,9 +150,9 @@ def test_a_minus_one_leaves_columns_in_order():
 @pytest.mark.parametrize("kind", MARKS)
 def test_whole_checkpoints_are_read_and_computed_with(kind, written, cli):
     packed, plain = (Checkpoint.open(written[kind] / name) for name in ("packed", "plain"))
-    want = {w.slot.name: decode(plain, w, torch.bfloat16) for w in plain.weights}
+    want = {w.spec.name: decode(plain, w, torch.bfloat16) for w in plain.weights}
     for weight in packed.weights:
-        assert torch.equal(decode(packed, weight, torch.bfloat16), want[weight.slot.name]), weight.slot.name
+        assert torch.equal(decode(packed, weight, torch.bfloat16), want[weight.spec.name]), weight.spec.name
     inspected = cli("inspect", packed.folder)
     assert inspected.code == 0, inspected.err
     assert MARKS[kind] in inspected.out
@@ -224,7 +224,7 @@ def test_a_group_that_is_not_there_is_damage(value, written, tmp_path):
         tensors["model.layers.0.self_attn.o_proj.weight_g_idx"][5] = value
 
     checkpoint = Checkpoint.open(changed(tmp_path / "changed", written["both"], change))
-    weight = next(w for w in checkpoint.weights if w.slot.name.endswith("0.self_attn.o_proj.weight"))
+    weight = next(w for w in checkpoint.weights if w.spec.name.endswith("0.self_attn.o_proj.weight"))
     with pytest.raises(InputError, match="o_proj: weight_g_idx names groups beyond its 4"):
         decode(checkpoint, weight, torch.float32)
 

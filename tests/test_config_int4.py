@@ -74,13 +74,13 @@ def test_compressed_tensors_finds_every_modules_scheme(name, group_size):
     made, raw = planned(name, group_size)
     config = QuantizationConfig.model_validate(raw)
     linear = torch.nn.Linear(1, 1)
-    for line in made.lines:
-        if len(line.slot.shape) != 2 or line.slot.role == "embed":
+    for line in made.entries:
+        if len(line.spec.shape) != 2 or line.spec.role == "embed":
             continue
         groups = [
-            g for g in config.config_groups.values() if is_match(line.slot.module, linear, g.targets, config.ignore)
+            g for g in config.config_groups.values() if is_match(line.spec.module, linear, g.targets, config.ignore)
         ]
         found = [(g.weights.num_bits, g.weights.strategy, g.weights.group_size) for g in groups]
         size = line.scheme.removeprefix("int4-g")
         want = {"bf16": [], "fp8-channel": [(8, "channel", None)]}.get(line.scheme)
-        assert found == ([(4, "group", int(size))] if want is None else want), line.slot.module
+        assert found == ([(4, "group", int(size))] if want is None else want), line.spec.module

@@ -57,11 +57,11 @@ def test_every_tensor_is_its_codecs_encoding(grid, awkward, tmp_path):
     )
     convert(made, tmp_path / "out", command="")
     source, written = tensors(awkward), tensors(tmp_path / "out")
-    assert set(written) == {o.name for line in made.lines for o in line.outputs}
+    assert set(written) == {o.name for line in made.entries for o in line.outputs}
     for step in made.steps:
-        scheme = step.lines[0].scheme
-        encoded = CODECS[scheme].encode([bits(source[line.slot.name]) for line in step.lines])
-        for line, arrays in zip(step.lines, encoded, strict=True):
+        scheme = step.entries[0].scheme
+        encoded = CODECS[scheme].encode([bits(source[line.spec.name]) for line in step.entries])
+        for line, arrays in zip(step.entries, encoded, strict=True):
             for output, array in zip(line.outputs, arrays.values(), strict=True):
                 got = written[output.name]
                 assert tuple(got.shape) == output.shape

@@ -18,10 +18,10 @@ from dsv2quant.arch.gguf_tensors import model_tensors
 from dsv2quant.cli.gguf import file_type_names
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks, file_types, imatrix
-from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, check_model
+from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model
 from dsv2quant.planning.gguf_types import Overrides, choose
 
-Entries = Mapping[str, Entry]
+Entries = Mapping[str, FileEntry]
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +31,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tiny.write_checkpoint(folder / name, raw, gguf_tiny.weights(raw)) for name, raw in configs.items()}
 
 
-def changed(path: Path, change: Callable[[dict[str, Entry]], Entries], model: str = "tiny-odd") -> Path:
+def changed(path: Path, change: Callable[[dict[str, FileEntry]], Entries], model: str = "tiny-odd") -> Path:
     """An imatrix of the model with other entries."""
     found = imatrix.read(write_imatrix(path, model))
     imatrix.write(path, Imatrix(change(dict(found.entries)), found.datasets, found.chunk_count, found.chunk_size))
     return path
 
 
-def without(*words: str) -> Callable[[dict[str, Entry]], Entries]:
+def without(*words: str) -> Callable[[dict[str, FileEntry]], Entries]:
     return lambda entries: {name: e for name, e in entries.items() if not any(word in name for word in words)}
 
 
-def of_an_older_program(entries: dict[str, Entry]) -> Entries:
+def of_an_older_program(entries: dict[str, FileEntry]) -> Entries:
     """attn_kv_b in one piece, as llama-imatrix measured before the halves were stored."""
     rest = without("attn_k_b", "attn_v_b")(entries)
-    return {**rest, **{f"blk.{i}.attn_kv_b.weight": Entry(np.ones((1, 32), np.float32), np.ones(1)) for i in (0, 1)}}
+    return {
+        **rest,
+        **{f"blk.{i}.attn_kv_b.weight": FileEntry(np.ones((1, 32), np.float32), np.ones(1)) for i in (0, 1)},
+    }
 
 
 def notes(cli, model: Path, *options: object) -> list[str]:
@@ -93,15 +96,15 @@ TENSORS = model_tensors(ModelConfig.from_dict(gguf_tiny.ODD, "config.json"))
 def test_any_tensor_of_another_model_is_refused(name, message, tmp_path):
     found = imatrix.read(write_imatrix(tmp_path / "imatrix.gguf", "tiny-odd"))
     check_model(TENSORS, found)
-    found = Imatrix({**found.entries, name: Entry(np.ones((1, 32), np.float32), np.ones(1))}, (), 0, 0)
+    found = Imatrix({**found.entries, name: FileEntry(np.ones((1, 32), np.float32), np.ones(1))}, (), 0, 0)
     with pytest.raises(InputError, match=f"imatrix: of another model: {message}"):
         check_model(TENSORS, found)
 
 
 def test_negative_counts_are_damage(tmp_path, models, cli):
-    def negate(entries: dict[str, Entry]) -> Entries:
+    def negate(entries: dict[str, FileEntry]) -> Entries:
         name = "blk.1.ffn_up_exps.weight"
-        return {**entries, name: Entry(entries[name].sums, -entries[name].counts)}
+        return {**entries, name: FileEntry(entries[name].sums, -entries[name].counts)}
 
     path = changed(tmp_path / "imatrix.gguf", negate)
     ran = cli("plan", models["odd"], "--gguf", "Q4_K_M", "--imatrix", path)
@@ -118,7 +121,7 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     config = ModelConfig.from_dict(raw, "config.json")
     matrices = [t for t in model_tensors(config) if t.layer is not None and len(t.shape) > 1]
     entries = {
-        t.name: Entry(np.ones((1, t.matrices * t.shape[-1]), np.float32), np.ones(1, np.float32)) for t in matrices
+        t.name: FileEntry(np.ones((1, t.matrices * t.shape[-1]), np.float32), np.ones(1, np.float32)) for t in matrices
     }
     path = tmp_path / "imatrix.gguf"
     imatrix.write(path, Imatrix(entries, ("text",), 1, 64))

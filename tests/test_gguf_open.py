@@ -60,13 +60,13 @@ def test_logits_are_those_of_the_decoded_weights(kind, weights, arrays, tmp_path
     plain = gguf_files.decoded(CONFIG, data, types, weights)
     folder = tiny.write_checkpoint(tmp_path / "plain", opened.raw_config, plain)
     for weight in opened.weights:
-        assert torch.equal(decode(opened, weight, torch.float32), plain[weight.slot.name]), weight.slot.name
+        assert torch.equal(decode(opened, weight, torch.float32), plain[weight.spec.name]), weight.spec.name
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 4096, (2, 24)))
     assert torch.equal(Model(opened).forward(tokens), Model(Checkpoint.open(folder)).forward(tokens))
 
 
 def test_schemes_and_parts(model):
-    weights = {w.slot.name.removeprefix("model.layers.1."): w for w in Checkpoint.open(model).weights}
+    weights = {w.spec.name.removeprefix("model.layers.1."): w for w in Checkpoint.open(model).weights}
     assert weights["self_attn.kv_b_proj.weight"].scheme == "q5_0+q8_0"
     assert list(weights["self_attn.kv_b_proj.weight"].parts) == ["attn_k_b", "attn_v_b"]
     assert weights["mlp.gate.weight"].scheme == "bf16"
@@ -81,7 +81,7 @@ def test_a_file_without_output_has_tied_embeddings(arrays, tmp_path):
     write_gguf(tmp_path / "m.gguf", CONFIG, {n: a for n, a in arrays.items() if n != "output.weight"}, MIXED)
     opened = Checkpoint.open(tmp_path / "m.gguf")
     assert opened.config.tie_word_embeddings
-    assert "lm_head.weight" not in {w.slot.name for w in opened.weights}
+    assert "lm_head.weight" not in {w.spec.name for w in opened.weights}
 
 
 # Split files
@@ -243,7 +243,7 @@ def test_types_that_the_gguf_library_does_not_know(model, tmp_path, cli):
     ran = cli("eval-ppl", path, "--ctx", 32, "--limit", 1, "--json", "-q")
     assert ran.code == 0, ran.err
     opened = Checkpoint.open(path)
-    weight = next(w for w in opened.weights if w.slot.name == "model.layers.1.mlp.experts.2.down_proj.weight")
+    weight = next(w for w in opened.weights if w.spec.name == "model.layers.1.mlp.experts.2.down_proj.weight")
     stored = data[weight.stored.begin :][: weight.nbytes]
     expected = blocks.decode("Q1_0", np.frombuffer(stored, np.uint8).reshape(256, -1))
     assert np.array_equal(decode(opened, weight, torch.float32).numpy(), expected)
@@ -277,7 +277,7 @@ def test_verify_measures_float32_errors_against_the_source(model, weights, tmp_p
 
 def test_verify_names_a_scale_that_is_not_finite(model, tmp_path, cli):
     checkpoint = Checkpoint.open(model)
-    weight = next(w for w in checkpoint.weights if w.slot.name == "model.layers.1.mlp.experts.2.down_proj.weight")
+    weight = next(w for w in checkpoint.weights if w.spec.name == "model.layers.1.mlp.experts.2.down_proj.weight")
     path, start = checkpoint.data["model.gguf"]
     data = bytearray(path.read_bytes())
     at = start + weight.stored.begin + 5 * 210 + 208  # d of block 5

@@ -18,11 +18,11 @@ from gguf import GGUFReader
 from gguf_files import CONFIG, stacked
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, model_slots
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, model_specs
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.imatrix import Entry, Imatrix
+from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
 RAW = CONFIG | {"vocab_size": 4096, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
@@ -33,14 +33,14 @@ Tensors = dict[str, torch.Tensor]
 def fp8_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """DeepSeek's FP8: what is stored, and its float32 values; a scale for each 128×128 block."""
     stored, values = dict(tensors), {name: tensor.float() for name, tensor in tensors.items()}
-    for slot in model_slots(ModelConfig.from_dict(RAW, "config.json")):
-        if slot.role in LINEAR_ROLES:
-            codes = (tensors[slot.name].float() * 40).to(torch.float8_e4m3fn)
-            rows, cols = (-(-n // 128) for n in slot.shape)
+    for spec in model_specs(ModelConfig.from_dict(RAW, "config.json")):
+        if spec.role in LINEAR_ROLES:
+            codes = (tensors[spec.name].float() * 40).to(torch.float8_e4m3fn)
+            rows, cols = (-(-n // 128) for n in spec.shape)
             scales = torch.linspace(0.01, 0.07, rows * cols).reshape(rows, cols)
-            wide = scales.repeat_interleave(128, 0)[: slot.shape[0]].repeat_interleave(128, 1)[:, : slot.shape[1]]
-            stored[slot.name], stored[f"{slot.name}_scale_inv"] = codes, scales
-            values[slot.name] = codes.float() * wide
+            wide = scales.repeat_interleave(128, 0)[: spec.shape[0]].repeat_interleave(128, 1)[:, : spec.shape[1]]
+            stored[spec.name], stored[f"{spec.name}_scale_inv"] = codes, scales
+            values[spec.name] = codes.float() * wide
     return stored, values
 
 
@@ -93,7 +93,7 @@ def test_every_matrix_has_its_own_importance(tmp_path):
         for name, array in expected.items()
         if array.ndim == 3
     }
-    entries = {name: Entry(x.reshape(len(x), -1), np.full(len(x), 4, np.float32)) for name, x in sums.items()}
+    entries = {name: FileEntry(x.reshape(len(x), -1), np.full(len(x), 4, np.float32)) for name, x in sums.items()}
     out = convert(model, tmp_path / "m.gguf", "Q4_K_M", Imatrix(entries, ("a.txt",), 1, 512))
     checked = {tensor.name: tensor for tensor in GGUFReader(out).tensors if tensor.name in sums}
     assert set(checked) == set(sums)

@@ -19,13 +19,13 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.deepseek_v2 import model_specs
 from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, check_model, metadata, read, write
+from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model, metadata, read, write
 from dsv2quant.text.calibration import load, windows_in_order
 from dsv2quant.text.tokenizer import Tokenizer
 
@@ -46,13 +46,13 @@ def fox_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RAW with weights from a generator whose numbers never change."""
     generator = np.random.RandomState(0)
     weights = {}
-    for slot in model_slots(CONFIG):
-        noise = generator.standard_normal(slot.shape)
-        if slot.role == "norm":
+    for spec in model_specs(CONFIG):
+        noise = generator.standard_normal(spec.shape)
+        if spec.role == "norm":
             noise = 1 + 0.1 * noise
-        elif slot.role != "embed":
-            noise *= slot.shape[-1] ** -0.5
-        weights[slot.name] = torch.from_numpy(noise).to(torch.bfloat16)
+        elif spec.role != "embed":
+            noise *= spec.shape[-1] ** -0.5
+        weights[spec.name] = torch.from_numpy(noise).to(torch.bfloat16)
     return tiny.write_checkpoint(tmp_path_factory.mktemp("fox") / "fox", RAW, weights)
 
 
@@ -80,7 +80,7 @@ def written(path: Path, arrays: dict[str, np.ndarray], without: str = "", datase
 
 
 def one(name: str, sums: np.ndarray, counts: list[float]) -> Imatrix:
-    return Imatrix({name: Entry(sums.astype(np.float32), np.array(counts, np.float32))}, ("text",), 4, 64)
+    return Imatrix({name: FileEntry(sums.astype(np.float32), np.array(counts, np.float32))}, ("text",), 4, 64)
 
 
 def test_llama_imatrix_s_file_is_read_and_written_to_the_byte(tmp_path):
@@ -112,7 +112,7 @@ def test_calibrate_measures_what_llama_imatrix_does(fox_model, fox, tmp_path, cl
         np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=2 * TOKENS * 2.0**-24)
     # The header and the lengths of tensors aside, files are of one size.
     assert len(out.read_bytes()) == len(GOLDEN.read_bytes())
-    sizes = [slot.get_shape()[0] * 4 for slot in map(Statistics(stats)._file.get_slice, Statistics(stats)._names)]
+    sizes = [spec.get_shape()[0] * 4 for spec in map(Statistics(stats)._file.get_slice, Statistics(stats)._names)]
     assert sum(sizes) <= statistics_bytes(CONFIG)
 
 
@@ -197,7 +197,7 @@ def test_dense_tensors_are_not_shrunk():
 def test_a_missing_entry_is_none_and_a_wrong_size_is_an_error():
     found = read(GOLDEN)
     assert found.importance(TENSORS["output.weight"], shrink=False) is None
-    other = Tensor(GATE, (16, 48, 65), TENSORS[GATE].slots, 1)
+    other = Tensor(GATE, (16, 48, 65), TENSORS[GATE].specs, 1)
     with pytest.raises(
         InputError, match=r"fox.imatrix.gguf: of another model: blk.1.ffn_gate_exps.weight has 1,024 .*1,040"
     ):
@@ -303,9 +303,9 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     plain = Statistics(stats)
     assert cli(*command, "--imatrix", out, "--force").code == 0
     assert read(out).entries.keys() == read(GOLDEN).entries.keys()
-    slots = [weight.slot for weight in Checkpoint.open(fox_model).weights if weight.slot.role == "o_proj"]
-    for slot in slots:  # two ways to attend, one result
-        np.testing.assert_allclose(Statistics(stats).squares(slot), plain.squares(slot), rtol=1e-5)
+    specs = [weight.spec for weight in Checkpoint.open(fox_model).weights if weight.spec.role == "o_proj"]
+    for spec in specs:  # two ways to attend, one result
+        np.testing.assert_allclose(Statistics(stats).squares(spec), plain.squares(spec), rtol=1e-5)
     before = out.read_bytes()
     monkeypatch.setattr("dsv2quant.calib.collect.collect", None)  # all is there
     assert cli(*command, "--imatrix", out).code == 0

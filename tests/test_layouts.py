@@ -298,7 +298,7 @@ def artifacts(source, tmp_path_factory):
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
     loader = Loader(Checkpoint.open(folder), LoadOptions())
-    return {w.slot.name: loader._tensor(w.slot.name) for w in loader.checkpoint.weights}
+    return {w.spec.name: loader._tensor(w.spec.name) for w in loader.checkpoint.weights}
 
 
 @pytest.mark.parametrize(("family", "method"), [("gptq", "rtn"), ("awq", "rtn"), ("gptq", "gptq")])
@@ -314,7 +314,7 @@ def test_the_layouts_hold_the_same_weights_as_compressed_tensors(family, method,
 @pytest.mark.parametrize("family", ["gptq", "awq"])
 def test_an_artifact_is_read_back_inspected_and_verified(family, artifacts, source, cli):
     folder = artifacts[family, "rtn"]
-    quantized = {w.slot.name for w in Checkpoint.open(folder).weights if w.scheme == f"{family}-g32"}
+    quantized = {w.spec.name for w in Checkpoint.open(folder).weights if w.scheme == f"{family}-g32"}
     assert len(quantized) == 2 * 4 + 3 + 3 + 8 * 3  # q_a, q_b, kv_a, o; dense, shared and routed FFNs
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.5.down_proj"

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.arch.deepseek_v2 import ROLES, model_slots
+from dsv2quant.arch.deepseek_v2 import ROLES, model_specs
 
 LITE_16B = tiny.LITE | {
     "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
@@ -15,8 +15,8 @@ LITE_16B = tiny.LITE | {
 }  # fmt: skip
 
 
-def slots(raw):
-    return model_slots(ModelConfig.from_dict(raw, "config.json"))
+def specs(raw):
+    return model_specs(ModelConfig.from_dict(raw, "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_names_and_shapes_are_what_transformers_saves(raw, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as saved:
         theirs = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-    assert {s.name: s.shape for s in slots(raw)} == theirs
+    assert {s.name: s.shape for s in specs(raw)} == theirs
 
 
 def test_parameter_counts_of_the_published_models():
-    assert sum(s.size for s in slots(LITE_16B)) == 15_706_484_224
+    assert sum(s.size for s in specs(LITE_16B)) == 15_706_484_224
 
 
 def test_roles():
-    by_name = {s.name: s for s in slots(tiny.V2 | {"attention_bias": True})}
+    by_name = {s.name: s for s in specs(tiny.V2 | {"attention_bias": True})}
     assert all(s.role in ROLES for s in by_name.values())
     assert by_name["model.layers.0.mlp.gate_proj.weight"].role == "dense.gate_proj"
     assert by_name["model.layers.1.mlp.gate.weight"].role == "router"

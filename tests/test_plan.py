@@ -39,17 +39,17 @@ def plan(checkpoint, name="fp8-block", **options):
 def schemes(made) -> dict[str, set[str]]:
     """{role: schemes}."""
     found: dict[str, set[str]] = {}
-    for line in made.lines:
-        found.setdefault(line.slot.role, set()).add(line.scheme)
+    for line in made.entries:
+        found.setdefault(line.spec.role, set()).add(line.scheme)
     return found
 
 
 def reasons(made, role: str) -> set[str]:
-    return {line.reason or "" for line in made.lines if line.slot.role == role}
+    return {line.reason or "" for line in made.entries if line.spec.role == role}
 
 
 def fallen(made) -> set[str]:
-    return {line.slot.role for line in made.lines if line.reason}
+    return {line.spec.role for line in made.entries if line.reason}
 
 
 def test_totals_of_the_published_models(published):
@@ -59,8 +59,8 @@ def test_totals_of_the_published_models(published):
     assert lite.bytes_in == 2 * lite.parameters
     assert v2.bytes_in == 2 * v2.parameters
     for made, bits in ((lite, 8.268), (v2, 8.061)):
-        unquantized = sum(line.slot.size for line in made.lines if line.scheme == "bf16")
-        blocks = sum(-(-r // 128) * -(-c // 128) for r, c in (x.slot.shape for x in made.lines if x.scheme != "bf16"))
+        unquantized = sum(line.spec.size for line in made.entries if line.scheme == "bf16")
+        blocks = sum(-(-r // 128) * -(-c // 128) for r, c in (x.spec.shape for x in made.entries if x.scheme != "bf16"))
         headers = sum(len(shard.header) for shard in made.shards)
         assert made.bytes_out == made.parameters + unquantized + 4 * blocks + headers
         assert 8 * made.bytes_out / made.parameters == pytest.approx(bits, abs=0.001)
@@ -160,14 +160,14 @@ def test_tensor_scales_give_way_where_engines_refuse_them(published):
 
 def test_fused_modules_share_a_step_where_a_scale_is_shared(published):
     made = plan(published["v2"], "fp8-tensor", for_targets=["vllm"])
-    together = {tuple(line.slot.role for line in step.lines) for step in made.steps if len(step.lines) > 1}
+    together = {tuple(line.spec.role for line in step.entries) for step in made.steps if len(step.entries) > 1}
     assert together == {
         ("q_a_proj", "kv_a_proj_with_mqa"),
         ("dense.gate_proj", "dense.up_proj"),
         ("shared.gate_proj", "shared.up_proj"),
     }
     alone = plan(published["v2"], "fp8-tensor", for_targets=["transformers"])
-    assert all(len(step.lines) == 1 for step in alone.steps)
+    assert all(len(step.entries) == 1 for step in alone.steps)
 
 
 def test_recipes_cannot_quantize_what_no_consumer_loads_or_split_what_is_fused():
@@ -199,7 +199,7 @@ def test_shards_hold_every_output_once_and_keep_to_their_size():
     made = plan(Checkpoint.open(tiny.MINI), max_shard_size=2_500_000)
     assert [s.file for s in made.shards] == [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
     names = [o.name for s in made.shards for o in s.outputs]
-    assert sorted(names) == sorted(o.name for line in made.lines for o in line.outputs)
+    assert sorted(names) == sorted(o.name for line in made.entries for o in line.outputs)
     assert len(set(names)) == len(names)
     assert all(sum(o.nbytes for o in s.outputs) <= 2_500_000 for s in made.shards)
     index = made.index()
@@ -269,9 +269,9 @@ def test_mixed_schemes_name_their_modules_without_class_names(published):
     def matches(group, name):
         return any(re.match(target.removeprefix("re:"), name) for target in group["targets"])
 
-    for line in made.lines:
+    for line in made.entries:
         if line.scheme != "bf16":
-            name = line.slot.module
+            name = line.spec.module
             assert matches(first, name) == (line.scheme == "fp8-channel"), name
             assert matches(second, name) == (line.scheme == "fp8-tensor"), name
     assert matches(first, "model.layers.5.self_attn.fused_qkv_a_proj_with_mqa")

@@ -43,7 +43,7 @@ def custom(rules: str):
 
 
 def methods(made) -> set[tuple[str, str]]:
-    return {(line.scheme, line.method) for line in made.lines}
+    return {(line.scheme, line.method) for line in made.entries}
 
 
 @pytest.mark.parametrize("model", ["lite", "v2", "mini"])
@@ -232,9 +232,9 @@ def test_columns_that_no_group_divides_fall_back_for_every_consumer(tmp_path):
 def test_all_projections_of_a_layers_experts_share_a_scheme(name, model, tp, models):
     made = plan(models[model], name, tp=tp)
     by_layer: dict[int, set[str]] = {}
-    for line in made.lines:
-        if line.slot.role in ROUTED:
-            by_layer.setdefault(line.slot.layer, set()).add(line.scheme)
+    for line in made.entries:
+        if line.spec.role in ROUTED:
+            by_layer.setdefault(line.spec.layer, set()).add(line.scheme)
     assert len(by_layer) == models[model].config.num_hidden_layers - 1
     assert all(len(found) == 1 for found in by_layer.values())
 
@@ -272,7 +272,7 @@ def test_smaller_groups_keep_the_method_and_bf16_has_none(models):
         assert groups.schemes == {"int4-g128", "int4-g64", "int4-g32"}
         assert {m for scheme, m in methods(groups) if scheme != "bf16"} == {method}
         fallback = plan(models["lite"], method=method, for_targets=["vllm"], tp=8)
-        assert {line.method for line in fallback.lines if line.slot.role in ROUTED} == {"rtn"}
+        assert {line.method for line in fallback.entries if line.spec.role in ROUTED} == {"rtn"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -281,8 +281,8 @@ def test_planned_bytes_follow_from_the_format(name, group_size, models):
     for model in ("lite", "v2"):
         made = plan(models[model], name, group_size=group_size)
         nbytes = sum(len(shard.header) for shard in made.shards)
-        for line in made.lines:
-            rows, cols = (*line.slot.shape, 1)[:2]
+        for line in made.entries:
+            rows, cols = (*line.spec.shape, 1)[:2]
             nbytes += {
                 "bf16": 2 * rows * cols,
                 "fp8-channel": rows * cols + 4 * rows,
@@ -301,8 +301,8 @@ def test_planned_sizes_are_the_files_sizes(name, models, tmp_path):
     assert len(made.shards) > 2
     for shard in made.shards:
         assert (tmp_path / "out" / shard.file).stat().st_size == shard.nbytes == result.files[shard.file]["size"]
-    assert {w.slot.name: w.scheme for w in Checkpoint.open(tmp_path / "out").weights} == {
-        line.slot.name: line.scheme for line in made.lines
+    assert {w.spec.name: w.scheme for w in Checkpoint.open(tmp_path / "out").weights} == {
+        line.spec.name: line.scheme for line in made.entries
     }
 
 

@@ -140,8 +140,8 @@ def test_planned_bytes_follow_from_the_layouts(models):
     for family, group_size in [("gptq", 128), ("gptq", 0), ("awq", 64)]:
         made = plan(models["v2"], family=family, group_size=group_size)
         nbytes = sum(len(shard.header) for shard in made.shards)
-        for line in made.lines:
-            rows, cols = (*line.slot.shape, 1)[:2]
+        for line in made.entries:
+            rows, cols = (*line.spec.shape, 1)[:2]
             groups = cols // (group_size or cols)
             quantized = (
                 rows * cols // 2 + groups * rows // 2 + 2 * groups * rows + (4 * cols if family == "gptq" else 0)
@@ -184,16 +184,16 @@ def engine_modules(checkpoint) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     latent = checkpoint.config.q_lora_rank is not None
     for weight in checkpoint.weights:
-        slot = weight.slot
-        parent, _, leaf = slot.module.rpartition(".")
-        if len(slot.shape) != 2 or slot.role in ("embed", "router", "lm_head"):
+        spec = weight.spec
+        parent, _, leaf = spec.module.rpartition(".")
+        if len(spec.shape) != 2 or spec.role in ("embed", "router", "lm_head"):
             continue
         fused = {"gate_proj": ["gate_up_proj"], "up_proj": ["gate_up_proj"]}.get(leaf, [leaf])
         if latent and leaf in ("q_a_proj", "kv_a_proj_with_mqa"):
             fused = ["fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"]
         names = [f"{parent}.{name}" for name in fused]
-        for name in [f"model.layers.{slot.layer}.mlp.experts"] if slot.role.startswith("routed.") else names:
-            found.setdefault(name, []).append(slot.module)
+        for name in [f"model.layers.{spec.layer}.mlp.experts"] if spec.role.startswith("routed.") else names:
+            found.setdefault(name, []).append(spec.module)
     return found
 
 
@@ -223,7 +223,7 @@ def test_engines_find_every_modules_scheme(family, name, model, models):
     else:
         made = plan(models[model], name, family=family, group_size=GROUP[model], for_targets=["vllm"])
     config = made.config["quantization_config"]
-    of = {line.slot.module: line.scheme for line in made.lines}
+    of = {line.spec.module: line.scheme for line in made.entries}
     modules = engine_modules(models[model])
     for there, members in modules.items():
         assert {of[module] != "bf16" for module in members} == {quantized_there(there, config)}, there

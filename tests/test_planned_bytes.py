@@ -26,8 +26,8 @@ from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 from dsv2quant.planning.consumers import Parallel
-from dsv2quant.planning.gguf_plan import GgufPlan, Line, Options, make_gguf_plan
-from dsv2quant.planning.plan import FOLDED, Plan, _lay_out, _line
+from dsv2quant.planning.gguf_plan import Entry, GgufPlan, Options, make_gguf_plan
+from dsv2quant.planning.plan import SMOOTHED, Plan, _lay_out, _line
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
 from dsv2quant.storage.safetensors import HELD_AS, Output, Shard
 from dsv2quant.storage.shards import ShardWriter
@@ -59,7 +59,7 @@ FAULTS: dict[str, Callable[[Parts], Parts]] = {
 def plan_of_one(model: Path, scheme: str, method: str) -> Plan:
     """A matrix in a scheme, whatever consumers say to it, and one in fp8-channel before it."""
     checkpoint = Checkpoint.open(model)
-    weights = [w for w in checkpoint.weights if w.slot.role == "routed.down_proj"][:2]
+    weights = [w for w in checkpoint.weights if w.spec.role == "routed.down_proj"][:2]
     lines = (_line(weights[0], "fp8-channel", "rtn", None), _line(weights[1], scheme, method, None))
     steps, shards = _lay_out(lines, checkpoint, ("vllm",), 10**9)
     return Plan(
@@ -83,20 +83,20 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("convert", "calib.prepared"):
         monkeypatch.setattr(f"dsv2quant.{module}.needs_statistics", lambda plan: False)
     monkeypatch.setattr(Prepared, "__init__", lambda self, *args: self.__dict__.update(PREPARED))
-    monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.slot.shape[1], np.float32), 1.0))
+    monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.spec.shape[1], np.float32), 1.0))
 
 
 PREPARED = {
     "statistics": None,
     "encoded": None,
-    "folds": SimpleNamespace(tensors={}, apply=lambda slot, weight: weight),
+    "smoothing": SimpleNamespace(tensors={}, apply=lambda spec, weight: weight),
 }
 
 
 @pytest.mark.usefixtures("uncalibrated")
 @pytest.mark.parametrize("scheme", CODECS)
 def test_a_codec_that_breaks_the_plan_finishes_nothing(scheme, model, tmp_path, monkeypatch):
-    plan = plan_of_one(model, scheme, FOLDED)
+    plan = plan_of_one(model, scheme, SMOOTHED)
     encode = CODECS[scheme].encode
     for name, fault in FAULTS.items():
         calls = []
@@ -109,7 +109,7 @@ def test_a_codec_that_breaks_the_plan_finishes_nothing(scheme, model, tmp_path, 
         monkeypatch.setattr(CODECS[scheme], "encode", faulty)
         with pytest.raises(PlanViolation, match=r"came") as refused:
             convert.convert(plan, tmp_path / name, command="")
-        assert any(line.slot.module in str(refused.value) for line in plan.lines)  # workers race for the second call
+        assert any(line.spec.module in str(refused.value) for line in plan.entries)  # workers race for the second call
         assert "\n" not in str(refused.value)
         nothing_is_finished(tmp_path / name)
     monkeypatch.setattr(CODECS[scheme], "encode", lambda *args: [])
@@ -140,9 +140,9 @@ def test_a_step_that_is_never_done_finishes_nothing(model, tmp_path, monkeypatch
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_calibrated_parts_that_break_the_plan_finish_nothing(fault, model, tmp_path, monkeypatch):
     plan = plan_of_one(model, "int4-g64", "gptq")
-    codec, shape = CODECS["int4-g64"], plan.lines[1].slot.shape
+    codec, shape = CODECS["int4-g64"], plan.entries[1].spec.shape
     whole = {part.suffix: np.zeros(part.shape, HELD_AS[part.dtype]) for part in codec.layout(shape)}
-    module = plan.lines[1].slot.module
+    module = plan.entries[1].spec.module
     found = {f"{module}.{suffix}": array for suffix, array in fault(whole).items()}
     monkeypatch.setattr(convert, "prepare", lambda *args: Prepared(plan))
     monkeypatch.setattr(Prepared, "encoded_parts", lambda self, line: found)
@@ -201,8 +201,8 @@ BLOCK_FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def of_type(plan: GgufPlan, kind: str) -> GgufPlan:
-    tensors = [line.tensor for line in plan.lines if len(line.tensor.shape) > 1 and line.tensor.shape[-1] == 256]
-    return replace(plan, lines=tuple(Line(tensor, kind, None) for tensor in tensors[1:3]))
+    tensors = [line.tensor for line in plan.entries if len(line.tensor.shape) > 1 and line.tensor.shape[-1] == 256]
+    return replace(plan, entries=tuple(Entry(tensor, kind, None) for tensor in tensors[1:3]))
 
 
 @pytest.mark.parametrize("kind", blocks.TYPES)

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.deepseek_v2 import model_specs
 from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, encode_int4, matrices
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
@@ -38,16 +38,16 @@ def test_parts_are_those_of_the_codecs(name):
     chosen = recipe.builtin(name, group_size=32 if name.startswith("int4") else None)
     source, plain = RandomWeights(GROUPED, chosen, "cpu"), RandomWeights(GROUPED, None, "cpu")
     met = set()
-    for slot in model_slots(GROUPED):
-        if slot.layer not in (0, 1) or (slot.expert or 0) > 1 or len(slot.shape) < 2:
+    for spec in model_specs(GROUPED):
+        if spec.layer not in (0, 1) or (spec.expert or 0) > 1 or len(spec.shape) < 2:
             continue
-        scheme, parts = source.stored(slot.module)
-        assert scheme == source.scheme(slot.module)
-        (given,) = bits(plain.stored(slot.module)[1]).values()
+        scheme, parts = source.stored(spec.module)
+        assert scheme == source.scheme(spec.module)
+        (given,) = bits(plain.stored(spec.module)[1]).values()
         codec = CODECS[scheme]
         same(parts, codec.encode([given])[0])
         assert {suffix: part.shape for suffix, part in parts.items()} == {
-            p.suffix: p.shape for p in codec.layout(slot.shape)
+            p.suffix: p.shape for p in codec.layout(spec.shape)
         }
         assert source.activation(scheme) == codec.activation
         met.add(scheme)
@@ -109,7 +109,7 @@ def test_activations_keep_their_size():
 @pytest.mark.parametrize("model", MODELS)
 def test_published_configurations_give_the_known_number_of_parameters(model):
     """235.7 and 15.7 billion (arXiv:2405.04434, table 9 and appendix B)."""
-    total = sum(slot.size for slot in model_slots(configuration(model)))
+    total = sum(spec.size for spec in model_specs(configuration(model)))
     assert round(total / 1e9, 1) == {"v2": 235.7, "v2-lite": 15.7}[model]
 
 

@@ -9,13 +9,13 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 
 
-def slot(role: str, layer: int | None = 0) -> Slot:
-    return Slot(f"{role}.weight", role, (128, 128), layer)
+def spec(role: str, layer: int | None = 0) -> TensorSpec:
+    return TensorSpec(f"{role}.weight", role, (128, 128), layer)
 
 
 def test_first_match_wins_and_the_rest_stays_bf16():
@@ -29,17 +29,17 @@ def test_first_match_wins_and_the_rest_stays_bf16():
         """,
         "mine.yaml",
     )
-    assert parsed.assign(slot("kv_b_proj")) == ("bf16", "rtn")
-    assert parsed.assign(slot("routed.up_proj", 2)) == ("fp8-block", "rtn")
-    assert parsed.assign(slot("routed.up_proj", 3)) == ("fp8-channel", "rtn")
-    assert parsed.assign(slot("o_proj")) == ("fp8-channel", "rtn")
-    assert parsed.assign(slot("embed", None)) == ("bf16", "rtn")
+    assert parsed.assign(spec("kv_b_proj")) == ("bf16", "rtn")
+    assert parsed.assign(spec("routed.up_proj", 2)) == ("fp8-block", "rtn")
+    assert parsed.assign(spec("routed.up_proj", 3)) == ("fp8-channel", "rtn")
+    assert parsed.assign(spec("o_proj")) == ("fp8-channel", "rtn")
+    assert parsed.assign(spec("embed", None)) == ("bf16", "rtn")
 
 
 @pytest.mark.parametrize("grid", ["block", "channel", "tensor"])
 def test_builtin_recipes_quantize_every_linear_role(grid):
     builtin = recipe.builtin(f"fp8-{grid}")
-    kept = {role for role in ROLES if builtin.assign(slot(role))[0] == "bf16"}
+    kept = {role for role in ROLES if builtin.assign(spec(role))[0] == "bf16"}
     assert kept == {"embed", "lm_head", "score", "router", "norm", "bias"}
 
 

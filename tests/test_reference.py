@@ -1,4 +1,4 @@
-"""The torch twins of the kernels: activation quantization and the quantized linear layer, against float64."""
+"""The torch references of the kernels: activation quantization and the quantized linear layer, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing's kernels: by Triton's interpreter against their twins, and as code for Hopper. tests/gpu has the same on a
+"""Routing's kernels: by Triton's interpreter against their references, and as code for Hopper. tests/gpu has the same on a
 device."""
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_every_spelling_is_the_same_model(spelling, shards, plain, published, tm
     assert tensors.keys() != plain.keys()
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", CONFIG, tensors, shards))
     assert sampled(checkpoint) == sampled(published)
-    assert [w.slot for w in checkpoint.weights] == [w.slot for w in published.weights]
+    assert [w.spec for w in checkpoint.weights] == [w.spec for w in published.weights]
     for ours, theirs in zip(checkpoint.weights, published.weights, strict=True):
         assert checkpoint.read(ours.stored).tobytes() == published.read(theirs.stored).tobytes()
 
@@ -118,8 +118,8 @@ def test_gguf_files_have_the_same_bytes(tmp_path, cli):
 
 def test_one_experts_bytes_are_read_alone(plain, tmp_path):
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", CONFIG, transformers_fused(plain)))
-    weight = next(w for w in checkpoint.weights if w.slot.name.endswith("2.mlp.experts.5.up_proj.weight"))
-    assert checkpoint.read(weight.stored).nbytes == 2 * weight.slot.size == weight.nbytes
+    weight = next(w for w in checkpoint.weights if w.spec.name.endswith("2.mlp.experts.5.up_proj.weight"))
+    assert checkpoint.read(weight.stored).nbytes == 2 * weight.spec.size == weight.nbytes
 
 
 def test_headers_from_the_hub_may_have_them_too(plain, published, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_headers_from_the_hub_may_have_them_too(plain, published, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "read_headers", lambda *_: (CONFIG, headers, "abc"))
     checkpoint = Checkpoint.open("owner/name", headers_only=True)
-    assert [w.slot for w in checkpoint.weights] == [w.slot for w in published.weights]
+    assert [w.spec for w in checkpoint.weights] == [w.spec for w in published.weights]
     assert [w.nbytes for w in checkpoint.weights] == [w.nbytes for w in published.weights]
 
 

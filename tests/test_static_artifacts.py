@@ -58,7 +58,7 @@ def test_engines_take_static_scales_everywhere_but_where_attention_unpacks_kv_b(
     assert made.targets == ("vllm", "sglang", "transformers")
     assert {role for role in static_roles if schemes(made)[role] == {"fp8-static"}} == static_roles
     assert schemes(made)["kv_b_proj"] == schemes(made)["router"] == schemes(made)["lm_head"] == {"bf16"}
-    assert not any(line.reason for line in made.lines)
+    assert not any(line.reason for line in made.entries)
 
     everywhere = recipe.parse("name: all\nrules: [{roles: [kv_b_proj], scheme: fp8-static}]", "all")
     refused = make_plan(published["lite"], everywhere, for_targets=["vllm"])
@@ -79,7 +79,7 @@ def test_sglang_cannot_merge_the_latents_scales(published):
 def test_autofp8_is_planned_for_the_engines_and_refused_for_transformers(published, cli):
     made = make_plan(published["lite"], static.AUTOFP8)
     assert made.targets == ("vllm", "sglang")
-    assert not any(line.reason for line in made.lines)
+    assert not any(line.reason for line in made.entries)
     with pytest.raises(UsageError, match="no fp8-autofp8 for --target transformers: it knows `weight_scale_inv` alone"):
         make_plan(published["lite"], static.AUTOFP8, for_targets=["vllm", "transformers"])
 
@@ -97,9 +97,9 @@ def test_fused_modules_and_a_layers_experts_share_an_input_scale(published):
     for targets, fused in ((("vllm", "sglang"), True), (("transformers",), False)):
         members: dict[str, set[str]] = {}
         for weight in checkpoint.weights:
-            slot = weight.slot
-            if slot.layer in (0, 7):
-                members.setdefault(input_group(slot, checkpoint.config, targets), set()).add(slot.name)
+            spec = weight.spec
+            if spec.layer in (0, 7):
+                members.setdefault(input_group(spec, checkpoint.config, targets), set()).add(spec.name)
 
         def together(first: str, second: str, members=members) -> bool:
             names = [f"model.layers.{name}.weight" for name in (first, second)]
@@ -115,8 +115,8 @@ def test_fused_modules_and_a_layers_experts_share_an_input_scale(published):
 
 
 def test_declared_configurations():
-    slots = [w.slot for w in Checkpoint.open(tiny.MINI).weights]
-    given = {scheme: {slot: rules.assign(slot)[0] for slot in slots} for scheme, rules in static.RECIPES.items()}
+    specs = [w.spec for w in Checkpoint.open(tiny.MINI).weights]
+    given = {scheme: {spec: rules.assign(spec)[0] for spec in specs} for scheme, rules in static.RECIPES.items()}
     tensor = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     made = quantization_config(given["fp8-static"], kv_scales=True)
     (group,) = made["config_groups"].values()
@@ -132,7 +132,7 @@ def test_declared_configurations():
     assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.1.self_attn.kv_b_proj"} < set(ignored)
     assert not any(re.search("o_proj|experts", name) for name in ignored)
     with pytest.raises(ValueError, match="mixes the quant methods fp8-autofp8 and fp8-block: an artifact has one"):
-        quantization_config(given["fp8-autofp8"] | {slots[-1]: "fp8-block"})
+        quantization_config(given["fp8-autofp8"] | {specs[-1]: "fp8-block"})
 
 
 @both
@@ -140,12 +140,12 @@ def test_kv_scales_belong_to_kv_a_and_count_in_sizes_shards_and_digest(scheme, p
     without, made = (
         make_plan(published["lite"], static.RECIPES[scheme], kv_scales=kv, max_shard_size=10**9) for kv in (False, True)
     )
-    names = {o.name: o for line in made.lines for o in line.outputs}
-    added = names.keys() - {o.name for line in without.lines for o in line.outputs}
+    names = {o.name: o for line in made.entries for o in line.outputs}
+    added = names.keys() - {o.name for line in without.entries for o in line.outputs}
     assert added == {f"model.layers.{i}.self_attn.{x}_scale" for i in range(27) for x in "kv"}
     shape = {"fp8-static": (1,), "fp8-autofp8": ()}[scheme]
     assert {(names[name].dtype, names[name].shape) for name in added} == {("F32", shape)}
-    lines = [line for line in made.lines if line.slot.role == "kv_a_proj_with_mqa"]
+    lines = [line for line in made.entries if line.spec.role == "kv_a_proj_with_mqa"]
     assert all([o.name.rpartition(".")[2] for o in line.outputs[-2:]] == ["k_scale", "v_scale"] for line in lines)
     assert {o.name for shard in made.shards for o in shard.outputs} == set(names)
     payload = [sum(o.nbytes for s in p.shards for o in s.outputs) for p in (without, made)]
@@ -157,10 +157,10 @@ def test_kv_scales_belong_to_kv_a_and_count_in_sizes_shards_and_digest(scheme, p
 
 def test_kv_scales_keep_an_unquantized_kv_a_from_being_copied(published):
     rules = recipe.parse("name: o\nrules: [{roles: [o_proj], scheme: fp8-channel}]", "o")
-    line = next(x for x in make_plan(published["lite"], rules).lines if x.slot.role == "kv_a_proj_with_mqa")
+    line = next(x for x in make_plan(published["lite"], rules).entries if x.spec.role == "kv_a_proj_with_mqa")
     assert line.is_copy
     line = next(
-        x for x in make_plan(published["lite"], rules, kv_scales=True).lines if x.slot.role == "kv_a_proj_with_mqa"
+        x for x in make_plan(published["lite"], rules, kv_scales=True).entries if x.spec.role == "kv_a_proj_with_mqa"
     )
     assert not line.is_copy
     assert len(line.outputs) == 3
@@ -190,7 +190,7 @@ def test_the_plan_says_what_engines_make_of_kv_scales(published):
 def test_what_was_written_is_read(scheme, artifacts, cli):
     folder, made = artifacts[scheme]
     checkpoint = Checkpoint.open(folder)
-    assert {w.slot.name: w.scheme for w in checkpoint.weights} == {x.slot.name: x.scheme for x in made.lines}
+    assert {w.spec.name: w.scheme for w in checkpoint.weights} == {x.spec.name: x.scheme for x in made.entries}
     assert scheme in made.schemes
     assert list(checkpoint.kv_scales) == [0, 1, 2]
     for layer, stored in checkpoint.kv_scales.items():
@@ -221,7 +221,7 @@ def test_the_runtime_quantizes_every_input_with_its_stored_scale(scheme, artifac
     tensors = {name: t for file in checkpoint.files for name, t in load_file(folder / file).items()}
     model = Model(checkpoint)
     watched = static.watch(model)
-    static_modules = {w.slot.module for w in checkpoint.weights if w.scheme == scheme}
+    static_modules = {w.spec.module for w in checkpoint.weights if w.scheme == scheme}
     assert "model.layers.1.mlp.experts.5.down_proj" in static_modules
     generator = torch.Generator().manual_seed(0)
     for module, linear in watched.items():
@@ -287,7 +287,7 @@ def test_dynamic_and_static_inputs_of_tensor_scales_mix(tmp_path, lite, monkeypa
     rules = "name: both\nrules: [{roles: [o_proj], scheme: fp8-tensor}, {roles: [q_proj], scheme: fp8-static}]"
     monkeypatch.setitem(static.RECIPES, "both", recipe.parse(rules, "both"))
     static.write(lite, tmp_path / "out", "both")
-    found = {w.slot.role: w.scheme for w in Checkpoint.open(tmp_path / "out").weights}
+    found = {w.spec.role: w.scheme for w in Checkpoint.open(tmp_path / "out").weights}
     assert (found["o_proj"], found["q_proj"]) == ("fp8-tensor", "fp8-static")
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from test_statistics import calibration
 
-from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.deepseek_v2 import model_specs
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
@@ -53,11 +53,11 @@ def test_input_scales_are_the_largest_input_of_what_shares_one(layout, source, t
     written = load_file_bits(tmp_path / "out" / "model.safetensors")
     inputs = {name.removesuffix(".input_scale"): x for name, x in written.items() if name.endswith(".input_scale")}
     groups = defaultdict(list)
-    for slot in model_slots(checkpoint.config):
-        if slot.module in inputs and slot.name.endswith(".weight"):
-            half = "w2" if slot.role.endswith("down_proj") else "w13"
-            routed = slot.role.startswith("routed.")
-            groups[f"{slot.layer}.experts.{half}" if routed else slot.module].append(slot.module)
+    for spec in model_specs(checkpoint.config):
+        if spec.module in inputs and spec.name.endswith(".weight"):
+            half = "w2" if spec.role.endswith("down_proj") else "w13"
+            routed = spec.role.startswith("routed.")
+            groups[f"{spec.layer}.experts.{half}" if routed else spec.module].append(spec.module)
     assert sum(map(len, groups.values())) == len(inputs) > 60
     for modules in groups.values():
         want = over_448(max(largest(stored, module) for module in modules))

@@ -88,21 +88,21 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
     used = set()
     moe_layers = [i for i in range(checkpoint.config.num_hidden_layers) if checkpoint.config.is_moe(i)]
     for weight in checkpoint.weights:
-        slot = weight.slot
-        if slot.role not in LINEAR_ROLES:
+        spec = weight.spec
+        if spec.role not in LINEAR_ROLES:
             continue
-        x = torch.cat(seen[slot.module]) if slot.module in seen else torch.zeros(0, slot.shape[1])
-        used |= {f"{site(slot)}.{suffix}" for suffix in ("amax", "square")}
-        assert statistics.count(slot) == len(x)
-        want = x.abs().amax(0).numpy() if len(x) else np.zeros(slot.shape[1], np.float32)
-        np.testing.assert_allclose(statistics.amax(slot), want, rtol=1e-5)
+        x = torch.cat(seen[spec.module]) if spec.module in seen else torch.zeros(0, spec.shape[1])
+        used |= {f"{site(spec)}.{suffix}" for suffix in ("amax", "square")}
+        assert statistics.count(spec) == len(x)
+        want = x.abs().amax(0).numpy() if len(x) else np.zeros(spec.shape[1], np.float32)
+        np.testing.assert_allclose(statistics.amax(spec), want, rtol=1e-5)
         squares = x.double().square()
-        np.testing.assert_allclose(stored[f"{site(slot)}.square"], squares.sum(0), rtol=1e-5)
-        if slot.expert is not None:
-            _, weights, chosen = routes[moe_layers.index(slot.layer)]
-            g = weights[chosen == slot.expert].double()  # by token, as the expert's tokens are
+        np.testing.assert_allclose(stored[f"{site(spec)}.square"], squares.sum(0), rtol=1e-5)
+        if spec.expert is not None:
+            _, weights, chosen = routes[moe_layers.index(spec.layer)]
+            g = weights[chosen == spec.expert].double()  # by token, as the expert's tokens are
             assert len(g) == len(x)
-            name = f"{site(slot)}.weighted_square"
+            name = f"{site(spec)}.weighted_square"
             used.add(name)
             np.testing.assert_allclose(stored[name], (g[:, None] ** 2 * squares).sum(0), rtol=1e-5)
     for layer, (x, *_) in zip(moe_layers, routes, strict=True):
@@ -138,23 +138,23 @@ def test_the_radius_of_k_pe_bounds_it_at_every_position(measured, monkeypatch):
 def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
     checkpoint, statistics = measured
     stored = load_file(statistics.path)
-    slots = [w.slot for w in checkpoint.weights if w.slot.role.startswith("routed.")]
-    for slot in slots:
-        count, columns = statistics.count(slot), slot.shape[1]
-        down = slot.role == "routed.down_proj"
-        own = stored[f"{site(slot)}.{'weighted_square' if down else 'square'}"].astype(np.float64)
-        prior = np.ones(columns) if down else stored[f"model.layers.{slot.layer}.mlp.gate.square"].astype(np.float64)
-        found = statistics.mean_square(slot)
+    specs = [w.spec for w in checkpoint.weights if w.spec.role.startswith("routed.")]
+    for spec in specs:
+        count, columns = statistics.count(spec), spec.shape[1]
+        down = spec.role == "routed.down_proj"
+        own = stored[f"{site(spec)}.{'weighted_square' if down else 'square'}"].astype(np.float64)
+        prior = np.ones(columns) if down else stored[f"model.layers.{spec.layer}.mlp.gate.square"].astype(np.float64)
+        found = statistics.mean_square(spec)
         if not count:
             np.testing.assert_array_equal(found, prior.astype(np.float32))
             continue
         want = (count * own + columns * prior * own.sum() / prior.sum()) / (count + columns) / count
         np.testing.assert_allclose(found, want, rtol=1e-6)
     starved = calibrate(checkpoint, tmp_path / "one", calibration(1, 2))
-    unseen = [slot for slot in slots if not starved.count(slot)]
+    unseen = [spec for spec in specs if not starved.count(spec)]
     assert unseen
-    assert all(starved.mean_square(slot).all() and not starved.amax(slot).any() for slot in unseen)
-    some = next(w.slot for w in checkpoint.weights if w.slot.role == "o_proj")
+    assert all(starved.mean_square(spec).all() and not starved.amax(spec).any() for spec in unseen)
+    some = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
     want = stored[f"{site(some)}.square"] / np.float32(WINDOWS * CTX)
     np.testing.assert_array_equal(statistics.mean_square(some), want)
 

@@ -12,7 +12,7 @@ from test_convert import contents
 
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.errors import InputError
-from dsv2quant.planning.smoothing import FOLDS_FILE
+from dsv2quant.planning.smoothing import SMOOTHING_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = ("--num-calibration-samples", "6", "--max-seq-length", "32", "-q", "--calibration")
@@ -60,7 +60,7 @@ def test_awq_killed_at_12_moments_and_resumed_gives_the_same_bytes(wordy, fox, t
         changes, status = run_killed(0, *command(tmp_path / "whole"))
         assert status == 0
         expected = contents(tmp_path / "whole")
-        assert FOLDS_FILE in expected
+        assert SMOOTHING_FILE in expected
         for n in sorted(random.Random(1).sample(range(1, changes + 1), 12)):
             out = tmp_path / f"out-{n}"
             assert run_killed(n, *command(out)) == [-signal.SIGKILL]

@@ -40,7 +40,7 @@ def test_inspect_lists_roles_schemes_and_configuration(artifact, cli):
     assert "YaRN factor 40 over 32" in ran.out
     result = json.loads(cli("inspect", artifact, "--json").out)
     assert result["schema"] == "dsv2quant.inspect/2"
-    assert result["parameters"] == sum(w.slot.size for w in Checkpoint.open(artifact).weights)
+    assert result["parameters"] == sum(w.spec.size for w in Checkpoint.open(artifact).weights)
     assert result["quantization_config"]["quant_method"] == "compressed-tensors"
     roles = {r["role"]: r["scheme"] for r in result["roles"]}
     assert (roles["o_proj"], roles["router"]) == ("fp8-channel", "bf16")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.deepseek_v2 import model_specs
 
 MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 YARN = {
@@ -57,15 +57,15 @@ def random_weights(
     """Every tensor of the model: norms near 1, matrices scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for slot in model_slots(ModelConfig.from_dict(config, "config.json")):
-        noise = torch.randn(slot.shape, generator=generator)
-        if slot.role == "norm":
+    for spec in model_specs(ModelConfig.from_dict(config, "config.json")):
+        noise = torch.randn(spec.shape, generator=generator)
+        if spec.role == "norm":
             value = 1 + 0.1 * noise
-        elif slot.role in ("embed", "bias"):
+        elif spec.role in ("embed", "bias"):
             value = noise
         else:
-            value = noise * slot.shape[-1] ** -0.5
-        tensors[slot.name] = value.to(dtype)
+            value = noise * spec.shape[-1] ** -0.5
+        tensors[spec.name] = value.to(dtype)
     return tensors
 
 
@@ -116,7 +116,7 @@ def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     outputs = [
-        Output(s.name, "BF16", s.shape, 2 * s.size) for s in model_slots(ModelConfig.from_dict(config, "config.json"))
+        Output(s.name, "BF16", s.shape, 2 * s.size) for s in model_specs(ModelConfig.from_dict(config, "config.json"))
     ]
     groups: list[list[Any]] = [[]]
     size = 0

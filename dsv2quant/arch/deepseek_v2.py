@@ -19,7 +19,7 @@ ROLES = LINEAR_ROLES + OTHER_ROLES
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """One tensor of the unquantized model. `layer` and `expert` are None where there is none."""
 
     name: str
@@ -42,35 +42,35 @@ class Slot:
         return n
 
 
-def model_slots(config: ModelConfig) -> list[Slot]:
+def model_specs(config: ModelConfig) -> list[TensorSpec]:
     """Every tensor of the model in reading order: embedding, layers, final norm, head."""
-    slots = [Slot("model.embed_tokens.weight", "embed", (config.vocab_size, config.hidden_size))]
+    specs = [TensorSpec("model.embed_tokens.weight", "embed", (config.vocab_size, config.hidden_size))]
     for layer in range(config.num_hidden_layers):
-        slots += layer_slots(config, layer)
-    slots.append(Slot("model.norm.weight", "norm", (config.hidden_size,)))
+        specs += layer_specs(config, layer)
+    specs.append(TensorSpec("model.norm.weight", "norm", (config.hidden_size,)))
     if config.architecture == SEQUENCE_CLASSIFICATION:
-        slots.append(Slot("score.weight", "score", (config.num_labels, config.hidden_size)))
+        specs.append(TensorSpec("score.weight", "score", (config.num_labels, config.hidden_size)))
     elif not config.tie_word_embeddings:
-        slots.append(Slot("lm_head.weight", "lm_head", (config.vocab_size, config.hidden_size)))
-    return slots
+        specs.append(TensorSpec("lm_head.weight", "lm_head", (config.vocab_size, config.hidden_size)))
+    return specs
 
 
-def layer_slots(config: ModelConfig, layer: int) -> list[Slot]:
+def layer_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
     """The tensors of one decoder layer, attention first. Weights are [out_features, in_features]."""
     return [*_attention(config, layer), *_ffn(config, layer)]
 
 
-def _attention(c: ModelConfig, layer: int) -> Iterator[Slot]:
+def _attention(c: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     at = f"model.layers.{layer}.self_attn"
     heads = c.num_attention_heads
 
-    def norm(name: str, size: int) -> Slot:
-        return Slot(f"{name}.weight", "norm", (size,), layer)
+    def norm(name: str, size: int) -> TensorSpec:
+        return TensorSpec(f"{name}.weight", "norm", (size,), layer)
 
-    def linear(role: str, rows: int, cols: int, bias: bool = False) -> Iterator[Slot]:
-        yield Slot(f"{at}.{role}.weight", role, (rows, cols), layer)
+    def linear(role: str, rows: int, cols: int, bias: bool = False) -> Iterator[TensorSpec]:
+        yield TensorSpec(f"{at}.{role}.weight", role, (rows, cols), layer)
         if bias:
-            yield Slot(f"{at}.{role}.bias", "bias", (rows,), layer)
+            yield TensorSpec(f"{at}.{role}.bias", "bias", (rows,), layer)
 
     yield norm(f"model.layers.{layer}.input_layernorm", c.hidden_size)
     if c.q_lora_rank is None:
@@ -86,18 +86,18 @@ def _attention(c: ModelConfig, layer: int) -> Iterator[Slot]:
     yield norm(f"model.layers.{layer}.post_attention_layernorm", c.hidden_size)
 
 
-def _ffn(c: ModelConfig, layer: int) -> Iterator[Slot]:
+def _ffn(c: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     at = f"model.layers.{layer}.mlp"
 
-    def mlp(ffn: str, prefix: str, width: int, expert: int | None = None) -> Iterator[Slot]:
+    def mlp(ffn: str, prefix: str, width: int, expert: int | None = None) -> Iterator[TensorSpec]:
         for name in ("gate_proj", "up_proj"):
-            yield Slot(f"{prefix}.{name}.weight", f"{ffn}.{name}", (width, c.hidden_size), layer, expert)
-        yield Slot(f"{prefix}.down_proj.weight", f"{ffn}.down_proj", (c.hidden_size, width), layer, expert)
+            yield TensorSpec(f"{prefix}.{name}.weight", f"{ffn}.{name}", (width, c.hidden_size), layer, expert)
+        yield TensorSpec(f"{prefix}.down_proj.weight", f"{ffn}.down_proj", (c.hidden_size, width), layer, expert)
 
     if not c.is_moe(layer):
         yield from mlp("dense", at, c.intermediate_size)
         return
-    yield Slot(f"{at}.gate.weight", "router", (c.n_routed_experts, c.hidden_size), layer)
+    yield TensorSpec(f"{at}.gate.weight", "router", (c.n_routed_experts, c.hidden_size), layer)
     for expert in range(c.n_routed_experts):
         yield from mlp("routed", f"{at}.experts.{expert}", c.moe_intermediate_size, expert)
     if c.n_shared_experts:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot, layer_slots, model_slots
+from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs, model_specs
 
 _MODEL = {"embed": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _NORMS = {
@@ -37,7 +37,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    specs: tuple[TensorSpec, ...]
     layer: int | None
 
     @property
@@ -59,9 +59,9 @@ class Tensor:
 def model_tensors(config: ModelConfig) -> list[Tensor]:
     """Every tensor in the order of the file: those of no layer by name, then layer by layer, by name."""
     tensors = [
-        Tensor(f"{_MODEL[slot.role]}.weight", slot.shape, (slot,), None)
-        for slot in model_slots(config)
-        if slot.layer is None
+        Tensor(f"{_MODEL[spec.role]}.weight", spec.shape, (spec,), None)
+        for spec in model_specs(config)
+        if spec.layer is None
     ]
     tensors.sort(key=lambda tensor: tensor.name)
     for layer in range(config.num_hidden_layers):
@@ -70,34 +70,34 @@ def model_tensors(config: ModelConfig) -> list[Tensor]:
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
-    experts: dict[str, list[Slot]] = {}
-    for slot in layer_slots(config, layer):
-        leaf, suffix = slot.name.split(".")[-2:]
-        if slot.role == "kv_b_proj":
-            yield from _halves(config, layer, slot)
+    experts: dict[str, list[TensorSpec]] = {}
+    for spec in layer_specs(config, layer):
+        leaf, suffix = spec.name.split(".")[-2:]
+        if spec.role == "kv_b_proj":
+            yield from _halves(config, layer, spec)
             continue
-        if slot.role == "norm":
+        if spec.role == "norm":
             name = _NORMS[leaf]
-        elif slot.role == "bias":
+        elif spec.role == "bias":
             name = _LINEARS[leaf]
-        elif slot.role in _LINEARS:
-            name = _LINEARS[slot.role]
+        elif spec.role in _LINEARS:
+            name = _LINEARS[spec.role]
         else:
-            ffn, projection = slot.role.split(".")
+            ffn, projection = spec.role.split(".")
             name = f"ffn_{projection.removesuffix('_proj')}{_FFNS[ffn]}"
-        if slot.expert is not None:
-            experts.setdefault(name, []).append(slot)
+        if spec.expert is not None:
+            experts.setdefault(name, []).append(spec)
         else:
-            yield Tensor(f"blk.{layer}.{name}.{suffix}", slot.shape, (slot,), layer)
-    for name, slots in experts.items():
-        yield Tensor(f"blk.{layer}.{name}.weight", (len(slots), *slots[0].shape), tuple(slots), layer)
+            yield Tensor(f"blk.{layer}.{name}.{suffix}", spec.shape, (spec,), layer)
+    for name, specs in experts.items():
+        yield Tensor(f"blk.{layer}.{name}.weight", (len(specs), *specs[0].shape), tuple(specs), layer)
 
 
-def _halves(config: ModelConfig, layer: int, slot: Slot) -> Iterator[Tensor]:
+def _halves(config: ModelConfig, layer: int, spec: TensorSpec) -> Iterator[Tensor]:
     heads, rank = config.num_attention_heads, config.kv_lora_rank
     shapes = {K_B: (heads, rank, config.qk_nope_head_dim), V_B: (heads, config.v_head_dim, rank)}
     for name, shape in shapes.items():
-        yield Tensor(f"blk.{layer}.{name}.weight", shape, (slot,), layer)
+        yield Tensor(f"blk.{layer}.{name}.weight", shape, (spec,), layer)
 
 
 ARCHITECTURE = "deepseek2"

@@ -118,11 +118,11 @@ def cublaslt_block(
 
 
 def measure_quantization(limits: Limits) -> Iterator[Measured]:
-    """Of activations; the error is the part of codes that are not the twin's."""
+    """Of activations; the error is the part of codes that are not the reference's."""
     for tokens, columns in ((1, 5120), (64, 5120), (4096, 5120), (4096, 16384)):
         inputs = [random_tokens(tokens, columns) for _ in range(min(copies(tokens * columns * 2), 200))]
-        codes, twins = (of(inputs[0], "group128")[0] for of in (quantize_activation, reference.quantize_activation))
-        off = (codes.view(torch.uint8) != twins.view(torch.uint8)).float().mean()
+        codes, wanted = (of(inputs[0], "group128")[0] for of in (quantize_activation, reference.quantize_activation))
+        off = (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean()
         taken = microseconds([partial(quantize_activation, x, "group128") for x in inputs])
         floor = limits.floor(tokens * columns * 3, 0)
         yield Measured("fp8", "", "quantize group128", f"{columns}", tokens, float(off), 0.0, taken, floor, {})

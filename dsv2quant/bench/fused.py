@@ -36,8 +36,8 @@ def _empty_kernel() -> None:
 
 
 class Small(NamedTuple):
-    """A call that takes little more than its launch; the error from its twin, or the part of its codes that are not the
-    twin's."""
+    """A call that takes little more than its launch; the error from its reference, or the part of its codes that are not the
+    reference's."""
 
     what: str
     shape: str
@@ -144,10 +144,10 @@ def _absorption(limits: Limits, model: str, config: ModelConfig, tokens: int) ->
 
 
 def _other_codes(found: tuple[Any, Any], plain: torch.Tensor, granularity: str) -> float:
-    """The part of codes and scales that are not the twin's, of one byte or more."""
-    twins = reference.quantize_activation(plain, granularity)
-    codes = [x[0].view(torch.uint8) for x in (found, twins)]
-    return float((codes[0] != codes[1]).float().mean() + (found[1] != twins[1]).float().mean())
+    """The part of codes and scales that are not the reference's, of one byte or more."""
+    wanted = reference.quantize_activation(plain, granularity)
+    codes = [x[0].view(torch.uint8) for x in (found, wanted)]
+    return float((codes[0] != codes[1]).float().mean() + (found[1] != wanted[1]).float().mean())
 
 
 ROWS = (

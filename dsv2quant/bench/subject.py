@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot, layer_slots, model_slots
+from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs, model_specs
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.fp8 import Fp8, encode_tensor
 from dsv2quant.formats.int4 import OFFSET, PACKED, Int4
@@ -43,8 +43,8 @@ def configuration(model: str) -> ModelConfig:
 def matrices(config: ModelConfig, unit: int = 1) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every weight but the routed experts', those that have an input in common as one, in which each
     has rows in multiples of `unit`."""
-    layers = (*layer_slots(config, 0), *layer_slots(config, config.num_hidden_layers - 1))  # a dense one, and an MoE
-    shapes = {slot.role: slot.shape for slot in layers}
+    layers = (*layer_specs(config, 0), *layer_specs(config, config.num_hidden_layers - 1))  # a dense one, and an MoE
+    shapes = {spec.role: spec.shape for spec in layers}
 
     def fused(*roles: str) -> tuple[int, int]:
         rows = [shapes[role][0] for role in roles]
@@ -67,18 +67,18 @@ class RandomWeights:
         self.name, self.config = "random weights", config
         self.recipe, self.device, self.seed = recipe, device, seed
         self.dtype = torch.bfloat16
-        self._slots = {slot.name: slot for slot in model_slots(config)}
+        self._slots = {spec.name: spec for spec in model_specs(config)}
 
     def scheme(self, module: str) -> str:
         """The recipe's, or bf16 where a weight's shape can't have it."""
-        slot = self._slots[f"{module}.weight"]
-        scheme = self.recipe.assign(slot)[0] if self.recipe else "bf16"
-        return "bf16" if CODECS[scheme].refusal(slot.shape) else scheme
+        spec = self._slots[f"{module}.weight"]
+        scheme = self.recipe.assign(spec)[0] if self.recipe else "bf16"
+        return "bf16" if CODECS[scheme].refusal(spec.shape) else scheme
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         """A matrix' scheme and its parts by suffix, as formats/ names and shapes them."""
-        slot = self._slots[f"{module}.weight"]
-        scheme, weight = self.scheme(module), self._random(slot)
+        spec = self._slots[f"{module}.weight"]
+        scheme, weight = self.scheme(module), self._random(spec)
         codec = CODECS[scheme]
         if isinstance(codec, Fp8) and codec.grid != "tensor":
             codes, scales = encode_tensor(weight.float(), codec.grid)
@@ -91,8 +91,8 @@ class RandomWeights:
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
-        slot = self._slots.get(name)
-        return None if slot is None else self._random(slot).to(dtype or self.dtype)
+        spec = self._slots.get(name)
+        return None if spec is None else self._random(spec).to(dtype or self.dtype)
 
     def activation(self, scheme: str) -> str | None:
         """How activations are quantized that meet weights of the scheme."""
@@ -102,13 +102,13 @@ class RandomWeights:
         """None: an FP8 cache has scale 1."""
         return None
 
-    def _random(self, slot: Slot) -> torch.Tensor:
+    def _random(self, spec: TensorSpec) -> torch.Tensor:
         """In BF16."""
-        if slot.role in ("norm", "bias"):
-            return torch.full(slot.shape, float(slot.role == "norm"), dtype=torch.bfloat16, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(slot.name.encode(), self.seed))
-        weight = torch.empty(slot.shape, dtype=torch.bfloat16, device=self.device)
-        return weight.normal_(std=slot.shape[1] ** -0.5, generator=generator)
+        if spec.role in ("norm", "bias"):
+            return torch.full(spec.shape, float(spec.role == "norm"), dtype=torch.bfloat16, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(spec.name.encode(), self.seed))
+        weight = torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device)
+        return weight.normal_(std=spec.shape[1] ** -0.5, generator=generator)
 
 
 def encode_int4(x: torch.Tensor, group_size: int | None) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ class Subject(NamedTuple):
     name: str
     scheme: str
     config: ModelConfig
-    nbytes: Callable[[Slot], int]
+    nbytes: Callable[[TensorSpec], int]
     load: Callable[[], FusedModel]
 
 
@@ -141,8 +141,8 @@ def random(name: str, scheme: str) -> Subject:
     """Random weights in the shape of one of shapes.MODELS, under a recipe of the package, or in BF16."""
     source = RandomWeights(configuration(name), None if scheme == "bf16" else recipe.builtin(scheme))
 
-    def nbytes(slot: Slot) -> int:
-        return sum(part.nbytes for part in CODECS[source.scheme(slot.module)].layout(slot.shape))
+    def nbytes(spec: TensorSpec) -> int:
+        return sum(part.nbytes for part in CODECS[source.scheme(spec.module)].layout(spec.shape))
 
     return Subject(name, scheme, source.config, nbytes, lambda: _fused(source))
 
@@ -150,7 +150,7 @@ def random(name: str, scheme: str) -> Subject:
 def stored(model: str, **hub: Any) -> Subject:
     """A checkpoint, an artifact or a GGUF file. Raises InputError as Checkpoint.open does."""
     checkpoint = Checkpoint.open(model, **hub)
-    nbytes = {weight.slot: weight.nbytes for weight in checkpoint.weights}
+    nbytes = {weight.spec: weight.nbytes for weight in checkpoint.weights}
     schemes = ", ".join(sorted({weight.scheme for weight in checkpoint.weights}))
     return Subject(
         checkpoint.model, schemes, checkpoint.config, nbytes.__getitem__,
@@ -162,7 +162,7 @@ def _fused(source: Source) -> FusedModel:
     return FusedModel(source, LoadOptions(torch.bfloat16, "cuda", backend="kernels"))
 
 
-def bytes_per_step(config: ModelConfig, nbytes: Callable[[Slot], int], batch: int, context: int) -> int:
+def bytes_per_step(config: ModelConfig, nbytes: Callable[[TensorSpec], int], batch: int, context: int) -> int:
     """What decoding one token of each of `batch` sequences must read, behind `context` tokens of each.
 
     All weights once, of the embedding one row a sequence, of the routed experts as many as are expected where each
@@ -172,11 +172,11 @@ def bytes_per_step(config: ModelConfig, nbytes: Callable[[Slot], int], batch: in
     active = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch if c.n_routed_experts else 0.0
     total = batch * context * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * CACHE_BYTES
     experts = 0
-    for slot in model_slots(c):
-        if slot.role.startswith("routed."):
-            experts += nbytes(slot)
-        elif slot.role == "embed" and not c.tie_word_embeddings:
-            total += batch * nbytes(slot) // c.vocab_size
+    for spec in model_specs(c):
+        if spec.role.startswith("routed."):
+            experts += nbytes(spec)
+        elif spec.role == "embed" and not c.tie_word_embeddings:
+            total += batch * nbytes(spec) // c.vocab_size
         else:
-            total += nbytes(slot)
+            total += nbytes(spec)
     return total + round(active * experts)

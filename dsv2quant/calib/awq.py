@@ -1,7 +1,7 @@
 """AWQ (arXiv:2306.00978): columns that strong inputs meet are widened before rounding, and what produces these inputs
-is narrowed by as much (`folds.py`).
+is narrowed by as much (`planning/smoothing.py`).
 
-For each fold, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is folded), 0.05 … 1; the one with
+For each pair, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is smoothed), 0.05 … 1; the one with
 the least Σ E[x²] (w − rounded w)² over the consumers stays. rms is that of the input's channels, from statistics, so
 that no forward pass is needed.
 """
@@ -22,20 +22,20 @@ from dsv2quant.calib.streams import Pieces, save_layer
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import decode
-from dsv2quant.planning.plan import Line, Plan
-from dsv2quant.planning.smoothing import REACH, Fold, Folds, layer_folds
+from dsv2quant.planning.plan import Entry, Plan
+from dsv2quant.planning.smoothing import REACH, Smoothing, SmoothingPair, smoothing_pairs
 
 logger = logging.getLogger(__name__)
 ALPHAS = np.linspace(0, 1, 21)
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # scales that a candidate is judged by, in units of amax / 7
 
 
-def choose_folds(
+def choose_smoothing(
     plan: Plan, folder: Path, statistics: Statistics, device: str, progress: Callable[[int], object]
-) -> Folds:
-    """Exponents for every fold that a line with method `awq` reads, layer by layer in `folder`, which keeps what is
+) -> Smoothing:
+    """Exponents for every pair that an entry with method `awq` reads, layer by layer in `folder`, which keeps what is
     finished; `progress` is called with weights."""
-    lines = {line.slot.name: line for line in plan.lines if line.method == "awq"}
+    entries = {entry.spec.name: entry for entry in plan.entries if entry.method == "awq"}
     tensors: dict[str, np.ndarray] = {}
     with Pieces(folder) as pieces:
         for layer in range(plan.checkpoint.config.num_hidden_layers):
@@ -44,34 +44,36 @@ def choose_folds(
                 logger.warning("%s: is not what was written to it; it is made again", path)
             if damaged or not pieces.holds(path):
                 found: dict[str, np.ndarray] = {}
-                for fold in layer_folds(plan.checkpoint.config, layer):
-                    readers = [lines[slot.name] for slot in fold.consumers if slot.name in lines]
+                for pair in smoothing_pairs(plan.checkpoint.config, layer):
+                    readers = [entries[spec.name] for spec in pair.consumers if spec.name in entries]
                     if readers:
-                        found |= Folds.of(fold, _exponents(plan, fold, readers, statistics, device))
+                        found |= Smoothing.of(pair, _exponents(plan, pair, readers, statistics, device))
                 save_layer(path, found, pieces)
             tensors |= load(path.read_bytes())
-            progress(sum(line.slot.size for line in lines.values() if line.slot.layer == layer))
-    return Folds(tensors)
+            progress(sum(entry.spec.size for entry in entries.values() if entry.spec.layer == layer))
+    return Smoothing(tensors)
 
 
-def _exponents(plan: Plan, fold: Fold, readers: Iterable[Line], statistics: Statistics, device: str) -> np.ndarray:
+def _exponents(
+    plan: Plan, pair: SmoothingPair, readers: Iterable[Entry], statistics: Statistics, device: str
+) -> np.ndarray:
     """The best exponents, int8 [K]."""
-    reader = min(fold.consumers, key=lambda slot: slot.expert is not None)  # what sees all tokens, where there is one
+    reader = min(pair.consumers, key=lambda spec: spec.expert is not None)  # what sees all tokens, where there is one
     strength = statistics.mean_square(reader)
     logs = 0.5 * np.log2(np.maximum(strength, strength.max() * 1e-12 or 1.0))
     raised = np.rint(ALPHAS[:, None] * (logs - logs.mean())).clip(-REACH, REACH).astype(np.int8)  # [alphas, K]
     candidates = torch.from_numpy(np.unique(raised, axis=0)).to(device)
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=device)
-    for line in readers:
-        codec = CODECS[line.scheme]
+    for entry in readers:
+        codec = CODECS[entry.scheme]
         assert isinstance(codec, Int4)
-        weight = decode(plan.checkpoint, line.weight, torch.float32, device)
-        importance = torch.from_numpy(statistics.mean_square(line.slot)).to(device) * max(
-            1, statistics.count(line.slot)
+        weight = decode(plan.checkpoint, entry.weight, torch.float32, device)
+        importance = torch.from_numpy(statistics.mean_square(entry.spec)).to(device) * max(
+            1, statistics.count(entry.spec)
         )
         group = codec.group_size or weight.shape[1]
         losses += torch.stack([_loss(weight, importance, e.float(), group) for e in candidates])
-    # Ties go to the candidate that folds least.
+    # Ties go to the candidate that smooths least.
     least = candidates[losses == losses.min()]
     best: np.ndarray = least[least.abs().sum(1).argmin()].cpu().numpy()
     return best

@@ -16,9 +16,9 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.statistics import Statistics, kv_scale
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.planning.consumers import input_group
-from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
-from dsv2quant.planning.smoothing import Folds
+from dsv2quant.planning.smoothing import Smoothing
 
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 
@@ -52,7 +52,7 @@ class Calibration:
 @dataclass(frozen=True)
 class Outcome:
     """What became of one matrix: tokens it was fitted on; relative output error ‖(W − Q) x‖² / ‖W x‖² of its codes and
-    of plain rounding's, on the windows kept aside; whether plain rounding won there."""
+    of plain rounding's, on the windows held out; whether plain rounding won there."""
 
     module: str
     role: str
@@ -64,18 +64,18 @@ class Outcome:
 
 def needs_calibration(plan: Plan) -> bool:
     """Whether any tensor's method needs calibration."""
-    return any(line.method in CALIBRATED for line in plan.lines)
+    return any(entry.method in CALIBRATED for entry in plan.entries)
 
 
 def needs_statistics(plan: Plan) -> bool:
     """Whether any tensor's method or scheme needs statistics."""
-    return any(line.needs_inputs or line.kv_scales for line in plan.lines)
+    return any(entry.needs_inputs or entry.kv_scales for entry in plan.entries)
 
 
 def work_weights(plan: Plan, layers: range | None = None) -> int:
     """Weights whose codes calibration chooses, of some layers or all: what progress counts."""
-    chosen = (line.slot for line in plan.lines if line.method in CALIBRATED)
-    return sum(slot.size for slot in chosen if layers is None or slot.layer in layers)
+    chosen = (entry.spec for entry in plan.entries if entry.method in CALIBRATED)
+    return sum(spec.size for spec in chosen if layers is None or spec.layer in layers)
 
 
 def work_bytes(plan: Plan, calibration: Calibration) -> int:
@@ -83,7 +83,7 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
     attention's output on both."""
     c = plan.checkpoint.config
     width = 2 * c.hidden_size + c.num_attention_heads * c.v_head_dim
-    encoded = sum(line.nbytes for line in plan.lines if line.method in CALIBRATED)
+    encoded = sum(entry.nbytes for entry in plan.entries if entry.method in CALIBRATED)
     return encoded + 2 * 4 * calibration.ids.size * width
 
 
@@ -91,9 +91,9 @@ def work_memory(plan: Plan) -> int:
     """Memory that calibration takes beside the runtime's own: the widest layer in float32, unquantized and quantized,
     one batch of matrices with their moments and factors, and as much again for the experts' inputs."""
     layers: dict[int, int] = defaultdict(int)
-    for line in plan.lines:
-        if line.slot.layer is not None:
-            layers[line.slot.layer] += 4 * line.slot.size
+    for entry in plan.entries:
+        if entry.spec.layer is not None:
+            layers[entry.spec.layer] += 4 * entry.spec.size
     c = plan.checkpoint.config
     one = max(expert_bytes(c), matrix_bytes(c.num_attention_heads * c.v_head_dim, c.hidden_size))
     return 2 * max(layers.values()) + max(one, min(MOMENT_BYTES, c.n_routed_experts * expert_bytes(c))) + MOMENT_BYTES
@@ -105,7 +105,7 @@ def expert_bytes(config: ModelConfig) -> int:
 
 
 def matrix_bytes(columns: int, rows: int) -> int:
-    """Memory to calibrate a matrix: H and S of the tokens to fit on and of those kept aside, as summed and shrunk, in
+    """Memory to calibrate a matrix: H and S of the tokens to fit on and of those held out, as summed and shrunk, in
     float32; six steps of the factorisation in float64; and a dozen float32 matrices of the weight's own size."""
     return (2 * 4 * 4 + 6 * 8) * columns**2 + 12 * 4 * rows * columns
 
@@ -140,50 +140,50 @@ class Prepared:
         self,
         plan: Plan,
         statistics: Statistics | None = None,
-        folds: Folds | None = None,
+        smoothing: Smoothing | None = None,
         encoded: Encoded | None = None,
     ) -> None:
-        self.statistics, self.folds, self.encoded = statistics, folds or Folds({}), encoded
+        self.statistics, self.smoothing, self.encoded = statistics, smoothing or Smoothing({}), encoded
         self._plan = plan
         self._amax: dict[str, float] = defaultdict(float)  # by group of tensors that share an input scale
-        for line in plan.lines:
-            if statistics is not None and line.needs_inputs:
-                amax, columns = statistics.amax(line.slot), self.folds.columns(line.slot)
+        for entry in plan.entries:
+            if statistics is not None and entry.needs_inputs:
+                amax, columns = statistics.amax(entry.spec), self.smoothing.columns(entry.spec)
                 largest = float((amax if columns is None else np.ldexp(amax, -columns)).max())
-                self._amax[self._group(line)] = max(largest, self._amax[self._group(line)])
+                self._amax[self._group(entry)] = max(largest, self._amax[self._group(entry)])
 
     @property
     def outcomes(self) -> list[Outcome]:
         """What became of each matrix that is encoded already."""
         return self.encoded.outcomes if self.encoded is not None else []
 
-    def encoded_parts(self, line: Line) -> dict[str, np.ndarray]:
+    def encoded_parts(self, entry: Entry) -> dict[str, np.ndarray]:
         """The parts of a matrix that is encoded already, by name."""
         assert self.encoded is not None
-        names = [output.name for output in line.outputs if output not in line.kv_scales]
+        names = [output.name for output in entry.outputs if output not in entry.kv_scales]
         return {name: self.encoded.part(name) for name in names}
 
-    def weight(self, line: Line, weight: np.ndarray) -> np.ndarray:
-        """The weight to encode: BF16 bits (uint16) or float32, scaled where it is part of a fold."""
-        return self.folds.apply(line.slot, weight)
+    def weight(self, entry: Entry, weight: np.ndarray) -> np.ndarray:
+        """The weight to encode: BF16 bits (uint16) or float32, scaled where it is smoothed."""
+        return self.smoothing.apply(entry.spec, weight)
 
-    def inputs(self, line: Line) -> Inputs:
-        """What the inputs of a weight that needs them were in calibration, behind the folds. The largest magnitude is
+    def inputs(self, entry: Entry) -> Inputs:
+        """What the inputs of a weight that needs them were in calibration, behind the smoothing. The largest magnitude is
         that of all that must share an input scale."""
         assert self.statistics is not None
-        importance, columns = self.statistics.mean_square(line.slot), self.folds.columns(line.slot)
+        importance, columns = self.statistics.mean_square(entry.spec), self.smoothing.columns(entry.spec)
         if columns is not None:
             importance = np.ldexp(importance, -2 * columns)
-        return Inputs(importance, self._amax[self._group(line)])
+        return Inputs(importance, self._amax[self._group(entry)])
 
-    def kv_scales(self, line: Line) -> dict[str, np.ndarray]:
+    def kv_scales(self, entry: Entry) -> dict[str, np.ndarray]:
         """The values of `line.kv_scales` by name: one for keys and values."""
-        if not line.kv_scales:
+        if not entry.kv_scales:
             return {}
         assert self.statistics is not None
-        assert line.slot.layer is not None
-        value = kv_scale(*self.statistics.kv_ranges(line.slot.layer))
-        return {output.name: np.full(output.shape, value, np.float32) for output in line.kv_scales}
+        assert entry.spec.layer is not None
+        value = kv_scale(*self.statistics.kv_ranges(entry.spec.layer))
+        return {output.name: np.full(output.shape, value, np.float32) for output in entry.kv_scales}
 
-    def _group(self, line: Line) -> str:
-        return input_group(line.slot, self._plan.checkpoint.config, self._plan.targets)
+    def _group(self, entry: Entry) -> str:
+        return input_group(entry.spec, self._plan.checkpoint.config, self._plan.targets)

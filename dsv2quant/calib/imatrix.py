@@ -11,7 +11,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.gguf_tensors import K_B, V_B, Tensor, model_tensors
 from dsv2quant.calib.statistics import K_HALF, V_HALF, Statistics
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.imatrix import Entry, Imatrix, is_written, read, write
+from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, is_written, read, write
 from dsv2quant.storage.durable import disk_errors
 
 
@@ -25,13 +25,13 @@ def from_statistics(statistics: Statistics, config: ModelConfig) -> Imatrix:
     return Imatrix(entries, (statistics.source,), statistics.windows, statistics.ctx)
 
 
-def _entry(statistics: Statistics, tensor: Tensor) -> Entry:
+def _entry(statistics: Statistics, tensor: Tensor) -> FileEntry:
     if tensor.kind in (K_B, V_B):
         assert tensor.layer is not None
         sums = statistics.half_squares(tensor.layer, K_HALF if tensor.kind == K_B else V_HALF)
-        return Entry(sums[None], np.array([statistics.tokens], np.float32))
-    sums = np.stack([statistics.squares(slot) for slot in tensor.slots])
-    return Entry(sums, np.array([statistics.count(slot) for slot in tensor.slots], np.float32))
+        return FileEntry(sums[None], np.array([statistics.tokens], np.float32))
+    sums = np.stack([statistics.squares(spec) for spec in tensor.specs])
+    return FileEntry(sums, np.array([statistics.count(spec) for spec in tensor.specs], np.float32))
 
 
 def check_free(out: Path, statistics: Path, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 Two streams run side by side over all calibration tokens: `ideal`, through the unquantized model, and `real`, through
 what has been quantized so far. A linear is refitted so that it gives on the real stream what its original gives on the
-ideal one, rounded with GPTQ, and used at once for everything behind it. One window in 16 is kept aside, of fewer
+ideal one, rounded with GPTQ, and used at once for everything behind it. One window in 16 is held out, of fewer
 windows the last 16th of each: there each matrix's codes compete with those of rounding, and the better ones stay.
 """
 
@@ -29,7 +29,7 @@ from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.layers import FFN, Linear, MoE, route
 from dsv2quant.planning.recipe import CALIBRATED
 
-HELD = 16  # one window in so many is kept aside, or one token
+HELD = 16  # one window in so many is held out, or one token
 
 Parts = dict[str, np.ndarray]
 
@@ -49,8 +49,8 @@ class Job:
     outcomes: list[Outcome] = field(default_factory=list)
     progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
 
-    def aside(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which of these tokens are kept aside."""
+    def holdout(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens are held out."""
         if self.windows >= HELD:
             return (tokens // self.ctx) % HELD == HELD // 2
         return tokens % self.ctx >= self.ctx - self.ctx // HELD
@@ -72,14 +72,14 @@ class Job:
         return found
 
 
-def twin(layer: Any) -> Any:
+def copied(layer: Any) -> Any:
     """A copy of a layer's structure that shares its tensors."""
     if is_dataclass(layer) and not isinstance(layer, ModelConfig):
         made = copy.copy(layer)
         for item in fields(layer):
-            setattr(made, item.name, twin(getattr(layer, item.name)))
+            setattr(made, item.name, copied(getattr(layer, item.name)))
         return made
-    return [twin(item) for item in layer] if isinstance(layer, list) else layer
+    return [copied(item) for item in layer] if isinstance(layer, list) else layer
 
 
 def quantize_layer(
@@ -168,7 +168,7 @@ def _ffn(job: Job, name: str, real: FFN, ideal: FFN, inputs: Callable[[], Iterat
     _settle(job, [f"{name}.down_proj"], activations)
 
 
-Split = tuple[Moments, Moments]  # of the tokens to fit on, and of those kept aside
+Split = tuple[Moments, Moments]  # of the tokens to fit on, and of those held out
 
 
 def _split(batch: int, columns: int, device: torch.device) -> Split:
@@ -185,7 +185,7 @@ def _add(
     weight: torch.Tensor | None = None,
 ) -> None:
     """`Moments.add` of some tokens' inputs, [n, K] each, to the part that each token belongs to."""
-    held = job.aside(tokens)
+    held = job.holdout(tokens)
     for m, keep in zip(moments, (~held, held), strict=True):
         m.add(which, x[keep], ideal[keep], None if weight is None else weight[keep])
 
@@ -277,18 +277,18 @@ def _experts(
         return
     width = real.config.moe_intermediate_size
     found, prior = (_split(len(members), width, device) for _ in range(2))
-    for i, ((tokens, slots), expert) in enumerate(zip(routed, members, strict=True)):
-        for into, where, squared in ((found, tokens, weights[tokens, slots].square()), (prior, sample, None)):
+    for i, ((tokens, specs), expert) in enumerate(zip(routed, members, strict=True)):
+        for into, where, squared in ((found, tokens, weights[tokens, specs].square()), (prior, sample, None)):
             x, y = gather(where)
             x, y = real.experts[expert].activation(x), ideal.experts[expert].activation(y)
             _add(job, into, i, where, x, y, squared)
-    aside = prior[1] if prior[1].count.all() else prior[0]
-    _choose(job, names, (found[0].shrunk(prior[0]), found[1].shrunk(aside)))
+    holdout = prior[1] if prior[1].count.all() else prior[0]
+    _choose(job, names, (found[0].shrunk(prior[0]), found[1].shrunk(holdout)))
 
 
 def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
     """Quantize linears by inputs: `names[i]` are those on input i, alike for every i; `moments` are of the tokens to
-    fit on and of those kept aside, one batch entry per input."""
+    fit on and of those held out, one batch entry per input."""
     train, held = moments
     held = held if held.count.sum() else train
     try:

@@ -1,4 +1,4 @@
-"""What calibration has ready before weights are read: statistics, folds, and matrices that are encoded already."""
+"""What calibration has ready before weights are read: statistics, smoothing, and matrices that are encoded already."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv2quant.calib.calibration import (
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.errors import InputError
 from dsv2quant.planning.plan import Plan
-from dsv2quant.planning.smoothing import Folds
+from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import disk_errors
 
@@ -47,16 +47,16 @@ def prepare(
             logger.warning("%s; it is made again", error)
             path.unlink()
         statistics = measure(plan.checkpoint, path, calibration, device=device, progress=progress)
-    folds = Folds({})
-    wanted = sum(line.slot.size for line in plan.lines if line.method == "awq")
+    smoothing = Smoothing({})
+    wanted = sum(entry.spec.size for entry in plan.entries if entry.method == "awq")
     if wanted:
         with progress(0, "", "starting"):
-            from dsv2quant.calib.awq import choose_folds
+            from dsv2quant.calib.awq import choose_smoothing
 
         assert statistics is not None
         with disk_errors(work.parent), progress(wanted, "weights", "awq") as advance:
-            folds = choose_folds(plan, work / "awq", statistics, device, advance)
-    prepared = Prepared(plan, statistics, folds)
+            smoothing = choose_smoothing(plan, work / "awq", statistics, device, advance)
+    prepared = Prepared(plan, statistics, smoothing)
     if not needs_calibration(plan):
         return prepared
     with progress(0, "", "starting"):  # imports torch
@@ -65,4 +65,4 @@ def prepare(
     assert calibration is not None
     with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:
         encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
-    return Prepared(plan, statistics, folds, encoded)
+    return Prepared(plan, statistics, smoothing, encoded)

@@ -10,13 +10,13 @@ import torch
 
 from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
 from dsv2quant.calib.calibration import Calibration, Encoded, Prepared, work_weights
-from dsv2quant.calib.layerwise import Job, quantize_layer, twin
+from dsv2quant.calib.layerwise import Job, copied, quantize_layer
 from dsv2quant.calib.streams import Made, Spool, through_layers
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
 from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
-from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 
 
@@ -57,33 +57,33 @@ def quantize_layers(
 def _job(
     plan: Plan, loader: Loader, layer: int, rope: torch.Tensor, shape: tuple[int, int], device: str, prepared: Prepared
 ) -> Job:
-    """The layer unquantized, and its twin in which everything that needs no calibration is quantized already."""
+    """The layer unquantized, and a copy in which everything that needs no calibration is quantized already."""
     ideal = loader.layer(layer)
-    job = Job(f"model.layers.{layer}", {}, ideal, twin(ideal), rope, *shape)
+    job = Job(f"model.layers.{layer}", {}, ideal, copied(ideal), rope, *shape)
     choices: dict[str, tuple[str, str, str]] = {}
     for step in plan.steps:
-        lines = [line for line in step.lines if line.slot.layer == layer and line.slot.role in LINEAR_ROLES]
-        choices |= {line.slot.module: (line.slot.role, line.scheme, line.method) for line in lines}
-        for line in lines:
-            _check_finite(plan, line, job.linear(line.slot.module).weight)
-        if not lines or lines[0].is_copy or lines[0].method in CALIBRATED:
+        entries = [entry for entry in step.entries if entry.spec.layer == layer and entry.spec.role in LINEAR_ROLES]
+        choices |= {entry.spec.module: (entry.spec.role, entry.scheme, entry.method) for entry in entries}
+        for entry in entries:
+            _check_finite(plan, entry, job.linear(entry.spec.module).weight)
+        if not entries or entries[0].is_copy or entries[0].method in CALIBRATED:
             continue
-        codec = CODECS[lines[0].scheme]
-        weights = [plan.checkpoint.encodable(line.weight) for line in lines]
-        inputs = [prepared.inputs(line) for line in lines if line.needs_inputs]
-        for line, parts in zip(lines, codec.encode(weights, device, lines[0].encoding, inputs), strict=True):
+        codec = CODECS[entries[0].scheme]
+        weights = [plan.checkpoint.encodable(entry.weight) for entry in entries]
+        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
+        for entry, parts in zip(entries, codec.encode(weights, device, entries[0].encoding, inputs), strict=True):
             tensors = {
                 part.suffix: torch.from_numpy(parts[part.suffix]).view(TORCH_DTYPES[part.dtype]).to(device)
-                for part in codec.layout(line.slot.shape)
+                for part in codec.layout(entry.spec.shape)
             }
-            linear = job.linear(line.slot.module)
+            linear = job.linear(entry.spec.module)
             linear.weight, linear.activation = codec.decode(tensors, torch.float32), codec.activation
             linear.input_scale = tensors.get(INPUT_SCALE)
     job.choices = choices
     return job
 
 
-def _check_finite(plan: Plan, line: Line, weight: torch.Tensor) -> None:
+def _check_finite(plan: Plan, entry: Entry, weight: torch.Tensor) -> None:
     """Raise InputError where a weight is NaN, infinite or beyond BF16's range: GPTQ would round it to anything."""
     if not torch.stack(weight.aminmax()).bfloat16().isfinite().all():
-        raise plan.checkpoint.not_finite(line.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())
+        raise plan.checkpoint.not_finite(entry.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())

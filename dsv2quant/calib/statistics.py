@@ -41,7 +41,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot, layer_slots
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec, layer_specs
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import configured, sampled
 from dsv2quant.errors import InputError, listing
@@ -83,23 +83,23 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # key → whether its value is wh
 }
 
 
-def site(slot: Slot) -> str:
+def site(spec: TensorSpec) -> str:
     """The name under which a linear's or router's input is measured."""
-    parent, _, leaf = slot.module.rpartition(".")
+    parent, _, leaf = spec.module.rpartition(".")
     if leaf in ("gate_proj", "up_proj") and parent.endswith("shared_experts"):
-        return f"model.layers.{slot.layer}.mlp.gate"  # the router's own input
+        return f"model.layers.{spec.layer}.mlp.gate"  # the router's own input
     if leaf == "up_proj":
         return f"{parent}.gate_proj"
     if leaf in ("q_proj", "q_a_proj"):
         return f"{parent}.kv_a_proj_with_mqa"
-    return slot.module
+    return spec.module
 
 
 def inputs(config: ModelConfig) -> Iterator[tuple[str, int, bool]]:
     """(site, channels, whether it is a routed expert's) of everything that is measured, layer by layer."""
     for layer in range(config.num_hidden_layers):
-        slots = [slot for slot in layer_slots(config, layer) if slot.role in (*LINEAR_ROLES, "router")]
-        yield from dict.fromkeys((site(slot), slot.shape[1], slot.expert is not None) for slot in slots)
+        specs = [spec for spec in layer_specs(config, layer) if spec.role in (*LINEAR_ROLES, "router")]
+        yield from dict.fromkeys((site(spec), spec.shape[1], spec.expert is not None) for spec in specs)
 
 
 def vectors(config: ModelConfig, halves: bool) -> dict[str, int]:
@@ -222,38 +222,38 @@ class Statistics:
             what = f"tokens of {odd or listing(sorted(self.counts.keys() - known.keys()))} don't add up"
             raise InputError(what, where=self.path, fix="calibrate again")
 
-    def count(self, slot: Slot) -> int:
+    def count(self, spec: TensorSpec) -> int:
         """Tokens that the tensor's input was measured on."""
-        return self.counts.get(site(slot), 0)
+        return self.counts.get(site(spec), 0)
 
-    def amax(self, slot: Slot) -> np.ndarray:
+    def amax(self, spec: TensorSpec) -> np.ndarray:
         """Largest magnitude of each input channel, float32 [K]; zeros where no token came by."""
-        return self._read(f"{site(slot)}.amax", slot.shape[1])
+        return self._read(f"{site(spec)}.amax", spec.shape[1])
 
-    def mean_square(self, slot: Slot) -> np.ndarray:
+    def mean_square(self, spec: TensorSpec) -> np.ndarray:
         """Mean square of each input channel, float32 [K], weighted with the squared routing weight before `down_proj`.
 
         An expert's own is drawn toward its layer's, as if by K tokens of it: for gate and up that of all tokens, scaled
         to the same sum; for down, whose channels are its own, a flat one. Without any token it is all there is.
         """
-        name, columns = site(slot), slot.shape[1]
-        if slot.expert is None:
-            return self._read(f"{name}.square", columns) / np.float32(max(1, self.count(slot)))
-        if slot.role == "routed.down_proj":
+        name, columns = site(spec), spec.shape[1]
+        if spec.expert is None:
+            return self._read(f"{name}.square", columns) / np.float32(max(1, self.count(spec)))
+        if spec.role == "routed.down_proj":
             own, prior = self._read(f"{name}.weighted_square", columns), np.ones(columns, np.float32)
         else:
             own = self._read(f"{name}.square", columns)
-            prior = self._read(f"model.layers.{slot.layer}.mlp.gate.square", columns)
+            prior = self._read(f"model.layers.{spec.layer}.mlp.gate.square", columns)
         if not own.any():
             return prior
-        count = np.float32(self.count(slot))
+        count = np.float32(self.count(spec))
         share = count / (count + columns)
         blended: np.ndarray = (share * own + (1 - share) * prior * (own.sum() / prior.sum())) / count
         return blended
 
-    def squares(self, slot: Slot) -> np.ndarray:
+    def squares(self, spec: TensorSpec) -> np.ndarray:
         """Σ x² of each input channel over tokens, float32 [K]; zeros where no token came by."""
-        return self._read(f"{site(slot)}.square", slot.shape[1])
+        return self._read(f"{site(spec)}.square", spec.shape[1])
 
     def half_squares(self, layer: int, half: str) -> np.ndarray:
         """Σ x² over tokens of what absorbed attention applies a half of kv_b_proj to, `K_HALF` or `V_HALF`: float32

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.model.load import Loader
-from dsv2quant.storage.durable import Entry, damaged_files, file_entry, hash_file, is_regular, write_whole
+from dsv2quant.storage.durable import FileEntry, damaged_files, file_entry, hash_file, is_regular, write_whole
 from dsv2quant.storage.work import StateLog
 
 LOG_FILE = "pieces.json"
@@ -67,7 +67,7 @@ class Pieces:
         differing = set(damaged_files(self.folder, {name: self._entries.get(name, {}) for name in names}))
         return [self.folder / name for name in names if name in differing]
 
-    def record(self, path: Path, entry: Entry) -> None:
+    def record(self, path: Path, entry: FileEntry) -> None:
         """A file with this manifest entry is durable, or about to be. Raises OSError."""
         self._log.append({"file": path.name} | entry)
         self._entries[path.name] = entry
@@ -81,7 +81,7 @@ class Pieces:
                 path.unlink()
 
 
-def _entry(line: dict[str, object]) -> Entry:
+def _entry(line: dict[str, object]) -> FileEntry:
     return {key: line.get(key) for key in ("size", "sha256")}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_slots
+from dsv2quant.arch.deepseek_v2 import model_specs
 from dsv2quant.checkpoint.spellings import as_published
 from dsv2quant.checkpoint.weights import (
     Weight,
@@ -120,7 +120,7 @@ class Checkpoint:
         tensors = as_published(index_tensors(headers, where), config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
         kv_scales = take_kv_scales(config, tensors, where)
-        weights = match(model_slots(config), tensors, readable_codecs(config.quantization), where)
+        weights = match(model_specs(config), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)
         return cls(printable(model), raw_config, config, weights, sorted(headers), data, folder, revision, kv_scales)
 
@@ -141,7 +141,7 @@ class Checkpoint:
         if self.metadata is not None:
             fix = "give the Hugging Face checkpoint it was made from"
             raise InputError("is a GGUF file, which is not converted", where=self.model, fix=fix)
-        quantized = [weight.slot.name for weight in self.weights if weight.scheme not in ("bf16", "fp8-block")]
+        quantized = [weight.spec.name for weight in self.weights if weight.scheme not in ("bf16", "fp8-block")]
         if quantized:
             what = f"already quantized: {listing(quantized, 1)}"
             raise InputError(what, where=self.model, fix="give the checkpoint it was made from")

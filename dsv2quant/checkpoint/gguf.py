@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot, model_slots
+from dsv2quant.arch.deepseek_v2 import TensorSpec, model_specs
 from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
 from dsv2quant.checkpoint.weights import Weight
 from dsv2quant.errors import InputError, listing
@@ -126,25 +126,25 @@ def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) ->
     ):
         if names:
             raise InputError(f"{len(names)} tensors {what}: {listing(names)}", where=where, fix=_AGAIN)
-    parts: dict[Slot, dict[str, StoredTensor]] = {}
+    parts: dict[TensorSpec, dict[str, StoredTensor]] = {}
     for tensor in tensors:
         stored = held[tensor.name]
         if stored.shape != tensor.shape:
             what = f"{tensor.name} has shape {list(stored.shape)}, its metadata implies {list(tensor.shape)}"
             raise InputError(what, where=where, fix=_AGAIN)
-        for slot, part in _parts(tensor, stored):
-            parts.setdefault(slot, {})[tensor.kind] = part
-    return [Weight(slot, _scheme(parts[slot]), parts[slot]) for slot in model_slots(config)]
+        for spec, part in _parts(tensor, stored):
+            parts.setdefault(spec, {})[tensor.kind] = part
+    return [Weight(spec, _scheme(parts[spec]), parts[spec]) for spec in model_specs(config)]
 
 
-def _parts(tensor: Tensor, stored: StoredTensor) -> list[tuple[Slot, StoredTensor]]:
+def _parts(tensor: Tensor, stored: StoredTensor) -> list[tuple[TensorSpec, StoredTensor]]:
     """The slices of a stack of experts, or the whole tensor."""
-    if tensor.slots[0].expert is None:
-        return [(tensor.slots[0], stored)]
-    size = stored.nbytes // len(tensor.slots)
+    if tensor.specs[0].expert is None:
+        return [(tensor.specs[0], stored)]
+    size = stored.nbytes // len(tensor.specs)
     return [
-        (slot, replace(stored, shape=slot.shape, begin=stored.begin + i * size, nbytes=size))
-        for i, slot in enumerate(tensor.slots)
+        (spec, replace(stored, shape=spec.shape, begin=stored.begin + i * size, nbytes=size))
+        for i, spec in enumerate(tensor.specs)
     ]
 
 

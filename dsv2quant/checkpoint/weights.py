@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec
@@ -36,7 +36,7 @@ class Weight:
     a GGUF file schemes are block types ('q4_k'), and kv_b_proj has two parts, whose types may differ ('q5_0+q4_k').
     """
 
-    slot: Slot
+    spec: TensorSpec
     scheme: str
     parts: Mapping[str, StoredTensor]
 
@@ -114,17 +114,17 @@ def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where:
 
 
 def match(
-    slots: Iterable[Slot], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
+    specs: Iterable[TensorSpec], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
 ) -> list[Weight]:
-    """Pair every slot with its stored parts; whatever is left over, missing or mis-shaped is an error."""
-    slots = list(slots)
+    """Pair every tensor of the model with its stored parts; whatever is left over, missing or mis-shaped is an error."""
+    specs = list(specs)
     # Old checkpoints store RoPE's frequencies, which follow from config.json.
     kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
-    missing = [slot.name for slot in slots if _held(slot, tensors) is None]
+    missing = [spec.name for spec in specs if _held(spec, tensors) is None]
     if missing:
-        modules = {slot.module for slot in slots}
+        modules = {spec.module for spec in specs}
         raise _missing(missing, [name for name in kept if name.rpartition(".")[0] not in modules], where)
-    weights = [_weight(slot, tensors, codecs, where) for slot in slots]
+    weights = [_weight(spec, tensors, codecs, where) for spec in specs]
     used = {part.name for weight in weights for part in weight.parts.values()}
     surplus = [name for name in kept if name not in used]
     parts = [name for name in surplus if _is_quantization(name)]
@@ -133,7 +133,7 @@ def match(
         fix = "without them the weights are others: give config.json as it was published, and remove nothing"
         raise InputError(what + listing(parts), where=where, fix=fix)
     if surplus:
-        raise _surplus(surplus, 1 + max(slot.layer for slot in slots if slot.layer is not None), where)
+        raise _surplus(surplus, 1 + max(spec.layer for spec in specs if spec.layer is not None), where)
     return weights
 
 
@@ -147,7 +147,7 @@ def _missing(missing: list[str], others: list[str], where: object) -> InputError
 
 
 def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
-    """Tensors that no slot takes, of which those beyond the last layer are told apart."""
+    """Tensors that the model doesn't have, of which those beyond the last layer are told apart."""
     beyond = [name for name in surplus if (match := _LAYER.match(name)) and int(match[1]) >= layers]
     if any(_PREDICTION.search(name) for name in beyond):
         what = f"holds a multi-token prediction layer, {len(beyond)} tensors: {listing(beyond)}"
@@ -174,50 +174,50 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
         if PACKED not in weight.parts:
             continue
         groups = weight.parts["weight_scale"].shape[1]
-        wrong = compressed_tensors.contradiction(quantization, weight.slot.shape[1], groups, weight.parts)
+        wrong = compressed_tensors.contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
         if wrong is not None:
             fix = "weights and config.json must be of one publication: get both again"
-            raise InputError(f"{weight.slot.module} {wrong}", where=where, fix=fix)
+            raise InputError(f"{weight.spec.module} {wrong}", where=where, fix=fix)
 
 
-def _held(slot: Slot, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """The tensor under the slot's own name or, of a matrix, its packed codes."""
-    names = [slot.name, *(f"{slot.module}.{suffix}" for suffix in _PACKED if slot.role in LINEAR_ROLES)]
+def _held(spec: TensorSpec, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor under the model's own name or, of a matrix, its packed codes."""
+    names = [spec.name, *(f"{spec.module}.{suffix}" for suffix in _PACKED if spec.role in LINEAR_ROLES)]
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
-    held = _held(slot, tensors)
+def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Sequence[Codec], where: object) -> Weight:
+    held = _held(spec, tensors)
     assert held is not None
     where = f"{where}/{held.file}"
-    if held.name == slot.name and held.shape != slot.shape:
-        what = f"{slot.name} has shape {list(held.shape)}, config.json implies {list(slot.shape)}"
+    if held.name == spec.name and held.shape != spec.shape:
+        what = f"{spec.name} has shape {list(held.shape)}, config.json implies {list(spec.shape)}"
         raise InputError(what, where=where, fix="correct config.json, or download the right shard")
     if held.dtype in PLAIN_DTYPES:
-        return Weight(slot, "bf16", {slot.name.rpartition(".")[2]: held})
-    if slot.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
-        readable = "BF16, F16, F32" + (", F8_E4M3" if slot.role in LINEAR_ROLES else "")
+        return Weight(spec, "bf16", {spec.name.rpartition(".")[2]: held})
+    if spec.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
+        readable = "BF16, F16, F32" + (", F8_E4M3" if spec.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []
     for codec in codecs:
-        layout = () if codec.refusal(slot.shape) else codec.layout(slot.shape)
-        found = {part.suffix: tensors.get(f"{slot.module}.{part.suffix}") for part in layout}
+        layout = () if codec.refusal(spec.shape) else codec.layout(spec.shape)
+        found = {part.suffix: tensors.get(f"{spec.module}.{part.suffix}") for part in layout}
         parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
         others = [
-            part for part in (codec.others(slot.shape) if layout else ()) if f"{slot.module}.{part.suffix}" in tensors
+            part for part in (codec.others(spec.shape) if layout else ()) if f"{spec.module}.{part.suffix}" in tensors
         ]
         if held not in parts.values() or not _fits(layout[0], held):
             continue
         missing = [suffix for suffix in found if suffix not in parts]
-        parts |= {part.suffix: tensors[f"{slot.module}.{part.suffix}"] for part in others}
+        parts |= {part.suffix: tensors[f"{spec.module}.{part.suffix}"] for part in others}
         wrong = [
             parts[part.suffix]
             for part in (*layout, *others)
             if part.suffix in parts and not _fits(part, parts[part.suffix])
         ]
         if not missing and not wrong:
-            return Weight(slot, codec.name, parts)
+            return Weight(spec, codec.name, parts)
         if wrong:
             misfits.append(wrong)
         else:
@@ -225,11 +225,11 @@ def _weight(slot: Slot, tensors: Mapping[str, StoredTensor], codecs: Sequence[Co
     found_parts, first = max(lacking, key=lambda item: item[0], default=(0, ""))
     if found_parts > 1 or (lacking and not misfits):
         kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
-        what = f"{held.name} is {kind} but has no {slot.module.rpartition('.')[2]}.{first}"
+        what = f"{held.name} is {kind} but has no {spec.module.rpartition('.')[2]}.{first}"
         fix = "download the shard that holds it: without it the codes mean nothing"
         raise InputError(what, where=where, fix=fix)
     odd = min(misfits, key=len, default=[held])[0]
-    what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(slot.shape)}"
+    what = f"{odd.name}, {odd.dtype} {list(odd.shape)}, does not fit a weight of shape {list(spec.shape)}"
     fix = "scales are per 128×128 block, per row or per tensor, of INT4 per 32, 64 or 128 columns or per row"
     raise InputError(what, where=where, fix=fix)
 

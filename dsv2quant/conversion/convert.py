@@ -31,13 +31,13 @@ from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.formats.codec import NonFiniteError, TooLargeError, check_finite, too_large
 from dsv2quant.formats.e4m3 import E4M3_VALUES
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.planning.plan import Line, Plan, Step
+from dsv2quant.planning.plan import Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
-from dsv2quant.planning.smoothing import FOLDS_FILE
+from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card, source_card
-from dsv2quant.storage.durable import MANIFEST_FILE, Entry, dump_json, file_entry
+from dsv2quant.storage.durable import MANIFEST_FILE, FileEntry, dump_json, file_entry
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import sealed
 from dsv2quant.storage.safetensors import INDEX_FILE
@@ -56,7 +56,7 @@ class Result:
     `outcomes` say what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
 
     out: Path
-    files: dict[str, Entry]
+    files: dict[str, FileEntry]
     bytes_in: int
     bytes_out: int
     resumed: int
@@ -71,18 +71,18 @@ class _Job:
     """A piece of work for one worker: a step to encode, or a chunk of a part to copy."""
 
     step: Step
-    line: Line | None = None
+    entry: Entry | None = None
     suffix: str = ""
     begin: int = 0
     nbytes: int = 0
 
     @property
     def bytes_in(self) -> int:
-        return self.nbytes if self.line else self.step.bytes_in
+        return self.nbytes if self.entry else self.step.bytes_in
 
     @property
     def memory(self) -> int:
-        return self.nbytes if self.line else self.step.bytes_in + self.step.bytes_out
+        return self.nbytes if self.entry else self.step.bytes_in + self.step.bytes_out
 
 
 _scratch = Scratch()
@@ -144,8 +144,8 @@ def convert(
             if resumed:
                 logger.info("continuing: %d of %d shards are finished", resumed, len(plan.shards))
             prepared = prepare(plan, folder.work, calibration, statistics, device, progress)
-            if prepared.folds.tensors:
-                small = {FOLDS_FILE: prepared.folds.to_bytes()} | small
+            if prepared.smoothing.tensors:
+                small = {SMOOTHING_FILE: prepared.smoothing.to_bytes()} | small
             with progress(plan.bytes_in, "B", "convert") as advance:
                 files = _write_shards(plan, folder, prepared, device, advance)
             source.check_unchanged(plan.checkpoint)
@@ -163,7 +163,7 @@ def convert(
 
 def _write_shards(
     plan: Plan, folder: ArtifactFolder, prepared: Prepared, device: str, progress: Callable[[int], object]
-) -> dict[str, Entry]:
+) -> dict[str, FileEntry]:
     """Encode and write every shard that is not finished; returns the manifest entries of all."""
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as workers:
         pipeline = _Pipeline(plan, folder, progress)
@@ -187,7 +187,7 @@ class _Pipeline:
         self._plan, self._folder, self._progress = plan, folder, progress
         self.running: deque[tuple[_Job, Future[list[Piece]]]] = deque()
         self._writer: ShardWriter | None = None
-        self._finishing: dict[str, Future[Entry]] = {}
+        self._finishing: dict[str, Future[FileEntry]] = {}
         self._hasher, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def make_room(self, job: _Job) -> None:
@@ -195,7 +195,7 @@ class _Pipeline:
         while self.running and sum(j.memory for j, _ in self.running) + job.memory > MAX_IN_FLIGHT:
             self._write_oldest()
 
-    def drain(self) -> dict[str, Entry]:
+    def drain(self) -> dict[str, FileEntry]:
         """Write what is left and wait until every shard is durable; returns the manifest entries."""
         while self.running:
             self._write_oldest()
@@ -209,7 +209,7 @@ class _Pipeline:
         pieces = future.result()
         shard = self._plan.shards[job.step.shard]
         if shard.file in self._finishing:
-            raise PlanViolation(f"{shard.file}: {job.step.lines[0].slot.name} came after the shard was full")
+            raise PlanViolation(f"{shard.file}: {job.step.entries[0].spec.name} came after the shard was full")
         if self._writer is None:
             self._writer = ShardWriter(self._folder.path, shard, self._hasher, self._finisher)
         for piece in pieces:
@@ -236,61 +236,61 @@ def _jobs(plan: Plan, finished: Set[str], progress: Callable[[int], object]) -> 
     for step in plan.steps:
         if plan.shards[step.shard].file in finished:
             progress(step.bytes_in)
-        elif all(line.is_copy for line in step.lines):
-            for line in step.lines:
-                for suffix, part in line.weight.parts.items():
+        elif all(entry.is_copy for entry in step.entries):
+            for entry in step.entries:
+                for suffix, part in entry.weight.parts.items():
                     for begin in range(0, part.nbytes, CHUNK):
-                        yield _Job(step, line, suffix, begin, min(CHUNK, part.nbytes - begin))
+                        yield _Job(step, entry, suffix, begin, min(CHUNK, part.nbytes - begin))
         else:
             yield _Job(step)
 
 
 def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> list[Piece]:
     """A worker's part: read, and encode or check; or fetch what calibration encoded."""
-    if job.line is not None:
-        return _copy(checkpoint, job.line, job.suffix, job.begin, job.nbytes)
-    lines = job.step.lines
-    if lines[0].method in CALIBRATED:
-        found = [prepared.encoded_parts(line) for line in lines]
+    if job.entry is not None:
+        return _copy(checkpoint, job.entry, job.suffix, job.begin, job.nbytes)
+    entries = job.step.entries
+    if entries[0].method in CALIBRATED:
+        found = [prepared.encoded_parts(entry) for entry in entries]
     else:
-        found = _encode(checkpoint, lines, prepared, device)
+        found = _encode(checkpoint, entries, prepared, device)
     pieces: list[Piece] = []
-    for line, arrays in zip(lines, found, strict=True):
-        arrays = arrays | prepared.kv_scales(line)
-        planned = {output.name for output in line.outputs}
+    for entry, arrays in zip(entries, found, strict=True):
+        arrays = arrays | prepared.kv_scales(entry)
+        planned = {output.name for output in entry.outputs}
         if arrays.keys() != planned:
-            raise PlanViolation(f"{line.slot.name}: {sorted(arrays)} came, {sorted(planned)} were planned")
-        pieces += [(output.name, arrays[output.name], None) for output in line.outputs]
+            raise PlanViolation(f"{entry.spec.name}: {sorted(arrays)} came, {sorted(planned)} were planned")
+        pieces += [(output.name, arrays[output.name], None) for output in entry.outputs]
     return pieces
 
 
 def _encode(
-    checkpoint: Checkpoint, lines: Sequence[Line], prepared: Prepared, device: str
+    checkpoint: Checkpoint, entries: Sequence[Entry], prepared: Prepared, device: str
 ) -> list[dict[str, np.ndarray]]:
-    sizes = [line.weight.stored.nbytes for line in lines]
+    sizes = [entry.weight.stored.nbytes for entry in entries]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
     weights = [
-        prepared.weight(line, checkpoint.encodable(line.weight, buffer))
-        for line, buffer in zip(lines, buffers, strict=True)
+        prepared.weight(entry, checkpoint.encodable(entry.weight, buffer))
+        for entry, buffer in zip(entries, buffers, strict=True)
     ]
-    inputs = [prepared.inputs(line) for line in lines if line.needs_inputs]
+    inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
     try:
-        encoded = CODECS[lines[0].scheme].encode(weights, device, lines[0].encoding, inputs)
+        encoded = CODECS[entries[0].scheme].encode(weights, device, entries[0].encoding, inputs)
     except NonFiniteError as error:
-        raise checkpoint.not_finite(lines[error.which].weight, error.index) from None
+        raise checkpoint.not_finite(entries[error.which].weight, error.index) from None
     except TooLargeError as error:
-        line = lines[error.which]
-        raise too_large(line.slot.module, line.scheme) from None
-    if len(encoded) != len(lines):
-        raise PlanViolation(f"{lines[0].slot.name}: {len(encoded)} weights came, {len(lines)} were planned")
+        entry = entries[error.which]
+        raise too_large(entry.spec.module, entry.scheme) from None
+    if len(encoded) != len(entries):
+        raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
     return [
-        {f"{line.slot.module}.{suffix}": array for suffix, array in parts.items()}
-        for line, parts in zip(lines, encoded, strict=True)
+        {f"{entry.spec.module}.{suffix}": array for suffix, array in parts.items()}
+        for entry, parts in zip(entries, encoded, strict=True)
     ]
 
 
-def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: int) -> list[Piece]:
-    part = line.weight.parts[suffix]
+def _copy(checkpoint: Checkpoint, entry: Entry, suffix: str, begin: int, nbytes: int) -> list[Piece]:
+    part = entry.weight.parts[suffix]
     data = checkpoint.read(part, begin, nbytes)
     values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
     try:
@@ -298,7 +298,7 @@ def _copy(checkpoint: Checkpoint, line: Line, suffix: str, begin: int, nbytes: i
     except NonFiniteError as error:
         element = begin // values.itemsize + error.index[0]
         index = tuple(int(i) for i in np.unravel_index(element, part.shape))
-        raise checkpoint.not_finite(line.weight, index) from None
+        raise checkpoint.not_finite(entry.weight, index) from None
     return [(part.name, data, begin)]
 
 
@@ -317,8 +317,8 @@ def _small_files(plan: Plan, command: str, copied: dict[str, bytes]) -> dict[str
 
 
 def _write_small_files(
-    folder: ArtifactFolder, small: dict[str, bytes], files: dict[str, Entry], about: dict[str, Any]
-) -> dict[str, Entry]:
+    folder: ArtifactFolder, small: dict[str, bytes], files: dict[str, FileEntry], about: dict[str, Any]
+) -> dict[str, FileEntry]:
     """Write them, and the manifest before config.json; returns the manifest's whole file list."""
     files = dict(sorted((files | {name: file_entry(content) for name, content in small.items()}).items()))
     for name, content in small.items():

@@ -17,14 +17,14 @@ from typing import Any
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.errors import InputError, listing
 from dsv2quant.planning.plan import Plan
-from dsv2quant.planning.smoothing import FOLDS_FILE
+from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import (
     MANIFEST_FILE,
     PARTIAL,
     STATE_FILE,
     WORK_FOLDER,
-    Entry,
+    FileEntry,
     damaged_files,
     disk_errors,
     file_entry,
@@ -71,8 +71,8 @@ class ArtifactFolder:
         self._source, self._calibration = source, calibration
         self._names = {*small, MANIFEST_FILE, *(shard.file for shard in plan.shards)}
         self._state: StateLog | None = None
-        self.complete: dict[str, Entry] | None = None
-        self.finished: dict[str, Entry] = {}
+        self.complete: dict[str, FileEntry] | None = None
+        self.finished: dict[str, FileEntry] = {}
         folder = plan.checkpoint.folder
         if folder is not None and path.exists() and path.samefile(folder):
             raise InputError("is the checkpoint's own folder", where=path, fix="give another output folder")
@@ -177,7 +177,7 @@ class ArtifactFolder:
         assert self._state is not None
         first = self._state.lines[0] if self._state.lines else {}
         named = first.get("names") if str(first.get("schema")).startswith("dsv2quant.state/") else None
-        names = {FOLDS_FILE, *filter(self._is_inside, named)} if isinstance(named, list) else set()
+        names = {SMOOTHING_FILE, *filter(self._is_inside, named)} if isinstance(named, list) else set()
         names |= set(manifest["files"]) if manifest is not None else set()
         names |= {name + PARTIAL for name in names}
         ours = names or manifest is not None
@@ -188,7 +188,7 @@ class ArtifactFolder:
         be written, or that a consumer would load with it."""
         assert self._state is not None
         owned = self._owned(manifest)
-        planned = {FOLDS_FILE, *self._names, *(name + PARTIAL for name in self._names)}
+        planned = {SMOOTHING_FILE, *self._names, *(name + PARTIAL for name in self._names)}
         loaded = {name for name in held if name.endswith(".safetensors")} | {INDEX_FILE}
         foreign = sorted(held & (planned | loaded) - set(owned))
         if foreign:
@@ -211,12 +211,12 @@ class ArtifactFolder:
             what = f"needs {needed:,} bytes, the disk has {free:,} free"
             raise InputError(what, where=self.path, fix="free space, or give a folder on another disk")
 
-    def record(self, file: str, entry: Entry) -> None:
+    def record(self, file: str, entry: FileEntry) -> None:
         """A shard with this manifest entry is durable, and about to have its name."""
         assert self._state is not None
         self._state.append({"file": file} | entry)
 
-    def write_file(self, name: str, content: bytes) -> Entry:
+    def write_file(self, name: str, content: bytes) -> FileEntry:
         """Write a small file at once or not at all; returns its manifest entry."""
         with disk_errors(self.path / name):
             (self.path / name).parent.mkdir(exist_ok=True)

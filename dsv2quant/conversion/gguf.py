@@ -33,9 +33,9 @@ from dsv2quant.formats.codec import NonFiniteError, check_finite
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.planning.gguf_metadata import model_metadata
-from dsv2quant.planning.gguf_plan import File, GgufPlan, Line, lay_out
+from dsv2quant.planning.gguf_plan import Entry, File, GgufPlan, lay_out
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.durable import Entry, create, disk_errors, open_own, sync_folder
+from dsv2quant.storage.durable import FileEntry, create, disk_errors, open_own, sync_folder
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.work import resumable, tell_kept
 
@@ -50,7 +50,7 @@ class Result:
     """What a conversion did: manifest entries by file, how many tensors an earlier run had written, and whether these
     very files were there already."""
 
-    files: dict[str, Entry]
+    files: dict[str, FileEntry]
     resumed: int
     already_complete: bool
     seconds: float
@@ -87,12 +87,12 @@ def convert_gguf(
         with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, file in enumerate(files):
                 if file.is_written:
-                    advance(sum(piece.bytes_in for line, _ in file.lines for piece in pieces(plan, line)))
+                    advance(sum(piece.bytes_in for entry, _ in file.entries for piece in pieces(plan, entry)))
                 else:
                     with _Writer(plan, source, state, number, workers, device, advance) as writer:
                         writer.write()
         hashes = zip(files, state.hashes, strict=True)
-        entries: dict[str, Entry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
+        entries: dict[str, FileEntry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
         state.manifest.write(plan.checkpoint, command, entries)
         state.finish()
     return Result(entries, resumed, False, time.perf_counter() - started)
@@ -147,12 +147,12 @@ class _Writer:
                 os.pwrite(self._descriptor, file.header, 0)
                 os.ftruncate(self._descriptor, file.nbytes)
                 self._position = file.end(0)
-        for line, _ in file.lines[: self._done]:
-            self._advance(sum(piece.bytes_in for piece in pieces(self._plan, line)))
-        for line, begin in file.lines[self._done :]:
-            importance = self._plan.importance(line.tensor)
-            row_bytes = blocks.nbytes(line.type, line.tensor.shape[-1:])
-            cut = list(pieces(self._plan, line))
+        for entry, _ in file.entries[: self._done]:
+            self._advance(sum(piece.bytes_in for piece in pieces(self._plan, entry)))
+        for entry, begin in file.entries[self._done :]:
+            importance = self._plan.importance(entry.tensor)
+            row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
+            cut = list(pieces(self._plan, entry))
             for piece in cut:
                 if len(self._running) >= _MAX_RUNNING:
                     self._settle()
@@ -163,13 +163,13 @@ class _Writer:
             self._settle()
         if self._recording is not None:
             self._recording.result()  # a disk reports an error once: the last fsync may not repeat it
-        if self._position != file.nbytes or self._done != len(file.lines):
+        if self._position != file.nbytes or self._done != len(file.entries):
             raise PlanViolation(f"{file.path}: {self._position:,} of {file.nbytes:,} bytes came")
         self._source.check_unchanged(self._plan.checkpoint)
         sha256 = self._hasher.submit(self._hash_up_to, file.nbytes).result()
         with disk_errors(file.path):
             os.fsync(self._descriptor)
-            self._state.record(self._number, len(file.lines), sha256)
+            self._state.record(self._number, len(file.entries), sha256)
             file.partial.rename(file.path)
             sync_folder(file.path.parent)
 
@@ -178,21 +178,21 @@ class _Writer:
         piece, begin, end, is_last, job = self._running[0]
         written = job.result()
         self._running.popleft()
-        planned = self._file.lines[self._done]
-        if piece.line is not planned[0] or begin != self._position or written != end - begin:
+        planned = self._file.entries[self._done]
+        if piece.entry is not planned[0] or begin != self._position or written != end - begin:
             what = f"bytes {begin:,} to {begin + written:,} came, {self._position:,} to {end:,} were planned"
-            raise PlanViolation(f"{self._file.path}: {piece.line.name}: {what}")
+            raise PlanViolation(f"{self._file.path}: {piece.entry.name}: {what}")
         self._position = end
         self._advance(piece.bytes_in)
         self._hasher.submit(self._hash_up_to, end)
         if not is_last:
             return
-        if end != planned[1] + piece.line.nbytes:
-            what = f"{end - planned[1]:,} of {piece.line.nbytes:,} bytes came"
-            raise PlanViolation(f"{self._file.path}: {piece.line.name}: {what}")
+        if end != planned[1] + piece.entry.nbytes:
+            what = f"{end - planned[1]:,} of {piece.entry.nbytes:,} bytes came"
+            raise PlanViolation(f"{self._file.path}: {piece.entry.name}: {what}")
         self._done += 1
         self._position = self._file.end(self._done)
-        self._unrecorded += piece.line.nbytes
+        self._unrecorded += piece.entry.nbytes
         if self._unrecorded >= RECORD_EVERY:
             if self._recording is not None:
                 self._recording.result()
@@ -219,15 +219,15 @@ class _Writer:
 
     def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> int:
         """A worker's part: read a piece, encode it, write it from byte `begin` on; returns how many bytes."""
-        line, at = piece.line, begin
-        row_bytes = blocks.nbytes(line.type, line.tensor.shape[-1:])
+        entry, at = piece.entry, begin
+        row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
         for rows in read_rows(self._plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
             data = _encode_rows(piece, rows, importance, self._device)
             if data.dtype != np.uint8 or data.shape != (len(rows), row_bytes):
                 what = f"{data.dtype} {list(data.shape)} came, uint8 {[len(rows), row_bytes]} was planned"
-                raise PlanViolation(f"{self._file.path}: {line.name} as {line.type}: {what}")
-            if not blocks.holds(line.type, rows, data):
-                what = f"{piece.weight.slot.name} has values too large for {line.type}"
+                raise PlanViolation(f"{self._file.path}: {entry.name} as {entry.type}: {what}")
+            if not blocks.holds(entry.type, rows, data):
+                what = f"{piece.weight.spec.name} has values too large for {entry.type}"
                 raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
             view, done = data.reshape(-1).data, 0
             with disk_errors(self._file.path):
@@ -239,11 +239,11 @@ class _Writer:
 
 def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:
     """float32 [rows, cols] → uint8 [rows, bytes of a row], each matrix with its own importance [matrices, cols]."""
-    kind = piece.line.type
+    kind = piece.entry.type
     encode = blocks.encode if device == "cpu" else partial(_encode_on, device)
     if importance is None:
         return encode(kind, rows)
-    per_matrix = piece.line.tensor.shape[-2]
+    per_matrix = piece.entry.tensor.shape[-2]
     if len(rows) <= per_matrix:
         return encode(kind, rows, importance[piece.matrix])
     split = np.split(rows, len(rows) // per_matrix)
@@ -272,7 +272,7 @@ class Piece:
     """Rows `first` … `first + count` − 1 of matrix `matrix` of a tensor, from `weight`; of kv_b_proj's halves, the rows
     of all matrices."""
 
-    line: Line
+    entry: Entry
     weight: Weight
     matrix: int
     first: int
@@ -281,29 +281,29 @@ class Piece:
     @property
     def begin(self) -> int:
         """Its first row, counted over all matrices."""
-        shape = self.line.tensor.shape
+        shape = self.entry.tensor.shape
         return self.matrix * (shape[-2] if len(shape) > 1 else 1) + self.first
 
     @property
     def bytes_in(self) -> int:
         """Its share of the weight's stored bytes."""
-        size = self.count * self.line.tensor.shape[-1]
-        return self.weight.nbytes * size // self.weight.slot.size
+        size = self.count * self.entry.tensor.shape[-1]
+        return self.weight.nbytes * size // self.weight.spec.size
 
 
-def pieces(plan: GgufPlan, line: Line) -> Iterator[Piece]:
+def pieces(plan: GgufPlan, entry: Entry) -> Iterator[Piece]:
     """A tensor cut into pieces, in the order of the file. kv_b_proj's halves, and weights that are decoded as a whole,
     are not cut."""
-    tensor = line.tensor
-    weights = [plan.weights[slot.name] for slot in tensor.slots]
+    tensor = entry.tensor
+    weights = [plan.weights[spec.name] for spec in tensor.specs]
     if tensor.kind in (K_B, V_B) or len(tensor.shape) == 1:
-        yield Piece(line, weights[0], 0, 0, math.prod(tensor.shape[:-1]))
+        yield Piece(entry, weights[0], 0, 0, math.prod(tensor.shape[:-1]))
         return
     rows, cols = tensor.shape[-2:]
     for matrix, weight in enumerate(weights):
         step = max(1, PIECE // cols) if weight.scheme == "bf16" else rows
         for first in range(0, rows, step):
-            yield Piece(line, weight, matrix, first, min(step, rows - first))
+            yield Piece(entry, weight, matrix, first, min(step, rows - first))
 
 
 def read_rows(checkpoint: Checkpoint, piece: Piece, weights: int = CACHED) -> Iterator[np.ndarray]:
@@ -312,9 +312,9 @@ def read_rows(checkpoint: Checkpoint, piece: Piece, weights: int = CACHED) -> It
 
     Raises InputError naming the weight and index where it is NaN or infinite.
     """
-    tensor, weight = piece.line.tensor, piece.weight
+    tensor, weight = piece.entry.tensor, piece.weight
     if tensor.kind in (K_B, V_B):
-        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.slot.shape[0], CACHED)])
+        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.spec.shape[0], CACHED)])
         yield _half(tensor.kind, tensor.shape, whole)
     else:
         yield from _floats(checkpoint, weight, piece.first, piece.count, weights)
@@ -330,14 +330,14 @@ def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
 
 def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
     """`count` rows of a weight from row `first`; a vector is one row."""
-    cols = weight.slot.shape[-1]
+    cols = weight.spec.shape[-1]
     if weight.scheme != "bf16":
         values = checkpoint.encodable(weight)
         _check(checkpoint, weight, values.reshape(-1), 0)
         yield values
         return
     part = weight.stored
-    width = part.nbytes // weight.slot.size
+    width = part.nbytes // weight.spec.size
     buffer = _stored.take(count * cols * width)
     stored = checkpoint.read(part, first * cols * width, count * cols * width, buffer).reshape(count, -1)
     step = max(1, weights // cols)
@@ -359,5 +359,5 @@ def _check(checkpoint: Checkpoint, weight: Weight, values: np.ndarray, begin: in
     try:
         check_finite(values)
     except NonFiniteError as error:
-        index = np.unravel_index(begin + error.index[0], weight.slot.shape)
+        index = np.unravel_index(begin + error.index[0], weight.spec.shape)
         raise checkpoint.not_finite(weight, [int(i) for i in index]) from None

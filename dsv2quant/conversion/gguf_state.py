@@ -24,7 +24,7 @@ from dsv2quant.planning.gguf_plan import File, GgufPlan
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import (
     PARTIAL,
-    Entry,
+    FileEntry,
     damaged_files,
     disk_errors,
     dump_json,
@@ -54,7 +54,7 @@ class State:
         self.files, self.path, self._out = files, state_path(out), out
         self.done = [0] * len(files)
         self.hashes = [hashlib.sha256() for _ in files]
-        self.complete: dict[str, Entry] | None = None
+        self.complete: dict[str, FileEntry] | None = None
         self._log: StateLog | None = None
         self._is_claimed = False
         imatrix = plan.options.imatrix
@@ -218,7 +218,7 @@ class Manifest:
         if os.path.lexists(self.path) and self._read() is None:
             raise InputError("is there, and no manifest of dsv2quant's", where=self.path, fix="move it away")
 
-    def complete(self, progress: Progress) -> dict[str, Entry] | None:
+    def complete(self, progress: Progress) -> dict[str, FileEntry] | None:
         """The files' entries where they are there, every byte of them, as this plan and source make them. Raises
         InputError where a manifest of this plan has another source or other bytes."""
         manifest = self._read()
@@ -229,7 +229,9 @@ class Manifest:
         if differing is not None:
             fix = "give another name, or --force to replace it"
             raise InputError(f"was made from another source: {differing}", where=self._out, fix=fix)
-        entries: dict[str, Entry] = {file.path.name: manifest["files"].get(file.path.name, {}) for file in self._files}
+        entries: dict[str, FileEntry] = {
+            file.path.name: manifest["files"].get(file.path.name, {}) for file in self._files
+        }
         with progress(sum(file.nbytes for file in self._files), "B", "check") as advance:
             damaged = damaged_files(self._out.parent, entries, advance)
         if damaged:
@@ -237,7 +239,7 @@ class Manifest:
             raise InputError(what, where=self._out, fix="--force to convert again, or get the file again")
         return entries
 
-    def write(self, checkpoint: Checkpoint, command: str, entries: dict[str, Entry]) -> None:
+    def write(self, checkpoint: Checkpoint, command: str, entries: dict[str, FileEntry]) -> None:
         """Say what the finished files are."""
         content = {
             "schema": SCHEMA,

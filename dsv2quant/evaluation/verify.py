@@ -20,13 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import decode, decode_parts, stored_tensor
-from dsv2quant.planning.smoothing import FOLDS_FILE, Folds
+from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, hash_file
 from dsv2quant.storage.manifest import beside, check_regular, gguf_manifest, is_text, read_manifest
@@ -61,8 +61,8 @@ def sqnr(signal: float, noise: float) -> float:
 
 def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
     """Raise InputError where artifact and source are not the same model."""
-    ours = {w.slot.name: w.slot.shape for w in artifact.weights}
-    theirs = {w.slot.name: w.slot.shape for w in source.weights}
+    ours = {w.spec.name: w.spec.shape for w in artifact.weights}
+    theirs = {w.spec.name: w.spec.shape for w in source.weights}
     differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if differing:
         what = f"{source.model} is another model: {listing(sorted(differing))}"
@@ -84,8 +84,10 @@ def compare_tensors(
 ) -> list[TensorError]:
     """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
     in the artifact."""
-    wanted = {w.slot.name: w for w in source.weights}
-    folds = Folds({}) if artifact.folder is None else Folds.open(artifact.folder / FOLDS_FILE, artifact.config)
+    wanted = {w.spec.name: w for w in source.weights}
+    smoothing = (
+        Smoothing({}) if artifact.folder is None else Smoothing.open(artifact.folder / SMOOTHING_FILE, artifact.config)
+    )
     running: deque[tuple[int, Future[TensorError]]] = deque()
     errors = []
 
@@ -97,11 +99,11 @@ def compare_tensors(
     with _single_threaded(), ThreadPoolExecutor(min(16, os.cpu_count() or 1) if device == "cpu" else 2) as workers:
         try:
             for weight in artifact.weights:
-                exact = wanted[weight.slot.name]
+                exact = wanted[weight.spec.name]
                 nbytes = weight.nbytes + exact.nbytes
                 while running and sum(held for held, _ in running) + nbytes > MAX_IN_FLIGHT:
                     finish_oldest()
-                future = workers.submit(_tensor_error, artifact, weight, source, exact, folds, device)
+                future = workers.submit(_tensor_error, artifact, weight, source, exact, smoothing, device)
                 running.append((nbytes, future))
             while running:
                 finish_oldest()
@@ -122,10 +124,10 @@ def _single_threaded() -> Iterator[None]:
 
 
 def _tensor_error(
-    artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, folds: Folds, device: str
+    artifact: Checkpoint, weight: Weight, source: Checkpoint, wanted: Weight, smoothing: Smoothing, device: str
 ) -> TensorError:
-    rows = weight.slot.shape[0]
-    step = PIECE.get(device, PIECE_OF_DEVICE) * rows // weight.slot.size
+    rows = weight.spec.shape[0]
+    step = PIECE.get(device, PIECE_OF_DEVICE) * rows // weight.spec.size
     step = max(step // ROWS_APART, 1) * ROWS_APART
     decoded, exact = (
         _reader(artifact, weight, decoded_dtype(artifact), device), _reader(source, wanted, torch.float32, device)
@@ -133,16 +135,16 @@ def _tensor_error(
     signal = noise = largest = 0.0
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
-        x = _folded(exact(begin, end), folds, weight.slot, begin)
+        x = _smoothed(exact(begin, end), smoothing, weight.spec, begin)
         difference = torch.sub(decoded(begin, end).float(), x)
         furthest = max(abs(float(extreme)) for extreme in torch.aminmax(difference))  # NaN is both
         if not math.isfinite(furthest):
-            what = f"{weight.slot.name} is NaN or infinite, there or in {source.model}"
+            what = f"{weight.spec.name} is NaN or infinite, there or in {source.model}"
             raise InputError(what, where=artifact.model, fix="one of them is damaged: get it again, or convert again")
         signal += _squares(x)
         noise += _squares(difference) if furthest else 0.0
         largest = max(largest, furthest)
-    return TensorError(weight.slot.name, weight.slot.role, weight.stored_scheme, signal, noise, largest)
+    return TensorError(weight.spec.name, weight.spec.role, weight.stored_scheme, signal, noise, largest)
 
 
 def _squares(x: torch.Tensor) -> float:
@@ -152,9 +154,9 @@ def _squares(x: torch.Tensor) -> float:
     return total if 1e-30 < total < math.inf else float(x.double().square().sum())
 
 
-def _folded(x: torch.Tensor, folds: Folds, slot: Slot, begin: int) -> torch.Tensor:
+def _smoothed(x: torch.Tensor, smoothing: Smoothing, spec: TensorSpec, begin: int) -> torch.Tensor:
     """Rows of a weight from `begin` as they were quantized. The factors are powers of two."""
-    rows, columns = folds.rows(slot), folds.columns(slot)
+    rows, columns = smoothing.rows(spec), smoothing.columns(spec)
     for exponents in (
         None if rows is None else rows[begin : begin + len(x)].reshape(-1, *(1,) * (x.ndim - 1)), columns
     ):  # fmt: skip
@@ -179,8 +181,8 @@ def _reader(
 
 def _rows(weight: Weight, begin: int, end: int) -> Weight:
     """Some rows of a weight that is one part, as a weight."""
-    (suffix, part), shape = next(iter(weight.parts.items())), (end - begin, *weight.slot.shape[1:])
-    width = part.nbytes // weight.slot.shape[0]
+    (suffix, part), shape = next(iter(weight.parts.items())), (end - begin, *weight.spec.shape[1:])
+    width = part.nbytes // weight.spec.shape[0]
     part = replace(part, shape=shape, begin=part.begin + begin * width, nbytes=(end - begin) * width)
     return replace(weight, parts={suffix: part})
 
@@ -222,7 +224,11 @@ def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) ->
         what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
         fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
         raise InputError(what, where=folder, fix=fix)
-    needed = [*artifact.files, "config.json", *(name for name in (INDEX_FILE, FOLDS_FILE) if (folder / name).exists())]
+    needed = [
+        *artifact.files,
+        "config.json",
+        *(name for name in (INDEX_FILE, SMOOTHING_FILE) if (folder / name).exists()),
+    ]
     checked = _by_manifest(folder / MANIFEST_FILE, needed, progress)
     loaded, added = beside(folder, checked.files.keys() | {MANIFEST_FILE})
     if loaded:
@@ -278,7 +284,7 @@ def check_blocks(artifact: Checkpoint, progress: Progress) -> None:
             for part in weight.parts.values():
                 bad = first_bad_block(part.dtype, artifact.read(part))
                 if bad is not None:
-                    what = f"{part.name}: block {bad:,} of {weight.slot.name} has a scale that is NaN or infinite"
+                    what = f"{part.name}: block {bad:,} of {weight.spec.name} has a scale that is NaN or infinite"
                     raise InputError(
                         what, where=artifact.data[part.file][0], fix="get the file again, or convert again"
                     )

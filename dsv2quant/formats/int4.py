@@ -7,7 +7,7 @@
 
     rtn   scale = amax / 7.5, codes to nearest
     mse   the scale among 61 that leaves the least squared error, weighted by the inputs' mean squares; codes to nearest
-    awq   the same, behind a fold that widens the columns of strong inputs: see `calib/awq.py`
+    awq   the same, behind a smoothing that widens the columns of strong inputs: see `calib/awq.py`
     gptq  with calibration: see `calib/gptq.py`
 
 Files of others are read with what ours never have:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
 from dsv2quant.formats.codec import Codec
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.fp8 import Fp8
@@ -47,7 +47,7 @@ def one_method(schemes: Iterable[str]) -> set[str]:
     return methods
 
 
-def quantization_config(schemes: Mapping[Slot, str], kv_scales: bool = False) -> dict[str, Any] | None:
+def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = False) -> dict[str, Any] | None:
     """The configuration of a model whose tensors have these schemes; None where nothing is quantized. `kv_scales`
     declares KV-cache scales where the quant method has a word for them.
 
@@ -98,7 +98,7 @@ def kv_scale_parts(quantization: Mapping[str, Any] | None) -> tuple[Part, ...]:
     return Part("k_scale", "F32", shape), Part("v_scale", "F32", shape)
 
 
-def _transposed(schemes: Mapping[Slot, str], ignored: list[str]) -> dict[str, Any]:
+def _transposed(schemes: Mapping[TensorSpec, str], ignored: list[str]) -> dict[str, Any]:
     """The configuration of GPTQ's and AWQ's layouts, as AutoGPTQ, GPTQModel and AutoAWQ write it."""
     used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
     if len(used) > 1:
@@ -126,32 +126,32 @@ def _transposed(schemes: Mapping[Slot, str], ignored: list[str]) -> dict[str, An
     }
 
 
-def _ignored_modules(schemes: Mapping[Slot, str]) -> list[str]:
+def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
     """Every unquantized module that holds a matrix, with its fused aliases; experts by their stack's name alone."""
     names: dict[str, None] = {}
-    for slot, scheme in schemes.items():
-        if scheme != "bf16" or slot.role not in (*LINEAR_ROLES, "router", "lm_head", "score"):
+    for spec, scheme in schemes.items():
+        if scheme != "bf16" or spec.role not in (*LINEAR_ROLES, "router", "lm_head", "score"):
             continue
-        parent, _, leaf = slot.module.rpartition(".")
-        if slot.role.startswith("routed."):
-            names[f"model.layers.{slot.layer}.mlp.experts"] = None
-        for alias in () if slot.role.startswith("routed.") else _FUSED_ALIASES.get(leaf, ()):
+        parent, _, leaf = spec.module.rpartition(".")
+        if spec.role.startswith("routed."):
+            names[f"model.layers.{spec.layer}.mlp.experts"] = None
+        for alias in () if spec.role.startswith("routed.") else _FUSED_ALIASES.get(leaf, ()):
             names[f"{parent}.{alias}"] = None
-        names[slot.module] = None
+        names[spec.module] = None
     return list(names)
 
 
-def _config_groups(schemes: Mapping[Slot, str]) -> dict[str, Any]:
+def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
     """One group per scheme. With one scheme the target is every `Linear`; with several, each role is spelled out.
 
     SGLang looks at class names before it unfuses, so "Linear" beside another group would swallow fused modules.
     transformers takes the first group with "experts" in a pattern for the routed experts, and the first without for
     everything else: the group of the routed experts comes first, and no other pattern spells the word.
     """
-    used = {s for slot, s in schemes.items() if s != "bf16"}
+    used = {s for spec, s in schemes.items() if s != "bf16"}
     if len(used) == 1:
         return {"group_0": {"targets": ["Linear"], **_group(used.pop())}}
-    routed = {s for slot, s in schemes.items() if s != "bf16" and slot.role.startswith("routed.")}
+    routed = {s for spec, s in schemes.items() if s != "bf16" and spec.role.startswith("routed.")}
     return {
         f"group_{i}": {"targets": _targets(schemes, scheme), **_group(scheme)}
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
@@ -179,11 +179,11 @@ def _float8(strategy: str, *, dynamic: bool) -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
 
 
-def _targets(schemes: Mapping[Slot, str], scheme: str) -> list[str]:
+def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
     """Regular expressions for the modules of one scheme: one per role, naming layers only where it must."""
     patterns = []
     for role in LINEAR_ROLES:
-        everywhere = {slot.layer: s for slot, s in schemes.items() if slot.role == role}
+        everywhere = {spec.layer: s for spec, s in schemes.items() if spec.role == role}
         layers = [layer for layer, s in everywhere.items() if s == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"

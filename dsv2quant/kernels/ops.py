@@ -1,4 +1,4 @@
-"""The operations of the fused layers: by a kernel on a CUDA device, elsewhere by its torch twin. What they take and
+"""The operations of the fused layers: by a kernel on a CUDA device, elsewhere by its torch reference. What they take and
 give is said with the kernels."""
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _either(kernel: Callable[P, R], twin: Callable[..., Any]) -> Callable[P, R]:
+def _either(kernel: Callable[P, R], reference: Callable[..., Any]) -> Callable[P, R]:
     """`kernel` where the first argument, a tensor, is on a CUDA device."""
 
     def operation(*args: P.args, **others: P.kwargs) -> R:
         on_device = args[0].is_cuda  # type: ignore[attr-defined]
-        return kernel(*args, **others) if on_device else twin(*args, **others)
+        return kernel(*args, **others) if on_device else reference(*args, **others)
 
     return operation
 

@@ -1,6 +1,6 @@
-"""Torch twins of the kernels: the arithmetic in plain operations, on any device. They define what is right.
+"""Torch references of the kernels: the arithmetic in plain operations, on any device. They define what is right.
 
-Torch twins of what stands between the products of a decode step: add_norm, silu_mul, latents, absorb.
+Torch references of what stands between the products of a decode step: add_norm, silu_mul, latents, absorb.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Torch twins of the kernels for routed experts: see reference.py.
+"""Torch references of the kernels for routed experts: see reference.py.
 
-Torch twins of the kernels for GGUF weights: see reference.py.
+Torch references of the kernels for GGUF weights: see reference.py.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def decode_parts(
         return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
     except ValueError as error:
         fix = "the checkpoint is damaged: get it again"
-        raise InputError(f"{weight.slot.module}: {error}", where=checkpoint.model, fix=fix) from None
+        raise InputError(f"{weight.spec.module}: {error}", where=checkpoint.model, fix=fix) from None
 
 
 def kv_scale(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor | None:
@@ -119,7 +119,7 @@ class Loader:
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.checkpoint, self.options, self.config = checkpoint, options, checkpoint.config
-        self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
+        self._by_name = {weight.spec.name: weight for weight in checkpoint.weights}
         self._activations = activations_quantized(checkpoint.config.quantization) and not options.weight_only
 
     def ends(self) -> Ends:
@@ -184,5 +184,5 @@ class Loader:
 
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
-        scale_dtype = None if weight.slot.role.startswith("routed.") else o.scale_dtype
+        scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
         return decode(self.checkpoint, weight, dtype or o.dtype, o.device, scale_dtype)

@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of plain weights, and of what is computed: BF16, the kernels' own; their twins take float32, too."""
+        """That of plain weights, and of what is computed: BF16, the kernels' own; their references take float32, too."""
 
     def scheme(self, module: str) -> str:
         """A weight's scheme."""
@@ -56,7 +56,7 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.name, self.config = checkpoint.model, checkpoint.config
-        self._by_name = {weight.slot.name: weight for weight in checkpoint.weights}
+        self._by_name = {weight.spec.name: weight for weight in checkpoint.weights}
         self._activations = activations_quantized(checkpoint.config.quantization)
 
     def scheme(self, module: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import PER_WORD, Int4
@@ -58,9 +58,9 @@ class Parallel:
         """The number of GPUs over which a routed expert is split."""
         return 1 if self.ep > 1 else self.tp
 
-    def over(self, slot: Slot) -> int:
+    def over(self, spec: TensorSpec) -> int:
         """The number of GPUs over which a tensor is split, if its role is split at all."""
-        return self.experts_over if slot.role.startswith("routed.") else self.tp
+        return self.experts_over if spec.role.startswith("routed.") else self.tp
 
     def __str__(self) -> str:
         """'' for one GPU, else ' at tensor-parallel size 8 and expert-parallel size 8'."""
@@ -94,79 +94,81 @@ def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ..
     return tuple(target for target in TARGETS if target in asked)
 
 
-def refusal(slot: Slot, scheme: str, config: ModelConfig, targets: Iterable[str], parallel: Parallel) -> Refusal | None:
+def refusal(
+    spec: TensorSpec, scheme: str, config: ModelConfig, targets: Iterable[str], parallel: Parallel
+) -> Refusal | None:
     """The first rule of `targets` that forbids `scheme` for this tensor, or None."""
     if scheme == "bf16":
         return None
-    if slot.role not in LINEAR_ROLES:
-        return Refusal(f"no consumer loads a quantized {slot.role}")
-    why = CODECS[scheme].refusal(slot.shape)
+    if spec.role not in LINEAR_ROLES:
+        return Refusal(f"no consumer loads a quantized {spec.role}")
+    why = CODECS[scheme].refusal(spec.shape)
     if why is not None:
         return Refusal(why, _finer(scheme))
     for target in targets:
-        found = _RULES[target](slot, scheme, config, target, parallel.over(slot))
+        found = _RULES[target](spec, scheme, config, target, parallel.over(spec))
         if found is not None:
             return found
     return None
 
 
 def check_unquantized(
-    schemes: Mapping[Slot, str], config: ModelConfig, targets: Iterable[str], parallel: Parallel
+    schemes: Mapping[TensorSpec, str], config: ModelConfig, targets: Iterable[str], parallel: Parallel
 ) -> None:
     """Raise InputError where a target can't load what a GPTQ or AWQ artifact leaves in BF16."""
     used = {CODECS[scheme].quant_method: scheme for scheme in schemes.values()}
-    for slot in (slot for slot, scheme in schemes.items() if scheme == "bf16"):
+    for spec in (spec for spec, scheme in schemes.items() if scheme == "bf16"):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
-        if "gptq" in used and "vllm" in targets and slot.role.startswith("routed."):
-            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(slot))
+        if "gptq" in used and "vllm" in targets and spec.role.startswith("routed."):
+            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(spec))
             if found is not None:
                 what = f"{found.reason}, and GPTQ experts of such a width can't stay in BF16"
-                raise InputError(what, where=slot.module, fix="take a smaller group size, or compressed-tensors")
+                raise InputError(what, where=spec.module, fix="take a smaller group size, or compressed-tensors")
         # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
-        if "awq" in used and "sglang" in targets and slot.role == "q_a_proj":
+        if "awq" in used and "sglang" in targets and spec.role == "q_a_proj":
             what = "sglang: an AWQ artifact has no q_a_proj and kv_a_proj_with_mqa in BF16"
-            raise InputError(what, where=slot.module, fix="take --int4=pure, or --target vllm alone")
+            raise InputError(what, where=spec.module, fix="take --int4=pure, or --target vllm alone")
 
 
-def fused_module(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
+def fused_module(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str | None:
     """The module that a consumer fuses this tensor into; its members must share a scheme. None: fused into nothing.
 
     vLLM `DeepSeekV2FusedQkvAProjLinear`, SGLang `fused_qkv_a_proj_with_mqa` (only with a query latent); gate and up are
     one matrix in both; every consumer stacks a layer's routed experts.
     """
-    if slot.role.startswith("routed."):
-        return f"model.layers.{slot.layer}.mlp.experts"
+    if spec.role.startswith("routed."):
+        return f"model.layers.{spec.layer}.mlp.experts"
     if not set(targets) & set(ENGINES):
         return None
-    parent = slot.module.rpartition(".")[0]
-    if config.q_lora_rank is not None and slot.role in ("q_a_proj", "kv_a_proj_with_mqa"):
+    parent = spec.module.rpartition(".")[0]
+    if config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
         return f"{parent}.fused_qkv_a_proj"
-    if slot.role in ("dense.gate_proj", "dense.up_proj", "shared.gate_proj", "shared.up_proj"):
+    if spec.role in ("dense.gate_proj", "dense.up_proj", "shared.gate_proj", "shared.up_proj"):
         return f"{parent}.gate_up_proj"
     return None
 
 
-def scale_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str | None:
+def scale_group(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str | None:
     """The group of tensors that must share one scale where the scheme has one per tensor; None: a scale of its own.
 
     A fused matrix has one scale in the engines; with several they requantize to the largest. Of routed experts, each
     expert's gate and up are one matrix.
     """
-    if slot.role in ("routed.gate_proj", "routed.up_proj") and set(targets) & set(ENGINES):
-        return slot.module.rpartition(".")[0]
-    return None if slot.role.startswith("routed.") else fused_module(slot, config, targets)
+    if spec.role in ("routed.gate_proj", "routed.up_proj") and set(targets) & set(ENGINES):
+        return spec.module.rpartition(".")[0]
+    return None if spec.role.startswith("routed.") else fused_module(spec, config, targets)
 
 
-def input_group(slot: Slot, config: ModelConfig, targets: Iterable[str]) -> str:
+def input_group(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str:
     """The group of tensors that must share one static input scale; alone, the tensor's own name.
 
     A fused matrix has one input. Over a layer's routed experts the engines take the largest, of gate and up as of down
     (vLLM fp8_utils.py, process_fp8_input_tensor_strategy_moe; SGLang fp8.py, compressed_tensors_w8a8_fp8_moe.py), and
     refuse an expert whose gate and up differ.
     """
-    if not slot.role.startswith("routed."):
-        return fused_module(slot, config, targets) or slot.name
-    return f"model.layers.{slot.layer}.mlp.experts.{'w2' if slot.role == 'routed.down_proj' else 'w13'}"
+    if not spec.role.startswith("routed."):
+        return fused_module(spec, config, targets) or spec.name
+    return f"model.layers.{spec.layer}.mlp.experts.{'w2' if spec.role == 'routed.down_proj' else 'w13'}"
 
 
 def check_parallel(config: ModelConfig, parallel: Parallel, targets: Iterable[str]) -> None:
@@ -220,11 +222,11 @@ def _finer(scheme: str) -> str:
     return f"int4-g{group // 2}" if scheme.startswith("int4") and group and group > 32 else "bf16"
 
 
-def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _engine(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
     if isinstance(CODECS[scheme], Int4):
-        return _engine_int4(slot, scheme, config, target, tp)
-    routed = slot.role.startswith("routed.")
-    if CODECS[scheme].activation == "static" and slot.role == "kv_b_proj" and target == "vllm":
+        return _engine_int4(spec, scheme, config, target, tp)
+    routed = spec.role.startswith("routed.")
+    if CODECS[scheme].activation == "static" and spec.role == "kv_b_proj" and target == "vllm":
         # quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity.
         why = "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
         return Refusal(f"{target}: {why}")
@@ -235,46 +237,46 @@ def _engine(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) 
             why = "routed experts with per-token activations need per-channel scales"
             return Refusal(f"{target}: {why}", "fp8-channel")
         # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
-        if target == "sglang" and config.q_lora_rank is not None and slot.role in ("q_a_proj", "kv_a_proj_with_mqa"):
+        if target == "sglang" and config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
             return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
         return None
     if scheme != "fp8-block":
         return None
     # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
-    rows, cols = slot.shape
+    rows, cols = spec.shape
     if routed:
         width = config.moe_intermediate_size
         return _multiple(target, "the experts' width", width, tp, refined_block(config) if target == "vllm" else BLOCK)
-    if tp > 1 and slot.role in _COLUMN_PARALLEL:
+    if tp > 1 and spec.role in _COLUMN_PARALLEL:
         return _multiple(target, "rows", rows, tp)
-    if tp > 1 and slot.role in _ROW_PARALLEL:
+    if tp > 1 and spec.role in _ROW_PARALLEL:
         return _multiple(target, "columns", cols, tp)
-    if slot.role in _FIRST_OF_FUSED:
+    if spec.role in _FIRST_OF_FUSED:
         return _multiple(target, "rows of a fused matrix's first member", rows, 1)
     return None
 
 
-def _engine_int4(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _engine_int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
     # vLLM marlin.py, compressed_tensors_moe_wna16.py, auto_gptq.py, auto_awq.py, marlin_utils.py (pads ragged tiles,
     # never groups); SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
-    if slot.role == "kv_b_proj":
+    if spec.role == "kv_b_proj":
         # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
         return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix")
-    rows, cols = slot.shape
+    rows, cols = spec.shape
     transposed = CODECS[scheme].quant_method in ("gptq", "awq")
-    if slot.role.startswith("routed."):
+    if spec.role.startswith("routed."):
         found = _marlin_experts(scheme, config, target, tp)
         found = found or _several_groups(target, "the experts' width", config.moe_intermediate_size, tp, scheme)
         return found or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
     found = None
-    if slot.role in _ROW_PARALLEL:
+    if spec.role in _ROW_PARALLEL:
         found = _multiple(target, "columns", cols, tp, _unit(scheme), _finer(scheme))
-    if found is None and transposed and slot.role in _COLUMN_PARALLEL:
+    if found is None and transposed and spec.role in _COLUMN_PARALLEL:
         found = _multiple(target, "rows", rows, tp, PER_WORD)  # packed along the output
     # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
     if found is None and target == "sglang" and not transposed:
-        found = _multiple(target, "columns", cols, tp if slot.role in _ROW_PARALLEL else 1, 128)
-        found = found or _multiple(target, "rows", rows, tp if slot.role in _COLUMN_PARALLEL else 1, 64)
+        found = _multiple(target, "columns", cols, tp if spec.role in _ROW_PARALLEL else 1, 128)
+        found = found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 64)
     return found
 
 
@@ -312,16 +314,16 @@ def _share(size: int, tp: int) -> str:
     return f"{size} / tp {tp} = {size // tp}" if tp > 1 else str(size)
 
 
-def _transformers(slot: Slot, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _transformers(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
-    ragged = [dim for dim in slot.shape if dim > BLOCK and dim % BLOCK]
+    ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
     if scheme == "fp8-block" and ragged:
         return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
     return None
 
 
-_RULES: dict[str, Callable[[Slot, str, ModelConfig, str, int], Refusal | None]] = {
+_RULES: dict[str, Callable[[TensorSpec, str, ModelConfig, str, int], Refusal | None]] = {
     "vllm": _engine,
     "sglang": _engine,
     "transformers": _transformers,

@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Line:
+class Entry:
     """One tensor of the file: its type, and why that is not what was wished for."""
 
     tensor: Tensor
@@ -66,13 +66,13 @@ class Line:
 class GgufPlan:
     checkpoint: Checkpoint
     options: Options
-    lines: tuple[Line, ...]
+    entries: tuple[Entry, ...]
     notes: tuple[str, ...]
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """The checkpoint's weights by name."""
-        return {weight.slot.name: weight for weight in self.checkpoint.weights}
+        return {weight.spec.name: weight for weight in self.checkpoint.weights}
 
     @property
     def bytes_in(self) -> int:
@@ -81,11 +81,11 @@ class GgufPlan:
     @property
     def bytes_out(self) -> int:
         """Bytes of the tensors, without what is before them."""
-        return sum(padded(line.nbytes) for line in self.lines)
+        return sum(padded(entry.nbytes) for entry in self.entries)
 
     @property
     def parameters(self) -> int:
-        return sum(weight.slot.size for weight in self.checkpoint.weights)
+        return sum(weight.spec.size for weight in self.checkpoint.weights)
 
     def importance(self, tensor: Tensor) -> np.ndarray | None:
         """float32 [matrices, cols], or None without an importance matrix of this tensor."""
@@ -99,7 +99,7 @@ class File:
 
     path: Path
     header: bytes
-    lines: tuple[tuple[Line, int], ...]
+    entries: tuple[tuple[Entry, int], ...]
 
     @property
     def partial(self) -> Path:
@@ -108,12 +108,12 @@ class File:
 
     @property
     def nbytes(self) -> int:
-        line, begin = self.lines[-1]
-        return begin + padded(line.nbytes)
+        entry, begin = self.entries[-1]
+        return begin + padded(entry.nbytes)
 
     def end(self, done: int) -> int:
         """The first byte behind `done` tensors and what fills them up."""
-        return self.lines[done][1] if done < len(self.lines) else self.nbytes
+        return self.entries[done][1] if done < len(self.entries) else self.nbytes
 
     @property
     def is_written(self) -> bool:
@@ -137,16 +137,16 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     else:
         weighted = options.imatrix is not None
         choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
-    lines = tuple(Line(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
-    for line in lines:
-        _check_type(line)
-    notes = [*warnings(checkpoint), *importance_notes(lines, options.file_type, options.imatrix)]
-    return GgufPlan(checkpoint, options, lines, tuple(notes))
+    entries = tuple(Entry(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
+    for entry in entries:
+        _check_type(entry)
+    notes = [*warnings(checkpoint), *importance_notes(entries, options.file_type, options.imatrix)]
+    return GgufPlan(checkpoint, options, entries, tuple(notes))
 
 
-def _check_type(line: Line) -> None:
-    if line.tensor.shape[-1] % blocks.TYPES[line.type].values:
-        what = f"{line.name} can't be {line.type}: its rows have {line.tensor.shape[-1]} columns"
+def _check_type(entry: Entry) -> None:
+    if entry.tensor.shape[-1] % blocks.TYPES[entry.type].values:
+        what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
         raise UsageError(what, fix="give another type")
 
 
@@ -156,41 +156,41 @@ def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int |
 
     Raises UsageError where a tensor alone is larger.
     """
-    largest = max(plan.lines, key=lambda line: line.nbytes)
+    largest = max(plan.entries, key=lambda entry: entry.nbytes)
     if split_max_size is not None and padded(largest.nbytes) > split_max_size:
         what = f"--split-max-size {split_max_size:,}: {largest.name} alone takes {padded(largest.nbytes):,} bytes"
         raise UsageError(what, fix="tensors are not cut: give at least that")
-    groups: list[list[Line]] = [[]]
+    groups: list[list[Entry]] = [[]]
     size = 0
-    for line in plan.lines:
-        nbytes = padded(line.nbytes)
+    for entry in plan.entries:
+        nbytes = padded(entry.nbytes)
         if split_max_size is not None and groups[-1] and size + nbytes > split_max_size:
             groups.append([])
             size = 0
-        groups[-1].append(line)
+        groups[-1].append(entry)
         size += nbytes
     if len(groups) == 1:
         return [_file(out, metadata, groups[0])]
     files = []
-    for number, lines in enumerate(groups):
+    for number, entries in enumerate(groups):
         split = {
             "split.no": Value(GGUFValueType.UINT16, number),
-            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.lines)),
+            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.entries)),
             "split.count": Value(GGUFValueType.UINT16, len(groups)),
         }
         path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
-        files.append(_file(path, {**metadata, **split} if number == 0 else split, lines))
+        files.append(_file(path, {**metadata, **split} if number == 0 else split, entries))
     return files
 
 
-def _file(path: Path, metadata: Metadata, lines: Sequence[Line]) -> File:
+def _file(path: Path, metadata: Metadata, entries: Sequence[Entry]) -> File:
     headers: list[TensorHeader] = []
     begin = 0
-    for line in lines:
-        headers.append(TensorHeader(line.name, line.type, line.tensor.shape, begin, line.nbytes))
-        begin += padded(line.nbytes)
+    for entry in entries:
+        headers.append(TensorHeader(entry.name, entry.type, entry.tensor.shape, begin, entry.nbytes))
+        begin += padded(entry.nbytes)
     header = pack_header(metadata, headers)
-    return File(path, header, tuple((line, len(header) + h.begin) for line, h in zip(lines, headers, strict=True)))
+    return File(path, header, tuple((entry, len(header) + h.begin) for entry, h in zip(entries, headers, strict=True)))
 
 
 def parse_file_type(name: str) -> str:
@@ -254,14 +254,14 @@ def check_types(tensors: Sequence[Tensor], file_type: str, overrides: Overrides)
             raise UsageError(what, fix="give --token-embedding-type alone")
 
 
-def importance_notes(lines: Sequence[Line], file_type: str, imatrix: Imatrix | None) -> Iterator[str]:
+def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix | None) -> Iterator[str]:
     """What the user should know of tensors that are quantized without importance.
 
     Raises UsageError or InputError where llama-quantize would refuse to, because the result would be useless.
     """
-    weighted = [line for line in lines if line.type not in _UNWEIGHTED and line.tensor.kind not in _UNMEASURED]
-    lacking = [line for line in weighted if imatrix is None or line.name not in imatrix.entries]
-    needy = [line.name for line in lacking if (file_type, line.type) == _NEEDY]
+    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.kind not in _UNMEASURED]
+    lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
+    needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
     if imatrix is None:
         if needy:
             raise UsageError(f"{file_type} needs an importance matrix", fix=f"give --imatrix FILE: {_HOW}")
@@ -272,8 +272,8 @@ def importance_notes(lines: Sequence[Line], file_type: str, imatrix: Imatrix | N
         what = f"lacks {listing(needy)}, which {file_type} makes {_NEEDY[1]}"
         raise InputError(what, where=imatrix.source, fix=f"{_HOW}, or give a wider type by --tensor-type")
     if lacking:
-        names = listing([line.name for line in lacking])
+        names = listing([entry.name for entry in lacking])
         yield f"{imatrix.source} lacks {len(lacking)} of {len(weighted)} tensors, quantized without it: {names}"
-    if older := sorted(imatrix.entries.keys() & set(older_names([line.tensor for line in lines]))):
+    if older := sorted(imatrix.entries.keys() & set(older_names([entry.tensor for entry in entries]))):
         what = f"{imatrix.source} has {len(older)} tensors that the model has not: {listing(older)}"
         yield f"{what} (an older llama.cpp measured attn_k_b and attn_v_b as one)"

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv2quant import __version__
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot
+from dsv2quant.arch.deepseek_v2 import TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError
 from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
@@ -24,14 +24,14 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
-from dsv2quant.planning.smoothing import layer_folds
+from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, aligned
 
-FOLDED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
+SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 
 
 @dataclass(frozen=True)
-class Line:
+class Entry:
     """One weight: what it is, what it becomes, and why where that is not what the recipe asked for. Behind the parts of
     a kv_a_proj_with_mqa, `outputs` has its layer's KV-cache scales, if the plan has them."""
 
@@ -42,8 +42,8 @@ class Line:
     outputs: tuple[Output, ...]
 
     @property
-    def slot(self) -> Slot:
-        return self.weight.slot
+    def spec(self) -> TensorSpec:
+        return self.weight.spec
 
     @property
     def nbytes(self) -> int:
@@ -57,12 +57,12 @@ class Line:
     @property
     def kv_scales(self) -> tuple[Output, ...]:
         """The KV-cache scales that are stored beside kv_a_proj_with_mqa."""
-        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.slot.module}."))
+        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.spec.module}."))
 
     @property
     def encoding(self) -> str:
         """The method that the codec is asked for."""
-        return "rtn" if self.method == FOLDED else self.method
+        return "rtn" if self.method == SMOOTHED else self.method
 
     @property
     def is_copy(self) -> bool:
@@ -76,16 +76,16 @@ class Line:
 class Step:
     """Lines encoded together: one, or the fused group that shares a scale. `shard` is where their outputs go."""
 
-    lines: tuple[Line, ...]
+    entries: tuple[Entry, ...]
     shard: int
 
     @property
     def bytes_in(self) -> int:
-        return sum(line.weight.nbytes for line in self.lines)
+        return sum(entry.weight.nbytes for entry in self.entries)
 
     @property
     def bytes_out(self) -> int:
-        return sum(line.nbytes for line in self.lines)
+        return sum(entry.nbytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Plan:
     recipe: Recipe
     targets: tuple[str, ...]
     parallel: Parallel
-    lines: tuple[Line, ...]
+    entries: tuple[Entry, ...]
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -109,11 +109,11 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(line.slot.size for line in self.lines)
+        return sum(entry.spec.size for entry in self.entries)
 
     @property
     def schemes(self) -> set[str]:
-        return {line.scheme for line in self.lines} - {"bf16"}
+        return {entry.scheme for entry in self.entries} - {"bf16"}
 
     @property
     def tp(self) -> int:
@@ -127,8 +127,8 @@ class Plan:
             "config": self.config,
             "recipe": self.recipe.text,
             "targets": [self.targets, self.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
-            "lines": [[x.slot.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.lines],
-            "steps": [[[line.slot.name for line in step.lines], step.shard] for step in self.steps],
+            "lines": [[x.spec.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.entries],
+            "steps": [[[entry.spec.name for entry in step.entries], step.shard] for step in self.steps],
             "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -163,13 +163,13 @@ def make_plan(
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
     schemes = choose_schemes(
-        (weight.slot for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
+        (weight.spec for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
     )
     _mark_folded(checkpoint, recipe, schemes)
-    planned = {weight.slot: schemes[weight.slot][0] for weight in checkpoint.weights}
+    planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
     try:
-        kinds = {(slot.role, slot.layer): slot for slot in planned}.values()
-        one_method(recipe.assign(slot)[0] for slot in kinds)  # what falls back must not hide it
+        kinds = {(spec.role, spec.layer): spec for spec in planned}.values()
+        one_method(recipe.assign(spec)[0] for spec in kinds)  # what falls back must not hide it
         quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
@@ -178,51 +178,53 @@ def make_plan(
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
-    lines = tuple(_line(weight, *schemes[weight.slot], kv_parts) for weight in checkpoint.weights)
-    steps, shards = _lay_out(lines, checkpoint, chosen, max_shard_size)
-    return Plan(checkpoint, recipe, chosen, parallel, lines, steps, shards, _out_config(checkpoint, quantization))
+    entries = tuple(_line(weight, *schemes[weight.spec], kv_parts) for weight in checkpoint.weights)
+    steps, shards = _lay_out(entries, checkpoint, chosen, max_shard_size)
+    return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, _out_config(checkpoint, quantization))
 
 
 def choose_schemes(
-    slots: Iterable[Slot], config: ModelConfig, recipe: Recipe, chosen: Sequence[str], parallel: Parallel
-) -> dict[Slot, tuple[str, str, str | None]]:
+    specs: Iterable[TensorSpec], config: ModelConfig, recipe: Recipe, chosen: Sequence[str], parallel: Parallel
+) -> dict[TensorSpec, tuple[str, str, str | None]]:
     """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
 
     Fused modules are decided as one: the first member that a target refuses takes the others along.
     """
-    modules: dict[str, list[Slot]] = defaultdict(list)
+    modules: dict[str, list[TensorSpec]] = defaultdict(list)
     assigned: dict[tuple[str, int | None], tuple[str, str]] = {}
-    for slot in slots:
-        if (slot.role, slot.layer) not in assigned:
-            assigned[slot.role, slot.layer] = recipe.assign(slot)
-        modules[targets.fused_module(slot, config, chosen) or slot.name].append(slot)
-    decided: dict[Slot, tuple[str, str, str | None]] = {}
+    for spec in specs:
+        if (spec.role, spec.layer) not in assigned:
+            assigned[spec.role, spec.layer] = recipe.assign(spec)
+        modules[targets.fused_module(spec, config, chosen) or spec.name].append(spec)
+    decided: dict[TensorSpec, tuple[str, str, str | None]] = {}
     for members in modules.values():
-        wishes = {slot: assigned[slot.role, slot.layer] for slot in members}
+        wishes = {spec: assigned[spec.role, spec.layer] for spec in members}
         scheme = wishes[members[0]][0]
-        odd = next((slot for slot in members if wishes[slot][0] != scheme), None)
+        odd = next((spec for spec in members if wishes[spec][0] != scheme), None)
         if odd is not None:
             reason = f"the recipe gives the fused {members[0].role} and {odd.role} different schemes"
             decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in members}
             continue
-        reasons: dict[Slot, str] = {}
+        reasons: dict[TensorSpec, str] = {}
         while scheme != "bf16":
-            refusals = {slot: targets.refusal(slot, scheme, config, chosen, parallel) for slot in members}
-            first = next(((slot, r) for slot, r in refusals.items() if r is not None), None)
+            refusals = {spec: targets.refusal(spec, scheme, config, chosen, parallel) for spec in members}
+            first = next(((spec, r) for spec, r in refusals.items() if r is not None), None)
             if first is None:
                 break
             culprit, refused = first
-            for slot, own in refusals.items():
-                reasons[slot] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
+            for spec, own in refusals.items():
+                reasons[spec] = own.reason if own else f"fused with {culprit.role}, which falls back: {refused.reason}"
             scheme = refused.instead
         possible = CODECS[scheme].methods
-        for slot in members:
-            wished = wishes[slot][1]
-            decided[slot] = (scheme, wished if wished in possible else "rtn", reasons.get(slot))
+        for spec in members:
+            wished = wishes[spec][1]
+            decided[spec] = (scheme, wished if wished in possible else "rtn", reasons.get(spec))
     return decided
 
 
-def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tuple[str, str, str | None]]) -> None:
+def _mark_folded(
+    checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpec, tuple[str, str, str | None]]
+) -> None:
     """Give what AWQ scales along with its tensors a method of its own: such tensors are no copies."""
     methods = {method for _, method, _ in schemes.values()}
     if "awq" not in methods:
@@ -231,46 +233,46 @@ def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[Slot, tup
         what = "mixes awq with gptq, which calibrates on unscaled layers"
         raise InputError(what, where=f"recipe {recipe.name}", fix="use one of them in all rules")
     for layer in range(checkpoint.config.num_hidden_layers):
-        for fold in layer_folds(checkpoint.config, layer):
-            if any(schemes[slot][1] == "awq" for slot in fold.consumers):
-                for slot in (*fold.consumers, fold.producer):
-                    scheme, method, reason = schemes[slot]
+        for pair in smoothing_pairs(checkpoint.config, layer):
+            if any(schemes[spec][1] == "awq" for spec in pair.consumers):
+                for spec in (*pair.consumers, pair.producer):
+                    scheme, method, reason = schemes[spec]
                     if method == "rtn":
-                        schemes[slot] = scheme, FOLDED, reason
+                        schemes[spec] = scheme, SMOOTHED, reason
 
 
-def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Line:
-    slot = weight.slot
-    outputs: tuple[Output, ...] = (Output(slot.name, "BF16", slot.shape, 2 * slot.size),)
+def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Entry:
+    spec = weight.spec
+    outputs: tuple[Output, ...] = (Output(spec.name, "BF16", spec.shape, 2 * spec.size),)
     if scheme != "bf16":
-        parts = CODECS[scheme].layout(slot.shape)
-        outputs = tuple(Output(f"{slot.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
-    if slot.role == "kv_a_proj_with_mqa":
-        attention = slot.module.rpartition(".")[0]
+        parts = CODECS[scheme].layout(spec.shape)
+        outputs = tuple(Output(f"{spec.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
+    if spec.role == "kv_a_proj_with_mqa":
+        attention = spec.module.rpartition(".")[0]
         outputs += tuple(Output(f"{attention}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
-    return Line(weight, scheme, method, reason, outputs)
+    return Entry(weight, scheme, method, reason, outputs)
 
 
 def _lay_out(
-    lines: Sequence[Line], checkpoint: Checkpoint, chosen: Sequence[str], max_shard_size: int
+    entries: Sequence[Entry], checkpoint: Checkpoint, chosen: Sequence[str], max_shard_size: int
 ) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
     """Group lines into steps and fill shards in order; a step never spans two shards."""
-    grouped: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
+    grouped: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
         group = None
-        if CODECS[line.scheme].shares_scale:
-            group = targets.scale_group(line.slot, checkpoint.config, chosen)
-        grouped[group or line.slot.name].append(line)
+        if CODECS[entry.scheme].shares_scale:
+            group = targets.scale_group(entry.spec, checkpoint.config, chosen)
+        grouped[group or entry.spec.name].append(entry)
     steps: list[Step] = []
     filled: list[list[Output]] = [[]]
     size = 0
     for members in grouped.values():
-        nbytes = sum(line.nbytes for line in members)
+        nbytes = sum(entry.nbytes for entry in members)
         if filled[-1] and size + nbytes > max_shard_size:
             filled.append([])
             size = 0
         size += nbytes
-        filled[-1] += [output for line in members for output in line.outputs]
+        filled[-1] += [output for entry in members for output in entry.outputs]
         steps.append(Step(tuple(members), len(filled) - 1))
     if len(filled) == 1:
         return tuple(steps), (Shard(SINGLE_FILE, aligned(filled[0])),)

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.files import check_pointer
@@ -46,10 +46,10 @@ class Rule:
     scheme: str
     method: str
 
-    def matches(self, slot: Slot) -> bool:
-        if self.layers is not None and slot.layer not in self.layers:
+    def matches(self, spec: TensorSpec) -> bool:
+        if self.layers is not None and spec.layer not in self.layers:
             return False
-        return any(fnmatchcase(slot.role, pattern) for pattern in self.roles)
+        return any(fnmatchcase(spec.role, pattern) for pattern in self.roles)
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,26 @@ class Recipe:
         """Every scheme that a rule names."""
         return {rule.scheme for rule in self.rules}
 
-    def assign(self, slot: Slot) -> tuple[str, str]:
+    def assign(self, spec: TensorSpec) -> tuple[str, str]:
         """(scheme, method) of a tensor, by its role and layer alone."""
         for rule in self.rules:
-            if rule.matches(slot):
+            if rule.matches(spec):
                 return rule.scheme, rule.method
         return "bf16", "rtn"
 
-    def idle_rules(self, slots: Iterable[Slot], layers: int) -> list[str]:
+    def idle_rules(self, specs: Iterable[TensorSpec], layers: int) -> list[str]:
         """What rules name in vain in a model of so many layers: one line each."""
-        kinds = list({(slot.role, slot.layer): slot for slot in slots}.values())
+        kinds = list({(spec.role, spec.layer): spec for spec in specs}.values())
         found = []
-        taken: dict[Slot, int] = {}  # the rule that decides
+        taken: dict[TensorSpec, int] = {}  # the rule that decides
         for i, rule in enumerate(self.rules, 1):
-            matched = [slot for slot in kinds if rule.matches(slot)]
-            before = {taken[slot] for slot in matched if slot in taken}
+            matched = [spec for spec in kinds if rule.matches(spec)]
+            before = {taken[spec] for spec in matched if spec in taken}
             roles, named = ", ".join(rule.roles), rule.layers or frozenset()
             if not matched:
                 where = f" in layers {_spelled(named)} (its layers are 0-{layers - 1})" if named else ""
                 found.append(f"rule {i} does nothing, because this model has no {roles}{where}")
-            elif all(slot in taken for slot in matched):
+            elif all(spec in taken for spec in matched):
                 who = f"rule{'s' * (len(before) > 1)} {_spelled(before)}"
                 found.append(f"rule {i} does nothing, because {who} before it decided all that it matches")
             elif max(named, default=0) >= layers:

@@ -1,4 +1,4 @@
-"""Folds: scalings of a linear's input channels that move into what produces them, and leave the model as it is.
+"""Smoothing, or scale migration: scalings of a linear's input channels that move into what produces them, and leave the model as it is.
 
     W x = (W S) (S⁻¹ x)     columns of the consumers × 2ᵉ, rows of the producer × 2⁻ᵉ
 
@@ -19,73 +19,75 @@ import numpy as np
 from safetensors.numpy import save
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import Slot, layer_slots
+from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs
 from dsv2quant.errors import InputError, listing
 from dsv2quant.storage.files import read_bytes
 from dsv2quant.storage.safetensors import read_header, stored_tensors
 
-FOLDS_FILE = "dsv2quant.folds"  # safetensors inside, but not its name: consumers load all files of that name
+SMOOTHING_FILE = "dsv2quant.folds"  # safetensors inside, but not its name: consumers load all files of that name
 MAX_FOLDS_BYTES = 256 << 20
 _AGAIN = "get it again, or convert again"
 REACH = 8  # exponents lie within ±8: far beyond what helps, far within BF16's range
 
 
 @dataclass(frozen=True)
-class Fold:
+class SmoothingPair:
     """Linears that share an input, [·, K] each, and the producer of its K channels: a norm [K], or rows of a matrix."""
 
-    consumers: tuple[Slot, ...]
-    producer: Slot
+    consumers: tuple[TensorSpec, ...]
+    producer: TensorSpec
     rows: np.ndarray | None = None  # those of the producer, in the channels' order; None: all
 
 
-def layer_folds(config: ModelConfig, layer: int) -> list[Fold]:
-    """Every fold of a layer."""
+def smoothing_pairs(config: ModelConfig, layer: int) -> list[SmoothingPair]:
+    """Every smoothing of a layer."""
     at = f"model.layers.{layer}"
-    slots = {slot.module: slot for slot in layer_slots(config, layer) if slot.role != "bias"}
+    specs = {spec.module: spec for spec in layer_specs(config, layer) if spec.role != "bias"}
 
-    def named(*modules: str) -> tuple[Slot, ...]:
-        return tuple(slots[f"{at}.{module}"] for module in modules if f"{at}.{module}" in slots)
+    def named(*modules: str) -> tuple[TensorSpec, ...]:
+        return tuple(specs[f"{at}.{module}"] for module in modules if f"{at}.{module}" in specs)
 
-    def fold(consumers: tuple[Slot, ...], producer: str, rows: np.ndarray | None = None) -> Fold:
-        return Fold(consumers, slots[f"{at}.{producer}"], rows)
+    def pair(consumers: tuple[TensorSpec, ...], producer: str, rows: np.ndarray | None = None) -> SmoothingPair:
+        return SmoothingPair(consumers, specs[f"{at}.{producer}"], rows)
 
     queries = named("self_attn.q_proj", "self_attn.q_a_proj")
-    folds = [fold((*queries, *named("self_attn.kv_a_proj_with_mqa")), "input_layernorm")]
+    smoothing = [pair((*queries, *named("self_attn.kv_a_proj_with_mqa")), "input_layernorm")]
     if config.q_lora_rank is not None:
-        folds.append(fold(named("self_attn.q_b_proj"), "self_attn.q_a_layernorm"))
-    folds.append(fold(named("self_attn.kv_b_proj"), "self_attn.kv_a_layernorm"))
+        smoothing.append(pair(named("self_attn.q_b_proj"), "self_attn.q_a_layernorm"))
+    smoothing.append(pair(named("self_attn.kv_b_proj"), "self_attn.kv_a_layernorm"))
     keys, values = config.qk_nope_head_dim, config.v_head_dim
     heads = np.arange(config.num_attention_heads)[:, None] * (keys + values)
-    folds.append(fold(named("self_attn.o_proj"), "self_attn.kv_b_proj", (heads + keys + np.arange(values)).reshape(-1)))
+    smoothing.append(
+        pair(named("self_attn.o_proj"), "self_attn.kv_b_proj", (heads + keys + np.arange(values)).reshape(-1))
+    )
     every = ["mlp", "mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(config.n_routed_experts))]
-    ffns = [ffn for ffn in every if f"{at}.{ffn}.up_proj" in slots]
+    ffns = [ffn for ffn in every if f"{at}.{ffn}.up_proj" in specs]
     readers = [f"{ffn}.{name}" for ffn in ffns for name in ("gate_proj", "up_proj")]
-    folds.append(fold(named("mlp.gate", *readers), "post_attention_layernorm"))
-    return folds + [fold(named(f"{ffn}.down_proj"), f"{ffn}.up_proj") for ffn in ffns]
+    smoothing.append(pair(named("mlp.gate", *readers), "post_attention_layernorm"))
+    return smoothing + [pair(named(f"{ffn}.down_proj"), f"{ffn}.up_proj") for ffn in ffns]
 
 
-class Folds:
+class Smoothing:
     """Chosen exponents, int8, by tensor name: of a producer's rows and of a consumer's columns."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
         self.tensors = dict(tensors)
 
     @staticmethod
-    def of(fold: Fold, exponents: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors that record e [K] for a fold."""
-        rows = np.zeros(fold.producer.shape[0], np.int8)
-        rows[slice(None) if fold.rows is None else fold.rows] = -exponents
-        return {f"{fold.producer.name}.rows": rows} | {f"{slot.name}.columns": exponents for slot in fold.consumers}
+    def of(pair: SmoothingPair, exponents: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors that record e [K] for a pair."""
+        rows = np.zeros(pair.producer.shape[0], np.int8)
+        rows[slice(None) if pair.rows is None else pair.rows] = -exponents
+        return {f"{pair.producer.name}.rows": rows} | {f"{spec.name}.columns": exponents for spec in pair.consumers}
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""
         return save(self.tensors)
 
     @classmethod
-    def open(cls, path: Path, config: ModelConfig) -> Folds:
+    def open(cls, path: Path, config: ModelConfig) -> Smoothing:
         """Those of an artifact of such a model; empty where it has none. Raises InputError for a damaged file: all
-        tensors of a fold must say the same, so that together they leave the model as it is."""
+        tensors of a pair must say the same, so that together they leave the model as it is."""
         if not os.path.lexists(path):
             return cls({})
         content, tensors = read_bytes(path, MAX_FOLDS_BYTES), {}
@@ -96,31 +98,31 @@ class Folds:
                 raise InputError(f"{stored.name} is {stored.dtype}, not I8", where=path, fix=_AGAIN)
             tensors[stored.name] = np.frombuffer(content[begin : begin + stored.nbytes], np.int8).reshape(stored.shape)
         left = dict(tensors)
-        for fold in (fold for layer in range(config.num_hidden_layers) for fold in layer_folds(config, layer)):
-            exponents = tensors.get(f"{fold.consumers[0].name}.columns")
+        for pair in (pair for layer in range(config.num_hidden_layers) for pair in smoothing_pairs(config, layer)):
+            exponents = tensors.get(f"{pair.consumers[0].name}.columns")
             if exponents is None:
                 continue
-            if exponents.shape != fold.consumers[0].shape[1:] or abs(exponents.astype(np.int16)).max() > REACH:
-                what = f"{fold.consumers[0].name}.columns is no fold of this model's"
+            if exponents.shape != pair.consumers[0].shape[1:] or abs(exponents.astype(np.int16)).max() > REACH:
+                what = f"{pair.consumers[0].name}.columns is no smoothing of this model's"
                 raise InputError(what, where=path, fix=_AGAIN)
-            for name, wanted in cls.of(fold, exponents).items():
+            for name, wanted in cls.of(pair, exponents).items():
                 if name not in left or not np.array_equal(left.pop(name), wanted):
-                    raise InputError(f"{name} is missing or does not undo its fold", where=path, fix=_AGAIN)
+                    raise InputError(f"{name} is missing or does not undo its smoothing", where=path, fix=_AGAIN)
         if left:
-            raise InputError(f"{listing(sorted(left))} belongs to no fold", where=path, fix=_AGAIN)
+            raise InputError(f"{listing(sorted(left))} belongs to no smoothing", where=path, fix=_AGAIN)
         return cls(tensors)
 
-    def columns(self, slot: Slot) -> np.ndarray | None:
+    def columns(self, spec: TensorSpec) -> np.ndarray | None:
         """Exponents of a matrix's columns; None where they stay."""
-        return self.tensors.get(f"{slot.name}.columns")
+        return self.tensors.get(f"{spec.name}.columns")
 
-    def rows(self, slot: Slot) -> np.ndarray | None:
+    def rows(self, spec: TensorSpec) -> np.ndarray | None:
         """Exponents of a weight's rows; None where they stay."""
-        return self.tensors.get(f"{slot.name}.rows")
+        return self.tensors.get(f"{spec.name}.rows")
 
-    def apply(self, slot: Slot, weight: np.ndarray) -> np.ndarray:
+    def apply(self, spec: TensorSpec, weight: np.ndarray) -> np.ndarray:
         """A weight as it is quantized: BF16 bits (uint16) or float32 in, the same or float32 out."""
-        rows, columns = self.rows(slot), self.columns(slot)
+        rows, columns = self.rows(spec), self.columns(spec)
         if rows is None and columns is None:
             return weight
         x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)

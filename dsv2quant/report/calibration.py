@@ -90,7 +90,7 @@ def calibration_json(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[in
     """Errors by layer and role, experts by tokens, and where plain rounding was kept; None without calibration."""
     if not outcomes and not tokens:
         return None
-    layer_of = {line.slot.module: line.slot.layer for line in plan.lines}
+    layer_of = {line.spec.module: line.spec.layer for line in plan.entries}
     groups: dict[tuple[int | None, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         groups[layer_of[outcome.module], outcome.role].append(outcome)
@@ -124,7 +124,7 @@ def calibration_text(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[in
         parts.append(coverage_text(tokens, plan.checkpoint.config.hidden_size))
     kept_names = [outcome.module for outcome in outcomes if outcome.kept_rtn]
     if kept_names:
-        parts.append(f"plain rounding was better on windows kept aside, and is kept, in {listing(kept_names)}")
+        parts.append(f"plain rounding was better on windows held out, and is kept, in {listing(kept_names)}")
     return "\n".join(parts)
 
 

@@ -71,7 +71,7 @@ def model_card(plan: Plan, command: str) -> str:
     front: dict[str, Any] = _licence(source_card(plan.checkpoint))
     front |= {"base_model": base, "base_model_relation": "quantized", "quantized_by": "dsv2quant"}
     front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
-    summary = summarize((line.slot, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.lines)
+    summary = summarize((line.spec, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.entries)
     sizes = roles_table(summary, before=True, markdown=True)
     activations = sorted({str(a) for a in (CODECS[s].activation for s in plan.schemes) if a})
     served = {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"}

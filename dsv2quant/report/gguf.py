@@ -12,7 +12,7 @@ from typing import Any
 from gguf import LlamaFileType
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.planning.gguf_plan import GgufPlan, Line
+from dsv2quant.planning.gguf_plan import Entry, GgufPlan
 from dsv2quant.report.tables import count, gigabytes, table
 from dsv2quant.storage.gguf import Metadata
 
@@ -46,12 +46,12 @@ def plan_text(plan: GgufPlan, *, every_tensor: bool = False) -> str:
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
         f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
     ]
-    fallbacks = [(kind, lines) for kind, lines in _groups(plan) if lines[0].reason]
+    fallbacks = [(kind, entries) for kind, entries in _groups(plan) if entries[0].reason]
     if fallbacks:
         parts.append("Fallbacks:")
-    parts += [f"  {kind}, {_layers(lines)} → {lines[0].type}: {lines[0].reason}" for kind, lines in fallbacks]
+    parts += [f"  {kind}, {_layers(entries)} → {entries[0].type}: {entries[0].reason}" for kind, entries in fallbacks]
     if every_tensor:
-        parts += [f"  {line.name} {list(line.tensor.shape)} {line.type}" for line in plan.lines]
+        parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
     parts += [f"note: {note}" for note in plan.notes]
     return "\n".join(parts)
 
@@ -69,35 +69,35 @@ def plan_json(plan: GgufPlan) -> dict[str, Any]:
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
         "entries": [
             {
-                "tensor": line.name,
-                "shape": list(line.tensor.shape),
-                "type": line.type,
-                "bytes": line.nbytes,
-                "reason": line.reason,
+                "tensor": entry.name,
+                "shape": list(entry.tensor.shape),
+                "type": entry.type,
+                "bytes": entry.nbytes,
+                "reason": entry.reason,
             }
-            for line in plan.lines
+            for entry in plan.entries
         ],
         "notes": list(plan.notes),
     }
 
 
-def _groups(plan: GgufPlan) -> list[tuple[str, list[Line]]]:
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in plan.lines:
-        groups.setdefault((line.tensor.kind, line.type), []).append(line)
-    return [(kind, lines) for (kind, _), lines in groups.items()]
+def _groups(plan: GgufPlan) -> list[tuple[str, list[Entry]]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in plan.entries:
+        groups.setdefault((entry.tensor.kind, entry.type), []).append(entry)
+    return [(kind, entries) for (kind, _), entries in groups.items()]
 
 
-def _row(kind: str, lines: Sequence[Line]) -> list[object]:
-    nbytes = sum(line.nbytes for line in lines)
-    weights = sum(line.tensor.size for line in lines)
-    return [kind, lines[0].type, len(lines), _layers(lines), gigabytes(nbytes), f"{8 * nbytes / weights:.2f}"]
+def _row(kind: str, entries: Sequence[Entry]) -> list[object]:
+    nbytes = sum(entry.nbytes for entry in entries)
+    weights = sum(entry.tensor.size for entry in entries)
+    return [kind, entries[0].type, len(entries), _layers(entries), gigabytes(nbytes), f"{8 * nbytes / weights:.2f}"]
 
 
-def _layers(lines: Sequence[Line]) -> str:
+def _layers(entries: Sequence[Entry]) -> str:
     """'1-26', or '1-3, 7'."""
     spans: list[list[int]] = []
-    for layer in (line.tensor.layer for line in lines if line.tensor.layer is not None):
+    for layer in (entry.tensor.layer for entry in entries if entry.tensor.layer is not None):
         if spans and layer == spans[-1][1] + 1:
             spans[-1][1] = layer
         else:

@@ -15,7 +15,7 @@ from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import ENGINES
-from dsv2quant.planning.plan import Line, Plan
+from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
 from dsv2quant.report.warnings import warnings
 
@@ -25,7 +25,7 @@ _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
 
 def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
     """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks are listed one by one."""
-    roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
+    roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     parts = [
         *(f"warning: {warning}" for warning in warnings(plan)),
         f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, recipe {plan.recipe.name}, "
@@ -37,10 +37,10 @@ def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
     fallbacks = _fallbacks(plan)
     if fallbacks:
         parts.append("Fallbacks:")
-    for (role, scheme, reason), lines in fallbacks.items():
-        parts.append(f"  {_where(role, lines)} → {scheme}: {reason}")
+    for (role, scheme, reason), entries in fallbacks.items():
+        parts.append(f"  {_where(role, entries)} → {scheme}: {reason}")
         if every_tensor:
-            parts += [f"      {line.slot.name} {list(line.slot.shape)}" for line in lines]
+            parts += [f"      {entry.spec.name} {list(entry.spec.shape)}" for entry in entries]
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
@@ -55,10 +55,10 @@ def notes(plan: Plan) -> list[str]:
     found += serving_notes(plan)
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
-    blocks = any(line.scheme == "fp8-block" and line.slot.role.startswith("routed.") for line in plan.lines)
+    blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
     if blocks and "vllm" in plan.targets and share % BLOCK:
         found.append(f"vllm: FP8 blocks of experts' shares of {share} need vLLM 0.30 or newer")
-    if any(line.kv_scales for line in plan.lines) and set(plan.targets) & set(ENGINES):
+    if any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
     if config.attention_bias and set(plan.targets) & set(ENGINES):
@@ -75,18 +75,18 @@ def notes(plan: Plan) -> list[str]:
 
 def serving_notes(plan: Plan) -> list[str]:
     """What whoever serves the artifact must know."""
-    return [_FLOAT16] if any(output.dtype == "F16" for line in plan.lines for output in line.outputs) else []
+    return [_FLOAT16] if any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs) else []
 
 
 def _finer_groups(plan: Plan) -> list[str]:
     """What a smaller group would quantize too, in a layout that has one group size for all."""
-    fallen = [line.slot for line in plan.lines if line.reason and line.scheme == "bf16"]
+    fallen = [entry.spec for entry in plan.entries if entry.reason and entry.scheme == "bf16"]
     for codec in (CODECS[scheme] for scheme in plan.schemes):
         if not isinstance(codec, Int4) or codec.quant_method == "compressed-tensors":
             continue
         for size in (size for size in (64, 32) if size < (codec.group_size or 0)):
             rules = (f"{codec.family}-g{size}", plan.checkpoint.config, plan.targets, plan.parallel)
-            roles = list(dict.fromkeys(slot.role for slot in fallen if targets.refusal(slot, *rules) is None))
+            roles = list(dict.fromkeys(spec.role for spec in fallen if targets.refusal(spec, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"
                 return [f"{codec.quant_method} has one group size in an artifact: {what}"]
@@ -95,7 +95,7 @@ def _finer_groups(plan: Plan) -> list[str]:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The object of `dsv2quant plan --json`."""
-    roles = summarize((x.slot, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.lines)
+    roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     return {
         "schema": "dsv2quant.plan/2",
         "model": plan.checkpoint.model,
@@ -111,8 +111,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         "roles": [_role_json(r) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
-            {"tensor": x.slot.name, "shape": list(x.slot.shape), "scheme": x.scheme, "reason": x.reason}
-            for x in plan.lines
+            {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
+            for x in plan.entries
             if x.reason
         ],
         "warnings": warnings(plan),
@@ -127,7 +127,7 @@ def inspect_text(checkpoint: Checkpoint) -> str:
     roles = _stored_roles(checkpoint)
     weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
     revision = f" at {checkpoint.revision}" if checkpoint.revision else ""
-    lines = [
+    entries = [
         f"{checkpoint.model}{revision}: {checkpoint.config.architecture}, {count(weights)} parameters, "
         f"{gigabytes(nbytes)} in {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}, "
         f"{8 * nbytes / weights:.2f} bits per weight",
@@ -136,7 +136,7 @@ def inspect_text(checkpoint: Checkpoint) -> str:
         *(["KV-cache scales: one per layer"] if checkpoint.kv_scales else []),
         *_gguf_lines(checkpoint),
     ]
-    return "\n".join(lines)
+    return "\n".join(entries)
 
 
 def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -178,12 +178,12 @@ def _gguf_lines(checkpoint: Checkpoint) -> list[str]:
     if about is None:
         return []
     types = ", ".join(f"{number} {name}" for name, number in about["tensor_types"].items())
-    lines = [f"file type: {about['file_type'] or 'not given'}", f"tensors: {types}"]
-    return lines + [f"files: {', '.join(checkpoint.files)}"] * (len(checkpoint.files) > 1)
+    entries = [f"file type: {about['file_type'] or 'not given'}", f"tensors: {types}"]
+    return entries + [f"files: {', '.join(checkpoint.files)}"] * (len(checkpoint.files) > 1)
 
 
 def _stored_roles(checkpoint: Checkpoint) -> list[RoleSummary]:
-    return summarize((w.slot, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
+    return summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
 
 
 def _role_json(r: RoleSummary) -> dict[str, Any]:
@@ -196,19 +196,19 @@ def _role_json(r: RoleSummary) -> dict[str, Any]:
     }
 
 
-def _fallbacks(plan: Plan) -> dict[tuple[str, str, str], list[Line]]:
-    grouped: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
-    for line in plan.lines:
-        if line.reason:
-            grouped[line.slot.role, line.scheme, line.reason].append(line)
+def _fallbacks(plan: Plan) -> dict[tuple[str, str, str], list[Entry]]:
+    grouped: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in plan.entries:
+        if entry.reason:
+            grouped[entry.spec.role, entry.scheme, entry.reason].append(entry)
     return grouped
 
 
-def _where(role: str, lines: Sequence[Line]) -> str:
+def _where(role: str, entries: Sequence[Entry]) -> str:
     """'kv_a_proj_with_mqa [576, 5120], 60 tensors in layers 0-59'."""
-    layers = sorted({line.slot.layer for line in lines if line.slot.layer is not None})
-    count = f"{len(lines)} tensor{'s' * (len(lines) > 1)}"
-    shape = f"{role} {list(lines[0].slot.shape)}, {count}"
+    layers = sorted({entry.spec.layer for entry in entries if entry.spec.layer is not None})
+    count = f"{len(entries)} tensor{'s' * (len(entries) > 1)}"
+    shape = f"{role} {list(entries[0].spec.shape)}, {count}"
     if not layers:
         return shape
     if len(layers) == 1:

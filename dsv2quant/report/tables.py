@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsv2quant.arch.deepseek_v2 import ROLES, Slot
+from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
 from dsv2quant.errors import printable
 
 
@@ -62,12 +62,12 @@ class RoleSummary:
         return 8 * self.bytes_after / self.weights
 
 
-def summarize(tensors: Iterable[tuple[Slot, str, int, int]]) -> list[RoleSummary]:
-    """Group (slot, scheme, bytes before, bytes after) by role and scheme, in the order of `names.ROLES`."""
+def summarize(tensors: Iterable[tuple[TensorSpec, str, int, int]]) -> list[RoleSummary]:
+    """Group (spec, scheme, bytes before, bytes after) by role and scheme, in the order of `names.ROLES`."""
     totals: dict[tuple[str, str], list[int]] = {}
-    for slot, scheme, before, after in tensors:
-        total = totals.setdefault((slot.role, scheme), [0, 0, 0, 0])
-        for i, value in enumerate((1, slot.size, before, after)):
+    for spec, scheme, before, after in tensors:
+        total = totals.setdefault((spec.role, scheme), [0, 0, 0, 0])
+        for i, value in enumerate((1, spec.size, before, after)):
             total[i] += value
     ordered = sorted(totals.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
     return [RoleSummary(role, scheme, *total) for (role, scheme), total in ordered]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsv2quant.arch.deepseek_v2 import Slot
+from dsv2quant.arch.deepseek_v2 import TensorSpec
 from dsv2quant.errors import Dsv2quantError
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
@@ -22,20 +22,20 @@ def warnings(plan: Plan) -> list[str]:
     """One line each, the gravest first."""
     idle: list[str] = []
     if not plan.recipe.builtin:
-        slots = (line.slot for line in plan.lines)
-        idle = plan.recipe.idle_rules(slots, plan.checkpoint.config.num_hidden_layers)
-    return _unquantized(plan) + [f"recipe {plan.recipe.name}: {line}" for line in idle]
+        specs = (entry.spec for entry in plan.entries)
+        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+    return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
 
 def _unquantized(plan: Plan) -> list[str]:
     """Whether most weights that the recipe quantizes stay in BF16; why, and what quantizes them."""
-    left = _left(((line.slot, line.scheme, line.reason) for line in plan.lines), 1)
+    left = _left(((entry.spec, entry.scheme, entry.reason) for entry in plan.entries), 1)
     if left <= 0.5:
         return []
     reasons: Counter[str] = Counter()
-    for line in plan.lines:
-        if line.reason and line.scheme == "bf16":
-            reasons[line.reason] += line.slot.size
+    for entry in plan.entries:
+        if entry.reason and entry.scheme == "bf16":
+            reasons[entry.reason] += entry.spec.size
     bits = 8 * plan.bytes_out / plan.parameters
     said = f"{left:.0%} of what recipe {plan.recipe.name} quantizes stays in BF16, {bits:.2f} bits per weight in all"
     ways = [f"{words} (about {gigabytes(nbytes)})" for words, nbytes in _ways_out(plan).items()]
@@ -83,30 +83,30 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
     """Bytes of the weights that a recipe gives at a parallel size; None where most of it falls back too, or it has no
     artifact. Looks at one expert of each layer: all of them are treated alike."""
     config = plan.checkpoint.config
-    slots = [line.slot for line in plan.lines if not line.slot.expert]
+    specs = [entry.spec for entry in plan.entries if not entry.spec.expert]
     try:
         targets.choose(plan.targets, recipe.schemes)
         targets.check_parallel(config, parallel, plan.targets)
-        chosen = choose_schemes(slots, config, recipe, plan.targets, parallel)
+        chosen = choose_schemes(specs, config, recipe, plan.targets, parallel)
         targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, config, plan.targets, parallel)
     except Dsv2quantError:
         return None
-    if _left(((slot, scheme, reason) for slot, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
+    if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
         return None
     nbytes = 0
-    for slot, (scheme, _, _) in chosen.items():
-        parts = CODECS[scheme].layout(slot.shape) if scheme != "bf16" else ()
-        copies = 1 if slot.expert is None else config.n_routed_experts
-        nbytes += copies * (sum(part.nbytes for part in parts) if parts else 2 * slot.size)
+    for spec, (scheme, _, _) in chosen.items():
+        parts = CODECS[scheme].layout(spec.shape) if scheme != "bf16" else ()
+        copies = 1 if spec.expert is None else config.n_routed_experts
+        nbytes += copies * (sum(part.nbytes for part in parts) if parts else 2 * spec.size)
     return nbytes
 
 
-def _left(decided: Iterable[tuple[Slot, str, str | None]], experts: int) -> float:
+def _left(decided: Iterable[tuple[TensorSpec, str, str | None]], experts: int) -> float:
     """The share of weights that fell back to BF16 among those that a recipe quantizes; each expert counts `experts`
     times."""
     kept = done = 0
-    for slot, scheme, reason in decided:
-        size = slot.size * (1 if slot.expert is None else experts)
+    for spec, scheme, reason in decided:
+        size = spec.size * (1 if spec.expert is None else experts)
         if scheme != "bf16":
             done += size
         elif reason:

@@ -26,7 +26,7 @@ STATE_FILE = ".dsv2quant-state.json"
 MANIFEST_FILE = "dsv2quant.json"
 WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
-Entry = dict[str, Any]  # what a manifest says of a file: {size, sha256}
+FileEntry = dict[str, Any]  # what a manifest says of a file: {size, sha256}
 _HASHED_AT_ONCE = 1 << 20
 
 
@@ -140,12 +140,12 @@ def _identity(path: Path) -> list[tuple[int, int]]:
     return [(found.st_dev, found.st_ino)]
 
 
-def file_entry(content: bytes) -> Entry:
+def file_entry(content: bytes) -> FileEntry:
     """The manifest entry of a file with this content."""
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> Entry:
+def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> FileEntry:
     """The manifest entry of a file on disk. Raises OSError, also where it is no regular file."""
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -162,7 +162,7 @@ def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: Non
 
 
 def damaged_files(
-    folder: Path, entries: Mapping[str, Entry], progress: Callable[[int], object] = lambda nbytes: None
+    folder: Path, entries: Mapping[str, FileEntry], progress: Callable[[int], object] = lambda nbytes: None
 ) -> list[str]:
     """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
     ended = threading.Event()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv2quant.errors import PlanViolation
-from dsv2quant.storage.durable import PARTIAL, Entry, create, disk_errors, sync_folder
+from dsv2quant.storage.durable import PARTIAL, FileEntry, create, disk_errors, sync_folder
 from dsv2quant.storage.safetensors import HELD_AS, Output, Shard
 
 _MAX_UNHASHED = 64 << 20
@@ -80,7 +80,7 @@ class ShardWriter:
     def is_full(self) -> bool:
         return self._position == self._size
 
-    def finish(self, record: Callable[[Entry], object] = lambda entry: None) -> Entry:
+    def finish(self, record: Callable[[FileEntry], object] = lambda entry: None) -> FileEntry:
         """Make the shard durable under its final name; returns its manifest entry. It has been given to `record` before
         the file has its name. Raises PlanViolation where a planned byte never came, or one came twice."""
         try:

@@ -101,10 +101,10 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     # Loaded by default, compressed-tensors keeps scales in parameters of the model's dtype.
     rounds_scales = name != "block" and not dequantize and torch_dtype == torch.bfloat16
     for weight in checkpoint.weights:
-        routed = weight.slot.role.startswith("routed.")
+        routed = weight.spec.role.startswith("routed.")
         scale_dtype = torch.bfloat16 if rounds_scales and not routed else None
         ours = decode(checkpoint, weight, torch_dtype, scale_dtype=scale_dtype)
-        assert torch.equal(their_weight(state, weight.slot.name), ours), weight.slot.name
+        assert torch.equal(their_weight(state, weight.spec.name), ours), weight.spec.name
 
     served = name != "block" and not dequantize
     options = LoadOptions(torch_dtype, "cpu", not served, torch.bfloat16 if rounds_scales else None)

@@ -60,7 +60,7 @@ def artifacts(tmp_path_factory, awkward):
 
 def dtype_there(weight: Weight, dtype: torch.dtype, dequantize: bool) -> torch.dtype:
     """What transformers rounds a weight to."""
-    int4, routed = weight.scheme.startswith("int4"), weight.slot.role.startswith("routed.")
+    int4, routed = weight.scheme.startswith("int4"), weight.spec.role.startswith("routed.")
     return torch.bfloat16 if int4 and (routed or dequantize) else dtype
 
 
@@ -102,9 +102,9 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
         fp8 = weight.scheme.startswith("fp8")
         rounded = dtype_there(weight, torch_dtype, dequantize)
         ours = decode(checkpoint, weight, rounded, scale_dtype=scale_dtype if fp8 else None)
-        got = their_weight(state, weight.slot.name)
-        assert got.dtype == (torch_dtype if dequantize and not weight.slot.role.startswith("routed.") else rounded)
-        assert torch.equal(got, ours.to(got.dtype)), weight.slot.name
+        got = their_weight(state, weight.spec.name)
+        assert got.dtype == (torch_dtype if dequantize and not weight.spec.role.startswith("routed.") else rounded)
+        assert torch.equal(got, ours.to(got.dtype)), weight.spec.name
 
     options = LoadOptions(torch_dtype, "cpu", not served, scale_dtype)
     got = experts_in_bf16(like_transformers(Model(checkpoint, options))).forward(tokens)
@@ -119,7 +119,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     # The same weights in float32, theirs and ours: now sums in another order are all that differs. Quantized
     # activations flip a code or two in a sequence now and then, which the median passes over.
     def same(_, weight, dtype, *rest):
-        return their_weight(state, weight.slot.name).to(dtype)
+        return their_weight(state, weight.spec.name).to(dtype)
 
     monkeypatch.setattr("dsv2quant.model.load.decode", same)
     ours = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens)

@@ -39,15 +39,15 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
     state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
     rounding = torch.bfloat16 if torch_dtype == torch.bfloat16 and not dequantize else None
     for weight in checkpoint.weights:
-        routed = weight.slot.role.startswith("routed.")
+        routed = weight.spec.role.startswith("routed.")
         ours = decode(checkpoint, weight, torch_dtype, scale_dtype=None if routed else rounding)
-        assert torch.equal(their_weight(state, weight.slot.name), ours), weight.slot.name
+        assert torch.equal(their_weight(state, weight.spec.name), ours), weight.spec.name
         # Experts are no modules there: their input scales are dropped, and their inputs not quantized.
         takes_inputs = weight.scheme == "fp8-static" and not dequantize and not routed
-        assert (weight.slot.module in given) is takes_inputs, weight.slot.name
+        assert (weight.spec.module in given) is takes_inputs, weight.spec.name
         if takes_inputs:
             scale = stored_tensor(checkpoint, weight.parts["input_scale"])
-            assert torch.equal(given[weight.slot.module], scale.to(rounding or torch.float32))
+            assert torch.equal(given[weight.spec.module], scale.to(rounding or torch.float32))
 
     options = LoadOptions(torch_dtype, "cpu", dequantize, rounding)
     model = Model(checkpoint, options)
@@ -102,7 +102,7 @@ def test_autofp8_does_not_load(tmp_path, lite):
     static.write(lite, tmp_path / "out", "fp8-autofp8")
     theirs = load(tmp_path / "out", torch.bfloat16, False)
     checkpoint = Checkpoint.open(tmp_path / "out")
-    weight = next(w for w in checkpoint.weights if w.slot.role == "o_proj")
+    weight = next(w for w in checkpoint.weights if w.spec.role == "o_proj")
     codes = stored_tensor(checkpoint, weight.parts["weight"])
-    assert torch.equal(theirs.get_parameter(weight.slot.name).float(), codes.float())
+    assert torch.equal(theirs.get_parameter(weight.spec.name).float(), codes.float())
     assert codes.float().norm() > 100 * decode(checkpoint, weight, torch.float32).norm()

@@ -61,7 +61,7 @@ def test_int4_decodes_to_the_cpus_weights(layout, tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "out")
     for weight in checkpoint.weights:
         on_gpu = decode(checkpoint, weight, torch.bfloat16, "cuda").cpu()
-        assert torch.equal(on_gpu, decode(checkpoint, weight, torch.bfloat16)), weight.slot.name
+        assert torch.equal(on_gpu, decode(checkpoint, weight, torch.bfloat16)), weight.spec.name
 
 
 @pytest.mark.parametrize(("columns", "group"), TIES)

@@ -1,4 +1,4 @@
-"""What stands between the products of a decode step on a CUDA device, in the models' shapes, against its twins. Skipped
+"""What stands between the products of a decode step on a CUDA device, in the models' shapes, against its references. Skipped
 without a Hopper GPU."""
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def product(x: torch.Tensor, weight: GgufWeight, config: Config | None = None) -
 
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_bytes(name: str) -> None:
-    """`dequantize` is the twin, bit for bit, which tests/test_gguf_kernels.py compares with ggml's decoding."""
+    """`dequantize` is the reference, bit for bit, which tests/test_gguf_kernels.py compares with ggml's decoding."""
     for shape in ((200, columns_of(name)), (3, 72, columns_of(name))):
         blocks = random_blocks(name, shape, "cuda")
         weight = from_blocks(name, blocks, shape[-1])

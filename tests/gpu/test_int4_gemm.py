@@ -44,12 +44,12 @@ def test_shapes(name: str) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128, 1408])
 def test_groups(group: int, zeros: bool) -> None:
     weight = random_weight(576, 1408, group, zeros, ordered=zeros, device="cuda")
-    twin = Int4Weight(*weight)
+    copy = Int4Weight(*weight)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(dequantize(weight, dtype), dequantize_int4(weight, dtype))
         for tokens in (3, 50, 300):
             x = torch.randn(tokens, 1408, device="cuda").to(dtype)
-            assert product(x, twin) < (EXACT if tokens <= 64 else ROUNDED)
+            assert product(x, copy) < (EXACT if tokens <= 64 else ROUNDED)
 
 
 @pytest.mark.parametrize(

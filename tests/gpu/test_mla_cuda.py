@@ -1,4 +1,4 @@
-"""MLA decoding on a CUDA device, in the models' shapes, against its twin in float64. Skipped without one."""
+"""MLA decoding on a CUDA device, in the models' shapes, against its reference in float64. Skipped without one."""
 
 from __future__ import annotations
 

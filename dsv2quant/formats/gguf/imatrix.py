@@ -37,7 +37,7 @@ _AGAIN = "make it again, with `dsv2quant calibrate --imatrix` or llama-imatrix"
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """One tensor's Σ x², float32 [n, columns], and its tokens, float32 [n]."""
 
     sums: np.ndarray
@@ -49,7 +49,7 @@ class Imatrix:
     """An importance matrix: entries by tensor name, the texts it was measured on, and their chunks of `chunk_size`
     tokens. `source` is what messages call it."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, FileEntry]
     datasets: tuple[str, ...]
     chunk_count: int
     chunk_size: int
@@ -80,7 +80,7 @@ class Imatrix:
             values = np.where(tokens > 0, entry.sums / np.maximum(tokens, 1), np.float32(1))
         return values.reshape(tensor.matrices, tensor.shape[-1])
 
-    def _fits(self, tensor: Tensor, entry: Entry) -> bool:
+    def _fits(self, tensor: Tensor, entry: FileEntry) -> bool:
         wanted = tensor.matrices * tensor.shape[-1]
         if entry.sums.size == wanted:
             return True
@@ -174,7 +174,7 @@ def _pack(imatrix: Imatrix) -> Iterator[bytes]:
         yield array.tobytes().ljust(container.padded(array.nbytes), b"\0")
 
 
-def _arrays(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(entries: Mapping[str, FileEntry]) -> Iterator[tuple[str, np.ndarray]]:
     """Names and contents of the file's tensors. ggml drops leading dimensions of 1."""
     for name, entry in sorted(entries.items()):
         sums, counts = entry.sums.astype("<f4", copy=False), entry.counts.astype("<f4")[:, None]
@@ -213,13 +213,13 @@ def read(path: Path) -> Imatrix:
     )
 
 
-def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entry:
+def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> FileEntry:
     if len(sums) % len(counts):
         what = f"{name} has {len(sums):,} sums of {len(counts):,} matrices"
         raise InputError(what, where=path, fix=_AGAIN)
     if not all(np.isfinite(array).all() and (array >= 0).all() for array in (sums, counts)):
         raise InputError(f"{name} is not finite, or negative", where=path, fix=_AGAIN)
-    return Entry(sums.reshape(len(counts), -1), counts)
+    return FileEntry(sums.reshape(len(counts), -1), counts)
 
 
 def _text_list(path: Path, values: Mapping[str, Value], key: str) -> tuple[str, ...]:
