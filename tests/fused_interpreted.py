@@ -1,5 +1,5 @@
-"""What stands between the products of a decode step, by Triton's interpreter against its references: a program of its own,
-since Triton reads TRITON_INTERPRET when it is imported.
+"""What stands between the products of a decode step, by Triton's interpreter against its references: a program of its
+own, since Triton reads TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/fused_interpreted.py
 

@@ -1,5 +1,5 @@
-"""The kernels for GGUF weights by Triton's interpreter against their torch references: a program of its own, since Triton
-reads TRITON_INTERPRET when it is imported.
+"""The kernels for GGUF weights by Triton's interpreter against their torch references: a program of its own, since
+Triton reads TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/gguf_gemm_interpreted.py
 

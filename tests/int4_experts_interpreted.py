@@ -1,5 +1,5 @@
-"""The INT4 experts' kernels by Triton's interpreter against their torch references: a program of its own, since Triton reads
-TRITON_INTERPRET when it is imported.
+"""The INT4 experts' kernels by Triton's interpreter against their torch references: a program of its own, since Triton
+reads TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/int4_experts_interpreted.py
 

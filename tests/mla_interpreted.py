@@ -1,5 +1,5 @@
-"""MLA decoding by Triton's interpreter against its reference: a program of its own, since Triton reads TRITON_INTERPRET when
-it is imported.
+"""MLA decoding by Triton's interpreter against its reference: a program of its own, since Triton reads TRITON_INTERPRET
+when it is imported.
 
     TRITON_INTERPRET=1 python tests/mla_interpreted.py
 

@@ -1,5 +1,5 @@
-"""The FP8 experts' kernels: by Triton's interpreter against their torch references, and as code for Hopper. tests/gpu has
-the same on a device."""
+"""The FP8 experts' kernels: by Triton's interpreter against their torch references, and as code for Hopper. tests/gpu
+has the same on a device."""
 
 from __future__ import annotations
 

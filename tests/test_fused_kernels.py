@@ -1,5 +1,5 @@
-"""What stands between the products of a decode step: by Triton's interpreter against its references, and as code for Hopper.
-tests/gpu has the same on a device."""
+"""What stands between the products of a decode step: by Triton's interpreter against its references, and as code for
+Hopper. tests/gpu has the same on a device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The kernels' runtime on the CPU, where the kernels' torch references take their place, against the torch backend: the same
-checkpoint must give the same logits. tests/gpu has the kernels themselves."""
+"""The kernels' runtime on the CPU, where the kernels' torch references take their place, against the torch backend: the
+same checkpoint must give the same logits. tests/gpu has the kernels themselves."""
 
 from __future__ import annotations
 

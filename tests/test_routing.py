@@ -1,5 +1,5 @@
-"""Routing's kernels: by Triton's interpreter against their references, and as code for Hopper. tests/gpu has the same on a
-device."""
+"""Routing's kernels: by Triton's interpreter against their references, and as code for Hopper. tests/gpu has the same
+on a device."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def _empty_kernel() -> None:
 
 
 class Small(NamedTuple):
-    """A call that takes little more than its launch; the error from its reference, or the part of its codes that are not the
-    reference's."""
+    """A call that takes little more than its launch; the error from its reference, or the part of its codes that are
+    not the reference's."""
 
     what: str
     shape: str

@@ -1,10 +1,9 @@
 """AWQ (arXiv:2306.00978): columns that strong inputs meet are widened before rounding, and what produces these inputs
 is narrowed by as much (`planning/smoothing.py`).
 
-For each pair, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is smoothed), 0.05 … 1; the one with
-the least Σ E[x²] (w − rounded w)² over the consumers stays. rms is that of the input's channels, from statistics, so
-that no forward pass is needed.
-"""
+For each pair, exponents e = round(α (log₂ rms − mean)) are tried for α = 0 (nothing is smoothed), 0.05 … 1; the one
+with the least Σ E[x²] (w − rounded w)² over the consumers stays. rms is that of the input's channels, from statistics,
+so that no forward pass is needed."""
 
 from __future__ import annotations
 

@@ -168,8 +168,8 @@ class Prepared:
         return self.smoothing.apply(entry.spec, weight)
 
     def inputs(self, entry: Entry) -> Inputs:
-        """What the inputs of a weight that needs them were in calibration, behind the smoothing. The largest magnitude is
-        that of all that must share an input scale."""
+        """What the inputs of a weight that needs them were in calibration, behind the smoothing. The largest magnitude
+        is that of all that must share an input scale."""
         assert self.statistics is not None
         importance, columns = self.statistics.mean_square(entry.spec), self.smoothing.columns(entry.spec)
         if columns is not None:

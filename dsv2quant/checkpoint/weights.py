@@ -116,7 +116,8 @@ def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where:
 def match(
     specs: Iterable[TensorSpec], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
 ) -> list[Weight]:
-    """Pair every tensor of the model with its stored parts; whatever is left over, missing or mis-shaped is an error."""
+    """Pair every tensor of the model with its stored parts; whatever is left over, missing or mis-shaped is an
+    error."""
     specs = list(specs)
     # Old checkpoints store RoPE's frequencies, which follow from config.json.
     kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]

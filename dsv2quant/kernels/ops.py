@@ -1,5 +1,5 @@
-"""The operations of the fused layers: by a kernel on a CUDA device, elsewhere by its torch reference. What they take and
-give is said with the kernels."""
+"""The operations of the fused layers: by a kernel on a CUDA device, elsewhere by its torch reference. What they take
+and give is said with the kernels."""
 
 from __future__ import annotations
 

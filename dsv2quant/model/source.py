@@ -31,7 +31,8 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of plain weights, and of what is computed: BF16, the kernels' own; their references take float32, too."""
+        """That of plain weights, and of what is computed: BF16, the kernels' own; their references take float32,
+        too."""
 
     def scheme(self, module: str) -> str:
         """A weight's scheme."""

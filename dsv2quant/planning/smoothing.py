@@ -1,4 +1,5 @@
-"""Smoothing, or scale migration: scalings of a linear's input channels that move into what produces them, and leave the model as it is.
+"""Smoothing, or scale migration: scalings of a linear's input channels that move into what produces them, and leave the
+model as it is.
 
     W x = (W S) (S⁻¹ x)     columns of the consumers × 2ᵉ, rows of the producer × 2⁻ᵉ
 

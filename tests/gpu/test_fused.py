@@ -1,5 +1,5 @@
-"""What stands between the products of a decode step on a CUDA device, in the models' shapes, against its references. Skipped
-without a Hopper GPU."""
+"""What stands between the products of a decode step on a CUDA device, in the models' shapes, against its references.
+Skipped without a Hopper GPU."""
 
 from __future__ import annotations
 
