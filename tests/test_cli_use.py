@@ -92,8 +92,8 @@ def test_help_groups_many_options(cli):
     shown = cli("convert", "--help").out
     sections = [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
     assert sections == [
-        "Examples", "Output", "FP8 and INT4", "Consumers of FP8 and INT4", "GGUF", "Calibration", "Computing", "Hub",
-        "Output style",
+        "Examples", "Output", "FP8, INT8 and INT4", "Consumers of FP8, INT8 and INT4", "GGUF", "Calibration",
+        "Computing", "Hub", "Output style",
     ][1:]  # fmt: skip
     for verb in VERBS:
         command = group.get_command(click.Context(group), verb)

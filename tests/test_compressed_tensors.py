@@ -237,10 +237,15 @@ def group_of(scheme: str) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any] | str, str]] = {
-    **{f"W{bits}A16": (f"W{bits}A16", f"weights with num_bits {bits} in group_0") for bits in (2, 3, 5, 6, 7, 8)},
-    "W8A8": ("W8A8", "weights with num_bits 8"),
-    "W4A8": ("W4A8", "input_activations of INT4 weights"),
-    "W4AFP8": ("W4AFP8", "input_activations of INT4 weights"),
+    **{f"W{bits}A16": (f"W{bits}A16", f"weights with num_bits {bits} in group_0") for bits in (2, 3, 5, 6, 7)},
+    "W8A16": ("W8A16", "weights with strategy 'group'"),
+    "INT8 alone": ({"weights": {"num_bits": 8, "strategy": "channel", "group_size": None, "symmetric": True},
+                    "format": "int-quantized"}, "no input_activations of INT8 weights"),
+    "asymmetric INT8": ({"weights": {"num_bits": 8, "strategy": "channel", "group_size": None, "symmetric": False},
+                         "format": "int-quantized"}, "weights with symmetric False"),
+    "W4A8": ("W4A8", "input_activations with type 'int'"),
+    "inputs of asymmetric INT4": ({"input_activations": {"num_bits": 8, "type": "float", "strategy": "token",
+                                                         "dynamic": True}}, "input_activations of INT4 weights"),
     "NVFP4A16": ("NVFP4A16", "weights with num_bits 4"),
     "MXFP4": ("MXFP4", "weights with num_bits 4"),
     "MXFP8A16": ("MXFP8A16", "weights with strategy 'group'"),
@@ -284,9 +289,9 @@ def test_what_is_not_read_is_refused_by_name(name, written, tmp_path, cli):
     assert ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "W8A8", "W4AFP8"])
 def test_presets_that_are_read(scheme):
     from dsv2quant.formats.compressed_tensors import refusal
 
-    kind = "pack-quantized" if scheme.startswith("W4") else "float-quantized"
+    kind = {"W4": "pack-quantized", "W8": "int-quantized"}.get(scheme[:2], "float-quantized")
     assert refusal({"format": kind, "config_groups": {"group_0": group_of(scheme)}, "sparsity_config": {}}) is None

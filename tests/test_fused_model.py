@@ -181,6 +181,18 @@ def test_fp8(source, scheme, converted):
     check_near(converted(source, f"--fp8={scheme}"), length=3 if source == "awkward" else 9)
 
 
+@pytest.mark.parametrize(
+    ("source", "activation", "options"),
+    [("grouped", "token-int8", ["--int8"]), ("biases", "token", ["--w4a8", "--method=rtn", "--target=transformers"])],
+)
+def test_schemes_without_a_kernel_are_decoded_and_their_activations_rounded(source, activation, options, converted):
+    _, ours = check_near(converted(source, *options))
+    assert all(layer.attention.qkv_a.linears[0].activation == activation for layer in ours.layers())
+    if activation == "token-int8":
+        stacks = [layer.ffn.experts for i, layer in enumerate(ours.layers()) if i]
+        assert all(stack.activation == activation for stack in stacks)
+
+
 def test_fp8_weights_alone(converted):
     """A configuration may leave activations as they are: the weights are decoded then."""
     out = converted("lite", "--fp8=channel")

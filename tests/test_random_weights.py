@@ -11,13 +11,14 @@ import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import model_specs
-from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, encode_int4, matrices
+from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, matrices
 from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 
 GROUPED = ModelConfig.from_dict(tiny.GROUPED_V2 | {"attention_bias": True}, "config.json")
-BITS = {"BF16": np.uint16, "F8_E4M3": np.uint8, "I32": np.int32, "F32": np.float32, "I64": np.int64}
+BITS = {"BF16": np.uint16, "F8_E4M3": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "I64": np.int64}
 
 
 def bits(parts: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -33,7 +34,7 @@ def same(parts: dict[str, torch.Tensor], expected: dict[str, np.ndarray]) -> Non
         np.testing.assert_array_equal(part, expected[suffix], suffix)
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "fp8-channel", "int4-mixed", "int4-pure"])
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-channel", "int4-mixed", "int4-pure", "int8", "w4a8"])
 def test_parts_are_those_of_the_codecs(name):
     chosen = recipe.builtin(name, group_size=32 if name.startswith("int4") else None)
     source, plain = RandomWeights(GROUPED, chosen, "cpu"), RandomWeights(GROUPED, None, "cpu")
@@ -54,8 +55,8 @@ def test_parts_are_those_of_the_codecs(name):
     assert met == chosen.schemes
 
 
-@pytest.mark.parametrize("group", [32, 64, 128, None])
-def test_int4_of_awkward_weights(group):
+@pytest.mark.parametrize("codec", [Int4(32), Int4(64), Int4(128), Int4(None), Int8()], ids=lambda codec: codec.name)
+def test_integers_of_awkward_weights(codec):
     """Zeros, ties, outliers, subnormals, and rows far apart in size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 256, generator=generator) * torch.exp2(torch.arange(24) - 12.0)[:, None]
@@ -65,7 +66,7 @@ def test_int4_of_awkward_weights(group):
     x[3] *= 1e-36
     x[:, 7] *= 20
     x = x.bfloat16().float()
-    same(encode_int4(x, group), Int4(group).encode([x.numpy()])[0])
+    same(codec.encode_tensor(x), codec.encode([x.numpy()])[0])
 
 
 def test_a_name_has_its_weight_whatever_was_made_before():

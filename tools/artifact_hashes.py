@@ -43,7 +43,14 @@ INT4 = [
     ("--int4=pure", "--method", "rtn", "--group-size", "32", "--format", "gptq", "--target", "vllm"),
     ("--int4=pure", "--method", "rtn", "--group-size", "32", "--format", "awq", "--target", "vllm"),
 ]
+EIGHT = [
+    ("--int8",),
+    ("--int8", "--target", "transformers"),
+    ("--w4a8", "--method", "rtn"),
+    ("--w4a8", "--method", "rtn", "--target", "transformers"),
+]
 CALIBRATED = [
+    ("--w4a8", *CALIBRATION),
     ("--int4=experts", *CALIBRATION),
     ("--int4=mixed", "--kv-scales", *CALIBRATION),
     ("--int4=pure", "--method", "mse", "--group-size", "32", "--target", "transformers", *CALIBRATION),
@@ -111,7 +118,7 @@ def models(folder: Path) -> dict[str, Path]:
 def cases(found: dict[str, Path]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(model, options of `convert`)."""
     for name in found:
-        yield from ((name, options) for options in (*FP8, *INT4))
+        yield from ((name, options) for options in (*FP8, *INT4, *EIGHT))
     for name in ("dsv2-mini", "wordy"):
         yield from ((name, options) for options in (*STATIC, *CALIBRATED))
     for name in ("dsv2-mini", "tiny-lite", "tiny-v2", "tiny-odd"):

@@ -22,8 +22,6 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs, model_specs
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.formats.fp8 import Fp8, encode_tensor
-from dsv2quant.formats.int4 import OFFSET, PACKED, Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
@@ -78,16 +76,8 @@ class RandomWeights:
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         """A matrix' scheme and its parts by suffix, as formats/ names and shapes them."""
         spec = self._slots[f"{module}.weight"]
-        scheme, weight = self.scheme(module), self._random(spec)
-        codec = CODECS[scheme]
-        if isinstance(codec, Fp8) and codec.grid != "tensor":
-            codes, scales = encode_tensor(weight.float(), codec.grid)
-            return scheme, {"weight": codes, codec.scale_suffix: scales}
-        if type(codec) is Int4:
-            return scheme, encode_int4(weight.float(), codec.group_size)
-        if scheme != "bf16":
-            raise ValueError(f"{scheme} is none of the schemes that random weights have")
-        return scheme, {"weight": weight}
+        scheme = self.scheme(module)
+        return scheme, CODECS[scheme].encode_tensor(self._random(spec).float())
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
@@ -109,19 +99,6 @@ class RandomWeights:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(spec.name.encode(), self.seed))
         weight = torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device)
         return weight.normal_(std=spec.shape[1] ** -0.5, generator=generator)
-
-
-def encode_int4(x: torch.Tensor, group_size: int | None) -> dict[str, torch.Tensor]:
-    """What `Int4.encode` makes of float32 [out, in] by `rtn`, on its device."""
-    groups = x.unflatten(1, (-1, group_size or x.shape[1]))
-    amax = groups.abs().amax(-1)
-    # CUDA multiplies by the reciprocal of a scalar divisor, which rounds differently: a tensor.
-    scales = (amax / torch.full_like(amax, 7.5)).bfloat16()
-    scales = torch.where(scales > 0, scales, 1)
-    nearest = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
-    nibbles = nearest.add_(OFFSET).to(torch.uint8).flatten(1)
-    packed = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
-    return {PACKED: packed, "weight_scale": scales, "weight_shape": torch.tensor(x.shape)}
 
 
 CACHE_BYTES = 2  # of a number in the cache: BF16

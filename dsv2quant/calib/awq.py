@@ -18,7 +18,6 @@ from safetensors.numpy import load
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.calib.streams import Pieces, save_layer
-from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import decode
 from dsv2quant.planning.plan import Entry, Plan
@@ -64,13 +63,13 @@ def _exponents(
     candidates = torch.from_numpy(np.unique(raised, axis=0)).to(device)
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=device)
     for entry in readers:
-        codec = CODECS[entry.scheme]
-        assert isinstance(codec, Int4)
+        integers = CODECS[entry.scheme].integers
+        assert integers is not None
         weight = decode(plan.checkpoint, entry.weight, torch.float32, device)
         importance = torch.from_numpy(statistics.mean_square(entry.spec)).to(device) * max(
             1, statistics.count(entry.spec)
         )
-        group = codec.group_size or weight.shape[1]
+        group = integers.group_size or weight.shape[1]
         losses += torch.stack([_loss(weight, importance, e.float(), group) for e in candidates])
     # Ties go to the candidate that smooths least.
     least = candidates[losses == losses.min()]

@@ -22,8 +22,7 @@ from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, expert_bytes
 from dsv2quant.calib.gptq import Moments
 from dsv2quant.calib.streams import Spool, batches
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import to_bf16, too_large
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.codec import Integers, to_bf16, too_large
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.layers import FFN, Linear, MoE, route
@@ -302,8 +301,8 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
         linears = [job.linear(f"{job.at}.{name}") for name in modules]
         weight = torch.stack([linear.weight for linear in linears])  # [batch, R, K]
         wished = gptq.fit(weight, train, factored)
-        codec = CODECS[scheme]
-        if isinstance(codec, Int4):
+        codec = CODECS[scheme].integers
+        if codec is not None:
             group = codec.group_size or weight.shape[2]
             scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group))
             codes = gptq.quantize(wished, scales, factored)
@@ -324,7 +323,7 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
         for i, (name, linear) in enumerate(zip(modules, linears, strict=True)):
             module = f"{job.at}.{name}"
             linear.weight = (plain if worse[i] else quantized)[i]
-            if isinstance(codec, Int4):
+            if codec is not None:
                 best = (plain_codes, plain_scales) if worse[i] else (codes, scales)
                 job.parts[module] = codec.pack(*(x[i].cpu().numpy() for x in best))
             else:
@@ -334,6 +333,6 @@ def _choose(job: Job, names: Sequence[Sequence[str]], moments: Split) -> None:
         job.progress(weight.numel())
 
 
-def _stored(codec: Int4, scales: torch.Tensor) -> torch.Tensor:
+def _stored(codec: Integers, scales: torch.Tensor) -> torch.Tensor:
     """The scales that the codec stores in place of these."""
     return torch.from_numpy(codec.storable(scales.cpu().numpy())).to(scales.device)

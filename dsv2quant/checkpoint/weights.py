@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,13 @@ def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where:
 
 
 def match(
-    specs: Iterable[TensorSpec], tensors: dict[str, StoredTensor], codecs: Sequence[Codec], where: object
+    specs: Iterable[TensorSpec],
+    tensors: dict[str, StoredTensor],
+    codecs: Callable[[str], Sequence[Codec]],
+    where: object,
 ) -> list[Weight]:
-    """Pair every tensor of the model with its stored parts; whatever is left over, missing or mis-shaped is an
-    error."""
+    """Pair every tensor of the model with its stored parts, in one of the codecs of its module; whatever is left over,
+    missing or mis-shaped is an error."""
     specs = list(specs)
     # Old checkpoints store RoPE's frequencies, which follow from config.json.
     kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
@@ -125,7 +128,7 @@ def match(
     if missing:
         modules = {spec.module for spec in specs}
         raise _missing(missing, [name for name in kept if name.rpartition(".")[0] not in modules], where)
-    weights = [_weight(spec, tensors, codecs, where) for spec in specs]
+    weights = [_weight(spec, tensors, codecs(spec.module), where) for spec in specs]
     used = {part.name for weight in weights for part in weight.parts.values()}
     surplus = [name for name in kept if name not in used]
     parts = [name for name in surplus if _is_quantization(name)]
@@ -196,7 +199,7 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
         raise InputError(what, where=where, fix="correct config.json, or download the right shard")
     if held.dtype in PLAIN_DTYPES:
         return Weight(spec, "bf16", {spec.name.rpartition(".")[2]: held})
-    if spec.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I32"):
+    if spec.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I8", "I32"):
         readable = "BF16, F16, F32" + (", F8_E4M3" if spec.role in LINEAR_ROLES else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
@@ -225,7 +228,7 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
             lacking.append((len(parts), missing[0]))
     found_parts, first = max(lacking, key=lambda item: item[0], default=(0, ""))
     if found_parts > 1 or (lacking and not misfits):
-        kind = "FP8" if held.dtype == "F8_E4M3" else "INT4"
+        kind = {"F8_E4M3": "FP8", "I8": "INT8"}.get(held.dtype, "INT4")
         what = f"{held.name} is {kind} but has no {spec.module.rpartition('.')[2]}.{first}"
         fix = "download the shard that holds it: without it the codes mean nothing"
         raise InputError(what, where=where, fix=fix)

@@ -81,6 +81,9 @@ _scheme_options = stack(
                  "per tensor, and activations with calibrated scales."),
     click.option("--int4", "int4", type=types.Kind(INT4_KINDS), metavar="[=mixed|pure|experts]",
                  help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
+    click.option("--int8", is_flag=True, help="INT8 weights with one scale per output channel, INT8 activations."),
+    click.option("--w4a8", is_flag=True,
+                 help="INT4 weights in groups of 128, FP8 activations, for vLLM on Hopper; what can't have it: INT4."),
     click.option("--method", type=click.Choice(("rtn", "mse", "awq", "gptq")),
                  help="How INT4 codes are chosen; all but rtn calibrate. Default: gptq."),
     click.option("--group-size", type=click.Choice(tuple(GROUP_SIZES)),
@@ -90,7 +93,7 @@ _scheme_options = stack(
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
     click.option("--recipe", "recipe_file", type=types.Path(), metavar="FILE",
                  help="A YAML recipe of your own instead."),
-    section="FP8 and INT4",
+    section="FP8, INT8 and INT4",
 )  # fmt: skip
 _consumer_options = stack(
     click.option("--target", "targets", multiple=True, type=click.Choice(("vllm", "sglang", "transformers")),
@@ -100,7 +103,7 @@ _consumer_options = stack(
     click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Over how many GPUs they will spread whole routed experts; --tp then splits the rest."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
-    section="Consumers of FP8 and INT4",
+    section="Consumers of FP8, INT8 and INT4",
 )  # fmt: skip
 plan_options = stack(_scheme_options, _consumer_options)
 
@@ -155,16 +158,18 @@ def given(*names: str) -> list[str]:
 
 
 def choose_recipe(options: Mapping[str, Any]) -> Recipe:
-    """The recipe of --fp8, --int4 or --recipe; block FP8 when none is given."""
+    """The recipe of --fp8, --int4, --int8, --w4a8 or --recipe; block FP8 when none is given."""
     from dsv2quant.planning import recipe
 
-    fp8, int4, file = options["fp8"], options["int4"], options["recipe_file"]
+    fp8, int4, file, w4a8 = options["fp8"], options["int4"], options["recipe_file"], options["w4a8"]
     if options["tp"] > 1 and set(options["targets"]) == {"transformers"}:
         raise click.UsageError("--tp goes with vLLM and SGLang: transformers loads the whole model")
     method, group, layout = options["method"], options["group_size"], options["format"]
-    if sum(map(bool, (fp8, int4, file))) > 1:
-        raise click.UsageError("--fp8, --int4 and --recipe exclude each other")
-    if (method or group) and not int4:
+    if sum(map(bool, (fp8, int4, file, options["int8"], w4a8))) > 1:
+        raise click.UsageError("--fp8, --int4, --int8, --w4a8 and --recipe exclude each other")
+    if w4a8 and group:
+        raise click.UsageError("--w4a8 has groups of 128 columns: --group-size goes with --int4")
+    if (method or group) and not (int4 or w4a8):
         raise click.UsageError("--method and --group-size go with --int4; a recipe names them itself")
     if layout and not (int4 and "int4" in FORMATS[layout]) and not (fp8 == "static" and "fp8" in FORMATS[layout]):
         raise click.UsageError(f"--format {layout}: gptq and awq go with --int4, autofp8 with --fp8=static")
@@ -175,6 +180,8 @@ def choose_recipe(options: Mapping[str, Any]) -> Recipe:
     if int4:
         size = GROUP_SIZES[group] if group else None
         return recipe.builtin(f"int4-{int4}", method=method, group_size=size, layout=layout)
+    if w4a8 or options["int8"]:
+        return recipe.builtin("w4a8" if w4a8 else "int8", method=method)
     return recipe.builtin(f"fp8-{fp8 or 'block'}", layout=layout)
 
 
@@ -198,10 +205,10 @@ def words(options: Mapping[str, Any]) -> list[str]:
     """`plan_options` as the model card shows them: everything that shapes the artifact, and no path of this machine."""
     if options["recipe_file"]:
         found = [f"--recipe {options['recipe_file'].rpartition('/')[2]}"]
-    elif options["int4"]:
-        found = [f"--int4={options['int4']}"]
     else:
-        found = [f"--fp8={options['fp8'] or 'block'}"]
+        int4 = f"--int4={options['int4']}" if options["int4"] else ""
+        flags = [f"--{key}" for key in ("int8", "w4a8") if options[key]]
+        found = [int4] if int4 else flags or [f"--fp8={options['fp8'] or 'block'}"]
     keys = ("method", "group_size", "format")
     found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
     found += ["--kv-scales"] * options["kv_scales"]

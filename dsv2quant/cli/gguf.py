@@ -42,7 +42,7 @@ _NEEDS_GGUF = (
     "split_max_size",
 )  # fmt: skip
 _EXCLUDED = (
-    "fp8", "int4", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "tp", "ep",
+    "fp8", "int4", "int8", "w4a8", "recipe_file", "method", "group_size", "format", "kv_scales", "targets", "tp", "ep",
     "max_shard_size", "text", "samples", "length", "seed", "figure", "statistics",
 )  # fmt: skip
 
@@ -70,7 +70,7 @@ def check_out(out: str, options: Mapping[str, Any]) -> None:
     if options["gguf"] and not out.endswith(".gguf"):
         raise click.UsageError(f"-o {out}: --gguf writes a file, whose name must end in .gguf")
     if not options["gguf"] and out.lower().endswith(".gguf"):
-        asked = "--int4" if options["int4"] else "--recipe" if options["recipe_file"] else "--fp8"
+        asked = (common.given("int4", "int8", "w4a8", "recipe_file") or ["--fp8"])[0]
         raise click.UsageError(f"-o {out}: a GGUF file is written by --gguf TYPE; {asked} writes a folder")
 
 

@@ -1,7 +1,8 @@
 """The codec protocol, and the table of codecs.
 
 A codec is the code of one scheme. `layout` predicts from a shape alone exactly what `encode` returns; `decode` is what
-a consumer reconstructs. Adding a scheme is adding a class with these members and one line in the table.
+a consumer reconstructs. Adding a scheme is adding a class with these members, one line in the table of schemes.py, and
+the scheme's rows in the consumers' table (planning/consumers.py). Nobody else asks which class a codec is.
 
 The `bf16` scheme: a weight that stays unquantized.
 """
@@ -9,18 +10,16 @@ The `bf16` scheme: a weight that stays unquantized.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dsv2quant.errors import InputError
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from dsv2quant.errors import InputError
 
 ROWS_APART = 128  # wherever a weight is cut into rows (`Codec.rows`), every codec's parts can be
 
@@ -56,6 +55,34 @@ class NonFiniteError(ValueError):
         self.which, self.index = which, index
 
 
+def config_group(weights: dict[str, Any], inputs: dict[str, Any] | None, layout: str) -> dict[str, Any]:
+    """A group of compressed-tensors' `config_groups`, without its targets."""
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": layout}
+
+
+def eight_bits(kind: str, strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    """compressed-tensors' arguments of a symmetric quantization to 8 bits, 'float' or 'int'."""
+    return {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic}
+
+
+class Integers(Protocol):
+    """What GPTQ and AWQ need of a scheme whose weights are integers −8 … 7 times the scales of groups of columns."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None: all of a row."""
+
+    def holds(self, scales: np.ndarray) -> bool:
+        """Whether none of these scales is too large to be stored."""
+
+    def storable(self, scales: np.ndarray) -> np.ndarray:
+        """The scales of float32 that `pack` stores without loss in place of these: to be applied before codes are
+        chosen."""
+
+    def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], `storable`) → the stored parts."""
+
+
 class Codec(Protocol):
     @property
     def name(self) -> str:
@@ -67,8 +94,8 @@ class Codec(Protocol):
 
     @property
     def activation(self) -> str | None:
-        """How activations are quantized when it is served: 'token', 'group128', 'static' (by the stored `input_scale`)
-        or None."""
+        """How activations are quantized when it is served: to FP8 by 'token', 'group128' or 'static' (by the stored
+        `input_scale`), to INT8 by 'token-int8', or None: not at all."""
 
     @property
     def shares_scale(self) -> bool:
@@ -77,6 +104,27 @@ class Codec(Protocol):
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that can choose its codes."""
+
+    @property
+    def integers(self) -> Integers | None:
+        """Its grid for the methods that choose codes by calibration; None where they can't."""
+
+    @property
+    def finer(self) -> str:
+        """The scheme to try where a weight can't have its groups."""
+
+    @property
+    def runtime(self) -> str:
+        """How the kernels' runtime loads it: the name of a loader in model/quantized.py; one that isn't there is
+        decoded."""
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """The same scheme with other groups of columns (0: whole rows) or in another layout; of a scheme that has
+        neither, its own name. It may be the name of none."""
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """What `quantization_config` says of it: of compressed-tensors, a group of `config_groups` without its targets;
+        of other quant methods the whole, in an artifact that leaves the modules `ignored` unquantized."""
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape can't have the scheme; None where it can."""
@@ -106,6 +154,10 @@ class Codec(Protocol):
         Raises NonFiniteError, and TooLargeError where the scheme's scales have a narrower range than BF16.
         """
 
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `encode` makes by `rtn` of finite float32 [out, in], which shares no scale, on its device. Raises
+        ValueError where it can't."""
+
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -121,6 +173,17 @@ class Bf16:
     activation = None
     shares_scale = False
     methods = ("rtn", "fit")
+    integers = None
+    finer = "bf16"
+    runtime = "decoded"
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """Itself."""
+        return self.name
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """None: every shape is taken."""
@@ -151,6 +214,11 @@ class Bf16:
             check_finite(bits, which)
             encoded.append({"weight": bits})
         return encoded
+
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"weight": x.to(torch.bfloat16)}
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None

@@ -13,8 +13,19 @@ from typing import Any
 from dsv2quant.formats.int4 import GROUP_INDEX, ZERO_POINT
 
 GROUP_SIZES = (32, 64, 128)
-_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense", None)
-_FORMATS_OF = {"int": ("pack-quantized",), "float": ("float-quantized", "naive-quantized")}
+_FORMATS = (
+    "pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense", None,
+)  # fmt: skip
+# By type and bits: the strategies of weights, and how they may be stored.
+_WEIGHTS: dict[str, dict[int, tuple[str, ...]]] = {
+    "int": {4: ("group", "channel"), 8: ("channel",)},
+    "float": {8: ("channel", "tensor")},
+}
+_FORMATS_OF = {
+    ("int", 4): ("pack-quantized",),
+    ("int", 8): ("int-quantized", "naive-quantized"),
+    ("float", 8): ("float-quantized", "naive-quantized"),
+}
 _ARGS = frozenset({
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder",
     "scale_dtype", "zp_dtype", "observer", "observer_kwargs", "is_mx",
@@ -39,7 +50,7 @@ def contradiction(config: Mapping[str, Any], columns: int, groups: int, suffixes
     declared = [
         weights
         for weights in (group["weights"] for group in config["config_groups"].values())
-        if weights.get("type") == "int" and columns == groups * (_group_size(weights) or columns)
+        if is_int4(weights) and columns == groups * (group_size(weights) or columns)
     ]
     if not declared:
         return f"has {groups} groups of {columns // groups} columns, which no group of quantization_config declares"
@@ -87,28 +98,37 @@ def _of_group(group: Mapping[str, Any], default: object) -> Iterator[str]:
         yield "no weights"
         return
     kind = weights.get("type", "int")
-    bits = {"int": {4: ("group", "channel")}, "float": {8: ("channel", "tensor")}}.get(str(kind))
-    if bits is None:
+    ways = _WEIGHTS.get(str(kind))
+    if ways is None:
         yield f"weights of type {kind!r}"
         return
-    yield from (f"weights with {what}" for what in _of_args(weights, kind, bits))
+    bits = 4 if is_int4(weights) else 8
+    yield from (f"weights with {what}" for what in _of_args(weights, kind, ways))
     if weights.get("dynamic"):
         yield "dynamic weights"
     stored = group.get("format") or default
-    if stored not in (*_FORMATS_OF[kind], "mixed-precision", None):
+    if stored not in (*_FORMATS_OF[kind, bits], "mixed-precision", None):
         yield f"format {stored!r} of {kind} weights"
-    size = _group_size(weights)
+    size = group_size(weights)
     if kind == "int" and size is not None and size not in GROUP_SIZES:
         yield f"weights with group_size {size!r}"
     if _actorder(weights) == "group" and (kind != "int" or size is None):
         yield "actorder 'group' without groups"
+    yield from _of_inputs(inputs, weights, kind, bits)
+
+
+def _of_inputs(inputs: Any, weights: Mapping[str, Any], kind: str, bits: int) -> Iterator[str]:
     if inputs is None:
+        if (kind, bits) == ("int", 8):
+            yield "no input_activations of INT8 weights"
         return
-    if kind == "int":
+    plain = weights.get("symmetric", True) and _actorder(weights) != "group"
+    if bits == 4 and not (plain and group_size(weights) == 128):  # as w4a8.py has it
         yield "input_activations of INT4 weights"
         return
+    of = "int" if (kind, bits) == ("int", 8) else "float"
     strategies = ("token", "tensor") if _strategy(weights) == "tensor" else ("token",)
-    yield from (f"input_activations with {what}" for what in _of_args(inputs, "float", {8: strategies}))
+    yield from (f"input_activations with {what}" for what in _of_args(inputs, of, {8: strategies}))
     if isinstance(inputs, Mapping) and (_strategy(inputs) == "token") != bool(inputs.get("dynamic")):
         yield f"input_activations with strategy {_strategy(inputs)!r} and dynamic {inputs.get('dynamic')!r}"
 
@@ -129,7 +149,8 @@ def _of_args(args: object, kind: str, strategies: Mapping[int, tuple[str, ...]])
         yield f"strategy {_strategy(args)!r}"
     if args.get("is_mx"):
         yield "is_mx"
-    if not isinstance(args.get("symmetric", True), bool) or (kind == "float" and not args.get("symmetric", True)):
+    symmetric = args.get("symmetric", True)
+    if not isinstance(symmetric, bool) or not (symmetric or is_int4(args)):
         yield f"symmetric {args['symmetric']!r}"
     if not isinstance(args.get("dynamic", False), bool):
         yield f"dynamic {args['dynamic']!r}"
@@ -144,7 +165,12 @@ def _strategy(args: Mapping[str, Any]) -> object:
     return args.get("strategy") or inferred
 
 
-def _group_size(weights: Mapping[str, Any]) -> Any:
+def is_int4(args: Mapping[str, Any]) -> bool:
+    """Whether these arguments are of integers of 4 bits."""
+    return args.get("type", "int") == "int" and args.get("num_bits", 8) == 4
+
+
+def group_size(weights: Mapping[str, Any]) -> Any:
     """Columns of a group; None: all of a row."""
     return weights.get("group_size") if _strategy(weights) == "group" else None
 

@@ -16,14 +16,15 @@ MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal floa
 Grid = Literal["block", "channel", "tensor"]
 
 
-def scales_of(amax: torch.Tensor) -> torch.Tensor:
-    """The scales of largest magnitudes (float32): amax / 448, at least the smallest normal number; 1 where all is zero.
+def scales_of(amax: torch.Tensor, largest: float = E4M3_MAX) -> torch.Tensor:
+    """The scales of largest magnitudes (float32): amax / `largest` of all codes, at least the smallest normal number;
+    1 where all is zero.
 
     The divisor is a tensor because CUDA multiplies by the reciprocal of a scalar one, which rounds differently.
     """
     import torch
 
-    return torch.where(amax > 0, (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE), 1.0)
+    return torch.where(amax > 0, (amax / torch.full_like(amax, largest)).clamp(min=MIN_SCALE), 1.0)
 
 
 def scale_of(amax: float) -> np.float32:

@@ -16,16 +16,16 @@ from the largest magnitude that calibration saw. `static` is compressed-tensors'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, check_finite
+from dsv2quant.formats.codec import Inputs, check_finite, config_group, eight_bits
+from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch
-from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 
 INPUT_SCALE = "input_scale"
 
@@ -34,6 +34,9 @@ class Fp8:
     """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`; with static inputs, `fp8-static` and `fp8-autofp8`."""
 
     methods = ("rtn",)
+    integers = None
+    finer = "bf16"
+    runtime = "fp8"
 
     def __init__(self, grid: Grid, static: Literal["static", "autofp8"] | None = None) -> None:
         self.grid, self.static = grid, static is not None
@@ -44,6 +47,28 @@ class Fp8:
         self.scale_suffix = "weight_scale_inv" if grid == "block" else "weight_scale"
         # compressed-tensors: [1], not []: transformers refuses a scalar.
         self.tensor_shape: tuple[int, ...] = () if static == "autofp8" else (1,)
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """Static inputs can be had in AutoFP8's layout, 'autofp8'."""
+        return "fp8-autofp8" if self.static and layout == "autofp8" else self.name
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """`block` as DeepSeek-V3 writes it, with the modules under both keys in use: `ignored_layers` (vLLM, SGLang)
+        and `modules_to_not_convert` (transformers); `autofp8` as AutoFP8 does (auto_fp8/modeling.py)."""
+        if self.quant_method == "compressed-tensors":
+            weights = eight_bits("float", self.grid, dynamic=False)
+            inputs = eight_bits("float", "tensor" if self.static else "token", dynamic=not self.static)
+            return config_group(weights, inputs, "float-quantized")
+        if self.static:
+            return {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ignored}
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "ignored_layers": ignored,
+            "modules_to_not_convert": ignored,
+        }
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """None: every matrix can be encoded."""
@@ -97,6 +122,12 @@ class Fp8:
                 found[self.scale_suffix] = found[self.scale_suffix].reshape(self.tensor_shape)
                 found[INPUT_SCALE] = np.full(self.tensor_shape, scale_of(x.amax), np.float32)
         return parts
+
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.grid == "tensor":
+            raise ValueError(f"{self.name} shares a scale")
+        codes, scales = encode_tensor(x, self.grid)
+        return {"weight": codes, self.scale_suffix: scales}
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None

@@ -19,11 +19,11 @@ Files of others are read with what ours never have:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, TooLargeError, check_finite, to_bf16
+from dsv2quant.formats.codec import Inputs, Integers, TooLargeError, check_finite, config_group, to_bf16
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -73,18 +73,40 @@ def group_of_columns(parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
 class Int4:
     """The codec of `int4-g128`, `int4-g64`, `int4-g32` and, without a group size, `int4-channel`.
 
-    Other layouts of the same codes are subclasses (`gptq.py`, `awq.py`).
+    Other layouts of the same codes, and other activations, are subclasses (transposed.py, w4a8.py).
     """
 
     family = "int4"
+    runtime = "int4"
     quant_method = "compressed-tensors"
-    activation = None
+    activation: str | None = None
     shares_scale = False
     methods = ("rtn", "mse", "awq", "gptq")
 
     def __init__(self, group_size: int | None) -> None:
         self.group_size = group_size
-        self.name = f"{self.family}-g{group_size}" if group_size else f"{self.family}-channel"
+        self.name = self.variant(group_size or 0)
+
+    @property
+    def integers(self) -> Integers | None:
+        """Itself."""
+        return self
+
+    @property
+    def finer(self) -> str:
+        """Half the group, down to 32."""
+        return self.variant(self.group_size // 2) if self.group_size and self.group_size > 32 else "bf16"
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """With groups of 128, 64 or 32 columns, and in GPTQ's or AWQ's layout."""
+        size = self.group_size if group_size is None else group_size
+        family = {None: self.family, "compressed-tensors": "int4"}.get(layout, layout)
+        return f"{family}-g{size}" if size else f"{family}-channel"
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        group = {"strategy": "group", "group_size": self.group_size} if self.group_size else {"strategy": "channel"}
+        weights = {"num_bits": 4, "type": "int", **group, "symmetric": True, "dynamic": False}
+        return config_group(weights, None, "pack-quantized")
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape can't have the scheme: its columns don't fill whole groups, or whole words."""
@@ -135,19 +157,28 @@ class Int4:
             encoded.append(self.pack(nearest_codes(x, scales), scales))
         return encoded
 
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        groups = x.unflatten(1, (-1, self.group_size or x.shape[1]))
+        amax = groups.abs().amax(-1)
+        # CUDA multiplies by the reciprocal of a scalar divisor, which rounds differently: a tensor.
+        scales = (amax / torch.full_like(amax, 7.5)).bfloat16()
+        scales = torch.where(scales > 0, scales, 1)
+        nearest = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
+        nibbles = nearest.add_(OFFSET).to(torch.uint8).flatten(1)
+        packed = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
+        return {PACKED: packed, "weight_scale": scales, "weight_shape": torch.tensor(x.shape)}
+
     def holds(self, scales: np.ndarray) -> bool:
-        """Whether none of these scales is too large to be stored."""
         return True
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
-        """The scales of float32 that `pack` stores without loss in place of these: to be applied before codes are
-        chosen."""
         from dsv2quant.formats.int4_cpu import round_to_bf16
 
         return round_to_bf16(scales)
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], `storable`) → the stored parts."""
         return {
             PACKED: pack_words((codes + np.int8(OFFSET)).view(np.uint8)),
             "weight_scale": to_bf16(scales),

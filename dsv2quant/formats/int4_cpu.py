@@ -38,7 +38,7 @@ def rtn_scales(weight: np.ndarray, group: int) -> np.ndarray:
     The range is that of 16 levels (compressed-tensors, quantization/utils/helpers.py, calculate_qparams). All-zero
     groups get scale 1.
     """
-    scales = round_to_bf16(_group_amax(weight, group) / np.float32(7.5))
+    scales = round_to_bf16(group_amax(weight, group) / np.float32(7.5))
     return np.where(scales > 0, scales, np.float32(1))
 
 
@@ -47,7 +47,7 @@ def search_scales(weight: np.ndarray, importance: np.ndarray, group: int) -> np.
 
     weight float32 [rows, cols], importance float32 [1 or rows, cols] → float32 [rows, cols / group].
     """
-    unit = _group_amax(weight, group) / np.float32(7)
+    unit = group_amax(weight, group) / np.float32(7)
     candidates = round_to_bf16(unit[:, :, None] * FACTORS)  # [rows, groups, factors]
     candidates = np.where(candidates > 0, candidates, np.float32(1))
     best = candidates[:, :, 0].copy()
@@ -55,26 +55,27 @@ def search_scales(weight: np.ndarray, importance: np.ndarray, group: int) -> np.
     return best
 
 
-def nearest_codes(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """int8 codes −8 … 7 nearest to weight / scale, ties to even."""
+def nearest_codes(weight: np.ndarray, scales: np.ndarray, low: int = -8, high: int = 7) -> np.ndarray:
+    """int8 codes from `low` to `high` nearest to weight / scale, ties to even."""
     codes = np.empty(weight.shape, np.int8)
-    _round(np.ascontiguousarray(weight), scales, codes)
+    _round(np.ascontiguousarray(weight), scales, codes, np.float32(low), np.float32(high))
     return codes
 
 
-def _group_amax(weight: np.ndarray, group: int) -> np.ndarray:
+def group_amax(weight: np.ndarray, group: int) -> np.ndarray:
+    """The largest magnitude of each group, float32 [rows, cols / group]."""
     return np.abs(weight).reshape(len(weight), -1, group).max(-1)
 
 
 @compiled
-def _round(weight, scales, codes):  # type: ignore[no-untyped-def]
+def _round(weight, scales, codes, low, high):  # type: ignore[no-untyped-def]
     rows, cols = weight.shape
     group = cols // scales.shape[1]
     for i in range(rows):
         for g in range(scales.shape[1]):
             scale = scales[i, g]
             for j in range(g * group, (g + 1) * group):
-                codes[i, j] = np.int8(min(max(np.rint(weight[i, j] / scale), np.float32(-8)), np.float32(7)))
+                codes[i, j] = np.int8(min(max(np.rint(weight[i, j] / scale), low), high))
 
 
 @compiled

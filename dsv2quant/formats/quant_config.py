@@ -1,27 +1,20 @@
 """`quantization_config` of config.json: what vLLM, SGLang and transformers read to find each module's scheme.
 
-fp8-block is written as DeepSeek-V3 writes it, with the unquantized modules under both keys in use: `ignored_layers`
-(vLLM, SGLang) and `modules_to_not_convert` (transformers). fp8-autofp8 is written as AutoFP8 writes it
-(auto_fp8/modeling.py). The compressed-tensors schemes become `config_groups`.
-Consumers match the names of *fused* modules too, so these are listed beside their members.
-
-GPTQ and AWQ have one group size. What GPTQ leaves out are patterns of `dynamic`, matched from the start of a name as
-GPTQModel has them (vLLM gptq_utils.py, SGLang quantization/utils.py); vLLM also looks which modules hold integers.
-AWQ's `modules_to_not_convert` matches anywhere in a name, so that whole names are given: "mlp.gate" alone would also
-be found in `mlp.gate_proj`. Both lists are of modules; neither engine looks for the router in them.
+What a scheme says there is its codec's (`Codec.declared`): of compressed-tensors a group of `config_groups`, of the
+other quant methods the whole, which names the unquantized modules in its own way.
+Consumers match the names of *fused* modules too, so these are listed beside their members. Neither engine looks for the
+router in GPTQ's and AWQ's lists.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
-from dsv2quant.formats.codec import Codec
-from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.formats.fp8 import Fp8
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.codec import Codec, eight_bits
+from dsv2quant.formats.compressed_tensors import group_size, is_int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.safetensors import Part
 
@@ -32,6 +25,8 @@ _FUSED_ALIASES = {
     "gate_proj": ("gate_up_proj",),
     "up_proj": ("gate_up_proj",),
 }
+
+_FORMATS = ("pack-quantized", "float-quantized", "int-quantized")  # the first that is there names the whole
 
 
 def one_method(schemes: Iterable[str]) -> set[str]:
@@ -58,31 +53,26 @@ def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = Fal
     if not methods:
         return None
     ignored = _ignored_modules(schemes)
-    if methods <= {"gptq", "awq"}:
-        return _transposed(schemes, ignored)
-    if methods == {"fp8-autofp8"}:
-        declared = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ignored}
-        return declared | ({"kv_cache_scheme": "static"} if kv_scales else {})
-    if methods == {"fp8-block"}:
-        return {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
-            "ignored_layers": ignored,
-            "modules_to_not_convert": ignored,
-        }
+    if methods != {"compressed-tensors"}:
+        used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
+        if len(used) > 1:
+            raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
+        codec = CODECS[used[0]]
+        words = {"kv_cache_scheme": "static"} if kv_scales and codec.activation == "static" else {}
+        return codec.declared(ignored) | words
     groups = _config_groups(schemes)
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
         # Each group names its own. compressed-tensors would say "mixed-precision" here, but SGLang reads this key for
         # experts in INT4, and takes only "pack-quantized" (compressed_tensors_wNa16_moe.py).
-        "format": "pack-quantized" if "pack-quantized" in formats else "float-quantized",
+        "format": next(
+            layout for layout in ("pack-quantized", "float-quantized", "int-quantized") if layout in formats
+        ),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
-    } | ({"kv_cache_scheme": _float8("tensor", dynamic=False)} if kv_scales else {})
+    } | ({"kv_cache_scheme": eight_bits("float", "tensor", dynamic=False)} if kv_scales else {})
 
 
 def kv_scale_parts(quantization: Mapping[str, Any] | None) -> tuple[Part, ...]:
@@ -96,34 +86,6 @@ def kv_scale_parts(quantization: Mapping[str, Any] | None) -> tuple[Part, ...]:
     else:
         return ()
     return Part("k_scale", "F32", shape), Part("v_scale", "F32", shape)
-
-
-def _transposed(schemes: Mapping[TensorSpec, str], ignored: list[str]) -> dict[str, Any]:
-    """The configuration of GPTQ's and AWQ's layouts, as AutoGPTQ, GPTQModel and AutoAWQ write it."""
-    used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
-    if len(used) > 1:
-        raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
-    codec = CODECS[used[0]]
-    assert isinstance(codec, Int4)
-    if codec.quant_method == "awq":
-        return {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": codec.group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": ignored,
-        }
-    return {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": codec.group_size or -1,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "checkpoint_format": "gptq",
-        "dynamic": {f"-:{re.escape(name)}$": {} for name in ignored},
-    }
 
 
 def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
@@ -150,33 +112,12 @@ def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
     """
     used = {s for spec, s in schemes.items() if s != "bf16"}
     if len(used) == 1:
-        return {"group_0": {"targets": ["Linear"], **_group(used.pop())}}
+        return {"group_0": {"targets": ["Linear"], **CODECS[used.pop()].declared()}}
     routed = {s for spec, s in schemes.items() if s != "bf16" and spec.role.startswith("routed.")}
     return {
-        f"group_{i}": {"targets": _targets(schemes, scheme), **_group(scheme)}
+        f"group_{i}": {"targets": _targets(schemes, scheme), **CODECS[scheme].declared()}
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
     }
-
-
-def _group(scheme: str) -> dict[str, Any]:
-    codec = CODECS[scheme]
-    if isinstance(codec, Int4):
-        group = {"strategy": "group", "group_size": codec.group_size} if codec.group_size else {"strategy": "channel"}
-        weights = {"num_bits": 4, "type": "int", **group, "symmetric": True, "dynamic": False}
-        return {"weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
-    assert isinstance(codec, Fp8)
-    weights = _float8(codec.grid, dynamic=False)
-    activations = _float8("tensor", dynamic=False) if codec.static else _float8("token", dynamic=True)
-    return {
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-        "format": "float-quantized",
-    }
-
-
-def _float8(strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
 
 
 def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
@@ -209,15 +150,34 @@ def activations_quantized(config: Mapping[str, Any] | None) -> bool:
     return any(group.get("input_activations") for group in _groups(config))
 
 
-def readable_codecs(config: Mapping[str, Any] | None) -> list[Codec]:
-    """The codecs whose layouts a checkpoint of this configuration may hold, static ones before fp8-tensor, which has
-    their parts but one. Whether that one must be there is for the configuration to say."""
+def readable_codecs(config: Mapping[str, Any] | None) -> Callable[[str], list[Codec]]:
+    """The codecs whose layouts a module may have in a checkpoint of this configuration, static ones before fp8-tensor,
+    which has their parts but one. Whether that one must be there is for the configuration to say, and whether INT4 of
+    the same parts is served with quantized inputs: of compressed-tensors the group that names the module, or its
+    class."""
     inputs = _inputs_of_tensor_scales(config or {})
-    return [
-        codec
-        for codec in CODECS.values()
-        if (True in inputs if codec.activation == "static" else codec.name != "fp8-tensor" or inputs != {True})
-    ]
+    groups = [group for group in _groups(config or {}) if isinstance(group.get("weights"), Mapping)]
+
+    def readable(codec: Codec, module: str) -> bool:
+        if codec.integers is None or codec.quant_method != "compressed-tensors":
+            return True in inputs if codec.activation == "static" else codec.name != "fp8-tensor" or inputs != {True}
+        size = codec.integers.group_size
+        mine = [group for group in groups if _names(group, module)] or groups
+        alike = [group for group in mine if is_int4(group["weights"]) and group_size(group["weights"]) == size]
+        served = {bool(group.get("input_activations")) for group in alike} or {False}
+        return (codec.activation is not None) in served
+
+    every = [codec for codec in CODECS.values() if readable(codec, "")]
+    if len(groups) > 1 and any(codec.integers and codec.activation for codec in every):
+        return lambda module: [codec for codec in every if readable(codec, module)]
+    return lambda module: every  # none needs the module's name
+
+
+def _names(group: Mapping[str, Any], module: str) -> bool:
+    """Whether a group's targets name a module, and not its class alone (compressed-tensors, utils/match.py)."""
+    targets = group.get("targets")
+    texts = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
+    return any(re.match(text[3:], module) if text.startswith("re:") else text == module for text in texts)
 
 
 def _inputs_of_tensor_scales(config: Mapping[str, Any]) -> set[bool]:

@@ -19,8 +19,9 @@ that INT4 has, not just `awq`. Per-row scales don't exist in it: vLLM and SGLang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +36,9 @@ _ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
 
 
 class Transposed(Int4):
-    """What GPTQ's and AWQ's layouts share."""
+    """What GPTQ's and AWQ's layouts share: an artifact has one group size, so that none finer can be tried."""
+
+    finer = "bf16"
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """As INT4's; and rows must fill the words that are packed along the output."""
@@ -56,6 +59,9 @@ class Transposed(Int4):
         """None: zero points, and in GPTQ's the groups of columns, are always there."""
         return ()
 
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise ValueError(f"{self.name} is packed on the CPU alone")
+
     def holds(self, scales: np.ndarray) -> bool:
         from dsv2quant.formats.int4_cpu import LARGEST_FLOAT16, round_to_bf16
 
@@ -71,8 +77,22 @@ class Transposed(Int4):
 class Gptq(Transposed):
     """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`."""
 
-    family = "gptq"
-    quant_method = "gptq"
+    family = quant_method = runtime = "gptq"
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """As AutoGPTQ and GPTQModel write it. What is left out are patterns of `dynamic`, matched from the start of a
+        name as GPTQModel has them (vLLM gptq_utils.py, SGLang quantization/utils.py); vLLM also looks which modules
+        hold integers."""
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": self.group_size or -1,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "dynamic": {f"-:{re.escape(name)}$": {} for name in ignored},
+        }
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape
@@ -121,8 +141,19 @@ _ZEROS_awq = np.uint32(0x88888888).view(np.int32)
 class Awq(Transposed):
     """The codec of `awq-g128`, `awq-g64` and `awq-g32`."""
 
-    family = "awq"
-    quant_method = "awq"
+    family = quant_method = runtime = "awq"
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """As AutoAWQ writes it. `modules_to_not_convert` matches anywhere in a name, so that whole names are given:
+        "mlp.gate" alone would also be found in `mlp.gate_proj`."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ignored,
+        }
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, expand_blocks, scales_of
 from dsv2quant.formats.int4 import OFFSET
+from dsv2quant.formats.int8 import INT8_MAX
 from dsv2quant.kernels.add_norm import Normed
 from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
@@ -17,13 +18,17 @@ from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 def quantize_activation(
     x: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 quantization of activations [..., K], as served: (codes float8_e4m3fn, scales float32).
+    """Quantization of activations [..., K], as served: (codes, float8_e4m3fn or int8; scales float32).
 
     'token' has one scale per row, [..., 1]; 'group128' one per 128 columns, [..., ⌈K/128⌉] (DeepSeek-V3
     `inference/kernel.py`, act_quant); both are amax / 448 in float32. 'static' is given its one `scale`, float32 [1],
-    and clips what lies beyond 448 of it.
+    and clips what lies beyond 448 of it. 'token-int8' is amax / 127 per row, to nearest even (vLLM csrc,
+    dynamic_scaled_int8_quant).
     """
     x = x.float()
+    if granularity == "token-int8":
+        scales = scales_of(x.abs().amax(-1, keepdim=True), INT8_MAX)
+        return (x / scales).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
     if granularity == "static":
         assert scale is not None
         return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

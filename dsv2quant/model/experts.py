@@ -6,14 +6,14 @@ routes, and gives weighted outputs, float32 [T, n, hidden], of which the sum ove
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.formats.fp8 import INPUT_SCALE, Fp8
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout as int4_stack
 from dsv2quant.kernels import ops, reference
@@ -22,7 +22,16 @@ from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.model.quantized import FP8_UNIT, Quantization, columns_of, dequantized, int4_weight, unsupported
+from dsv2quant.model.quantized import (
+    FP8_UNIT,
+    Quantization,
+    columns_of,
+    dequantized,
+    fp8_scales,
+    int4_weight,
+    rounded,
+    unsupported,
+)
 from dsv2quant.model.source import BLOCKS, Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -31,21 +40,22 @@ PLAIN_UNIT = 8  # columns of plain weights: grouped products take rows of whole 
 
 @dataclass
 class PlainStack:
-    """Plain weights [experts, 2 · width, hidden] and [experts, hidden, width], by the vendor's grouped product."""
+    """Plain weights [experts, 2 · width, hidden] and [experts, hidden, width], by the vendor's grouped product; inputs
+    are rounded to what `activation` makes of them."""
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    activation: str | None = None
     quantization: ClassVar[Quantization] = Quantization()
 
     def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
         pairs = routes.pairs.long()
         every = torch.arange(len(self.down), device=pairs.device)
         ends = (chosen.flatten().unsqueeze(1) == every).sum(0).cumsum(0).to(torch.int32)
-        gate_up = F.grouped_mm(x.normed[pairs // chosen.shape[1]], self.gate_up.mT, offs=ends)
-        out = (
-            F.grouped_mm(ops.silu_mul(*gate_up.chunk(2, 1)), self.down.mT, offs=ends).float()
-            * weights.flatten()[pairs, None]
-        )
+        normed = rounded(x.normed, self.activation)
+        gate_up = F.grouped_mm(normed[pairs // chosen.shape[1]], self.gate_up.mT, offs=ends)
+        h = rounded(ops.silu_mul(*gate_up.chunk(2, 1)), self.activation)
+        out = F.grouped_mm(h, self.down.mT, offs=ends).float() * weights.flatten()[pairs, None]
         return torch.empty_like(out).index_copy_(0, pairs, out).unflatten(0, chosen.shape)
 
 
@@ -124,18 +134,19 @@ def load_experts(source: Source, at: str) -> Stack:
     if len(schemes) > 1:
         raise unsupported(source, f"{at} is of {', '.join(sorted(schemes))}")
     (scheme,) = schemes
-    codec = CODECS[scheme]
-    if isinstance(codec, Int4):
-        return _int4(source, at, codec, scheme)
-    fp8 = isinstance(codec, Fp8) and source.activation(scheme) is not None  # else no unit multiplies them with BF16
-    unit = FP8_UNIT if fp8 else PLAIN_UNIT
+    return LOADERS.get(CODECS[scheme].runtime, _plain)(source, at, scheme)
+
+
+def _check_widths(source: Source, at: str, scheme: str, unit: int) -> None:
+    """Raise UsageError where the experts' widths are no multiples of so many columns."""
+    c = source.config
     if c.hidden_size % unit or c.moe_intermediate_size % unit:
         what = f"{at} is {scheme} of widths {c.hidden_size} and {c.moe_intermediate_size}, no multiples of {unit}"
         raise unsupported(source, what)
-    return _fp8(source, at, codec, scheme) if isinstance(codec, Fp8) and fp8 else _plain(source, at)
 
 
-def _plain(source: Source, at: str) -> PlainStack:
+def _plain(source: Source, at: str, scheme: str) -> PlainStack:
+    _check_widths(source, at, scheme, PLAIN_UNIT)
     c = source.config
     E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
     gate_up = torch.empty(E, 2, I, H, dtype=source.dtype, device=source.device)
@@ -143,17 +154,20 @@ def _plain(source: Source, at: str) -> PlainStack:
     for expert in range(E):
         for target, name in zip((gate_up[expert, 0], gate_up[expert, 1], down[expert]), NAMES, strict=True):
             target.copy_(dequantized(source, f"{at}.{expert}.{name}"))
-    return PlainStack(gate_up.flatten(1, 2), down)
+    return PlainStack(gate_up.flatten(1, 2), down, source.activation(scheme))
 
 
-def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack:
+def _fp8(source: Source, at: str, scheme: str) -> Stack:
+    granularity = source.activation(scheme)
+    if granularity is None:  # no unit multiplies FP8 weights with BF16
+        return _plain(source, at, scheme)
+    _check_widths(source, at, scheme, FP8_UNIT)
     c = source.config
     E, H, I = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size  # noqa: E741
-    granularity = source.activation(scheme)
 
     def scales(*shape: int) -> torch.Tensor:
-        of = {part.suffix: part.shape for part in codec.layout(shape[-2:])}[codec.scale_suffix]
-        rows, blocks = of if len(of) == 2 else (1, 1)
+        _, of, *_ = CODECS[scheme].layout(shape[-2:])
+        rows, blocks = of.shape if len(of.shape) == 2 else (1, 1)
         return torch.empty(*shape[:-2], rows, blocks, dtype=torch.float32, device=source.device)
 
     def codes(*shape: int) -> torch.Tensor:
@@ -167,7 +181,7 @@ def _fp8(source: Source, at: str, codec: Fp8, scheme: str) -> Fp8Stack:
         for i, ((target, of_target, where), name) in enumerate(zip(places, NAMES, strict=True)):
             parts = source.stored(f"{at}.{expert}.{name}")[1]
             target[where].view(torch.uint8).copy_(parts["weight"].view(torch.uint8))
-            of_target[where].copy_(parts[codec.scale_suffix].float().view_as(of_target[where]))
+            of_target[where].copy_(fp8_scales(parts).view_as(of_target[where]))
             if INPUT_SCALE in parts:
                 inputs[expert, i] = parts[INPUT_SCALE].float().reshape(())
     if granularity != "static":
@@ -185,8 +199,9 @@ def _gguf(source: Source, at: str, name: str) -> GgufWeight:
     return from_blocks(scheme.upper(), blocks, columns_of(scheme, blocks))
 
 
-def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
-    c = source.config
+def _int4(source: Source, at: str, scheme: str) -> Int4Stack:
+    c, integers = source.config, CODECS[scheme].integers
+    assert integers is not None
     stack = None
     for expert in range(c.n_routed_experts):
         stored = {f"{at}.{expert}.{name}": source.stored(f"{at}.{expert}.{name}")[1] for name in NAMES}
@@ -194,7 +209,7 @@ def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
         if stack is None:
             half = any(part.dtype == torch.float16 for parts in stored.values() for part in parts.values())
             stack = int4_stack.empty(
-                c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, codec.group_size,
+                c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, integers.group_size,
                 torch.float16 if half else torch.bfloat16, device=source.device,
             )  # fmt: skip
         if stack.down.zeros is None and any(w.zeros is not None for w in weights):
@@ -205,3 +220,9 @@ def _int4(source: Source, at: str, codec: Int4, scheme: str) -> Int4Stack:
             raise unsupported(source, f"{at}.{expert}: {error}") from None
     assert stack is not None
     return Int4Stack(stack)
+
+
+# By `Codec.runtime`; what is not there is decoded.
+LOADERS: dict[str, Callable[[Source, str, str], Stack]] = {
+    "fp8": _fp8, "int4": _int4, "gptq": _int4, "awq": _int4,
+}  # fmt: skip

@@ -21,7 +21,7 @@ from dsv2quant.storage.safetensors import StoredTensor
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "I32": torch.int32, "I64": torch.int64,
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says

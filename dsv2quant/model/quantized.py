@@ -6,7 +6,7 @@ share an input (q_a with kv_a, gate with up): weights of one kind become one mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.formats.fp8 import INPUT_SCALE, Fp8
+from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.kernels import gguf_layout, int4_layout, ops
+from dsv2quant.kernels import gguf_layout, int4_layout, ops, reference
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Weight
 from dsv2quant.model.source import BLOCKS, Source
@@ -38,6 +38,7 @@ class Quantization(NamedTuple):
 
 
 Codes = tuple[torch.Tensor, torch.Tensor]  # e4m3 [T, K] and their scales
+Parts = dict[str, torch.Tensor]  # by suffix, as formats/ names them
 
 
 class Linear(Protocol):
@@ -51,11 +52,20 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor: ...
 
 
+def rounded(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """x [..., K] quantized as served and back, in its dtype."""
+    if activation is None:
+        return x
+    return reference.dequantize_activation(*reference.quantize_activation(x, activation)).to(x.dtype)
+
+
 @dataclass
 class PlainLinear:
-    """A plain weight [rows, K], by the vendor's product."""
+    """A plain weight [rows, K], by the vendor's product; x is rounded to what `activation` makes of it, as
+    `reference.quantize_activation` has it."""
 
     weight: torch.Tensor
+    activation: str | None = None
     quantization: ClassVar[Quantization] = Quantization()
 
     @property
@@ -64,7 +74,7 @@ class PlainLinear:
 
     def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
         assert x is not None
-        return F.linear(x, self.weight)
+        return F.linear(rounded(x, self.activation), self.weight)
 
 
 @dataclass
@@ -161,31 +171,54 @@ def load_linear(source: Source, module: str) -> Linear:
         return PlainLinear(parts["weight"])
     if BLOCKS in parts:
         return GgufLinear(gguf_layout.from_blocks(scheme.upper(), parts[BLOCKS], columns_of(scheme, parts[BLOCKS])))
-    codec, granularity = CODECS[scheme], source.activation(scheme)
-    if not isinstance(codec, Fp8):
-        return Int4Linear(int4_weight(source, module, scheme, parts))
+    return LOADERS.get(CODECS[scheme].runtime, _decoded)(source, module, scheme, parts)
+
+
+def _fp8(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
+    granularity = source.activation(scheme)
     if granularity is None:  # weights alone are FP8: no unit multiplies them with BF16
-        return PlainLinear(codec.decode(parts, source.dtype))
+        return _decoded(source, module, scheme, parts)
     if parts["weight"].shape[1] % FP8_UNIT:
         raise unsupported(source, f"{module} is FP8 of {parts['weight'].shape[1]} columns, no multiple of {FP8_UNIT}")
     scale = parts[INPUT_SCALE].float().reshape(1) if granularity == "static" else None
-    scales = parts[codec.scale_suffix].float()
-    return Fp8Linear(parts["weight"].contiguous(), scales, Quantization(granularity, scale), source.dtype)
+    quantization = Quantization(granularity, scale)
+    return Fp8Linear(parts["weight"].contiguous(), fp8_scales(parts), quantization, source.dtype)
+
+
+def fp8_scales(parts: Parts) -> torch.Tensor:
+    """The scales of an FP8 weight, float32: of blocks under one name, of rows or the tensor under another."""
+    return (parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]).float()
+
+
+def _int4(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
+    return Int4Linear(int4_weight(source, module, scheme, parts))
+
+
+def _decoded(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
+    return PlainLinear(_decode(source, module, scheme, parts), source.activation(scheme))
+
+
+# By `Codec.runtime`; what is not there is decoded.
+LOADERS: dict[str, Callable[[Source, str, str, Parts], Linear]] = {
+    "fp8": _fp8, "int4": _int4, "gptq": _int4, "awq": _int4,
+}  # fmt: skip
+INT4_READERS = {
+    "int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq,
+}  # fmt: skip
 
 
 def dequantized(source: Source, module: str) -> torch.Tensor:
     """A module's weight, decoded. Raises InputError where its parts contradict each other."""
     scheme, parts = source.stored(module)
-    return parts["weight"] if scheme == "bf16" else _decoded(source, module, scheme, parts)
+    return parts["weight"] if scheme == "bf16" else _decode(source, module, scheme, parts)
 
 
-def int4_weight(source: Source, module: str, scheme: str, parts: dict[str, torch.Tensor]) -> Int4Weight:
+def int4_weight(source: Source, module: str, scheme: str, parts: Parts) -> Int4Weight:
     """The runtime layout of a weight in compressed-tensors', GPTQ's or AWQ's. Raises as `load_linear`."""
-    readers = {"int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq}
     try:
-        return readers[scheme.partition("-")[0]](parts)
+        return INT4_READERS[CODECS[scheme].runtime](parts)
     except ValueError as error:
-        _decoded(source, module, scheme, parts)  # what can't be decoded is damaged, and no other backend takes it
+        _decode(source, module, scheme, parts)  # what can't be decoded is damaged, and no other backend takes it
         raise unsupported(source, f"{module}: {error}") from None
 
 
@@ -194,7 +227,7 @@ def unsupported(source: Source, what: str) -> UsageError:
     return UsageError(f"{what}: no kernel takes that", where=source.name, fix="take --backend torch")
 
 
-def _decoded(source: Source, module: str, scheme: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+def _decode(source: Source, module: str, scheme: str, parts: Parts) -> torch.Tensor:
     try:
         return CODECS[scheme].decode(parts, source.dtype)
     except ValueError as error:
@@ -210,9 +243,9 @@ def columns_of(scheme: str, blocks: torch.Tensor) -> int:
 
 def join(linears: Sequence[Linear]) -> tuple[Linear | None, int]:
     """The layers as one, each padded to a multiple of so many rows; None where they are of different kinds."""
-    plain = [linear.weight for linear in linears if isinstance(linear, PlainLinear)]
-    if len(plain) == len(linears):
-        return PlainLinear(torch.cat(plain)), 1
+    plain = [linear for linear in linears if isinstance(linear, PlainLinear)]
+    if len(plain) == len(linears) and len({linear.activation for linear in plain}) == 1:
+        return PlainLinear(torch.cat([linear.weight for linear in plain]), plain[0].activation), 1
     int4 = [linear.weight for linear in linears if isinstance(linear, Int4Linear)]
     if len(int4) == len(linears):
         weight = int4_layout.join(int4)

@@ -1,19 +1,23 @@
 """What each consumer takes: the rules that make a scheme fall back for a tensor, and the modules consumers fuse.
 
+`ROWS` says which rule a consumer has for which scheme. A scheme without a row is refused: nobody has read what the
+consumer makes of it.
+
 Read from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.23.0; the file of each rule stands beside it. `tp` is the number
 of GPUs over which vLLM and SGLang split the tensor at hand; transformers loads whole tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.formats.int4 import PER_WORD, Int4
+from dsv2quant.formats.int4 import PER_WORD
 from dsv2quant.formats.schemes import CODECS
 
 ENGINES = ("vllm", "sglang")
@@ -31,8 +35,10 @@ _COLUMN_PARALLEL = (
 _ROW_PARALLEL = ("o_proj", "dense.down_proj", "shared.down_proj")
 _FIRST_OF_FUSED = ("q_a_proj", "dense.gate_proj", "shared.gate_proj")
 
+# Which targets take a scheme in part, other tensors in another: they are targets only where they are asked for.
+_IN_PART = {("transformers", "int8-channel")}
 _3D = "keeps DeepSeek-V2's experts in 3-D parameters, and this layout is loaded into Linear modules alone"
-# Which target can't serve DeepSeek-V2 in which quant method or scheme, and why.
+# Why a target has no row for a quant method or scheme.
 _NEVER = {
     # integrations/finegrained_fp8.py
     ("transformers", "fp8-autofp8"): "knows `weight_scale_inv` alone, and takes AutoFP8's codes for weights",
@@ -77,21 +83,33 @@ class Refusal:
     instead: str = "bf16"
 
 
-def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ...]:
-    """The targets asked for, in order; for None, all that load artifacts of these schemes at all.
+def choose(asked: Sequence[str] | None, schemes: Collection[str]) -> tuple[str, ...]:
+    """The targets asked for, in order; for None, all that load artifacts of these schemes, and not in part alone.
 
-    Raises UsageError where one asked for can't.
+    Raises UsageError where one asked for can't, and for an unknown scheme.
     """
-    layouts = {layout for scheme in schemes for layout in (scheme, CODECS[scheme].quant_method)}
-    never = {target: (layout, why) for (target, layout), why in _NEVER.items() if layout in layouts}
+    for scheme in schemes:
+        if scheme not in CODECS:
+            raise UsageError(f"unknown scheme {scheme}", fix=f"schemes: {', '.join(CODECS)}")
+    never = {
+        target: scheme for target in TARGETS for scheme in sorted({*schemes} - {"bf16"}) if scheme not in ROWS[target]
+    }
     if asked is None:
-        return tuple(target for target in TARGETS if target not in never)
+        partly = {target for target, scheme in _IN_PART if scheme in schemes}
+        return tuple(target for target in TARGETS if target not in never.keys() | partly)
     for target in asked:
         if target in never:
-            layout, why = never[target]
-            fix = "compressed-tensors loads in every target"
-            raise UsageError(f"no {layout} for --target {target}: it {why}", fix=fix)
+            raise _no_row(target, never[target])
     return tuple(target for target in TARGETS if target in asked)
+
+
+def _no_row(target: str, scheme: str) -> UsageError:
+    fix = "compressed-tensors loads in every target"
+    for layout in (scheme, str(CODECS[scheme].quant_method)):
+        if (target, layout) in _NEVER:
+            return UsageError(f"no {layout} for --target {target}: it {_NEVER[target, layout]}", fix=fix)
+    known = [other for other in TARGETS if scheme in ROWS[other]]
+    return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {', '.join(known)}")
 
 
 def refusal(
@@ -104,9 +122,12 @@ def refusal(
         return Refusal(f"no consumer loads a quantized {spec.role}")
     why = CODECS[scheme].refusal(spec.shape)
     if why is not None:
-        return Refusal(why, _finer(scheme))
+        return Refusal(why, CODECS[scheme].finer)
     for target in targets:
-        found = _RULES[target](spec, scheme, config, target, parallel.over(spec))
+        rule = ROWS[target].get(scheme)
+        if rule is None:
+            return Refusal(f"{target}: no rule for scheme {scheme}")
+        found = rule(spec, scheme, config, target, parallel.over(spec))
         if found is not None:
             return found
     return None
@@ -120,7 +141,7 @@ def check_unquantized(
     for spec in (spec for spec, scheme in schemes.items() if scheme == "bf16"):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
         if "gptq" in used and "vllm" in targets and spec.role.startswith("routed."):
-            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(spec))
+            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(spec), PER_WORD)
             if found is not None:
                 what = f"{found.reason}, and GPTQ experts of such a width can't stay in BF16"
                 raise InputError(what, where=spec.module, fix="take a smaller group size, or compressed-tensors")
@@ -205,46 +226,53 @@ def refined_block(config: ModelConfig) -> int:
     return BLOCK if config.moe_intermediate_size % BLOCK or config.hidden_size % BLOCK else BLOCK // 4
 
 
+Rule = Callable[[TensorSpec, str, ModelConfig, str, int], Refusal | None]  # tensor, scheme, model, target, GPUs
+
+
 def _group_size(scheme: str) -> int | None:
-    """Columns that share a scale in an INT4 scheme; None for whole rows, and for every other scheme."""
-    codec = CODECS[scheme]
-    return codec.group_size if isinstance(codec, Int4) else None
+    """Columns that share a scale in an INT4 scheme; None for whole rows."""
+    integers = CODECS[scheme].integers
+    return integers.group_size if integers is not None else None
 
 
-def _unit(scheme: str) -> int:
-    """Columns that can't be split in an INT4 scheme: a group, or the 8 codes of a word in the layouts of others."""
-    return _group_size(scheme) or (PER_WORD if CODECS[scheme].quant_method in ("gptq", "awq") else 1)
+def _any(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    """Every tensor of every shape."""
+    return None
 
 
-def _finer(scheme: str) -> str:
-    """The scheme to try where an INT4 group is too wide: half the group, down to 32. GPTQ and AWQ have no other."""
-    group = _group_size(scheme)
-    return f"int4-g{group // 2}" if scheme.startswith("int4") and group and group > 32 else "bf16"
+def _all(*rules: Rule) -> Rule:
+    """The first refusal of several rules."""
+    return lambda *asked: next((found for rule in rules if (found := rule(*asked)) is not None), None)
 
 
-def _engine(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    if isinstance(CODECS[scheme], Int4):
-        return _engine_int4(spec, scheme, config, target, tp)
-    routed = spec.role.startswith("routed.")
-    if CODECS[scheme].activation == "static" and spec.role == "kv_b_proj" and target == "vllm":
-        # quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity.
-        why = "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
-        return Refusal(f"{target}: {why}")
-    if scheme in ("fp8-tensor", "fp8-static"):
-        # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
-        # tensor activations, or channel weights with token activations, and assert on anything else.
-        if routed and scheme == "fp8-tensor":
-            why = "routed experts with per-token activations need per-channel scales"
-            return Refusal(f"{target}: {why}", "fp8-channel")
-        # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
-        if target == "sglang" and config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
-            return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
+def _static_kv_b(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity.
+    # A dynamic scale takes it exactly: its rows' largest value is 1, the largest code.
+    if spec.role != "kv_b_proj":
         return None
-    if scheme != "fp8-block":
+    why = "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
+    return Refusal(f"{target}: {why}")
+
+
+def _tensor_experts(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
+    # tensor activations, or channel weights with token activations, and assert on anything else.
+    if not spec.role.startswith("routed."):
         return None
+    return Refusal(f"{target}: routed experts with per-token activations need per-channel scales", "fp8-channel")
+
+
+def _unmerged(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
+    if config.q_lora_rank is None or spec.role not in ("q_a_proj", "kv_a_proj_with_mqa"):
+        return None
+    return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
+
+
+def _blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
     # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
     rows, cols = spec.shape
-    if routed:
+    if spec.role.startswith("routed."):
         width = config.moe_intermediate_size
         return _multiple(target, "the experts' width", width, tp, refined_block(config) if target == "vllm" else BLOCK)
     if tp > 1 and spec.role in _COLUMN_PARALLEL:
@@ -256,37 +284,48 @@ def _engine(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp:
     return None
 
 
-def _engine_int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _whole_blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
+    # fails to load, or loads wrong where the division happens to be exact.
+    ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
+    if ragged:
+        return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
+    return None
+
+
+def _plain_kv_b(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
+    return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix") if spec.role == "kv_b_proj" else None
+
+
+def _int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int, word: int = 1) -> Refusal | None:
     # vLLM marlin.py, compressed_tensors_moe_wna16.py, auto_gptq.py, auto_awq.py, marlin_utils.py (pads ragged tiles,
     # never groups); SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
-    if spec.role == "kv_b_proj":
-        # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
-        return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix")
+    # `word`: codes that can't be split, of the layouts that are packed along the output.
     rows, cols = spec.shape
-    transposed = CODECS[scheme].quant_method in ("gptq", "awq")
     if spec.role.startswith("routed."):
-        found = _marlin_experts(scheme, config, target, tp)
+        found = _marlin_experts(scheme, config, target, tp, word)
         found = found or _several_groups(target, "the experts' width", config.moe_intermediate_size, tp, scheme)
         return found or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
     found = None
     if spec.role in _ROW_PARALLEL:
-        found = _multiple(target, "columns", cols, tp, _unit(scheme), _finer(scheme))
-    if found is None and transposed and spec.role in _COLUMN_PARALLEL:
-        found = _multiple(target, "rows", rows, tp, PER_WORD)  # packed along the output
+        found = _multiple(target, "columns", cols, tp, _group_size(scheme) or word, CODECS[scheme].finer)
+    if found is None and spec.role in _COLUMN_PARALLEL:
+        found = _multiple(target, "rows", rows, tp, word)
     # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
-    if found is None and target == "sglang" and not transposed:
+    if found is None and target == "sglang" and word == 1:
         found = _multiple(target, "columns", cols, tp if spec.role in _ROW_PARALLEL else 1, 128)
         found = found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 64)
     return found
 
 
-def _marlin_experts(scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _marlin_experts(scheme: str, config: ModelConfig, target: str, tp: int, word: int) -> Refusal | None:
     """Refuse INT4 experts that the engine finds not fit for its Marlin kernels."""
     if config.hidden_size % 128:
         return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
-    group = _unit(scheme)
+    group = _group_size(scheme) or word
     unit = max(64, group) if target == "sglang" else group
-    instead = _finer(scheme) if group == unit else "bf16"
+    instead = CODECS[scheme].finer if group == unit else "bf16"
     return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
 
 
@@ -301,7 +340,7 @@ def _several_groups(target: str, what: str, size: int, tp: int, scheme: str) -> 
     group = _group_size(scheme)
     if group is None or size // tp > group:
         return None
-    return Refusal(f"{target}: {what}, {_share(size, tp)}, must exceed the group of {group}", _finer(scheme))
+    return Refusal(f"{target}: {what}, {_share(size, tp)}, must exceed the group of {group}", CODECS[scheme].finer)
 
 
 def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, instead: str = "bf16") -> Refusal | None:
@@ -314,17 +353,66 @@ def _share(size: int, tp: int) -> str:
     return f"{size} / tp {tp} = {size // tp}" if tp > 1 else str(size)
 
 
-def _transformers(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
-    # fails to load, or loads wrong where the division happens to be exact.
-    ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
-    if scheme == "fp8-block" and ragged:
-        return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
-    return None
+def _w4a8(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # On Hopper alone, in BF16. compressed_tensors_moe_w4a8_fp8.py, create_weights; kernels/linear/mixed_precision/
+    # cutlass.py, CutlassW4A8LinearKernel.can_implement, which looks at the fused matrix.
+    finer = CODECS[scheme].finer
+    if spec.role.startswith("routed."):
+        found = _multiple(target, "the hidden size", config.hidden_size, 1, 256, finer)
+        return found or _multiple(target, "the experts' width", config.moe_intermediate_size, tp, 256, finer)
+    rows, cols = spec.shape
+    if spec.role.endswith(("gate_proj", "up_proj")):
+        rows *= 2
+    elif config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
+        rows = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+    found = _multiple(target, "columns", cols, tp if spec.role in _ROW_PARALLEL else 1, 128, finer)
+    return found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 128, finer)
 
 
-_RULES: dict[str, Callable[[TensorSpec, str, ModelConfig, str, int], Refusal | None]] = {
-    "vllm": _engine,
-    "sglang": _engine,
-    "transformers": _transformers,
+def _no_experts(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+    # integrations/compressed_tensors.py, CompressedTensorsDequantize: of experts it takes FP8, and integers that are
+    # packed; of INT8 it finds none, and loading fails.
+    if not spec.role.startswith("routed."):
+        return None
+    return Refusal(f"{target}: routed experts in INT8 are not found by its loader", "fp8-channel")
+
+
+_PACKED = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
+_GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
+_AWQ = ("awq-g128", "awq-g64", "awq-g32")
+_marlin = _all(_plain_kv_b, _int4)
+_marlin_words = _all(_plain_kv_b, partial(_int4, word=PER_WORD))
+
+# What a server of a scheme needs besides.
+NEEDS = {("vllm", "w4a8-g128"): "a Hopper GPU (sm90), and BF16"}
+# By consumer, then scheme. INT8 has any shape in vLLM: what CUTLASS does not take, Triton does (_custom_ops.py,
+# cutlass_scaled_mm). In SGLang its experts run on Ascend alone (compressed_tensors_w8a8_int8_moe.py).
+ROWS: dict[str, dict[str, Rule]] = {
+    "vllm": {
+        "fp8-block": _blocks,
+        "fp8-channel": _any,
+        "fp8-tensor": _tensor_experts,
+        "fp8-static": _static_kv_b,
+        "fp8-autofp8": _static_kv_b,
+        **dict.fromkeys(_PACKED, _marlin),
+        **dict.fromkeys(_GPTQ + _AWQ, _marlin_words),
+        "int8-channel": _any,
+        "w4a8-g128": _all(_plain_kv_b, _w4a8),
+    },
+    "sglang": {
+        "fp8-block": _blocks,
+        "fp8-channel": _any,
+        "fp8-tensor": _all(_tensor_experts, _unmerged),
+        "fp8-static": _unmerged,
+        "fp8-autofp8": _any,
+        **dict.fromkeys(_PACKED, _marlin),
+        **dict.fromkeys(_AWQ, _marlin_words),
+    },
+    "transformers": {
+        "fp8-block": _whole_blocks,
+        **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static"), _any),
+        **dict.fromkeys(_PACKED, _any),
+        "int8-channel": _no_experts,
+        "w4a8-g128": _any,
+    },
 }

@@ -102,17 +102,28 @@ def builtin(
     """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method, group size (0: whole
     rows) or layout ('gptq', 'awq'), 'fp8-static' with 'autofp8'."""
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
-    if method is not None:
-        text = text.replace("method: gptq", f"method: {method}")
-    if method not in (None, "gptq"):
-        text = text.replace(", method: fit", "")  # refits to what GPTQ's layers before left
-    if group_size is not None:
-        text = text.replace("int4-g128", f"int4-g{group_size}" if group_size else "int4-channel")
-    if layout in ("gptq", "awq"):
-        text = text.replace("scheme: int4-", f"scheme: {layout}-")
-    if layout == "autofp8":
-        text = text.replace("scheme: fp8-static", "scheme: fp8-autofp8")
-    return replace(parse(text, f"recipe {name}"), builtin=True)
+    recipe = parse(text, f"recipe {name}")
+    rules = tuple(_adapted(rule, method, group_size, layout) for rule in recipe.rules)
+    if rules != recipe.rules:
+        # A rule whose method is another one than the file's says so, be it the one that need not be named.
+        named = [rule.method != "rtn" or was.method == "gptq" for rule, was in zip(rules, recipe.rules, strict=True)]
+        lines = [_spelled_rule(rule, named=shown) for rule, shown in zip(rules, named, strict=True)]
+        text = f"{text.partition('rules:')[0]}rules:\n" + "".join(f"  - {line}\n" for line in lines)
+    return replace(recipe, rules=rules, text=text, builtin=True)
+
+
+def _adapted(rule: Rule, method: str | None, group_size: int | None, layout: str | None) -> Rule:
+    """A rule with what is asked for, as far as its scheme has such groups, layout and methods."""
+    chosen = method if method is not None and rule.method == "gptq" else rule.method
+    if rule.method == "fit" and method not in (None, "gptq"):
+        chosen = "rtn"  # it refits to what GPTQ's layers before left
+    return replace(rule, scheme=CODECS[rule.scheme].variant(group_size, layout), method=chosen)
+
+
+def _spelled_rule(rule: Rule, *, named: bool) -> str:
+    """A rule of all layers in YAML, as the package's recipes have them."""
+    roles = ", ".join(f'"{role}"' if "*" in role else role for role in rule.roles)
+    return f"{{roles: [{roles}], scheme: {rule.scheme}{f', method: {rule.method}' * named}}}"
 
 
 def load(path: str | Path) -> Recipe:

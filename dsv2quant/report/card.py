@@ -65,6 +65,13 @@ def calibrated(plan: Plan, calibration: Calibration | None, prepared: Prepared) 
     return {"calibration_fingerprint": sketch, "calibrated": about}
 
 
+# How activations are quantized, by type.
+_SERVED = {
+    "FP8": {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"},
+    "INT8": {"token-int8": "per token"},
+}
+
+
 def model_card(plan: Plan, command: str) -> str:
     """README.md of the artifact: front matter for the hub, then base model, recipe, command and sizes."""
     base = plan.checkpoint.model
@@ -73,16 +80,20 @@ def model_card(plan: Plan, command: str) -> str:
     front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
     summary = summarize((line.spec, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.entries)
     sizes = roles_table(summary, before=True, markdown=True)
-    activations = sorted({str(a) for a in (CODECS[s].activation for s in plan.schemes) if a})
-    served = {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"}
+    activations = {a for a in (CODECS[scheme].activation for scheme in plan.schemes) if a}
+    quantized = [
+        f"to {kind} {' and '.join(how)}"
+        for kind, ways in _SERVED.items()
+        if (how := [words for activation, words in sorted(ways.items()) if activation in activations])
+    ]
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {base.rpartition('/')[2]}, {plan.recipe.name}",
         f"{base}"
         + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
         + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}.",
-        f"Activations are quantized to FP8 {' and '.join(served[a] for a in activations)} when it is served."
-        if activations
+        f"Activations are quantized {' and '.join(quantized)} when it is served."
+        if quantized
         else "Activations are not quantized.",
         *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
         f"```\n{command}\n```",

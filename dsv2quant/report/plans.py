@@ -11,7 +11,6 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import ENGINES
@@ -53,6 +52,9 @@ def notes(plan: Plan) -> list[str]:
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     found += serving_notes(plan)
+    for (target, scheme), needed in targets.NEEDS.items():
+        if target in plan.targets and scheme in plan.schemes:
+            found.append(f"{target}: {scheme} needs {needed}")
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
@@ -82,10 +84,11 @@ def _finer_groups(plan: Plan) -> list[str]:
     """What a smaller group would quantize too, in a layout that has one group size for all."""
     fallen = [entry.spec for entry in plan.entries if entry.reason and entry.scheme == "bf16"]
     for codec in (CODECS[scheme] for scheme in plan.schemes):
-        if not isinstance(codec, Int4) or codec.quant_method == "compressed-tensors":
+        group = codec.integers.group_size if codec.integers else None
+        if codec.quant_method == "compressed-tensors":
             continue
-        for size in (size for size in (64, 32) if size < (codec.group_size or 0)):
-            rules = (f"{codec.family}-g{size}", plan.checkpoint.config, plan.targets, plan.parallel)
+        for size in (size for size in (64, 32) if size < (group or 0)):
+            rules = (codec.variant(size), plan.checkpoint.config, plan.targets, plan.parallel)
             roles = list(dict.fromkeys(spec.role for spec in fallen if targets.refusal(spec, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"

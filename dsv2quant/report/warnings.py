@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from dsv2quant.arch.deepseek_v2 import TensorSpec
 from dsv2quant.errors import Dsv2quantError
-from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
@@ -46,7 +45,7 @@ def _unquantized(plan: Plan) -> list[str]:
 def _ways_out(plan: Plan) -> dict[str, int]:
     """{options: bytes of the artifact's weights} of plans near this one that do quantize most of what they should."""
     recipe, parallel = plan.recipe, plan.parallel
-    finer = [(f"--group-size {size}", _regrouped(recipe, size)) for size in ("64", "32", "channel") if recipe.builtin]
+    finer = [(f"--group-size {size or 'channel'}", _regrouped(recipe, size)) for size in (64, 32, 0) if recipe.builtin]
     other = [("--fp8=channel", recipes.builtin("fp8-channel"))] if recipe.schemes != {"bf16", "fp8-channel"} else []
     smaller = [tp for tp in range(parallel.tp - 1, 0, -1) if parallel.tp % tp == 0]
     # Of each kind the first that helps.
@@ -66,16 +65,11 @@ def _ways_out(plan: Plan) -> dict[str, int]:
     return ways
 
 
-def _regrouped(recipe: Recipe, size: str) -> Recipe | None:
-    """The recipe with another INT4 group size; None where that changes nothing, or its layout has no such size."""
-    rules = []
-    for rule in recipe.rules:
-        codec = CODECS[rule.scheme]
-        scheme = rule.scheme
-        if isinstance(codec, Int4):
-            scheme = f"{codec.family}-{size}" if size == "channel" else f"{codec.family}-g{size}"
-        rules.append(replace(rule, scheme=scheme))
-    changed = replace(recipe, rules=tuple(rules))
+def _regrouped(recipe: Recipe, size: int) -> Recipe | None:
+    """The recipe with another INT4 group size (0: whole rows); None where that changes nothing, or its layout has no
+    such size."""
+    rules = tuple(replace(rule, scheme=CODECS[rule.scheme].variant(size)) for rule in recipe.rules)
+    changed = replace(recipe, rules=rules)
     return changed if changed != recipe and changed.schemes <= set(CODECS) else None
 
 

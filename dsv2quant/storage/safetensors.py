@@ -310,7 +310,8 @@ DTYPE_BYTES = {
 }  # fmt: skip
 # How encoded parts hold the bits of those that occur in artifacts.
 HELD_AS = {
-    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "I32": np.int32, "I64": np.int64,
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "I8": np.int8, "I32": np.int32,
+    "I64": np.int64,
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 
