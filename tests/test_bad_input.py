@@ -224,10 +224,10 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
     ("a name twice", duplicate_name, CONVERT, 3, "a name occurs twice"),
     (
         "wrong dtype",
-        lambda f: rewrite(f, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.int8)})),
+        lambda f: rewrite(f, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.int16)})),
         CONVERT,
         3,
-        f"{O_PROJ} has dtype I8",
+        f"{O_PROJ} has dtype I16",
     ),
     (
         "surplus tensor",
