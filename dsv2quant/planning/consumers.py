@@ -245,21 +245,28 @@ def _all(*rules: Rule) -> Rule:
     return lambda *asked: next((found for rule in rules if (found := rule(*asked)) is not None), None)
 
 
-def _static_kv_b(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity.
-    # A dynamic scale takes it exactly: its rows' largest value is 1, the largest code.
-    if spec.role != "kv_b_proj":
-        return None
-    why = "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
-    return Refusal(f"{target}: {why}")
+def _refuses(role: str, why: str, instead: str = "bf16") -> Rule:
+    """The refusal of roles that begin so, whatever their shape."""
+    return lambda spec, scheme, config, target, tp: (
+        Refusal(f"{target}: {why}", instead) if spec.role.startswith(role) else None
+    )
 
 
-def _tensor_experts(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with
-    # tensor activations, or channel weights with token activations, and assert on anything else.
-    if not spec.role.startswith("routed."):
-        return None
-    return Refusal(f"{target}: routed experts with per-token activations need per-channel scales", "fp8-channel")
+# vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
+_plain_kv_b = _refuses("kv_b_proj", "attention reads kv_b_proj as a plain matrix")
+# quant_utils.py, get_and_maybe_dequant_weights: MLA gets kv_b's values from the layer's output for an identity. A
+# dynamic scale takes it exactly: the largest value of its rows, 1, is the largest code.
+_static_kv_b = _refuses(
+    "kv_b_proj", "attention reads kv_b_proj through an identity matrix, which a static input scale would round or clip"
+)
+# compressed_tensors_moe_w8a8_fp8.py, compressed_tensors_w8a8_fp8_moe.py: experts take tensor weights with tensor
+# activations, or channel weights with token activations, and assert on anything else.
+_tensor_experts = _refuses(
+    "routed.", "routed experts with per-token activations need per-channel scales", "fp8-channel"
+)
+# integrations/compressed_tensors.py, CompressedTensorsDequantize: of experts it takes FP8, and what is packed; of INT8
+# it finds none, and loading fails.
+_no_int8_experts = _refuses("routed.", "its loader finds no routed experts in INT8", "fp8-channel")
 
 
 def _unmerged(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
@@ -291,11 +298,6 @@ def _whole_blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: st
     if ragged:
         return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
     return None
-
-
-def _plain_kv_b(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
-    return Refusal(f"{target}: attention reads kv_b_proj as a plain matrix") if spec.role == "kv_b_proj" else None
 
 
 def _int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int, word: int = 1) -> Refusal | None:
@@ -369,14 +371,6 @@ def _w4a8(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: i
     return found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 128, finer)
 
 
-def _no_experts(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # integrations/compressed_tensors.py, CompressedTensorsDequantize: of experts it takes FP8, and integers that are
-    # packed; of INT8 it finds none, and loading fails.
-    if not spec.role.startswith("routed."):
-        return None
-    return Refusal(f"{target}: routed experts in INT8 are not found by its loader", "fp8-channel")
-
-
 _PACKED = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
 _GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
 _AWQ = ("awq-g128", "awq-g64", "awq-g32")
@@ -412,7 +406,7 @@ ROWS: dict[str, dict[str, Rule]] = {
         "fp8-block": _whole_blocks,
         **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static"), _any),
         **dict.fromkeys(_PACKED, _any),
-        "int8-channel": _no_experts,
+        "int8-channel": _no_int8_experts,
         "w4a8-g128": _any,
     },
 }
