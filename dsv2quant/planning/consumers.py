@@ -9,7 +9,7 @@ of GPUs over which vLLM and SGLang split the tensor at hand; transformers loads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,19 +83,17 @@ class Refusal:
     instead: str = "bf16"
 
 
-def choose(asked: Sequence[str] | None, schemes: Collection[str]) -> tuple[str, ...]:
+def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ...]:
     """The targets asked for, in order; for None, all that load artifacts of these schemes, and not in part alone.
 
     Raises UsageError where one asked for can't, and for an unknown scheme.
     """
-    for scheme in schemes:
-        if scheme not in CODECS:
-            raise UsageError(f"unknown scheme {scheme}", fix=f"schemes: {', '.join(CODECS)}")
-    never = {
-        target: scheme for target in TARGETS for scheme in sorted({*schemes} - {"bf16"}) if scheme not in ROWS[target]
-    }
+    used = sorted({*schemes} - {"bf16"})
+    if unknown := [scheme for scheme in used if scheme not in CODECS]:
+        raise UsageError(f"unknown scheme {unknown[0]}", fix=f"schemes: {', '.join(CODECS)}")
+    never = {target: scheme for target in TARGETS for scheme in used if scheme not in ROWS[target]}
     if asked is None:
-        partly = {target for target, scheme in _IN_PART if scheme in schemes}
+        partly = {target for target, scheme in _IN_PART if scheme in used}
         return tuple(target for target in TARGETS if target not in never.keys() | partly)
     for target in asked:
         if target in never:
@@ -229,10 +227,9 @@ def refined_block(config: ModelConfig) -> int:
 Rule = Callable[[TensorSpec, str, ModelConfig, str, int], Refusal | None]  # tensor, scheme, model, target, GPUs
 
 
-def _group_size(scheme: str) -> int | None:
+def _group(scheme: str) -> int | None:
     """Columns that share a scale in an INT4 scheme; None for whole rows."""
-    integers = CODECS[scheme].integers
-    return integers.group_size if integers is not None else None
+    return integers.group_size if (integers := CODECS[scheme].integers) else None
 
 
 def _any(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
@@ -295,9 +292,11 @@ def _whole_blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: st
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
     ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
-    if ragged:
-        return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
-    return None
+    return (
+        Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
+        if ragged
+        else None
+    )
 
 
 def _int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int, word: int = 1) -> Refusal | None:
@@ -311,7 +310,7 @@ def _int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: i
         return found or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
     found = None
     if spec.role in _ROW_PARALLEL:
-        found = _multiple(target, "columns", cols, tp, _group_size(scheme) or word, CODECS[scheme].finer)
+        found = _multiple(target, "columns", cols, tp, _group(scheme) or word, CODECS[scheme].finer)
     if found is None and spec.role in _COLUMN_PARALLEL:
         found = _multiple(target, "rows", rows, tp, word)
     # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
@@ -325,7 +324,7 @@ def _marlin_experts(scheme: str, config: ModelConfig, target: str, tp: int, word
     """Refuse INT4 experts that the engine finds not fit for its Marlin kernels."""
     if config.hidden_size % 128:
         return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
-    group = _group_size(scheme) or word
+    group = _group(scheme) or word
     unit = max(64, group) if target == "sglang" else group
     instead = CODECS[scheme].finer if group == unit else "bf16"
     return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
@@ -339,16 +338,15 @@ def _several_groups(target: str, what: str, size: int, tp: int, scheme: str) -> 
     swapped: seen in vLLM 0.26, with a width of 128 in groups of 128, in all three layouts. SGLang's
     compressed-tensors path does so where the hidden size is one group. Linear modules go by their own columns.
     """
-    group = _group_size(scheme)
+    group = _group(scheme)
     if group is None or size // tp > group:
         return None
     return Refusal(f"{target}: {what}, {_share(size, tp)}, must exceed the group of {group}", CODECS[scheme].finer)
 
 
 def _multiple(target: str, what: str, size: int, tp: int, unit: int = BLOCK, instead: str = "bf16") -> Refusal | None:
-    if size // tp % unit == 0:
-        return None
-    return Refusal(f"{target}: {what}, {_share(size, tp)}, must be a multiple of {unit}", instead)
+    refused = Refusal(f"{target}: {what}, {_share(size, tp)}, must be a multiple of {unit}", instead)
+    return refused if size // tp % unit else None
 
 
 def _share(size: int, tp: int) -> str:
@@ -374,39 +372,31 @@ def _w4a8(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: i
 _PACKED = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
 _GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
 _AWQ = ("awq-g128", "awq-g64", "awq-g32")
-_marlin = _all(_plain_kv_b, _int4)
-_marlin_words = _all(_plain_kv_b, partial(_int4, word=PER_WORD))
-
-# What a server of a scheme needs besides.
-NEEDS = {("vllm", "w4a8-g128"): "a Hopper GPU (sm90), and BF16"}
+_marlin, _marlin_words = (_all(_plain_kv_b, rule) for rule in (_int4, partial(_int4, word=PER_WORD)))
+NEEDS = {("vllm", "w4a8-g128"): "a Hopper GPU (sm90), and BF16"}  # what serving takes besides
 # By consumer, then scheme. INT8 has any shape in vLLM: what CUTLASS does not take, Triton does (_custom_ops.py,
 # cutlass_scaled_mm). In SGLang its experts run on Ascend alone (compressed_tensors_w8a8_int8_moe.py).
 ROWS: dict[str, dict[str, Rule]] = {
     "vllm": {
         "fp8-block": _blocks,
-        "fp8-channel": _any,
+        **dict.fromkeys(("fp8-channel", "int8-channel"), _any),
         "fp8-tensor": _tensor_experts,
-        "fp8-static": _static_kv_b,
-        "fp8-autofp8": _static_kv_b,
+        **dict.fromkeys(("fp8-static", "fp8-autofp8"), _static_kv_b),
         **dict.fromkeys(_PACKED, _marlin),
         **dict.fromkeys(_GPTQ + _AWQ, _marlin_words),
-        "int8-channel": _any,
         "w4a8-g128": _all(_plain_kv_b, _w4a8),
     },
     "sglang": {
         "fp8-block": _blocks,
-        "fp8-channel": _any,
+        **dict.fromkeys(("fp8-channel", "fp8-autofp8"), _any),
         "fp8-tensor": _all(_tensor_experts, _unmerged),
         "fp8-static": _unmerged,
-        "fp8-autofp8": _any,
         **dict.fromkeys(_PACKED, _marlin),
         **dict.fromkeys(_AWQ, _marlin_words),
     },
     "transformers": {
         "fp8-block": _whole_blocks,
-        **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static"), _any),
-        **dict.fromkeys(_PACKED, _any),
+        **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "w4a8-g128"), _any),
         "int8-channel": _no_int8_experts,
-        "w4a8-g128": _any,
     },
 }
