@@ -1,7 +1,6 @@
 """What each consumer takes: the rules that make a scheme fall back for a tensor, and the modules consumers fuse.
 
-`ROWS` says which rule a consumer has for which scheme. A scheme without a row is refused: nobody has read what the
-consumer makes of it.
+`ROWS` says which rule a consumer has for which scheme; a scheme without a row is refused.
 
 Read from vLLM 0.33.0, SGLang 0.5.23 and transformers 5.23.0; the file of each rule stands beside it. `tp` is the number
 of GPUs over which vLLM and SGLang split the tensor at hand; transformers loads whole tensors.
@@ -106,8 +105,8 @@ def _no_row(target: str, scheme: str) -> UsageError:
     for layout in (scheme, str(CODECS[scheme].quant_method)):
         if (target, layout) in _NEVER:
             return UsageError(f"no {layout} for --target {target}: it {_NEVER[target, layout]}", fix=fix)
-    known = [other for other in TARGETS if scheme in ROWS[other]]
-    return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {', '.join(known)}")
+    known = ", ".join(other for other in TARGETS if scheme in ROWS[other])
+    return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")
 
 
 def refusal(
@@ -162,9 +161,7 @@ def fused_module(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) 
     parent = spec.module.rpartition(".")[0]
     if config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
         return f"{parent}.fused_qkv_a_proj"
-    if spec.role in ("dense.gate_proj", "dense.up_proj", "shared.gate_proj", "shared.up_proj"):
-        return f"{parent}.gate_up_proj"
-    return None
+    return f"{parent}.gate_up_proj" if spec.role.endswith(("gate_proj", "up_proj")) else None
 
 
 def scale_group(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str | None:
