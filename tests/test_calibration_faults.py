@@ -129,7 +129,9 @@ def test_damaged_statistics_and_folds_of_awq_are_made_again(grouped, tmp_path, m
     for path in (tmp_path / "out").glob("*.safetensors"):
         path.unlink()
     original = awq.smoothing_pairs
-    monkeypatch.setattr(awq, "layer_folds", lambda config, layer: (smoothing.append(layer), original(config, layer))[1])
+    monkeypatch.setattr(
+        awq, "smoothing_pairs", lambda config, layer: (smoothing.append(layer), original(config, layer))[1]
+    )
     convert(plan, tmp_path / "out", command="", calibration=calibration())
     assert smoothing == [1]
     assert "(calibrate again); it is made again" in caplog.text

@@ -40,17 +40,12 @@ def hits(function, *args):
 
 
 def test_a_change_of_a_function_that_is_called_from_another_file_changes_the_bytes(tmp_path):
-    """`_levels` of search.py calls `level` of lanes.py."""
-    shutil.copytree(
-        PACKAGE / "formats", tmp_path / "dsv2quant" / "formats", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for name in ("__init__.py", "errors.py"):
-        shutil.copy(PACKAGE / name, tmp_path / "dsv2quant" / name)
+    """`_column_amax` of fp8_cpu.py calls `larger` of amax_cpu.py."""
+    shutil.copytree(PACKAGE, tmp_path / "dsv2quant", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
-        "import numpy as np; from dsv2quant.formats.gguf.search import LANES, _levels as run;"
-        "tile, levels = np.full((1, LANES), 3, np.float32), np.zeros((1, LANES), np.uint8);"
-        "run(tile, 15, np.full(LANES, 2, np.float32), np.ones(LANES, np.float32), levels);"
-        "print(levels[0, 0], sum(run.stats.cache_hits.values()))"
+        "import numpy as np; from dsv2quant.formats.fp8_cpu import _column_amax as run;"
+        "most = np.full(8, 4, np.uint16); run(np.full(8, 5, np.uint16), most);"
+        "print(most[0], sum(run.stats.cache_hits.values()))"
     )
 
     def run() -> str:
@@ -61,13 +56,13 @@ def test_a_change_of_a_function_that_is_called_from_another_file_changes_the_byt
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.strip()
 
-    assert run() == "4 0"
-    callee = tmp_path / "dsv2quant/formats/gguf/lanes.py"
+    assert run() == "5 0"
+    callee = tmp_path / "dsv2quant/formats/amax_cpu.py"
     was = callee.read_text()
-    now = was.replace("np.float32(min(max(nearest(v), np.int32(low)), np.int32(high)))", "np.float32(nearest(v) + 1)")
+    now = was.replace('icmp_unsigned(">"', 'icmp_unsigned("<"')
     assert now != was
     callee.write_text(now)
-    assert run() == "5 0"
+    assert run() == "4 0"
 
 
 def test_machine_code_is_kept_and_found(kept):
@@ -224,7 +219,7 @@ def test_compiled_functions_read_nothing_from_outside_their_folder():
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             inside = all(n.startswith("dsv2quant.formats.") for n in names if n.partition(".")[0] == "dsv2quant")
             assert inside, (path, names)
-    assert seen >= 8
+    assert seen >= 7
     other = [p for p in PACKAGE.rglob("*.py") if "njit" in p.read_text(encoding="utf-8") and p.name != "compiled.py"]
     assert not other  # one place keeps compiled code
 

@@ -69,9 +69,9 @@ def interrupted(at: str = LATE) -> Iterator[list[str]]:
     encode, encoded = convert._encode_rows, []
 
     def encode_rows(piece, *args):
-        if piece.line.name == at:
+        if piece.entry.name == at:
             raise KeyboardInterrupt  # is seen when all before it is written
-        encoded.append(piece.line.name)
+        encoded.append(piece.entry.name)
         return encode(piece, *args)
 
     with pytest.MonkeyPatch.context() as m:

@@ -116,9 +116,9 @@ PEAK = """
 import os, re, sys
 from pathlib import Path
 os.cpu_count = lambda: 2
-from dsv2quant.checkpoint import Checkpoint
-from dsv2quant.formats.gguf.convert import convert_gguf
-from dsv2quant.formats.gguf.plan import Options, make_gguf_plan
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
 def kib(key):
     return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -36,7 +36,7 @@ def test_the_wheel_holds_one_package(tmp_path):
     assert tops == {"dsv2quant", f"dsv2quant-{version()}.dist-info"}
     tables = [f"kernels/tuned/{path.name}" for path in (ROOT / "dsv2quant/kernels/tuned").glob("*.json")]
     for needed in (
-        "recipes/fp8-block.yaml", "kernels/reference.py", "formats/fp8.py", "calib/tokens.py", "py.typed",
+        "recipes/fp8-block.yaml", "kernels/reference.py", "formats/fp8.py", "text/tokenizer.py", "py.typed",
         "bench/configs/v2.json", *tables,
     ):  # fmt: skip
         assert f"dsv2quant/{needed}" in names
