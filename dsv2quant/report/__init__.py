@@ -1,1 +1,2 @@
-"""What a person reads afterwards: tables, model card, manifest."""
+"""What a person reads: plans and results as text and JSON, warnings, the model card. Nothing here decides
+anything."""
