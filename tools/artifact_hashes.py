@@ -5,9 +5,9 @@
     python tools/artifact_hashes.py --compare before.json after.json
 
 Every scheme, method, layout and GGUF type is made of dsv2-mini and of the tests' models, by the command line.
-`--compare` prints what differs and exits with 1 where anything but a card or a manifest does; cases that the first has
-not are counted alone. Both runs must be of one
-machine: GPTQ's and the runtime's numbers depend on its processor and on torch.
+`--compare` prints what differs and exits with 1 where anything but a card or a manifest does; cases of the second
+alone are only counted. Both runs must be of one machine: GPTQ's and the runtime's numbers depend on its processor and
+on torch.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def cases(found: dict[str, Path]) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from ((name, options) for options in (*STATIC, *CALIBRATED))
     for name in ("dsv2-mini", "tiny-lite", "tiny-v2", "tiny-odd"):
         yield from ((name, ("--gguf", kind, "--drop-expert-groups")) for kind in GGUF)
-    yield "dsv2-mini", ("--gguf", "Q4_K_M", "--split-max-size", "3M")
+    yield "dsv2-mini", ("--gguf", "Q4_K_M", "--split-max-size", "3MB")
     yield "dsv2-mini", ("--gguf", "Q4_K_M", "--tensor-type", "ffn_down_exps=q6_k", "--output-type", "q8_0")
     yield "dsv2-mini", ("--fp8=block", "--max-shard-size", "4MB")
     for name in found:

@@ -20,8 +20,7 @@ from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, frobenius, micr
 from dsv2quant.bench.fp8 import random_codes
 from dsv2quant.bench.subject import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_experts, int4_experts, reference_experts
-from dsv2quant.kernels import int4_layout as int4_stack
+from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference_experts
 from dsv2quant.kernels.act_quant import quantize_activation
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.int4_layout import Int4Experts
@@ -86,7 +85,7 @@ def fp8_error(
 
 
 def int4_weights(c: ModelConfig) -> Int4Experts:
-    stack = int4_stack.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, GROUP)
+    stack = int4_layout.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, GROUP)
     for part in (stack.gate_up, stack.down):
         part.words.random_(-(2**31), 2**31 - 1)
         part.scales.uniform_(0.002, 0.02)

@@ -65,23 +65,23 @@ class RandomWeights:
         self.name, self.config = "random weights", config
         self.recipe, self.device, self.seed = recipe, device, seed
         self.dtype = torch.bfloat16
-        self._slots = {spec.name: spec for spec in model_specs(config)}
+        self._specs = {spec.name: spec for spec in model_specs(config)}
 
     def scheme(self, module: str) -> str:
         """The recipe's, or bf16 where a weight's shape can't have it."""
-        spec = self._slots[f"{module}.weight"]
+        spec = self._specs[f"{module}.weight"]
         scheme = self.recipe.assign(spec)[0] if self.recipe else "bf16"
         return "bf16" if CODECS[scheme].refusal(spec.shape) else scheme
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         """A matrix' scheme and its parts by suffix, as formats/ names and shapes them."""
-        spec = self._slots[f"{module}.weight"]
+        spec = self._specs[f"{module}.weight"]
         scheme = self.scheme(module)
-        return scheme, CODECS[scheme].encode_tensor(self._random(spec).float())
+        return scheme, CODECS[scheme].encode_tensor(self._random(spec))
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
-        spec = self._slots.get(name)
+        spec = self._specs.get(name)
         return None if spec is None else self._random(spec).to(dtype or self.dtype)
 
     def activation(self, scheme: str) -> str | None:

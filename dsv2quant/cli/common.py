@@ -205,10 +205,12 @@ def words(options: Mapping[str, Any]) -> list[str]:
     """`plan_options` as the model card shows them: everything that shapes the artifact, and no path of this machine."""
     if options["recipe_file"]:
         found = [f"--recipe {options['recipe_file'].rpartition('/')[2]}"]
+    elif options["int4"]:
+        found = [f"--int4={options['int4']}"]
+    elif options["int8"] or options["w4a8"]:
+        found = ["--int8" if options["int8"] else "--w4a8"]
     else:
-        int4 = f"--int4={options['int4']}" if options["int4"] else ""
-        flags = [f"--{key}" for key in ("int8", "w4a8") if options[key]]
-        found = [int4] if int4 else flags or [f"--fp8={options['fp8'] or 'block'}"]
+        found = [f"--fp8={options['fp8'] or 'block'}"]
     keys = ("method", "group_size", "format")
     found += [f"--{key.replace('_', '-')} {options[key]}" for key in keys if options[key]]
     found += ["--kv-scales"] * options["kv_scales"]

@@ -51,15 +51,14 @@ def command(
         original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         from dsv2quant.evaluation import verify
-        from dsv2quant.evaluation import verify as compare
         from dsv2quant.report.results import verification_text
     if original is not None:
-        compare.check_layout(opened, original)
+        verify.check_layout(opened, original)
     checked = verify.check(opened, bars.progress(quiet), has_source=original is not None)
     errors = None
     if original is not None:
-        with bars.progress_bar(compare.bytes_compared(opened, original), "B", "errors", quiet) as progress:
-            errors = compare.compare_tensors(opened, original, progress, device)
+        with bars.progress_bar(verify.bytes_compared(opened, original), "B", "errors", quiet) as progress:
+            errors = verify.compare_tensors(opened, original, progress, device)
     result = verify.report(checked, opened, errors)
     if as_json:
         common.print_json(result)

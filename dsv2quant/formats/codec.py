@@ -1,10 +1,8 @@
-"""The codec protocol, and the table of codecs.
+"""The codec protocol, what codecs share, and the `bf16` scheme: a weight that stays unquantized.
 
 A codec is the code of one scheme. `layout` predicts from a shape alone exactly what `encode` returns; `decode` is what
 a consumer reconstructs. Adding a scheme is adding a class with these members, one line in the table of schemes.py, and
 the scheme's rows in the consumers' table (planning/consumers.py). Nobody else asks which class a codec is.
-
-The `bf16` scheme: a weight that stays unquantized.
 """
 
 from __future__ import annotations
@@ -155,8 +153,8 @@ class Codec(Protocol):
         """
 
     def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What `encode` makes by `rtn` of finite float32 [out, in], which shares no scale, on its device. Raises
-        ValueError where it can't."""
+        """What `encode` makes by `rtn` of a finite weight [out, in], BF16 or float32, which shares no scale, on its
+        device. Raises ValueError where it can't."""
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
@@ -165,7 +163,28 @@ class Codec(Protocol):
         float32, rounded once to `dtype`."""
 
 
-class Bf16:
+class EveryShape:
+    """What codecs have alike that take weights of every shape, in no groups of columns, layouts or parts but their
+    own."""
+
+    name: str
+    integers = None
+    finer = "bf16"
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """Itself."""
+        return self.name
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """None."""
+        return None
+
+    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """None."""
+        return ()
+
+
+class Bf16(EveryShape):
     """BF16, rounded to nearest even from wider sources; a BF16 source keeps its bytes."""
 
     name = "bf16"
@@ -173,28 +192,14 @@ class Bf16:
     activation = None
     shares_scale = False
     methods = ("rtn", "fit")
-    integers = None
-    finer = "bf16"
     runtime = "decoded"
-
-    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
-        """Itself."""
-        return self.name
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """None: every shape is taken."""
-        return None
-
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
-
-    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """None."""
-        return ()
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """Its rows."""
@@ -232,6 +237,11 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     bits = x.view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def widened(weight: np.ndarray) -> np.ndarray:
+    """BF16 bits (uint16) or float32 → float32."""
+    return weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
 
 
 def check_finite(weight: np.ndarray, which: int = 0) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, check_finite, config_group, eight_bits
+from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 INPUT_SCALE = "input_scale"
 
 
-class Fp8:
+class Fp8(EveryShape):
     """The codec of `fp8-block`, `fp8-channel` and `fp8-tensor`; with static inputs, `fp8-static` and `fp8-autofp8`."""
 
     methods = ("rtn",)
-    integers = None
-    finer = "bf16"
     runtime = "fp8"
 
     def __init__(self, grid: Grid, static: Literal["static", "autofp8"] | None = None) -> None:
@@ -70,10 +68,6 @@ class Fp8:
             "modules_to_not_convert": ignored,
         }
 
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """None: every matrix can be encoded."""
-        return None
-
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, cols = shape
         scales = {
@@ -83,10 +77,6 @@ class Fp8:
         }[self.grid]
         parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
         return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
-
-    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """None."""
-        return ()
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """Codes and scales of these rows."""
@@ -126,7 +116,7 @@ class Fp8:
     def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.grid == "tensor":
             raise ValueError(f"{self.name} shares a scale")
-        codes, scales = encode_tensor(x, self.grid)
+        codes, scales = encode_tensor(x.float(), self.grid)
         return {"weight": codes, self.scale_suffix: scales}
 
     def decode(

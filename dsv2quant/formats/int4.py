@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, Integers, TooLargeError, check_finite, config_group, to_bf16
+from dsv2quant.formats.codec import Inputs, Integers, TooLargeError, check_finite, config_group, to_bf16, widened
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Int4:
         encoded = []
         for which, weight in enumerate(weights):
             check_finite(weight, which)
-            x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+            x = widened(weight)
             group = self.group_size or x.shape[1]
             if method in ("mse", "awq"):
                 scales = search_scales(x, inputs[which].importance[None], group)
@@ -160,7 +160,7 @@ class Int4:
     def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
 
-        groups = x.unflatten(1, (-1, self.group_size or x.shape[1]))
+        groups = x.float().unflatten(1, (-1, self.group_size or x.shape[1]))
         amax = groups.abs().amax(-1)
         # CUDA multiplies by the reciprocal of a scalar divisor, which rounds differently: a tensor.
         scales = (amax / torch.full_like(amax, 7.5)).bfloat16()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, check_finite, config_group, eight_bits, to_bf16
+from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, to_bf16, widened
 from dsv2quant.formats.e4m3 import MIN_SCALE, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 INT8_MAX = 127
 
 
-class Int8:
+class Int8(EveryShape):
     """The codec of `int8-channel`."""
 
     name = "int8-channel"
@@ -39,28 +39,14 @@ class Int8:
     activation = "token-int8"
     shares_scale = False
     methods = ("rtn",)
-    integers = None
-    finer = "bf16"
     runtime = "decoded"
-
-    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
-        """Itself."""
-        return self.name
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
         weights, inputs = (eight_bits("int", way, dynamic=way == "token") for way in ("channel", "token"))
         return config_group(weights, inputs, "int-quantized")
 
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """None: every matrix can be encoded."""
-        return None
-
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return Part("weight", "I8", shape), Part("weight_scale", "BF16", (shape[0], 1))
-
-    def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """None."""
-        return ()
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """Codes and scales of these rows."""
@@ -79,7 +65,7 @@ class Int8:
         encoded = []
         for which, weight in enumerate(weights):
             check_finite(weight, which)
-            x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+            x = widened(weight)
             amax = group_amax(x, x.shape[1])
             scales = round_to_bf16(np.maximum(amax / np.float32(INT8_MAX), np.float32(MIN_SCALE)))
             scales = np.where(amax > 0, scales, np.float32(1))
@@ -90,6 +76,7 @@ class Int8:
     def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
 
+        x = x.float()
         scales = scales_of(x.abs().amax(1, keepdim=True), INT8_MAX).bfloat16()
         codes = (x / scales.float()).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         return {"weight": codes, "weight_scale": scales}

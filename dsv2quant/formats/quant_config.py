@@ -9,7 +9,7 @@ router in GPTQ's and AWQ's lists.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
@@ -66,9 +66,7 @@ def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = Fal
         "quant_method": "compressed-tensors",
         # Each group names its own. compressed-tensors would say "mixed-precision" here, but SGLang reads this key for
         # experts in INT4, and takes only "pack-quantized" (compressed_tensors_wNa16_moe.py).
-        "format": next(
-            layout for layout in ("pack-quantized", "float-quantized", "int-quantized") if layout in formats
-        ),
+        "format": next(layout for layout in _FORMATS if layout in formats),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
@@ -158,19 +156,21 @@ def readable_codecs(config: Mapping[str, Any] | None) -> Callable[[str], list[Co
     inputs = _inputs_of_tensor_scales(config or {})
     groups = [group for group in _groups(config or {}) if isinstance(group.get("weights"), Mapping)]
 
-    def readable(codec: Codec, module: str) -> bool:
+    def readable(codec: Codec, mine: Sequence[Mapping[str, Any]]) -> bool:
         if codec.integers is None or codec.quant_method != "compressed-tensors":
             return True in inputs if codec.activation == "static" else codec.name != "fp8-tensor" or inputs != {True}
         size = codec.integers.group_size
-        mine = [group for group in groups if _names(group, module)] or groups
         alike = [group for group in mine if is_int4(group["weights"]) and group_size(group["weights"]) == size]
         served = {bool(group.get("input_activations")) for group in alike} or {False}
         return (codec.activation is not None) in served
 
-    every = [codec for codec in CODECS.values() if readable(codec, "")]
-    if len(groups) > 1 and any(codec.integers and codec.activation for codec in every):
-        return lambda module: [codec for codec in every if readable(codec, module)]
-    return lambda module: every  # none needs the module's name
+    def of_module(module: str) -> list[Codec]:
+        mine = [group for group in groups if _names(group, module)] or groups
+        return [codec for codec in every if readable(codec, mine)]
+
+    every = [codec for codec in CODECS.values() if readable(codec, groups)]
+    served = any(codec.integers and codec.activation for codec in every)
+    return of_module if served and len(groups) > 1 else lambda module: every  # else none needs the module's name
 
 
 def _names(group: Mapping[str, Any], module: str) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
+_GPTQ_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
 
 
 class Transposed(Int4):
@@ -108,7 +108,7 @@ class Gptq(Transposed):
         (rows, cols), groups = codes.shape, scales.shape[1]
         return {
             "qweight": np.ascontiguousarray(pack_words((codes + np.int8(OFFSET)).view(np.uint8)).T),
-            "qzeros": np.full((groups, rows // PER_WORD), _ZEROS),
+            "qzeros": np.full((groups, rows // PER_WORD), _GPTQ_ZEROS),
             "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
             "g_idx": (np.arange(cols) // (cols // groups)).astype(np.int32),
         }
@@ -135,7 +135,7 @@ class Gptq(Transposed):
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = tuple(int(i) for i in np.argsort(ORDER))
-_ZEROS_awq = np.uint32(0x88888888).view(np.int32)
+_AWQ_ZEROS = np.uint32(0x88888888).view(np.int32)  # eight of 8
 
 
 class Awq(Transposed):
@@ -170,7 +170,7 @@ class Awq(Transposed):
         words = pack_words(ordered.reshape(nibbles.shape))
         return {
             "qweight": words,
-            "qzeros": np.full((scales.shape[1], words.shape[1]), _ZEROS_awq),
+            "qzeros": np.full((scales.shape[1], words.shape[1]), _AWQ_ZEROS),
             "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
         }
 

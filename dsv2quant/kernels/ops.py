@@ -20,11 +20,7 @@ from dsv2quant.kernels import (
     routing,
 )
 from dsv2quant.kernels import add_norm as norms
-from dsv2quant.kernels import latents as absorb
 from dsv2quant.kernels import mla_decode as attention
-from dsv2quant.kernels import reference as reference_fused
-from dsv2quant.kernels import reference_experts as reference_gguf
-from dsv2quant.kernels import routing as router
 from dsv2quant.kernels import silu_mul as gates
 
 P = ParamSpec("P")
@@ -45,20 +41,20 @@ quantize_activation = _either(act_quant.quantize_activation, reference.quantize_
 fp8_matmul = _either(fp8_gemm.matmul, reference.fp8_matmul)
 fp8_linear = _either(fp8_gemm.linear, reference.fp8_linear)
 int4_linear = _either(int4_gemm.linear, reference.linear_int4)
-gguf_linear = _either(gguf_gemm.linear, reference_gguf.linear_gguf)
+gguf_linear = _either(gguf_gemm.linear, reference_experts.linear_gguf)
 
-add_norm = _either(norms.add_norm, reference_fused.add_norm)
-silu_mul = _either(gates.silu_mul, reference_fused.silu_mul)
-append_latents = _either(latents.append_latents, reference_fused.append_latents)
-absorb_k = _either(absorb.absorb_k, reference_fused.absorb_k)
-absorb_v = _either(absorb.absorb_v, reference_fused.absorb_v)
+add_norm = _either(norms.add_norm, reference.add_norm)
+silu_mul = _either(gates.silu_mul, reference.silu_mul)
+append_latents = _either(latents.append_latents, reference.append_latents)
+absorb_k = _either(latents.absorb_k, reference.absorb_k)
+absorb_v = _either(latents.absorb_v, reference.absorb_v)
 mla_decode = _either(attention.mla_decode, reference.mla_decode)
 
-router_logits = _either(router.router_logits, reference_experts.router_logits)
+router_logits = _either(routing.router_logits, reference_experts.router_logits)
 route_and_sort = _either(routing.route_and_sort, reference_experts.route_and_sort)
 fp8_gate_up = _either(fp8_experts.gate_up, reference_experts.gate_up)
 fp8_gate_up_codes = _either(fp8_experts.gate_up_codes, reference_experts.gate_up_codes)
 fp8_down = _either(fp8_experts.down, reference_experts.down)
 int4_gate_up = _either(int4_experts.gate_up, reference_experts.gate_up_int4)
 int4_down = _either(int4_experts.down, reference_experts.down_int4)
-gguf_product = _either(gguf_experts.experts_product, reference_gguf.experts_product)
+gguf_product = _either(gguf_experts.experts_product, reference_experts.experts_product)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.kernels import int4_layout as int4_stack
-from dsv2quant.kernels import ops, reference
+from dsv2quant.kernels import int4_layout, ops, reference
 from dsv2quant.kernels.add_norm import Normed
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
@@ -208,14 +207,14 @@ def _int4(source: Source, at: str, scheme: str) -> Int4Stack:
         weights = [int4_weight(source, module, scheme, parts) for module, parts in stored.items()]
         if stack is None:
             half = any(part.dtype == torch.float16 for parts in stored.values() for part in parts.values())
-            stack = int4_stack.empty(
+            stack = int4_layout.empty(
                 c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, integers.group_size,
                 torch.float16 if half else torch.bfloat16, device=source.device,
             )  # fmt: skip
         if stack.down.zeros is None and any(w.zeros is not None for w in weights):
-            stack = int4_stack.with_zeros(stack)
+            stack = int4_layout.with_zeros(stack)
         try:
-            int4_stack.fill(stack, expert, *weights)
+            int4_layout.fill(stack, expert, *weights)
         except ValueError as error:
             raise unsupported(source, f"{at}.{expert}: {error}") from None
     assert stack is not None

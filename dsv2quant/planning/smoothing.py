@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs
 from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.codec import widened
 from dsv2quant.storage.files import read_bytes
 from dsv2quant.storage.safetensors import read_header, stored_tensors
 
@@ -126,7 +127,7 @@ class Smoothing:
         rows, columns = self.rows(spec), self.columns(spec)
         if rows is None and columns is None:
             return weight
-        x = weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+        x = widened(weight)
         if rows is not None:
             x = np.ldexp(x, rows if x.ndim == 1 else rows[:, None])
         return x if columns is None else np.ldexp(x, columns)

@@ -84,16 +84,21 @@ def apart(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1)
 
 
+def their_logits(theirs: torch.nn.Module, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [16, 4] and their logits. Many short sequences: a router's choice or a code that falls the other way
+    spoils only its own."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, checkpoint.config.vocab_size, (16, 4), generator=generator)
+    with torch.inference_mode():
+        return tokens, theirs(tokens).logits
+
+
 @pytest.mark.parametrize("source", ["mini", "awkward"])
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES, ids=mode_ids)
 def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts, monkeypatch):
     checkpoint, torch_dtype = Checkpoint.open(artifacts[source, name]), DTYPES[dtype]
     theirs = load(checkpoint.folder, torch_dtype, dequantize)
-    # Many short sequences: a router's choice or a code that falls the other way spoils only its own.
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, checkpoint.config.vocab_size, (16, 4), generator=generator)
-    with torch.inference_mode():
-        want = theirs(tokens).logits
+    tokens, want = their_logits(theirs, checkpoint)
     state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
     served = name == "mixed" and not dequantize
     # Loaded by default, compressed-tensors keeps FP8 scales in parameters of the model's dtype. INT4's are BF16 anyway.

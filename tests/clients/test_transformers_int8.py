@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from test_transformers import DTYPES, like_transformers, load, their_weight
-from test_transformers_int4 import apart
+from test_transformers_int4 import apart, their_logits
 
 from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
 from dsv2quant.checkpoint.checkpoint import Checkpoint
@@ -78,10 +78,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
     dense = {w.scheme for w in checkpoint.weights if w.spec.role in LINEAR_ROLES and w.spec.expert is None}
     assert dense - {"bf16"} == {SCHEMES[name]}
     theirs = load(checkpoint.folder, torch_dtype, dequantize)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, checkpoint.config.vocab_size, (16, 4), generator=generator)
-    with torch.inference_mode():
-        want = theirs(tokens).logits
+    tokens, want = their_logits(theirs, checkpoint)
     state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
     for weight in checkpoint.weights:
         # They multiply in the scales' dtype, ours in BF16, where no parameter of the model's dtype holds them.

@@ -9,7 +9,6 @@ from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.amax_cpu import amax_bits
 from dsv2quant.formats.gguf import kquants, legacy, lowbits
-from dsv2quant.formats.gguf import legacy as iq4
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
 # What can be encoded. ggml/src/ggml-common.h: the static_asserts beside each block's struct.
@@ -92,7 +91,7 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
             kquants.encode_q6_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
         case "IQ4_NL" | "IQ4_XS":
             values = TYPES[name].values
-            iq4.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
+            legacy.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
     return out.reshape(rows, row_bytes)
 
 
