@@ -122,7 +122,7 @@ def convert(
 ) -> None:  # fmt: skip
     """Write the GGUF file and say what was done."""
     with bars.starting(quiet):
-        from dsv2quant.conversion.gguf import convert_gguf
+        from dsv2quant.conversion.convert import convert
     from dsv2quant.report.gguf import plan_text
     from dsv2quant.report.tables import gigabytes
     from dsv2quant.storage.safetensors import parse_size
@@ -134,7 +134,7 @@ def convert(
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
     size = parse_size(options["split_max_size"]) if options["split_max_size"] else None
-    result = convert_gguf(
+    result = convert(
         plan, Path(out), command=" ".join(words(checkpoint, options)), split_max_size=size, device=device, force=force,
         progress=bars.progress(quiet),
     )  # fmt: skip
