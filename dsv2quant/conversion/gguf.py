@@ -79,9 +79,9 @@ class GgufFiles(Sink):
             for file in self._layout
         ]
         read = (plan.checkpoint.folder, Path(imatrix.source) if imatrix is not None else None, *inputs)
-        read = [path for path in read if path is not None]
         super().__init__(
-            out, gguf_manifest(out), files, digest, source, force=force, inputs=read, progress=progress
+            out, gguf_manifest(out), files, digest, source, force=force, progress=progress,
+            inputs=[path for path in read if path is not None],
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:

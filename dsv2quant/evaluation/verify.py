@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import decode, decode_parts, stored_tensor
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
-from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, hash_file
+from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, state_path
 from dsv2quant.storage.manifest import beside, check_regular, gguf_manifest, is_text, read_manifest
 from dsv2quant.storage.safetensors import INDEX_FILE
 
@@ -207,45 +208,34 @@ def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) ->
     """Check the files of an artifact. Raises InputError naming the first that is not as its manifest says, that the
     manifest does not list though consumers load it, or whose scales are not finite; also where a folder is no artifact
     of ours and, its source not given, nothing could be checked."""
-    if artifact.metadata is not None:
-        first = artifact.data[artifact.files[0]][0]
-        manifest = gguf_manifest(first)
-        if os.path.lexists(manifest):
-            return _by_manifest(manifest, artifact.files, progress)
+    folder = artifact.folder
+    manifest = gguf_manifest(artifact.data[artifact.files[0]][0]) if folder is None else folder / MANIFEST_FILE
+    out = manifest.with_suffix("") if folder is None else folder
+    if state_path(out).exists():
+        raise InputError("the conversion is unfinished", where=out, fix="run the same `convert` again")
+    if os.path.lexists(manifest):
+        return _by_manifest(manifest, artifact, progress)
+    if folder is None:
         check_blocks(artifact, progress)
         return Checked("blocks", _sizes(artifact))
-    folder = artifact.folder
-    assert folder is not None
-    if (folder / STATE_FILE).exists():
-        raise InputError("the conversion is unfinished", where=folder, fix="run the same `convert` again")
-    if not os.path.lexists(folder / MANIFEST_FILE):
-        if has_source and artifact.config.quantization is not None:
-            return Checked("nothing", _sizes(artifact))
-        what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
-        fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
-        raise InputError(what, where=folder, fix=fix)
-    needed = [
-        *artifact.files,
-        "config.json",
-        *(name for name in (INDEX_FILE, SMOOTHING_FILE) if (folder / name).exists()),
-    ]
-    checked = _by_manifest(folder / MANIFEST_FILE, needed, progress)
-    loaded, added = beside(folder, checked.files.keys() | {MANIFEST_FILE})
-    if loaded:
-        what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
-        raise InputError(what, where=folder, fix="remove what was added")
-    return Checked("manifest", checked.files, checked.plan, checked.edited, added)
+    if has_source and artifact.config.quantization is not None:
+        return Checked("nothing", _sizes(artifact))
+    what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
+    fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
+    raise InputError(what, where=folder, fix=fix)
 
 
-def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Checked:
-    """Hash every file of a manifest, which must list those `needed`."""
+def _by_manifest(path: Path, artifact: Checkpoint, progress: Progress) -> Checked:
+    """Hash every file of a manifest, which must list all that consumers load of the artifact."""
     folder = path.parent
     check_regular(path, folder)
     manifest = read_manifest(path)
     files: dict[str, dict[str, Any]] = manifest["files"]
+    needed = [*artifact.files]
+    if artifact.folder is not None:
+        needed += ["config.json", *(name for name in (INDEX_FILE, SMOOTHING_FILE) if (folder / name).exists())]
     if unlisted := [file for file in needed if file not in files]:
         raise InputError(f"does not list {listing(unlisted)}", where=path, fix="convert again")
-    edited = []
     for name, entry in files.items():
         check_regular(folder / name, folder)
         size = (folder / name).stat().st_size
@@ -253,22 +243,26 @@ def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Check
             what = f"has {size:,} bytes; the manifest says {entry['size']:,}"
             raise InputError(what, where=folder / name, fix="get it again")
     total = sum(entry["size"] for entry in files.values())
-    workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    with progress(total, "B", "checksums") as advance, workers:
-        found = {name: workers.submit(hash_file, folder / name, advance) for name in files}
-        for name, future in found.items():
-            try:
-                same = future.result() == files[name]
-            except OSError as error:
-                workers.shutdown(wait=False, cancel_futures=True)
-                what = f"can't be read: {error.strerror}"
-                raise InputError(what, where=folder / name, fix="get it again") from None
-            if not same and not is_text(name):
-                workers.shutdown(wait=False, cancel_futures=True)
-                raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
-            edited += [name] * (not same)
+    with progress(total, "B", "checksums") as advance:
+        edited = [name for name in hash_together(partial(_edited, folder), files.items(), advance) if name]
+    loaded, added = beside(folder, files.keys() | {path.name}) if artifact.folder is not None else ([], [])
+    if loaded:
+        what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
+        raise InputError(what, where=folder, fix="remove what was added")
     plan = manifest.get("plan")
-    return Checked("manifest", files, plan if isinstance(plan, str) else None, edited)
+    return Checked("manifest", files, plan if isinstance(plan, str) else None, edited, added)
+
+
+def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable[[int], object]) -> str | None:
+    """The name of a listed file if it was edited, as texts may be. Raises InputError where it is another file."""
+    name, entry = listed
+    try:
+        same = hash_file(folder / name, progress) == entry
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", where=folder / name, fix="get it again") from None
+    if not same and not is_text(name):
+        raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
+    return None if same else name
 
 
 def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:

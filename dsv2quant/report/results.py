@@ -48,7 +48,7 @@ def _pm(value: dict[str, float], digits: int) -> str:
 
 
 _CHECKED = {
-    "manifest": "{files} match the manifest, {tensors} tensors are as planned",
+    "manifest": "{files} {match} the manifest, {tensors} tensors are as planned",
     "blocks": "{tensors} weights in {files} are as its metadata says, all scales finite; "
     "no manifest lies beside it, so other bytes are not checked",
     "nothing": "{tensors} tensors in {files} are as config.json says; it has no manifest, so no checksum is checked",
@@ -57,8 +57,9 @@ _CHECKED = {
 
 def verification_text(r: dict[str, Any]) -> str:
     """What `dsv2quant verify` prints without --json."""
-    files = f"{len(r['files'])} file{'s' * (len(r['files']) != 1)}"
-    lines = [f"{r['model']}: {_CHECKED[r['checked']].format(files=files, tensors=r['tensors'])}"]
+    several = len(r["files"]) != 1
+    files, match = f"{len(r['files'])} file{'s' * several}", "match" if several else "matches"
+    lines = [f"{r['model']}: {_CHECKED[r['checked']].format(files=files, match=match, tensors=r['tensors'])}"]
     if r["edited"]:
         lines.append(f"edited since (texts may be): {', '.join(r['edited'])}")
     if r["added"]:
