@@ -17,6 +17,7 @@ from test_convert import contents
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion import convert as engine
 from dsv2quant.conversion.convert import Result, convert
+from dsv2quant.conversion.shards import Folder
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -219,7 +220,7 @@ def test_a_state_that_is_cut_or_edited_adopts_nothing_unseen(model, tmp_path):
 
 def test_what_looks_finished_makes_way_while_a_shard_is_made_again(model, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(engine.Folder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(Folder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()

@@ -10,18 +10,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsv2quant.calib.calibration import Calibration, Outcome
-from dsv2quant.calib.statistics import Statistics
-from dsv2quant.conversion.gguf import GgufFiles
-from dsv2quant.conversion.shards import Folder
 from dsv2quant.conversion.sink import Sink
-from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage import engine
 from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumable, tell_kept
 from dsv2quant.storage.manifest import sealed
+
+if TYPE_CHECKING:
+    from dsv2quant.calib.calibration import Calibration, Outcome
+    from dsv2quant.calib.statistics import Statistics
+    from dsv2quant.planning.gguf_plan import GgufPlan
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,16 @@ def convert(
     """
     started = time.perf_counter()
     sink: Sink
-    if isinstance(plan, GgufPlan):
-        sink = GgufFiles(plan, Path(out), split_max_size, device, force=force, inputs=inputs, progress=progress)
-    else:
+    if isinstance(plan, Plan):  # imports what this plan needs alone: each takes some tenths of a second
+        from dsv2quant.conversion.shards import Folder
+
         sink = Folder(
             plan, Path(out), command, calibration, statistics, device, force=force, inputs=inputs, progress=progress
         )
+    else:
+        from dsv2quant.conversion.gguf import GgufFiles
+
+        sink = GgufFiles(plan, Path(out), split_max_size, device, force=force, inputs=inputs, progress=progress)
     resumed, files = sink.resumed, sink.complete
     with tell_kept(sink.out, partial(resumable, sink.out)), closing(sink):
         if files is None:

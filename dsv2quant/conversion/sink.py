@@ -11,11 +11,11 @@ import hashlib
 import logging
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsv2quant.calib.calibration import Outcome
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress
@@ -35,12 +35,15 @@ from dsv2quant.storage.durable import (
 from dsv2quant.storage.engine import File, Job, Written
 from dsv2quant.storage.manifest import CARD_FILE, own_manifest
 
+if TYPE_CHECKING:
+    from dsv2quant.calib.calibration import Outcome
+
 logger = logging.getLogger(__name__)
 _STATE = "dsv2quant.state/"  # schema of state files, in whichever version
 _READ_AT_ONCE = 1 << 20
 
 
-class Sink:
+class Sink(ABC):
     """An artifact to write, locked while it is open: a folder (`shards.py`) or GGUF files (`gguf.py`).
 
     `written` says how much of each file is durable; `small` has the content of what lies beside them, by name, and
@@ -92,13 +95,13 @@ class Sink:
                 self.close()
                 raise
 
+    @abstractmethod
     def jobs(self, progress: Progress) -> Iterator[Job]:
         """Have ready what the jobs need, and give them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def about(self) -> dict[str, Any]:
         """What the manifest says beside plan, command and source."""
-        raise NotImplementedError
 
     @property
     def resumed(self) -> int:
@@ -161,14 +164,14 @@ class Sink:
             raise InputError(what, where=self.out, fix="--force to convert again, or get its files again")
         self.complete = files
 
+    @abstractmethod
     def _refuse(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Raise InputError where something is there that this conversion did not write; `lines` are of its state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _clear(self, names: list[str], manifest: Mapping[str, Any] | None, inputs: list[Path]) -> None:
         """Remove what other runs left: `names` are those of their state, `manifest` is theirs. Raises InputError where
         something that we did not write is in the way."""
-        raise NotImplementedError
 
     def _keep(self, recorded: list[dict[str, Any]], progress: Progress) -> None:
         """Set `written` to what still has the hash that was recorded when it was written."""

@@ -23,11 +23,13 @@ import numpy as np
 
 from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.storage.durable import PARTIAL, FileEntry, create, disk_errors, open_own, sync_folder
+from dsv2quant.storage.files import Scratch
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
 RECORD_EVERY = 64 << 20  # bytes of a file that come between two flushes
 _HASHED_AT_ONCE = 1 << 20
+_hashed = Scratch()
 
 
 @dataclass(frozen=True)
@@ -274,9 +276,9 @@ class _Begun:
     def _hash_up_to(self, end: int) -> str:
         """The hash of the file's first `end` bytes. They were written just now: the system still has them in memory."""
         while self._hashed < end:
-            piece = memoryview(bytearray(min(_HASHED_AT_ONCE, end - self._hashed)))
+            piece = _hashed.take(min(_HASHED_AT_ONCE, end - self._hashed))
             with disk_errors(self._file.path):
-                count = os.preadv(self._opened.fileno(), [piece], self._hashed)
+                count = os.preadv(self._opened.fileno(), [piece.data], self._hashed)
             if not count:
                 raise InputError("was cut while it was written", where=self._file.partial, fix="run the command again")
             self._written.sha256.update(piece[:count])
