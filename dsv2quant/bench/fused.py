@@ -17,10 +17,9 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, copies, frobenius, microseconds
 from dsv2quant.bench.subject import MODELS, configuration
 from dsv2quant.kernels import reference
-from dsv2quant.kernels import reference as reference_fused
 from dsv2quant.kernels.add_norm import add_norm
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents, choose
-from dsv2quant.kernels.silu_mul import silu_mul
+from dsv2quant.kernels.silu_mul import silu_mul, silu_mul_codes
 
 TOKENS = (1, 8, 64)
 PEERS = ("cublas bf16",)
@@ -64,18 +63,21 @@ def random(*shape: int) -> torch.Tensor:
 def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
     hidden, k = config.hidden_size, config.num_experts_per_tok
     pairs = torch.randn(tokens, k, hidden, device="cuda")
-    sums = {"": {}, " + 1": {"addend": random(tokens, hidden)}}
-    sums[f" + 1 + {k}"] = sums[" + 1"] | {"pairs": pairs}
+    addend = random(tokens, hidden)
+    sums = {"": (None, None), " + 1": (addend, None), f" + 1 + {k}": (addend, pairs)}
     inputs = {"": random(tokens, hidden)}
     if config.q_lora_rank is not None:
         inputs[" of q_a"] = random(tokens, 2 * config.q_lora_rank)[:, : config.q_lora_rank]
     for whose, x in inputs.items():
         weight = random(x.shape[1])
-        for what, added in sums.items() if not whose else [("", {})]:
+        for what, (added, routed) in sums.items():
+            if whose and what:
+                continue
             for granularity in GRANULARITIES:
-                call = partial(add_norm, x, weight, 1e-6, quantize=granularity, **added)
+                call = partial(add_norm, x, weight, 1e-6, addend=added, pairs=routed, quantize=granularity)
                 found = call()
-                error = frobenius(found.normed, reference_fused.add_norm(x, weight, 1e-6, **added).normed)
+                wanted = reference.add_norm(x, weight, 1e-6, addend=added, pairs=routed)
+                error = frobenius(found.normed, wanted.normed)
                 if granularity:
                     error = _other_codes((found.codes, found.scales), found.normed, granularity)
                 yield Small(f"norm{whose}{what} {granularity or ''}".strip(), f"{x.shape[1]}", call, error)
@@ -84,15 +86,13 @@ def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
 def _gates(config: ModelConfig, tokens: int) -> Iterator[Small]:
     shared = config.moe_intermediate_size * config.n_shared_experts
     for what, width in (("shared", shared), ("dense", config.intermediate_size)):
-        given = random(tokens, 2 * width).chunk(2, 1)
-        plain = silu_mul(*given)
-        for granularity in GRANULARITIES:
-            call = partial(silu_mul, *given, quantize=granularity)
-            if granularity:
-                error = _other_codes(call(), plain, granularity)
-            else:
-                error = frobenius(plain, reference_fused.silu_mul(*given))
-            yield Small(f"{what} gate {granularity or ''}".strip(), f"{width}", call, error)
+        gate, up = random(tokens, 2 * width).chunk(2, 1)
+        plain = silu_mul(gate, up)
+        error = frobenius(plain, reference.silu_mul(gate, up))
+        yield Small(f"{what} gate", f"{width}", partial(silu_mul, gate, up), error)
+        for granularity in filter(None, GRANULARITIES):
+            call = partial(silu_mul_codes, gate, up, granularity)
+            yield Small(f"{what} gate {granularity}", f"{width}", call, _other_codes(call(), plain, granularity))
 
 
 def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
@@ -107,7 +107,7 @@ def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
         out = random(tokens, c.num_attention_heads, width)
         calls = [
             partial(run, q, kv, weight, 1e-6, table, positions, store, scale, out)
-            for run, store in zip((append_latents, reference_fused.append_latents), stores, strict=True)
+            for run, store in zip((append_latents, reference.append_latents), stores, strict=True)
         ]
         for call in calls:
             call()

@@ -61,23 +61,23 @@ def _encode_q8_0(x: torch.Tensor) -> torch.Tensor:
 
 def _encode_q45(x: torch.Tensor, importance: torch.Tensor | None, bits: int, affine: bool) -> torch.Tensor:
     cols = x.shape[1]
-    blocks, low = x.view(-1, 32), None
+    blocks = x.view(-1, 32)
     nmax = (1 << bits) - 1 if affine else 1 << (bits - 1)
     if importance is None:
         scale, low = fits.fit_range(blocks, nmax, affine)
+        halves = [scale, low] if affine else [scale]
         levels = rounding.levels_truncated(blocks, scale, low if affine else None, nmax)
     else:
         weights = Weights("spread", importance, cols // 32, energies(x, cols), cols // 32, 1.0, float(cols))
         if affine:
             scale, depth, factor, origin, _ = fits.fit_affine(blocks, weights, nmax, -0.9, 0.05, 36)
-            low = depth.neg()
+            halves = [scale, depth.neg()]
             levels = rounding.levels_affine(blocks, factor, origin, nmax)
         else:
             scale, factor, _ = fits.fit_symmetric(blocks, weights, nmax)
+            halves = [scale]
             levels = rounding.levels_symmetric(blocks, factor, nmax)
-    parts = [_halves(scale)]
-    if affine:
-        parts.append(_halves(low))
+    parts = [_halves(x) for x in halves]
     if bits == 5:
         parts.append(_merge((levels >> 4 & 1).view(-1, 4, 8).transpose(1, 2), 1))
     return torch.cat([*parts, _merge((levels & 15).view(-1, 2, 16), 4)], 1)

@@ -233,13 +233,14 @@ def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, p
 
 def _launch(
     x: torch.Tensor, stack: Stack, config: Config, pairs: int
-) -> tuple[list[object], dict[str, object], dict[str, object]]:
+) -> tuple[list[torch.Tensor | int | None], dict[str, int], dict[str, bool | int]]:
     """A kernel's arguments, the constants that both have, and how it is launched."""
     _, blocks, spans, *_, steps = stack.words.shape
     groups = stack.scales.shape[1]
     block = depth(stack.columns // groups)
     shares = config.split * config.held if config.held > 1 else 1
-    arguments = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns, blocks, spans, groups]
+    arguments: list[torch.Tensor | int | None] = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns]
+    arguments += [blocks, spans, groups]
     constants = {
         "GROUPED": groups > 1, "EVEN": stack.columns % (shares * block) == 0, "TILES": config.rows // ROWS,
         "SPANS": block // (16 * steps), "STEPS": steps, "TOKENS": pairs, "STAGES": config.stages, "HELD": config.held,

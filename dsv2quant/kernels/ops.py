@@ -45,6 +45,7 @@ gguf_linear = _either(gguf_gemm.linear, reference_experts.linear_gguf)
 
 add_norm = _either(norms.add_norm, reference.add_norm)
 silu_mul = _either(gates.silu_mul, reference.silu_mul)
+silu_mul_codes = _either(gates.silu_mul_codes, reference.silu_mul_codes)
 append_latents = _either(latents.append_latents, reference.append_latents)
 absorb_k = _either(latents.absorb_k, reference.absorb_k)
 absorb_v = _either(latents.absorb_v, reference.absorb_v)

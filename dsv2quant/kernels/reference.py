@@ -162,12 +162,16 @@ def add_norm(
     return Normed(residual, normed, codes, scales)
 
 
-def silu_mul(
-    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up, [T, columns], or its codes and scales."""
-    h = (F.silu(gate.float()) * up.float()).to(gate.dtype)
-    return h if quantize is None else quantize_activation(h, quantize, scale)
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, [T, columns]."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def silu_mul_codes(
+    gate: torch.Tensor, up: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of silu(gate) · up."""
+    return quantize_activation(silu_mul(gate, up), granularity, scale)
 
 
 def append_latents(

@@ -40,32 +40,48 @@ def _silu_mul_kernel(
         )  # fmt: skip
 
 
-def silu_mul(
-    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """h = silu(gate) · up in float32, rounded once to their dtype: [T, columns]; with `quantize` its codes and scales
-    alone, as act_quant.quantize_activation returns them ('static' by `scale`, float32 [1]).
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """h = silu(gate) · up in float32, rounded once to their dtype: [T, columns].
 
     gate and up, [T, columns], are bfloat16, float16 or float32, in rows of any strides: parts of one product.
-    Raises ValueError where shapes, dtypes or layouts are others, or one scale is for more than 16384 columns.
+    Raises ValueError where shapes, dtypes or layouts are others.
     """
-    check_rows("gate", gate, (None, None))
+    _check_gates(gate, up)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _launch_silu_mul(gate, up, out, None, None, None)
+    return out
+
+
+def silu_mul_codes(
+    gate: torch.Tensor, up: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`silu_mul`, quantized: its codes and scales alone, as `quantize_activation` returns them ('static' by `scale`,
+    float32 [1]). Also raises ValueError where one scale is for more than 16384 columns."""
+    _check_gates(gate, up)
     tokens, columns = gate.shape
-    check_rows("up", up, (tokens, columns), gate.dtype)
-    if quantize == "token" and columns > MAX_COLUMNS:
+    if granularity == "token" and columns > MAX_COLUMNS:
         raise ValueError(f"a token of {columns} columns; at most {MAX_COLUMNS} fit in registers")
-    out = codes = scales = None
-    if quantize is None:
-        out = torch.empty(tokens, columns, dtype=gate.dtype, device=gate.device)
-    else:
-        codes, scales = outputs(tokens, columns, quantize, scale, gate.device)
+    codes, scales = outputs(tokens, columns, granularity, scale, gate.device)
+    _launch_silu_mul(gate, up, None, codes, scales, granularity)
+    return codes, scales
+
+
+def _check_gates(gate: torch.Tensor, up: torch.Tensor) -> None:
+    check_rows("gate", gate, (None, None))
+    check_rows("up", up, tuple(gate.shape), gate.dtype)
+
+
+def _launch_silu_mul(
+    gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None, codes: torch.Tensor | None,
+    scales: torch.Tensor | None, granularity: str | None,
+) -> None:  # fmt: skip
+    tokens, columns = gate.shape
     groups = triton.cdiv(columns, BLOCK)
-    taken = triton.next_power_of_2(groups) if quantize == "token" else 1 if tokens * groups <= FEW else GROUPS
+    taken = triton.next_power_of_2(groups) if granularity == "token" else 1 if tokens * groups <= FEW else GROUPS
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(groups, taken))](
             gate, up, out, codes, scales, gate.stride(0), up.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1),
-            WIDTH=columns, GROUPS=taken, GRANULARITY=quantize, ROUND=INTERPRETED,
+            WIDTH=columns, GROUPS=taken, GRANULARITY=granularity, ROUND=INTERPRETED,
             num_warps=min(max(taken // 2, 1), 32), enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
-    return (codes, scales) if out is None else out

@@ -62,7 +62,7 @@ class FusedFFN:
         if granularity is None:
             (out,) = self.down(ops.silu_mul(gate, up))
         else:
-            (out,) = self.down(None, ops.silu_mul(gate, up, quantize=granularity, scale=scale))
+            (out,) = self.down(None, ops.silu_mul_codes(gate, up, granularity, scale))
         return out
 
 
