@@ -9,9 +9,8 @@ import pytest
 import torch
 from triton_tools import interpreted, printed
 
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents
-from dsv2quant.kernels.silu_mul import silu_mul, silu_mul_codes
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dsv2quant.bench.fp8 import random_codes
 from dsv2quant.bench.subject import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference_experts
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs

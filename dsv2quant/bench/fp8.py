@@ -19,7 +19,7 @@ from dsv2quant.bench.device import Limits, Measured, Row, copies, frobenius, mic
 from dsv2quant.bench.subject import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
 from dsv2quant.kernels import reference, tables
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 

@@ -17,9 +17,8 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, copies, frobenius, microseconds
 from dsv2quant.bench.subject import MODELS, configuration
 from dsv2quant.kernels import reference
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents, choose
-from dsv2quant.kernels.silu_mul import silu_mul, silu_mul_codes
 
 TOKENS = (1, 8, 64)
 PEERS = ("cublas bf16",)

@@ -2,8 +2,8 @@
 
 The time is that of reading w, and of what stands around it: a launch, one wait for memory, one sum. So a program takes
 few rows over the whole of K, and asks for all it can hold before it computes. Codes become float32 (through float16, by
-one instruction for two), products and sums are float32's. x may come as it was before act_quant: each program makes its
-codes then, while it waits for w's.
+one instruction for two), products and sums are float32's. x may come as it was before it was quantized: each program
+makes its codes then, while it waits for w's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
+from dsv2quant.kernels.activations import encoded, magnitudes, scale_of
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
@@ -54,7 +54,7 @@ def _joined(low, high):
 
 @triton.jit
 def _group_scales(values):
-    """[· / 16]: of each 16 columns, those that act_quant gives to the 128 that they are part of."""
+    """[· / 16]: of each 16 columns, those that quantize_activation gives to the 128 that they are part of."""
     PIECES: tl.constexpr = values.shape[0]
     OF_GROUP: tl.constexpr = DEPTH // PIECE
     largest = tl.max(tl.max(magnitudes(values), 1).reshape(PIECES // OF_GROUP, OF_GROUP), 1)

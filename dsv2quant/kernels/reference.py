@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, expand_blocks, scales_of
 from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.formats.int8 import INT8_MAX
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout, ops, reference
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_layout import Int4Experts

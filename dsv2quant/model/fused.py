@@ -15,7 +15,7 @@ import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.kernels import ops
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.model.attention import LatentCache, Rope, expanded, softmax_scale
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm

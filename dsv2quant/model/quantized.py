@@ -26,7 +26,8 @@ FP8_UNIT = 16  # columns of FP8 weights, which the tensor memory accelerator rea
 
 
 class Quantization(NamedTuple):
-    """How an input is quantized before it meets FP8 weights: `granularity` as act_quant has it; None: not at all."""
+    """How an input is quantized before it meets FP8 weights: `granularity` as quantize_activation has it; None: not at
+    all."""
 
     granularity: str | None = None
     scale: torch.Tensor | None = None  # of 'static', float32 [1]

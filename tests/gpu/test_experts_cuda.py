@@ -8,7 +8,7 @@ from experts_cases import Layer, given, off
 from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
 
 from dsv2quant.kernels import fp8_experts, reference_experts, routing
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.routing import FEW, router_logits
 
 pytestmark = pytest.mark.skipif(
