@@ -18,7 +18,7 @@ from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.formats.int4_cpu import search_scales
+from dsv2quant.formats.cpu import search_scales
 from dsv2quant.model import load
 from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model

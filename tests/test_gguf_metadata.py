@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.gguf import model_config
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.hf_config import model_config
 from dsv2quant.planning.gguf_metadata import check_loadable, model_metadata, warnings
 from dsv2quant.storage.gguf import Value, array, check_numbers, f32, pack_header, read, string, u32
 

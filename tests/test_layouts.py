@@ -20,7 +20,7 @@ from dsv2quant.calib.gptq import Moments
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import TooLargeError
-from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales
+from dsv2quant.formats.cpu import nearest_codes, rtn_scales
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import Loader, LoadOptions

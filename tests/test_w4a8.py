@@ -97,7 +97,7 @@ def test_vllms_conditions(model, role, shape, tp, scheme):
 
 
 def test_what_vllm_makes_of_the_scales():
-    """The figures of formats/w4a8.py: convert_bf16_scales_to_fp8 on scales of several spreads."""
+    """The figures of formats/int4.py: convert_bf16_scales_to_fp8 on scales of several spreads."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1024, 32, 128, generator=generator).abs().amax(-1) / 7.5
     for scales in (normal, torch.randn(1024, 32, generator=generator).exp()):

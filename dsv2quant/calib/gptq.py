@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv2quant.formats.int4_cpu import FACTORS, search_scales
+from dsv2quant.formats.cpu import FACTORS, search_scales
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
@@ -139,7 +139,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> to
 
 
 def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
-    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `int4_cpu.search_scales`."""
+    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `cpu.search_scales`."""
     if weight.device.type == "cpu":
         found = [
             torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))

@@ -28,8 +28,8 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.gguf_state import State
 from dsv2quant.errors import InputError, PlanViolation
-from dsv2quant.formats.amax_cpu import widen
 from dsv2quant.formats.codec import NonFiniteError, check_finite
+from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.planning.gguf_metadata import model_metadata

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dsv2quant.formats.codec import Bf16, Codec
 from dsv2quant.formats.fp8 import Fp8
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.int4 import W4A8, Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.transposed import Awq, Gptq
-from dsv2quant.formats.w4a8 import W4A8
 
 # Where a weight has the parts of several, the first that its checkpoint's configuration lets pass is its scheme.
 CODECS: dict[str, Codec] = {
