@@ -164,7 +164,8 @@ def _scheme(parts: dict[str, StoredTensor]) -> str:
 
 
 def model_config(metadata: Metadata, where: object, *, tied: bool = False) -> dict[str, Any]:
-    """The config.json, for ModelConfig.from_dict, that a file's deepseek2.* keys were made of. `tied` says that the file has no output.weight.
+    """The config.json, for ModelConfig.from_dict, that a file's deepseek2.* keys were made of. `tied` says
+    that the file has no output.weight.
 
     Numbers that GGUF rounded to float32 come back as the shortest decimal that rounds so: 1e-06 as it was.
     Raises InputError for another architecture, another routing than DeepSeek-V2's, or a missing key.

@@ -2,10 +2,10 @@
 
 Magnitudes of floats order as their bits without the sign do, so integers are compared, and weights come as bits: BF16
 as uint16, float32 as uint32. A few operations are written in LLVM IR because numba widens every small integer to 64
-bits, which costs a factor of eight in vector width. FP8's loops work on whole rows so that they vectorize. INT4's search
-takes sixteen rows at a time, with the innermost loop over rows: each row's sum adds in order of its columns, so that
-the result does not depend on the processor's vector width. All use one thread and release the GIL; callers run several
-tensors at once.
+bits, which costs a factor of eight in vector width. FP8's loops work on whole rows so that they vectorize. INT4's
+search takes sixteen rows at a time, with the innermost loop over rows: each row's sum adds in order of its columns, so
+that the result does not depend on the processor's vector width. All use one thread and release the GIL; callers run
+several tensors at once.
 """
 
 from __future__ import annotations
