@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from dsv2quant.arch.deepseek_v2 import layer_specs
-from dsv2quant.bench.subject import configuration
+from dsv2quant.bench.model import configuration
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import UsageError

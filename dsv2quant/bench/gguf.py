@@ -17,13 +17,14 @@ from dsv2quant.bench.device import (
     Limits,
     Measured,
     Row,
+    Section,
     copies,
     frobenius,
     microseconds,
     products,
     random_tokens,
 )
-from dsv2quant.bench.subject import MODELS, configuration, matrices
+from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
@@ -32,7 +33,6 @@ from dsv2quant.kernels.routing import choose_block, sort_pairs
 
 TYPES = ("Q8_0", "Q4_K", "Q6_K")
 TOKENS = (1, 16, 64, 1024)
-PEERS = ("cublas bf16",)
 ROUTES = 16  # different choices of experts, which calls rotate through
 EXACT, ROUNDED = 2e-3, 3e-3  # limits of the error, where weights are integers and where they are rounded to BF16
 Share = Config | None
@@ -137,12 +137,16 @@ def _experts(m: Measured, least: int, most: int) -> bool:
     return m.operation == "gguf" and not m.peers and least <= m.tokens <= most
 
 
-ROWS = (
-    Row("Q8_0 GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q8_0", 1, 16)),
-    Row("Q4_K GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q4_K", 1, 16)),
-    Row("Q6_K GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q6_K", 1, 16)),
-    Row("GGUF GEMM, M = 64", "cublas bf16", lambda m: _product(m, "", 64, 64)),
-    Row("GGUF GEMM, M >= 1024", "cublas bf16", lambda m: _product(m, "", 1024, 4096)),
-    Row("GGUF experts, M <= 64", FLOOR, lambda m: _experts(m, 1, 64)),
-    Row("GGUF experts, M >= 1024", FLOOR, lambda m: _experts(m, 1024, 4096)),
+SECTION = Section(
+    measure,
+    ("cublas bf16",),
+    (
+        Row("Q8_0 GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q8_0", 1, 16)),
+        Row("Q4_K GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q4_K", 1, 16)),
+        Row("Q6_K GEMM, M <= 16", "cublas bf16", lambda m: _product(m, "Q6_K", 1, 16)),
+        Row("GGUF GEMM, M = 64", "cublas bf16", lambda m: _product(m, "", 64, 64)),
+        Row("GGUF GEMM, M >= 1024", "cublas bf16", lambda m: _product(m, "", 1024, 4096)),
+        Row("GGUF experts, M <= 64", FLOOR, lambda m: _experts(m, 1, 64)),
+        Row("GGUF experts, M >= 1024", FLOOR, lambda m: _experts(m, 1024, 4096)),
+    ),
 )

@@ -8,8 +8,18 @@ from functools import partial
 
 import torch
 
-from dsv2quant.bench.device import Limits, Measured, Row, copies, frobenius, microseconds, products, random_tokens
-from dsv2quant.bench.subject import MODELS, configuration, matrices
+from dsv2quant.bench.device import (
+    Limits,
+    Measured,
+    Row,
+    Section,
+    copies,
+    frobenius,
+    microseconds,
+    products,
+    random_tokens,
+)
+from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.kernels import int4_gemm, int4_layout, tables
 from dsv2quant.kernels.int4_gemm import KINDS, Config, choose, dequantize, linear
 from dsv2quant.kernels.int4_held import Held
@@ -18,7 +28,6 @@ from dsv2quant.kernels.launch import MULTIPROCESSORS
 from dsv2quant.kernels.reference import dequantize_int4
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-PEERS = ("cublas bf16",)
 GROUP = 128
 LARGE = 20e6  # bytes in BF16: smaller weights are bound by latency
 EXACT, ROUNDED = 2e-3, 3e-3  # limits of the error, where weights are integers and where they are rounded to BF16
@@ -110,17 +119,6 @@ def helds(rows: int, columns: int) -> list[Held]:
     return [Held(split, held) for split in splits for held in (4, 5, 6, 8) if steps % (split * held) == 0]
 
 
-ROWS = (
-    Row("W4A16 GEMM, M <= 16, V2 shapes over 20 MB (bf16)", "cublas bf16",
-        lambda m: _product(m, 1, 16) and m.model == "v2" and _large(m)),
-    Row("W4A16 GEMM, M <= 16, other shapes", "cublas bf16",
-        lambda m: _product(m, 1, 16) and not (m.model == "v2" and _large(m))),
-    Row("W4A16 GEMM, M = 64", "cublas bf16", lambda m: _product(m, 64, 64)),
-    Row("W4A16 GEMM, M = 256", "cublas bf16", lambda m: _product(m, 256, 256)),
-    Row("W4A16 GEMM, M >= 1024", "cublas bf16", lambda m: _product(m, 1024, 4096)),
-)  # fmt: skip
-
-
 def _product(m: Measured, least: int, most: int) -> bool:
     return m.operation == "int4" and least <= m.tokens <= most
 
@@ -128,3 +126,14 @@ def _product(m: Measured, least: int, most: int) -> bool:
 def _large(m: Measured) -> bool:
     rows, columns = map(int, m.shape.split("×"))
     return 2 * rows * columns > LARGE
+
+
+SECTION = Section(measure, ("cublas bf16",), (
+    Row("W4A16 GEMM, M <= 16, V2 shapes over 20 MB (bf16)", "cublas bf16",
+        lambda m: _product(m, 1, 16) and m.model == "v2" and _large(m)),
+    Row("W4A16 GEMM, M <= 16, other shapes", "cublas bf16",
+        lambda m: _product(m, 1, 16) and not (m.model == "v2" and _large(m))),
+    Row("W4A16 GEMM, M = 64", "cublas bf16", lambda m: _product(m, 64, 64)),
+    Row("W4A16 GEMM, M = 256", "cublas bf16", lambda m: _product(m, 256, 256)),
+    Row("W4A16 GEMM, M >= 1024", "cublas bf16", lambda m: _product(m, 1024, 4096)),
+))  # fmt: skip

@@ -20,6 +20,12 @@ from numba.extending import intrinsic
 from dsv2quant.formats.compiled import compiled
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
 
+_I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
+# Candidate scales in units of amax / 7. 1 comes first and stays where no error tells candidates apart.
+FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
+LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
+_LANES = 16
+
 
 @intrinsic
 def magnitude(context: Any, bits: Any) -> Any:
@@ -77,9 +83,6 @@ def widen(bits, out):  # type: ignore[no-untyped-def]
     """BF16 bits (uint16) → float32, both flat."""
     for i in range(bits.size):
         out[i] = as_float(bits[i])
-
-
-_I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 
 def _i32(value: int) -> ir.Constant:
@@ -174,12 +177,6 @@ def encode_rows(weight, codes, scales, shared_amax):  # type: ignore[no-untyped-
     scales[0] = _scale(as_float(shared_amax))
     for i in range(weight.shape[0]):
         _encode_row(weight[i], scales[0], codes[i])
-
-
-# Candidate scales in units of amax / 7. 1 comes first and stays where no error tells candidates apart.
-FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
-LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
-_LANES = 16
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:

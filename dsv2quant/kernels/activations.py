@@ -22,6 +22,9 @@ SMALLEST_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
 SPAN: tl.constexpr = tl.constexpr(BLOCK)
 QUANTIZED_COLUMNS = 65536  # of a token by one scale: its row lies whole in the registers of one program
 ELEMENTS = 4096  # of one program where groups are short
+FUSED_COLUMNS = 16384  # of a token that is summed or multiplied before it is quantized by one scale
+GROUPS = 8  # of one program of silu_mul, unless it takes a whole token, or there are few
+FEW = 528  # groups in all: 4 programs on each multiprocessor of an H200
 
 
 @triton.jit
@@ -152,9 +155,6 @@ def quantize_activation(
     return codes, scales
 
 
-FUSED_COLUMNS = 16384  # of a token that is summed or multiplied before it is quantized by one scale
-
-
 class Normed(NamedTuple):
     residual: torch.Tensor  # [T, H], x's dtype
     normed: torch.Tensor  # [T, H], x's dtype
@@ -256,10 +256,6 @@ def add_norm(
 def held(groups: int) -> int:
     """Pairs in flight at once: 32 warps leave a thread 64 registers."""
     return 3 if groups > 32 else 8
-
-
-GROUPS = 8  # of one program, unless it takes a whole token, or there are few
-FEW = 528  # groups in all: 4 programs on each multiprocessor of an H200
 
 
 @triton.jit(do_not_specialize=["scale_stride"])
