@@ -41,6 +41,17 @@ def _scales(words, TILES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _zeros(words, TILES: tl.constexpr):
+    """Pairs [TILES, 32] of rows r and r + 8 → int32 of each, 8 without words."""
+    if words is None:
+        low = tl.full((TILES, 32), 8, tl.int32)
+        high = low
+    else:
+        low, high = words & 0xFFFF, words >> 16
+    return low, high
+
+
+@triton.jit
 def _sums(
     x, rows, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -89,11 +100,7 @@ def _sums(
             tl.debug_barrier()
         if HELD == 1 or K > 0:
             for j in tl.static_range(HELD):
-                if zeros is None:
-                    low = tl.full((TILES, 32), 8, tl.int32)
-                    high = low
-                else:
-                    low, high = points[j] & 0xFFFF, points[j] >> 16
+                low, high = _zeros(points[j] if zeros is not None else None, TILES)
                 weight = integers(held[j], low, high, TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM)
                 if GROUPED:
                     scale = _scales(factors[j], TILES, scales.dtype.element_ty)
