@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from dsv2quant.bench import fp8, int4, kernels
+from dsv2quant.bench import fp8, kernels, weight_only
 from dsv2quant.bench.device import FLOOR, Measured, Row, append
 from dsv2quant.bench.kernels import OPERATIONS, TOKENS
 from dsv2quant.kernels import fp8_gemm, tables
@@ -133,8 +133,8 @@ def test_programs_are_neither_few_nor_many():
     assert {(share.rows, share.warps, share.held) for share in fp8.vectors(2048, 2816)} == {
         (2, 1, 6), (4, 1, 6), (8, 1, 3), (2, 2, 3), (4, 2, 3), (8, 2, 3)
     }  # fmt: skip
-    assert int4.helds(5120, 3072) == [Held(3, 4), Held(3, 8), Held(4, 6), Held(6, 4)]
-    assert int4.candidates(1024, 24576, 1536) == [None]
+    assert weight_only.int4_helds(5120, 3072) == [Held(3, 4), Held(3, 8), Held(4, 6), Held(6, 4)]
+    assert weight_only.int4_candidates(1024, 24576, 1536) == [None]
 
 
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):

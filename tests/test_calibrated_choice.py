@@ -15,7 +15,7 @@ from dsv2quant.calib import gptq
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.report.results import calibration_text
+from dsv2quant.report.calibration import calibration_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,8 +25,17 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from dsv2quant.bench import experts, fp8, fused, gguf, int4
-from dsv2quant.bench.device import Measured, append, check_device, frobenius, limits, measured_on, recorded
+from dsv2quant.bench import experts, fp8, fused, weight_only
+from dsv2quant.bench.device import (
+    Measured,
+    append,
+    check_device,
+    frobenius,
+    limits,
+    measured_on,
+    random_tokens,
+    recorded,
+)
 from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
@@ -34,8 +43,8 @@ from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.int4_held import Held
 
 SECTIONS = {
-    "fp8": fp8.SECTION, "int4": int4.SECTION, "gguf": gguf.SECTION, "experts": experts.SECTION, "mla": fused.MLA,
-    "fused": fused.FUSED,
+    "fp8": fp8.SECTION, "int4": weight_only.INT4, "gguf": weight_only.GGUF, "experts": experts.SECTION,
+    "mla": fused.MLA, "fused": fused.FUSED,
 }  # fmt: skip
 PEERS = list(dict.fromkeys(peer for section in SECTIONS.values() for peer in section.peers))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
@@ -116,8 +125,9 @@ OPERATIONS = {
         fp8.table_row, _fp8_compiled,
     ),
     "int4": Operation(
-        "int4_gemm", lambda: {shape for model in MODELS for shape in int4.weights_of(model).values()}, int4_gemm.rule,
-        int4.candidates, int4.random_weights, int4.random_tokens, int4.calls, int4.table_row,
+        "int4_gemm", lambda: {shape for model in MODELS for shape in weight_only.int4_shapes(model).values()},
+        int4_gemm.rule, weight_only.int4_candidates, weight_only.int4_weights, random_tokens, weight_only.int4_calls,
+        weight_only.int4_row,
         lambda share, rows, columns: (share, 256, columns if isinstance(share, Held) else 512),
     ),
 }  # fmt: skip

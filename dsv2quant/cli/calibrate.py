@@ -69,7 +69,7 @@ def command(
       dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
     from dsv2quant.checkpoint.checkpoint import Checkpoint
-    from dsv2quant.report.results import coverage_json, coverage_text, draw, tokens_by_layer
+    from dsv2quant.report.calibration import coverage_json, coverage_text, draw, tokens_by_layer
 
     common.set_verbosity(verbose, quiet)
     calibration.check_figure(options["figure"])

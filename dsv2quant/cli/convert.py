@@ -86,8 +86,8 @@ def command(
     with bars.starting(quiet):
         from dsv2quant.calib.calibration import needs_calibration, needs_statistics
         from dsv2quant.conversion.convert import convert
+        from dsv2quant.report.calibration import calibration_json, calibration_text, draw
         from dsv2quant.report.plans import warnings
-        from dsv2quant.report.results import calibration_json, calibration_text, draw
 
     warned = warnings(plan)
     if verbose:

@@ -35,8 +35,8 @@ from dsv2quant.planning.plan import Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.report.calibration import expert_tokens
 from dsv2quant.report.card import calibrated, copied_files, manifest, model_card, source_card
-from dsv2quant.report.results import expert_tokens
 from dsv2quant.storage.durable import MANIFEST_FILE, FileEntry, dump_json, file_entry
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import sealed

@@ -18,8 +18,8 @@ from dsv2quant.calib.calibration import Calibration, Prepared
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning.plan import Plan
+from dsv2quant.report.calibration import calibration_json, expert_tokens
 from dsv2quant.report.plans import serving_notes
-from dsv2quant.report.results import calibration_json, expert_tokens
 from dsv2quant.report.tables import gigabytes, roles_table, summarize
 from dsv2quant.storage.files import carried_files, read_bytes
 
