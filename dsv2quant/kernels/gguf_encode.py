@@ -17,9 +17,18 @@ import triton.language as tl
 
 from dsv2quant.formats.gguf.blocks import TYPES, nbytes
 from dsv2quant.kernels.gguf import scales
-from dsv2quant.kernels.gguf.lanes import EXACT, energies, half, inverse, level, programs, these_lanes, truncate
+from dsv2quant.kernels.gguf.lanes import (
+    EXACT,
+    energies,
+    half,
+    inverse,
+    level,
+    programs,
+    these_lanes,
+    truncate,
+    uneven_level,
+)
 from dsv2quant.kernels.gguf.scales import Weights
-from dsv2quant.kernels.gguf.searches import uneven_level
 
 ELEMENTS = 1024  # of one program
 

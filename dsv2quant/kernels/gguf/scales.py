@@ -11,26 +11,23 @@ from dsv2quant.kernels.gguf.lanes import (
     EXACT,
     LANES,
     TINY,
+    descend,
+    extremes,
     inverse,
     level,
     load,
     magnitudes,
     nearest,
     programs,
+    search_affine,
+    search_symmetric,
+    search_uneven,
+    signed_peak,
     sum_of,
     these_lanes,
     weigh,
     weigh_by_size,
     weigh_by_square,
-)
-from dsv2quant.kernels.gguf.searches import (
-    descend,
-    extremes,
-    search_affine,
-    search_positive,
-    search_symmetric,
-    search_uneven,
-    signed_peak,
 )
 
 
@@ -179,6 +176,80 @@ def fit_range(x: torch.Tensor, nmax: int, affine: bool) -> tuple[torch.Tensor, t
     scale, low = x.new_empty(2, count)
     _range_kernel[programs(count, LANES)](x, scale, low, count, nmax, affine, SIZE=size, LANES=LANES, **EXACT)
     return scale, low
+
+
+@triton.jit
+def search_positive(tile, weight, NMAX: tl.constexpr, SIZE: tl.constexpr):
+    """make_qp_quants → (scale, codes 0 … NMAX as SIZE tensors int32)."""
+    top = tl.zeros_like(tile[0])
+    for k in tl.static_range(SIZE):
+        top = tl.where(tile[k] > top, tile[k], top)
+    factor = tl.zeros_like(top)
+    least = tl.zeros_like(top)
+    number = tl.zeros_like(top)  # of the candidate
+    for _ in range(9):
+        first = number == 0
+        shift = tl.where(first, 0.0, tl.where(number < 5, number - 5, number - 4))  # 0, then −4 … 4 without 0
+        trial = tl.div_rn(0.1 * shift + NMAX, top)
+        error = _positive_error(tile, weight, trial, first, NMAX, SIZE)
+        better = first | (error < least)
+        factor = tl.where(better, trial, factor)
+        least = tl.where(better, error, least)
+        number += 1.0
+    codes = ()
+    sum_xl = tl.zeros_like(top)
+    sum_ll = tl.zeros_like(top)
+    for k in tl.static_range(SIZE):
+        code = tl.minimum(nearest(factor * tile[k]), NMAX)
+        codes = codes + (code & 0xFF,)
+        value = code.to(tl.float32)
+        sum_xl += weight[k] * tile[k] * value
+        sum_ll += weight[k] * value * value
+    for _ in range(5):
+        codes, sum_xl, sum_ll = _descend_positive(tile, weight, codes, sum_xl, sum_ll, NMAX, SIZE)
+    zero = top < TINY
+    scale = tl.where((sum_ll > 0) & (top >= TINY), tl.div_rn(sum_xl, sum_ll), 0.0)
+    return scale, _zero_where(zero, codes, SIZE)
+
+
+@triton.jit
+def _positive_error(tile, weight, factor, first, NMAX: tl.constexpr, SIZE: tl.constexpr):
+    unit = tl.div_rn(1.0, factor)
+    error = tl.zeros_like(factor)
+    for k in tl.static_range(SIZE):
+        code = nearest(factor * tile[k])
+        code = tl.where(first, code & 0xFF, tl.minimum(code, NMAX))
+        off = tile[k] - unit * code.to(tl.float32)
+        error += weight[k] * off * off
+    return error
+
+
+@triton.jit
+def _descend_positive(tile, weight, codes, sum_xl, sum_ll, NMAX: tl.constexpr, SIZE: tl.constexpr):
+    """One pass: each element in turn to the code that fits what the others leave, where that fits better."""
+    out = ()
+    for k in tl.static_range(SIZE):
+        old = codes[k].to(tl.float32)
+        xl = sum_xl - weight[k] * tile[k] * old
+        ll = sum_ll - weight[k] * old * old
+        code = tl.minimum(nearest(tl.div_rn(tile[k] * ll, xl)), NMAX)
+        value = code.to(tl.float32)
+        new_xl = xl + weight[k] * tile[k] * value
+        new_ll = ll + weight[k] * value * value
+        better = new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll
+        better = better & (xl > 0) & (ll > 0) & (value != old)
+        out = out + (tl.where(better, code & 0xFF, codes[k]),)
+        sum_xl = tl.where(better, new_xl, sum_xl)
+        sum_ll = tl.where(better, new_ll, sum_ll)
+    return out, sum_xl, sum_ll
+
+
+@triton.jit
+def _zero_where(zero, codes, SIZE: tl.constexpr):
+    out = ()
+    for k in tl.static_range(SIZE):
+        out = out + (tl.where(zero, 0, codes[k]),)
+    return out
 
 
 @triton.jit
