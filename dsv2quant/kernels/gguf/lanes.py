@@ -1,5 +1,5 @@
-"""What the GGUF kernels share, and ggml's searches for scales: the counterpart of formats/gguf/search.py, which describes
-each, one lane being one thread here.
+"""What the GGUF kernels share, and ggml's searches for scales: the counterpart of formats/gguf/search.py, which says
+more of each; one lane is one thread here.
 
 A lane holds its whole sub-block in registers: a tuple of SIZE tensors [LANES], element k of every lane in the k-th. So
 it adds its terms in ggml's order whatever the compiler does with reductions. The rest of the identity: divisions and
