@@ -44,14 +44,16 @@ def test_parts_of_a_tensor_can_be_read(lite):
     np.testing.assert_array_equal(checkpoint.read(weight.stored, 100, 57), whole[100:157])
 
 
-def test_reads_block_fp8(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_block_fp8(tmp_path, dtype):
+    """Its scales may have any plain dtype."""
     raw = tiny.AWKWARD | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     tensors = tiny.random_weights(tiny.AWKWARD)
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"  # 576 rows: a ragged last block
     plain = tensors[name]
     (encoded,) = CODECS["fp8-block"].encode([plain.view(torch.int16).numpy().view(np.uint16)])
     tensors[name] = torch.from_numpy(encoded["weight"]).view(torch.float8_e4m3fn)
-    tensors[f"{name}_scale_inv"] = torch.from_numpy(encoded["weight_scale_inv"])
+    tensors[f"{name}_scale_inv"] = torch.from_numpy(encoded["weight_scale_inv"]).to(dtype)
     checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "fp8", raw, tensors))
     weight = next(w for w in checkpoint.weights if w.spec.name == name)
     assert weight.scheme == "fp8-block"
