@@ -126,11 +126,6 @@ class Checkpoint(ABC):
     def bos_note(self) -> list[str]:
         """A line for the user where nothing says whether a text begins with BOS."""
 
-    @abstractmethod
-    def check_tokenizer(self) -> None:
-        """Check the tokenizer that an artifact gets, and warn where there is none: weights alone are worth converting,
-        too. Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model."""
-
     @property
     @abstractmethod
     def manifest(self) -> Path:
@@ -345,6 +340,8 @@ class HfCheckpoint(Checkpoint):
         return [] if self.folder is None else bos_note(self.folder)
 
     def check_tokenizer(self) -> None:
+        """Check the tokenizer that an artifact gets, and warn where there is none: weights alone are worth converting,
+        too. Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model."""
         from dsv2quant.text.tokenizer import check_tokenizer
 
         if self.folder is not None:

@@ -133,9 +133,6 @@ class GgufCheckpoint(Checkpoint):
         """None: the file says so, or there is no BOS."""
         return []
 
-    def check_tokenizer(self) -> None:
-        """Nothing: no artifact is made of it."""
-
     @property
     def manifest(self) -> Path:
         return gguf_manifest(self.data[self.files[0]][0])

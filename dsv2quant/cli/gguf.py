@@ -84,7 +84,7 @@ def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool
     else:
         from dsv2quant.report import plans
 
-        checkpoint.check_tokenizer()
+        checkpoint.as_source().check_tokenizer()
         plan = common.plan_for(checkpoint, options)
         text, found = plans.plan_text(plan, every_tensor=every_tensor), plans.plan_json(plan)
     if as_json:
