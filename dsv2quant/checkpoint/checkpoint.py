@@ -36,12 +36,11 @@ from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
 from dsv2quant.storage.files import AGAIN, carried_files, reading
 from dsv2quant.storage.manifest import beside
 from dsv2quant.storage.safetensors import INDEX_FILE, StoredTensor, check_index, read_header, read_json, shard_files
+from dsv2quant.text.chat import Templates
+from dsv2quant.text.tokenizer import Tokenizer, bos_note, check_tokenizer, stop_ids
 
 if TYPE_CHECKING:
     import torch
-
-    from dsv2quant.text.chat import Templates
-    from dsv2quant.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
@@ -91,9 +90,9 @@ class Checkpoint(ABC):
     def inputs(self) -> list[Path]:
         """The folder or the files that it is read from, where nothing may be written."""
 
-    @abstractmethod
     def file(self, name: str) -> Path | None:
-        """A file that lies in its folder; None where none has this name, was downloaded, or can: in a GGUF file."""
+        """A file of this name in its folder; None where there is none, or no folder."""
+        return None
 
     @abstractmethod
     def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -122,9 +121,9 @@ class Checkpoint(ABC):
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The tokens that end a text; none may be named. Raises InputError for what is no id."""
 
-    @abstractmethod
     def bos_note(self) -> list[str]:
         """A line for the user where nothing says whether a text begins with BOS."""
+        return []
 
     @property
     @abstractmethod
@@ -141,13 +140,13 @@ class Checkpoint(ABC):
         """Check what can be without a manifest, and return what that was: 'blocks', or 'nothing'. Raises InputError
         where nothing can be and there is no source to compare with."""
 
-    @abstractmethod
     def check_added(self, listed: Sequence[str]) -> list[str]:
-        """Names of files beside those `listed` that no consumer loads. Raises InputError for those that one may."""
+        """Names of files in its folder beside those `listed`. Raises InputError for one that programs may load."""
+        return []
 
-    @abstractmethod
     def file_summary(self) -> dict[str, Any] | None:
         """Of a GGUF file its `file_type` and the number of tensors by block type, `tensor_types`."""
+        return None
 
     def read(
         self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None, buffer: np.ndarray | None = None
@@ -320,30 +319,20 @@ class HfCheckpoint(Checkpoint):
             raise InputError(f"{weight.spec.module}: {error}", where=self.model, fix=fix) from None
 
     def tokenizer(self) -> Tokenizer:
-        from dsv2quant.text.tokenizer import Tokenizer
-
         return Tokenizer.open(self.downloaded)
 
     def templates(self) -> Templates:
-        from dsv2quant.text.chat import Templates
-
         return Templates.of_folder(self.downloaded)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        from dsv2quant.text.tokenizer import stop_ids
-
         return stop_ids(self.downloaded, tokenizer)
 
     def bos_note(self) -> list[str]:
-        from dsv2quant.text.tokenizer import bos_note
-
         return [] if self.folder is None else bos_note(self.folder)
 
     def check_tokenizer(self) -> None:
         """Check the tokenizer that an artifact gets, and warn where there is none: weights alone are worth converting,
         too. Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model."""
-        from dsv2quant.text.tokenizer import check_tokenizer
-
         if self.folder is not None:
             check_tokenizer(self.folder, self.config.vocab_size)
 
@@ -370,6 +359,3 @@ class HfCheckpoint(Checkpoint):
             what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
             raise InputError(what, where=self.folder, fix="remove what was added")
         return added
-
-    def file_summary(self) -> None:
-        return None

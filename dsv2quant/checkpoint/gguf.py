@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,12 +30,12 @@ from dsv2quant.progress import Progress
 from dsv2quant.storage.gguf import Container, Metadata, TensorHeader, read
 from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, StoredTensor
+from dsv2quant.text.chat import Templates
+from dsv2quant.text.gguf_tokenizer import open_tokenizer
+from dsv2quant.text.tokenizer import Tokenizer, checked_stop_ids
 
 if TYPE_CHECKING:
     import torch
-
-    from dsv2quant.text.chat import Templates
-    from dsv2quant.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -75,9 +75,6 @@ class GgufCheckpoint(Checkpoint):
     def inputs(self) -> list[Path]:
         return [path for path, _ in self.data.values()]
 
-    def file(self, name: str) -> None:
-        return None
-
     def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
         """The bytes of its blocks, uint8 [rows, bytes], of a weight that is one tensor or slice."""
         import torch
@@ -114,24 +111,14 @@ class GgufCheckpoint(Checkpoint):
         return lambda begin, end: whole[begin:end]
 
     def tokenizer(self) -> Tokenizer:
-        from dsv2quant.text.gguf_tokenizer import open_tokenizer
-
         return open_tokenizer(self.metadata, self.model)
 
     def templates(self) -> Templates:
-        from dsv2quant.text.chat import Templates
-
         return Templates.of_gguf(self.metadata, self.model)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        from dsv2quant.text.tokenizer import checked_stop_ids
-
         keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
         return checked_stop_ids([self.metadata[key].value for key in keys if key in self.metadata], self.model)
-
-    def bos_note(self) -> list[str]:
-        """None: the file says so, or there is no BOS."""
-        return []
 
     @property
     def manifest(self) -> Path:
@@ -152,10 +139,6 @@ class GgufCheckpoint(Checkpoint):
                         raise InputError(what, where=self.data[part.file][0], fix=fix)
                     advance(part.nbytes)
         return "blocks"
-
-    def check_added(self, listed: Sequence[str]) -> list[str]:
-        """None: its folder may hold what it likes."""
-        return []
 
     def file_summary(self) -> dict[str, Any]:
         types = {part.name: part.dtype for weight in self.weights for part in weight.parts.values()}
