@@ -16,13 +16,13 @@ from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.calib import gptq, layerwise, sequence, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
 from dsv2quant.calib.streams import Spool
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import torch_dtype
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.evaluation.divergence import bootstrap, compare
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.layers import MoE, route
-from dsv2quant.model.load import TORCH_DTYPES
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
@@ -79,11 +79,11 @@ def test_calibrated_tensors_are_as_planned_and_the_artifact_loads(made):
         for output in line.outputs:
             got = written[output.name]
             assert tuple(got.shape) == output.shape
-            assert got.dtype == TORCH_DTYPES[output.dtype]
+            assert got.dtype == torch_dtype(output.dtype)
             if line.method in CALIBRATED:
                 # From another run, whose work folder is still there.
                 assert raw(got) == made.encoded.part(output.name).tobytes(), output.name
-    opened = Checkpoint.open(made.out)
+    opened = open_checkpoint(made.out)
     assert {w.spec.name: w.scheme for w in opened.weights} == {x.spec.name: x.scheme for x in made.plan.entries}
     assert Model(opened).forward(torch.from_numpy(calibration().ids)).isfinite().all()
     assert {p.name for p in made.out.iterdir()} == set(manifest(made.out)["files"]) | {MANIFEST_FILE}
@@ -128,7 +128,7 @@ def test_the_streams_are_the_forward_passes_of_source_and_artifact(made):
     tolerance = 1e-3 if "fp8-channel" in made.plan.schemes else 64 * U
     ids = torch.from_numpy(calibration().ids)
     for side, folder in (("ideal", made.model), ("real", made.out)):
-        model = Model(Checkpoint.open(folder))
+        model = Model(open_checkpoint(folder))
         with torch.inference_mode():
             x = model.ends.embed(ids)
             for i, layer in enumerate((*model.layers(), None)):
@@ -146,7 +146,7 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
     source |= {name: t.bfloat16() for name, t in source.items() if "proj" not in name}
     model = tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED, source)
     if dtype == "block FP8":
-        fp8 = make_plan(Checkpoint.open(model), recipe.builtin("fp8-block"), for_targets=["vllm"])
+        fp8 = make_plan(open_checkpoint(model), recipe.builtin("fp8-block"), for_targets=["vllm"])
         assert "fp8-block" in fp8.schemes
         model = convert(fp8, tmp_path / "fp8", command="").out
     plan = planned(model, "int4-experts")
@@ -154,7 +154,7 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
         m.setattr(Spool, "remove", lambda self: None)
         sequence.quantize_layers(plan, tmp_path / "work", calibration())
     run(plan, tmp_path / "out")
-    passed = perplexity.run(Model(Checkpoint.open(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
+    passed = perplexity.run(Model(open_checkpoint(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
     real = np.fromfile(tmp_path / "work" / "hidden-00003-real", np.float32).reshape(passed.hidden.shape)
     # Unrounded, it would be off by BF16's 2⁻⁹.
     assert (torch.from_numpy(real) - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
@@ -234,7 +234,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
 
 
 def test_outcomes_count_the_tokens_that_the_artifact_routes(made):
-    passed = perplexity.run(Model(Checkpoint.open(made.out)), calibration().ids, [slice(0, WINDOWS)])
+    passed = perplexity.run(Model(open_checkpoint(made.out)), calibration().ids, [slice(0, WINDOWS)])
     fitted = ~aside().numpy()
     for outcome in made.encoded.outcomes:
         chosen = passed.routes[int(outcome.module.split(".")[2])]
@@ -263,7 +263,7 @@ def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):
 
 
 def test_gptq_diverges_less_than_rounding(tmp_path):
-    source, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer.open(tiny.MINI)
+    source, tokenizer = open_checkpoint(tiny.MINI), Tokenizer.open(tiny.MINI)
     tokens = tokenizer.encode(python_topics().content[:20_000])
     ids = cut(tokens, 256, tokenizer.bos_id, "default", "topics").ids
     fitted, scored = ids[:8], ids[8:20]
@@ -271,7 +271,7 @@ def test_gptq_diverges_less_than_rounding(tmp_path):
     for method in ("rtn", "gptq"):
         plan = make_plan(source, recipe.builtin("int4-pure", method=method))
         result = run(plan, tmp_path / method, Calibration(fitted, "topics", "", 0, []))
-        passes.append(perplexity.run(Model(Checkpoint.open(result.out)), scored, [slice(0, len(scored))]))
+        passes.append(perplexity.run(Model(open_checkpoint(result.out)), scored, [slice(0, len(scored))]))
     rounded, calibrated = (compare(passed, passes[0], scored, 0).kld.mean(1) for passed in passes[1:])
     gain = rounded - calibrated  # nats in each window
     assert gain.mean() > 4 * bootstrap(gain)

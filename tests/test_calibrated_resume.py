@@ -17,7 +17,7 @@ from test_convert import contents
 from dsv2quant.calib import gptq, sequence, streams
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.streams import Spool
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
@@ -106,7 +106,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_pa
                 assert expected.items() <= left.items()
             else:
                 with pytest.raises(InputError):
-                    Checkpoint.open(out)
+                    open_checkpoint(out)
             assert all(left[name] == expected[name] for name in expected if name in left)
             calibrating += any(WORK_FOLDER in name for name in left) and not any("model-" in name for name in left)
             assert run_killed(0, *command(out))[1] == 0

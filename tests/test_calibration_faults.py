@@ -18,6 +18,7 @@ from dsv2quant.calib import awq, collect, sequence
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.statistics import Statistics, digest_of, vectors
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import imatrix
@@ -36,7 +37,7 @@ def flipped(path: Path, at: int) -> None:
 @pytest.fixture(scope="module")
 def made(lite, tmp_path_factory):
     """(checkpoint, its statistics file)."""
-    checkpoint = Checkpoint.open(lite)
+    checkpoint = open_checkpoint(lite)
     return checkpoint, calibrate(checkpoint, tmp_path_factory.mktemp("stats") / "s.safetensors", calibration()).path
 
 
@@ -59,9 +60,9 @@ def cut_short(checkpoint: Checkpoint, out: Path, layer: int = 2) -> None:
 @pytest.mark.parametrize("change", [{"num_experts_per_tok": 2}, {"rope_theta": 5000}, {"rms_norm_eps": 1e-5}])
 def test_statistics_are_of_one_configuration(change, made, tmp_path):
     model = tiny.write_checkpoint(tmp_path / "model", tiny.LITE)
-    cut_short(Checkpoint.open(model), tmp_path / "stats")
+    cut_short(open_checkpoint(model), tmp_path / "stats")
     (model / "config.json").write_text(json.dumps(tiny.LITE | change))
-    other = Checkpoint.open(model)
+    other = open_checkpoint(model)
     with pytest.raises(InputError, match=r"stats\.work: holds an unfinished calibration of another model"):
         calibrate(other, tmp_path / "stats", calibration())
     with pytest.raises(InputError, match=r"statistics of lite with another config.json \(calibrate model\)"):
@@ -69,7 +70,7 @@ def test_statistics_are_of_one_configuration(change, made, tmp_path):
 
 
 def test_weights_that_change_meanwhile_are_an_error(tmp_path, monkeypatch):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", tiny.LITE))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", tiny.LITE))
     original = collect._moe
 
     def meanwhile(*args):

@@ -27,7 +27,7 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs, model_specs
 from dsv2quant.bench.device import append, check_device, limits, measured_on
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.fused_model import FusedModel
@@ -134,8 +134,8 @@ def random(name: str, scheme: str) -> Subject:
 
 
 def stored(model: str, **hub: Any) -> Subject:
-    """A checkpoint, an artifact or a GGUF file. Raises InputError as Checkpoint.open does."""
-    checkpoint = Checkpoint.open(model, **hub)
+    """A checkpoint, an artifact or a GGUF file. Raises InputError as open_checkpoint does."""
+    checkpoint = open_checkpoint(model, **hub)
     nbytes = {weight.spec: weight.nbytes for weight in checkpoint.weights}
     schemes = ", ".join(sorted({weight.scheme for weight in checkpoint.weights}))
     return Subject(

@@ -86,7 +86,7 @@ def measure(
         source = Source.of(checkpoint, {})
     model = {"identity": source.identity["weights"], "config": configured(checkpoint.config)}
     wanted = {"model": model, "calibration": calibration.describe(device)}
-    _check_out(out, [*inputs, *([checkpoint.folder] if checkpoint.folder is not None else [])])
+    _check_out(out, [*inputs, *checkpoint.inputs])
     if out.exists() and not force:
         made = _opened(out, wanted, halves)
         made.check(checkpoint)

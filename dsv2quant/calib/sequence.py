@@ -12,10 +12,11 @@ from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
 from dsv2quant.calib.calibration import Calibration, Encoded, Prepared, work_weights
 from dsv2quant.calib.layerwise import Job, copied, quantize_layer
 from dsv2quant.calib.streams import Made, Spool, through_layers
+from dsv2quant.checkpoint.checkpoint import torch_dtype
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
+from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 
@@ -73,7 +74,7 @@ def _job(
         inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
         for entry, parts in zip(entries, codec.encode(weights, device, entries[0].encoding, inputs), strict=True):
             tensors = {
-                part.suffix: torch.from_numpy(parts[part.suffix]).view(TORCH_DTYPES[part.dtype]).to(device)
+                part.suffix: torch.from_numpy(parts[part.suffix]).view(torch_dtype(part.dtype)).to(device)
                 for part in codec.layout(entry.spec.shape)
             }
             linear = job.linear(entry.spec.module)

@@ -67,9 +67,9 @@ def command(
     text = _text(prompt)
     common.check_device(device)
 
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         import torch
 

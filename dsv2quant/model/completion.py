@@ -18,10 +18,8 @@ from dsv2quant.model.generate import Sampling, check_prompt, finish_reason, gene
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.open import open_model
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.chat import Chat, Templates
+from dsv2quant.text.chat import Chat
 from dsv2quant.text.tokenizer import Detokenizer, Tokenizer
-from dsv2quant.text.tokenizer_file import bos_note
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +53,13 @@ def complete(
     if checkpoint.config.architecture != CAUSAL_LM:
         fix = "generating needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
-    tokenizer = Tokenizer.of(checkpoint)
+    tokenizer = checkpoint.tokenizer()
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
-    if not request.chat and checkpoint.folder is not None:
-        for note in bos_note(checkpoint.folder):
+    if not request.chat:
+        for note in checkpoint.bos_note():
             logger.warning("warning: %s", note)
-    stop = stop_ids(checkpoint, tokenizer)
+    stop = checkpoint.stop_ids(tokenizer)
     model = open_model(checkpoint, request.options, progress=progress)
 
     detokenizer = Detokenizer(tokenizer)
@@ -107,34 +105,10 @@ def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -
     template spells out all that it wants."""
     if request.chat:
         chat = Chat([{"role": "user", "content": request.prompt}], checkpoint.model)
-        (text,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
+        (text,) = checkpoint.templates().render([chat], generation_prompt=True)
     else:
         text = request.prompt
     ids = tokenizer.encode(text, parse_special=request.chat or request.special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
     wanted = tokenizer.add_bos and not request.chat and ids[:1].tolist() != [tokenizer.bos_id]
     return [*[tokenizer.bos_id] * wanted, *ids.tolist()]
-
-
-def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a text: `eos_token_id` of generation_config.json, which may list several, else the token
-    that tokenizer_config.json names, else config.json's; of a GGUF file its EOS and end of turn. None may be named."""
-    if checkpoint.metadata is not None:
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-        found: Any = [checkpoint.metadata[key].value for key in keys if key in checkpoint.metadata]
-        where: object = checkpoint.model
-    else:
-        assert checkpoint.folder is not None
-        where = path = checkpoint.folder / "generation_config.json"
-        found = read_json(path).get("eos_token_id") if path.exists() else None
-        if found is None:
-            where = path = checkpoint.folder / "tokenizer_config.json"
-            token = read_json(path).get("eos_token") if path.exists() else None
-            token = token.get("content") if isinstance(token, dict) else token
-            found = tokenizer.id_of(token) if isinstance(token, str) else None
-        if found is None:
-            where, found = checkpoint.folder / "config.json", checkpoint.raw_config.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(number) is int for number in ids):
-        raise InputError(f"eos_token_id is {found!r:.60}", where=where, fix="it must be a token's id, or a list of ids")
-    return frozenset(ids)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout, ops, reference
@@ -31,7 +32,7 @@ from dsv2quant.model.quantized import (
     rounded,
     unsupported,
 )
-from dsv2quant.model.source import BLOCKS, Source
+from dsv2quant.model.source import Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 PLAIN_UNIT = 8  # columns of plain weights: grouped products take rows of whole 16 bytes

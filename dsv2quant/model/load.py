@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
-from dsv2quant.errors import InputError, UsageError
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Attention
 from dsv2quant.model.decoder import DecoderLayer, Ends
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm
-from dsv2quant.storage.safetensors import StoredTensor
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
 
@@ -62,58 +56,6 @@ def runs_kernels(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
-    """A part with its bytes unchanged, in its own dtype."""
-    return torch.from_numpy(checkpoint.read(part)).to(device).view(TORCH_DTYPES[part.dtype]).view(part.shape)
-
-
-def decode(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    scale_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """A weight as a consumer reconstructs it in `dtype`. Raises InputError where its parts contradict each other."""
-    if checkpoint.metadata is not None:
-        from dsv2quant.checkpoint.gguf import decode as decode_blocks
-
-        values = decode_blocks([(part, checkpoint.read(part)) for part in weight.parts.values()])
-        return torch.from_numpy(values).to(device, dtype)
-    parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
-    if weight.scheme == "bf16":
-        return next(iter(parts.values())).to(dtype)
-    return decode_parts(checkpoint, weight, parts, dtype, scale_dtype)
-
-
-def decode_parts(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    parts: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The same of a quantized weight's parts, or of those of some of its rows (`Codec.rows`)."""
-    try:
-        return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
-    except ValueError as error:
-        fix = "the checkpoint is damaged: get it again"
-        raise InputError(f"{weight.spec.module}: {error}", where=checkpoint.model, fix=fix) from None
-
-
-def kv_scale(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor | None:
-    """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none. Raises InputError for one that nothing
-    can be divided by."""
-    part = checkpoint.kv_scales.get(layer)
-    if part is None:
-        return None
-    scale = stored_tensor(checkpoint, part, device).float().reshape(1)
-    if not 0 < scale.item() < float("inf"):
-        fix = "the checkpoint is damaged: get it again"
-        raise InputError(f"{part.name} is {scale.item()}", where=checkpoint.model, fix=fix)
-    return scale
-
-
 class Loader:
     """Decodes weights by name. Layers are built when asked for and belong to the caller."""
 
@@ -139,8 +81,8 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """See `kv_scale`."""
-        return kv_scale(self.checkpoint, layer, self.options.device)
+        """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none."""
+        return self.checkpoint.kv_scale(layer, self.options.device)
 
     def _attention(self, c: ModelConfig, at: str) -> Attention:
         latent_query = c.q_lora_rank is not None
@@ -175,7 +117,7 @@ class Loader:
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
         input_scale = None
         if activation == "static":
-            stored = stored_tensor(self.checkpoint, weight.parts[INPUT_SCALE], self.options.device)
+            stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], self.options.device)
             input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
         return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
 
@@ -185,4 +127,4 @@ class Loader:
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
         scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
-        return decode(self.checkpoint, weight, dtype or o.dtype, o.device, scale_dtype)
+        return self.checkpoint.decode(weight, dtype or o.dtype, o.device, scale_dtype)

@@ -164,7 +164,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "configuration": _describe(checkpoint.config),
         "kv_scales": len(checkpoint.kv_scales),
         "quantization_config": checkpoint.config.quantization,
-        "gguf": _gguf_json(checkpoint),
+        "gguf": checkpoint.file_summary(),
     }
 
 
@@ -173,16 +173,8 @@ def _size(checkpoint: Checkpoint, file: str) -> int | None:
     return os.stat(checkpoint.data[file][0]).st_size if file in checkpoint.data else None
 
 
-def _gguf_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    if checkpoint.metadata is None:
-        return None
-    from dsv2quant.report.gguf import file_type, tensor_types
-
-    return {"file_type": file_type(checkpoint.metadata), "tensor_types": tensor_types(checkpoint)}
-
-
 def _gguf_lines(checkpoint: Checkpoint) -> list[str]:
-    about = _gguf_json(checkpoint)
+    about = checkpoint.file_summary()
     if about is None:
         return []
     types = ", ".join(f"{number} {name}" for name, number in about["tensor_types"].items())
