@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from gguf_tiny import PUBLISHED
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.evaluation import divergence
@@ -30,7 +30,7 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in MODELS.items()}
-TENSORS = {name: model_tensors(config) for name, config in CONFIGS.items()}
+TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_model = pytest.mark.parametrize("model", CONFIGS)
 

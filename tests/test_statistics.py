@@ -14,7 +14,7 @@ import tiny
 import torch
 from safetensors.numpy import load_file
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.calib import collect, streams
 from dsv2quant.calib.calibrate import calibrate, statistics_bytes
 from dsv2quant.calib.calibration import Calibration
@@ -77,8 +77,8 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
             seen[names[id(self.weight)]].append(x.flatten(0, -2))
         return linear(self, x)
 
-    def recorded_route(x, router, config):
-        routes.append((x, *route(x, router, config)))
+    def recorded_route(x, router, routing):
+        routes.append((x, *route(x, router, routing)))
         return routes[-1][1:]
 
     monkeypatch.setattr(Linear, "__call__", record)

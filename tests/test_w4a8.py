@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.deepseek_v2 import layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.bench.subject import configuration
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.convert import convert
@@ -88,7 +88,7 @@ CASES = [
 def test_vllms_conditions(model, role, shape, tp, scheme):
     config = configuration(model)
     everything = replace(recipe.builtin("w4a8"), rules=(recipe.Rule(("*",), None, "w4a8-g128", "rtn"),))
-    specs = (*layer_specs(config, 0), *layer_specs(config, 1))
+    specs = (*architecture(config).layer(0), *architecture(config).layer(1))
     spec = next(spec for spec in specs if spec.role == role)
     assert spec.shape == shape
     chosen = choose_schemes([spec], config, everything, ("vllm",), Parallel(tp))

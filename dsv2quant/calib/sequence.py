@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.calib.calibration import Calibration, Encoded, Prepared, work_weights
 from dsv2quant.calib.layerwise import Job, copied, quantize_layer
 from dsv2quant.calib.streams import Made, Spool, through_layers

@@ -41,7 +41,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec, layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import configured, sampled
 from dsv2quant.errors import InputError, listing
@@ -98,7 +99,7 @@ def site(spec: TensorSpec) -> str:
 def inputs(config: ModelConfig) -> Iterator[tuple[str, int, bool]]:
     """(site, channels, whether it is a routed expert's) of everything that is measured, layer by layer."""
     for layer in range(config.num_hidden_layers):
-        specs = [spec for spec in layer_specs(config, layer) if spec.role in (*LINEAR_ROLES, "router")]
+        specs = [spec for spec in architecture(config).layer(layer) if spec.role in (*LINEAR_ROLES, "router")]
         yield from dict.fromkeys((site(spec), spec.shape[1], spec.expert is not None) for spec in specs)
 
 

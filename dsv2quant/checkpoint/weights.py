@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec

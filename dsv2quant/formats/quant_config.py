@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.formats.codec import Codec, eight_bits
 from dsv2quant.formats.compressed_tensors import group_size, is_int4
 from dsv2quant.formats.schemes import CODECS

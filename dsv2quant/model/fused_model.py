@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.kernels import ops
 from dsv2quant.model.attention import LatentCache, halves
 from dsv2quant.model.decoder import Ends
@@ -67,10 +68,11 @@ class FusedLoader:
         )
 
     def _moe(self, at: str) -> FusedMoE:
-        router = self.source.plain(f"{at}.gate.weight", torch.float32)
+        router, routing = self.source.plain(f"{at}.gate.weight", torch.float32), architecture(self.config).router
         assert router is not None
+        assert routing is not None
         return FusedMoE(
-            config=self.config,
+            routing=routing,
             router=router,
             experts=load_experts(self.source, f"{at}.experts"),
             shared=self._ffn(f"{at}.shared_experts") if self.config.n_shared_experts else None,

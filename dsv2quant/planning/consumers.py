@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import PER_WORD

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
@@ -49,7 +50,7 @@ class Options:
 class Entry:
     """One tensor of the file: its type, and why that is not what was wished for."""
 
-    tensor: Tensor
+    tensor: GgufTensor
     type: str
     reason: str | None
 
@@ -87,7 +88,7 @@ class GgufPlan:
     def parameters(self) -> int:
         return sum(weight.spec.size for weight in self.checkpoint.weights)
 
-    def importance(self, tensor: Tensor) -> np.ndarray | None:
+    def importance(self, tensor: GgufTensor) -> np.ndarray | None:
         """float32 [matrices, cols], or None without an importance matrix of this tensor."""
         found = self.options.imatrix
         return None if found is None else found.importance(tensor, shrink=self.options.shrink)
@@ -128,7 +129,7 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     config = checkpoint.config
     check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
     checkpoint.check_source()
-    tensors = model_tensors(config)
+    tensors = architecture(config).gguf_tensors()
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
     check_types(tensors, options.file_type, options.overrides)
@@ -228,7 +229,7 @@ _LOSSY = ("Q2_K", "Q3_K_S")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
 
 
-def check_types(tensors: Sequence[Tensor], file_type: str, overrides: Overrides) -> None:
+def check_types(tensors: Sequence[GgufTensor], file_type: str, overrides: Overrides) -> None:
     """Raise UsageError where one of the overrides decides no tensor's type."""
     is_plain = file_type in FILE_TYPES and FILE_TYPES[file_type].default in PLAIN
     if overrides.tensor_types and is_plain:  # llama-quantize ignores them

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import Tensor
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
 from dsv2quant.planning import gguf_types as types
@@ -29,7 +29,7 @@ _FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K": "Q8_0"
 
 
 def choose(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[GgufTensor],
     preset: str,
     config: ModelConfig,
     overrides: Overrides = Overrides(),  # noqa: B008
@@ -49,10 +49,10 @@ def choose(
     return [(quantizable(t) and overrides.of(t, tied=tied)) or chosen[t.name] for t in tensors]
 
 
-def _steps(tensors: Sequence[Tensor], raised: str) -> Iterator[tuple[list[Tensor], str]]:
+def _steps(tensors: Sequence[GgufTensor], raised: str) -> Iterator[tuple[list[GgufTensor], str]]:
     """What to raise, and to what, in order: the latents' projections, then all else that is not routed, kind by kind;
     then routed experts, layer by layer."""
-    kinds: dict[str, list[Tensor]] = {}
+    kinds: dict[str, list[GgufTensor]] = {}
     for tensor in tensors:
         kinds.setdefault(tensor.kind, []).append(tensor)
     for kind in _LATENT:
@@ -65,9 +65,9 @@ def _steps(tensors: Sequence[Tensor], raised: str) -> Iterator[tuple[list[Tensor
             yield [tensor], raised
 
 
-def _fit(tensor: Tensor, wished: str) -> Choice:
+def _fit(tensor: GgufTensor, wished: str) -> Choice:
     return types.fall_back(tensor, wished, _FALLBACKS) if quantizable(tensor) else ("F32", None)
 
 
-def _nbytes(tensor: Tensor, choice: Choice) -> int:
+def _nbytes(tensor: GgufTensor, choice: Choice) -> int:
     return padded(blocks.nbytes(choice[0], tensor.shape))

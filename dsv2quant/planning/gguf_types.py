@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import Tensor
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.formats.gguf.file_types import FILE_TYPES
 from dsv2quant.storage.gguf import SIZES
 
@@ -38,14 +38,14 @@ class Overrides:
     output_type: str | None = None
     token_embedding_type: str | None = None
 
-    def pattern(self, tensor: Tensor) -> int | None:
+    def pattern(self, tensor: GgufTensor) -> int | None:
         """Which of `tensor_types` decides, if any."""
         if self._fixed(tensor) is not None:
             return None
         found = (i for i, (pattern, _) in enumerate(self.tensor_types) if re.search(pattern.lower(), tensor.name))
         return next(found, None)
 
-    def of(self, tensor: Tensor, *, tied: bool) -> Choice | None:
+    def of(self, tensor: GgufTensor, *, tied: bool) -> Choice | None:
         """The type asked for, if any; `tied` says that the embedding is the output."""
         fixed, at = self._fixed(tensor), self.pattern(tensor)
         if fixed is not None:
@@ -56,12 +56,12 @@ class Overrides:
             return fall_back(tensor, self.output_type)
         return None
 
-    def _fixed(self, tensor: Tensor) -> str | None:
+    def _fixed(self, tensor: GgufTensor) -> str | None:
         return {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
 
 
 def choose(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[GgufTensor],
     file_type: str,
     config: ModelConfig,
     *,
@@ -79,17 +79,17 @@ def choose(
     ]
 
 
-def is_tied(tensors: Sequence[Tensor]) -> bool:
+def is_tied(tensors: Sequence[GgufTensor]) -> bool:
     """Whether the embedding is the output, too."""
     return all(tensor.kind != "output" for tensor in tensors)
 
 
-def quantizable(tensor: Tensor) -> bool:
+def quantizable(tensor: GgufTensor) -> bool:
     """Whether llama-quantize touches it; norms, biases and routers stay F32 (tensor_allows_quantization)."""
     return len(tensor.shape) > 1 and tensor.kind != "ffn_gate_inp"
 
 
-def fall_back(tensor: Tensor, wished: str, fallbacks: Mapping[str, str] = _FALLBACKS) -> Choice:
+def fall_back(tensor: GgufTensor, wished: str, fallbacks: Mapping[str, str] = _FALLBACKS) -> Choice:
     """The type that the tensor's rows fit (tensor_type_fallback)."""
     columns = tensor.shape[-1]
     if columns % _block(wished) == 0:
@@ -112,7 +112,7 @@ class _Mix:
         self.layers, self.experts = config.num_hidden_layers, config.n_routed_experts
         self.has_imatrix, self.tied = has_imatrix, tied
 
-    def type_of(self, tensor: Tensor) -> str:
+    def type_of(self, tensor: GgufTensor) -> str:
         kind = tensor.kind
         if self.default in PLAIN:
             return self.default

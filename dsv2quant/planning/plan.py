@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv2quant import __version__
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError
 from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import widened
 from dsv2quant.storage.files import read_bytes
@@ -44,7 +45,7 @@ class SmoothingPair:
 def smoothing_pairs(config: ModelConfig, layer: int) -> list[SmoothingPair]:
     """Every smoothing of a layer."""
     at = f"model.layers.{layer}"
-    specs = {spec.module: spec for spec in layer_specs(config, layer) if spec.role != "bias"}
+    specs = {spec.module: spec for spec in architecture(config).layer(layer) if spec.role != "bias"}
 
     def named(*modules: str) -> tuple[TensorSpec, ...]:
         return tuple(specs[f"{at}.{module}"] for module in modules if f"{at}.{module}" in specs)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsv2quant.arch.deepseek_v2 import TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import Dsv2quantError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets

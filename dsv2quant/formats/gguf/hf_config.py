@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv2quant.arch.config import CAUSAL_LM
-from dsv2quant.arch.gguf_tensors import ARCHITECTURE
+from dsv2quant.arch.deepseek_v2 import ARCHITECTURE
 from dsv2quant.errors import InputError
 from dsv2quant.storage.gguf import Metadata
 
