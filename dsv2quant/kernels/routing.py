@@ -257,8 +257,8 @@ def _route(logits: torch.Tensor, router: Router, block: int | None) -> tuple[tor
             logits, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
             GROUPS=groups, MANY_GROUPS=triton.next_power_of_2(groups),
             WIDTH=triton.next_power_of_2(experts // groups), KEPT=router.topk_group, K=k,
-            MANY=triton.next_power_of_2(k), NORM=router.normalise and k > 1, SORTED=routes is not None, num_warps=1, enable_fp_fusion=False,
-            launch_pdl=PDL,
+            MANY=triton.next_power_of_2(k), NORM=router.normalise and k > 1, SORTED=routes is not None,
+            num_warps=1, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return weights, chosen, routes
 

@@ -102,7 +102,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 def _size_label(tensors: list[GgufTensor], total: int) -> str:
     """'64x1.5B': the experts, and the parameters of the model that has one of them (GGUFWriter, gguf-py)."""
-    stacks = [tensor for tensor in tensors if tensor.kind.endswith("_exps")]
+    stacks = [tensor for tensor in tensors if tensor.specs[0].expert is not None]
     shared = total - sum(prod(tensor.shape) for tensor in stacks)
     one_expert = sum(prod(tensor.shape[1:]) for tensor in stacks)
     return str(size_label(total, shared, one_expert, stacks[0].matrices if stacks else 0))

@@ -223,7 +223,7 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
 
 
 _UNWEIGHTED = (*PLAIN, "Q8_0")  # have no use for importance
-_UNMEASURED = ("token_embd", "output")  # the first has no input; llama-imatrix skips the other if not asked for it
+_UNMEASURED = ("embed", "lm_head")  # the first has no input; llama-imatrix skips the other if not asked for it
 _NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
 _LOSSY = ("Q2_K", "Q3_K_S")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
@@ -247,7 +247,7 @@ def check_types(tensors: Sequence[GgufTensor], file_type: str, overrides: Overri
                 what, fix = "options before it decide for all that it matches", "the first that matches decides"
             raise UsageError(f"--tensor-type {pattern}={kind.lower()}: {what}", fix=fix)
     if overrides.output_type is not None and is_tied(tensors):
-        embedding = next(tensor for tensor in tensors if tensor.kind == "token_embd")
+        embedding = next(tensor for tensor in tensors if tensor.role == "embed")
         is_given = overrides.token_embedding_type is not None or overrides.pattern(embedding) is not None
         if is_plain or is_given:
             what = f"--output-type: the model's output is its embedding, {embedding.name}"
@@ -260,7 +260,7 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
 
     Raises UsageError or InputError where llama-quantize would refuse to, because the result would be useless.
     """
-    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.kind not in _UNMEASURED]
+    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.role not in _UNMEASURED]
     lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
     needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
     if imatrix is None:

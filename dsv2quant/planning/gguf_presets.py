@@ -37,7 +37,7 @@ def choose(
     """(type, reason) of every tensor, as `types.choose` gives them; `overrides` are not counted in the file's size."""
     stock, raised = PRESETS[preset]
     default = FILE_TYPES[stock].default
-    chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.kind == "output" else default) for tensor in tensors}
+    chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.role == "lm_head" else default) for tensor in tensors}
     room = sum(map(_nbytes, tensors, types.choose(tensors, stock, config)))
     room -= sum(_nbytes(tensor, chosen[tensor.name]) for tensor in tensors)
     for members, wished in _steps(tensors, raised):

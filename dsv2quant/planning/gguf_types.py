@@ -19,7 +19,7 @@ PLAIN = ("F32", "F16", "BF16")
 _FALLBACKS = {
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
-_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # attn_output
+_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # o_proj
 # The same in a model of 8 experts, whose attention is taken for a Mixtral's.
 _RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
 Choice = tuple[str, str | None]
@@ -52,12 +52,12 @@ class Overrides:
             return fixed, None
         if at is not None:
             return fall_back(tensor, self.tensor_types[at][1])
-        if tied and tensor.kind == "token_embd" and self.output_type is not None:
+        if tied and tensor.role == "embed" and self.output_type is not None:
             return fall_back(tensor, self.output_type)
         return None
 
     def _fixed(self, tensor: GgufTensor) -> str | None:
-        return {"token_embd": self.token_embedding_type, "output": self.output_type}.get(tensor.kind)
+        return {"embed": self.token_embedding_type, "lm_head": self.output_type}.get(tensor.role)
 
 
 def choose(
@@ -81,12 +81,12 @@ def choose(
 
 def is_tied(tensors: Sequence[GgufTensor]) -> bool:
     """Whether the embedding is the output, too."""
-    return all(tensor.kind != "output" for tensor in tensors)
+    return all(tensor.role != "lm_head" for tensor in tensors)
 
 
 def quantizable(tensor: GgufTensor) -> bool:
     """Whether llama-quantize touches it; norms, biases and routers stay F32 (tensor_allows_quantization)."""
-    return len(tensor.shape) > 1 and tensor.kind != "ffn_gate_inp"
+    return len(tensor.shape) > 1 and tensor.role != "router"
 
 
 def fall_back(tensor: GgufTensor, wished: str, fallbacks: Mapping[str, str] = _FALLBACKS) -> Choice:
@@ -113,15 +113,15 @@ class _Mix:
         self.has_imatrix, self.tied = has_imatrix, tied
 
     def type_of(self, tensor: GgufTensor) -> str:
-        kind = tensor.kind
+        role = tensor.role
         if self.default in PLAIN:
             return self.default
-        if kind == "output" or (kind == "token_embd" and self.tied):
+        if role == "lm_head" or (role == "embed" and self.tied):
             return self._output(tensor.shape[-1])
-        if kind.startswith("ffn_down"):
+        if role.endswith("down_proj"):
             assert tensor.layer is not None
             return self._down(tensor.layer)
-        if kind == "attn_output":
+        if role == "o_proj":
             if self.experts == 8:
                 return "Q5_K" if self.name in _RAISED_OF_8 else self.default
             return _RAISED_OUTPUT.get(self.name, self.default)

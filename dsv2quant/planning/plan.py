@@ -195,7 +195,7 @@ def choose_schemes(
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
             assigned[spec.role, spec.layer] = recipe.assign(spec)
-        modules[targets.fused_module(spec, config, chosen) or spec.name].append(spec)
+        modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, tuple[str, str, str | None]] = {}
     for members in modules.values():
         wishes = {spec: assigned[spec.role, spec.layer] for spec in members}
@@ -261,7 +261,7 @@ def _lay_out(
     for entry in entries:
         group = None
         if CODECS[entry.scheme].shares_scale:
-            group = targets.scale_group(entry.spec, checkpoint.config, chosen)
+            group = targets.scale_group(entry.spec, chosen)
         grouped[group or entry.spec.name].append(entry)
     steps: list[Step] = []
     filled: list[list[Output]] = [[]]

@@ -75,7 +75,7 @@ class Imatrix:
             return None
         tokens = _whole(entry.counts)[:, None]
         if shrink and len(entry.counts) > 1:
-            values = _shrunk(entry.sums, tokens, are_own=tensor.kind == "ffn_down_exps")
+            values = _shrunk(entry.sums, tokens, are_own=tensor.role == "routed.down_proj")
         else:
             values = np.where(tokens > 0, entry.sums / np.maximum(tokens, 1), np.float32(1))
         return values.reshape(tensor.matrices, tensor.shape[-1])
@@ -84,7 +84,7 @@ class Imatrix:
         wanted = tensor.matrices * tensor.shape[-1]
         if entry.sums.size == wanted:
             return True
-        if tensor.name == "token_embd.weight":  # a row lookup has no input; llama-quantize ignores it, too
+        if tensor.role == "embed":  # a row lookup has no input; llama-quantize ignores it, too
             return False
         what = f"of another model: {tensor.name} has {entry.sums.size:,} values there, {wanted:,} in the model"
         raise InputError(what, where=self.source, fix=_OTHER)
@@ -125,7 +125,7 @@ def check_model(tensors: Sequence[GgufTensor], imatrix: Imatrix) -> None:
 
 def older_names(tensors: Sequence[GgufTensor]) -> list[str]:
     """What llama-imatrix measured before llama.cpp stored kv_b_proj's halves, and llama-quantize ignores."""
-    return [tensor.name.replace(K_B, "attn_kv_b") for tensor in tensors if tensor.kind == K_B]
+    return [str(tensor.specs[0].gguf_name) for tensor in tensors if tensor.kind == K_B]
 
 
 def metadata(path: str | Path, imatrix: Imatrix) -> dict[str, Value]:
