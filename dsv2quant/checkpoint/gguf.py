@@ -1,6 +1,6 @@
 """Opening a GGUF file as a checkpoint: the weights of the model, each with the bytes that hold it.
 
-A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (tensors.py). An
+A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (`GgufTensor`). An
 expert's part is its slice of the stack, so that it can be read alone. Split files are put together as llama.cpp does
 (src/llama-model-loader.cpp).
 """
