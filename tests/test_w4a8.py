@@ -91,7 +91,7 @@ def test_vllms_conditions(model, role, shape, tp, scheme):
     specs = (*architecture(config).layer(0), *architecture(config).layer(1))
     spec = next(spec for spec in specs if spec.role == role)
     assert spec.shape == shape
-    chosen = choose_schemes([spec], config, everything, ("vllm",), Parallel(tp))
+    chosen = choose_schemes([spec], everything, ("vllm",), Parallel(tp))
     assert chosen[spec][0] == scheme
     assert (chosen[spec][2] is None) == (scheme == "w4a8-g128")
 
@@ -135,7 +135,7 @@ def test_a_scheme_without_a_row_is_refused_by_each_consumer(target, monkeypatch)
     assert target not in consumers.choose(None, {"int4-g64"})
     checkpoint = Checkpoint.open(tiny.MINI)
     spec = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
-    found = consumers.refusal(spec, "int4-g64", checkpoint.config, [target], Parallel())
+    found = consumers.refusal(spec, "int4-g64", [target], Parallel())
     assert found == consumers.Refusal(f"{target}: no rule for scheme int4-g64")
 
 

@@ -88,7 +88,7 @@ def _finer_groups(plan: Plan) -> list[str]:
         if codec.quant_method == "compressed-tensors":
             continue
         for size in (size for size in (64, 32) if size < (group or 0)):
-            rules = (codec.variant(size), plan.checkpoint.config, plan.targets, plan.parallel)
+            rules = (codec.variant(size), plan.targets, plan.parallel)
             roles = list(dict.fromkeys(spec.role for spec in fallen if targets.refusal(spec, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"
