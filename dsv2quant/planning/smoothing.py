@@ -3,10 +3,10 @@ model as it is.
 
     W x = (W S) (S⁻¹ x)     columns of the consumers × 2ᵉ, rows of the producer × 2⁻ᵉ
 
-In DeepSeek-V2 these are legal, and no others of this kind: a norm in front of every linear that reads it (the router
-is one of them, and so are all rows of kv_a_proj_with_mqa), up_proj in front of down_proj (not gate_proj: SiLU is not
-linear), and the V rows of kv_b_proj in front of o_proj. Scales are powers of two: what stays BF16, the router above
-all, keeps its digits, and every token its experts.
+In DeepSeek-V2 these are legal, and no others of this kind (`TensorSpec.producer`): a norm in front of every linear that
+reads it (the router is one of them, and so are all rows of kv_a_proj_with_mqa), up_proj in front of down_proj (not
+gate_proj: SiLU is not linear), and the V rows of kv_b_proj in front of o_proj. Scales are powers of two: what stays
+BF16, the router above all, keeps its digits, and every token its experts.
 """
 
 from __future__ import annotations
