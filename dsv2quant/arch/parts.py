@@ -72,7 +72,7 @@ class MLA:
                 yield TensorSpec(f"{module}.bias", "bias", (rows,), layer, gguf_name=f"{name}.bias")
 
         def fused(is_first: bool) -> Fused:
-            # vLLM DeepSeekV2FusedQkvAProjLinear, SGLang fused_qkv_a_proj_with_mqa. Without a query latent kv_a is alone.
+            # vLLM DeepSeekV2FusedQkvAProjLinear, SGLang fused_qkv_a_proj_with_mqa; without a query latent of kv_a alone
             names = f"{at}.fused_qkv_a_proj", f"{at}.fused_qkv_a_proj_with_mqa"
             return Fused(names, kv_rows + (self.q_rank or 0), is_first)
 
