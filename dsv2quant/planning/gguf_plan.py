@@ -21,7 +21,6 @@ from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
-from dsv2quant.planning import gguf_presets as presets
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_metadata import check_loadable, warnings
 from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
@@ -134,7 +133,7 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
         imatrix.check_model(tensors, options.imatrix)
     check_types(tensors, options.file_type, options.overrides)
     if options.file_type in PRESETS:
-        choices = presets.choose(tensors, options.file_type, config, options.overrides)
+        choices = types.choose_preset(tensors, options.file_type, config, options.overrides)
     else:
         weighted = options.imatrix is not None
         choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
