@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-ATTENTION_ROLES = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-FFN_ROLES = tuple(f"{ffn}.{p}" for ffn in ("dense", "shared", "routed") for p in ("gate_proj", "up_proj", "down_proj"))
-LINEAR_ROLES = ATTENTION_ROLES + FFN_ROLES
-OTHER_ROLES = ("embed", "lm_head", "score", "router", "norm", "bias")
-ROLES = LINEAR_ROLES + OTHER_ROLES
+LINEAR_ROLES = (
+    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+    *(f"{ffn}.{p}" for ffn in ("dense", "shared", "routed") for p in ("gate_proj", "up_proj", "down_proj")),
+)  # fmt: skip
+ROLES = (*LINEAR_ROLES, "embed", "lm_head", "score", "router", "norm", "bias")
 
 KV_B, K_B, V_B = "attn_kv_b", "attn_k_b", "attn_v_b"  # kv_b_proj and its halves in GGUF
 
@@ -75,6 +75,11 @@ class TensorSpec:
     def module(self) -> str:
         """The module that holds the tensor: the name without `.weight` or `.bias`."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def parent(self) -> str:
+        """The module around that one: a layer's attention, an FFN or an expert."""
+        return self.module.rpartition(".")[0]
 
     @property
     def size(self) -> int:

@@ -85,7 +85,7 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
         if scheme == "bf16" and spec.role not in ("embed", "norm", "bias"):
             aliases = () if spec.fused_as is None else spec.fused_as.names
             if spec.expert is not None:
-                aliases = (_parent(_parent(spec.module)),)
+                aliases = (spec.parent.rpartition(".")[0],)
             names |= dict.fromkeys((*aliases, spec.module))
     return list(names)
 
@@ -111,12 +111,11 @@ def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
     """Regular expressions for the modules of one scheme: one per role, naming layers only where it must."""
     patterns = []
     for role in LINEAR_ROLES:
-        everywhere = {spec.layer: (s, spec) for spec, s in schemes.items() if spec.role == role}
-        layers = [layer for layer, (s, _) in everywhere.items() if s == scheme]
+        everywhere = {spec.layer: spec for spec in schemes if spec.role == role}
+        layers = [layer for layer, spec in everywhere.items() if schemes[spec] == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
-            _, spec = everywhere[layers[0]]
-            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(spec)}$")
+            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(everywhere[layers[0]])}$")
     return patterns
 
 
@@ -129,10 +128,6 @@ def _module_pattern(spec: TensorSpec) -> str:
     parent = parent.replace("experts", r"\w+")
     names = (leaf, *(name.rpartition(".")[2] for name in (spec.fused_as.names if spec.fused_as else ())))
     return rf"{parent}\.({'|'.join(names)})"
-
-
-def _parent(module: str) -> str:
-    return module.rpartition(".")[0]
 
 
 def activations_quantized(config: Mapping[str, Any] | None) -> bool:

@@ -152,7 +152,7 @@ def scale_group(spec: TensorSpec, targets: Iterable[str]) -> str | None:
     """
     if spec.expert is None:
         return fused_module(spec, targets)
-    return spec.module.rpartition(".")[0] if _is_joined(spec) and set(targets) & set(ENGINES) else None
+    return spec.parent if _is_joined(spec) and set(targets) & set(ENGINES) else None
 
 
 def input_group(spec: TensorSpec, targets: Iterable[str]) -> str:

@@ -245,8 +245,7 @@ def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts
         parts = CODECS[scheme].layout(spec.shape)
         outputs = tuple(Output(f"{spec.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
     if spec.role == "kv_a_proj_with_mqa":
-        attention = spec.module.rpartition(".")[0]
-        outputs += tuple(Output(f"{attention}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
+        outputs += tuple(Output(f"{spec.parent}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
 
 
