@@ -71,7 +71,7 @@ def write(source: Path, out: Path, scheme: str, kv: float | None = None, **optio
     watched = watch(model)
     model.forward(some_tokens(checkpoint, 2, 32))
     amax: dict[str, float] = defaultdict(float)
-    groups = {line.spec: input_group(line.spec, checkpoint.config, plan.targets) for line in plan.entries}
+    groups = {line.spec: input_group(line.spec, plan.targets) for line in plan.entries}
     for spec, group in groups.items():
         if spec.module in watched:
             amax[group] = max(amax[group], watched[spec.module].seen)

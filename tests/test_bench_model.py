@@ -191,5 +191,5 @@ def test_a_checkpoint_is_measured_by_what_it_stores(lite, monkeypatch):
     subject = measure.stored(str(lite))
     assert isinstance(subject, Subject)
     assert (subject.name, subject.scheme) == ("lite", "bf16")
-    spec = next(iter(s for s in measure.model_specs(subject.config) if s.role == "kv_b_proj"))
+    spec = next(iter(s for s in measure.architecture(subject.config).specs() if s.role == "kv_b_proj"))
     assert subject.nbytes(spec) == 2 * spec.size

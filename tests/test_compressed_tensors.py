@@ -16,7 +16,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS

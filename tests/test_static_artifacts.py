@@ -99,7 +99,7 @@ def test_fused_modules_and_a_layers_experts_share_an_input_scale(published):
         for weight in checkpoint.weights:
             spec = weight.spec
             if spec.layer in (0, 7):
-                members.setdefault(input_group(spec, checkpoint.config, targets), set()).add(spec.name)
+                members.setdefault(input_group(spec, targets), set()).add(spec.name)
 
         def together(first: str, second: str, members=members) -> bool:
             names = [f"model.layers.{name}.weight" for name in (first, second)]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from test_statistics import calibration
 
-from dsv2quant.arch.deepseek_v2 import model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
@@ -53,7 +53,7 @@ def test_input_scales_are_the_largest_input_of_what_shares_one(layout, source, t
     written = load_file_bits(tmp_path / "out" / "model.safetensors")
     inputs = {name.removesuffix(".input_scale"): x for name, x in written.items() if name.endswith(".input_scale")}
     groups = defaultdict(list)
-    for spec in model_specs(checkpoint.config):
+    for spec in architecture(checkpoint.config).specs():
         if spec.module in inputs and spec.name.endswith(".weight"):
             half = "w2" if spec.role.endswith("down_proj") else "w13"
             routed = spec.role.startswith("routed.")

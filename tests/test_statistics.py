@@ -14,11 +14,11 @@ import tiny
 import torch
 from safetensors.numpy import load_file
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.calib import collect, streams
 from dsv2quant.calib.calibrate import calibrate, statistics_bytes
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.calib.statistics import Statistics, site
+from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
@@ -78,8 +78,8 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
             seen[names[id(self.weight)]].append(x.flatten(0, -2))
         return linear(self, x)
 
-    def recorded_route(x, router, config):
-        routes.append((x, *route(x, router, config)))
+    def recorded_route(x, router, routing):
+        routes.append((x, *route(x, router, routing)))
         return routes[-1][1:]
 
     monkeypatch.setattr(Linear, "__call__", record)
@@ -93,17 +93,17 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
         if spec.role not in LINEAR_ROLES:
             continue
         x = torch.cat(seen[spec.module]) if spec.module in seen else torch.zeros(0, spec.shape[1])
-        used |= {f"{site(spec)}.{suffix}" for suffix in ("amax", "square")}
+        used |= {f"{spec.site}.{suffix}" for suffix in ("amax", "square")}
         assert statistics.count(spec) == len(x)
         want = x.abs().amax(0).numpy() if len(x) else np.zeros(spec.shape[1], np.float32)
         np.testing.assert_allclose(statistics.amax(spec), want, rtol=1e-5)
         squares = x.double().square()
-        np.testing.assert_allclose(stored[f"{site(spec)}.square"], squares.sum(0), rtol=1e-5)
+        np.testing.assert_allclose(stored[f"{spec.site}.square"], squares.sum(0), rtol=1e-5)
         if spec.expert is not None:
             _, weights, chosen = routes[moe_layers.index(spec.layer)]
             g = weights[chosen == spec.expert].double()  # by token, as the expert's tokens are
             assert len(g) == len(x)
-            name = f"{site(spec)}.weighted_square"
+            name = f"{spec.site}.weighted_square"
             used.add(name)
             np.testing.assert_allclose(stored[name], (g[:, None] ** 2 * squares).sum(0), rtol=1e-5)
     for layer, (x, *_) in zip(moe_layers, routes, strict=True):
@@ -143,7 +143,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
     for spec in specs:
         count, columns = statistics.count(spec), spec.shape[1]
         down = spec.role == "routed.down_proj"
-        own = stored[f"{site(spec)}.{'weighted_square' if down else 'square'}"].astype(np.float64)
+        own = stored[f"{spec.site}.{'weighted_square' if down else 'square'}"].astype(np.float64)
         prior = np.ones(columns) if down else stored[f"model.layers.{spec.layer}.mlp.gate.square"].astype(np.float64)
         found = statistics.mean_square(spec)
         if not count:
@@ -156,7 +156,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
     assert unseen
     assert all(starved.mean_square(spec).all() and not starved.amax(spec).any() for spec in unseen)
     some = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
-    want = stored[f"{site(some)}.square"] / np.float32(WINDOWS * CTX)
+    want = stored[f"{some.site}.square"] / np.float32(WINDOWS * CTX)
     np.testing.assert_array_equal(statistics.mean_square(some), want)
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.deepseek_v2 import layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.bench.model import configuration
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
@@ -88,10 +88,10 @@ CASES = [
 def test_vllms_conditions(model, role, shape, tp, scheme):
     config = configuration(model)
     everything = replace(recipe.builtin("w4a8"), rules=(recipe.Rule(("*",), None, "w4a8-g128", "rtn"),))
-    specs = (*layer_specs(config, 0), *layer_specs(config, 1))
+    specs = (*architecture(config).layer(0), *architecture(config).layer(1))
     spec = next(spec for spec in specs if spec.role == role)
     assert spec.shape == shape
-    chosen = choose_schemes([spec], config, everything, ("vllm",), Parallel(tp))
+    chosen = choose_schemes([spec], everything, ("vllm",), Parallel(tp))
     assert chosen[spec][0] == scheme
     assert (chosen[spec][2] is None) == (scheme == "w4a8-g128")
 
@@ -135,7 +135,7 @@ def test_a_scheme_without_a_row_is_refused_by_each_consumer(target, monkeypatch)
     assert target not in consumers.choose(None, {"int4-g64"})
     checkpoint = open_checkpoint(tiny.MINI)
     spec = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
-    found = consumers.refusal(spec, "int4-g64", checkpoint.config, [target], Parallel())
+    found = consumers.refusal(spec, "int4-g64", [target], Parallel())
     assert found == consumers.Refusal(f"{target}: no rule for scheme int4-g64")
 
 

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs, model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.bench.device import append, check_device, limits, measured_on
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
@@ -53,21 +54,24 @@ def configuration(model: str) -> ModelConfig:
 def matrices(config: ModelConfig, unit: int = 1) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every weight but the routed experts', those that have an input in common as one, in which each
     has rows in multiples of `unit`."""
-    layers = (*layer_specs(config, 0), *layer_specs(config, config.num_hidden_layers - 1))  # a dense one, and an MoE
-    shapes = {spec.role: spec.shape for spec in layers}
+    model = architecture(config)
+    groups: dict[str, list[TensorSpec]] = {}
+    for layer in dict.fromkeys((config.num_hidden_layers - 1, 0)):  # an MoE, and a dense one
+        for spec in model.layer(layer):
+            if not spec.keep and spec.expert is None:
+                groups.setdefault(str(spec.site), []).append(spec)
 
-    def fused(*roles: str) -> tuple[int, int]:
-        rows = [shapes[role][0] for role in roles]
-        return sum(-(-n // unit) * unit for n in rows) if len(rows) > 1 else rows[0], shapes[roles[0]][1]
+    def rows(specs: list[TensorSpec]) -> int:
+        return specs[0].shape[0] if len(specs) == 1 else sum(-(-spec.shape[0] // unit) * unit for spec in specs)
 
-    found = {"q + kv_a": fused("q_proj", "kv_a_proj_with_mqa")} if config.q_lora_rank is None else {
-        "q_a + kv_a": fused("q_a_proj", "kv_a_proj_with_mqa"), "q_b": fused("q_b_proj")
-    }  # fmt: skip
-    found |= {"kv_b": fused("kv_b_proj"), "o": fused("o_proj")}
-    for ffn in ("shared", "dense"):
-        found[f"{ffn} gate + up"] = fused(f"{ffn}.gate_proj", f"{ffn}.up_proj")
-        found[f"{ffn} down"] = fused(f"{ffn}.down_proj")
-    return found
+    return {_label(specs): (rows(specs), specs[0].shape[1]) for specs in groups.values()}
+
+
+def _label(specs: list[TensorSpec]) -> str:
+    """'q_a + kv_a', 'shared gate + up'."""
+    ffn, _, _ = specs[0].role.rpartition(".")
+    names = " + ".join(spec.role.rpartition(".")[2].partition("_proj")[0] for spec in specs)
+    return f"{ffn} {names}".strip()
 
 
 class RandomWeights:
@@ -77,7 +81,7 @@ class RandomWeights:
         self.name, self.config = "random weights", config
         self.recipe, self.device, self.seed = recipe, device, seed
         self.dtype = torch.bfloat16
-        self._specs = {spec.name: spec for spec in model_specs(config)}
+        self._specs = {spec.name: spec for spec in architecture(config).specs()}
 
     def scheme(self, module: str) -> str:
         """The recipe's, or bf16 where a weight's shape can't have it."""
@@ -158,7 +162,7 @@ def bytes_per_step(config: ModelConfig, nbytes: Callable[[TensorSpec], int], bat
     active = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch if c.n_routed_experts else 0.0
     total = batch * context * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * CACHE_BYTES
     experts = 0
-    for spec in model_specs(c):
+    for spec in architecture(c).specs():
         if spec.role.startswith("routed."):
             experts += nbytes(spec)
         elif spec.role == "embed" and not c.tie_word_embeddings:

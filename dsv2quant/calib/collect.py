@@ -149,7 +149,7 @@ def _moe(moe: MoE, at: str, x: torch.Tensor, sums: Sums) -> torch.Tensor:
     """As `MoE.__call__`, with the inputs of router, experts and shared experts added."""
     sums.add(f"{at}.gate", x)
     out = torch.zeros_like(x)
-    weights, chosen = route(x, moe.router, moe.config)
+    weights, chosen = route(x, moe.router, moe.routing)
     for expert, rows, routed in dispatch(weights, chosen, len(moe.experts)):
         ffn, name = moe.experts[expert], f"{at}.experts.{expert}"
         sums.add(f"{name}.gate_proj", x[rows], routed)

@@ -214,11 +214,11 @@ def _moe(job: Job, streams: tuple[Spool, Spool]) -> None:
     pool = _split(1, hidden, device)
     needed = bool(job.wanted([f"mlp.experts.{e}.gate_proj" for e in range(len(real.experts))]))
     for rows, x, y in inputs():
-        routes.append(route(x, real.router, real.config))
+        routes.append(route(x, real.router, real.routing))
         if needed:
             _add(job, pool, 0, torch.arange(rows.start, rows.stop, device=device), x, y)
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
-    batch = max(1, MOMENT_BYTES // expert_bytes(real.config))
+    batch = max(1, MOMENT_BYTES // expert_bytes(job.real.attention.config))
     gather = _gatherer(job, streams)
     if job.wanted([f"mlp.experts.{e}.{p}_proj" for e in range(len(real.experts)) for p in ("gate", "up", "down")]):
         for first in range(0, len(real.experts), batch):
@@ -260,21 +260,22 @@ def _experts(
     assert isinstance(real, MoE)
     assert isinstance(ideal, MoE)
     device = weights.device
-    stride = max(1, len(chosen) // (4 * real.config.moe_intermediate_size))
+    config = job.real.attention.config
+    stride = max(1, len(chosen) // (4 * config.moe_intermediate_size))
     sample = torch.arange(stride // 2, len(chosen), stride, device=device)
 
     routed = [(chosen == expert).nonzero(as_tuple=True) for expert in members]
     names = [job.wanted([f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj"]) for e in members]
 
     if names[0]:
-        found = _split(len(members), real.config.hidden_size, device)
+        found = _split(len(members), config.hidden_size, device)
         for i, (tokens, _) in enumerate(routed):
             _add(job, found, i, tokens, *gather(tokens))
         _choose(job, names, (found[0].shrunk(pool[0]), found[1].shrunk(pool[1] if pool[1].count else pool[0])))
     names = [[f"mlp.experts.{e}.down_proj"] for e in members]
     if not job.wanted(names[0]):
         return
-    width = real.config.moe_intermediate_size
+    width = config.moe_intermediate_size
     found, prior = (_split(len(members), width, device) for _ in range(2))
     for i, ((tokens, specs), expert) in enumerate(zip(routed, members, strict=True)):
         for into, where, squared in ((found, tokens, weights[tokens, specs].square()), (prior, sample, None)):

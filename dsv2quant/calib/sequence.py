@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
 from dsv2quant.calib.calibration import Calibration, Encoded, Prepared, work_weights
 from dsv2quant.calib.layerwise import Job, copied, quantize_layer
 from dsv2quant.calib.streams import Made, Spool, through_layers
@@ -63,7 +62,7 @@ def _job(
     job = Job(f"model.layers.{layer}", {}, ideal, copied(ideal), rope, *shape)
     choices: dict[str, tuple[str, str, str]] = {}
     for step in plan.steps:
-        entries = [entry for entry in step.entries if entry.spec.layer == layer and entry.spec.role in LINEAR_ROLES]
+        entries = [entry for entry in step.entries if entry.spec.layer == layer and not entry.spec.keep]
         choices |= {entry.spec.module: (entry.spec.role, entry.scheme, entry.method) for entry in entries}
         for entry in entries:
             _check_finite(plan, entry, job.linear(entry.spec.module).weight)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.checkpoint.weights import (
     Weight,
     as_published,
@@ -250,7 +250,7 @@ class HfCheckpoint(Checkpoint):
         tensors = as_published(index_tensors(headers, where), config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
         kv_scales = take_kv_scales(config, tensors, where)
-        weights = match(model_specs(config), tensors, readable_codecs(config.quantization), where)
+        weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)
         files = sorted(headers)
         return cls(printable(model), raw_config, config, weights, files, data or {}, revision, kv_scales, folder)

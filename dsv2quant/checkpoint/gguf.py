@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint: the weights of the model, each with the bytes that hold it.
 
-A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (gguf_tensors.py). An
+A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (`GgufTensor`). An
 expert's part is its slice of the stack, so that it can be read alone. Split files are put together as llama.cpp does
 (src/llama-model-loader.cpp).
 """
@@ -20,8 +20,8 @@ import numpy as np
 from gguf import LlamaFileType
 
 from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, model_specs
-from dsv2quant.arch.gguf_tensors import ARCHITECTURE, Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.spec import GgufTensor, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.checkpoint.weights import BLOCKS, Weight
 from dsv2quant.errors import InputError, listing, printable
@@ -221,7 +221,7 @@ def _stored(t: TensorHeader, file: str) -> StoredTensor:
 
 def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) -> list[Weight]:
     """Every weight of the model with its parts by kind of tensor ('ffn_up_exps'); the file must hold these alone."""
-    tensors = model_tensors(config)
+    tensors = architecture(config).gguf_tensors()
     expected = {tensor.name: tensor for tensor in tensors}
     for names, what in (
         ([name for name in expected if name not in held], "that its metadata implies are missing"),
@@ -237,10 +237,10 @@ def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) ->
             raise InputError(what, where=where, fix=_AGAIN)
         for spec, part in _parts(tensor, stored):
             parts.setdefault(spec, {})[tensor.kind] = part
-    return [Weight(spec, _scheme(parts[spec]), parts[spec]) for spec in model_specs(config)]
+    return [Weight(spec, _scheme(parts[spec]), parts[spec]) for spec in architecture(config).specs()]
 
 
-def _parts(tensor: Tensor, stored: StoredTensor) -> list[tuple[TensorSpec, StoredTensor]]:
+def _parts(tensor: GgufTensor, stored: StoredTensor) -> list[tuple[TensorSpec, StoredTensor]]:
     """The slices of a stack of experts, or the whole tensor."""
     if tensor.specs[0].expert is None:
         return [(tensor.specs[0], stored)]

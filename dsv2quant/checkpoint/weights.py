@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec
@@ -276,7 +276,7 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
 
 def _held(spec: TensorSpec, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
     """The tensor under the model's own name or, of a matrix, its packed codes."""
-    names = [spec.name, *(f"{spec.module}.{suffix}" for suffix in _PACKED if spec.role in LINEAR_ROLES)]
+    names = [spec.name, *(f"{spec.module}.{suffix}" for suffix in _PACKED if not spec.keep)]
     return next((tensors[name] for name in names if name in tensors), None)
 
 
@@ -289,8 +289,8 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
         raise InputError(what, where=where, fix="correct config.json, or download the right shard")
     if held.dtype in PLAIN_DTYPES:
         return Weight(spec, "bf16", {spec.name.rpartition(".")[2]: held})
-    if spec.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I8", "I32"):
-        readable = "BF16, F16, F32" + (", F8_E4M3" if spec.role in LINEAR_ROLES else "")
+    if spec.keep or held.dtype not in ("F8_E4M3", "I8", "I32"):
+        readable = "BF16, F16, F32" + (", F8_E4M3" if not spec.keep else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []

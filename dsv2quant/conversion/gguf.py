@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2quant.arch.gguf_tensors import K_B, V_B
+from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.gguf_state import State

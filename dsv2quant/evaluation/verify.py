@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
+from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import ROWS_APART

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import reference
 
 
@@ -58,13 +58,9 @@ class FFN:
         return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
-def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: torch.Tensor, routing: Router) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights float32, experts), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden]."""
-    c = config
-    logits = F.linear(x.float(), router.float())
-    return reference.route(
-        logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-    )
+    return reference.route(F.linear(x.float(), router.float()), routing)
 
 
 def dispatch(
@@ -87,7 +83,7 @@ def add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> Non
 class MoE:
     """Routed experts, each token weighted over its top k, plus the shared ones. `router` is [experts, hidden]."""
 
-    config: ModelConfig
+    routing: Router
     router: torch.Tensor
     experts: list[FFN]
     shared: FFN | None
@@ -95,7 +91,7 @@ class MoE:
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., hidden] → (output of that shape, chosen experts [tokens, k])."""
         tokens = x.flatten(0, -2)
-        weights, chosen = route(tokens, self.router, self.config)
+        weights, chosen = route(tokens, self.router, self.routing)
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
             add_rows(out, rows, self.experts[expert](tokens[rows]).float() * routed[:, None])

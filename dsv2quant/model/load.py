@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.fp8 import INPUT_SCALE
@@ -99,8 +100,10 @@ class Loader:
         )
 
     def _moe(self, c: ModelConfig, at: str) -> MoE:
+        routing = architecture(c).router
+        assert routing is not None
         return MoE(
-            config=c,
+            routing=routing,
             router=self._tensor(f"{at}.gate.weight", torch.float32),
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,

@@ -23,7 +23,8 @@ from gguf import Metadata as Card
 from yaml import YAMLError
 
 from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.gguf_tensors import ARCHITECTURE, Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.errors import InputError
 from dsv2quant.storage.files import MAX_CARRIED_BYTES, read_bytes
@@ -67,7 +68,7 @@ def _general(checkpoint: HfCheckpoint, folder: Path) -> dict[str, Value]:
 
     They look at the folder's name. That of a hub's snapshot is a commit, so the hub id's takes its place.
     """
-    tensors = model_tensors(checkpoint.config)
+    tensors = architecture(checkpoint.config).gguf_tensors()
     total = sum(prod(tensor.shape) for tensor in tensors)
     source = checkpoint.raw_config.get("_name_or_path")
     named = {"_name_or_path": source if isinstance(source, str) else None}
@@ -97,9 +98,9 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         raise InputError(f"not a model card: {error}", where=folder / "README.md", fix=_CARD) from None
 
 
-def _size_label(tensors: list[Tensor], total: int) -> str:
+def _size_label(tensors: list[GgufTensor], total: int) -> str:
     """'64x1.5B': the experts, and the parameters of the model that has one of them (GGUFWriter, gguf-py)."""
-    stacks = [tensor for tensor in tensors if tensor.kind.endswith("_exps")]
+    stacks = [tensor for tensor in tensors if tensor.specs[0].expert is not None]
     shared = total - sum(prod(tensor.shape) for tensor in stacks)
     one_expert = sum(prod(tensor.shape[1:]) for tensor in stacks)
     return str(size_label(total, shared, one_expert, stacks[0].matrices if stacks else 0))

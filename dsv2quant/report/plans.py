@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import Dsv2quantError
@@ -93,7 +93,7 @@ def _finer_groups(plan: Plan) -> list[str]:
         if codec.quant_method == "compressed-tensors":
             continue
         for size in (size for size in (64, 32) if size < (group or 0)):
-            rules = (codec.variant(size), plan.checkpoint.config, plan.targets, plan.parallel)
+            rules = (codec.variant(size), plan.targets, plan.parallel)
             roles = list(dict.fromkeys(spec.role for spec in fallen if targets.refusal(spec, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"
@@ -308,8 +308,8 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
     try:
         targets.choose(plan.targets, recipe.schemes)
         targets.check_parallel(config, parallel, plan.targets)
-        chosen = choose_schemes(specs, config, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, config, plan.targets, parallel)
+        chosen = choose_schemes(specs, recipe, plan.targets, parallel)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:

@@ -15,7 +15,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from test_transformers import DTYPES, like_transformers, load, their_weight
 from test_transformers_int4 import apart, their_logits
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear
