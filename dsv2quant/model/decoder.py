@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.model.attention import Attention, LatentCache
-from dsv2quant.model.layers import FFN, MoE, RMSNorm
+from dsv2quant.model.attention import Attention, Cache
+from dsv2quant.model.layers import FFN, MoE, RMSNorm, Stages, finish
+
+Hidden = tuple[torch.Tensor, torch.Tensor | None]  # states behind a layer, and the experts it chose, if it has any
 
 
 @dataclass
@@ -22,25 +24,32 @@ class DecoderLayer:
     ffn: FFN | MoE
 
     def __call__(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Hidden:
         """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
-        return self.feed_forward(x + self.attention(self.input_layernorm(x), rope, cache, absorbed))
+        return finish(self.stages(x, rope, cache, absorbed))
 
-    def decoded(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[Hidden]:
+        """The stages of `__call__`."""
+        attended = yield from self.attention.stages(self.input_layernorm(x), rope, cache, absorbed)
+        return (yield from self.feed_forward(x + attended))
+
+    def feed_forward(self, x: torch.Tensor) -> Stages[Hidden]:
+        """The stages behind attention, for hidden states x [..., hidden]."""
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.ffn, FFN):
+            return x + (yield from self.ffn.stages(normed)), None
+        out, chosen = yield from self.ffn.stages(normed)
+        return x + out, chosen
+
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: Cache) -> Hidden:
         """One token after the other into the empty `cache`, as decoding does: x [batch, new, hidden] → (the same shape,
         chosen experts [batch, new, k] or None)."""
         steps = [self(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
         chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
         return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
-
-    def feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer behind its attention, for hidden states x [..., hidden]: as `__call__`."""
-        normed = self.post_attention_layernorm(x)
-        out, chosen = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
-        return x + out, chosen
 
 
 @dataclass

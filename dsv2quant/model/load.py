@@ -159,7 +159,7 @@ class Loader:
     def _moe(self, c: ModelConfig, at: str) -> MoE:
         return MoE(
             config=c,
-            router=self._tensor(f"{at}.gate.weight", torch.float32),
+            router=Linear(self._tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
         )
@@ -177,7 +177,7 @@ class Loader:
         if activation == "static":
             stored = stored_tensor(self.checkpoint, weight.parts[INPUT_SCALE], self.options.device)
             input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale, module)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)
