@@ -60,7 +60,7 @@ def prepare(
     if not needs_calibration(plan):
         return prepared
     with progress(0, "", "starting"):  # imports torch
-        from dsv2quant.calib.sequence import quantize_layers
+        from dsv2quant.calib.layerwise import quantize_layers
 
     assert calibration is not None
     with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:
