@@ -22,9 +22,8 @@ from dsv2quant.calib.streams import Made, Spool, batches, through_layers
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.layers import MoE, Stage, finish
-from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 
 
 class Sums:

@@ -37,9 +37,8 @@ from dsv2quant.formats.codec import Integers, to_bf16, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.decoder import DecoderLayer
 from dsv2quant.model.layers import FFN, Linear, MoE, Stage, Stages, finish, route
-from dsv2quant.model.load import TORCH_DTYPES, Loader, LoadOptions
+from dsv2quant.model.load import TORCH_DTYPES, DecoderLayer, Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 

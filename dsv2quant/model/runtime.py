@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.model.attention import LatentCache, Rope
-from dsv2quant.model.decoder import DecoderLayer, Ends
-from dsv2quant.model.load import Loader, LoadOptions
-
-if TYPE_CHECKING:
-    pass
+from dsv2quant.model.load import DecoderLayer, Ends, Loader, LoadOptions
 
 
 class Block(Protocol):
