@@ -88,7 +88,7 @@ Choice = tuple[str, str, str]  # role, scheme and method of a matrix
 
 
 def _planned(plan: Plan, index: int, layer: DecoderLayer, device: str, prepared: Prepared) -> dict[str, Choice]:
-    """Quantize what needs no calibration, in `layer`; what is planned for each of its modules."""
+    """Quantize in `layer` what needs no calibration. Returns what is planned for each of its modules."""
     linears = {linear.module: linear for linear in every_linear(layer)}
     choices: dict[str, Choice] = {}
     for step in plan.steps:

@@ -1,8 +1,5 @@
-"""The KV cache of multi-head latent attention: one latent and one rotated key per token, shared by all heads.
-
-Rotary position embedding: plain RoPE, and YaRN with DeepSeek's mscale.
-
-Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode.
+"""Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode; its cache;
+and rotary position embedding, plain and by YaRN with DeepSeek's mscale.
 
 The cache holds one latent c [kv_lora_rank] and one rotated key k_pe [qk_rope_head_dim] per token, shared by all heads.
 Expanded: kv_b turns every cached latent into per-head keys and values. Absorbed: its K half moves into the query and

@@ -10,17 +10,15 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.model.attention import LatentCache, Rope
-from dsv2quant.model.load import DecoderLayer, Ends, Loader, LoadOptions
+from dsv2quant.model.load import DecoderLayer, Ends, Hidden, Loader, LoadOptions
 
 
 class Block(Protocol):
     """What evaluation needs of a layer."""
 
-    def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> Hidden: ...
 
-    def decoded(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache) -> Hidden: ...
 
 
 Layer = TypeVar("Layer", bound=Block, covariant=True)
