@@ -23,7 +23,7 @@ from convert import make_checkpoint, processor
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
 from dsv2quant.calib.calibration import Calibration, layer_file, work_bytes, work_memory
-from dsv2quant.calib.sequence import quantize_layers
+from dsv2quant.calib.layerwise import quantize_layers
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan

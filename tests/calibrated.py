@@ -20,6 +20,7 @@ import torch
 from test_convert import KILLER
 
 from dsv2quant.calib.calibration import Calibration, needs_calibration
+from dsv2quant.calib.layerwise import Job
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import Result, convert
 from dsv2quant.model.layers import Linear
@@ -112,6 +113,11 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """{module: weight in float32} of a checkpoint's matrices."""
     opened = open_checkpoint(folder)
     return {w.spec.module: opened.decode(w, torch.float32) for w in opened.weights if len(w.spec.shape) == 2}
+
+
+def layer_of(job: Job) -> int:
+    """Which of the model's layers a job of GPTQ is."""
+    return int(job.layers[0].attention.o_proj.module.split(".")[2])
 
 
 def interrupt(*args: object) -> NoReturn:

@@ -191,7 +191,7 @@ def test_with_a_calibration_it_measures_by_itself_and_gives_the_same_tensors(mad
 def test_cut_short_it_ends_with_the_same_bytes(at, made, tmp_path, monkeypatch):
     plan, _, out = made
     where = {
-        "statistics": ("dsv2quant.calib.collect._moe", 2),
+        "statistics": ("dsv2quant.calib.collect._measured", 3),
         "folds": ("dsv2quant.calib.awq._exponents", 30),
         "shards": ("dsv2quant.formats.int4.check_finite", 40),
     }[at]

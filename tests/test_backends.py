@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.model import load
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
 from test_convert import bits, tensors
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.calib import gptq, layerwise, sequence, streams
+from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
 from dsv2quant.calib.streams import Spool
 from dsv2quant.checkpoint.checkpoint import torch_dtype
@@ -22,7 +23,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.evaluation.divergence import bootstrap, compare
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.layers import MoE, route
+from dsv2quant.model.layers import FFN, MoE, route
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
@@ -64,7 +65,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plan = planned(tiny.write_checkpoint(folder / "model", config), name)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Spool, "remove", lambda self: None)
-        encoded = sequence.quantize_layers(plan, folder / "work", calibration())
+        encoded = layerwise.quantize_layers(plan, folder / "work", calibration())
     run(plan, folder / "out")
     return Made(folder / "model", plan, folder / "work", encoded, folder / "out")
 
@@ -152,7 +153,7 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
     plan = planned(model, "int4-experts")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Spool, "remove", lambda self: None)
-        sequence.quantize_layers(plan, tmp_path / "work", calibration())
+        layerwise.quantize_layers(plan, tmp_path / "work", calibration())
     run(plan, tmp_path / "out")
     passed = perplexity.run(Model(open_checkpoint(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
     real = np.fromfile(tmp_path / "work" / "hidden-00003-real", np.float32).reshape(passed.hidden.shape)
@@ -176,6 +177,10 @@ def assert_moments(found: gptq.Moments, which: int, x: torch.Tensor, ideal: torc
         assert ((ideal.T @ ideal - h).abs() > bound).any() == bool((ideal != x).any())
 
 
+def before_down(expert: FFN, x: torch.Tensor) -> torch.Tensor:
+    return F.silu(expert.gate_proj(x)) * expert.up_proj(x)
+
+
 @pytest.mark.parametrize("config", [tiny.GROUPED, tiny.GROUPED_V2], ids=["lite", "v2"])
 def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path, monkeypatch):
     # Everything in front of a matrix is settled before it: its inputs are those of the finished artifact.
@@ -189,12 +194,12 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     shrunk: list[gptq.Moments] = []
     used: list[gptq.Moments] = []
 
-    def record(job, names, moments):
-        if len(names) == 1:
-            chosen.update({f"{job.at.removeprefix('model.layers.')}.{name}": moments for name in names[0]})
+    def record(job, linears, moments):
+        if len(linears) == 1:
+            chosen.update({linear.module.removeprefix("model.layers."): moments for linear in linears[0]})
         else:
             used.extend(moments)
-        choose(job, names, moments)
+        choose(job, linears, moments)
 
     def record_shrinking(self, prior):
         own.append(self)
@@ -217,13 +222,13 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         if not isinstance(ours.ffn, MoE):
             continue
         x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
-        weights, routed = route(x.float(), ours.ffn.router, ours.ffn.routing)
+        weights, routed = route(x.float(), ours.ffn.router.weight, ours.ffn.routing)
         first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
             tokens, specs = (routed == e).nonzero(as_tuple=True)
             weight = weights[tokens, specs, None].double()
-            a, b = expert.activation(x[tokens].float()), original.activation(y[tokens].float())
-            every_a, every_b = expert.activation(x.float()).double(), original.activation(y.float()).double()
+            a, b = before_down(expert, x[tokens].float()), before_down(original, y[tokens].float())
+            every_a, every_b = before_down(expert, x.float()).double(), before_down(original, y.float()).double()
             for k, keep in enumerate((~held, held)):
                 assert_moments(own[first + k], e, x[tokens], y[tokens], keep[tokens])
                 assert_moments(own[first + 2 + k], e, a.double() * weight, b.double() * weight, keep[tokens])

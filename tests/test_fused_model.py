@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.attention import KV_DTYPES
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 

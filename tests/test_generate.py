@@ -13,8 +13,7 @@ import torch
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.model.completion import Request, complete
-from dsv2quant.model.generate import Sampling, finish_reason, generate, sample
+from dsv2quant.model.completion import Request, Sampling, complete, finish_reason, generate, sample
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe

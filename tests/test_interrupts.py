@@ -104,7 +104,7 @@ def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, tmp_path, cli, c
 def test_calibrate_says_so_when_a_layer_is_kept(layer, number, code, word, wordy, fox, tmp_path, cli, caplog):
     out = tmp_path / "stats"
     command = ("calibrate", wordy, "--calibration", fox, "--num-calibration-samples", "2", "-o", out)
-    with stopped(collect, "_attention", number, lambda layer_, at, *args: at == f"model.layers.{layer}"):
+    with stopped(collect, "_measured", number, lambda layer_, at, *args: at == f"model.layers.{layer}"):
         ran = cli(*command)
     assert ran.code == code
     assert said(ran, caplog) == [f"{out}: {KEPT}"] * layer + [word]
@@ -124,7 +124,7 @@ def test_convert_says_it_once_while_it_measures(wordy, fox, tmp_path, cli, caplo
         "-o",
         out,
     )
-    with stopped(collect, "_attention", None, lambda layer_, at, *args: at == "model.layers.1"):
+    with stopped(collect, "_measured", None, lambda layer_, at, *args: at == "model.layers.1"):
         ran = cli(*command)
     assert said(ran, caplog) == [f"{out}: {KEPT}", "interrupted"]
 

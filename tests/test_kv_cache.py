@@ -118,22 +118,25 @@ def test_each_layers_cache_has_the_artifacts_scale(kind, scaled):
     """As a model whose latents and keys are rounded before a float32 cache takes them."""
     tokens = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(0))
 
-    def decoded(model: Model) -> torch.Tensor:
-        caches = model.caches(2, 12)
+    def decoded(model: Model, caches: list[LatentCache]) -> torch.Tensor:
         return torch.cat([model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(12)], 1)
 
-    rounding = Model(open_checkpoint(scaled))
-    for index, layer in enumerate(rounding.layers()):
+    plain, quantized = (
+        Model(open_checkpoint(scaled)),
+        Model(open_checkpoint(scaled), LoadOptions(kv_cache=KV_DTYPES[kind])),
+    )
+    rounding = plain.caches(2, 12)
+    for index, cache in enumerate(rounding):
         scale = np.float32(1 / 448 if index == 0 else np.float32(2) / np.float32(448))
 
-        def projected(x, rope, original=layer.attention.projected, scale=scale):
-            q_nope, q_pe, *cached = original(x, rope)
-            return q_nope, q_pe, *(torch.from_numpy(through_fp8(part.numpy(), kind, scale)) for part in cached)
+        def append(*new, as_stored, original=cache.append, scale=scale):
+            rounded = (torch.from_numpy(through_fp8(part.numpy(), kind, scale)) for part in new)
+            return original(*rounded, as_stored=as_stored)
 
-        layer.attention.projected = projected
-    got = decoded(Model(open_checkpoint(scaled), LoadOptions(kv_cache=KV_DTYPES[kind])))
-    assert torch.equal(got, decoded(rounding))
-    assert not torch.equal(got, decoded(Model(open_checkpoint(scaled))))
+        cache.append = append
+    got = decoded(quantized, quantized.caches(2, 12))
+    assert torch.equal(got, decoded(plain, rounding))
+    assert not torch.equal(got, decoded(plain, plain.caches(2, 12)))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import tiny
@@ -248,10 +246,9 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     train = Moments(found.h.float(), found.s.float(), found.count)
     # Inputs like none that GPTQ saw: what it makes up for there is lost here.
     held = Moments(torch.eye(64)[None], torch.zeros(1, 64, 64), torch.ones(1)) if plain_wins else train
-    linear = Linear(weight)
-    job = layerwise.Job("m", {"m.self_attn.o_proj": ("o_proj", scheme, "gptq")}, None, None, None, 1, 96)
-    job.real = SimpleNamespace(attention=SimpleNamespace(o_proj=linear))
-    layerwise._choose(job, [["self_attn.o_proj"]], (train, held))
+    linear = Linear(weight, module="m.self_attn.o_proj")
+    job = layerwise.Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96)
+    layerwise._choose(job, [[linear]], (train, held))
     assert job.outcomes[0].kept_rtn == plain_wins
     parts = job.parts["m.self_attn.o_proj"]
     assert torch.equal(linear.weight, CODECS[scheme].decode(tensors(parts), torch.float32))

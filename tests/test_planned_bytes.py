@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("conversion.convert", "calib.prepare"):
+    for module in ("conversion.convert", "calib.calibrate"):
         monkeypatch.setattr(f"dsv2quant.{module}.needs_statistics", lambda plan: False)
     monkeypatch.setattr(Prepared, "__init__", lambda self, *args: self.__dict__.update(PREPARED))
     monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.spec.shape[1], np.float32), 1.0))

@@ -169,7 +169,7 @@ def lite(folder: Path) -> Checkpoint:
 def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
     calibrate(checkpoint, tmp_path / "whole", calibration())
-    original, calls = collect._attention, []
+    original, calls = collect._measured, []
 
     def cut(layer_, at, *args):
         calls.append(at)
@@ -178,14 +178,14 @@ def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_pa
         return original(layer_, at, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_attention", cut)
+        m.setattr(collect, "_measured", cut)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, tmp_path / "stats", calibration())
     assert not (tmp_path / "stats").exists()
     if lost:
         for path in (tmp_path / "stats.work" / "layers").glob(f"{lost}*"):
             path.unlink()
-    monkeypatch.setattr(collect, "_attention", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
+    monkeypatch.setattr(collect, "_measured", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
     calls.clear()
     calibrate(checkpoint, tmp_path / "stats", calibration())
     assert calls[0] == f"model.layers.{0 if lost else layer}"
@@ -209,7 +209,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_moe", interrupt)
+        m.setattr(collect, "_measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, out, calibration(seed=1), force=True)
     assert out.read_bytes() == before
@@ -222,14 +222,14 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_share_a_work_folder(tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
-    original = collect._attention
+    original = collect._measured
 
     def meanwhile(*args):
         with pytest.raises(InputError, match="another run is writing to it"):
             calibrate(checkpoint, tmp_path / "stats", calibration())
         return original(*args)
 
-    monkeypatch.setattr(collect, "_attention", meanwhile)
+    monkeypatch.setattr(collect, "_measured", meanwhile)
     calibrate(checkpoint, tmp_path / "stats", calibration())
 
 

@@ -74,8 +74,7 @@ def command(
         import torch
 
         from dsv2quant.model.attention import KV_DTYPES
-        from dsv2quant.model.completion import Request, complete
-        from dsv2quant.model.generate import Sampling
+        from dsv2quant.model.completion import Request, Sampling, complete
         from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)

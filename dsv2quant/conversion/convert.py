@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Outcome, Prepared, needs_calibration, needs_statistics, work_bytes
-from dsv2quant.calib.prepare import prepare
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.identity import Source

@@ -21,8 +21,8 @@ from dsv2quant.errors import GateError, InputError, UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.model.attention import KV_NAMES
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
-from dsv2quant.model.open import open_model
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE
 from dsv2quant.storage.safetensors import read_json

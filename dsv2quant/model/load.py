@@ -1,11 +1,14 @@
-"""Building the runtime's layers from a checkpoint, one layer at a time."""
+"""The layers of the torch runtime, and what stands before the first and behind the last; their weights, decoded from a
+checkpoint one layer at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import architecture
@@ -14,9 +17,8 @@ from dsv2quant.errors import UsageError
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.attention import Attention
-from dsv2quant.model.decoder import DecoderLayer, Ends
-from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm
+from dsv2quant.model.attention import Attention, Cache
+from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
 
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
@@ -55,6 +57,64 @@ def choose_backend(asked: str, device: str, dtype: torch.dtype, weight_only: boo
 def runs_kernels(device: str) -> bool:
     """Whether this is a GPU with the units that the kernels are for: a Hopper, or what came after."""
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+Hidden = tuple[torch.Tensor, torch.Tensor | None]  # states behind a layer, and the experts it chose, if it has any
+
+
+@dataclass
+class DecoderLayer:
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    input_layernorm: RMSNorm
+    attention: Attention
+    post_attention_layernorm: RMSNorm
+    ffn: FFN | MoE
+
+    def __call__(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Hidden:
+        """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
+        return finish(self.stages(x, rope, cache, absorbed))
+
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[Hidden]:
+        """The stages of `__call__`."""
+        attended = yield from self.attention.stages(self.input_layernorm(x), rope, cache, absorbed)
+        return (yield from self.feed_forward(x + attended))
+
+    def feed_forward(self, x: torch.Tensor) -> Stages[Hidden]:
+        """The stages behind attention, for hidden states x [..., hidden]."""
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.ffn, FFN):
+            return x + (yield from self.ffn.stages(normed)), None
+        out, chosen = yield from self.ffn.stages(normed)
+        return x + out, chosen
+
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: Cache) -> Hidden:
+        """One token after the other into the empty `cache`, as decoding does: x [batch, new, hidden] → (the same shape,
+        chosen experts [batch, new, k] or None)."""
+        steps = [self(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
+        chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
+        return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
+
+
+@dataclass
+class Ends:
+    """Embedding [vocab, hidden], final norm, and head: a linear layer with a row for each token, or each label of a
+    classifier."""
+
+    embedding: torch.Tensor
+    norm: RMSNorm
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the last layer, [..., hidden] → [..., vocab], in x's dtype."""
+        return self.head(self.norm(x))
 
 
 class Loader:
@@ -104,7 +164,7 @@ class Loader:
         assert routing is not None
         return MoE(
             routing=routing,
-            router=self._tensor(f"{at}.gate.weight", torch.float32),
+            router=Linear(self._tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
         )
@@ -122,7 +182,7 @@ class Loader:
         if activation == "static":
             stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], self.options.device)
             input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale, module)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)

@@ -22,7 +22,7 @@ from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, negative_log_likelihoods, perplexity, run
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch
+from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch, finish
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -229,7 +229,7 @@ def routed(moe: MoE, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tenso
     """What the experts chosen [tokens, k] give for x [tokens, hidden]."""
     out = torch.zeros_like(x)
     for expert, rows, its_weights in dispatch(weights, chosen, len(moe.experts)):
-        add_rows(out, rows, moe.experts[expert](x[rows]) * its_weights[:, None])
+        add_rows(out, rows, finish(moe.experts[expert].stages(x[rows])) * its_weights[:, None])
     return out
 
 

@@ -10,7 +10,7 @@ from test_transformers import load
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.generate import Sampling, generate
+from dsv2quant.model.completion import Sampling, generate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe

@@ -16,7 +16,7 @@ from dsv2quant.formats.codec import NonFiniteError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.attention import KV_DTYPES, LatentCache
-from dsv2quant.model.generate import Sampling, generate
+from dsv2quant.model.completion import Sampling, generate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe

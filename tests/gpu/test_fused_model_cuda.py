@@ -12,9 +12,8 @@ import torch
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, run
 from dsv2quant.model.attention import KV_DTYPES
-from dsv2quant.model.generate import Sampling, generate
+from dsv2quant.model.completion import Sampling, generate, open_model
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 from dsv2quant.text.text import python_topics
 from dsv2quant.text.tokenizer import cut
