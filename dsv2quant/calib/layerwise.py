@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import (
     MOMENT_BYTES,
@@ -148,7 +149,7 @@ class Job:
 
 def copied(part: Any) -> Any:
     """A copy of a layer's structure that shares its tensors."""
-    if is_dataclass(part) and not isinstance(part, ModelConfig):
+    if is_dataclass(part) and not isinstance(part, (ModelConfig, Router)):
         made = copy.copy(part)
         for item in fields(part):
             setattr(made, item.name, copied(getattr(part, item.name)))
