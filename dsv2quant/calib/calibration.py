@@ -186,4 +186,4 @@ class Prepared:
         return {output.name: np.full(output.shape, value, np.float32) for output in entry.kv_scales}
 
     def _group(self, entry: Entry) -> str:
-        return input_group(entry.spec, self._plan.checkpoint.config, self._plan.targets)
+        return input_group(entry.spec, self._plan.targets)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dsv2quant import __version__
+from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
-from dsv2quant.calib.prepare import prepare
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink
@@ -30,13 +30,12 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress
 from dsv2quant.report.calibration import calibration_json, expert_tokens
-from dsv2quant.report.card import copied_files, model_card, source_card
+from dsv2quant.report.card import model_card, source_card
 from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_FOLDER, dump_json, refuse_inputs
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
 from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE
-from dsv2quant.text.tokenizer_file import check_tokenizer
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
 _ASIDE = 1 << 20  # what the manifest may need, and the file system
@@ -66,7 +65,7 @@ class Folder(Sink):
         self.plan, self._device = plan, device
         self._given, self._statistics = calibration, statistics
         self._prepared: Prepared
-        copied, card = copied_files(plan.checkpoint), source_card(plan.checkpoint)
+        copied, card = plan.checkpoint.carried_files(), source_card(plan.checkpoint)
         with progress(0, "", "prepare"):
             source = Source.of(plan.checkpoint, copied | ({CARD_FILE: card} if card is not None else {}))
         small = copied | {CARD_FILE: model_card(plan, command).encode(errors="backslashreplace")}
@@ -78,10 +77,10 @@ class Folder(Sink):
             statistics.check(plan.checkpoint)
             described |= {"statistics": statistics.describe()}
         aside = _ASIDE + sum(map(len, small.values())) + (work_bytes(plan, calibration) if calibration else 0)
-        read = [plan.checkpoint.folder, statistics.path if statistics is not None else None, *inputs]
+        read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
             out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
-            source, force=force, inputs=[path for path in read if path is not None], progress=progress, small=small,
+            source, force=force, inputs=read, progress=progress, small=small,
             calibration=described or None, aside=aside,
         )  # fmt: skip
 
@@ -228,7 +227,6 @@ def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: S
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
     if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
-    folder = plan.checkpoint.folder
-    check_tokenizer(folder, plan.checkpoint.config.vocab_size)
-    if folder is not None and out.exists() and out.samefile(folder):
+    plan.checkpoint.check_tokenizer()
+    if out.exists() and any(map(out.samefile, plan.checkpoint.inputs)):
         raise InputError("is the checkpoint's own folder", where=out, fix="give another output folder")

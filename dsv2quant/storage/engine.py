@@ -276,9 +276,9 @@ class _Begun:
     def _hash_up_to(self, end: int) -> str:
         """The hash of the file's first `end` bytes. They were written just now: the system still has them in memory."""
         while self._hashed < end:
-            piece = _hashed.take(min(_HASHED_AT_ONCE, end - self._hashed))
+            piece = _hashed.take(min(_HASHED_AT_ONCE, end - self._hashed)).data
             with disk_errors(self._file.path):
-                count = os.preadv(self._opened.fileno(), [piece.data], self._hashed)
+                count = os.preadv(self._opened.fileno(), [piece], self._hashed)
             if not count:
                 raise InputError("was cut while it was written", where=self._file.partial, fix="run the command again")
             self._written.sha256.update(piece[:count])
