@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import MOMENT_BYTES, Outcome, expert_bytes
 from dsv2quant.calib.gptq import Moments
@@ -73,7 +74,7 @@ class Job:
 
 def copied(layer: Any) -> Any:
     """A copy of a layer's structure that shares its tensors."""
-    if is_dataclass(layer) and not isinstance(layer, ModelConfig):
+    if is_dataclass(layer) and not isinstance(layer, (ModelConfig, Router)):
         made = copy.copy(layer)
         for item in fields(layer):
             setattr(made, item.name, copied(getattr(layer, item.name)))
