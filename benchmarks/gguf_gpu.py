@@ -22,7 +22,7 @@ import triton
 from dsv2quant import __version__
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.bench.device import append
-from dsv2quant.bench.subject import configuration
+from dsv2quant.bench.model import configuration
 from dsv2quant.kernels.gguf_encode import encode
 from dsv2quant.planning.gguf_types import choose
 

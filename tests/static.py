@@ -12,6 +12,7 @@ import torch
 
 from dsv2quant.calib.statistics import kv_scale
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.layers import Linear
@@ -64,7 +65,7 @@ def watch(model: Model) -> dict[str, Watched]:
 
 def write(source: Path, out: Path, scheme: str, kv: float | None = None, **options) -> Plan:
     """Quantize a checkpoint with scales from 64 random tokens; `kv` is every layer's KV-cache magnitude."""
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, RECIPES[scheme], kv_scales=kv is not None, **options)
     model = Model(checkpoint)
     watched = watch(model)

@@ -23,7 +23,7 @@ from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model, metadata, read, write
 from dsv2quant.text.calibration import load, windows_in_order
@@ -303,7 +303,7 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     plain = Statistics(stats)
     assert cli(*command, "--imatrix", out, "--force").code == 0
     assert read(out).entries.keys() == read(GOLDEN).entries.keys()
-    specs = [weight.spec for weight in Checkpoint.open(fox_model).weights if weight.spec.role == "o_proj"]
+    specs = [weight.spec for weight in open_checkpoint(fox_model).weights if weight.spec.role == "o_proj"]
     for spec in specs:  # two ways to attend, one result
         np.testing.assert_allclose(Statistics(stats).squares(spec), plain.squares(spec), rtol=1e-5)
     before = out.read_bytes()

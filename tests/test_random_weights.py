@@ -11,7 +11,7 @@ import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import architecture
-from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, matrices
+from dsv2quant.bench.model import MODELS, RandomWeights, configuration, matrices
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.schemes import CODECS

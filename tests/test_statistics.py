@@ -20,6 +20,7 @@ from dsv2quant.calib.calibrate import calibrate, statistics_bytes
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
 from dsv2quant.model.layers import Linear, MoE, route
@@ -41,7 +42,7 @@ def measured(request, tmp_path_factory):
     """(checkpoint, statistics) of a tiny model, measured in small pieces."""
     folder = tmp_path_factory.mktemp(request.param)
     config = {"lite": tiny.LITE, "v2": tiny.V2}[request.param]
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(folder / "model", config))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(folder / "model", config))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(streams, "ROWS", 2 * CTX)
         return checkpoint, calibrate(checkpoint, folder / "stats.safetensors", calibration())
@@ -160,7 +161,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
 
 
 def lite(folder: Path) -> Checkpoint:
-    return Checkpoint.open(tiny.write_checkpoint(folder / "lite", tiny.LITE))
+    return open_checkpoint(tiny.write_checkpoint(folder / "lite", tiny.LITE))
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -168,7 +169,7 @@ def lite(folder: Path) -> Checkpoint:
 def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
     calibrate(checkpoint, tmp_path / "whole", calibration())
-    original, calls = collect._attention, []
+    original, calls = collect._measured, []
 
     def cut(layer_, at, *args):
         calls.append(at)
@@ -177,14 +178,14 @@ def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_pa
         return original(layer_, at, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_attention", cut)
+        m.setattr(collect, "_measured", cut)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, tmp_path / "stats", calibration())
     assert not (tmp_path / "stats").exists()
     if lost:
         for path in (tmp_path / "stats.work" / "layers").glob(f"{lost}*"):
             path.unlink()
-    monkeypatch.setattr(collect, "_attention", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
+    monkeypatch.setattr(collect, "_measured", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
     calls.clear()
     calibrate(checkpoint, tmp_path / "stats", calibration())
     assert calls[0] == f"model.layers.{0 if lost else layer}"
@@ -208,7 +209,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_moe", interrupt)
+        m.setattr(collect, "_measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, out, calibration(seed=1), force=True)
     assert out.read_bytes() == before
@@ -221,14 +222,14 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_share_a_work_folder(tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
-    original = collect._attention
+    original = collect._measured
 
     def meanwhile(*args):
         with pytest.raises(InputError, match="another run is writing to it"):
             calibrate(checkpoint, tmp_path / "stats", calibration())
         return original(*args)
 
-    monkeypatch.setattr(collect, "_attention", meanwhile)
+    monkeypatch.setattr(collect, "_measured", meanwhile)
     calibrate(checkpoint, tmp_path / "stats", calibration())
 
 
@@ -247,12 +248,12 @@ def test_statistics_of_another_model_are_refused(measured, tmp_path):
     statistics.check(checkpoint)
     raw = json.loads((checkpoint.folder / "config.json").read_text())
     weights = tiny.random_weights(raw)
-    resharded = Checkpoint.open(tiny.write_checkpoint(tmp_path / "sharded", raw, weights, shards=3))
+    resharded = open_checkpoint(tiny.write_checkpoint(tmp_path / "sharded", raw, weights, shards=3))
     statistics.check(resharded)
     name = "model.layers.2.mlp.experts.5.up_proj.weight"
     weights[name] = weights[name].clone()
     weights[name][0, 3] += 1
-    other = Checkpoint.open(tiny.write_checkpoint(tmp_path / "other", raw, weights))
+    other = open_checkpoint(tiny.write_checkpoint(tmp_path / "other", raw, weights))
     with pytest.raises(InputError, match=r"stats.safetensors: statistics of another model, model \(calibrate other\)"):
         statistics.check(other)
 

@@ -68,7 +68,7 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8=static --statistics lite.safetensors -o LITE-FP8
       dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
     from dsv2quant.report.calibration import coverage_json, coverage_text, draw, tokens_by_layer
 
     common.set_verbosity(verbose, quiet)
@@ -80,7 +80,7 @@ def command(
         from dsv2quant.calib.imatrix import check_free, write_imatrix
 
         check_free(Path(imatrix), Path(out), force)
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline)
     calibration.check_outputs([path for path in (out, imatrix, options["figure"]) if path], checkpoint, options)
     windows = calibration.load(checkpoint, options, quiet, protocol)
 

@@ -63,7 +63,7 @@ def check_text(path: str | None) -> None:
 
 def inputs(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[Path]:
     """The files and folders that a calibration reads."""
-    return [Path(path) for path in (checkpoint.folder, options["text"]) if path is not None]
+    return [*checkpoint.inputs, *([Path(options["text"])] if options["text"] is not None else [])]
 
 
 def check_outputs(outputs: Sequence[str], checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
@@ -102,16 +102,14 @@ def load(
     from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap, windows, windows_in_order
     from dsv2quant.text.calibration import load as load_text
     from dsv2quant.text.text import python_topics
-    from dsv2quant.text.tokenizer import Tokenizer
 
-    checkpoint.check_source()
-    assert checkpoint.folder is not None
+    folder = checkpoint.as_source().downloaded
     spec, samples = options["text"], options["samples"]
     longest = 512 if protocol == "llama.cpp" else 2048
     length = options["length"] or min(longest, checkpoint.config.trained_context)
     with bars.progress_bar(0, "", "tokenize", quiet):
-        text = load_text(spec, checkpoint.folder)
-        tokenizer = Tokenizer.of(checkpoint)
+        text = load_text(spec, folder)
+        tokenizer = checkpoint.tokenizer()
         if protocol == "llama.cpp":
             ids = windows_in_order(text, tokenizer, samples, length)
         else:

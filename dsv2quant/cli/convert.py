@@ -55,7 +55,7 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --gguf Q4_K_M -o DeepSeek-V2-Lite-Q4_K_M.gguf
       dsv2quant convert ./my-finetune --fp8=channel --target vllm --tp 4 -o my-finetune-FP8-Dynamic
     """
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
     from dsv2quant.report.plans import plan_text
     from dsv2quant.report.tables import gigabytes
 
@@ -70,7 +70,7 @@ def command(
     calibration.check_figure(options["figure"])
     calibration.check_text(options["text"])
     common.check_device(device)
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=dry_run)
     if dry_run or out is None:
         gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)
         return
@@ -87,7 +87,7 @@ def command(
         from dsv2quant.calib.calibration import needs_calibration, needs_statistics
         from dsv2quant.conversion.convert import convert
         from dsv2quant.report.calibration import calibration_json, calibration_text, draw
-        from dsv2quant.report.warnings import warnings
+        from dsv2quant.report.plans import warnings
 
     warned = warnings(plan)
     if verbose:

@@ -101,12 +101,12 @@ def command(
     text = _text(text_file, dataset, cache_dir, offline)
     common.check_device(device)
 
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline)
     against = None
     if reference is not None:
-        against = Checkpoint.open(reference, cache_dir=cache_dir, offline=offline)
+        against = open_checkpoint(reference, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         import torch
 
@@ -148,8 +148,8 @@ def _shared_with_calibration(checkpoint: Checkpoint, text: Text) -> float:
     from dsv2quant.storage.safetensors import read_json
     from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 
-    manifest = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
-    if manifest is None or not manifest.exists():
+    manifest = checkpoint.file(MANIFEST_FILE)
+    if manifest is None:
         return 0.0
     calibrated = read_json(manifest).get("calibration_fingerprint")
     shared = overlap(fingerprint(text.content), calibrated) if isinstance(calibrated, list) else 0.0

@@ -67,15 +67,14 @@ def command(
     text = _text(prompt)
     common.check_device(device)
 
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         import torch
 
         from dsv2quant.model.attention import KV_DTYPES
-        from dsv2quant.model.completion import Request, complete
-        from dsv2quant.model.generate import Sampling
+        from dsv2quant.model.completion import Request, Sampling, complete
         from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)

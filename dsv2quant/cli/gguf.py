@@ -83,9 +83,8 @@ def print_plan(checkpoint: Checkpoint, options: Mapping[str, Any], as_json: bool
         text, found = gguf_plan.plan_text(into_gguf, every_tensor=every_tensor), gguf_plan.plan_json(into_gguf)
     else:
         from dsv2quant.report import plans
-        from dsv2quant.text.tokenizer_file import check_tokenizer
 
-        check_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        checkpoint.as_source().check_tokenizer()
         plan = common.plan_for(checkpoint, options)
         text, found = plans.plan_text(plan, every_tensor=every_tensor), plans.plan_json(plan)
     if as_json:

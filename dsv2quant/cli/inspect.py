@@ -30,11 +30,11 @@ def command(
     Example:
       dsv2quant inspect DeepSeek-V2-Lite-FP8-BLOCK --json
     """
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
     from dsv2quant.report.plans import inspect_json, inspect_text
 
     common.set_verbosity(verbose, quiet)
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
     if as_json:
         common.print_json(inspect_json(checkpoint))
     else:

@@ -36,10 +36,10 @@ def command(
     Example:
       dsv2quant plan deepseek-ai/DeepSeek-V2-Lite --fp8 --target vllm --tp 2
     """
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
     common.set_verbosity(verbose, quiet)
     if not gguf.is_asked_for(options):
         common.choose_recipe(options)  # says what contradicts itself before anything is opened
-    checkpoint = Checkpoint.open(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
     gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)

@@ -41,14 +41,14 @@ def command(
     Example:
       dsv2quant verify DeepSeek-V2-Lite-FP8-BLOCK --source deepseek-ai/DeepSeek-V2-Lite
     """
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
     common.set_verbosity(verbose, quiet)
     common.check_device(device)
-    opened = Checkpoint.open(artifact, revision=revision, cache_dir=cache_dir, offline=offline)
+    opened = open_checkpoint(artifact, revision=revision, cache_dir=cache_dir, offline=offline)
     original = None
     if source is not None:
-        original = Checkpoint.open(source, cache_dir=cache_dir, offline=offline)
+        original = open_checkpoint(source, cache_dir=cache_dir, offline=offline)
     with bars.starting(quiet):
         from dsv2quant.evaluation import verify
         from dsv2quant.report.results import verification_text

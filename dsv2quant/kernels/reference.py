@@ -12,7 +12,7 @@ from dsv2quant.arch.spec import Router
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, expand_blocks, scales_of
 from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.formats.int8 import INT8_MAX
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
 
@@ -163,12 +163,16 @@ def add_norm(
     return Normed(residual, normed, codes, scales)
 
 
-def silu_mul(
-    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up, [T, columns], or its codes and scales."""
-    h = (F.silu(gate.float()) * up.float()).to(gate.dtype)
-    return h if quantize is None else quantize_activation(h, quantize, scale)
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, [T, columns]."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def silu_mul_codes(
+    gate: torch.Tensor, up: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of silu(gate) · up."""
+    return quantize_activation(silu_mul(gate, up), granularity, scale)
 
 
 def append_latents(

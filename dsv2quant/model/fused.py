@@ -16,7 +16,7 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.model.attention import LatentCache, Rope, expanded, softmax_scale
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
@@ -63,7 +63,7 @@ class FusedFFN:
         if granularity is None:
             (out,) = self.down(ops.silu_mul(gate, up))
         else:
-            (out,) = self.down(None, ops.silu_mul(gate, up, quantize=granularity, scale=scale))
+            (out,) = self.down(None, ops.silu_mul_codes(gate, up, granularity, scale))
         return out
 
 

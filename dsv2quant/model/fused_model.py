@@ -12,11 +12,10 @@ import torch
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.kernels import ops
 from dsv2quant.model.attention import LatentCache, halves
-from dsv2quant.model.decoder import Ends
 from dsv2quant.model.experts import load_experts
 from dsv2quant.model.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Step, Stream
 from dsv2quant.model.layers import RMSNorm
-from dsv2quant.model.load import LATENT_NORM_EPS, LoadOptions
+from dsv2quant.model.load import LATENT_NORM_EPS, Ends, LoadOptions
 from dsv2quant.model.quantized import PlainLinear, Projections, dequantized, load_linear, load_projections
 from dsv2quant.model.runtime import Decode, Runtime
 from dsv2quant.model.source import Source

@@ -16,7 +16,7 @@ from gguf import GGUFValueType
 
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.arch.spec import GgufTensor
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    checkpoint: Checkpoint
+    checkpoint: HfCheckpoint
     options: Options
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
@@ -127,7 +127,7 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     rows don't fit it."""
     config = checkpoint.config
     check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
-    checkpoint.check_source()
+    checkpoint = checkpoint.as_source()
     tensors = architecture(config).gguf_tensors()
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv2quant import __version__
 from dsv2quant.arch.spec import TensorSpec
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError
 from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
 from dsv2quant.formats.schemes import CODECS
@@ -89,7 +89,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    checkpoint: Checkpoint
+    checkpoint: HfCheckpoint
     recipe: Recipe
     targets: tuple[str, ...]
     parallel: Parallel
@@ -156,7 +156,7 @@ def make_plan(
     Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
     `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
-    checkpoint.check_source()
+    checkpoint = checkpoint.as_source()
     chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)

@@ -19,7 +19,7 @@ from routing_cases import (
 )
 
 from dsv2quant.kernels import fp8_experts, reference_experts, routing
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.routing import FEW, router_logits
 
 pytestmark = pytest.mark.skipif(
