@@ -1,0 +1,161 @@
+"""The options that verbs share, and what of them a command line gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from dsv2quant.cli import command as types
+from dsv2quant.cli.command import FP8_GRIDS, INT4_KINDS
+from dsv2quant.formats.gguf.file_types import NAMES
+from dsv2quant.planning import options as known
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order they are to appear in --help, there under a title."""
+
+    def apply(function: F) -> F:
+        before = len(getattr(function, "__click_params__", ()))
+        for option in reversed(options):
+            function = option(function)
+        for param in getattr(function, "__click_params__", ())[before:] if section else ():
+            param.section = section
+        return function
+
+    return apply
+
+
+hub_options = stack(
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id; owner/name@REV says it too."),
+    click.option("--cache-dir", type=types.Path(folder=True), metavar="DIR", help="Where hub downloads are kept."),
+    click.option("--offline", is_flag=True, help="Use only what the hub cache already holds."),
+    section="Hub",
+)
+
+device_option = stack(
+    click.option("--device", type=types.Device(), default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
+                 help="Where to compute."),
+    section="Computing",
+)  # fmt: skip
+
+compute_options = stack(
+    device_option,
+    click.option("--dtype", type=click.Choice(known.DTYPES), default="auto", show_default=True,
+                 help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
+    section="Computing",
+)  # fmt: skip
+
+backend_option = stack(
+    click.option("--backend", type=click.Choice(known.BACKENDS), default="auto", show_default=True,
+                 help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the "
+                 "reference. auto takes kernels where they can be had."),
+    section="Computing",
+)  # fmt: skip
+
+kv_cache_option = stack(
+    click.option("--kv-cache", type=click.Choice(known.KV_CACHES), default="auto", show_default=True,
+                 help="What the KV cache stores, FP8 under the artifact's own scales or 1; auto is the compute dtype."),
+    section="Computing",
+)  # fmt: skip
+
+
+def _whole(context: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdigit() else value
+
+
+_scheme_options = stack(
+    click.option("--fp8", "fp8", type=types.Kind(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
+                 help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "
+                 "per tensor, and activations with calibrated scales."),
+    click.option("--int4", "int4", type=types.Kind(INT4_KINDS), metavar="[=mixed|pure|experts]",
+                 help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
+    click.option("--int8", is_flag=True, help="INT8 weights with one scale per output channel, INT8 activations."),
+    click.option("--w4a8", is_flag=True,
+                 help="INT4 weights in groups of 128, FP8 activations, for vLLM on Hopper; what can't have it: INT4."),
+    click.option("--method", type=click.Choice(known.METHODS),
+                 help="How INT4 codes are chosen; all but rtn calibrate. Default: gptq."),
+    click.option("--group-size", type=click.Choice(tuple(map(str, known.GROUP_SIZES))), callback=_whole,
+                 help="Columns that share an INT4 scale. Default: 128."),
+    click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
+                 help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
+    click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
+    click.option("--recipe", type=types.Path(), metavar="FILE", help="A YAML recipe of your own instead."),
+    section="FP8, INT8 and INT4",
+)  # fmt: skip
+_consumer_options = stack(
+    click.option("--target", "targets", multiple=True, type=click.Choice(known.CONSUMERS),
+                 help="A consumer that must load the artifact; repeat for several. Default: all that can."),
+    click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Tensor-parallel size that vLLM or SGLang will use."),
+    click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Over how many GPUs they will spread whole routed experts; --tp then splits the rest."),
+    click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
+    section="Consumers of FP8, INT8 and INT4",
+)  # fmt: skip
+_gguf_options = stack(
+    click.option("--gguf", type=types.Names(NAMES), metavar="TYPE",
+                 help="Write a GGUF file for llama.cpp: a file type of llama-quantize's or a preset (DSV2_…), which "
+                 f"spends its bytes better. {', '.join(NAMES)}."),
+    click.option("--imatrix", type=types.Path(), metavar="FILE",
+                 help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
+    click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
+    click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
+                 help="A type for tensors whose name matches, as llama-quantize has it; repeat for several."),
+    click.option("--output-type", metavar="TYPE", help="The type of output.weight."),
+    click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
+    click.option("--drop-expert-groups", is_flag=True, help="Let llama.cpp route without groups: see the plan's note."),
+    click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
+    section="GGUF",
+)  # fmt: skip
+plan_options = stack(_scheme_options, _consumer_options, _gguf_options)
+
+
+def calibration_options(text: str) -> Callable[[F], F]:
+    """Those of text to calibrate on; `text` is what the API calls the file."""
+    return stack(
+        click.option("--calibration", text, type=types.Path(), metavar="FILE",
+                     help="Text, or .jsonl or .json with texts or chats. Default: Python's library."),
+        click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512,
+                     show_default=True, help="Windows of calibration text."),
+        click.option("--max-seq-length", "length", type=click.IntRange(min=8),
+                     help="Tokens of a window. Default: 2048, or the context the model was trained for."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                     help="Order of calibration texts."),
+        click.option("--figure", type=types.Path(), metavar="FILE",
+                     help="Draw tokens per expert: .png, .svg or .pdf (viz extra)."),
+        section="Calibration",
+    )  # fmt: skip
+
+
+output_options = stack(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+    click.option("-v", "--verbose", count=True, help="Say more on stderr; -vv for debugging."),
+    click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr, no progress bar."),
+    section="Output style",
+)
+
+
+def given(*names: str) -> list[str]:
+    """Which of these parameters the command line gives, as it spells them: what does nothing there is a usage error."""
+    context = click.get_current_context()
+    return [param.opts[-1] for param in context.command.params if param.name in names and _is_given(param.name)]
+
+
+def asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the command line gives, as the API takes them: of the others it has the defaults. Raises a usage
+    error for several schemes."""
+    found = {name: value for name, value in options.items() if _is_given(name)}
+    schemes = [f"{family}-{found.pop(family)}" for family in ("fp8", "int4") if family in found]
+    schemes += [family for family in ("int8", "w4a8") if found.pop(family, False)]
+    if len(schemes) + ("recipe" in found) > 1:
+        raise click.UsageError("--fp8, --int4, --int8, --w4a8 and --recipe exclude each other")
+    return found | ({"scheme": schemes[0]} if schemes else {})
+
+
+def _is_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
