@@ -104,8 +104,9 @@ def convert(
     `plan` does, and where nothing uses what is given for calibration; and InputError where a weight is not finite, the
     source changes meanwhile, or `out` can't take the artifact.
     """
-    from dsv2quant.planning.gguf_plan import GgufPlan
-    from dsv2quant.planning.plan import Plan
+    with progress(0, "", "starting"):  # imports numba
+        from dsv2quant.planning.gguf_plan import GgufPlan
+        from dsv2quant.planning.plan import Plan
 
     given = asked.given_of(options)
     if isinstance(model, Plan | GgufPlan):

@@ -113,7 +113,7 @@ def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that are as if not given. Raises TypeError for one that is none."""
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown option {unknown[0]!r}: there are {', '.join(Options.__annotations__)}")
-    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    return {name: value for name, value in options.items() if value or (value == 0 and value is not False)}
 
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:
