@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import logging
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ import pytest
 import tiny
 from test_convert import contents
 
-import dsv2quant
 import dsv2quant as dq
 from dsv2quant import api
 from dsv2quant.errors import GateError, InputError, UsageError
@@ -58,9 +56,10 @@ def test_importing_is_light():
 
 
 def test_functions_stay_functions_whatever_is_imported():
-    for module in pkgutil.walk_packages(dsv2quant.__path__, "dsv2quant."):
-        if not module.name.endswith("__main__") and not module.name.startswith("dsv2quant.kernels."):
-            importlib.import_module(module.name)
+    package = Path(dq.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            importlib.import_module(".".join(path.relative_to(package.parent).with_suffix("").parts))
     assert set(dq.__all__) <= set(dir(dq))
     for name in dq.__all__:
         assert getattr(dq, name) is getattr(api, name)
@@ -91,12 +90,12 @@ CONVERSIONS = [
     ),
     ({"scheme": "int8", "max_shard_size": "500KB"}, ("--int8", "--max-shard-size", "500KB")),
     (
-        {"scheme": "fp8-block", "kv_scales": True, "calibration": "{fox}", "seed": 3, **FEW},
-        ("--fp8", "--kv-scales", "--calibration", "{fox}", "--seed", "3", *FEW_WORDS),
+        {"scheme": "fp8-channel", "kv_scales": True, "calibration": "{fox}", "seed": 3, **FEW},
+        ("--fp8=channel", "--kv-scales", "--calibration", "{fox}", "--seed", "3", *FEW_WORDS),
     ),
     (
-        {"gguf": "Q4_0", "tensor_types": ("attn_q=q8_0",), "output_type": "q6_k", "split_max_size": "500KB"},
-        ("--gguf", "Q4_0", "--tensor-type", "attn_q=q8_0", "--output-type", "q6_k", "--split-max-size", "500KB"),
+        {"gguf": "Q4_0", "tensor_types": ("attn_q=q8_0",), "output_type": "q6_k", "split_max_size": "2MB"},
+        ("--gguf", "Q4_0", "--tensor-type", "attn_q=q8_0", "--output-type", "q6_k", "--split-max-size", "2MB"),
     ),
 ]
 
@@ -104,24 +103,26 @@ CONVERSIONS = [
 @pytest.mark.parametrize(("options", "words"), CONVERSIONS, ids=[" ".join(words) for _, words in CONVERSIONS])
 def test_the_api_and_the_command_write_the_same_bytes(options, words, wordy, fox, tmp_path, cli):
     options = {name: fox if value == "{fox}" else value for name, value in options.items()}
-    name = "out.gguf" if "gguf" in options else "out"
-    theirs, ours, planned = tmp_path / "cli" / name, tmp_path / "api" / name, tmp_path / "plan" / name
-    ran = cli("convert", wordy, *(word.format(fox=fox) for word in words), "-o", theirs, "--json", "-q")
+    into_gguf = "gguf" in options
+    model = tiny.MINI if into_gguf else wordy
+    folders = [tmp_path / name for name in ("cli", "api", "plan")]
+    theirs, ours, planned = (folder / "out.gguf" if into_gguf else folder for folder in folders)
+    ran = cli("convert", model, *(word.format(fox=fox) for word in words), "-o", theirs, "--json", "-q")
     assert ran.code == 0, ran.err
-    made = dq.convert(wordy, ours, **options)
-    assert contents(ours.parent) == contents(theirs.parent)
+    made = dq.convert(model, ours, **options)
+    assert contents(folders[1]) == contents(folders[0])
     assert made.bits_per_weight == json.loads(ran.out)["bits_per_weight"]
-    later = ("split_max_size",) if "gguf" in options else (*CALIBRATION, "statistics")
-    plan = dq.plan(wordy, **{key: value for key, value in options.items() if key not in later})
+    later = ("split_max_size",) if into_gguf else (*CALIBRATION, "statistics")
+    plan = dq.plan(model, **{key: value for key, value in options.items() if key not in later})
     dq.convert(plan, planned, **{key: value for key, value in options.items() if key in later})
-    assert contents(planned.parent) == contents(ours.parent)
+    assert contents(folders[2]) == contents(folders[0])
 
 
 def test_a_plan_is_the_commands(wordy, cli):
     ran = cli("plan", wordy, "--int4=experts", "--ep", "2", "--json")
     assert plan_json(dq.plan(dq.open(wordy), scheme="int4-experts", ep=2)) == json.loads(ran.out)
-    ran = cli("plan", wordy, "--gguf", "q8_0", "--json")
-    assert gguf_plan_json(dq.plan(wordy, gguf="Q8_0")) == json.loads(ran.out)
+    ran = cli("plan", tiny.MINI, "--gguf", "q8_0", "--json")
+    assert gguf_plan_json(dq.plan(tiny.MINI, gguf="Q8_0")) == json.loads(ran.out)
     assert inspection_json(dq.inspect(wordy)) == json.loads(cli("inspect", wordy, "--json").out)
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
 TUNED = ("fp8", "int4")
@@ -31,7 +29,7 @@ def command() -> None:
     """
 
 
-@command.command(cls=Command)
+@command.command(cls=shared.Command)
 @click.option("--only", metavar="NAMES", help=f"Some of {','.join(SECTIONS)}. Default: all.")
 @click.option("--tune", is_flag=True, help=f"Find the fastest block shapes instead, of {','.join(TUNED)}, and write "
               "the table that kernels then take them from.")  # fmt: skip
@@ -88,8 +86,8 @@ def kernels(
         raise GateError(f"{len(found['wrong'])} results are wrong: {listing(found['wrong'])}")
 
 
-@command.command(cls=Command)
-@click.argument("model", type=types.Path(), default="v2-lite")
+@command.command(cls=shared.Command)
+@click.argument("model", type=shared.Path(), default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")

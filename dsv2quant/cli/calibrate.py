@@ -7,19 +7,17 @@ from typing import Any
 import click
 
 import dsv2quant as dq
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @click.option(
     "-o",
     "--output",
     "out",
-    type=types.Path(),
+    type=shared.Path(),
     metavar="STATS",
     required=True,
     help="The statistics file, *.safetensors.",
@@ -33,7 +31,7 @@ from dsv2quant.cli.command import Command
     help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix does.",
 )
 @click.option(
-    "--imatrix", type=types.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf."
+    "--imatrix", type=shared.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf."
 )
 @shared.device_option
 @click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")

@@ -8,17 +8,15 @@ import click
 
 import dsv2quant as dq
 from dsv2quant.api import check_conversion
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 from dsv2quant.cli.plan import show
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @shared.stack(
-    click.option("-o", "--output", "out", type=types.Path(), metavar="OUT",
+    click.option("-o", "--output", "out", type=shared.Path(), metavar="OUT",
                  help="The artifact's folder, or its GGUF file."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed."),
@@ -27,7 +25,7 @@ from dsv2quant.cli.plan import show
 @shared.plan_options
 @shared.calibration_options("calibration")
 @shared.stack(
-    click.option("--statistics", type=types.Path(), metavar="STATS",
+    click.option("--statistics", type=shared.Path(), metavar="STATS",
                  help="What `calibrate` measured, instead of measuring again."),
     section="Calibration",
 )  # fmt: skip

@@ -7,22 +7,20 @@ from typing import Any
 import click
 
 import dsv2quant as dq
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @click.option(
     "--reference",
-    type=types.Path(),
+    type=shared.Path(),
     metavar="MODEL",
     help="What to compare with, normally the BF16 model it was made from.",
 )
 @shared.stack(
-    click.option("--text", type=types.Path(), metavar="FILE", help="A UTF-8 text to score."),
+    click.option("--text", type=shared.Path(), metavar="FILE", help="A UTF-8 text to score."),
     click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead."),
     click.option("--ctx", type=click.IntRange(min=8),
                  help="Window length. Default: 2048, or the trained context if that is shorter."),

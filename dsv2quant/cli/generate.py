@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dsv2quant as dq
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 if TYPE_CHECKING:
     from dsv2quant.model.completion import Completion
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
 @click.option("--special", is_flag=True, help="Take special tokens spelled out in the prompt as such (<｜fim▁hole｜>).")

@@ -7,14 +7,12 @@ from typing import Any
 import click
 
 import dsv2quant as dq
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @shared.plan_options
 @shared.hub_options
 @shared.output_options

@@ -7,17 +7,15 @@ from typing import Any
 import click
 
 import dsv2quant as dq
-from dsv2quant.cli import command as types
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.cli.command import Command
 
 
-@click.command(cls=Command)
-@click.argument("artifact", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("artifact", type=shared.Path())
 @click.option(
     "--source",
-    type=types.Path(),
+    type=shared.Path(),
     metavar="MODEL",
     help="The checkpoint it was made from: measures each role's error too.",
 )

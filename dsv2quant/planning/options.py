@@ -118,8 +118,10 @@ def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:
     """An option as the command line has it; a scheme by its family, --fp8."""
-    if name == "scheme":
-        return f"--{given[name].partition('-')[0]}"
+    return f"--{given[name].partition('-')[0]}" if name == "scheme" else _option(name)
+
+
+def _option(name: str) -> str:
     return _SPELLED.get(name, f"--{name.replace('_', '-')}")
 
 
@@ -127,17 +129,17 @@ def words_of(given: Mapping[str, Any]) -> list[str]:
     """Everything that shapes the artifact, and no path of this machine."""
     words = []
     for name in (*FOLDER, *GGUF):
-        value, spelled = given.get(name), _SPELLED.get(name, f"--{name.replace('_', '-')}")
+        value, option = given.get(name), _option(name)
         if value is None or value == _USUAL.get(name):
             continue
         if name == "scheme":
             words.append(f"--{value.replace('-', '=', 1)}")
         elif value is True:
-            words.append(spelled)
+            words.append(option)
         elif name in ("recipe", "imatrix"):
-            words.append(f"{spelled} {Path(value).name}")
+            words.append(f"{option} {Path(value).name}")
         else:
-            words += [f"{spelled} {item}" for item in (value if isinstance(value, list | tuple) else [value])]
+            words += [f"{option} {item}" for item in (value if isinstance(value, list | tuple) else [value])]
     return words
 
 
@@ -146,12 +148,12 @@ def check_values(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value is None:
             continue
-        choices, spelled = _CHOICES.get(name), _SPELLED.get(name, f"--{name.replace('_', '-')}")
+        choices = _CHOICES.get(name)
         for item in value if name == "targets" else (value,):
             if choices is not None and item not in choices:
-                raise UsageError(f"{spelled} {item}", fix=f"it takes {', '.join(map(str, choices))}")
+                raise UsageError(f"{_option(name)} {item}", fix=f"it takes {', '.join(map(str, choices))}")
         if name in _LEAST and value < _LEAST[name]:
-            raise UsageError(f"{spelled} {value} is out of range", fix=f"it must be at least {_LEAST[name]}")
+            raise UsageError(f"{_option(name)} {value} is out of range", fix=f"it must be at least {_LEAST[name]}")
 
 
 def check_options(given: Mapping[str, Any]) -> Recipe | None:
@@ -196,7 +198,7 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, A
     from dsv2quant.storage.safetensors import parse_size
 
     if recipe is None:
-        return gguf_plan_of(checkpoint, given)
+        return _gguf_plan(checkpoint, given)
     from dsv2quant.planning.plan import make_plan
 
     made = make_plan(
@@ -212,7 +214,7 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, A
     return replace(made, asked=tuple(words_of({**usual, **given})))
 
 
-def gguf_plan_of(checkpoint: Checkpoint, given: Mapping[str, Any]) -> GgufPlan:
+def _gguf_plan(checkpoint: Checkpoint, given: Mapping[str, Any]) -> GgufPlan:
     from dsv2quant.formats.gguf import imatrix
     from dsv2quant.planning import gguf_plan as gguf
     from dsv2quant.planning.gguf_types import Overrides
