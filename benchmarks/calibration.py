@@ -23,8 +23,8 @@ from convert import make_checkpoint, processor
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
 from dsv2quant.calib.calibration import Calibration, layer_file, work_bytes, work_memory
-from dsv2quant.calib.sequence import quantize_layers
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.calib.layerwise import quantize_layers
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 
@@ -43,7 +43,7 @@ def main() -> None:
     source, work = options.scratch / "lite", options.scratch / "work"
     shutil.rmtree(work, ignore_errors=True)
     make_checkpoint(source, LAYERS)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, recipe.builtin(options.recipe))
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (options.windows, options.ctx))
     calibration = Calibration(ids, "random", "", 0, [])

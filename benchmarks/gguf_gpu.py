@@ -20,9 +20,9 @@ import torch
 import triton
 
 from dsv2quant import __version__
-from dsv2quant.arch.gguf_tensors import model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.bench.device import append
-from dsv2quant.bench.subject import configuration
+from dsv2quant.bench.model import configuration
 from dsv2quant.kernels.gguf_encode import encode
 from dsv2quant.planning.gguf_types import choose
 
@@ -71,7 +71,7 @@ def main() -> None:
         for what, shape in (("tensor", TENSOR), ("matrix", MATRIX))
     ]
     config = configuration("v2-lite")
-    tensors = model_tensors(config)
+    tensors = architecture(config).gguf_tensors()
     kinds = [kind for kind, _ in choose(tensors, "Q4_K_M", config)]
     counts = Counter((kind, (prod(t.shape[:-1]), t.shape[-1])) for kind, t in zip(kinds, tensors, strict=True))
     weights = sum(prod(shape) * count for (_, shape), count in counts.items())

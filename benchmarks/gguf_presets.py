@@ -24,7 +24,7 @@ from quality import MODEL, Evaluator
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
-from dsv2quant.planning.gguf_presets import PRESETS
+from dsv2quant.formats.gguf.file_types import PRESETS
 
 
 def command(*words: object) -> None:

@@ -28,7 +28,7 @@ import torch
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
 from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compare, run
 from dsv2quant.model.load import LoadOptions
@@ -78,7 +78,7 @@ class Evaluator:
         }
 
     def _pass(self, folder: Path) -> Pass:
-        model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+        model = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
         return run(model, self._ids, batches_of(EVALUATED, 8))
 
 
@@ -88,7 +88,7 @@ def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> Made:
     if options["group_size"] == 128:
         text = chosen.text.replace("rules:\n", "rules:\n  - {roles: [dense.down_proj], scheme: bf16}\n", 1)
         chosen = recipe.parse(text, name)
-    plan = make_plan(Checkpoint.open(MODEL), chosen, for_targets=TARGETS)
+    plan = make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
     calibrates = needs_calibration(plan) or needs_statistics(plan)
     calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
     result = convert(plan, out, command="", calibration=calibration)
@@ -105,7 +105,7 @@ def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> Made
     command += ["--group-size", str(group), "-o", str(out), *(f"--ignore={name}" for name in ignored)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     printed = json.loads(ran.stdout)
-    checkpoint = Checkpoint.open(out)
+    checkpoint = open_checkpoint(out)
     bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
     return Made(printed["quantize_s"], bits / sum(w.spec.size for w in checkpoint.weights), "", versions)

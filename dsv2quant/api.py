@@ -48,10 +48,11 @@ def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions])
     revision of what has none.
     """
     from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
 
     if isinstance(model, Checkpoint):
         return model
-    return Checkpoint.open(
+    return open_checkpoint(
         model, revision=hub.get("revision"), cache_dir=_fspath(hub.get("cache_dir")),
         offline=hub.get("offline", False), headers_only=headers_only,
     )  # fmt: skip
@@ -74,9 +75,7 @@ def plan(checkpoint: Model, **options: Unpack[Options]) -> Plan | GgufPlan:
     recipe = asked.check_options(given)
     opened = open(checkpoint, headers_only=True, **_hub(given))
     if recipe is not None:
-        from dsv2quant.text.tokenizer_file import check_tokenizer
-
-        check_tokenizer(opened.folder, opened.config.vocab_size)
+        opened.as_source().check_tokenizer()
     return asked.plan_of(opened, recipe, given)
 
 
@@ -152,7 +151,7 @@ def calibrate(
     if imatrix is not None:
         importance.check_free(Path(imatrix), Path(out), force)
     checkpoint = open(model, **hub)
-    inputs = [Path(path) for path in (checkpoint.folder, text) if path is not None]
+    inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
     asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
     with progress(0, "", "tokenize"):
         calibration = read_calibration(checkpoint, _fspath(text), samples, length, seed, protocol)
@@ -256,8 +255,7 @@ def generate(
     checkpoint = open(model, **hub)
     with progress(0, "", "starting"):
         from dsv2quant.model.attention import KV_DTYPES
-        from dsv2quant.model.completion import Request, complete
-        from dsv2quant.model.generate import Sampling
+        from dsv2quant.model.completion import Request, Sampling, complete
         from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = _dtype(dtype) or default_dtype(device)
@@ -285,14 +283,12 @@ def _convert_folder(
         from dsv2quant.calib.statistics import Statistics
         from dsv2quant.conversion.convert import convert as run
         from dsv2quant.report.calibration import Conversion, draw
-        from dsv2quant.report.plans import plan_text
-        from dsv2quant.report.warnings import warnings
+        from dsv2quant.report.plans import plan_text, warnings
 
     checkpoint, text, figure = plan.checkpoint, given.get("calibration"), given.get("figure")
     inputs = [Path(path) for path in (text, given.get("recipe")) if path is not None]
     if figure is not None:
-        folder = [checkpoint.folder] if checkpoint.folder is not None else []
-        asked.check_outputs([out, Path(figure)], [*folder, *inputs])
+        asked.check_outputs([out, Path(figure)], [*checkpoint.inputs, *inputs])
     _tell(plan_text, plan, [f"warning: {warning}" for warning in warnings(plan)])
     if "statistics" in given and not needs_statistics(plan):
         raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.layers import MoE
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -56,7 +56,7 @@ def difference_from_transformers(folder: Path) -> float:
     tokens = torch.arange(512)[None] + 100
     with torch.inference_mode():
         theirs = model(tokens).logits
-    runtime = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    runtime = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
     for layer in runtime.layers() if "pack-quantized" in config else ():
         for expert in layer.ffn.experts if isinstance(layer.ffn, MoE) else ():
             for linear in (expert.gate_proj, expert.up_proj, expert.down_proj):

@@ -20,10 +20,11 @@ import torch
 from test_convert import KILLER
 
 from dsv2quant.calib.calibration import Calibration, needs_calibration
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.calib.layerwise import Job
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import Result, convert
 from dsv2quant.model.layers import Linear
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
@@ -54,7 +55,7 @@ def rules(text: str) -> recipe.Recipe:
 def planned(model: Path, name: str | recipe.Recipe = "int4-pure", method: str | None = None, **options: Any) -> Plan:
     """A plan of a built-in recipe, or of one's own, in groups of 32."""
     chosen = recipe.builtin(name, method=method, group_size=32) if isinstance(name, str) else name
-    return make_plan(Checkpoint.open(model), chosen, for_targets=["transformers"], **options)
+    return make_plan(open_checkpoint(model), chosen, for_targets=["transformers"], **options)
 
 
 def run(plan: Plan, out: Path, using: Calibration | None = None, **options: Any) -> Result:
@@ -91,7 +92,7 @@ def inputs(folder: Path, using: Calibration) -> tuple[dict[str, torch.Tensor], M
     """What every linear is applied to, [tokens, columns] in float64, in the runtime's forward pass; routed experts
     aside: these see rows of `N.ffn`."""
     seen: dict[str, torch.Tensor] = {}
-    model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    model = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
     names: dict[int, str] = {}
     for i, layer in enumerate(model.layers()):
         names |= linears(layer, str(i))
@@ -110,8 +111,13 @@ def inputs(folder: Path, using: Calibration) -> tuple[dict[str, torch.Tensor], M
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """{module: weight in float32} of a checkpoint's matrices."""
-    opened = Checkpoint.open(folder)
-    return {w.spec.module: decode(opened, w, torch.float32) for w in opened.weights if len(w.spec.shape) == 2}
+    opened = open_checkpoint(folder)
+    return {w.spec.module: opened.decode(w, torch.float32) for w in opened.weights if len(w.spec.shape) == 2}
+
+
+def layer_of(job: Job) -> int:
+    """Which of the model's layers a job of GPTQ is."""
+    return int(job.layers[0].attention.o_proj.module.split(".")[2])
 
 
 def interrupt(*args: object) -> NoReturn:

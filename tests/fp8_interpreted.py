@@ -14,7 +14,8 @@ import json
 import torch
 from fp8_cases import EXTREMES, activations, exact, operands
 
-from dsv2quant.kernels import act_quant, reference
+from dsv2quant.kernels import reference
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill, linear_into, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 
@@ -41,7 +42,7 @@ def quantized() -> dict[str, list[str]]:
         for name, x in EXTREMES.items():
             for dtype in (torch.float32, torch.float16):
                 case = x.to(dtype)
-                codes, scales = act_quant.quantize_activation(case, granularity, scale)
+                codes, scales = quantize_activation(case, granularity, scale)
                 want_codes, want_scales = reference.quantize_activation(case, granularity, scale)
                 same = torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
                 if not same or not torch.equal(scales, want_scales):
@@ -52,7 +53,7 @@ def quantized() -> dict[str, list[str]]:
 def refusal() -> str:
     """What bfloat16 is told here."""
     try:
-        act_quant.quantize_activation(torch.zeros(1, 128, dtype=torch.bfloat16), "token")
+        quantize_activation(torch.zeros(1, 128, dtype=torch.bfloat16), "token")
     except TypeError as error:
         return str(error)
     return "none"
@@ -80,7 +81,7 @@ def own_codes() -> list[str]:
         _, _, w, w_scales = operands(*shape, scheme, "cpu")
         granularity = "group128" if scheme == "block" else "token"
         for x in (activations(shape[0], shape[2]), activations(shape[0], shape[2]).half()):
-            codes = act_quant.quantize_activation(x, granularity)
+            codes = quantize_activation(x, granularity)
             for share in VECTORS:
                 if share.columns - 512 * share.warps < shape[2] and (scheme == "block" or shape[2] <= share.columns):
                     given, made = (torch.full(shape[:2], float("nan")) for _ in range(2))

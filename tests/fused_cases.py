@@ -10,9 +10,8 @@ from fp8_cases import activations
 
 from dsv2quant.kernels import reference
 from dsv2quant.kernels import reference as reference_fused
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import Share, absorb_k, absorb_v, append_latents, choose
-from dsv2quant.kernels.silu_mul import silu_mul
 
 EMPTY = torch.empty
 EPS = 1e-6
@@ -94,7 +93,7 @@ def silu_faults(tokens: int, columns: int, up: int | None, granularity: str | No
     found = [] if error <= 2.0**-12 else [f"off by {error}"]
     if granularity:
         scale = static(granularity, device)
-        found += code_faults(silu_mul(*given, quantize=granularity, scale=scale), plain, granularity, scale)
+        found += code_faults(silu_mul_codes(*given, granularity, scale), plain, granularity, scale)
     return found
 
 

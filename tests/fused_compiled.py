@@ -14,9 +14,8 @@ from typing import Any
 
 from triton_tools import compile_for_hopper
 
-from dsv2quant.kernels.add_norm import _add_norm_kernel, held
+from dsv2quant.kernels.activations import GROUPS, _add_norm_kernel, _silu_mul_kernel, held
 from dsv2quant.kernels.latents import HEADS, _latents_kernel, _per_head_kernel, choose
-from dsv2quant.kernels.silu_mul import GROUPS, _silu_mul_kernel
 
 FOUND = (
     "wgmma.mma_async", "mma.sync.aligned", "cp.async", "ld.global.v4", "cvt.rn.satfinite.e4m3x2.f32",

@@ -14,7 +14,7 @@ import json
 import torch
 from fused_cases import GRANULARITIES, absorb_faults, latent_faults, norm_faults, poisoned, silu_faults
 
-from dsv2quant.kernels.silu_mul import silu_mul
+from dsv2quant.kernels.activations import silu_mul
 
 DTYPES = (torch.float32, torch.float16)
 STORED = (torch.float8_e4m3fn, torch.float8_e5m2)

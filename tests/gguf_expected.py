@@ -14,7 +14,8 @@ from gguf import GGUFWriter
 from gguf_cases import bell
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.storage.gguf import Container
 
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS")
@@ -73,7 +74,7 @@ def write_imatrix(path: Path, model: str) -> Path:
     writer.add_uint32("imatrix.chunk_size", 512)
     config = config_of(model)
     missing = f"blk.{config.num_hidden_layers - 1}.attn_output.weight"
-    for tensor in sorted(model_tensors(config), key=lambda tensor: tensor.name):
+    for tensor in sorted(architecture(config).gguf_tensors(), key=lambda tensor: tensor.name):
         if tensor.layer is not None and len(tensor.shape) > 1 and tensor.name != missing:
             sums, counts = _sums(tensor)
             writer.add_tensor(f"{tensor.name}.in_sum2", sums)
@@ -85,7 +86,7 @@ def write_imatrix(path: Path, model: str) -> Path:
     return path
 
 
-def _sums(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _sums(tensor: GgufTensor) -> tuple[np.ndarray, np.ndarray]:
     """Σ x² float32 [columns] and the count [1]; of experts [experts, columns] and [experts, 1].
 
     The halves of kv_b_proj have the sums of all heads, [heads · columns], and one count.

@@ -15,7 +15,8 @@ import torch
 from gguf_cases import extreme_matrices, importances
 
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.kernels.gguf import fits, lanes, rounding, scales
+from dsv2quant.kernels import gguf_encode
+from dsv2quant.kernels.gguf import lanes, scales
 from dsv2quant.kernels.gguf_encode import encode
 
 COLS = 512
@@ -41,9 +42,9 @@ def importance() -> np.ndarray:
 
 def main() -> None:
     np.seterr(all="ignore")
-    for module in (lanes, fits, scales):
+    for module in (lanes, scales):
         module.LANES = 4096  # one program: the interpreter's time is that of its steps, whatever their width
-    rounding.ELEMENTS = 1 << 16
+    gguf_encode.ELEMENTS = 1 << 16
     by_case = cases()
     x = np.concatenate(list(by_case.values()))
     names = np.repeat(list(by_case), [len(rows) for rows in by_case.values()])

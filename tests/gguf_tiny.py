@@ -16,7 +16,8 @@ import torch
 from gguf_cases import bell
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import TensorSpec
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
 # 32 (experts) and 192 (dense FFN) stand for 1408 and 10944, which whole blocks of 256 don't fit either.
@@ -80,7 +81,7 @@ def bfloat16(x: np.ndarray) -> torch.Tensor:
 
 def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Bell-shaped rows of different sizes, some outliers, a row and a stretch of zeros, a constant row."""
-    specs = model_specs(ModelConfig.from_dict(config, "config.json"))
+    specs = architecture(ModelConfig.from_dict(config, "config.json")).specs()
     return {spec.name: bfloat16(_weight(spec)) for spec in specs}
 
 

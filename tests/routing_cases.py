@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels.routing import Routes
 
 # (tokens, k, experts, block): one token, more pairs than one slice and one chunk hold, few experts, one expert
@@ -25,6 +26,11 @@ ROUTED = (
     (2, 12, 3, 1, 6, True, 1.0),  # more than one group has: of score 0, lowest index first
     (2, 8, 1, 1, 1, True, 3.0),  # a single choice is not normalised
 )
+
+
+def router_of(n_group: int, topk_group: int, k: int, norm: bool, scale: float) -> Router:
+    """The router of a case."""
+    return Router(k, n_group, topk_group, normalise=norm, scale=scale)
 
 
 # (tokens, experts, hidden): of ragged sizes
@@ -66,7 +72,7 @@ def logits(tokens: int, experts: int, device: str = "cpu") -> torch.Tensor:
 def expected(
     x: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As model.moe.route, with stable sorts for top-k."""
+    """As model.layers.route, with stable sorts for top-k."""
     scores = x.softmax(-1)
     best = scores.unflatten(-1, (n_group, -1)).amax(-1)
     groups = best.argsort(dim=1, descending=True, stable=True)[:, :topk_group]

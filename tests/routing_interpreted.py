@@ -11,7 +11,18 @@ from __future__ import annotations
 import json
 
 import torch
-from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
+from routing_cases import (
+    ROUTED,
+    ROUTERS,
+    SORTED,
+    choices,
+    expected,
+    logits,
+    logits_off,
+    router_of,
+    router_operands,
+    same,
+)
 
 from dsv2quant.kernels import reference_experts, routing
 from dsv2quant.kernels.routing import router_logits
@@ -32,7 +43,7 @@ def routed() -> dict[str, list[float]]:
     found = {}
     for tokens, experts, *rule in ROUTED:
         x = logits(tokens, experts)
-        weights, chosen, routes = routing.route_and_sort(x, *rule)
+        weights, chosen, routes = routing.route_and_sort(x, router_of(*rule))
         want_weights, want = expected(x, *rule)
         off = int((chosen != want).sum()) + (
             not same(routes, reference_experts.sort_pairs(want, experts, routes.block))

@@ -12,6 +12,7 @@ import torch
 
 from dsv2quant.calib.statistics import kv_scale
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.layers import Linear
@@ -64,13 +65,13 @@ def watch(model: Model) -> dict[str, Watched]:
 
 def write(source: Path, out: Path, scheme: str, kv: float | None = None, **options) -> Plan:
     """Quantize a checkpoint with scales from 64 random tokens; `kv` is every layer's KV-cache magnitude."""
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, RECIPES[scheme], kv_scales=kv is not None, **options)
     model = Model(checkpoint)
     watched = watch(model)
     model.forward(some_tokens(checkpoint, 2, 32))
     amax: dict[str, float] = defaultdict(float)
-    groups = {line.spec: input_group(line.spec, checkpoint.config, plan.targets) for line in plan.entries}
+    groups = {line.spec: input_group(line.spec, plan.targets) for line in plan.entries}
     for spec, group in groups.items():
         if spec.module in watched:
             amax[group] = max(amax[group], watched[spec.module].seen)

@@ -15,12 +15,11 @@ from test_statistics import calibration
 from dsv2quant.calib import awq
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
-from dsv2quant.formats.int4_cpu import search_scales
-from dsv2quant.model import load
-from dsv2quant.model.load import decode
+from dsv2quant.formats.cpu import search_scales
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
@@ -46,7 +45,7 @@ def made(request, tmp_path_factory):
     """(plan, statistics, artifact) with every kind of smoothing in use: kv_b_proj is INT4 too."""
     folder = tmp_path_factory.mktemp(request.param)
     config = {"lite": tiny.LITE, "v2": tiny.V2}[request.param]
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(folder / "model", config, spiky(config)))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(folder / "model", config, spiky(config)))
     text = (
         "name: x\nrules: [{roles: ['routed.*', 'shared.*', 'dense.*', '*_proj', '*_mqa'],"
         " scheme: int4-channel, method: awq}]"
@@ -60,13 +59,15 @@ def made(request, tmp_path_factory):
 def folded(smoothing: Smoothing, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The unquantized model with smoothing applied."""
 
+    decode = HfCheckpoint.decode
+
     def scaled(checkpoint_, weight, dtype, *rest):
         return torch.from_numpy(smoothing.apply(weight.spec, decode(checkpoint_, weight, torch.float32).numpy())).to(
             dtype
         )
 
     with monkeypatch.context() as m:
-        m.setattr(load, "decode", scaled)
+        m.setattr(HfCheckpoint, "decode", scaled)
         return Model(checkpoint)
 
 
@@ -84,7 +85,7 @@ def test_chosen_folds_leave_every_logit_as_it_is(made, monkeypatch):
 
 @pytest.mark.parametrize("config", [tiny.LITE, tiny.V2], ids=["lite", "v2"])
 def test_every_legal_fold_at_once_is_exact_and_one_reader_less_is_not(config, tmp_path, monkeypatch):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", config))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", config))
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     smoothing = [pair for layer in range(3) for pair in smoothing_pairs(checkpoint.config, layer)]
@@ -126,7 +127,7 @@ def test_exponents_are_those_of_least_weighted_error(made):
         def lost(e: np.ndarray, readers=readers) -> float:
             total = 0.0
             for line in readers:
-                w = decode(plan.checkpoint, line.weight, torch.float64).numpy() * 2.0**e
+                w = plan.checkpoint.decode(line.weight, torch.float64).numpy() * 2.0**e
                 m = statistics.mean_square(line.spec) * max(1, statistics.count(line.spec)) * 4.0**-e
                 best = np.full(len(w), np.inf)
                 for clip in awq.CLIPS:
@@ -161,11 +162,11 @@ def test_folds_that_do_not_fit_the_model_are_an_error(change, message, made, tmp
 
 def test_the_artifact_is_folded_weights_with_weighted_scales(made):
     plan, statistics, out = made
-    smoothing, artifact = Smoothing.open(out / SMOOTHING_FILE, plan.checkpoint.config), Checkpoint.open(out)
+    smoothing, artifact = Smoothing.open(out / SMOOTHING_FILE, plan.checkpoint.config), open_checkpoint(out)
     source = {w.spec.name: w for w in plan.checkpoint.weights}
     for weight in artifact.weights:
-        want = smoothing.apply(weight.spec, decode(plan.checkpoint, source[weight.spec.name], torch.float32).numpy())
-        got = decode(artifact, weight, torch.float32).numpy()
+        want = smoothing.apply(weight.spec, plan.checkpoint.decode(source[weight.spec.name], torch.float32).numpy())
+        got = artifact.decode(weight, torch.float32).numpy()
         if weight.scheme == "bf16":
             np.testing.assert_array_equal(got, want)
             continue
@@ -190,7 +191,7 @@ def test_with_a_calibration_it_measures_by_itself_and_gives_the_same_tensors(mad
 def test_cut_short_it_ends_with_the_same_bytes(at, made, tmp_path, monkeypatch):
     plan, _, out = made
     where = {
-        "statistics": ("dsv2quant.calib.collect._moe", 2),
+        "statistics": ("dsv2quant.calib.collect._measured", 3),
         "folds": ("dsv2quant.calib.awq._exponents", 30),
         "shards": ("dsv2quant.formats.int4.check_finite", 40),
     }[at]
@@ -224,7 +225,7 @@ def test_verify_compares_with_the_folded_source(made, cli):
 
 def planned(model: Path, rules: str) -> Plan:
     return make_plan(
-        Checkpoint.open(model), recipe.parse(f"name: x\nrules: [{rules}]", "x"), for_targets=["transformers"]
+        open_checkpoint(model), recipe.parse(f"name: x\nrules: [{rules}]", "x"), for_targets=["transformers"]
     )
 
 
@@ -268,9 +269,9 @@ def test_mse_searches_with_the_measured_importance(lite, tmp_path):
     assert SMOOTHING_FILE not in {path.name for path in (tmp_path / "out").iterdir()}
     stored = load_file(tmp_path / "stats")
     name = "model.layers.2.self_attn.o_proj"
-    artifact = {w.spec.name: w for w in Checkpoint.open(tmp_path / "out").weights}
+    artifact = {w.spec.name: w for w in open_checkpoint(tmp_path / "out").weights}
     (weight,) = (w for w in plan.checkpoint.weights if w.spec.module == name)
-    x = decode(plan.checkpoint, weight, torch.float32).numpy()
+    x = plan.checkpoint.decode(weight, torch.float32).numpy()
     scales = search_scales(x, stored[f"{name}.square"][None], x.shape[1])
-    got = decode(Checkpoint.open(tmp_path / "out"), artifact[f"{name}.weight"], torch.float32).numpy()
+    got = open_checkpoint(tmp_path / "out").decode(artifact[f"{name}.weight"], torch.float32).numpy()
     np.testing.assert_array_equal(got, np.clip(np.rint(x / scales), -8, 7) * scales)

@@ -13,11 +13,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.model import load
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,7 +113,7 @@ def change(folder: Path, suffix: str, changed: Callable[[torch.Tensor], torch.Te
 def refused(folder: Path, error: type[Exception], message: str) -> None:
     """What is said when the model is loaded, in one line that names it."""
     with pytest.raises(error) as raised:
-        open_model(Checkpoint.open(folder), LoadOptions(backend="kernels"))
+        open_model(open_checkpoint(folder), LoadOptions(backend="kernels"))
     assert str(raised.value) == f"{folder.name}: {message}"
 
 
@@ -135,7 +135,7 @@ def test_expert_widths_without_a_kernel(artifact, sources):
     refused(folder, UsageError, what + TAKE_TORCH)
     what = "model.layers.1.mlp.experts is bf16 of widths 64 and 44, no multiples of 8"
     refused(sources["thin experts"], UsageError, what + TAKE_TORCH)
-    open_model(Checkpoint.open(sources["odd experts"]), LoadOptions(backend="kernels"))
+    open_model(open_checkpoint(sources["odd experts"]), LoadOptions(backend="kernels"))
 
 
 @pytest.mark.parametrize("role", ["gate_proj", "up_proj", "down_proj"])
@@ -165,7 +165,7 @@ def test_groups_of_unequal_size(artifact):
     change(folder, "self_attn.o_proj.g_idx", lambda group: group.clamp(max=0))
     what = "model.layers.0.self_attn.o_proj: g_idx does not name each of 2 groups for 32 of 64 columns"
     refused(folder, UsageError, what + TAKE_TORCH)
-    Model(Checkpoint.open(folder))
+    Model(open_checkpoint(folder))
 
 
 def test_groups_that_are_not_there(artifact):
@@ -175,7 +175,7 @@ def test_groups_that_are_not_there(artifact):
     message = f"model.layers.0.mlp.down_proj: g_idx names groups beyond its 3{AGAIN}"
     refused(folder, InputError, message)
     with pytest.raises(InputError, match=re.escape(message)):
-        Model(Checkpoint.open(folder))
+        Model(open_checkpoint(folder))
 
 
 def test_scales_that_a_stack_does_not_hold(artifact):

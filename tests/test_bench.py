@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from dsv2quant.bench import fp8, int4, tune
+from dsv2quant.bench import fp8, kernels, weight_only
 from dsv2quant.bench.device import FLOOR, Measured, Row, append
-from dsv2quant.bench.tune import OPERATIONS, TOKENS
+from dsv2quant.bench.kernels import OPERATIONS, TOKENS
 from dsv2quant.kernels import fp8_gemm, tables
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill
 from dsv2quant.kernels.int4_gemm import Config
@@ -54,8 +54,8 @@ def test_results_are_appended_to_a_file_of_their_columns(tmp_path, cli):
 
 
 def test_the_rule_stays_unless_another_is_two_percent_faster():
-    assert tune.decide({"rule": 10.0, "a": 9.9, "b": 11.0}, "rule") == "rule"
-    assert tune.decide({"rule": 10.0, "a": 9.7, "b": 9.6}, "rule") == "b"
+    assert kernels.decide({"rule": 10.0, "a": 9.9, "b": 11.0}, "rule") == "rule"
+    assert kernels.decide({"rule": 10.0, "a": 9.7, "b": 9.6}, "rule") == "b"
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def timed(monkeypatch):
 
     def recorded(calls):
         first, second = times[calls[0].share]
-        return lambda replays: first if replays == tune.ROUNDS[0] else second
+        return lambda replays: first if replays == kernels.ROUNDS[0] else second
 
-    monkeypatch.setattr(tune, "recorded", recorded)
+    monkeypatch.setattr(kernels, "recorded", recorded)
     return times
 
 
@@ -83,7 +83,7 @@ class Call:
 
 def test_the_best_of_the_first_round_are_timed_again(timed):
     timed |= {"rule": (20, 19), **{f"{i}": (10 + i / 10, 10 - i) for i in range(6)}, "slow": (11.5, 1)}
-    found = tune.time_all({share: [Call(share)] for share in timed})
+    found = kernels.time_all({share: [Call(share)] for share in timed})
     assert found == {"rule": 19, "0": 10, "1": 9, "2": 8, "3": 7}
 
 
@@ -96,10 +96,10 @@ def test_shares_that_are_wrong_or_too_large_have_no_time(timed):
     calls["wrong"] = [Call("wrong", 1.006)]
     calls["nan"] = [Call("nan", math.nan)]
     calls["large"] = [Call("large", raises=OutOfResources(300, 200, "shared memory"))]
-    assert set(tune.time_all(calls)) == {"rule", "right"}
+    assert set(kernels.time_all(calls)) == {"rule", "right"}
     for bad in ("nan", "large"):
         with pytest.raises(ValueError, match=bad):
-            tune.time_all({bad: calls[bad], "right": calls["right"]})
+            kernels.time_all({bad: calls[bad], "right": calls["right"]})
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -133,8 +133,8 @@ def test_programs_are_neither_few_nor_many():
     assert {(share.rows, share.warps, share.held) for share in fp8.vectors(2048, 2816)} == {
         (2, 1, 6), (4, 1, 6), (8, 1, 3), (2, 2, 3), (4, 2, 3), (8, 2, 3)
     }  # fmt: skip
-    assert int4.helds(5120, 3072) == [Held(3, 4), Held(3, 8), Held(4, 6), Held(6, 4)]
-    assert int4.candidates(1024, 24576, 1536) == [None]
+    assert weight_only.int4_helds(5120, 3072) == [Held(3, 4), Held(3, 8), Held(4, 6), Held(6, 4)]
+    assert weight_only.int4_candidates(1024, 24576, 1536) == [None]
 
 
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
@@ -142,11 +142,11 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("triton.__version__", "3.6.0")
-    monkeypatch.setattr(tune, "check_device", lambda: None)
-    monkeypatch.setattr(tune, "precompile", lambda operations: 7)
+    monkeypatch.setattr(kernels, "check_device", lambda: None)
+    monkeypatch.setattr(kernels, "precompile", lambda operations: 7)
     path = tmp_path / "Some-GPU-triton3.6.json"
     path.write_text(json.dumps({"gpu": "Some GPU", "triton": "3.6", "int4_gemm": {"64x128": {"1": ["dequantize"]}}}))
-    operation = tune.Operation(
+    operation = kernels.Operation(
         "fp8_gemm",
         weights=lambda: {(256, 512), (512, 256)},
         rule=lambda tokens, rows, columns: Decode(64, 16, 1, 4),
@@ -157,7 +157,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
         table_row=fp8.table_row,
         compiled=lambda share, rows, columns: (share, rows, columns),
     )
-    monkeypatch.setitem(tune.OPERATIONS, "fp8", operation)
+    monkeypatch.setitem(kernels.OPERATIONS, "fp8", operation)
     for tokens in TOKENS:
         for share, us in (
             (Decode(64, 16, 1, 4), 10),
@@ -166,7 +166,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
         ):
             timed[tokens, share] = us, us
     said = []
-    assert tune.run(["fp8"], tmp_path, said.append) == path
+    assert kernels.tune(["fp8"], tmp_path, said.append) == path
     assert said[0] == "compiled 7 candidates in 0 s"
     assert said[1].startswith("fp8_gemm 512×256: M=1 10.0 → 9.0 µs decode 64 16 2 4; ")
     table = tables.read(path)
@@ -196,8 +196,6 @@ def test_wrong_usage(args, said, cli, monkeypatch):
 
 
 def test_a_wrong_result_fails_the_run(cli, monkeypatch):
-    from dsv2quant.bench import kernels
-
     found = {
         "kernels": [],
         "rows": [{"row": "r", "against": "a", "calls": 1, "mean": 2.0, "worst": 1.5, "worst call": "c"}],

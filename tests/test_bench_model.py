@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from dsv2quant.bench import model as measure
-from dsv2quant.bench import subject as subjects
 from dsv2quant.bench.device import Limits
-from dsv2quant.bench.subject import Subject, bytes_per_step
+from dsv2quant.bench.model import Subject, bytes_per_step
 
 
 def exact(v2: bool, expert: float, other: float, kv_b: float, batch: int, context: int) -> float:
@@ -48,7 +47,7 @@ INT4 = 0.5 + 2 / 128
 )
 def test_the_bytes_of_a_step(name, scheme, batch, context, sizes, about):
     """Scales of FP8 and norms add up to less than a thousandth."""
-    subject = subjects.random(name, scheme)
+    subject = measure.random(name, scheme)
     found = bytes_per_step(subject.config, subject.nbytes, batch, context) / 1e9
     want = exact(name == "v2", *sizes, batch, context)
     assert want <= found <= want * 1.001
@@ -56,7 +55,7 @@ def test_the_bytes_of_a_step(name, scheme, batch, context, sizes, about):
 
 
 def test_v2_with_int4_experts_and_fp8_elsewhere_reads_17_gb():
-    subject = subjects.random("v2", "int4-mixed")
+    subject = measure.random("v2", "int4-mixed")
     halved = lambda spec: subject.nbytes(spec) // (2 if spec.role == "kv_b_proj" else 1)  # noqa: E731
     assert bytes_per_step(subject.config, halved, 1, 0) / 1e9 == pytest.approx(17.4, abs=0.05)
     assert bytes_per_step(subject.config, halved, 1, 4096) / 1e9 == pytest.approx(17.7, abs=0.05)
@@ -106,10 +105,10 @@ def stubbed(monkeypatch):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 9 << 30)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 10 << 30)
-    made = subjects.random("v2-lite", "int4-mixed")
+    made = measure.random("v2-lite", "int4-mixed")
     stub = Stub(clock, made.config)
     subject = made._replace(load=lambda: stub)
-    monkeypatch.setattr(subjects, "random", lambda name, scheme: subject._replace(name=name, scheme=scheme))
+    monkeypatch.setattr(measure, "random", lambda name, scheme: subject._replace(name=name, scheme=scheme))
     return subject, stub
 
 
@@ -159,7 +158,7 @@ def test_a_model_that_does_not_fit_is_a_usage_error(stubbed, cli, monkeypatch):
     ran = cli("bench", "model", "--batch", "64")
     assert ran.code == 2
     assert "v2-lite, batch 64 at 4096 tokens does not fit: CUDA out of memory" in ran.err
-    monkeypatch.setattr(subjects, "random", lambda name, scheme: subject._replace(name=name, load=full))
+    monkeypatch.setattr(measure, "random", lambda name, scheme: subject._replace(name=name, load=full))
     assert "v2 does not fit" in cli("bench", "model", "v2").err
 
 
@@ -189,8 +188,8 @@ def test_a_context_beyond_the_models_is_a_usage_error(stubbed, cli):
 
 def test_a_checkpoint_is_measured_by_what_it_stores(lite, monkeypatch):
     monkeypatch.setitem(sys.modules, "dsv2quant.model.source", SimpleNamespace(CheckpointSource=None))
-    subject = subjects.stored(str(lite))
+    subject = measure.stored(str(lite))
     assert isinstance(subject, Subject)
     assert (subject.name, subject.scheme) == ("lite", "bf16")
-    spec = next(iter(s for s in subjects.model_specs(subject.config) if s.role == "kv_b_proj"))
+    spec = next(iter(s for s in measure.architecture(subject.config).specs() if s.role == "kv_b_proj"))
     assert subject.nbytes(spec) == 2 * spec.size

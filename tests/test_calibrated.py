@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
 from test_convert import bits, tensors
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.calib import gptq, layerwise, sequence, streams
+from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
 from dsv2quant.calib.streams import Spool
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import torch_dtype
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.evaluation.divergence import bootstrap, compare
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.layers import MoE, route
-from dsv2quant.model.load import TORCH_DTYPES
+from dsv2quant.model.layers import FFN, MoE, route
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
@@ -64,7 +65,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plan = planned(tiny.write_checkpoint(folder / "model", config), name)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Spool, "remove", lambda self: None)
-        encoded = sequence.quantize_layers(plan, folder / "work", calibration())
+        encoded = layerwise.quantize_layers(plan, folder / "work", calibration())
     run(plan, folder / "out")
     return Made(folder / "model", plan, folder / "work", encoded, folder / "out")
 
@@ -79,11 +80,11 @@ def test_calibrated_tensors_are_as_planned_and_the_artifact_loads(made):
         for output in line.outputs:
             got = written[output.name]
             assert tuple(got.shape) == output.shape
-            assert got.dtype == TORCH_DTYPES[output.dtype]
+            assert got.dtype == torch_dtype(output.dtype)
             if line.method in CALIBRATED:
                 # From another run, whose work folder is still there.
                 assert raw(got) == made.encoded.part(output.name).tobytes(), output.name
-    opened = Checkpoint.open(made.out)
+    opened = open_checkpoint(made.out)
     assert {w.spec.name: w.scheme for w in opened.weights} == {x.spec.name: x.scheme for x in made.plan.entries}
     assert Model(opened).forward(torch.from_numpy(calibration().ids)).isfinite().all()
     assert {p.name for p in made.out.iterdir()} == set(manifest(made.out)["files"]) | {MANIFEST_FILE}
@@ -128,7 +129,7 @@ def test_the_streams_are_the_forward_passes_of_source_and_artifact(made):
     tolerance = 1e-3 if "fp8-channel" in made.plan.schemes else 64 * U
     ids = torch.from_numpy(calibration().ids)
     for side, folder in (("ideal", made.model), ("real", made.out)):
-        model = Model(Checkpoint.open(folder))
+        model = Model(open_checkpoint(folder))
         with torch.inference_mode():
             x = model.ends.embed(ids)
             for i, layer in enumerate((*model.layers(), None)):
@@ -146,15 +147,15 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
     source |= {name: t.bfloat16() for name, t in source.items() if "proj" not in name}
     model = tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED, source)
     if dtype == "block FP8":
-        fp8 = make_plan(Checkpoint.open(model), recipe.builtin("fp8-block"), for_targets=["vllm"])
+        fp8 = make_plan(open_checkpoint(model), recipe.builtin("fp8-block"), for_targets=["vllm"])
         assert "fp8-block" in fp8.schemes
         model = convert(fp8, tmp_path / "fp8", command="").out
     plan = planned(model, "int4-experts")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Spool, "remove", lambda self: None)
-        sequence.quantize_layers(plan, tmp_path / "work", calibration())
+        layerwise.quantize_layers(plan, tmp_path / "work", calibration())
     run(plan, tmp_path / "out")
-    passed = perplexity.run(Model(Checkpoint.open(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
+    passed = perplexity.run(Model(open_checkpoint(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
     real = np.fromfile(tmp_path / "work" / "hidden-00003-real", np.float32).reshape(passed.hidden.shape)
     # Unrounded, it would be off by BF16's 2⁻⁹.
     assert (torch.from_numpy(real) - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
@@ -176,6 +177,10 @@ def assert_moments(found: gptq.Moments, which: int, x: torch.Tensor, ideal: torc
         assert ((ideal.T @ ideal - h).abs() > bound).any() == bool((ideal != x).any())
 
 
+def before_down(expert: FFN, x: torch.Tensor) -> torch.Tensor:
+    return F.silu(expert.gate_proj(x)) * expert.up_proj(x)
+
+
 @pytest.mark.parametrize("config", [tiny.GROUPED, tiny.GROUPED_V2], ids=["lite", "v2"])
 def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path, monkeypatch):
     # Everything in front of a matrix is settled before it: its inputs are those of the finished artifact.
@@ -189,12 +194,12 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     shrunk: list[gptq.Moments] = []
     used: list[gptq.Moments] = []
 
-    def record(job, names, moments):
-        if len(names) == 1:
-            chosen.update({f"{job.at.removeprefix('model.layers.')}.{name}": moments for name in names[0]})
+    def record(job, linears, moments):
+        if len(linears) == 1:
+            chosen.update({linear.module.removeprefix("model.layers."): moments for linear in linears[0]})
         else:
             used.extend(moments)
-        choose(job, names, moments)
+        choose(job, linears, moments)
 
     def record_shrinking(self, prior):
         own.append(self)
@@ -217,13 +222,13 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         if not isinstance(ours.ffn, MoE):
             continue
         x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
-        weights, routed = route(x.float(), ours.ffn.router, ours.ffn.config)
+        weights, routed = route(x.float(), ours.ffn.router.weight, ours.ffn.routing)
         first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
             tokens, specs = (routed == e).nonzero(as_tuple=True)
             weight = weights[tokens, specs, None].double()
-            a, b = expert.activation(x[tokens].float()), original.activation(y[tokens].float())
-            every_a, every_b = expert.activation(x.float()).double(), original.activation(y.float()).double()
+            a, b = before_down(expert, x[tokens].float()), before_down(original, y[tokens].float())
+            every_a, every_b = before_down(expert, x.float()).double(), before_down(original, y.float()).double()
             for k, keep in enumerate((~held, held)):
                 assert_moments(own[first + k], e, x[tokens], y[tokens], keep[tokens])
                 assert_moments(own[first + 2 + k], e, a.double() * weight, b.double() * weight, keep[tokens])
@@ -234,7 +239,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
 
 
 def test_outcomes_count_the_tokens_that_the_artifact_routes(made):
-    passed = perplexity.run(Model(Checkpoint.open(made.out)), calibration().ids, [slice(0, WINDOWS)])
+    passed = perplexity.run(Model(open_checkpoint(made.out)), calibration().ids, [slice(0, WINDOWS)])
     fitted = ~aside().numpy()
     for outcome in made.encoded.outcomes:
         chosen = passed.routes[int(outcome.module.split(".")[2])]
@@ -263,7 +268,7 @@ def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):
 
 
 def test_gptq_diverges_less_than_rounding(tmp_path):
-    source, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer.open(tiny.MINI)
+    source, tokenizer = open_checkpoint(tiny.MINI), Tokenizer.open(tiny.MINI)
     tokens = tokenizer.encode(python_topics().content[:20_000])
     ids = cut(tokens, 256, tokenizer.bos_id, "default", "topics").ids
     fitted, scored = ids[:8], ids[8:20]
@@ -271,7 +276,7 @@ def test_gptq_diverges_less_than_rounding(tmp_path):
     for method in ("rtn", "gptq"):
         plan = make_plan(source, recipe.builtin("int4-pure", method=method))
         result = run(plan, tmp_path / method, Calibration(fitted, "topics", "", 0, []))
-        passes.append(perplexity.run(Model(Checkpoint.open(result.out)), scored, [slice(0, len(scored))]))
+        passes.append(perplexity.run(Model(open_checkpoint(result.out)), scored, [slice(0, len(scored))]))
     rounded, calibrated = (compare(passed, passes[0], scored, 0).kld.mean(1) for passed in passes[1:])
     gain = rounded - calibrated  # nats in each window
     assert gain.mean() > 4 * bootstrap(gain)

@@ -11,13 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calibrated import CTX, WINDOWS, calibration, files, files_no_larger_than, interrupt, killer, planned, run
+from calibrated import (
+    CTX,
+    WINDOWS,
+    calibration,
+    files,
+    files_no_larger_than,
+    interrupt,
+    killer,
+    layer_of,
+    planned,
+    run,
+)
 from test_convert import contents
 
-from dsv2quant.calib import gptq, sequence, streams
+from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.streams import Spool
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
@@ -106,7 +117,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_pa
                 assert expected.items() <= left.items()
             else:
                 with pytest.raises(InputError):
-                    Checkpoint.open(out)
+                    open_checkpoint(out)
             assert all(left[name] == expected[name] for name in expected if name in left)
             calibrating += any(WORK_FOLDER in name for name in left) and not any("model-" in name for name in left)
             assert run_killed(0, *command(out))[1] == 0
@@ -116,25 +127,25 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_pa
 
 def interrupt_in_layer(m: pytest.MonkeyPatch, layer: int) -> None:
     """Ctrl-C at the first GPTQ of a layer."""
-    original = sequence.quantize_layer
+    original = layerwise.quantize_layer
 
     def quantize_layer(job, *args):
-        if job.at == f"model.layers.{layer}":
+        if layer_of(job) == layer:
             m.setattr(gptq, "quantize", interrupt)
         original(job, *args)
 
-    m.setattr(sequence, "quantize_layer", quantize_layer)
+    m.setattr(layerwise, "quantize_layer", quantize_layer)
 
 
 def calibrated_layers(m: pytest.MonkeyPatch) -> list[int]:
     """Layers that are calibrated from here on, in the order in which they will be."""
-    original, layers = sequence.quantize_layer, []
+    original, layers = layerwise.quantize_layer, []
 
     def quantize_layer(job, *args):
-        layers.append(int(job.at.rpartition(".")[2]))
+        layers.append(layer_of(job))
         original(job, *args)
 
-    m.setattr(sequence, "quantize_layer", quantize_layer)
+    m.setattr(layerwise, "quantize_layer", quantize_layer)
     return layers
 
 
@@ -164,7 +175,7 @@ def test_calibration_is_not_repeated_for_shards_that_are_missing(grouped, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
     with monkeypatch.context() as m:
-        m.setattr(sequence, "quantize_layer", lambda *args: pytest.fail("calibrates again"))
+        m.setattr(layerwise, "quantize_layer", lambda *args: pytest.fail("calibrates again"))
         resumed = run(plan, tmp_path / "out")
     whole = run(plan, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from calibrated import files, interrupt, planned, run
+from calibrated import files, interrupt, layer_of, planned, run
 from safetensors.numpy import load_file, save_file
 from test_statistics import calibration
 
-from dsv2quant.calib import awq, collect, sequence
+from dsv2quant.calib import awq, collect, layerwise
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.statistics import Statistics, digest_of, vectors
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import imatrix
@@ -36,19 +37,19 @@ def flipped(path: Path, at: int) -> None:
 @pytest.fixture(scope="module")
 def made(lite, tmp_path_factory):
     """(checkpoint, its statistics file)."""
-    checkpoint = Checkpoint.open(lite)
+    checkpoint = open_checkpoint(lite)
     return checkpoint, calibrate(checkpoint, tmp_path_factory.mktemp("stats") / "s.safetensors", calibration()).path
 
 
 def cut_short(checkpoint: Checkpoint, out: Path, layer: int = 2) -> None:
     """A calibration that ends in the middle of a layer."""
-    original = collect._attention
+    original = collect._measured
 
-    def attention(layer_, at, *args):
+    def measured(layer_, at, *args):
         return interrupt() if at == f"model.layers.{layer}" else original(layer_, at, *args)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(collect, "_attention", attention)
+        m.setattr(collect, "_measured", measured)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, out, calibration())
 
@@ -59,9 +60,9 @@ def cut_short(checkpoint: Checkpoint, out: Path, layer: int = 2) -> None:
 @pytest.mark.parametrize("change", [{"num_experts_per_tok": 2}, {"rope_theta": 5000}, {"rms_norm_eps": 1e-5}])
 def test_statistics_are_of_one_configuration(change, made, tmp_path):
     model = tiny.write_checkpoint(tmp_path / "model", tiny.LITE)
-    cut_short(Checkpoint.open(model), tmp_path / "stats")
+    cut_short(open_checkpoint(model), tmp_path / "stats")
     (model / "config.json").write_text(json.dumps(tiny.LITE | change))
-    other = Checkpoint.open(model)
+    other = open_checkpoint(model)
     with pytest.raises(InputError, match=r"stats\.work: holds an unfinished calibration of another model"):
         calibrate(other, tmp_path / "stats", calibration())
     with pytest.raises(InputError, match=r"statistics of lite with another config.json \(calibrate model\)"):
@@ -69,14 +70,14 @@ def test_statistics_are_of_one_configuration(change, made, tmp_path):
 
 
 def test_weights_that_change_meanwhile_are_an_error(tmp_path, monkeypatch):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", tiny.LITE))
-    original = collect._moe
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", tiny.LITE))
+    original = collect._measured
 
     def meanwhile(*args):
         os.utime(checkpoint.folder / "model.safetensors", ns=(0, 0))
         return original(*args)
 
-    monkeypatch.setattr(collect, "_moe", meanwhile)
+    monkeypatch.setattr(collect, "_measured", meanwhile)
     with pytest.raises(InputError, match="its weights changed"):
         calibrate(checkpoint, tmp_path / "stats", calibration())
     assert not (tmp_path / "stats").exists()
@@ -104,10 +105,10 @@ def test_a_damaged_piece_of_calibration_is_made_again(name, damage, made, tmp_pa
 
 
 def test_a_damaged_piece_of_gptq_is_made_again(grouped, tmp_path, monkeypatch, caplog):
-    plan, original = planned(grouped, "int4-experts"), sequence.quantize_layer
+    plan, original = planned(grouped, "int4-experts"), layerwise.quantize_layer
     run(plan, tmp_path / "whole")
     with monkeypatch.context() as m:
-        m.setattr(sequence, "quantize_layer", lambda job, *a: interrupt() if job.at[-1] == "1" else original(job, *a))
+        m.setattr(layerwise, "quantize_layer", lambda job, *a: interrupt() if layer_of(job) == 1 else original(job, *a))
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
     flipped(tmp_path / "out" / ".dsv2quant-work" / "gptq" / "layer-00000.safetensors", -5)

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 import tiny
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
@@ -48,7 +48,7 @@ def test_the_licence_of_a_card(name):
     ],
 )
 def test_a_card_that_is_none_is_not_read(make, message, tmp_path):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", tiny.LITE | {"num_hidden_layers": 2}))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", tiny.LITE | {"num_hidden_layers": 2}))
     make(tmp_path / "model" / "README.md")
     plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
     tracemalloc.start()

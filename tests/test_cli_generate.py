@@ -114,8 +114,7 @@ def test_a_gguf_file_gives_its_checkpoints_tokens(twins, cli):
 
 
 def test_a_gguf_files_template_and_stop_tokens(twins, cli):
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
-    from dsv2quant.model.completion import stop_ids
+    from dsv2quant.checkpoint.open import open_checkpoint
     from dsv2quant.text.tokenizer import Tokenizer
 
     ran = cli("generate", twins[1], "--chat", "--prompt", "Who?", "--max-new-tokens", "2", "--json", "-q")
@@ -123,8 +122,8 @@ def test_a_gguf_files_template_and_stop_tokens(twins, cli):
     encode = Tokenizer.open(tiny.MINI).encode
     want = [0, *encode("User: Who?").tolist(), 1, *encode("Assistant:").tolist()]
     assert json.loads(ran.out)["prompt_tokens"] == want
-    checkpoint = Checkpoint.open(twins[1])
-    assert stop_ids(checkpoint, Tokenizer.of(checkpoint)) == {1, 2}
+    checkpoint = open_checkpoint(twins[1])
+    assert checkpoint.stop_ids(checkpoint.tokenizer()) == {1, 2}
 
 
 def test_a_gguf_file_without_a_template_or_bos(twins, cli, tmp_path):

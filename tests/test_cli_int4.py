@@ -12,7 +12,7 @@ from calibrated import manifest
 from test_cli import modules_after
 from test_convert import contents
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.text import calibration as text
 from dsv2quant.text.text import python_topics
 
@@ -22,7 +22,7 @@ EVAL = ("--ctx", "16", "--limit", "1")
 
 
 def schemes(folder: Path) -> set[str]:
-    return {weight.scheme for weight in Checkpoint.open(folder).weights}
+    return {weight.scheme for weight in open_checkpoint(folder).weights}
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,13 @@ def hits(function, *args):
 
 
 def test_a_change_of_a_function_that_is_called_from_another_file_changes_the_bytes(tmp_path):
-    """`_column_amax` of fp8_cpu.py calls `larger` of amax_cpu.py."""
+    """`_weigh_by_importance` of kquants.py calls `weigh` of search.py."""
     shutil.copytree(PACKAGE, tmp_path / "dsv2quant", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
-        "import numpy as np; from dsv2quant.formats.fp8_cpu import _column_amax as run;"
-        "most = np.full(8, 4, np.uint16); run(np.full(8, 5, np.uint16), most);"
-        "print(most[0], sum(run.stats.cache_hits.values()))"
+        "import numpy as np; from dsv2quant.formats.gguf.kquants import LANES, _weigh_by_importance as run;"
+        "weight = np.full((1, LANES), 5, np.float32); energy = np.full(LANES, 512, np.float32);"
+        "run(np.zeros((1, LANES), np.float32), weight, energy, 0);"
+        "print(weight[0, 0], sum(run.stats.cache_hits.values()))"
     )
 
     def run() -> str:
@@ -56,13 +57,13 @@ def test_a_change_of_a_function_that_is_called_from_another_file_changes_the_byt
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.strip()
 
-    assert run() == "5 0"
-    callee = tmp_path / "dsv2quant/formats/amax_cpu.py"
+    assert run() == "10.0 0"
+    callee = tmp_path / "dsv2quant/formats/gguf/search.py"
     was = callee.read_text()
-    now = was.replace('icmp_unsigned(">"', 'icmp_unsigned("<"')
+    now = was.replace("*= np.sqrt(", "+= np.sqrt(")
     assert now != was
     callee.write_text(now)
-    assert run() == "4 0"
+    assert run() == "7.0 0"
 
 
 def test_machine_code_is_kept_and_found(kept):
@@ -219,9 +220,7 @@ def test_compiled_functions_read_nothing_from_outside_their_folder():
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             inside = all(n.startswith("dsv2quant.formats.") for n in names if n.partition(".")[0] == "dsv2quant")
             assert inside, (path, names)
-    assert seen == {
-        "amax_cpu.py", "fp8_cpu.py", "int4_cpu.py", "kquants.py", "legacy.py", "lowbits.py", "search.py"
-    }  # fmt: skip
+    assert seen == {"cpu.py", "kquants.py", "legacy.py", "search.py"}
     other = [p for p in PACKAGE.rglob("*.py") if "njit" in p.read_text(encoding="utf-8") and p.name != "compiled.py"]
     assert not other  # one place keeps compiled code
 

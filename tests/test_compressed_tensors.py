@@ -16,12 +16,11 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.spec import LINEAR_ROLES
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout
-from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
 
 CONFIG = tiny.GROUPED | {"num_hidden_layers": 2, "n_routed_experts": 3, "n_shared_experts": 1, "v_head_dim": 32}
@@ -72,7 +71,7 @@ def expected(parts: Parts, scheme: QuantizationScheme) -> torch.Tensor:
 def write(folder: Path, group: int | None = 32, *, asymmetric: bool = True, reorder: bool = False) -> Path:
     """A checkpoint whose linears but kv_b_proj are compressed, beside `plain` with what they decompress to."""
     scheme, weights = scheme_of(group, asymmetric), tiny.random_weights(CONFIG)
-    specs = {w.spec.name: w.spec for w in Checkpoint.open(tiny.write_checkpoint(folder / "source", CONFIG)).weights}
+    specs = {w.spec.name: w.spec for w in open_checkpoint(tiny.write_checkpoint(folder / "source", CONFIG)).weights}
     stored, plain = {}, {}
     for seed, (name, weight) in enumerate(weights.items()):
         if specs[name].role not in LINEAR_ROLES or specs[name].role == "kv_b_proj":
@@ -149,10 +148,10 @@ def test_a_minus_one_leaves_columns_in_order():
 
 @pytest.mark.parametrize("kind", MARKS)
 def test_whole_checkpoints_are_read_and_computed_with(kind, written, cli):
-    packed, plain = (Checkpoint.open(written[kind] / name) for name in ("packed", "plain"))
-    want = {w.spec.name: decode(plain, w, torch.bfloat16) for w in plain.weights}
+    packed, plain = (open_checkpoint(written[kind] / name) for name in ("packed", "plain"))
+    want = {w.spec.name: plain.decode(w, torch.bfloat16) for w in plain.weights}
     for weight in packed.weights:
-        assert torch.equal(decode(packed, weight, torch.bfloat16), want[weight.spec.name]), weight.spec.name
+        assert torch.equal(packed.decode(weight, torch.bfloat16), want[weight.spec.name]), weight.spec.name
     inspected = cli("inspect", packed.folder)
     assert inspected.code == 0, inspected.err
     assert MARKS[kind] in inspected.out
@@ -160,7 +159,7 @@ def test_whole_checkpoints_are_read_and_computed_with(kind, written, cli):
 
 def test_the_runtime_computes_with_them(written):
     tokens = torch.arange(16).view(1, 16)
-    got, near = (Model(Checkpoint.open(written["both"] / name)).forward(tokens) for name in ("packed", "plain"))
+    got, near = (Model(open_checkpoint(written["both"] / name)).forward(tokens) for name in ("packed", "plain"))
     assert float((got - near).norm() / near.norm()) < 0.02  # plain holds products that are rounded to BF16
 
 
@@ -213,7 +212,7 @@ CONTRADICTIONS = {
 def test_a_configuration_that_contradicts_the_tensors_is_an_error(name, written, tmp_path):
     kind, change, message = CONTRADICTIONS[name]
     with pytest.raises(InputError, match=r"get both again|as it was published") as raised:
-        Checkpoint.open(changed(tmp_path / "changed", written[kind], change))
+        open_checkpoint(changed(tmp_path / "changed", written[kind], change))
     assert message in str(raised.value)
     assert "or remove" not in str(raised.value)
 
@@ -223,10 +222,10 @@ def test_a_group_that_is_not_there_is_damage(value, written, tmp_path):
     def change(config: dict[str, Any], tensors: Parts) -> None:
         tensors["model.layers.0.self_attn.o_proj.weight_g_idx"][5] = value
 
-    checkpoint = Checkpoint.open(changed(tmp_path / "changed", written["both"], change))
+    checkpoint = open_checkpoint(changed(tmp_path / "changed", written["both"], change))
     weight = next(w for w in checkpoint.weights if w.spec.name.endswith("0.self_attn.o_proj.weight"))
     with pytest.raises(InputError, match="o_proj: weight_g_idx names groups beyond its 4"):
-        decode(checkpoint, weight, torch.float32)
+        checkpoint.decode(weight, torch.float32)
 
 
 def group_of(scheme: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 
@@ -14,7 +14,7 @@ from dsv2quant.planning.plan import make_plan
 def planned(name: str, group_size: int | None = None):
     """(plan of dsv2-mini, its quantization_config)."""
     asked = recipe.builtin(name, method="rtn", group_size=group_size)
-    made = make_plan(Checkpoint.open(tiny.MINI), asked, for_targets=("vllm", "transformers"))
+    made = make_plan(open_checkpoint(tiny.MINI), asked, for_targets=("vllm", "transformers"))
     return made, made.config["quantization_config"]
 
 

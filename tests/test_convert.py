@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
@@ -34,7 +34,7 @@ KILLER = Path(__file__).parent / "killer.py"
 
 
 def run(model: Path, out: Path, name: str = "fp8-channel", force: bool = False, device: str = "cpu", **options):
-    made = make_plan(Checkpoint.open(model), recipe.builtin(name), **options)
+    made = make_plan(open_checkpoint(model), recipe.builtin(name), **options)
     return convert(made, out, command="dsv2quant convert", force=force, device=device)
 
 
@@ -53,7 +53,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("grid", ["block", "channel", "tensor"])
 def test_every_tensor_is_its_codecs_encoding(grid, awkward, tmp_path):
     made = make_plan(
-        Checkpoint.open(awkward), recipe.builtin(f"fp8-{grid}"), for_targets=["vllm"], max_shard_size=10**7
+        open_checkpoint(awkward), recipe.builtin(f"fp8-{grid}"), for_targets=["vllm"], max_shard_size=10**7
     )
     convert(made, tmp_path / "out", command="")
     source, written = tensors(awkward), tensors(tmp_path / "out")
@@ -69,7 +69,7 @@ def test_every_tensor_is_its_codecs_encoding(grid, awkward, tmp_path):
 
 
 def test_planned_sizes_are_the_files_sizes(awkward, tmp_path):
-    made = make_plan(Checkpoint.open(awkward), recipe.builtin("fp8-block"), max_shard_size=10**7)
+    made = make_plan(open_checkpoint(awkward), recipe.builtin("fp8-block"), max_shard_size=10**7)
     result = convert(made, tmp_path / "out", command="")
     assert len(made.shards) > 3
     for shard in made.shards:
@@ -79,7 +79,7 @@ def test_planned_sizes_are_the_files_sizes(awkward, tmp_path):
 
 def test_the_artifact_is_a_checkpoint_with_what_belongs_to_it(awkward, tmp_path):
     result = run(awkward, tmp_path / "out")
-    opened = Checkpoint.open(tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
     assert {w.scheme for w in opened.weights} == {"bf16", "fp8-channel"}
     assert set(contents(tmp_path / "out")) == {
         "README.md", "config.json", "dsv2quant.json", "generation_config.json", "model.safetensors",
@@ -192,7 +192,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(lite, tmp_path)
             assert expected.items() <= contents(out).items()
         else:
             with pytest.raises(InputError):
-                Checkpoint.open(out)
+                open_checkpoint(out)
         finished = {p.name for p in out.glob("model-*.safetensors")} if out.exists() else set()
         assert all((out / name).read_bytes() == expected[name] for name in finished)
         again = killed(0, lite, out)
@@ -202,7 +202,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(lite, tmp_path)
 
 
 def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
-    made = make_plan(Checkpoint.open(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
     encode, calls = CODECS["fp8-channel"].encode, []
 
     def fail_late(weights, device, method, inputs):
@@ -268,7 +268,7 @@ def test_an_unfinished_folder_refuses_another_plan_or_a_changed_source(lite, tmp
     with pytest.raises(InputError, match="another plan or source"):
         run(model, out)
     run(model, out, "fp8-tensor", force=True)
-    assert {w.scheme for w in Checkpoint.open(out).weights} >= {"fp8-tensor"}
+    assert {w.scheme for w in open_checkpoint(out).weights} >= {"fp8-tensor"}
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(lite, tmp_path):
@@ -321,7 +321,7 @@ def test_the_space_check_counts_the_small_files(lite, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(lite, model)
     (model / "tokenizer.json").write_bytes((lite / "tokenizer.json").read_bytes() + b" " * (8 << 20))
-    made = make_plan(Checkpoint.open(model), recipe.builtin("fp8-channel"))
+    made = make_plan(open_checkpoint(model), recipe.builtin("fp8-channel"))
     usage = shutil.disk_usage(tmp_path)._replace(free=made.bytes_out + (8 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="the disk has"):

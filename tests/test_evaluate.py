@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import (
     batches_of,
@@ -41,7 +41,7 @@ def wide(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantized(wide, tmp_path_factory):
     out = tmp_path_factory.mktemp("quantized") / "out"
-    convert(make_plan(Checkpoint.open(wide), recipe.builtin("fp8-channel")), out, command="")
+    convert(make_plan(open_checkpoint(wide), recipe.builtin("fp8-channel")), out, command="")
     return out
 
 
@@ -84,7 +84,7 @@ def test_topics_are_the_text_that_published_figures_used():
 
 
 def test_nll_and_kld_equal_float64_from_the_logits(wide, quantized, ids):
-    models = [Model(Checkpoint.open(folder)) for folder in (wide, quantized)]
+    models = [Model(open_checkpoint(folder)) for folder in (wide, quantized)]
     reference, passed = (run(model, ids, batches_of(5, 2)) for model in models)
     p, q = (model.forward(torch.from_numpy(ids)).double().log_softmax(-1)[:, 3:-1] for model in models)
     targets = torch.from_numpy(ids)[:, 4:, None]
@@ -101,7 +101,7 @@ def test_nll_and_kld_equal_float64_from_the_logits(wide, quantized, ids):
 
 
 def test_a_model_does_not_diverge_from_itself(wide, ids):
-    passed = run(Model(Checkpoint.open(wide)), ids, batches_of(5, 5))
+    passed = run(Model(open_checkpoint(wide)), ids, batches_of(5, 5))
     summary = summarize(compare(passed, passed, ids, 0))
     assert summary.kld.max == 0
     assert summary.ln_ratio == Estimate(0, 0)
@@ -109,8 +109,8 @@ def test_a_model_does_not_diverge_from_itself(wide, ids):
 
 
 def test_router_agreement_counts_common_experts(wide, ids):
-    passed = run(Model(Checkpoint.open(wide)), ids, batches_of(5, 5))
-    other = run(Model(Checkpoint.open(wide)), ids, batches_of(5, 5))
+    passed = run(Model(open_checkpoint(wide)), ids, batches_of(5, 5))
+    other = run(Model(open_checkpoint(wide)), ids, batches_of(5, 5))
     chosen = other.routes[1]
     assert chosen is not None
     other.routes[1] = torch.cat([torch.full_like(chosen[..., :1], 99), chosen[..., 1:]], -1)  # one of three differs
@@ -120,7 +120,7 @@ def test_router_agreement_counts_common_experts(wide, ids):
 
 
 def test_streaming_and_batching_change_nothing_of_note(wide, ids):
-    checkpoint = Checkpoint.open(wide)
+    checkpoint = open_checkpoint(wide)
     resident = run(Model(checkpoint), ids, batches_of(5, 2))
     streamed = run(Model(checkpoint, stream=True), ids, batches_of(5, 2))
     assert torch.equal(resident.hidden, streamed.hidden)
@@ -138,14 +138,14 @@ def test_bootstrap_is_the_standard_error_of_a_mean():
 
 
 def test_weight_only_and_served_activations_differ(quantized, ids):
-    checkpoint = Checkpoint.open(quantized)
+    checkpoint = open_checkpoint(quantized)
     served = run(Model(checkpoint), ids, batches_of(5, 5))
     weight_only = run(Model(checkpoint, LoadOptions(weight_only=True)), ids, batches_of(5, 5))
     assert not torch.allclose(served.hidden, weight_only.hidden, rtol=1e-3)
 
 
 def test_absorbed_decode_of_an_artifact_equals_its_prefill(quantized, ids):
-    model = Model(Checkpoint.open(quantized), LoadOptions(weight_only=True))
+    model = Model(open_checkpoint(quantized), LoadOptions(weight_only=True))
     caches = model.caches(5, 20)
     tokens = torch.from_numpy(ids)
     steps = torch.cat([model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(20)], 1)

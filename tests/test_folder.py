@@ -14,7 +14,7 @@ import pytest
 import tiny
 from test_convert import contents
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import convert as engine
 from dsv2quant.conversion.convert import Result, convert
 from dsv2quant.errors import InputError
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, out: Path, *, force: bool = False, name: str = "fp8-channel", **options: object) -> Result:
-    made = make_plan(Checkpoint.open(model), recipe.builtin(name), max_shard_size=60_000)
+    made = make_plan(open_checkpoint(model), recipe.builtin(name), max_shard_size=60_000)
     return convert(made, out, command="", force=force, **options)
 
 
@@ -317,7 +317,7 @@ def test_no_input_is_overwritten_by_whatever_name(model, tmp_path):
     (tmp_path / "same").symlink_to(model)
     with pytest.raises(InputError, match="is the checkpoint's own folder"):
         run(model, tmp_path / "same", force=True)
-    assert Checkpoint.open(model)
+    assert open_checkpoint(model)
 
 
 # Links, pipes, and descriptors
@@ -328,7 +328,7 @@ def test_no_input_is_overwritten_by_whatever_name(model, tmp_path):
 )
 @pytest.mark.parametrize("name", [STATE_FILE, "model-00001-of-00004.safetensors.partial", MANIFEST_FILE, "config.json"])
 def test_nothing_is_written_through_a_link_or_pipe(name, make, model, tmp_path):
-    made = make_plan(Checkpoint.open(model), recipe.builtin("fp8-channel"), max_shard_size=60_000)
+    made = make_plan(open_checkpoint(model), recipe.builtin("fp8-channel"), max_shard_size=60_000)
     name = f"{made.shards[0].file}.partial" if name.endswith(".partial") else name
     (tmp_path / "out").mkdir()
     (tmp_path / "precious").write_text("{}")
@@ -360,7 +360,7 @@ def test_no_descriptor_stays_open_where_the_state_cant_be_made(call, model, tmp_
     def fail(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    made = make_plan(Checkpoint.open(model), recipe.builtin("fp8-channel"))
+    made = make_plan(open_checkpoint(model), recipe.builtin("fp8-channel"))
     source = engine.Source.of(made.checkpoint, {})
     before = os.listdir("/proc/self/fd")
     monkeypatch.setattr(os, call, fail)

@@ -10,7 +10,7 @@ import torch
 from fp8_cases import E4M3, operands
 from triton_tools import compile_for_hopper, interpreted
 
-from dsv2quant.kernels import act_quant, fp8_gemm, fp8_vector
+from dsv2quant.kernels import activations, fp8_gemm, fp8_vector
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill, choose, matmul
 from dsv2quant.kernels.fp8_vector import Vector
 
@@ -126,7 +126,7 @@ def test_many_tokens_use_hoppers_units_and_tma(share: Prefill, grouped: bool, tm
 def test_activations_are_cast_by_one_instruction(tmp_path: Path) -> None:
     constants = {"GIVEN": False, "ROUND": False, "ROWS": 32, "WIDTH": 128}
     types = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
-    ptx = compiled(act_quant._quantize_kernel, constants, types, 4, 3, tmp_path)
+    ptx = compiled(activations._quantize_kernel, constants, types, 4, 3, tmp_path)
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
 
 
@@ -141,7 +141,7 @@ def test_activations_are_cast_by_one_instruction(tmp_path: Path) -> None:
 )
 def test_other_activations_are_refused(x: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        act_quant.quantize_activation(x, "token")
+        activations.quantize_activation(x, "token")
 
 
 def test_other_operands_are_refused() -> None:
@@ -169,6 +169,6 @@ def test_vectors_hold_no_columns_beyond_the_last() -> None:
 def test_no_tokens_give_no_rows() -> None:
     x, x_scales, w, w_scales = operands(3, 160, 256, "block", "cpu")
     assert matmul(x[:0], x_scales[:0], w, w_scales).shape == (0, 160)
-    codes, scales = act_quant.quantize_activation(torch.zeros(0, 256), "group128")
+    codes, scales = activations.quantize_activation(torch.zeros(0, 256), "group128")
     assert codes.shape == (0, 256)
     assert scales.shape == (0, 2)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from triton_tools import interpreted, printed
 
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents
-from dsv2quant.kernels.silu_mul import silu_mul
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def latents(**changed: torch.Tensor | None) -> None:
         (lambda: add_norm(torch.zeros(1, 16385), torch.zeros(16385), 1e-6), "at most 16384"),
         (lambda: silu_mul(HALF, HALF[:, :129]), r"up has shape \(\d+, 129\); need"),
         (lambda: silu_mul(HALF, HALF.float()), "up is torch.float32; need torch.float16"),
-        (lambda: silu_mul(*torch.zeros(2, 1, 20000), quantize="token"), "at most 16384"),
+        (lambda: silu_mul_codes(*torch.zeros(2, 1, 20000), "token"), "at most 16384"),
         (lambda: latents(kv=torch.zeros(2, 39).half()), "of kv's 39 columns 32 are latents"),
         (lambda: latents(q=torch.zeros(2, 73).half()), "q has 73 columns, which are not 3 heads of 8 or more"),
         (lambda: latents(positions=torch.zeros(2, dtype=torch.int64)), "positions is torch.int64; need torch.int32"),

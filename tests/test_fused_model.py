@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.attention import KV_DTYPES
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 
@@ -71,7 +71,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Pat
 
 def opened(folder: Path, **options: Any) -> tuple[Model, FusedModel]:
     """On both backends."""
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     found = open_model(checkpoint, LoadOptions(backend="kernels", **options))
     assert isinstance(found, FusedModel)
     return Model(checkpoint, LoadOptions(**options)), found
@@ -119,7 +119,7 @@ def check_near(folder: Path, length: int = 9) -> tuple[Model, FusedModel]:
     """With quantized activations, up to ties."""
     theirs, ours = opened(folder)
     tokens = tokens_for(theirs, 2, length)
-    plain, _ = through(Model(Checkpoint.open(folder), LoadOptions(weight_only=True)), tokens, False)
+    plain, _ = through(Model(open_checkpoint(folder), LoadOptions(weight_only=True)), tokens, False)
     for decoded in (False, True):
         want, got = (through(model, tokens, decoded)[0] for model in (theirs, ours))
         assert divergence(want, got) < TIES * divergence(want, plain)
@@ -297,7 +297,7 @@ def test_a_cache_has_the_scale_of_its_layer(sources, tmp_path):
 
 
 def test_streaming_is_the_same(sources):
-    checkpoint = Checkpoint.open(sources["lite"])
+    checkpoint = open_checkpoint(sources["lite"])
     options = LoadOptions(backend="kernels")
     resident, streamed = (open_model(checkpoint, options, stream=stream) for stream in (False, True))
     tokens = tokens_for(resident)

@@ -10,11 +10,10 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.model.completion import Request, complete, stop_ids
-from dsv2quant.model.generate import Sampling, finish_reason, generate, sample
+from dsv2quant.model.completion import Request, Sampling, complete, finish_reason, generate, sample
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -27,7 +26,7 @@ GREEDY = Sampling()
 
 @pytest.fixture(scope="module")
 def mini():
-    return Model(Checkpoint.open(tiny.MINI))
+    return Model(open_checkpoint(tiny.MINI))
 
 
 def tokens_of(model: Model, prompt=PROMPT, stop=(), count=24, sampling=GREEDY) -> list[int]:
@@ -58,8 +57,8 @@ def test_greedy_tokens_of_artifacts(layout, wordy, tmp_path, one_thread):
     chosen = recipe.builtin("int4-pure", method="rtn", group_size=32, layout=layout)
     if layout in ("fp8-block", "fp8-tensor"):
         chosen = recipe.builtin(layout)
-    convert(make_plan(Checkpoint.open(wordy), chosen, for_targets=("vllm",)), tmp_path / "out", command="")
-    model = Model(Checkpoint.open(tmp_path / "out"), LoadOptions(weight_only=True))
+    convert(make_plan(open_checkpoint(wordy), chosen, for_targets=("vllm",)), tmp_path / "out", command="")
+    model = Model(open_checkpoint(tmp_path / "out"), LoadOptions(weight_only=True))
     assert_greedy(model, PROMPT, tokens_of(model))
 
 
@@ -73,9 +72,9 @@ def test_it_ends_with_a_stop_token_the_limit_or_the_context(mini, wordy, tmp_pat
     assert tokens_of(mini, count=3) == all_of_them[:3]
     assert finish_reason(all_of_them[:3], {1}, 3) == "length"
     short = tiny.write_checkpoint(tmp_path / "short", tiny.WORDY | {"max_position_embeddings": 10})
-    model = Model(Checkpoint.open(short))
+    model = Model(open_checkpoint(short))
     tokens = tokens_of(model)
-    assert tokens == tokens_of(Model(Checkpoint.open(wordy)))[:6]
+    assert tokens == tokens_of(Model(open_checkpoint(wordy)))[:6]
     assert finish_reason(tokens, {1}, 24) == "context"
     assert finish_reason(tokens_of(model, count=6), {1}, 6) == "length"
     with pytest.raises(UsageError, match="the prompt has 10 tokens, the context 10"):
@@ -92,7 +91,7 @@ def test_a_seed_gives_the_same_tokens(mini, one_thread):
 
 
 def test_logits_that_are_not_finite_are_an_error(wordy):
-    model = Model(Checkpoint.open(wordy))
+    model = Model(open_checkpoint(wordy))
     model.ends.head.weight[7] = float("nan")
     for sampling in (GREEDY, Sampling(1.0)):
         with pytest.raises(InputError, match="the model's logits are not finite"):
@@ -207,7 +206,7 @@ def requested(prompt: str = "It was a dark night, and", chat: bool = False, coun
 
 def test_the_prompt_begins_with_bos_and_the_text_is_the_tokens(wordy):
     emitted: list[str] = []
-    checkpoint, tokenizer = Checkpoint.open(tiny.MINI), Tokenizer.open(tiny.MINI)
+    checkpoint, tokenizer = open_checkpoint(tiny.MINI), Tokenizer.open(tiny.MINI)
     result = complete(checkpoint, requested(), emitted.append)
     assert result.prompt_tokens == [0, *tokenizer.encode("It was a dark night, and").tolist()]
     assert result.tokens == tokens_of(Model(checkpoint), result.prompt_tokens, {1}, 20)
@@ -224,15 +223,15 @@ def test_a_chats_prompt_is_transformers(wordy):
     theirs = AutoTokenizer.from_pretrained(tiny.MINI)
     messages = [{"role": "user", "content": "What is 漢字?"}]
     want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    result = complete(Checkpoint.open(wordy), requested("What is 漢字?", chat=True, count=2))
+    result = complete(open_checkpoint(wordy), requested("What is 漢字?", chat=True, count=2))
     assert result.prompt_tokens == want
 
 
 def test_the_text_ends_before_the_stop_token(tmp_path, wordy):
-    tokens = complete(Checkpoint.open(wordy), requested()).tokens
+    tokens = complete(open_checkpoint(wordy), requested()).tokens
     folder = tiny.write_checkpoint(tmp_path / "m", tiny.WORDY)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4001, tokens[4]]}))
-    result = complete(Checkpoint.open(folder), requested())
+    result = complete(open_checkpoint(folder), requested())
     end = tokens.index(tokens[4]) + 1
     assert (result.tokens, result.finish_reason) == (tokens[:end], "stop")
     assert result.text == Tokenizer.open(folder).decode(tokens[: end - 1])
@@ -256,5 +255,5 @@ def test_stop_tokens_are_the_first_that_a_file_names(generation, tokenizer, conf
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
-    checkpoint = Checkpoint.open(folder)
-    assert stop_ids(checkpoint, Tokenizer.of(checkpoint)) == want
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.stop_ids(checkpoint.tokenizer()) == want

@@ -14,7 +14,7 @@ from gguf_expected import write_imatrix
 from test_gguf_convert import one_line
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks, file_types, imatrix
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model
@@ -80,7 +80,7 @@ def test_tensors_without_importance_are_named(models, tmp_path, cli):
     assert "lacks 3 of 19" in ran.err
 
 
-TENSORS = model_tensors(ModelConfig.from_dict(gguf_tiny.ODD, "config.json"))
+TENSORS = architecture(ModelConfig.from_dict(gguf_tiny.ODD, "config.json")).gguf_tensors()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     assert ran.code == 2
     assert "Q2_K_S needs an importance matrix (give --imatrix" in ran.err
     config = ModelConfig.from_dict(raw, "config.json")
-    matrices = [t for t in model_tensors(config) if t.layer is not None and len(t.shape) > 1]
+    matrices = [t for t in architecture(config).gguf_tensors() if t.layer is not None and len(t.shape) > 1]
     entries = {
         t.name: FileEntry(np.ones((1, t.matrices * t.shape[-1]), np.float32), np.ones(1, np.float32)) for t in matrices
     }

@@ -18,7 +18,7 @@ from test_bad_input import config, edit_json, snapshot
 from test_gguf_convert import one_line
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks
@@ -197,7 +197,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    convert_gguf(make_gguf_plan(Checkpoint.open(model), Options("Q8_0")), out)
+    convert_gguf(make_gguf_plan(open_checkpoint(model), Options("Q8_0")), out)
     return out
 
 
@@ -242,7 +242,7 @@ def test_no_block_takes_values_beyond_its_scale(kind, value):
 
 def test_a_weight_too_large_is_found_in_kv_b_proj(tmp_path, model):
     set_weight(KV_B, (191, 31), 1e9)(tmp_path / "model")
-    plan = make_gguf_plan(Checkpoint.open(tmp_path / "model"), Options("Q4_K_M"))
+    plan = make_gguf_plan(open_checkpoint(tmp_path / "model"), Options("Q4_K_M"))
     with pytest.raises(InputError, match=rf"{KV_B} has values too large for Q5_0"):
         convert_gguf(plan, tmp_path / "out" / "m.gguf")
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import random_weights
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.storage.gguf import ALIGNMENT, pack_header, padded, read
 
@@ -266,7 +266,7 @@ def test_a_model_with_any_byte_changed_opens_or_says_why(tmp_path):
     """The metadata too: whatever its values become, nothing but InputError comes of it."""
     path = tmp_path / "m.gguf"
     write_gguf(path, CONFIG, stacked(CONFIG, random_weights(CONFIG)), MIXED, tokenizer=False)
-    Checkpoint.open(path)
+    open_checkpoint(path)
     rng = np.random.default_rng(0)
     header = read(path).data_start
     refused = 0
@@ -278,7 +278,7 @@ def test_a_model_with_any_byte_changed_opens_or_says_why(tmp_path):
             file.write(bytes([original[at] ^ int(rng.integers(1, 256))]))
             file.flush()
             try:
-                Checkpoint.open(path)
+                open_checkpoint(path)
             except InputError:
                 refused += 1
             file.seek(at)
@@ -300,4 +300,4 @@ def test_metadata_of_another_type_is_refused(tmp_path):
 
             write_gguf(tmp_path / "m.gguf", CONFIG, arrays, lambda name: "F32", tokenizer=False, change=change)
             with pytest.raises(InputError):
-                Checkpoint.open(tmp_path / "m.gguf")
+                open_checkpoint(tmp_path / "m.gguf")

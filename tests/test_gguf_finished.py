@@ -20,6 +20,7 @@ from test_folder import flip
 from test_gguf_convert import LATE, interrupted
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import gguf as convert
 from dsv2quant.conversion.gguf import Result, convert_gguf
 from dsv2quant.errors import InputError
@@ -57,7 +58,7 @@ def model(source: Path, tmp_path: Path) -> Path:
 
 
 def run(model: Path, out: Path, split: dict[str, int | None] = ONE, force: bool = False) -> Result:
-    plan = make_gguf_plan(Checkpoint.open(model), Options("F16"))
+    plan = make_gguf_plan(open_checkpoint(model), Options("F16"))
     return convert_gguf(plan, out / "m.gguf", command="c", force=force, **split)
 
 
@@ -82,7 +83,7 @@ def test_the_same_command_again_finds_it_complete(split, model, tmp_path):
     assert not first.already_complete
     assert contents(tmp_path / "out") == before
     assert not resumable(tmp_path / "out" / "m.gguf")
-    plan = make_gguf_plan(Checkpoint.open(model), Options("BF16"))
+    plan = make_gguf_plan(open_checkpoint(model), Options("BF16"))
     with pytest.raises(InputError, match="is there already"):
         convert_gguf(plan, tmp_path / "out" / "m.gguf", **split)
 

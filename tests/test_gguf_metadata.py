@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.gguf import model_config
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.formats.gguf.hf_config import model_config
 from dsv2quant.planning.gguf_metadata import check_loadable, model_metadata, warnings
 from dsv2quant.storage.gguf import Value, array, check_numbers, f32, pack_header, read, string, u32
 
@@ -36,21 +36,21 @@ def config(raw: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_metadata_is_llama_cpps_key_by_key(tmp_path: Path, name: str) -> None:
-    checkpoint = Checkpoint.open(MODELS[name](tmp_path))
+    checkpoint = open_checkpoint(MODELS[name](tmp_path))
     found = described(model_metadata(checkpoint, Q8_0))
     assert json.loads(json.dumps(found)) == KNOWN[name]
 
 
 def test_hub_id_gives_the_name_not_the_snapshots_commit(tmp_path: Path) -> None:
     folder = lite(tmp_path).rename(tmp_path / "0f1e2d3c4b5a69788796a5b4c3d2e1f001234567")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     checkpoint.model = "someone/Tiny-V2-Lite-Chat"
     found = described(model_metadata(checkpoint, Q8_0))
     assert json.loads(json.dumps(found)) == KNOWN["lite"]
 
 
 def test_dropping_expert_groups_leaves_out_their_two_keys_only(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(v2(tmp_path))
+    checkpoint = open_checkpoint(v2(tmp_path))
     whole, dropped = (model_metadata(checkpoint, Q8_0, drop_expert_groups=drop) for drop in (False, True))
     assert [key for key in whole if key not in dropped] == [
         "deepseek2.expert_group_count",
@@ -63,7 +63,7 @@ def test_greedy_routing_ignores_groups_that_the_config_names(tmp_path: Path) -> 
     """The converter writes them, and llama.cpp would then route by groups, as the model never did."""
     folder = v2(tmp_path)
     edit(folder / "config.json", lambda raw: raw.update(topk_method="greedy"))
-    metadata = model_metadata(Checkpoint.open(folder), Q8_0)
+    metadata = model_metadata(open_checkpoint(folder), Q8_0)
     assert metadata["deepseek2.expert_group_count"].value == metadata["deepseek2.expert_group_used_count"].value == 1
 
 
@@ -76,7 +76,7 @@ def _packed(metadata: dict[str, Value], tmp_path: Path) -> dict[str, Value]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_config_survives_the_round_trip(tmp_path: Path, name: str) -> None:
-    checkpoint = Checkpoint.open(MODELS[name](tmp_path))
+    checkpoint = open_checkpoint(MODELS[name](tmp_path))
     metadata = _packed(model_metadata(checkpoint, Q8_0), tmp_path)
     back = model_config(metadata, "model.gguf", tied=checkpoint.config.tie_word_embeddings)
     again = ModelConfig.from_dict(back | {"torch_dtype": checkpoint.config.dtype}, "model.gguf")
@@ -161,14 +161,14 @@ def test_numbers_that_their_types_do_not_hold() -> None:
 
 
 def test_warnings(tmp_path: Path) -> None:
-    assert warnings(Checkpoint.open(MODELS["dsv2-mini"](tmp_path))) == []
+    assert warnings(open_checkpoint(MODELS["dsv2-mini"](tmp_path))) == []
     folder = v2(tmp_path)
-    assert ["--drop-expert-groups" in line for line in warnings(Checkpoint.open(folder))] == [True]
+    assert ["--drop-expert-groups" in line for line in warnings(open_checkpoint(folder))] == [True]
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(template + "{{ ' ' }}")
-    assert ["after 'Assistant:'" in line for line in warnings(Checkpoint.open(folder))] == [False, True]
+    assert ["after 'Assistant:'" in line for line in warnings(open_checkpoint(folder))] == [False, True]
     (folder / "chat_template.jinja").write_text("{% if %}")  # broken: no matter of a conversion
-    assert len(warnings(Checkpoint.open(folder))) == 1
+    assert len(warnings(open_checkpoint(folder))) == 1
 
 
 def _card(text: str) -> Any:
@@ -198,11 +198,11 @@ def test_damaged_side_files_are_one_clear_line(tmp_path: Path, what: str) -> Non
     folder = v2(tmp_path)
     DAMAGED[what](folder)
     with pytest.raises(InputError, match=re.escape(what)):
-        model_metadata(Checkpoint.open(folder), Q8_0)
+        model_metadata(open_checkpoint(folder), Q8_0)
 
 
 def test_checkpoint_without_its_files_is_refused(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(v2(tmp_path))
+    checkpoint = open_checkpoint(v2(tmp_path))
     checkpoint.folder = None
     with pytest.raises(InputError, match="was not downloaded"):
         model_metadata(checkpoint, Q8_0)
@@ -233,7 +233,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_other_models_files_are_one_clear_line(tmp_path: Path, what: str) -> None:
-    metadata = model_metadata(Checkpoint.open(v2(tmp_path)), Q8_0)
+    metadata = model_metadata(open_checkpoint(v2(tmp_path)), Q8_0)
     FOREIGN[what](metadata)
     with pytest.raises(InputError, match=re.escape(what)):
         model_config(metadata, "model.gguf")

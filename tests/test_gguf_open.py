@@ -14,10 +14,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from gguf_files import CONFIG, keep_plain, mixed, stacked, write_gguf
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.model.load import decode
 from dsv2quant.model.runtime import Model
 from dsv2quant.storage import gguf as container
 from dsv2quant.text.tokenizer import Tokenizer, cut
@@ -56,17 +55,17 @@ def model(arrays, tmp_path_factory) -> Path:
 def test_logits_are_those_of_the_decoded_weights(kind, weights, arrays, tmp_path):
     types = KINDS[kind]
     data = write_gguf(tmp_path / "model.gguf", CONFIG, arrays, types)
-    opened = Checkpoint.open(tmp_path / "model.gguf", headers_only=True)
+    opened = open_checkpoint(tmp_path / "model.gguf", headers_only=True)
     plain = gguf_files.decoded(CONFIG, data, types, weights)
     folder = tiny.write_checkpoint(tmp_path / "plain", opened.raw_config, plain)
     for weight in opened.weights:
-        assert torch.equal(decode(opened, weight, torch.float32), plain[weight.spec.name]), weight.spec.name
+        assert torch.equal(opened.decode(weight, torch.float32), plain[weight.spec.name]), weight.spec.name
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 4096, (2, 24)))
-    assert torch.equal(Model(opened).forward(tokens), Model(Checkpoint.open(folder)).forward(tokens))
+    assert torch.equal(Model(opened).forward(tokens), Model(open_checkpoint(folder)).forward(tokens))
 
 
 def test_schemes_and_parts(model):
-    weights = {w.spec.name.removeprefix("model.layers.1."): w for w in Checkpoint.open(model).weights}
+    weights = {w.spec.name.removeprefix("model.layers.1."): w for w in open_checkpoint(model).weights}
     assert weights["self_attn.kv_b_proj.weight"].scheme == "q5_0+q8_0"
     assert list(weights["self_attn.kv_b_proj.weight"].parts) == ["attn_k_b", "attn_v_b"]
     assert weights["mlp.gate.weight"].scheme == "bf16"
@@ -79,7 +78,7 @@ def test_schemes_and_parts(model):
 
 def test_a_file_without_output_has_tied_embeddings(arrays, tmp_path):
     write_gguf(tmp_path / "m.gguf", CONFIG, {n: a for n, a in arrays.items() if n != "output.weight"}, MIXED)
-    opened = Checkpoint.open(tmp_path / "m.gguf")
+    opened = open_checkpoint(tmp_path / "m.gguf")
     assert opened.config.tie_word_embeddings
     assert "lm_head.weight" not in {w.spec.name for w in opened.weights}
 
@@ -95,14 +94,14 @@ def split(arrays, tmp_path) -> list[Path]:
 
 def test_any_of_the_split_files_opens_them_all(split, model):
     assert [path.name for path in split] == [f"model-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
-    whole = Checkpoint.open(model)
+    whole = open_checkpoint(model)
     for path in split:
-        opened = Checkpoint.open(path)
+        opened = open_checkpoint(path)
         assert opened.files == [p.name for p in split]
         assert opened.model == split[0].name
         for ours, wanted in zip(opened.weights, whole.weights, strict=True):
             assert ours.scheme == wanted.scheme
-            assert torch.equal(decode(opened, ours, torch.float32), decode(whole, wanted, torch.float32))
+            assert torch.equal(opened.decode(ours, torch.float32), whole.decode(wanted, torch.float32))
 
 
 def test_split_files_that_do_not_belong_together(split, arrays, tmp_path):
@@ -113,28 +112,28 @@ def test_split_files_that_do_not_belong_together(split, arrays, tmp_path):
     original = split[2].read_bytes()
     split[2].write_bytes(split[1].read_bytes())
     with pytest.raises(InputError, match=r"00003-of-00003.gguf: split.no is 1, not 2"):
-        Checkpoint.open(split[0])
+        open_checkpoint(split[0])
     split[2].write_bytes((other / split[2].name).read_bytes())
     with pytest.raises(InputError, match=r"split.tensors.count is \d+, not \d+"):
-        Checkpoint.open(split[0])
+        open_checkpoint(split[0])
     split[2].unlink()
     with pytest.raises(InputError, match=r"1 of 3 files are missing: model-00003-of-00003\.gguf"):
-        Checkpoint.open(split[1])
+        open_checkpoint(split[1])
     split[2].write_bytes(original)
     with pytest.raises(InputError, match="is one of 3 files, but not named so"):
-        Checkpoint.open(split[0].rename(tmp_path / "renamed.gguf"))
+        open_checkpoint(split[0].rename(tmp_path / "renamed.gguf"))
 
 
 def test_a_tensor_in_two_split_files(split):
     data = split[1].read_bytes()
-    first = next(w.stored.name for w in Checkpoint.open(split[0]).weights if w.stored.file == split[1].name)
+    first = next(w.stored.name for w in open_checkpoint(split[0]).weights if w.stored.file == split[1].name)
     double = next(
-        w.stored.name for w in Checkpoint.open(split[0]).weights
+        w.stored.name for w in open_checkpoint(split[0]).weights
         if w.stored.file == split[0].name and len(w.stored.name) == len(first)
     )  # fmt: skip
     split[1].write_bytes(data.replace(first.encode(), double.encode(), 1))
     with pytest.raises(InputError, match=rf"00002-of-00003.gguf: {double} lies in model-00001-of-00003.gguf too"):
-        Checkpoint.open(split[0])
+        open_checkpoint(split[0])
 
 
 # What is refused
@@ -164,7 +163,7 @@ def test_tensors_are_those_that_the_metadata_implies(change, message, arrays, tm
     change(changed)
     write_gguf(tmp_path / "m.gguf", CONFIG, changed, lambda name: "F32")
     with pytest.raises(InputError, match=message):
-        Checkpoint.open(tmp_path / "m.gguf")
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_other_kinds_of_files(tmp_path, arrays, model):
@@ -173,17 +172,17 @@ def test_other_kinds_of_files(tmp_path, arrays, model):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(InputError, match=r"llama\.gguf: its architecture is 'llama'"):
-        Checkpoint.open(tmp_path / "llama.gguf")
+        open_checkpoint(tmp_path / "llama.gguf")
     with pytest.raises(InputError, match=r"no.gguf: no such file"):
-        Checkpoint.open(tmp_path / "no.gguf")
+        open_checkpoint(tmp_path / "no.gguf")
     (tmp_path / "text.gguf").write_text("This is a text, not a GGUF file.")
     with pytest.raises(InputError, match="truncated or not a GGUF file"):
-        Checkpoint.open(tmp_path / "text.gguf")
+        open_checkpoint(tmp_path / "text.gguf")
     data = model.read_bytes()
     at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # behind its rank and only dimension
     (tmp_path / "i32.gguf").write_bytes(data[:at] + (26).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(InputError, match=r"output_norm\.weight has the type I32"):
-        Checkpoint.open(tmp_path / "i32.gguf")
+        open_checkpoint(tmp_path / "i32.gguf")
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "calibrate"])
@@ -211,7 +210,7 @@ def test_inspect(model, split, cli):
     assert result["gguf"]["tensor_types"] == {
         "Q4_K": 13, "F32": 10, "Q6_K": 2, "Q4_0": 2, "Q5_0": 2, "Q5_1": 2, "Q8_0": 2,
     }  # fmt: skip
-    assert result["bytes"] == sum(w.nbytes for w in Checkpoint.open(model).weights)
+    assert result["bytes"] == sum(w.nbytes for w in open_checkpoint(model).weights)
     assert f"files: {', '.join(result['files'])}" in cli("inspect", split[0]).out
 
 
@@ -242,11 +241,11 @@ def test_types_that_the_gguf_library_does_not_know(model, tmp_path, cli):
     assert cli("verify", path, "-q").code == 0
     ran = cli("eval-ppl", path, "--ctx", 32, "--limit", 1, "--json", "-q")
     assert ran.code == 0, ran.err
-    opened = Checkpoint.open(path)
+    opened = open_checkpoint(path)
     weight = next(w for w in opened.weights if w.spec.name == "model.layers.1.mlp.experts.2.down_proj.weight")
     stored = data[weight.stored.begin :][: weight.nbytes]
     expected = blocks.decode("Q1_0", np.frombuffer(stored, np.uint8).reshape(256, -1))
-    assert np.array_equal(decode(opened, weight, torch.float32).numpy(), expected)
+    assert np.array_equal(opened.decode(weight, torch.float32).numpy(), expected)
     assert set(np.unique(expected)) == {-np.float32(np.float16(0.02)), np.float32(np.float16(0.02))}
 
 
@@ -276,7 +275,7 @@ def test_verify_measures_float32_errors_against_the_source(model, weights, tmp_p
 
 
 def test_verify_names_a_scale_that_is_not_finite(model, tmp_path, cli):
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     weight = next(w for w in checkpoint.weights if w.spec.name == "model.layers.1.mlp.experts.2.down_proj.weight")
     path, start = checkpoint.data["model.gguf"]
     data = bytearray(path.read_bytes())
@@ -309,7 +308,7 @@ def test_the_tokenizer_is_the_files(add_bos, arrays, tmp_path):
         writer.kv_data[0]["tokenizer.ggml.bos_token_id"].value = 1
 
     write_gguf(tmp_path / "m.gguf", CONFIG, arrays, MIXED, change=change)
-    tokenizer = Tokenizer.of(Checkpoint.open(tmp_path / "m.gguf"))
+    tokenizer = open_checkpoint(tmp_path / "m.gguf").tokenizer()
     assert (tokenizer.bos_id, tokenizer.add_bos) == (1, add_bos)
     text = "def f(x):\n    return x\n"
     assert tokenizer.encode(text).tolist() == Tokenizer.open(tiny.MINI).encode(text).tolist()

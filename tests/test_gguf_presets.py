@@ -13,24 +13,24 @@ from gguf import GGUFReader
 from gguf_tiny import PUBLISHED
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import model_tensors
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.formats.gguf import blocks
+from dsv2quant.formats.gguf.file_types import PRESETS
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
-from dsv2quant.planning.gguf_presets import PRESETS, choose
-from dsv2quant.planning.gguf_types import Overrides
+from dsv2quant.planning.gguf_types import Overrides, choose_preset
 from dsv2quant.text import text
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in MODELS.items()}
-TENSORS = {name: model_tensors(config) for name, config in CONFIGS.items()}
+TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_model = pytest.mark.parametrize("model", CONFIGS)
 
@@ -38,7 +38,7 @@ every_model = pytest.mark.parametrize("model", CONFIGS)
 def chosen(model: str, preset: str, **overrides) -> dict[str, str]:
     """{tensor: type}."""
     tensors = TENSORS[model]
-    choices = choose(tensors, preset, CONFIGS[model], Overrides(**overrides))
+    choices = choose_preset(tensors, preset, CONFIGS[model], Overrides(**overrides))
     return {tensor.name: kind for tensor, (kind, _) in zip(tensors, choices, strict=True)}
 
 
@@ -100,7 +100,7 @@ def test_on_dsv2_mini_the_preset_is_closer_to_the_model(tmp_path):
     klds, sizes = {}, {}
     for file_type in ("Q4_K_M", "DSV2_Q4_K_M"):
         out = tmp_path / f"{file_type}.gguf"
-        convert_gguf(make_gguf_plan(Checkpoint.open(tiny.MINI), Options(file_type)), out)
+        convert_gguf(make_gguf_plan(open_checkpoint(tiny.MINI), Options(file_type)), out)
         klds[file_type] = divergence.compare(run(out, ids), reference, ids, first).kld.mean(1)
         sizes[file_type] = out.stat().st_size
     gain = klds["Q4_K_M"] - klds["DSV2_Q4_K_M"]
@@ -110,4 +110,4 @@ def test_on_dsv2_mini_the_preset_is_closer_to_the_model(tmp_path):
 
 def run(model: Path, ids: np.ndarray) -> perplexity.Pass:
     options = LoadOptions(torch.float32, "cpu", weight_only=True)
-    return perplexity.run(Model(Checkpoint.open(model), options), ids, perplexity.batches_of(len(ids), 8))
+    return perplexity.run(Model(open_checkpoint(model), options), ids, perplexity.batches_of(len(ids), 8))

@@ -18,8 +18,9 @@ from gguf import GGUFReader
 from gguf_files import CONFIG, stacked
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, model_specs
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import LINEAR_ROLES
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix
@@ -33,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 def fp8_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """DeepSeek's FP8: what is stored, and its float32 values; a scale for each 128×128 block."""
     stored, values = dict(tensors), {name: tensor.float() for name, tensor in tensors.items()}
-    for spec in model_specs(ModelConfig.from_dict(RAW, "config.json")):
+    for spec in architecture(ModelConfig.from_dict(RAW, "config.json")).specs():
         if spec.role in LINEAR_ROLES:
             codes = (tensors[spec.name].float() * 40).to(torch.float8_e4m3fn)
             rows, cols = (-(-n // 128) for n in spec.shape)
@@ -54,7 +55,7 @@ def source(kind: str) -> tuple[dict[str, Any], Tensors, Tensors]:
 
 
 def convert(model: Path, out: Path, file_type: str, imatrix: Imatrix | None = None) -> Path:
-    convert_gguf(make_gguf_plan(Checkpoint.open(model), Options(file_type, imatrix=imatrix)), out)
+    convert_gguf(make_gguf_plan(open_checkpoint(model), Options(file_type, imatrix=imatrix)), out)
     return out
 
 
@@ -116,7 +117,7 @@ PEAK = """
 import os, re, sys
 from pathlib import Path
 os.cpu_count = lambda: 2
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.gguf import convert_gguf
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
@@ -124,7 +125,7 @@ def kib(key):
     return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 for model in sys.argv[1:]:
-    plan = make_gguf_plan(Checkpoint.open(model), Options("Q8_0"))
+    plan = make_gguf_plan(open_checkpoint(model), Options("Q8_0"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = kib("VmRSS")
     convert_gguf(plan, Path(model) / "m.gguf", split_max_size=20_000_000)

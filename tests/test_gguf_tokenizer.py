@@ -19,7 +19,7 @@ from gguf_models import GOLDEN_TOKENS, MODELS, Q8_0, TEXTS, edit, v2, vocabulary
 from tokenizers import Tokenizer
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_metadata import model_metadata
 from dsv2quant.storage.gguf import Value
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", KNOWN)
 def test_ids_are_llama_cpps(tmp_path: Path, case: str) -> None:
     model = MODELS.get(case)
-    metadata = model_metadata(Checkpoint.open(model(tmp_path)), Q8_0) if model else vocabulary(case)
+    metadata = model_metadata(open_checkpoint(model(tmp_path)), Q8_0) if model else vocabulary(case)
     backend = gguf_tokenizer(metadata, "model.gguf")
     assert [backend.encode(text).ids for text in TEXTS] == KNOWN[case]
 
@@ -57,14 +57,14 @@ def test_pre_tokenizers_differ_on_the_texts() -> None:
 def test_ids_are_the_originals(tmp_path: Path) -> None:
     original = Tokenizer.from_file(str(tiny.MINI / "tokenizer.json"))
     original.encode_special_tokens = True
-    backend = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
+    backend = gguf_tokenizer(model_metadata(open_checkpoint(tiny.MINI), Q8_0), "model.gguf")
     for text in [*SAME_AS_THE_ORIGINAL, Path(__file__).read_text(encoding="utf-8")]:
         assert backend.encode(text).ids == original.encode(text).ids
         assert backend.decode(backend.encode(text).ids) == text
 
 
 def test_control_tokens_are_parsed_on_request_only() -> None:
-    backend = gguf_tokenizer(model_metadata(Checkpoint.open(tiny.MINI), Q8_0), "model.gguf")
+    backend = gguf_tokenizer(model_metadata(open_checkpoint(tiny.MINI), Q8_0), "model.gguf")
     assert 1 not in backend.encode(EOS).ids
     backend.encode_special_tokens = False
     assert backend.encode(EOS).ids == [0, 1]

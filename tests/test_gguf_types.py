@@ -15,16 +15,17 @@ from gguf_expected import OPTIONS
 from gguf_tiny import PUBLISHED
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.planning.gguf_types import Overrides, choose
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_types.json").read_text())
 CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in PUBLISHED.items()}
-TENSORS = {name: model_tensors(config) for name, config in CONFIGS.items()}
+TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 MIXES = sorted({key.split("-")[1] for key in GOLDEN})
 
 
-def expected(golden: dict, tensor: Tensor) -> str:
+def expected(golden: dict, tensor: GgufTensor) -> str:
     """The type that the golden names: by kind, or by kind and layer; norms and routers stay F32."""
     if len(tensor.shape) == 1 or tensor.kind == "ffn_gate_inp":
         return "F32"

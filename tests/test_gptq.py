@@ -8,7 +8,7 @@ import torch
 
 from dsv2quant.calib import gptq
 from dsv2quant.calib.gptq import BLOCK, DAMPING, Moments
-from dsv2quant.formats.int4_cpu import search_scales
+from dsv2quant.formats.cpu import search_scales
 
 F64 = torch.float64
 # (batch, rows, columns, group): less than one block of columns, exactly one, several, and a ragged last one.

@@ -19,11 +19,11 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_specs
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model, metadata, read, write
 from dsv2quant.text.calibration import load, windows_in_order
@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden" / "fox.imatrix.gguf"
 # llama.cpp takes no checkpoint without latent queries but V2-Lite's depths, and scores groups otherwise.
 RAW = tiny.V2 | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "vocab_size": 4096, "num_hidden_layers": 2}
 CONFIG = ModelConfig.from_dict(RAW, "config.json")
-TENSORS = {tensor.name: tensor for tensor in model_tensors(CONFIG)}
+TENSORS = {tensor.name: tensor for tensor in architecture(CONFIG).gguf_tensors()}
 WINDOWS = ("--protocol", "llama.cpp", "--max-seq-length", 64, "--num-calibration-samples", 4, "-q", "--calibration")
 TOKENS = 4 * 64
 GATE, DOWN = "blk.1.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"
@@ -46,7 +46,7 @@ def fox_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RAW with weights from a generator whose numbers never change."""
     generator = np.random.RandomState(0)
     weights = {}
-    for spec in model_specs(CONFIG):
+    for spec in architecture(CONFIG).specs():
         noise = generator.standard_normal(spec.shape)
         if spec.role == "norm":
             noise = 1 + 0.1 * noise
@@ -197,7 +197,7 @@ def test_dense_tensors_are_not_shrunk():
 def test_a_missing_entry_is_none_and_a_wrong_size_is_an_error():
     found = read(GOLDEN)
     assert found.importance(TENSORS["output.weight"], shrink=False) is None
-    other = Tensor(GATE, (16, 48, 65), TENSORS[GATE].specs, 1)
+    other = GgufTensor(GATE, (16, 48, 65), TENSORS[GATE].specs, 1)
     with pytest.raises(
         InputError, match=r"fox.imatrix.gguf: of another model: blk.1.ffn_gate_exps.weight has 1,024 .*1,040"
     ):
@@ -211,12 +211,12 @@ def test_another_model_s_imatrix_is_told():
     check_model(list(TENSORS.values()), found)
     some = dict(list(found.entries.items())[:3])
     check_model(list(TENSORS.values()), Imatrix(some, (), 0, 0))  # llama-quantize takes what there is
-    wider = model_tensors(ModelConfig.from_dict(RAW | {"hidden_size": 128}, "config.json"))
+    wider = architecture(ModelConfig.from_dict(RAW | {"hidden_size": 128}, "config.json")).gguf_tensors()
     with pytest.raises(
         InputError, match=r"fox.imatrix.gguf: of another model: blk.0.attn_kv_a_mqa.weight has 64 values"
     ):
         check_model(wider, found)
-    fewer = model_tensors(ModelConfig.from_dict(RAW | {"n_routed_experts": 8}, "config.json"))
+    fewer = architecture(ModelConfig.from_dict(RAW | {"n_routed_experts": 8}, "config.json")).gguf_tensors()
     with pytest.raises(InputError, match=r"of another model: blk.1.ffn_down_exps.weight has 768 values there, 384 in"):
         check_model(fewer, found)
     renamed = {f"model.{name}": entry for name, entry in found.entries.items()} | some
@@ -303,7 +303,7 @@ def test_an_imatrix_is_not_written_over_something_else(fox_model, fox, tmp_path,
     plain = Statistics(stats)
     assert cli(*command, "--imatrix", out, "--force").code == 0
     assert read(out).entries.keys() == read(GOLDEN).entries.keys()
-    specs = [weight.spec for weight in Checkpoint.open(fox_model).weights if weight.spec.role == "o_proj"]
+    specs = [weight.spec for weight in open_checkpoint(fox_model).weights if weight.spec.role == "o_proj"]
     for spec in specs:  # two ways to attend, one result
         np.testing.assert_allclose(Statistics(stats).squares(spec), plain.squares(spec), rtol=1e-5)
     before = out.read_bytes()

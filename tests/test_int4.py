@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_fp8 import as_float32, divide, to_bf16
 
 from dsv2quant.formats.codec import Inputs, NonFiniteError
-from dsv2quant.formats.int4_cpu import FACTORS, nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.cpu import FACTORS, nearest_codes, rtn_scales, search_scales
 from dsv2quant.formats.schemes import CODECS
 
 SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")

@@ -11,12 +11,11 @@ import torch
 from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import NonFiniteError
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.kernels import reference
-from dsv2quant.model.load import decode
 from dsv2quant.planning import consumers, recipe
 from dsv2quant.planning.plan import make_plan
 
@@ -96,14 +95,14 @@ def artifacts(tmp_path_factory):
     """Of dsv2-mini, for vLLM and for transformers."""
     folder = tmp_path_factory.mktemp("int8")
     for target in ("vllm", "transformers"):
-        plan = make_plan(Checkpoint.open(tiny.MINI), recipe.builtin("int8"), for_targets=(target,))
+        plan = make_plan(open_checkpoint(tiny.MINI), recipe.builtin("int8"), for_targets=(target,))
         convert(plan, folder / target, command="")
     return folder
 
 
 def test_everything_is_int8_for_vllm_and_experts_are_fp8_for_transformers(artifacts):
     for target, experts in (("vllm", "int8-channel"), ("transformers", "fp8-channel")):
-        weights = Checkpoint.open(artifacts / target).weights
+        weights = open_checkpoint(artifacts / target).weights
         schemes = {(w.spec.role.startswith("routed."), w.scheme) for w in weights}
         assert schemes == {(False, "bf16"), (False, "int8-channel"), (True, experts)}
     config = json.loads((artifacts / "vllm" / "config.json").read_text())["quantization_config"]
@@ -137,12 +136,12 @@ def test_verify_and_eval_ppl(artifacts, cli, tmp_path):
 
 
 def test_a_copy_has_the_bytes_of_the_weights(artifacts):
-    checkpoint = Checkpoint.open(artifacts / "vllm")
-    source = {weight.spec.name: weight for weight in Checkpoint.open(tiny.MINI).weights}
+    checkpoint = open_checkpoint(artifacts / "vllm")
+    source = {weight.spec.name: weight for weight in open_checkpoint(tiny.MINI).weights}
     weight = next(w for w in checkpoint.weights if w.spec.role == "o_proj")
-    original = decode(Checkpoint.open(tiny.MINI), source[weight.spec.name], torch.float32)
-    assert torch.equal(decode(checkpoint, weight, torch.float32), Int8().decode(torch_parts(original), torch.float32))
-    assert 0.004 < float((decode(checkpoint, weight, torch.float32) - original).norm() / original.norm()) < 0.02
+    original = open_checkpoint(tiny.MINI).decode(source[weight.spec.name], torch.float32)
+    assert torch.equal(checkpoint.decode(weight, torch.float32), Int8().decode(torch_parts(original), torch.float32))
+    assert 0.004 < float((checkpoint.decode(weight, torch.float32) - original).norm() / original.norm()) < 0.02
 
 
 def test_sglang_has_no_row(cli):

@@ -104,7 +104,7 @@ def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, tmp_path, cli, c
 def test_calibrate_says_so_when_a_layer_is_kept(layer, number, code, word, wordy, fox, tmp_path, cli, caplog):
     out = tmp_path / "stats"
     command = ("calibrate", wordy, "--calibration", fox, "--num-calibration-samples", "2", "-o", out)
-    with stopped(collect, "_attention", number, lambda layer_, at, *args: at == f"model.layers.{layer}"):
+    with stopped(collect, "_measured", number, lambda layer_, at, *args: at == f"model.layers.{layer}"):
         ran = cli(*command)
     assert ran.code == code
     assert said(ran, caplog) == [f"{out}: {KEPT}"] * layer + [word]
@@ -124,7 +124,7 @@ def test_convert_says_it_once_while_it_measures(wordy, fox, tmp_path, cli, caplo
         "-o",
         out,
     )
-    with stopped(collect, "_attention", None, lambda layer_, at, *args: at == "model.layers.1"):
+    with stopped(collect, "_measured", None, lambda layer_, at, *args: at == "model.layers.1"):
         ran = cli(*command)
     assert said(ran, caplog) == [f"{out}: {KEPT}", "interrupted"]
 
@@ -134,7 +134,7 @@ def test_a_process_ends_with_the_signals_code_and_nohup_is_heeded(lite):
         "import os, signal, sys; from dsv2quant.cli import main, inspect\n"
         "number = getattr(signal, sys.argv.pop())\n"
         "def stop(*args, **kwargs): os.kill(os.getpid(), number)\n"
-        "from dsv2quant.checkpoint.checkpoint import Checkpoint; Checkpoint.open = stop\n"
+        "from dsv2quant.checkpoint.checkpoint import Checkpoint; open_checkpoint = stop\n"
         "main.main()"
     )
     for name, before, code in (("SIGTERM", None, 143), ("SIGHUP", None, 129), ("SIGHUP", "nohup", 1)):

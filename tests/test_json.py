@@ -104,7 +104,7 @@ def test_generate(check, wordy):
 
 
 def test_bench(check, monkeypatch):
-    from dsv2quant.bench import device, kernels, model, subject
+    from dsv2quant.bench import device, kernels, model
 
     reached = SimpleNamespace(read=1.0, products=1.0)
     where = dict.fromkeys(("GPU", "driver", "versions"), "")
@@ -113,8 +113,8 @@ def test_bench(check, monkeypatch):
     for module in (kernels, model):
         monkeypatch.setattr(module, "limits", lambda: reached)
         monkeypatch.setattr(module, "measured_on", lambda: where)
-    monkeypatch.setattr(kernels, "SECTIONS", {"fp8": SimpleNamespace(measure=lambda reached: [], ROWS=())})
+    monkeypatch.setattr(kernels, "SECTIONS", {"fp8": SimpleNamespace(measure=lambda reached: [], rows=())})
     check("bench kernels", "bench", "kernels", "--only", "fp8")
-    monkeypatch.setattr(subject, "random", lambda name, scheme: None)
+    monkeypatch.setattr(model, "random", lambda name, scheme: None)
     monkeypatch.setattr(model, "run", lambda *args: {"read_bytes_per_s": 1.0, "rows": []})
     check("bench model", "bench", "model", "v2-lite")

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.evaluation.divergence import batches_of, negative_log_likelihoods, run
 from dsv2quant.model.attention import KV_DTYPES, LatentCache
@@ -106,8 +106,8 @@ def scaled(lite, tmp_path_factory):
 
 def set_scale(folder, value: float) -> None:
     """Overwrite layer 0's scale of keys."""
-    stored = Checkpoint.open(folder).kv_scales[0]
-    path, start = Checkpoint.open(folder).data[stored.file]
+    stored = open_checkpoint(folder).kv_scales[0]
+    path, start = open_checkpoint(folder).data[stored.file]
     with path.open("r+b") as file:
         file.seek(start + stored.begin)
         file.write(np.float32(value).tobytes())
@@ -118,22 +118,25 @@ def test_each_layers_cache_has_the_artifacts_scale(kind, scaled):
     """As a model whose latents and keys are rounded before a float32 cache takes them."""
     tokens = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(0))
 
-    def decoded(model: Model) -> torch.Tensor:
-        caches = model.caches(2, 12)
+    def decoded(model: Model, caches: list[LatentCache]) -> torch.Tensor:
         return torch.cat([model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(12)], 1)
 
-    rounding = Model(Checkpoint.open(scaled))
-    for index, layer in enumerate(rounding.layers()):
+    plain, quantized = (
+        Model(open_checkpoint(scaled)),
+        Model(open_checkpoint(scaled), LoadOptions(kv_cache=KV_DTYPES[kind])),
+    )
+    rounding = plain.caches(2, 12)
+    for index, cache in enumerate(rounding):
         scale = np.float32(1 / 448 if index == 0 else np.float32(2) / np.float32(448))
 
-        def projected(x, rope, original=layer.attention.projected, scale=scale):
-            q_nope, q_pe, *cached = original(x, rope)
-            return q_nope, q_pe, *(torch.from_numpy(through_fp8(part.numpy(), kind, scale)) for part in cached)
+        def append(*new, as_stored, original=cache.append, scale=scale):
+            rounded = (torch.from_numpy(through_fp8(part.numpy(), kind, scale)) for part in new)
+            return original(*rounded, as_stored=as_stored)
 
-        layer.attention.projected = projected
-    got = decoded(Model(Checkpoint.open(scaled), LoadOptions(kv_cache=KV_DTYPES[kind])))
-    assert torch.equal(got, decoded(rounding))
-    assert not torch.equal(got, decoded(Model(Checkpoint.open(scaled))))
+        cache.append = append
+    got = decoded(quantized, quantized.caches(2, 12))
+    assert torch.equal(got, decoded(plain, rounding))
+    assert not torch.equal(got, decoded(plain, plain.caches(2, 12)))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -141,7 +144,7 @@ def test_a_scale_that_nothing_can_be_divided_by(value, lite, tmp_path):
     static.write(lite, tmp_path / "out", "fp8-static", kv=2.0)
     set_scale(tmp_path / "out", value)
     with pytest.raises(InputError, match=r"model.layers.0.self_attn.k_scale is .*\(the checkpoint is damaged"):
-        Model(Checkpoint.open(tmp_path / "out")).caches(1, 4)
+        Model(open_checkpoint(tmp_path / "out")).caches(1, 4)
 
 
 # --- evaluation ---
@@ -150,7 +153,7 @@ def test_a_scale_that_nothing_can_be_divided_by(value, lite, tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_decode_path_scores_as_prefill_does(stream, wordy, one_thread):
     ids = np.random.default_rng(0).integers(0, 4096, (5, 24))
-    model = Model(Checkpoint.open(wordy), stream=stream)
+    model = Model(open_checkpoint(wordy), stream=stream)
     prefill = run(model, ids, batches_of(5, 2))
     decode = run(model, ids, batches_of(5, 2), decode_path=True)
     # Float32 sums in another order: see test_runtime's TOLERANCE.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import tiny
@@ -17,10 +15,10 @@ from test_gptq import inputs, moments_of, problem, textbook
 from dsv2quant.calib import gptq, layerwise
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.calib.gptq import Moments
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import TooLargeError
-from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales
+from dsv2quant.formats.cpu import nearest_codes, rtn_scales
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import Loader, LoadOptions
@@ -248,10 +246,9 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     train = Moments(found.h.float(), found.s.float(), found.count)
     # Inputs like none that GPTQ saw: what it makes up for there is lost here.
     held = Moments(torch.eye(64)[None], torch.zeros(1, 64, 64), torch.ones(1)) if plain_wins else train
-    linear = Linear(weight)
-    job = layerwise.Job("m", {"m.self_attn.o_proj": ("o_proj", scheme, "gptq")}, None, None, None, 1, 96)
-    job.real = SimpleNamespace(attention=SimpleNamespace(o_proj=linear))
-    layerwise._choose(job, [["self_attn.o_proj"]], (train, held))
+    linear = Linear(weight, module="m.self_attn.o_proj")
+    job = layerwise.Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96)
+    layerwise._choose(job, [[linear]], (train, held))
     assert job.outcomes[0].kept_rtn == plain_wins
     parts = job.parts["m.self_attn.o_proj"]
     assert torch.equal(linear.weight, CODECS[scheme].decode(tensors(parts), torch.float32))
@@ -287,7 +284,7 @@ def artifacts(source, tmp_path_factory):
     made = {}
     for family, method in [("int4", "rtn"), ("gptq", "rtn"), ("awq", "rtn"), ("int4", "gptq"), ("gptq", "gptq")]:
         chosen = recipe.builtin("int4-pure", method=method, group_size=32, layout=family)
-        plan = make_plan(Checkpoint.open(source), chosen, for_targets=["vllm"])
+        plan = make_plan(open_checkpoint(source), chosen, for_targets=["vllm"])
         assert plan.schemes == {f"{family}-g32"}
         made[family, method] = folder / f"{family}-{method}"
         convert(plan, made[family, method], command="", calibration=calibration if method == "gptq" else None)
@@ -297,7 +294,7 @@ def artifacts(source, tmp_path_factory):
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
-    loader = Loader(Checkpoint.open(folder), LoadOptions())
+    loader = Loader(open_checkpoint(folder), LoadOptions())
     return {w.spec.name: loader._tensor(w.spec.name) for w in loader.checkpoint.weights}
 
 
@@ -308,13 +305,13 @@ def test_the_layouts_hold_the_same_weights_as_compressed_tensors(family, method,
     assert ours.keys() == reference.keys()
     for name, weight in ours.items():
         assert torch.equal(weight, reference[name]), name
-    assert Checkpoint.open(artifacts[family, method]).config.quantization["quant_method"] == family
+    assert open_checkpoint(artifacts[family, method]).config.quantization["quant_method"] == family
 
 
 @pytest.mark.parametrize("family", ["gptq", "awq"])
 def test_an_artifact_is_read_back_inspected_and_verified(family, artifacts, source, cli):
     folder = artifacts[family, "rtn"]
-    quantized = {w.spec.name for w in Checkpoint.open(folder).weights if w.scheme == f"{family}-g32"}
+    quantized = {w.spec.name for w in open_checkpoint(folder).weights if w.scheme == f"{family}-g32"}
     assert len(quantized) == 2 * 4 + 3 + 3 + 8 * 3  # q_a, q_b, kv_a, o; dense, shared and routed FFNs
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.5.down_proj"
@@ -337,5 +334,5 @@ def test_the_runtime_computes_with_code_times_scale(family, artifacts, tmp_path)
     weights = weights_of(artifacts[family, "rtn"])
     plain = tiny.write_checkpoint(tmp_path / "plain", CONFIG, {name: w.contiguous() for name, w in weights.items()})
     tokens = torch.arange(2 * 16).view(2, 16)
-    got, want = (Model(Checkpoint.open(f)).forward(tokens) for f in (artifacts[family, "rtn"], plain))
+    got, want = (Model(open_checkpoint(f)).forward(tokens) for f in (artifacts[family, "rtn"], plain))
     assert torch.equal(got, want)

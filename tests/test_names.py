@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.arch.deepseek_v2 import ROLES, model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import ROLES
 
 LITE_16B = tiny.LITE | {
     "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
@@ -16,7 +17,7 @@ LITE_16B = tiny.LITE | {
 
 
 def specs(raw):
-    return model_specs(ModelConfig.from_dict(raw, "config.json"))
+    return architecture(ModelConfig.from_dict(raw, "config.json")).specs()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from test_names import LITE_16B
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -27,7 +27,7 @@ def published(tmp_path_factory):
     """DeepSeek-V2-Lite and DeepSeek-V2 as headers and holes."""
     folder = tmp_path_factory.mktemp("published")
     return {
-        name: Checkpoint.open(tiny.write_headers(folder / name, config))
+        name: open_checkpoint(tiny.write_headers(folder / name, config))
         for name, config in (("lite", LITE_16B), ("v2", V2_236B))
     }
 
@@ -84,7 +84,7 @@ def test_default_block_plan_of_v2_takes_q_a_along_with_kv_a(published):
 
 
 def test_dsv2_mini_falls_back_on_144_rows_and_704_columns():
-    made = plan(Checkpoint.open(tiny.MINI))
+    made = plan(open_checkpoint(tiny.MINI))
     assert fallen(made) == {"q_a_proj", "kv_a_proj_with_mqa", "dense.gate_proj", "dense.up_proj", "dense.down_proj"}
     assert "144" in reasons(made, "kv_a_proj_with_mqa").pop()
 
@@ -127,7 +127,7 @@ def test_vllm_refines_blocks_of_experts_down_to_32(width, hidden, tp, unit, tmp_
     config = tiny.LITE | {
         "hidden_size": hidden, "moe_intermediate_size": width, "num_attention_heads": 8, "num_hidden_layers": 2,
     }  # fmt: skip
-    made = plan(Checkpoint.open(tiny.write_headers(tmp_path / "x", config)), for_targets=["vllm"], tp=tp)
+    made = plan(open_checkpoint(tiny.write_headers(tmp_path / "x", config)), for_targets=["vllm"], tp=tp)
     reason = f"vllm: the experts' width, {width} / tp {tp} = {width // tp}, must be a multiple of {unit}"
     assert reasons(made, "routed.up_proj") == reasons(made, "routed.down_proj") == {reason if unit else ""}
 
@@ -171,7 +171,7 @@ def test_fused_modules_share_a_step_where_a_scale_is_shared(published):
 
 
 def test_recipes_cannot_quantize_what_no_consumer_loads_or_split_what_is_fused():
-    checkpoint = Checkpoint.open(tiny.MINI)
+    checkpoint = open_checkpoint(tiny.MINI)
     text = "name: x\nrules:\n  - {roles: [up_proj_missing], scheme: bf16}"
     with pytest.raises(InputError):
         recipe.parse(text, "x")
@@ -192,11 +192,11 @@ def test_recipes_cannot_quantize_what_no_consumer_loads_or_split_what_is_fused()
 def test_one_artifact_has_one_quant_method():
     text = "name: x\nrules:\n  - {roles: ['routed.*'], scheme: fp8-block}\n  - {roles: [o_proj], scheme: fp8-channel}"
     with pytest.raises(InputError, match="mixes the quant methods compressed-tensors and fp8"):
-        make_plan(Checkpoint.open(tiny.MINI), recipe.parse(text, "x"))
+        make_plan(open_checkpoint(tiny.MINI), recipe.parse(text, "x"))
 
 
 def test_shards_hold_every_output_once_and_keep_to_their_size():
-    made = plan(Checkpoint.open(tiny.MINI), max_shard_size=2_500_000)
+    made = plan(open_checkpoint(tiny.MINI), max_shard_size=2_500_000)
     assert [s.file for s in made.shards] == [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
     names = [o.name for s in made.shards for o in s.outputs]
     assert sorted(names) == sorted(o.name for line in made.entries for o in line.outputs)
@@ -209,7 +209,7 @@ def test_shards_hold_every_output_once_and_keep_to_their_size():
 
 def test_tensors_start_at_multiples_of_their_element_size(tmp_path):
     odd = tiny.LITE | {"hidden_size": 65, "vocab_size": 7, "moe_intermediate_size": 49, "n_shared_experts": 1}
-    made = plan(Checkpoint.open(tiny.write_checkpoint(tmp_path / "odd", odd)), "fp8-channel")
+    made = plan(open_checkpoint(tiny.write_checkpoint(tmp_path / "odd", odd)), "fp8-channel")
     for shard in made.shards:
         position = 0
         for output in shard.outputs:
@@ -218,21 +218,21 @@ def test_tensors_start_at_multiples_of_their_element_size(tmp_path):
 
 
 def test_the_digest_covers_what_determines_the_bytes(tmp_path):
-    base = plan(Checkpoint.open(tiny.MINI))
-    assert plan(Checkpoint.open(tiny.MINI)).digest == base.digest
+    base = plan(open_checkpoint(tiny.MINI))
+    assert plan(open_checkpoint(tiny.MINI)).digest == base.digest
     others = [
-        plan(Checkpoint.open(tiny.MINI), "fp8-channel"),
-        plan(Checkpoint.open(tiny.MINI), for_targets=["vllm"]),
-        plan(Checkpoint.open(tiny.MINI), ep=2),
-        plan(Checkpoint.open(tiny.MINI), max_shard_size=3_000_000),
-        plan(Checkpoint.open(tiny.write_checkpoint(tmp_path / "lite", tiny.LITE))),
+        plan(open_checkpoint(tiny.MINI), "fp8-channel"),
+        plan(open_checkpoint(tiny.MINI), for_targets=["vllm"]),
+        plan(open_checkpoint(tiny.MINI), ep=2),
+        plan(open_checkpoint(tiny.MINI), max_shard_size=3_000_000),
+        plan(open_checkpoint(tiny.write_checkpoint(tmp_path / "lite", tiny.LITE))),
     ]
     assert len({made.digest for made in [base, *others]}) == 6
 
 
 def test_config_declares_the_schemes_and_drops_remote_code(tmp_path):
     raw = tiny.LITE | {"auto_map": {"AutoModel": "modeling_deepseek.DeepseekV2Model"}, "torch_dtype": "float32"}
-    made = plan(Checkpoint.open(tiny.write_checkpoint(tmp_path / "lite", raw)), "fp8-channel")
+    made = plan(open_checkpoint(tiny.write_checkpoint(tmp_path / "lite", raw)), "fp8-channel")
     assert "auto_map" not in made.config
     assert made.config["torch_dtype"] == "bfloat16"
     quantization = made.config["quantization_config"]
@@ -241,7 +241,7 @@ def test_config_declares_the_schemes_and_drops_remote_code(tmp_path):
 
 
 def test_block_config_lists_fused_aliases_under_both_keys():
-    quantization = plan(Checkpoint.open(tiny.MINI)).config["quantization_config"]
+    quantization = plan(open_checkpoint(tiny.MINI)).config["quantization_config"]
     ignored = quantization["ignored_layers"]
     assert ignored == quantization["modules_to_not_convert"]
     for name in (

@@ -9,13 +9,12 @@ import tiny
 from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import plan_text
-from dsv2quant.report.warnings import warnings
+from dsv2quant.report.plans import plan_text, warnings
 
 RECIPES = ("int4-mixed", "int4-pure", "int4-experts")
 ROUTED = {"routed.gate_proj", "routed.up_proj", "routed.down_proj"}
@@ -31,7 +30,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     configs = {name: config | {"num_hidden_layers": 3} for name, config in (("lite", LITE_16B), ("v2", V2_236B))}
     folders = {name: tiny.write_headers(folder / name, config) for name, config in configs.items()}
-    return {name: Checkpoint.open(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
+    return {name: open_checkpoint(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
 
 
 def plan(checkpoint, name="int4-mixed", *, method=None, group_size=None, **options):
@@ -175,7 +174,7 @@ def test_sglang_needs_128_columns_and_64_rows_a_share(group_size, models):
 )
 def test_experts_must_be_wider_than_a_group(width, hidden, group_size, scheme, rule, target, tmp_path):
     config = tiny.LITE | {"hidden_size": hidden, "moe_intermediate_size": width, "n_shared_experts": 4}
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "x", config))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "x", config))
     made = plan(checkpoint, "int4-experts", group_size=group_size, for_targets=[target])
     assert all(schemes(made)[role] == {scheme} for role in ROUTED)  # gate, up and down together
     assert {reasons(made, role).pop() for role in ROUTED} == ({f"{target}: {rule}"} if rule else {""})
@@ -206,7 +205,7 @@ def test_other_layouts_have_the_same_rule_and_no_finer_group(layout, models):
 
 def test_engines_need_a_hidden_size_of_whole_tiles_for_experts(tmp_path):
     odd = tiny.LITE | {"hidden_size": 192, "moe_intermediate_size": 128}
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "odd", odd))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "odd", odd))
     made = plan(checkpoint, "int4-experts", group_size=64)
     assert reasons(made, "routed.down_proj") == {"vllm: the hidden size, 192, must be a multiple of 128 for experts"}
     assert schemes(made)["routed.down_proj"] == {"bf16"}
@@ -216,7 +215,7 @@ def test_engines_need_a_hidden_size_of_whole_tiles_for_experts(tmp_path):
 
 def test_columns_that_no_group_divides_fall_back_for_every_consumer(tmp_path):
     odd = tiny.LITE | {"moe_intermediate_size": 72}  # 9 × 8: whole words, but no group
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "odd", odd))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "odd", odd))
     made = plan(checkpoint, "int4-experts", for_targets=["transformers"])
     assert all(schemes(made)[role] == {"bf16"} for role in ROUTED)
     assert reasons(made, "routed.down_proj") == {"72 columns are not a multiple of 32"}
@@ -301,7 +300,7 @@ def test_planned_sizes_are_the_files_sizes(name, models, tmp_path):
     assert len(made.shards) > 2
     for shard in made.shards:
         assert (tmp_path / "out" / shard.file).stat().st_size == shard.nbytes == result.files[shard.file]["size"]
-    assert {w.spec.name: w.scheme for w in Checkpoint.open(tmp_path / "out").weights} == {
+    assert {w.spec.name: w.scheme for w in open_checkpoint(tmp_path / "out").weights} == {
         line.spec.name: line.scheme for line in made.entries
     }
 

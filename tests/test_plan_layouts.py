@@ -14,7 +14,7 @@ from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 from test_plan_int4 import ROUTED, UNTOUCHED
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
@@ -30,7 +30,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     configs = {name: config | {"num_hidden_layers": 3} for name, config in (("lite", LITE_16B), ("v2", V2_236B))}
     folders = {name: tiny.write_headers(folder / name, config) for name, config in configs.items()}
-    return {name: Checkpoint.open(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
+    return {name: open_checkpoint(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
 
 
 def plan(checkpoint, name="int4-pure", *, family, group_size=None, **options):
@@ -89,7 +89,7 @@ def test_rows_must_fill_words_on_every_gpu(tmp_path):
     odd = tiny.V2 | {
         "hidden_size": 128, "moe_intermediate_size": 256, "intermediate_size": 1040, "n_shared_experts": 1,
     }  # fmt: skip
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "odd", odd))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "odd", odd))
     for family in ("gptq", "awq"):
         made = plan(checkpoint, family=family, group_size=32, for_targets=["vllm"], tp=4)
         # 1040 / 4 = 260 = 32.5 × 8 rows, and as many columns of down_proj.
@@ -258,7 +258,7 @@ def test_configurations_are_those_that_the_engines_parse(models):
 def artifacts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts")
     for family in ("gptq", "awq"):
-        convert(plan(Checkpoint.open(tiny.MINI), family=family, group_size=64), folder / family, command="")
+        convert(plan(open_checkpoint(tiny.MINI), family=family, group_size=64), folder / family, command="")
     return folder
 
 

@@ -12,12 +12,11 @@ from test_names import LITE_16B
 from test_plan import V2_236B, fallen, reasons, schemes
 from test_plan_int4 import ROUTED
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
-from dsv2quant.report.plans import plan_text
-from dsv2quant.report.warnings import warnings
+from dsv2quant.report.plans import plan_text, warnings
 from dsv2quant.storage.safetensors import parse_size
 
 NARROW = "vllm: the experts' width, 1408 / tp 8 = 176, must be a multiple of 32"
@@ -29,7 +28,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     configs = {name: config | {"num_hidden_layers": 3} for name, config in (("lite", LITE_16B), ("v2", V2_236B))}
     folders = {name: tiny.write_headers(folder / name, config) for name, config in configs.items()}
-    return {name: Checkpoint.open(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
+    return {name: open_checkpoint(path) for name, path in (folders | {"mini": tiny.MINI}).items()}
 
 
 def plan(checkpoint, name, **options) -> Plan:
@@ -85,7 +84,7 @@ def test_a_few_fallbacks_are_no_warning(models):
 def test_where_nothing_helps_nothing_is_promised(tmp_path):
     # 72 columns: no group, at any size, and one GPU. Channels do.
     odd = tiny.GROUPED | {"moe_intermediate_size": 72}
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "odd", odd))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "odd", odd))
     text = "{name: own, rules: [{roles: ['routed.*'], scheme: int4-g64}]}"
     made = make_plan(checkpoint, recipe.parse(text, "own"), for_targets=["transformers"])
     assert ways(made).keys() == {"--fp8=channel"}  # a recipe of one's own has no --group-size
@@ -133,7 +132,7 @@ def test_experts_are_whole_under_expert_parallelism(models):
     ],
 )
 def test_expert_parallel_sizes_that_engines_refuse(config, options, message, tmp_path):
-    checkpoint = Checkpoint.open(tiny.write_headers(tmp_path / "x", tiny.LITE | config))
+    checkpoint = open_checkpoint(tiny.write_headers(tmp_path / "x", tiny.LITE | config))
     with pytest.raises(UsageError, match=re.escape(message)):
         make_plan(checkpoint, recipe.builtin("fp8-channel"), **options)
     make_plan(checkpoint, recipe.builtin("fp8-channel"), for_targets=["transformers"], **options)

@@ -18,7 +18,7 @@ from calibrated import calibration
 from test_convert import contents
 
 from dsv2quant.calib.calibration import Prepared
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import convert, gguf
 from dsv2quant.errors import PlanViolation
 from dsv2quant.formats.codec import Inputs
@@ -58,7 +58,7 @@ FAULTS: dict[str, Callable[[Parts], Parts]] = {
 
 def plan_of_one(model: Path, scheme: str, method: str) -> Plan:
     """A matrix in a scheme, whatever consumers say to it, and one in fp8-channel before it."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     weights = [w for w in checkpoint.weights if w.spec.role == "routed.down_proj"][:2]
     lines = (_line(weights[0], "fp8-channel", "rtn", None), _line(weights[1], scheme, method, None))
     steps, shards = _lay_out(lines, checkpoint, ("vllm",), 10**9)
@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("conversion.convert", "calib.prepare"):
+    for module in ("conversion.convert", "calib.calibrate"):
         monkeypatch.setattr(f"dsv2quant.{module}.needs_statistics", lambda plan: False)
     monkeypatch.setattr(Prepared, "__init__", lambda self, *args: self.__dict__.update(PREPARED))
     monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.spec.shape[1], np.float32), 1.0))
@@ -188,7 +188,7 @@ def blocky(tmp_path_factory: pytest.TempPathFactory) -> GgufPlan:
     """A plan of rows of 256."""
     raw = gguf_tiny.V2 | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
     model = tiny.write_checkpoint(tmp_path_factory.mktemp("blocky") / "blocky", raw)
-    return make_gguf_plan(Checkpoint.open(model), Options("F16"))
+    return make_gguf_plan(open_checkpoint(model), Options("F16"))
 
 
 BLOCK_FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_specs
-from dsv2quant.bench.subject import MODELS, RandomWeights, configuration, matrices
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.bench.model import MODELS, RandomWeights, configuration, matrices
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.schemes import CODECS
@@ -39,7 +39,7 @@ def test_parts_are_those_of_the_codecs(name):
     chosen = recipe.builtin(name, group_size=32 if name.startswith("int4") else None)
     source, plain = RandomWeights(GROUPED, chosen, "cpu"), RandomWeights(GROUPED, None, "cpu")
     met = set()
-    for spec in model_specs(GROUPED):
+    for spec in architecture(GROUPED).specs():
         if spec.layer not in (0, 1) or (spec.expert or 0) > 1 or len(spec.shape) < 2:
             continue
         scheme, parts = source.stored(spec.module)
@@ -110,7 +110,7 @@ def test_activations_keep_their_size():
 @pytest.mark.parametrize("model", MODELS)
 def test_published_configurations_give_the_known_number_of_parameters(model):
     """235.7 and 15.7 billion (arXiv:2405.04434, table 9 and appendix B)."""
-    total = sum(spec.size for spec in model_specs(configuration(model)))
+    total = sum(spec.size for spec in architecture(configuration(model)).specs())
     assert round(total / 1e9, 1) == {"v2": 235.7, "v2-lite": 15.7}[model]
 
 

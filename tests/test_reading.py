@@ -16,7 +16,7 @@ import pytest
 import tiny
 from safetensors import SafetensorError, safe_open
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.cli.terminal import Lines
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import dump_json
@@ -268,7 +268,7 @@ def test_other_weights_are_said_not_to_be_read(change, model, tmp_path, caplog):
     shutil.copy(tmp_path / "copy", model / "consolidated.safetensors")
     (model / "._model.safetensors").write_bytes(b"of a Mac")
     caplog.set_level(logging.WARNING, "dsv2quant")
-    Checkpoint.open(model)
+    open_checkpoint(model)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{model}: consolidated.safetensors is not read: the model is model" in caplog.text
 
@@ -276,7 +276,7 @@ def test_other_weights_are_said_not_to_be_read(change, model, tmp_path, caplog):
 def test_an_index_may_name_the_single_file(model):
     names = list(read_header(model / SHARD)[0])
     (model / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SHARD)}))
-    assert Checkpoint.open(model).files == [SHARD]
+    assert open_checkpoint(model).files == [SHARD]
 
 
 @pytest.mark.parametrize("options", [CONVERT, GGUF])

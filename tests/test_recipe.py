@@ -9,7 +9,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
+from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 

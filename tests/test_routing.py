@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from routing_cases import ROUTED, ROUTERS, expected, logits
+from routing_cases import ROUTED, ROUTERS, expected, logits, router_of
 from triton_tools import compile_for_hopper, interpreted
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import routing
 from dsv2quant.kernels import routing as router
 from dsv2quant.model import layers as moe
@@ -46,12 +46,8 @@ def test_routes_are_those_of_the_cases(results: dict) -> None:
 @pytest.mark.parametrize("case", ROUTED)
 def test_the_cases_are_those_of_the_model(case: tuple) -> None:
     tokens, experts, n_group, topk_group, k, norm, scale = case
-    config = ModelConfig.__new__(ModelConfig)
-    rule = {"n_group": n_group, "topk_group": topk_group, "num_experts_per_tok": k, "norm_topk_prob": norm}
-    for name, value in (rule | {"routed_scaling_factor": scale}).items():
-        object.__setattr__(config, name, value)
     x = logits(tokens, experts)[:1]  # the others' ties go anywhere there
-    weights, chosen = moe.route(x, torch.eye(experts), config)
+    weights, chosen = moe.route(x, torch.eye(experts), router_of(n_group, topk_group, k, norm, scale))
     want_weights, want = expected(x, n_group, topk_group, k, norm, scale)
     order = weights.argsort(dim=1, descending=True, stable=True)
     torch.testing.assert_close(weights.gather(1, order), want_weights, rtol=1e-6, atol=0)
@@ -96,11 +92,14 @@ def test_sorting_compiles(chunk: int, warps: int, tmp_path: Path) -> None:
 def test_other_arguments_are_refused() -> None:
     x = torch.zeros(2, 16)
     for given, message in (
-        ((x.double(), 1, 1, 4, False, 1.0), "logits are torch.float64"),
-        ((x.T, 1, 1, 4, False, 1.0), "need contiguous float32"),
-        ((x, 3, 1, 4, False, 1.0), "4 of 16 experts, of 1 of 3 groups"),
-        ((x, 4, 5, 4, False, 1.0), "of 5 of 4 groups"),
-        ((x, 1, 1, 17, False, 1.0), "17 of 16 experts"),
+        ((x.double(), Router(4)), "logits are torch.float64"),
+        ((x.T, Router(4)), "need contiguous float32"),
+        ((x, Router(4, groups=3)), "4 of 16 experts, of 1 of 3 groups"),
+        ((x, Router(4, groups=4, topk_group=5)), "of 5 of 4 groups"),
+        ((x, Router(17)), "17 of 16 experts"),
+        ((x, Router(4, score="sigmoid")), "softmax's"),
+        ((x, Router(4, group_score="top2")), "softmax's"),
+        ((x, Router(4, bias=True)), "no bias"),
     ):
         with pytest.raises(ValueError, match=message):
             routing.route(*given)
@@ -118,7 +117,7 @@ def test_other_arguments_are_refused() -> None:
 
 
 def test_no_tokens_have_no_tiles() -> None:
-    weights, chosen, routes = routing.route_and_sort(torch.zeros(0, 16), 1, 1, 4, False, 1.0)
+    weights, chosen, routes = routing.route_and_sort(torch.zeros(0, 16), Router(4))
     assert weights.shape == chosen.shape == (0, 4)
     assert len(routes.pairs) == len(routes.experts) == 0
 

@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.layers import route
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -43,7 +44,7 @@ def pair(request, tmp_path_factory):
     )
     theirs = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(0, raw["vocab_size"], (3, 50), generator=torch.Generator().manual_seed(1))
-    return Checkpoint.open(folder), theirs, tokens
+    return open_checkpoint(folder), theirs, tokens
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_bfloat16_is_as_close_as_transformers_in_bfloat16(pair, expected):
 
 
 def test_a_full_cache_says_so(lite):
-    model = Model(Checkpoint.open(lite))
+    model = Model(open_checkpoint(lite))
     with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 were asked for"):
         model.forward(torch.zeros(1, 5, dtype=torch.long), model.caches(1, 4))
 
@@ -112,7 +113,7 @@ def test_a_classifiers_scores(tmp_path):
     tokens = torch.randint(3, 160, (2, 20))
     with torch.inference_mode():
         want = theirs(tokens).logits  # the score of the last token
-    assert relative_error(Model(Checkpoint.open(folder)).forward(tokens)[:, -1], want) < TOLERANCE
+    assert relative_error(Model(open_checkpoint(folder)).forward(tokens)[:, -1], want) < TOLERANCE
 
 
 # transformers' router never reads norm_topk_prob, so the router has an oracle of its own.
@@ -159,7 +160,7 @@ def test_routing_equals_float64(normalised, per_token, groups):
     )
     generator = torch.Generator().manual_seed(per_token)
     x, router = torch.randn(200, 64, generator=generator), torch.randn(32, 64, generator=generator)
-    weights, experts = route(x, router, config)
+    weights, experts = route(x, router, architecture(config).router)
     dense = torch.zeros(200, 32).scatter_(1, experts, weights)
     want = routed_in_float64(x.numpy(), router.numpy(), config)
     np.testing.assert_array_equal(dense.numpy() > 0, want > 0)

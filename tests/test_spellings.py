@@ -12,6 +12,7 @@ import torch
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.storage import hub
 from dsv2quant.storage.safetensors import read_header
@@ -69,7 +70,7 @@ def plain() -> Tensors:
 
 @pytest.fixture(scope="module")
 def published(plain, tmp_path_factory) -> Checkpoint:
-    return Checkpoint.open(tiny.write_checkpoint(tmp_path_factory.mktemp("published") / "model", CONFIG, plain))
+    return open_checkpoint(tiny.write_checkpoint(tmp_path_factory.mktemp("published") / "model", CONFIG, plain))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -77,7 +78,7 @@ def published(plain, tmp_path_factory) -> Checkpoint:
 def test_every_spelling_is_the_same_model(spelling, shards, plain, published, tmp_path):
     tensors = SPELLINGS[spelling](plain)
     assert tensors.keys() != plain.keys()
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", CONFIG, tensors, shards))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", CONFIG, tensors, shards))
     assert sampled(checkpoint) == sampled(published)
     assert [w.spec for w in checkpoint.weights] == [w.spec for w in published.weights]
     for ours, theirs in zip(checkpoint.weights, published.weights, strict=True):
@@ -117,7 +118,7 @@ def test_gguf_files_have_the_same_bytes(tmp_path, cli):
 
 
 def test_one_experts_bytes_are_read_alone(plain, tmp_path):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", CONFIG, transformers_fused(plain)))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", CONFIG, transformers_fused(plain)))
     weight = next(w for w in checkpoint.weights if w.spec.name.endswith("2.mlp.experts.5.up_proj.weight"))
     assert checkpoint.read(weight.stored).nbytes == 2 * weight.spec.size == weight.nbytes
 
@@ -127,7 +128,7 @@ def test_headers_from_the_hub_may_have_them_too(plain, published, tmp_path, monk
     headers = {"model.safetensors": read_header(folder / "model.safetensors")[0]}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "read_headers", lambda *_: (CONFIG, headers, "abc"))
-    checkpoint = Checkpoint.open("owner/name", headers_only=True)
+    checkpoint = open_checkpoint("owner/name", headers_only=True)
     assert [w.spec for w in checkpoint.weights] == [w.spec for w in published.weights]
     assert [w.nbytes for w in checkpoint.weights] == [w.nbytes for w in published.weights]
 
@@ -186,7 +187,7 @@ def extended(spelling: str, **extra: str) -> Callable[[Tensors], Tensors]:
 def test_what_is_not_the_same_model_is_said(change, message, plain, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", CONFIG, change(plain))
     with pytest.raises(InputError, match=message):
-        Checkpoint.open(folder)
+        open_checkpoint(folder)
 
 
 def mlx_down(tensors: Tensors) -> Tensors:

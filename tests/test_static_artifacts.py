@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_names import LITE_16B
 from test_plan import V2_236B, plan, reasons, schemes
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.quant_config import quantization_config
 from dsv2quant.kernels.reference import dequantize_activation, quantize_activation
@@ -33,7 +33,7 @@ def published(tmp_path_factory):
     """DeepSeek-V2-Lite and DeepSeek-V2 as headers and holes."""
     folder = tmp_path_factory.mktemp("published")
     return {
-        name: Checkpoint.open(tiny.write_headers(folder / name, config))
+        name: open_checkpoint(tiny.write_headers(folder / name, config))
         for name, config in (("lite", LITE_16B), ("v2", V2_236B))
     }
 
@@ -99,7 +99,7 @@ def test_fused_modules_and_a_layers_experts_share_an_input_scale(published):
         for weight in checkpoint.weights:
             spec = weight.spec
             if spec.layer in (0, 7):
-                members.setdefault(input_group(spec, checkpoint.config, targets), set()).add(spec.name)
+                members.setdefault(input_group(spec, targets), set()).add(spec.name)
 
         def together(first: str, second: str, members=members) -> bool:
             names = [f"model.layers.{name}.weight" for name in (first, second)]
@@ -115,7 +115,7 @@ def test_fused_modules_and_a_layers_experts_share_an_input_scale(published):
 
 
 def test_declared_configurations():
-    specs = [w.spec for w in Checkpoint.open(tiny.MINI).weights]
+    specs = [w.spec for w in open_checkpoint(tiny.MINI).weights]
     given = {scheme: {spec: rules.assign(spec)[0] for spec in specs} for scheme, rules in static.RECIPES.items()}
     tensor = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     made = quantization_config(given["fp8-static"], kv_scales=True)
@@ -189,7 +189,7 @@ def test_the_plan_says_what_engines_make_of_kv_scales(published):
 @both
 def test_what_was_written_is_read(scheme, artifacts, cli):
     folder, made = artifacts[scheme]
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     assert {w.spec.name: w.scheme for w in checkpoint.weights} == {x.spec.name: x.scheme for x in made.entries}
     assert scheme in made.schemes
     assert list(checkpoint.kv_scales) == [0, 1, 2]
@@ -208,7 +208,7 @@ def test_verify_decodes_it(scheme, artifacts):
     from dsv2quant.evaluation.verify import check_layout, compare_tensors
 
     folder, _ = artifacts[scheme]
-    artifact, source = Checkpoint.open(folder), Checkpoint.open(folder.parent / "source")
+    artifact, source = open_checkpoint(folder), open_checkpoint(folder.parent / "source")
     check_layout(artifact, source)
     errors = compare_tensors(artifact, source, lambda nbytes: None)
     assert all(25 < e.sqnr < 40 if e.scheme == scheme else e.noise == 0 or e.scheme == "fp8-channel" for e in errors)
@@ -217,7 +217,7 @@ def test_verify_decodes_it(scheme, artifacts):
 @both
 def test_the_runtime_quantizes_every_input_with_its_stored_scale(scheme, artifacts):
     folder, _ = artifacts[scheme]
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     tensors = {name: t for file in checkpoint.files for name, t in load_file(folder / file).items()}
     model = Model(checkpoint)
     watched = static.watch(model)
@@ -287,7 +287,7 @@ def test_dynamic_and_static_inputs_of_tensor_scales_mix(tmp_path, lite, monkeypa
     rules = "name: both\nrules: [{roles: [o_proj], scheme: fp8-tensor}, {roles: [q_proj], scheme: fp8-static}]"
     monkeypatch.setitem(static.RECIPES, "both", recipe.parse(rules, "both"))
     static.write(lite, tmp_path / "out", "both")
-    found = {w.spec.role: w.scheme for w in Checkpoint.open(tmp_path / "out").weights}
+    found = {w.spec.role: w.scheme for w in open_checkpoint(tmp_path / "out").weights}
     assert (found["o_proj"], found["q_proj"]) == ("fp8-tensor", "fp8-static")
 
 
@@ -296,7 +296,7 @@ def test_without_kv_scales_nothing_is_missed(artifacts, tmp_path):
         for name in [name for name in tensors if name.endswith(("k_scale", "v_scale"))]:
             del tensors[name]
 
-    assert Checkpoint.open(change(artifacts["fp8-autofp8"][0], tmp_path / "none", drop)).kv_scales == {}
+    assert open_checkpoint(change(artifacts["fp8-autofp8"][0], tmp_path / "none", drop)).kv_scales == {}
 
 
 def test_scales_that_the_configuration_does_not_declare_are_surplus(artifacts, tmp_path):
@@ -306,12 +306,12 @@ def test_scales_that_the_configuration_does_not_declare_are_surplus(artifacts, t
 
     kept = artifacts["fp8-static"][0]
     with pytest.raises(InputError, match=r"does not declare: .*input_scale"):
-        Checkpoint.open(change(kept, tmp_path / "dynamic", lambda t: None, dynamic))
+        open_checkpoint(change(kept, tmp_path / "dynamic", lambda t: None, dynamic))
     with pytest.raises(InputError, match=r"does not declare: .*k_scale"):
-        Checkpoint.open(change(kept, tmp_path / "kv", lambda t: None, lambda c: c.pop("kv_cache_scheme")))
+        open_checkpoint(change(kept, tmp_path / "kv", lambda t: None, lambda c: c.pop("kv_cache_scheme")))
 
 
 def test_an_artifact_is_no_source(artifacts):
     folder, _ = artifacts["fp8-static"]
     with pytest.raises(InputError, match="already quantized"):
-        make_plan(Checkpoint.open(folder), recipe.builtin("fp8-channel"))
+        make_plan(open_checkpoint(folder), recipe.builtin("fp8-channel"))

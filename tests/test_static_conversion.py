@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from test_statistics import calibration
 
-from dsv2quant.arch.deepseek_v2 import model_specs
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.calib.calibrate import calibrate
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -27,7 +27,7 @@ def source(request, tmp_path_factory, one_thread):
     """(checkpoint, statistics, the statistics file's tensors)."""
     folder = tmp_path_factory.mktemp(request.param)
     config = {"lite": tiny.LITE, "v2": tiny.V2}[request.param]
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(folder / "model", config))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(folder / "model", config))
     statistics = calibrate(checkpoint, folder / "stats.safetensors", calibration())
     return checkpoint, statistics, load_file(folder / "stats.safetensors")
 
@@ -53,7 +53,7 @@ def test_input_scales_are_the_largest_input_of_what_shares_one(layout, source, t
     written = load_file_bits(tmp_path / "out" / "model.safetensors")
     inputs = {name.removesuffix(".input_scale"): x for name, x in written.items() if name.endswith(".input_scale")}
     groups = defaultdict(list)
-    for spec in model_specs(checkpoint.config):
+    for spec in architecture(checkpoint.config).specs():
         if spec.module in inputs and spec.name.endswith(".weight"):
             half = "w2" if spec.role.endswith("down_proj") else "w13"
             routed = spec.role.startswith("routed.")
@@ -68,7 +68,7 @@ def test_input_scales_are_the_largest_input_of_what_shares_one(layout, source, t
         at = f"model.layers.{layer}.self_attn"
         want = over_448(max(stored[f"{at}.kv_b_proj.amax"].max(), stored[f"{at}.k_pe_radius"].max()))
         assert written[f"{at}.k_scale"].item() == written[f"{at}.v_scale"].item() == want
-    artifact = Checkpoint.open(tmp_path / "out")
+    artifact = open_checkpoint(tmp_path / "out")
     assert set(artifact.kv_scales) == set(range(checkpoint.config.num_hidden_layers))
     linear = next(iter(Model(artifact).layers())).attention.o_proj
     assert linear.activation == "static"

@@ -14,12 +14,13 @@ import tiny
 import torch
 from safetensors.numpy import load_file
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
+from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.calib import collect, streams
 from dsv2quant.calib.calibrate import calibrate, statistics_bytes
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.calib.statistics import Statistics, site
+from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
 from dsv2quant.model.layers import Linear, MoE, route
@@ -41,7 +42,7 @@ def measured(request, tmp_path_factory):
     """(checkpoint, statistics) of a tiny model, measured in small pieces."""
     folder = tmp_path_factory.mktemp(request.param)
     config = {"lite": tiny.LITE, "v2": tiny.V2}[request.param]
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(folder / "model", config))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(folder / "model", config))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(streams, "ROWS", 2 * CTX)
         return checkpoint, calibrate(checkpoint, folder / "stats.safetensors", calibration())
@@ -77,8 +78,8 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
             seen[names[id(self.weight)]].append(x.flatten(0, -2))
         return linear(self, x)
 
-    def recorded_route(x, router, config):
-        routes.append((x, *route(x, router, config)))
+    def recorded_route(x, router, routing):
+        routes.append((x, *route(x, router, routing)))
         return routes[-1][1:]
 
     monkeypatch.setattr(Linear, "__call__", record)
@@ -92,17 +93,17 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
         if spec.role not in LINEAR_ROLES:
             continue
         x = torch.cat(seen[spec.module]) if spec.module in seen else torch.zeros(0, spec.shape[1])
-        used |= {f"{site(spec)}.{suffix}" for suffix in ("amax", "square")}
+        used |= {f"{spec.site}.{suffix}" for suffix in ("amax", "square")}
         assert statistics.count(spec) == len(x)
         want = x.abs().amax(0).numpy() if len(x) else np.zeros(spec.shape[1], np.float32)
         np.testing.assert_allclose(statistics.amax(spec), want, rtol=1e-5)
         squares = x.double().square()
-        np.testing.assert_allclose(stored[f"{site(spec)}.square"], squares.sum(0), rtol=1e-5)
+        np.testing.assert_allclose(stored[f"{spec.site}.square"], squares.sum(0), rtol=1e-5)
         if spec.expert is not None:
             _, weights, chosen = routes[moe_layers.index(spec.layer)]
             g = weights[chosen == spec.expert].double()  # by token, as the expert's tokens are
             assert len(g) == len(x)
-            name = f"{site(spec)}.weighted_square"
+            name = f"{spec.site}.weighted_square"
             used.add(name)
             np.testing.assert_allclose(stored[name], (g[:, None] ** 2 * squares).sum(0), rtol=1e-5)
     for layer, (x, *_) in zip(moe_layers, routes, strict=True):
@@ -142,7 +143,7 @@ def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
     for spec in specs:
         count, columns = statistics.count(spec), spec.shape[1]
         down = spec.role == "routed.down_proj"
-        own = stored[f"{site(spec)}.{'weighted_square' if down else 'square'}"].astype(np.float64)
+        own = stored[f"{spec.site}.{'weighted_square' if down else 'square'}"].astype(np.float64)
         prior = np.ones(columns) if down else stored[f"model.layers.{spec.layer}.mlp.gate.square"].astype(np.float64)
         found = statistics.mean_square(spec)
         if not count:
@@ -155,12 +156,12 @@ def test_experts_with_few_tokens_lean_on_their_layer(measured, tmp_path):
     assert unseen
     assert all(starved.mean_square(spec).all() and not starved.amax(spec).any() for spec in unseen)
     some = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
-    want = stored[f"{site(some)}.square"] / np.float32(WINDOWS * CTX)
+    want = stored[f"{some.site}.square"] / np.float32(WINDOWS * CTX)
     np.testing.assert_array_equal(statistics.mean_square(some), want)
 
 
 def lite(folder: Path) -> Checkpoint:
-    return Checkpoint.open(tiny.write_checkpoint(folder / "lite", tiny.LITE))
+    return open_checkpoint(tiny.write_checkpoint(folder / "lite", tiny.LITE))
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -168,7 +169,7 @@ def lite(folder: Path) -> Checkpoint:
 def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
     calibrate(checkpoint, tmp_path / "whole", calibration())
-    original, calls = collect._attention, []
+    original, calls = collect._measured, []
 
     def cut(layer_, at, *args):
         calls.append(at)
@@ -177,14 +178,14 @@ def test_cut_short_it_continues_and_ends_with_the_same_bytes(layer, lost, tmp_pa
         return original(layer_, at, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_attention", cut)
+        m.setattr(collect, "_measured", cut)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, tmp_path / "stats", calibration())
     assert not (tmp_path / "stats").exists()
     if lost:
         for path in (tmp_path / "stats.work" / "layers").glob(f"{lost}*"):
             path.unlink()
-    monkeypatch.setattr(collect, "_attention", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
+    monkeypatch.setattr(collect, "_measured", lambda layer_, at, *a: (calls.append(at), original(layer_, at, *a))[1])
     calls.clear()
     calibrate(checkpoint, tmp_path / "stats", calibration())
     assert calls[0] == f"model.layers.{0 if lost else layer}"
@@ -208,7 +209,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(collect, "_moe", interrupt)
+        m.setattr(collect, "_measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrate(checkpoint, out, calibration(seed=1), force=True)
     assert out.read_bytes() == before
@@ -221,14 +222,14 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_share_a_work_folder(tmp_path, monkeypatch):
     checkpoint = lite(tmp_path)
-    original = collect._attention
+    original = collect._measured
 
     def meanwhile(*args):
         with pytest.raises(InputError, match="another run is writing to it"):
             calibrate(checkpoint, tmp_path / "stats", calibration())
         return original(*args)
 
-    monkeypatch.setattr(collect, "_attention", meanwhile)
+    monkeypatch.setattr(collect, "_measured", meanwhile)
     calibrate(checkpoint, tmp_path / "stats", calibration())
 
 
@@ -247,12 +248,12 @@ def test_statistics_of_another_model_are_refused(measured, tmp_path):
     statistics.check(checkpoint)
     raw = json.loads((checkpoint.folder / "config.json").read_text())
     weights = tiny.random_weights(raw)
-    resharded = Checkpoint.open(tiny.write_checkpoint(tmp_path / "sharded", raw, weights, shards=3))
+    resharded = open_checkpoint(tiny.write_checkpoint(tmp_path / "sharded", raw, weights, shards=3))
     statistics.check(resharded)
     name = "model.layers.2.mlp.experts.5.up_proj.weight"
     weights[name] = weights[name].clone()
     weights[name][0, 3] += 1
-    other = Checkpoint.open(tiny.write_checkpoint(tmp_path / "other", raw, weights))
+    other = open_checkpoint(tiny.write_checkpoint(tmp_path / "other", raw, weights))
     with pytest.raises(InputError, match=r"stats.safetensors: statistics of another model, model \(calibrate other\)"):
         statistics.check(other)
 

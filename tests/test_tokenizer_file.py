@@ -12,12 +12,12 @@ import pytest
 import tiny
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.checkpoint.gguf import GgufCheckpoint
 from dsv2quant.errors import InputError
 from dsv2quant.text.chat import Templates
 from dsv2quant.text.gguf_tokenizer import tokenizer_metadata
-from dsv2quant.text.tokenizer import Tokenizer
-from dsv2quant.text.tokenizer_file import adds_bos, bos_note, check_tokenizer
+from dsv2quant.text.tokenizer import Tokenizer, adds_bos, bos_note, check_tokenizer
 
 CONFIG = ModelConfig.from_dict(tiny.WORDY, "config.json")
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -40,8 +40,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def of_gguf(folder: Path) -> Tokenizer:
     """The tokenizer of the GGUF file that the folder would become."""
-    empty = Checkpoint("m.gguf", {}, CONFIG, [], [], {}, metadata=tokenizer_metadata(folder, CONFIG))
-    return Tokenizer.of(empty)
+    empty = GgufCheckpoint("m.gguf", {}, CONFIG, [], [], {}, metadata=tokenizer_metadata(folder, CONFIG))
+    return empty.tokenizer()
 
 
 # Padding and truncation, which transformers ignores
@@ -124,7 +124,7 @@ def test_a_folder_and_its_gguf_file_give_the_same_tokens(folder: Path, text: str
     edit(folder / "tokenizer.json", _unflagged)
     ours = Tokenizer.open(folder)
     metadata = tokenizer_metadata(folder, config)
-    theirs = Tokenizer.of(Checkpoint("m.gguf", {}, config, [], [], {}, metadata=metadata))
+    theirs = GgufCheckpoint("m.gguf", {}, config, [], [], {}, metadata=metadata).tokenizer()
     for parse_special in (False, True):
         ids = ours.encode(text, parse_special=parse_special).tolist()
         assert ids == theirs.encode(text, parse_special=parse_special).tolist()
@@ -187,7 +187,7 @@ def test_a_tokenizer_that_transformers_5_saved(folder: Path, tmp_path: Path) -> 
 def test_the_tokenizer_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "dsv2quant")
     check_tokenizer(folder, 4096)
-    check_tokenizer(None, 4096)
+    HfCheckpoint("m", {}, CONFIG, [], [], {}).check_tokenizer()
     assert not caplog.messages
     with pytest.raises(InputError, match=r"tokenizer.json: has 96 ids beyond vocab_size, 4000 \(use the tokenizer"):
         check_tokenizer(folder, 4000)
@@ -263,8 +263,8 @@ def test_a_gguf_file_gets_the_folders_chat_templates(folder: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     named = {"chat_template.tool_use": "tools", "chat_templates": ["tool_use"], "chat_template": "file"}
     assert keys() == named
-    empty = Checkpoint("m.gguf", {}, CONFIG, [], [], {}, metadata=tokenizer_metadata(folder, CONFIG))
-    ours, theirs = Templates.of_folder(folder), Templates.of(empty)
+    empty = GgufCheckpoint("m.gguf", {}, CONFIG, [], [], {}, metadata=tokenizer_metadata(folder, CONFIG))
+    ours, theirs = Templates.of_folder(folder), empty.templates()
     assert ours.named == theirs.named == {"default": "file", "tool_use": "tools"}
     assert ours.tokens == theirs.tokens
     (folder / "chat_template.jinja").unlink()

@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.evaluation.verify import _squares, bytes_compared, check, compare_tensors
@@ -28,7 +28,7 @@ from dsv2quant.storage.manifest import DIGEST, read_manifest, sealed
 @pytest.fixture(scope="module")
 def artifact(lite, tmp_path_factory):
     out = tmp_path_factory.mktemp("artifact") / "out"
-    convert(make_plan(Checkpoint.open(lite), recipe.builtin("fp8-channel")), out, command="")
+    convert(make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel")), out, command="")
     return out
 
 
@@ -40,7 +40,7 @@ def test_inspect_lists_roles_schemes_and_configuration(artifact, cli):
     assert "YaRN factor 40 over 32" in ran.out
     result = json.loads(cli("inspect", artifact, "--json").out)
     assert result["schema"] == "dsv2quant.inspect/2"
-    assert result["parameters"] == sum(w.spec.size for w in Checkpoint.open(artifact).weights)
+    assert result["parameters"] == sum(w.spec.size for w in open_checkpoint(artifact).weights)
     assert result["quantization_config"]["quant_method"] == "compressed-tensors"
     roles = {r["role"]: r["scheme"] for r in result["roles"]}
     assert (roles["o_proj"], roles["router"]) == ("fp8-channel", "bf16")
@@ -221,7 +221,7 @@ def test_progress_counts_every_byte_that_is_read(lite, artifact):
         yield advance
         counted.append((label, total, seen[0]))
 
-    opened, source = Checkpoint.open(artifact), Checkpoint.open(lite)
+    opened, source = open_checkpoint(artifact), open_checkpoint(lite)
     checked = check(opened, progress)
     ((label, total, seen),) = counted
     assert (label, total) == ("checksums", seen)

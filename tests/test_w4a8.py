@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.deepseek_v2 import layer_specs
-from dsv2quant.bench.subject import configuration
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.bench.model import configuration
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.schemes import CODECS
@@ -29,13 +29,13 @@ from dsv2quant.storage.safetensors import read_header
 def artifact(tmp_path_factory):
     """Of dsv2-mini, for vLLM and transformers: experts too narrow for W4A8 fall back, q_a and kv_a as well."""
     out = tmp_path_factory.mktemp("w4a8") / "mini"
-    convert(make_plan(Checkpoint.open(tiny.MINI), recipe.builtin("w4a8", method="rtn")), out, command="")
+    convert(make_plan(open_checkpoint(tiny.MINI), recipe.builtin("w4a8", method="rtn")), out, command="")
     return out
 
 
 def test_schemes_survive_the_file(artifact):
     """Parts are INT4's: the configuration tells which modules have FP8 inputs, among those of the same groups."""
-    found = {(w.spec.role, w.scheme) for w in Checkpoint.open(artifact).weights if w.scheme != "bf16"}
+    found = {(w.spec.role, w.scheme) for w in open_checkpoint(artifact).weights if w.scheme != "bf16"}
     assert found == {
         *((role, "w4a8-g128") for role in ("q_b_proj", "o_proj", "dense.gate_proj", "dense.up_proj")),
         *((f"shared.{name}_proj", "w4a8-g128") for name in ("gate", "up", "down")),
@@ -56,12 +56,12 @@ def test_bytes_are_those_of_int4():
 
 
 def test_inputs_of_w4a8_alone_are_quantized(artifact):
-    model = Model(Checkpoint.open(artifact))
+    model = Model(open_checkpoint(artifact))
     attention = next(iter(model.layers())).attention
     assert attention.q_b_proj.activation == "token"
     assert attention.q_a_proj.activation is None
     tokens = torch.arange(2, 34)[None]
-    plain = Model(Checkpoint.open(artifact), LoadOptions(weight_only=True)).forward(tokens)
+    plain = Model(open_checkpoint(artifact), LoadOptions(weight_only=True)).forward(tokens)
     assert 1e-3 < float((model.forward(tokens) - plain).norm() / plain.norm()) < 0.3
 
 
@@ -88,16 +88,16 @@ CASES = [
 def test_vllms_conditions(model, role, shape, tp, scheme):
     config = configuration(model)
     everything = replace(recipe.builtin("w4a8"), rules=(recipe.Rule(("*",), None, "w4a8-g128", "rtn"),))
-    specs = (*layer_specs(config, 0), *layer_specs(config, 1))
+    specs = (*architecture(config).layer(0), *architecture(config).layer(1))
     spec = next(spec for spec in specs if spec.role == role)
     assert spec.shape == shape
-    chosen = choose_schemes([spec], config, everything, ("vllm",), Parallel(tp))
+    chosen = choose_schemes([spec], everything, ("vllm",), Parallel(tp))
     assert chosen[spec][0] == scheme
     assert (chosen[spec][2] is None) == (scheme == "w4a8-g128")
 
 
 def test_what_vllm_makes_of_the_scales():
-    """The figures of formats/w4a8.py: convert_bf16_scales_to_fp8 on scales of several spreads."""
+    """The figures of formats/int4.py: convert_bf16_scales_to_fp8 on scales of several spreads."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1024, 32, 128, generator=generator).abs().amax(-1) / 7.5
     for scales in (normal, torch.randn(1024, 32, generator=generator).exp()):
@@ -133,9 +133,9 @@ def test_a_scheme_without_a_row_is_refused_by_each_consumer(target, monkeypatch)
     with pytest.raises(UsageError, match=f"{target}: no rule for scheme int4-g64"):
         consumers.choose([target], {"int4-g64"})
     assert target not in consumers.choose(None, {"int4-g64"})
-    checkpoint = Checkpoint.open(tiny.MINI)
+    checkpoint = open_checkpoint(tiny.MINI)
     spec = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
-    found = consumers.refusal(spec, "int4-g64", checkpoint.config, [target], Parallel())
+    found = consumers.refusal(spec, "int4-g64", [target], Parallel())
     assert found == consumers.Refusal(f"{target}: no rule for scheme int4-g64")
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_scheme_is_refused_before_anything_is_read(verb, cli, tmp_pat
 def test_an_unknown_scheme_of_a_callers_own_rules_is_refused():
     rules = (recipe.Rule(("*",), None, "mxfp4", "rtn"),)
     with pytest.raises(UsageError, match="unknown scheme mxfp4"):
-        make_plan(Checkpoint.open(tiny.MINI), replace(recipe.builtin("int8"), rules=rules))
+        make_plan(open_checkpoint(tiny.MINI), replace(recipe.builtin("int8"), rules=rules))
 
 
 @pytest.mark.parametrize("declared", [

@@ -139,17 +139,7 @@ class ModelConfig:
             dtype=_dtype(read),
             quantization=read.mapping("quantization_config"),
         )
-        read.require("hidden_act", "silu", ("silu",))
-        read.require("scoring_func", "softmax", ("softmax",))
-        if read.boolean("mlp_bias", False):
-            raise read.error("mlp_bias", "true", "DeepSeek-V2 has no FFN biases")
-        if config.qk_rope_head_dim % 2:
-            raise read.error("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs: it must be even")
-        reachable = n_routed // n_group * topk_group
-        if n_routed and not 1 <= config.num_experts_per_tok <= reachable:
-            raise read.error(
-                "num_experts_per_tok", config.num_experts_per_tok, f"it must be 1 to {reachable}, the experts in reach"
-            )
+        _check(config, read)
         return config
 
 
@@ -199,6 +189,19 @@ class _Reader:
         if value not in allowed:
             raise self.error(key, value, f"supported: {', '.join(allowed)}")
         return str(value)
+
+
+def _check(config: ModelConfig, read: _Reader) -> None:
+    """Raise InputError where the arithmetic is another than DeepSeek-V2's, or numbers don't go together."""
+    read.require("hidden_act", "silu", ("silu",))
+    read.require("scoring_func", "softmax", ("softmax",))
+    if read.boolean("mlp_bias", False):
+        raise read.error("mlp_bias", "true", "DeepSeek-V2 has no FFN biases")
+    if config.qk_rope_head_dim % 2:
+        raise read.error("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs: it must be even")
+    reachable, chosen = config.n_routed_experts // config.n_group * config.topk_group, config.num_experts_per_tok
+    if config.n_routed_experts and not 1 <= chosen <= reachable:
+        raise read.error("num_experts_per_tok", chosen, f"it must be 1 to {reachable}, the experts in reach")
 
 
 def _shown(value: object) -> str:

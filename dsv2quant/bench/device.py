@@ -9,7 +9,7 @@ import csv
 import math
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,14 @@ class Row(NamedTuple):
             "row": self.title, "against": self.against, "calls": len(speeds),
             "mean": statistics.geometric_mean(speeds.values()), "worst": speeds[worst], "worst call": worst,
         }  # fmt: skip
+
+
+class Section(NamedTuple):
+    """What `bench kernels --only` names: its calls, the peers that they are set against, its part of the summary."""
+
+    measure: Callable[[Limits], Iterator[Measured]]
+    peers: Sequence[str]
+    rows: Sequence[Row]
 
 
 def append(results: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

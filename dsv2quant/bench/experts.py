@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, frobenius, microseconds
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, frobenius, microseconds
 from dsv2quant.bench.fp8 import random_codes
-from dsv2quant.bench.subject import MODELS, configuration
+from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference_experts
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
@@ -29,7 +29,6 @@ from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 TOKENS = (1, 4, 8, 16, 64, 1024, 4096)
 DECODED = 64  # tokens, at most: more are a prompt's
 AIM = "floor + 5 µs"
-PEERS = (AIM,)
 LIMIT = 2e-3  # BF16's own rounding is 1.7e-3
 GROUP = 128
 CALLS = 8  # of one graph, over two stacks in turn
@@ -157,9 +156,13 @@ def bytes_of(stack: Fp8Experts | Int4Experts) -> int:
     return sum(part.words.nbytes + part.scales.nbytes for part in (stack.gate_up, stack.down))
 
 
-ROWS = (
-    Row("routed experts, FP8 blocks, M <= 64", AIM, lambda m: m.what == "fp8 experts" and m.tokens <= DECODED),
-    Row("routed experts, FP8 blocks, M >= 1024", FLOOR, lambda m: m.what == "fp8 experts" and m.tokens > DECODED),
-    Row("routed experts, INT4, M <= 64", AIM, lambda m: m.what == "int4 experts" and m.tokens <= DECODED),
-    Row("routed experts, INT4, M >= 1024", FLOOR, lambda m: m.what == "int4 experts" and m.tokens > DECODED),
+SECTION = Section(
+    measure,
+    (AIM,),
+    (
+        Row("routed experts, FP8 blocks, M <= 64", AIM, lambda m: m.what == "fp8 experts" and m.tokens <= DECODED),
+        Row("routed experts, FP8 blocks, M >= 1024", FLOOR, lambda m: m.what == "fp8 experts" and m.tokens > DECODED),
+        Row("routed experts, INT4, M <= 64", AIM, lambda m: m.what == "int4 experts" and m.tokens <= DECODED),
+        Row("routed experts, INT4, M >= 1024", FLOOR, lambda m: m.what == "int4 experts" and m.tokens > DECODED),
+    ),
 )

@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from dsv2quant.bench.device import Limits, Measured, Row, copies, frobenius, microseconds
-from dsv2quant.bench.subject import MODELS, configuration, matrices
+from dsv2quant.bench.device import Limits, Measured, Row, Section, copies, frobenius, microseconds
+from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
 from dsv2quant.kernels import reference, tables
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-PEERS = ("cublaslt block", "cublaslt rowwise", "cublas bf16")
 LIMIT = 2e-3  # BF16's own rounding is 1.7e-3
 
 
@@ -169,13 +168,21 @@ def vectors(rows: int, columns: int) -> list[Vector]:
     return found
 
 
-ROWS = (
-    Row("FP8 block GEMM, M <= 64, V2 shapes", "cublaslt block", lambda m: _product(m, 1, 64) and m.model == "v2"),
-    Row("FP8 block GEMM, M <= 64, V2-Lite shapes", "cublaslt block", lambda m: _product(m, 1, 64) and m.model != "v2"),
-    Row("FP8 block GEMM, M = 256", "cublaslt block", lambda m: _product(m, 256, 256)),
-    Row("FP8 block GEMM, M >= 1024", "cublaslt block", lambda m: _product(m, 1024, 4096)),
-)
-
-
 def _product(m: Measured, least: int, most: int) -> bool:
     return m.operation == "fp8" and m.model != "" and least <= m.tokens <= most
+
+
+SECTION = Section(
+    measure,
+    ("cublaslt block", "cublaslt rowwise", "cublas bf16"),
+    (
+        Row("FP8 block GEMM, M <= 64, V2 shapes", "cublaslt block", lambda m: _product(m, 1, 64) and m.model == "v2"),
+        Row(
+            "FP8 block GEMM, M <= 64, V2-Lite shapes",
+            "cublaslt block",
+            lambda m: _product(m, 1, 64) and m.model != "v2",
+        ),
+        Row("FP8 block GEMM, M = 256", "cublaslt block", lambda m: _product(m, 256, 256)),
+        Row("FP8 block GEMM, M >= 1024", "cublaslt block", lambda m: _product(m, 1024, 4096)),
+    ),
+)

@@ -1,11 +1,14 @@
-"""What stands between a decode step's products, and kv_b's halves, one product per head, beside cuBLAS' in BF16.
+"""What stands between a decode step's products; kv_b's halves, one product per head, beside cuBLAS' in BF16; absorbed
+attention of one new token per sequence over the latent cache, beside the floor.
 
 Activations, which the kernel before has just written, lie in the L2, and so do norms' weights: what reads nothing else
-has the launch of a kernel that does nothing for a floor.
+has the launch of a kernel that does nothing for a floor. Every call of attention reads another cache, 0.5 GB or more in
+all, so that none lies in the L2.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,20 +17,24 @@ import torch
 import triton
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, copies, frobenius, microseconds
-from dsv2quant.bench.subject import MODELS, configuration
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, copies, frobenius, microseconds
+from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.kernels import reference
-from dsv2quant.kernels import reference as reference_fused
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents, choose
-from dsv2quant.kernels.silu_mul import silu_mul
+from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
 
 TOKENS = (1, 8, 64)
-PEERS = ("cublas bf16",)
 LIMIT = 2e-3  # BF16's own rounding is 1.7e-3
 CALLS = 64  # of one graph
 CAPACITY = 4096
 GRANULARITIES = (None, "group128", "token")
+RANK, WIDTH = 512, 576
+SHAPES = [(16, 64, 4096), (16, 1, 4096), (16, 8, 4096), (16, 1, 32768), (16, 8, 32768), (128, 64, 4096),
+          (128, 1, 4096), (128, 8, 4096), (128, 8, 32768)]  # fmt: skip
+STORED = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+ATTENTION_LIMIT = 3e-3  # the weights of the softmax are rounded to BF16
+CHECKED = 4  # sequences
 
 
 @triton.jit
@@ -45,7 +52,7 @@ class Small(NamedTuple):
     error: float
 
 
-def measure(limits: Limits) -> Iterator[Measured]:
+def measure_between(limits: Limits) -> Iterator[Measured]:
     launch = microseconds([lambda: _empty_kernel[(1,)]()] * CALLS)
     for model in MODELS:
         config = configuration(model)
@@ -64,18 +71,21 @@ def random(*shape: int) -> torch.Tensor:
 def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
     hidden, k = config.hidden_size, config.num_experts_per_tok
     pairs = torch.randn(tokens, k, hidden, device="cuda")
-    sums = {"": {}, " + 1": {"addend": random(tokens, hidden)}}
-    sums[f" + 1 + {k}"] = sums[" + 1"] | {"pairs": pairs}
+    addend = random(tokens, hidden)
+    sums = {"": (None, None), " + 1": (addend, None), f" + 1 + {k}": (addend, pairs)}
     inputs = {"": random(tokens, hidden)}
     if config.q_lora_rank is not None:
         inputs[" of q_a"] = random(tokens, 2 * config.q_lora_rank)[:, : config.q_lora_rank]
     for whose, x in inputs.items():
         weight = random(x.shape[1])
-        for what, added in sums.items() if not whose else [("", {})]:
+        for what, (added, routed) in sums.items():
+            if whose and what:
+                continue
             for granularity in GRANULARITIES:
-                call = partial(add_norm, x, weight, 1e-6, quantize=granularity, **added)
+                call = partial(add_norm, x, weight, 1e-6, addend=added, pairs=routed, quantize=granularity)
                 found = call()
-                error = frobenius(found.normed, reference_fused.add_norm(x, weight, 1e-6, **added).normed)
+                wanted = reference.add_norm(x, weight, 1e-6, addend=added, pairs=routed)
+                error = frobenius(found.normed, wanted.normed)
                 if granularity:
                     error = _other_codes((found.codes, found.scales), found.normed, granularity)
                 yield Small(f"norm{whose}{what} {granularity or ''}".strip(), f"{x.shape[1]}", call, error)
@@ -84,15 +94,13 @@ def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
 def _gates(config: ModelConfig, tokens: int) -> Iterator[Small]:
     shared = config.moe_intermediate_size * config.n_shared_experts
     for what, width in (("shared", shared), ("dense", config.intermediate_size)):
-        given = random(tokens, 2 * width).chunk(2, 1)
-        plain = silu_mul(*given)
-        for granularity in GRANULARITIES:
-            call = partial(silu_mul, *given, quantize=granularity)
-            if granularity:
-                error = _other_codes(call(), plain, granularity)
-            else:
-                error = frobenius(plain, reference_fused.silu_mul(*given))
-            yield Small(f"{what} gate {granularity or ''}".strip(), f"{width}", call, error)
+        gate, up = random(tokens, 2 * width).chunk(2, 1)
+        plain = silu_mul(gate, up)
+        error = frobenius(plain, reference.silu_mul(gate, up))
+        yield Small(f"{what} gate", f"{width}", partial(silu_mul, gate, up), error)
+        for granularity in filter(None, GRANULARITIES):
+            call = partial(silu_mul_codes, gate, up, granularity)
+            yield Small(f"{what} gate {granularity}", f"{width}", call, _other_codes(call(), plain, granularity))
 
 
 def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
@@ -107,7 +115,7 @@ def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
         out = random(tokens, c.num_attention_heads, width)
         calls = [
             partial(run, q, kv, weight, 1e-6, table, positions, store, scale, out)
-            for run, store in zip((append_latents, reference_fused.append_latents), stores, strict=True)
+            for run, store in zip((append_latents, reference.append_latents), stores, strict=True)
         ]
         for call in calls:
             call()
@@ -150,8 +158,51 @@ def _other_codes(found: tuple[Any, Any], plain: torch.Tensor, granularity: str) 
     return float((codes[0] != codes[1]).float().mean() + (found[1] != wanted[1]).float().mean())
 
 
-ROWS = (
-    Row("between products, 1 token", FLOOR, lambda m: m.operation == "fused" and not m.peers and m.tokens == 1),
-    Row("between products, 64 tokens", FLOOR, lambda m: m.operation == "fused" and not m.peers and m.tokens == 64),
-    Row("kv_b's halves", "cublas bf16", lambda m: m.operation == "fused"),
+FUSED = Section(
+    measure_between,
+    ("cublas bf16",),
+    (
+        Row("between products, 1 token", FLOOR, lambda m: m.operation == "fused" and not m.peers and m.tokens == 1),
+        Row("between products, 64 tokens", FLOOR, lambda m: m.operation == "fused" and not m.peers and m.tokens == 64),
+        Row("kv_b's halves", "cublas bf16", lambda m: m.operation == "fused"),
+    ),
 )
+
+
+def attention_arguments(heads: int, batch: int, length: int, stored: str) -> list[tuple]:
+    """The arguments of enough calls."""
+    size = batch * length * WIDTH * STORED[stored].itemsize
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    factor = torch.tensor([0.02], device="cuda") if stored == "e4m3" else None
+    calls = []
+    for _ in range(max(2, -(-(1 << 29) // size))):
+        q = torch.randn(batch, heads, WIDTH, device="cuda").bfloat16()
+        cache = torch.randn(batch, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+        cache = cache if factor is None else (cache / factor).to(STORED[stored])
+        calls.append((q, cache, lengths, RANK, WIDTH**-0.5, factor))
+    return calls
+
+
+def measure_attention(limits: Limits) -> Iterator[Measured]:
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for (heads, batch, length), stored in itertools.product(SHAPES, STORED):
+        calls = attention_arguments(heads, batch, length, stored)
+        moved = batch * (length * WIDTH * STORED[stored].itemsize + heads * (WIDTH * 2 + RANK * 4))
+        floor = limits.floor(moved, 2 * batch * heads * length * (WIDTH + RANK))
+        q, cache, lengths, *rest = calls[0]
+        expected = reference.mla_decode(q[:CHECKED].double(), cache[:CHECKED], lengths[:CHECKED], *rest)
+        error = frobenius(mla_decode(*calls[0])[:CHECKED], expected)
+        taken = microseconds([partial(mla_decode, *given) for given in calls])
+        blocks = " ".join(map(str, blocks_of(batch, heads, length, processors)))
+        what = f"{heads} heads, cache of {length}, {stored}"
+        yield Measured("mla", "", what, f"{length}×{WIDTH}", batch, error, ATTENTION_LIMIT, taken, floor, {}, blocks)
+
+
+MLA = Section(measure_attention, (), (
+    Row("absorbed MLA decode, 16 heads, batch 64 × 4096, BF16 cache", FLOOR,
+        lambda m: m.what == "16 heads, cache of 4096, bf16" and m.tokens == 64),
+    Row("absorbed MLA decode, 16 heads, batch 64 × 4096, FP8 cache", FLOOR,
+        lambda m: m.what == "16 heads, cache of 4096, e4m3" and m.tokens == 64),
+    Row("absorbed MLA decode, 128 heads, batch 64 × 4096, BF16 cache", FLOOR,
+        lambda m: m.what == "128 heads, cache of 4096, bf16" and m.tokens == 64),
+))  # fmt: skip

@@ -19,7 +19,6 @@ from dsv2quant.calib.calibration import layer_file
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.calib.streams import Pieces, save_layer
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.load import decode
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.smoothing import REACH, Smoothing, SmoothingPair, smoothing_pairs
 
@@ -65,7 +64,7 @@ def _exponents(
     for entry in readers:
         integers = CODECS[entry.scheme].integers
         assert integers is not None
-        weight = decode(plan.checkpoint, entry.weight, torch.float32, device)
+        weight = plan.checkpoint.decode(entry.weight, torch.float32, device)
         importance = torch.from_numpy(statistics.mean_square(entry.spec)).to(device) * max(
             1, statistics.count(entry.spec)
         )

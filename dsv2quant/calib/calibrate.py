@@ -1,4 +1,5 @@
-"""Making a statistics file: locked while it is made, resumed after a kill, whole or not there."""
+"""Making a statistics file: locked while it is made, resumed after a kill, whole or not there. And what a calibrated
+conversion has ready before it reads weights: statistics, smoothing, and matrices that are encoded already."""
 
 from __future__ import annotations
 
@@ -16,11 +17,20 @@ from safetensors import safe_open
 
 from dsv2quant import __version__
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.calib.calibration import Calibration, layer_file
+from dsv2quant.calib.calibration import (
+    Calibration,
+    Prepared,
+    layer_file,
+    needs_calibration,
+    needs_statistics,
+    work_weights,
+)
 from dsv2quant.calib.statistics import SCHEMA, Statistics, digest_of, read_about
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import Source, configured
 from dsv2quant.errors import InputError, listing
+from dsv2quant.planning.plan import Plan
+from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import PARTIAL, disk_errors, is_regular, refuse_inputs, sync_folder
 from dsv2quant.storage.safetensors import Output, Shard
@@ -86,7 +96,7 @@ def measure(
         source = Source.of(checkpoint, {})
     model = {"identity": source.identity["weights"], "config": configured(checkpoint.config)}
     wanted = {"model": model, "calibration": calibration.describe(device)}
-    _check_out(out, [*inputs, *([checkpoint.folder] if checkpoint.folder is not None else [])])
+    _check_out(out, [*inputs, *checkpoint.inputs])
     if out.exists() and not force:
         made = _opened(out, wanted, halves)
         made.check(checkpoint)
@@ -205,3 +215,47 @@ def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
             raise
         writer.finish()
     sync_folder(out.parent)
+
+
+def prepare(
+    plan: Plan,
+    work: Path,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    device: str,
+    progress: Progress,
+) -> Prepared:
+    """Calibrate what the plan needs calibrated, in the folder `work`, which keeps what is finished.
+
+    `calibration` is needed where the plan has methods that run the model on it, or needs statistics that aren't given.
+    """
+    if needs_statistics(plan) and statistics is None:
+        assert calibration is not None
+        work.mkdir(exist_ok=True)
+        path = work / "statistics.safetensors"
+        try:
+            if path.exists():
+                Statistics(path).check(plan.checkpoint)
+        except InputError as error:
+            logger.warning("%s; it is made again", error)
+            path.unlink()
+        statistics = measure(plan.checkpoint, path, calibration, device=device, progress=progress)
+    smoothing = Smoothing({})
+    wanted = sum(entry.spec.size for entry in plan.entries if entry.method == "awq")
+    if wanted:
+        with progress(0, "", "starting"):
+            from dsv2quant.calib.awq import choose_smoothing
+
+        assert statistics is not None
+        with disk_errors(work.parent), progress(wanted, "weights", "awq") as advance:
+            smoothing = choose_smoothing(plan, work / "awq", statistics, device, advance)
+    prepared = Prepared(plan, statistics, smoothing)
+    if not needs_calibration(plan):
+        return prepared
+    with progress(0, "", "starting"):  # imports torch
+        from dsv2quant.calib.layerwise import quantize_layers
+
+    assert calibration is not None
+    with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:
+        encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
+    return Prepared(plan, statistics, smoothing, encoded)

@@ -23,7 +23,7 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, windows, windows_in_order
 from dsv2quant.text.text import python_topics
-from dsv2quant.text.tokenizer import Protocol, Tokenizer
+from dsv2quant.text.tokenizer import Protocol
 
 logger = logging.getLogger(__name__)
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
@@ -69,12 +69,11 @@ def read_calibration(
     Raises InputError for a source that is not converted, and as `load` and the tokenizer do. Warns of the default text,
     of one that is short of windows, and of one that is scored by default.
     """
-    checkpoint.check_source()
-    assert checkpoint.folder is not None
+    folder = checkpoint.as_source().downloaded
     samples, seed = samples or 512, seed or 0
     length = length or min(512 if protocol == "llama.cpp" else 2048, checkpoint.config.trained_context)
-    found = load(text, checkpoint.folder)
-    tokenizer = Tokenizer.of(checkpoint)
+    found = load(text, folder)
+    tokenizer = checkpoint.tokenizer()
     if protocol == "llama.cpp":
         ids = windows_in_order(found, tokenizer, samples, length)
     else:
@@ -227,4 +226,4 @@ class Prepared:
         return {output.name: np.full(output.shape, value, np.float32) for output in entry.kv_scales}
 
     def _group(self, entry: Entry) -> str:
-        return input_group(entry.spec, self._plan.checkpoint.config, self._plan.targets)
+        return input_group(entry.spec, self._plan.targets)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +17,39 @@ import torch
 from safetensors import safe_open
 
 from dsv2quant.calib.calibration import Calibration, layer_file
-from dsv2quant.calib.statistics import K_HALF, V_HALF
+from dsv2quant.calib.statistics import inputs
 from dsv2quant.calib.streams import Made, Spool, batches, through_layers
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.decoder import DecoderLayer
-from dsv2quant.model.layers import FFN, MoE, add_rows, dispatch, route
-from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.model.layers import MoE, Stage, finish
+from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 
 
 class Sums:
     """Running statistics of inputs by site (`calib/statistics.py`), on the device; sums in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, sites: Set[str]) -> None:
+        self._sites = sites
         self.counts: dict[str, int] = defaultdict(int)
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def add(self, site: str, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Inputs x [tokens, K] of a site, and routing weights [tokens] before an expert's linears."""
-        self.counts[site] += len(x)
-        self.widen(f"{site}.amax", x.abs())
-        squares = x.square()
-        self.accumulate(f"{site}.square", squares.sum(0, dtype=torch.float64))
-        if weights is not None:
-            weighted = squares * weights.square()[:, None]
-            self.accumulate(f"{site}.weighted_square", weighted.sum(0, dtype=torch.float64))
+    def add(self, stage: Stage) -> None:
+        """What a stage's linears are applied to. Of those that share an input, one gives its site the name."""
+        if stage.half:
+            (kv_b_proj,) = stage.linears
+            squares = stage.x.square().sum((0, 2), dtype=torch.float64)  # of [windows, heads, ctx, columns]
+            self.accumulate(f"{kv_b_proj.module}.{stage.half}.square", squares.flatten())
+            return
+        for site in self._sites & {linear.module for linear in stage.linears}:
+            x = stage.x.flatten(0, -2)
+            self.counts[site] += len(x)
+            self.widen(f"{site}.amax", x.abs())
+            squares = x.square()
+            self.accumulate(f"{site}.square", squares.sum(0, dtype=torch.float64))
+            if stage.routed is not None:
+                weighted = squares * stage.routed.square()[:, None]
+                self.accumulate(f"{site}.weighted_square", weighted.sum(0, dtype=torch.float64))
 
     def widen(self, name: str, magnitudes: torch.Tensor) -> None:
         """Largest magnitudes [tokens, K] of a tensor of their own."""
@@ -85,24 +93,18 @@ def collect(
     loader = Loader(checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     ctx = int(ids.shape[1])
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
+    sites = {site for site, *_ in inputs(config)}
 
     def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
-        layer, sums, at = loader.layer(index), Sums(), f"model.layers.{index}"
+        layer, sums = loader.layer(index), Sums(sites)
         for rows in batches(len(before[0]), ctx):
-            x = before[0][rows]
-            x = x + _attention(layer, at, x, rope, ctx, halves, sums)
-            normed = layer.post_attention_layernorm(x)
-            if isinstance(layer.ffn, MoE):
-                out = _moe(layer.ffn, f"{at}.mlp", normed, sums)
-            else:
-                sums.add(f"{at}.mlp.gate_proj", normed)
-                out = _ffn(layer.ffn, f"{at}.mlp", normed, sums)
-            behind[0][rows] = x + out
+            x = before[0][rows].unflatten(0, (-1, ctx))
+            behind[0][rows] = _measured(layer, f"model.layers.{index}", x, rope, halves, sums).flatten(0, 1)
             progress(rows.stop - rows.start)
         if isinstance(layer.ffn, MoE):
-            for expert in range(config.n_routed_experts):
-                sums.unseen(f"{at}.mlp.experts.{expert}.gate_proj", config.hidden_size)
-                sums.unseen(f"{at}.mlp.experts.{expert}.down_proj", config.moe_intermediate_size)
+            for expert in layer.ffn.experts:
+                sums.unseen(expert.gate_proj.module, config.hidden_size)
+                sums.unseen(expert.down_proj.module, config.moe_intermediate_size)
         return sums.arrays(), dict(sorted(sums.counts.items()))
 
     through_layers(folder, loader, ids, ("ideal",), process, lambda layers: progress(layers * ids.size))
@@ -112,48 +114,25 @@ def collect(
     return counts
 
 
-def _attention(
-    layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, ctx: int, halves: bool, sums: Sums
+def _measured(
+    layer: DecoderLayer, at: str, x: torch.Tensor, rope: torch.Tensor, halves: bool, sums: Sums
 ) -> torch.Tensor:
-    """The attention's output for hidden states x [tokens, hidden], its linears' inputs and the cache's ranges added.
+    """Hidden states behind the layer for those before it, x [windows, ctx, hidden], with everything added to `sums`.
 
-    With `halves` it is absorbed: so kv_b_proj's halves have inputs of their own.
+    With `halves` attention is absorbed: so kv_b_proj's halves have inputs of their own.
     """
-    attention, at = layer.attention, f"{at}.self_attn"
-    normed = layer.input_layernorm(x)
-    sums.add(f"{at}.kv_a_proj_with_mqa", normed)
-    if attention.q_a_proj is not None:
-        assert attention.q_a_layernorm is not None
-        sums.add(f"{at}.q_b_proj", attention.q_a_layernorm(attention.q_a_proj(normed)))
-    q_nope, q_pe, latent, k_pe = attention.projected(normed.unflatten(0, (-1, ctx)), rope)
-    sums.add(f"{at}.kv_b_proj", latent.flatten(0, 1))
-    sums.widen(f"{at}.k_pe_radius", k_pe.flatten(0, 1).unflatten(1, (-1, 2)).square().sum(-1).sqrt())
-    if halves:
-        mixed = attention.mixed(q_nope, q_pe, latent, k_pe)
-        for half, x in ((K_HALF, q_nope), (V_HALF, mixed)):  # [windows, heads, ctx, ·]
-            sums.accumulate(f"{at}.{half}.square", x.square().sum((0, 2), dtype=torch.float64).flatten())
-        context = attention.values(mixed).flatten(0, 1)
-    else:
-        context = attention.expanded(q_nope, q_pe, latent, k_pe).flatten(0, 1)
-    sums.add(f"{at}.o_proj", context)
-    return attention.o_proj(context)
+    out, _ = finish(layer.stages(x, rope, _Keys(f"{at}.self_attn", sums), absorbed=halves), sums.add)
+    return out
 
 
-def _ffn(ffn: FFN, at: str, x: torch.Tensor, sums: Sums) -> torch.Tensor:
-    activation = ffn.activation(x)
-    sums.add(f"{at}.down_proj", activation)
-    return ffn.down_proj(activation)
+@dataclass
+class _Keys:
+    """In the place of a layer's cache: measures the keys that it would take."""
 
+    at: str
+    sums: Sums
 
-def _moe(moe: MoE, at: str, x: torch.Tensor, sums: Sums) -> torch.Tensor:
-    """As `MoE.__call__`, with the inputs of router, experts and shared experts added."""
-    sums.add(f"{at}.gate", x)
-    out = torch.zeros_like(x)
-    weights, chosen = route(x, moe.router, moe.config)
-    for expert, rows, routed in dispatch(weights, chosen, len(moe.experts)):
-        ffn, name = moe.experts[expert], f"{at}.experts.{expert}"
-        sums.add(f"{name}.gate_proj", x[rows], routed)
-        activation = ffn.activation(x[rows])
-        sums.add(f"{name}.down_proj", activation, routed)
-        add_rows(out, rows, ffn.down_proj(activation) * routed[:, None])
-    return out if moe.shared is None else out + _ffn(moe.shared, f"{at}.shared_experts", x, sums)
+    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = k_pe.flatten(0, 1).unflatten(1, (-1, 2))
+        self.sums.widen(f"{self.at}.k_pe_radius", pairs.square().sum(-1).sqrt())
+        return latent, k_pe

@@ -16,10 +16,11 @@ leaves plain rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from dsv2quant.formats.int4_cpu import FACTORS, search_scales
+from dsv2quant.formats.cpu import FACTORS, search_scales
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
@@ -67,6 +68,29 @@ class Moments:
     def damping(self) -> torch.Tensor:
         """λ / mean diag H for each matrix: [batch], float64."""
         return DAMPING + self.h.shape[1] / self.count.double().clamp(min=1)
+
+
+class Split(NamedTuple):
+    """Moments of the tokens to fit on, and of those held out."""
+
+    fit: Moments
+    held: Moments
+
+    @classmethod
+    def zeros(cls, batch: int, columns: int, device: torch.device) -> Split:
+        return cls(Moments.zeros(batch, columns, device), Moments.zeros(batch, columns, device))
+
+    def add(
+        self, which: int, held: torch.Tensor, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> None:
+        """`Moments.add`, each token to its part: `held` [tokens] is true for those held out."""
+        for moments, keep in ((self.fit, ~held), (self.held, held)):
+            moments.add(which, x[keep], ideal[keep], None if weight is None else weight[keep])
+
+    def shrunk(self, prior: Split) -> Split:
+        """`Moments.shrunk`, each part toward its own; toward `fit` where nothing of the prior is held out."""
+        held = prior.held if prior.held.count.all() else prior.fit
+        return Split(self.fit.shrunk(prior.fit), self.held.shrunk(held))
 
 
 def _trace(h: torch.Tensor) -> torch.Tensor:
@@ -139,7 +163,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> to
 
 
 def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
-    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `int4_cpu.search_scales`."""
+    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `cpu.search_scales`."""
     if weight.device.type == "cpu":
         found = [
             torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import K_B, V_B, Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import K_B, V_B, GgufTensor
 from dsv2quant.calib.statistics import K_HALF, V_HALF, Statistics
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, is_written, read, write
@@ -20,12 +21,14 @@ def from_statistics(statistics: Statistics, config: ModelConfig) -> Imatrix:
 
     `statistics` hold kv_b_proj's halves (`calibrate(…, halves=True)`).
     """
-    matrices = [tensor for tensor in model_tensors(config) if tensor.layer is not None and len(tensor.shape) > 1]
+    matrices = [
+        tensor for tensor in architecture(config).gguf_tensors() if tensor.layer is not None and len(tensor.shape) > 1
+    ]
     entries = {tensor.name: _entry(statistics, tensor) for tensor in matrices}
     return Imatrix(entries, (statistics.source,), statistics.windows, statistics.ctx)
 
 
-def _entry(statistics: Statistics, tensor: Tensor) -> FileEntry:
+def _entry(statistics: Statistics, tensor: GgufTensor) -> FileEntry:
     if tensor.kind in (K_B, V_B):
         assert tensor.layer is not None
         sums = statistics.half_squares(tensor.layer, K_HALF if tensor.kind == K_B else V_HALF)

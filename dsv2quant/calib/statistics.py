@@ -1,7 +1,7 @@
 """Statistics: what calibration measured of a model's activations, in one file that serves many conversions.
 
 A safetensors file. Linears that share an input share its statistics, under the name of one of them
-(`site`); for each input of K channels:
+(`TensorSpec.site`); for each input of K channels:
 
     <site>.amax              float32 [K]   largest magnitude of each channel
     <site>.square            float32 [K]   Σ x² over tokens
@@ -41,7 +41,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec, layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import configured, sampled
 from dsv2quant.errors import InputError, listing
@@ -83,23 +84,11 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # key → whether its value is wh
 }
 
 
-def site(spec: TensorSpec) -> str:
-    """The name under which a linear's or router's input is measured."""
-    parent, _, leaf = spec.module.rpartition(".")
-    if leaf in ("gate_proj", "up_proj") and parent.endswith("shared_experts"):
-        return f"model.layers.{spec.layer}.mlp.gate"  # the router's own input
-    if leaf == "up_proj":
-        return f"{parent}.gate_proj"
-    if leaf in ("q_proj", "q_a_proj"):
-        return f"{parent}.kv_a_proj_with_mqa"
-    return spec.module
-
-
 def inputs(config: ModelConfig) -> Iterator[tuple[str, int, bool]]:
     """(site, channels, whether it is a routed expert's) of everything that is measured, layer by layer."""
     for layer in range(config.num_hidden_layers):
-        specs = [spec for spec in layer_specs(config, layer) if spec.role in (*LINEAR_ROLES, "router")]
-        yield from dict.fromkeys((site(spec), spec.shape[1], spec.expert is not None) for spec in specs)
+        specs = architecture(config).layer(layer)
+        yield from dict.fromkeys((s.site, s.shape[1], s.expert is not None) for s in specs if s.site is not None)
 
 
 def vectors(config: ModelConfig, halves: bool) -> dict[str, int]:
@@ -224,11 +213,11 @@ class Statistics:
 
     def count(self, spec: TensorSpec) -> int:
         """Tokens that the tensor's input was measured on."""
-        return self.counts.get(site(spec), 0)
+        return self.counts.get(str(spec.site), 0)
 
     def amax(self, spec: TensorSpec) -> np.ndarray:
         """Largest magnitude of each input channel, float32 [K]; zeros where no token came by."""
-        return self._read(f"{site(spec)}.amax", spec.shape[1])
+        return self._read(f"{spec.site}.amax", spec.shape[1])
 
     def mean_square(self, spec: TensorSpec) -> np.ndarray:
         """Mean square of each input channel, float32 [K], weighted with the squared routing weight before `down_proj`.
@@ -236,7 +225,7 @@ class Statistics:
         An expert's own is drawn toward its layer's, as if by K tokens of it: for gate and up that of all tokens, scaled
         to the same sum; for down, whose channels are its own, a flat one. Without any token it is all there is.
         """
-        name, columns = site(spec), spec.shape[1]
+        name, columns = spec.site, spec.shape[1]
         if spec.expert is None:
             return self._read(f"{name}.square", columns) / np.float32(max(1, self.count(spec)))
         if spec.role == "routed.down_proj":
@@ -253,7 +242,7 @@ class Statistics:
 
     def squares(self, spec: TensorSpec) -> np.ndarray:
         """Σ x² of each input channel over tokens, float32 [K]; zeros where no token came by."""
-        return self._read(f"{site(spec)}.square", spec.shape[1])
+        return self._read(f"{spec.site}.square", spec.shape[1])
 
     def half_squares(self, layer: int, half: str) -> np.ndarray:
         """Σ x² over tokens of what absorbed attention applies a half of kv_b_proj to, `K_HALF` or `V_HALF`: float32

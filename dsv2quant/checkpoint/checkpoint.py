@@ -1,52 +1,69 @@
-"""A checkpoint: its configuration, and an index over the headers of its safetensors shards or GGUF files.
+"""A checkpoint: its configuration, and an index over the headers of the files that hold its weights.
 
-Opening reads headers only and compares them with the complete list of tensors that the configuration implies; a
-weight's bytes are read when asked for.
+Opening (open.py) reads headers only and compares them with the complete list of tensors that the configuration
+implies; a weight's bytes are read when asked for. There are two kinds: `HfCheckpoint` is in Hugging Face layout,
+`GgufCheckpoint` (gguf.py) a GGUF file. What differs between them, they answer themselves.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import model_specs
-from dsv2quant.checkpoint.spellings import as_published
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.checkpoint.weights import (
     Weight,
+    as_published,
     check_declared,
     check_quantization,
     index_tensors,
     match,
     take_kv_scales,
 )
-from dsv2quant.errors import InputError, UsageError, listing, printable
-from dsv2quant.formats.fp8 import decode_block_to_float32
+from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.quant_config import readable_codecs
-from dsv2quant.storage import hub
-from dsv2quant.storage.files import AGAIN, reading
-from dsv2quant.storage.safetensors import StoredTensor, check_index, read_header, read_json, shard_files
+from dsv2quant.formats.schemes import CODECS, SOURCES
+from dsv2quant.progress import Progress
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
+from dsv2quant.storage.files import AGAIN, carried_files, reading
+from dsv2quant.storage.manifest import beside
+from dsv2quant.storage.safetensors import INDEX_FILE, StoredTensor, check_index, read_header, read_json, shard_files
+from dsv2quant.text.chat import Templates
+from dsv2quant.text.tokenizer import Tokenizer, bos_note, check_tokenizer, stop_ids
 
 if TYPE_CHECKING:
-    from dsv2quant.storage.gguf import Metadata
+    import torch
 
 logger = logging.getLogger(__name__)
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
+_TORCH = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8", "I32": "int32",
+    "I64": "int64",
+}  # fmt: skip
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Safetensors' name of a dtype ('BF16') → torch's."""
+    import torch
+
+    found: torch.dtype = getattr(torch, _TORCH[dtype])
+    return found
 
 
 @dataclass(eq=False)
-class Checkpoint:
+class Checkpoint(ABC):
     """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached.
 
-    `folder` is its folder in Hugging Face layout; None of a GGUF file, which has `metadata` instead. `data` is where
-    each file lies and where its data begins; empty where weights were not downloaded. `kv_scales` holds the KV-cache
-    scale of each layer's keys, where the checkpoint has them.
+    `data` is where each file lies and where its data begins; empty where weights were not downloaded. `revision` is the
+    hub's commit. `kv_scales` holds the KV-cache scale of each layer's keys, where the checkpoint has them.
     """
 
     model: str
@@ -55,96 +72,81 @@ class Checkpoint:
     weights: list[Weight]
     files: list[str]
     data: Mapping[str, tuple[Path, int]]
-    folder: Path | None = None
     revision: str | None = None
     kv_scales: Mapping[int, StoredTensor] = field(default_factory=dict)
-    metadata: Metadata | None = None
 
-    @classmethod
-    def open(
-        cls,
-        model: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        offline: bool = False,
-        headers_only: bool = False,
-    ) -> Checkpoint:
-        """Open a folder, a GGUF file (of split ones any), or a hub id, `owner/name` or `owner/name@REVISION`
-        (downloaded unless `headers_only`). An existing path wins over a hub id.
+    # Consumers multiply by weights of this dtype, as torch calls it.
+    served_dtype = "bfloat16"
+    # Whether activations stay as they are, whatever a consumer does to them.
+    is_weight_only = False
 
-        Raises InputError for whatever is missing, surplus, mis-shaped, truncated, overlapping or not understood, and
-        UsageError for a revision of what has none.
-        """
-        name = os.fspath(model)
-        folder = Path(name)
-        is_gguf = name.endswith(".gguf") and not folder.is_dir()
-        if revision is not None and (is_gguf or folder.exists()):
-            raise UsageError(f"--revision goes with a hub id: {name} is on this machine", fix="leave it out")
-        if is_gguf and "://" not in name:
-            return cls._of_gguf(folder)
-        commit = None
-        if not folder.exists():
-            name, revision = hub.identify(name, revision)
-            if headers_only and not hub.is_offline(offline):
-                raw_config, headers, commit = hub.read_headers(name, revision, cache_dir)
-                return cls._of_headers(name, None, commit, raw_config, headers, {})
-            folder, commit = hub.download(name, revision, cache_dir, offline)
-        elif not folder.is_dir():
-            fix = "give the folder that holds config.json, or a .gguf file"
-            raise InputError("not a folder", where=name, fix=fix)
-        else:
-            name = folder.resolve().name
-        raw_config = read_json(folder / "config.json")
-        ModelConfig.from_dict(raw_config, folder / "config.json")  # another model is not asked for its shards
-        headers, data = {}, {}
-        for file in shard_files(folder):
-            headers[file], start = read_header(folder / file)
-            data[file] = (folder / file, start)
-        check_index(folder, headers)
-        return cls._of_headers(name, folder, commit, raw_config, headers, data)
+    @abstractmethod
+    def as_source(self) -> HfCheckpoint:
+        """Itself, where it can be converted. Raises InputError for what is only measured: a GGUF file, or what is
+        quantized already, save by DeepSeek's own FP8 blocks."""
 
-    @classmethod
-    def _of_headers(
-        cls,
-        model: str,
-        folder: Path | None,
-        revision: str | None,
-        raw_config: dict[str, Any],
-        headers: Mapping[str, Mapping[str, Any]],
-        data: Mapping[str, tuple[Path, int]],
-    ) -> Checkpoint:
-        where = folder if folder is not None else model
-        config = ModelConfig.from_dict(raw_config, f"{where}/config.json")
-        check_quantization(config.quantization, where)
-        tensors = as_published(index_tensors(headers, where), config, where)
-        logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
-        kv_scales = take_kv_scales(config, tensors, where)
-        weights = match(model_specs(config), tensors, readable_codecs(config.quantization), where)
-        check_declared(weights, config.quantization, where)
-        return cls(printable(model), raw_config, config, weights, sorted(headers), data, folder, revision, kv_scales)
+    @property
+    @abstractmethod
+    def inputs(self) -> list[Path]:
+        """The folder or the files that it is read from, where nothing may be written."""
 
-    @classmethod
-    def _of_gguf(cls, path: Path) -> Checkpoint:
-        from dsv2quant.checkpoint.gguf import open_files
+    def file(self, name: str) -> Path | None:
+        """A file of this name in its folder; None where there is none, or no folder."""
+        return None
 
-        found = open_files(path)
-        data = {file.path.name: (file.path, file.data_start) for file in found.files}
-        first = found.files[0]
-        logger.info("%s: %d weights in %d files", first.path.name, len(found.weights), len(data))
-        model = printable(first.path.name)
-        return cls(model, found.raw_config, found.config, found.weights, list(data), data, metadata=first.metadata)
+    @abstractmethod
+    def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """What is stored of a weight by suffix, on the device with its bytes unchanged."""
 
-    def check_source(self) -> None:
-        """Raise InputError for what is measured, but never converted: a GGUF file, or what is quantized already, save
-        by DeepSeek's own FP8 blocks."""
-        if self.metadata is not None:
-            fix = "give the Hugging Face checkpoint it was made from"
-            raise InputError("is a GGUF file, which is not converted", where=self.model, fix=fix)
-        quantized = [weight.spec.name for weight in self.weights if weight.scheme not in ("bf16", "fp8-block")]
-        if quantized:
-            what = f"already quantized: {listing(quantized, 1)}"
-            raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
+    @abstractmethod
+    def decode(
+        self, weight: Weight, dtype: torch.dtype, device: str = "cpu", scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A weight as a consumer reconstructs it in `dtype`, from scales rounded to `scale_dtype` (None: as stored).
+        Raises InputError where its parts contradict each other."""
+
+    @abstractmethod
+    def row_decoder(self, weight: Weight, dtype: torch.dtype, device: str) -> Callable[[int, int], torch.Tensor]:
+        """A function (begin, end) that gives these rows of a weight as `decode` does."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """Its own. Raises InputError where it has none, or a damaged one."""
+
+    @abstractmethod
+    def templates(self) -> Templates:
+        """Its chat templates. Raises InputError for a damaged file."""
+
+    @abstractmethod
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The tokens that end a text; none may be named. Raises InputError for what is no id."""
+
+    def bos_note(self) -> list[str]:
+        """A line for the user where nothing says whether a text begins with BOS."""
+        return []
+
+    @property
+    @abstractmethod
+    def manifest(self) -> Path:
+        """Where the manifest lies if this is an artifact of ours. Raises InputError where its conversion is not
+        finished."""
+
+    @abstractmethod
+    def listed_files(self) -> list[str]:
+        """The names of what consumers load, which a manifest must list."""
+
+    @abstractmethod
+    def check_unlisted(self, progress: Progress, has_source: bool) -> Literal["blocks", "nothing"]:
+        """Check what can be without a manifest, and return what that was: 'blocks', or 'nothing'. Raises InputError
+        where nothing can be and there is no source to compare with."""
+
+    def check_added(self, listed: Sequence[str]) -> list[str]:
+        """Names of files in its folder beside those `listed`. Raises InputError for one that programs may load."""
+        return []
+
+    def file_summary(self) -> dict[str, Any] | None:
+        """Of a GGUF file its `file_type` and the number of tensors by block type, `tensor_types`."""
+        return None
 
     def read(
         self, tensor: StoredTensor, begin: int = 0, nbytes: int | None = None, buffer: np.ndarray | None = None
@@ -172,14 +174,23 @@ class Checkpoint:
         """A whole tensor in its shape: BF16 as its bits (uint16), F8_E4M3 as its codes (uint8)."""
         return self.read(tensor, buffer=buffer).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
-    def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
-        """A weight as codecs take it: BF16 bits (uint16), or float32 for every other source. `buffer` has the stored
-        weight's size and may hold the result."""
-        stored = self.array(weight.stored, buffer)
-        if weight.scheme == "fp8-block":
-            scales = self.array(weight.parts["weight_scale_inv"]).astype(np.float32, copy=False)
-            return decode_block_to_float32(stored, scales)
-        return stored if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
+    def tensor(self, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
+        """A part with its bytes unchanged, in its own dtype."""
+        import torch
+
+        return torch.from_numpy(self.read(part)).to(device).view(torch_dtype(part.dtype)).view(part.shape)
+
+    def kv_scale(self, layer: int, device: str) -> torch.Tensor | None:
+        """A layer's KV-cache scale, float32 [1]; None where there is none. Raises InputError for one that nothing can
+        be divided by."""
+        part = self.kv_scales.get(layer)
+        if part is None:
+            return None
+        scale = self.tensor(part, device).float().reshape(1)
+        if not 0 < scale.item() < float("inf"):
+            fix = "the checkpoint is damaged: get it again"
+            raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
+        return scale
 
     def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
         """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
@@ -201,3 +212,150 @@ class Checkpoint:
         if file not in self.data:
             raise InputError("weights were not downloaded", where=self.model)
         return self.data[file]
+
+
+@dataclass(eq=False)
+class HfCheckpoint(Checkpoint):
+    """A checkpoint in Hugging Face layout. `folder` is where it lies; None where only headers were read."""
+
+    folder: Path | None = None
+
+    @classmethod
+    def of_folder(cls, folder: Path, model: str, revision: str | None = None) -> HfCheckpoint:
+        """Open a folder that is called `model`."""
+        raw_config = read_json(folder / "config.json")
+        ModelConfig.from_dict(raw_config, folder / "config.json")  # another model is not asked for its shards
+        headers, data = {}, {}
+        for file in shard_files(folder):
+            headers[file], start = read_header(folder / file)
+            data[file] = (folder / file, start)
+        check_index(folder, headers)
+        return cls.of_headers(model, raw_config, headers, revision=revision, folder=folder, data=data)
+
+    @classmethod
+    def of_headers(
+        cls,
+        model: str,
+        raw_config: dict[str, Any],
+        headers: Mapping[str, Mapping[str, Any]],
+        *,
+        revision: str | None = None,
+        folder: Path | None = None,
+        data: Mapping[str, tuple[Path, int]] | None = None,
+    ) -> HfCheckpoint:
+        """Of the headers of its shards by file."""
+        where = folder if folder is not None else model
+        config = ModelConfig.from_dict(raw_config, f"{where}/config.json")
+        check_quantization(config.quantization, where)
+        tensors = as_published(index_tensors(headers, where), config, where)
+        logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
+        kv_scales = take_kv_scales(config, tensors, where)
+        weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
+        check_declared(weights, config.quantization, where)
+        files = sorted(headers)
+        return cls(printable(model), raw_config, config, weights, files, data or {}, revision, kv_scales, folder)
+
+    @property
+    def downloaded(self) -> Path:
+        """Its folder. Raises InputError where only headers were read."""
+        if self.folder is None:
+            raise InputError("its tokenizer was not downloaded", where=self.model)
+        return self.folder
+
+    def as_source(self) -> HfCheckpoint:
+        quantized = [weight.spec.name for weight in self.weights if weight.scheme not in SOURCES]
+        if quantized:
+            what = f"already quantized: {listing(quantized, 1)}"
+            raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
+        return self
+
+    def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
+        """A source's weight as codecs take it: BF16 bits (uint16), or float32 for every other scheme and dtype.
+        `buffer` has the stored weight's size and may hold the result."""
+        stored = weight.stored
+        arrays = {s: self.array(part, buffer if part is stored else None) for s, part in weight.parts.items()}
+        return SOURCES[weight.scheme](arrays)
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [] if self.folder is None else [self.folder]
+
+    def file(self, name: str) -> Path | None:
+        path = None if self.folder is None else self.folder / name
+        return path if path is not None and os.path.lexists(path) else None
+
+    def carried_files(self) -> dict[str, bytes]:
+        """{name: content} of the files that an artifact carries along."""
+        return {} if self.folder is None else carried_files(self.folder)
+
+    def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
+        return {suffix: self.tensor(part, device) for suffix, part in weight.parts.items()}
+
+    def decode(
+        self, weight: Weight, dtype: torch.dtype, device: str = "cpu", scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        parts = self.parts(weight, device)
+        if weight.scheme == "bf16":
+            return next(iter(parts.values())).to(dtype)
+        return self._decoded(weight, parts, dtype, scale_dtype)
+
+    def row_decoder(self, weight: Weight, dtype: torch.dtype, device: str) -> Callable[[int, int], torch.Tensor]:
+        if weight.scheme == "bf16":
+            return lambda begin, end: self.decode(weight.rows(begin, end), dtype, device)
+        parts, codec = self.parts(weight, device), CODECS[weight.scheme]
+        return lambda begin, end: self._decoded(weight, codec.rows(parts, begin, end), dtype)
+
+    def _decoded(
+        self,
+        weight: Weight,
+        parts: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        try:
+            return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
+        except ValueError as error:
+            fix = "the checkpoint is damaged: get it again"
+            raise InputError(f"{weight.spec.module}: {error}", where=self.model, fix=fix) from None
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.open(self.downloaded)
+
+    def templates(self) -> Templates:
+        return Templates.of_folder(self.downloaded)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        return stop_ids(self.downloaded, tokenizer)
+
+    def bos_note(self) -> list[str]:
+        return [] if self.folder is None else bos_note(self.folder)
+
+    def check_tokenizer(self) -> None:
+        """Check the tokenizer that an artifact gets, and warn where there is none: weights alone are worth converting,
+        too. Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model."""
+        if self.folder is not None:
+            check_tokenizer(self.folder, self.config.vocab_size)
+
+    @property
+    def manifest(self) -> Path:
+        folder = self.downloaded
+        if (folder / STATE_FILE).exists():
+            raise InputError("the conversion is unfinished", where=folder, fix="run the same `convert` again")
+        return folder / MANIFEST_FILE
+
+    def listed_files(self) -> list[str]:
+        return [*self.files, "config.json", *([INDEX_FILE] if self.file(INDEX_FILE) else [])]
+
+    def check_unlisted(self, progress: Progress, has_source: bool) -> Literal["blocks", "nothing"]:
+        if has_source and self.config.quantization is not None:
+            return "nothing"
+        what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
+        fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
+        raise InputError(what, where=self.folder, fix=fix)
+
+    def check_added(self, listed: Sequence[str]) -> list[str]:
+        loaded, added = beside(self.downloaded, {*listed, MANIFEST_FILE})
+        if loaded:
+            what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
+            raise InputError(what, where=self.folder, fix="remove what was added")
+        return added

@@ -1,65 +1,168 @@
-"""Opening a GGUF file as a checkpoint: the weights of the model, each with the bytes that hold it.
+"""A GGUF file as a checkpoint: the weights of the model, each with the bytes that hold it.
 
-A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (tensors.py). An
+A tensor of the file is one weight, or stacks a layer's routed experts, or is a half of kv_b_proj (`GgufTensor`). An
 expert's part is its slice of the stack, so that it can be read alone. Split files are put together as llama.cpp does
 (src/llama-model-loader.cpp).
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from gguf import LlamaFileType
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, model_specs
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
-from dsv2quant.checkpoint.weights import Weight
-from dsv2quant.errors import InputError, listing
+from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
+from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.spec import GgufTensor, TensorSpec
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.checkpoint.weights import BLOCKS, Weight
+from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.hf_config import model_config
-from dsv2quant.storage.gguf import Container, TensorHeader, read
+from dsv2quant.progress import Progress
+from dsv2quant.storage.gguf import Container, Metadata, TensorHeader, read
+from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, StoredTensor
+from dsv2quant.text.chat import Templates
+from dsv2quant.text.gguf_tokenizer import open_tokenizer
+from dsv2quant.text.tokenizer import Tokenizer, checked_stop_ids
 
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _AGAIN = "get the file again"
+_SOFTMAX = (0, 1)  # not said, or said
+_INTEGERS = {
+    "vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "moe_intermediate_size": "expert_feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "kv_lora_rank": "attention.kv_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count", "v_head_dim": "attention.value_length_mla",
+    "n_routed_experts": "expert_count", "n_shared_experts": "expert_shared_count",
+    "num_experts_per_tok": "expert_used_count", "first_k_dense_replace": "leading_dense_block_count",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
+_LATER = {"41": "Q2_0"}  # what the library doesn't know yet
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model's files in order, of which the first has the metadata, and what they hold."""
+@dataclass(eq=False)
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file, or those that it was split into; `metadata` is the first one's. It is measured, never converted."""
 
-    files: list[Container]
-    raw_config: dict[str, Any]
-    config: ModelConfig
-    weights: list[Weight]
+    metadata: Metadata = field(kw_only=True)
 
+    # llama.cpp multiplies by blocks as they are. Its kernels round activations to 8 bits, each backend in its own way:
+    # only weights are measured.
+    served_dtype = "float32"
+    is_weight_only = True
 
-def open_files(path: Path) -> Opened:
-    """Open a GGUF file, and those it was split into. Raises InputError for a file of another kind or architecture, and
-    for tensors that are missing, surplus, mis-shaped or of a type that can't be decoded."""
-    files = _files(path)
-    held = _index(files)
-    raw_config = model_config(files[0].metadata, path, tied="output.weight" not in held)
-    config = ModelConfig.from_dict(raw_config, path)
-    return Opened(files, raw_config, config, _weights(config, held, path))
+    @classmethod
+    def of_file(cls, path: Path) -> GgufCheckpoint:
+        """Open a file. Raises InputError for one of another kind or architecture, and for tensors that are missing,
+        surplus, mis-shaped or of a type that can't be decoded."""
+        files = _files(path)
+        held, metadata, first = _index(files), files[0].metadata, files[0].path
+        raw_config = model_config(metadata, path, tied="output.weight" not in held)
+        config = ModelConfig.from_dict(raw_config, path)
+        weights = _weights(config, held, path)
+        data = {file.path.name: (file.path, file.data_start) for file in files}
+        logger.info("%s: %d weights in %d files", first.name, len(weights), len(data))
+        return cls(printable(first.name), raw_config, config, weights, list(data), data, metadata=metadata)
 
+    def as_source(self) -> HfCheckpoint:
+        fix = "give the Hugging Face checkpoint it was made from"
+        raise InputError("is a GGUF file, which is not converted", where=self.model, fix=fix)
 
-def decode(tensors: list[tuple[StoredTensor, np.ndarray]]) -> np.ndarray:
-    """A weight's parts with their bytes (uint8) → the weight in Hugging Face's layout, float32.
+    @property
+    def inputs(self) -> list[Path]:
+        return [path for path, _ in self.data.values()]
 
-    kv_b_proj is put together from attn_k_b [heads, kv_lora, nope] and attn_v_b [heads, v, kv_lora]:
-    [heads · (nope + v), kv_lora].
-    """
-    parts = [blocks.decode(t.dtype, data.reshape(-1, blocks.nbytes(t.dtype, t.shape[-1:]))) for t, data in tensors]
-    values = [part.reshape(t.shape) for (t, _), part in zip(tensors, parts, strict=True)]
-    if len(values) == 1:
-        return values[0]
-    k_b, v_b = values
-    return np.concatenate([k_b.swapaxes(1, 2), v_b], 1).reshape(-1, v_b.shape[-1])
+    def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """The bytes of its blocks, uint8 [rows, bytes], of a weight that is one tensor or slice."""
+        import torch
+
+        data = torch.from_numpy(self.read(weight.stored)).to(device)
+        return {BLOCKS: data.view(weight.stored.shape[0], -1)}
+
+    def decode(
+        self, weight: Weight, dtype: torch.dtype, device: str = "cpu", scale_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """As llama.cpp does, from scales as stored.
+
+        kv_b_proj is put together from attn_k_b [heads, kv_lora, nope] and attn_v_b [heads, v, kv_lora]:
+        [heads · (nope + v), kv_lora].
+        """
+        import torch
+
+        values = [self._values(part) for part in weight.parts.values()]
+        if len(values) == 1:
+            return torch.from_numpy(values[0]).to(device, dtype)
+        k_b, v_b = values
+        whole = np.concatenate([k_b.swapaxes(1, 2), v_b], 1).reshape(-1, v_b.shape[-1])
+        return torch.from_numpy(whole).to(device, dtype)
+
+    def _values(self, part: StoredTensor) -> np.ndarray:
+        """float32, in the part's shape."""
+        data = self.read(part).reshape(-1, blocks.nbytes(part.dtype, part.shape[-1:]))
+        return blocks.decode(part.dtype, data).reshape(part.shape)
+
+    def row_decoder(self, weight: Weight, dtype: torch.dtype, device: str) -> Callable[[int, int], torch.Tensor]:
+        if len(weight.parts) == 1:
+            return lambda begin, end: self.decode(weight.rows(begin, end), dtype, device)
+        whole = self.decode(weight, dtype, device)
+        return lambda begin, end: whole[begin:end]
+
+    def tokenizer(self) -> Tokenizer:
+        return open_tokenizer(self.metadata, self.model)
+
+    def templates(self) -> Templates:
+        return Templates.of_gguf(self.metadata, self.model)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        return checked_stop_ids([self.metadata[key].value for key in keys if key in self.metadata], self.model)
+
+    @property
+    def manifest(self) -> Path:
+        return gguf_manifest(self.data[self.files[0]][0])
+
+    def listed_files(self) -> list[str]:
+        return self.files
+
+    def check_unlisted(self, progress: Progress, has_source: bool) -> Literal["blocks", "nothing"]:
+        """Read every weight. Raises InputError at the first scale or plain value that is NaN or infinite."""
+        with progress(sum(weight.nbytes for weight in self.weights), "B", "scales") as advance:
+            for weight in self.weights:
+                for part in weight.parts.values():
+                    bad = blocks.first_bad_block(part.dtype, self.read(part))
+                    if bad is not None:
+                        what = f"{part.name}: block {bad:,} of {weight.spec.name} has a scale that is NaN or infinite"
+                        fix = "get the file again, or convert again"
+                        raise InputError(what, where=self.data[part.file][0], fix=fix)
+                    advance(part.nbytes)
+        return "blocks"
+
+    def file_summary(self) -> dict[str, Any]:
+        types = {part.name: part.dtype for weight in self.weights for part in weight.parts.values()}
+        return {"file_type": self._file_type(), "tensor_types": dict(Counter(types.values()).most_common())}
+
+    def _file_type(self) -> str | None:
+        """'Q4_K_M' of `general.file_type`; its number where that is unknown (llama.h, llama_ftype)."""
+        found = self.metadata.get("general.file_type")
+        if found is None:
+            return None
+        try:
+            return LlamaFileType(found.value).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except ValueError:
+            return _LATER.get(str(found.value), str(found.value))
 
 
 def _files(path: Path) -> list[Container]:
@@ -118,7 +221,7 @@ def _stored(t: TensorHeader, file: str) -> StoredTensor:
 
 def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) -> list[Weight]:
     """Every weight of the model with its parts by kind of tensor ('ffn_up_exps'); the file must hold these alone."""
-    tensors = model_tensors(config)
+    tensors = architecture(config).gguf_tensors()
     expected = {tensor.name: tensor for tensor in tensors}
     for names, what in (
         ([name for name in expected if name not in held], "that its metadata implies are missing"),
@@ -134,10 +237,10 @@ def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) ->
             raise InputError(what, where=where, fix=_AGAIN)
         for spec, part in _parts(tensor, stored):
             parts.setdefault(spec, {})[tensor.kind] = part
-    return [Weight(spec, _scheme(parts[spec]), parts[spec]) for spec in model_specs(config)]
+    return [Weight(spec, _scheme(parts[spec]), parts[spec]) for spec in architecture(config).specs()]
 
 
-def _parts(tensor: Tensor, stored: StoredTensor) -> list[tuple[TensorSpec, StoredTensor]]:
+def _parts(tensor: GgufTensor, stored: StoredTensor) -> list[tuple[TensorSpec, StoredTensor]]:
     """The slices of a stack of experts, or the whole tensor."""
     if tensor.specs[0].expert is None:
         return [(tensor.specs[0], stored)]
@@ -151,3 +254,93 @@ def _parts(tensor: Tensor, stored: StoredTensor) -> list[tuple[TensorSpec, Store
 def _scheme(parts: dict[str, StoredTensor]) -> str:
     types = dict.fromkeys(part.dtype for part in parts.values())
     return "bf16" if types.keys() <= set(PLAIN_DTYPES) else "+".join(types).lower()
+
+
+def model_config(metadata: Metadata, where: object, *, tied: bool = False) -> dict[str, Any]:
+    """The config.json, for ModelConfig.from_dict, that a file's deepseek2.* keys were made of. `tied` says
+    that the file has no output.weight.
+
+    Numbers that GGUF rounded to float32 come back as the shortest decimal that rounds so: 1e-06 as it was.
+    Raises InputError for another architecture, another routing than DeepSeek-V2's, or a missing key.
+    """
+    found = metadata["general.architecture"].value if "general.architecture" in metadata else None
+    if found != ARCHITECTURE:
+        raise InputError(f"its architecture is {found!r}", where=where, fix=f"only {ARCHITECTURE} files are read")
+    read = _Reader(metadata, where)
+    if read.integer("expert_gating_func", _SOFTMAX[0]) not in _SOFTMAX:
+        raise InputError("its experts are chosen as in DeepSeek-V3", where=where, fix="only DeepSeek-V2 is read")
+    n_group = read.integer("expert_group_count", 1)
+    config: dict[str, Any] = {key: read.integer(name) for key, name in _INTEGERS.items()}
+    key_length = read.integer("attention.key_length_mla")
+    if key_length <= config["qk_rope_head_dim"]:
+        raise InputError(f"key_length_mla is {key_length}", where=where, fix="it must exceed rope.dimension_count")
+    config |= {
+        "architectures": [CAUSAL_LM],
+        "model_type": "deepseek_v2",
+        "q_lora_rank": read.integer("attention.q_lora_rank", 0) or None,
+        "qk_nope_head_dim": key_length - config["qk_rope_head_dim"],
+        "n_group": n_group,
+        "topk_group": read.integer("expert_group_used_count", 1),
+        "topk_method": "group_limited_greedy" if n_group > 1 else "greedy",
+        "routed_scaling_factor": read.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(read.value("expert_weights_norm", False)),
+        "scoring_func": "softmax",
+        "moe_layer_freq": 1,
+        "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": read.number("rope.freq_base", 10000.0),
+        "rope_scaling": _yarn(read),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": tied,
+    }
+    for name in ("bos", "eos"):
+        if f"tokenizer.ggml.{name}_token_id" in metadata:
+            config[f"{name}_token_id"] = metadata[f"tokenizer.ggml.{name}_token_id"].value
+    return config
+
+
+def _yarn(read: _Reader) -> dict[str, Any] | None:
+    kind, factor = read.value("rope.scaling.type", "none"), read.number("rope.scaling.factor", 1.0)
+    if kind != "yarn":
+        if factor != 1:
+            raise InputError(f"RoPE is scaled by {kind!r}", where=read.where, fix="only YaRN is read")
+        return None
+    # llama.cpp takes mscale to be mscale_all_dim, and so does every file that this package writes.
+    mscale = read.number("rope.scaling.yarn_log_multiplier", 0.0 if factor == 1 else None, times=10)
+    return {
+        "type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": read.integer("rope.scaling.original_context_length"),
+        "beta_fast": read.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": read.number("rope.scaling.yarn_beta_slow", 1.0),
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+
+
+class _Reader:
+    """Typed access to the deepseek2.* keys; one without a default must be there."""
+
+    def __init__(self, metadata: Metadata, where: object) -> None:
+        self.metadata, self.where = metadata, where
+
+    def value(self, key: str, default: Any = None) -> Any:
+        name = f"{ARCHITECTURE}.{key}"
+        if name in self.metadata:
+            return self.metadata[name].value
+        if default is None:
+            fix = "it was made by an old llama.cpp: convert the checkpoint again"
+            raise InputError(f"has no {name}", where=self.where, fix=fix)
+        return default
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{ARCHITECTURE}.{key} is {value!r}", where=self.where, fix="it must be an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None, times: int = 1) -> float:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+            raise InputError(f"{ARCHITECTURE}.{key} is {value!r}", where=self.where, fix="it must be a finite number")
+        return float(Decimal(str(np.float32(value))) * times)

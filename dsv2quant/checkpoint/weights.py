@@ -1,15 +1,23 @@
-"""The weights of a checkpoint: every tensor that a configuration implies, paired with the parts that store it."""
+"""The weights of a checkpoint in Hugging Face layout: every tensor that a configuration implies, paired with the parts
+that store it, under whatever name.
+
+Names differ by what a program wrapped the model in (`language_model.model.layers…`, or nothing: `layers…`) and by
+LoRA's `base_layer`. Experts may be stacked: transformers 5 saves `mlp.experts.gate_up_proj` [experts, 2 × width,
+hidden], gate before up, and `down_proj` [experts, hidden, width] with save_original_format=False; MLX writes
+`mlp.switch_mlp.gate_proj`, `up_proj` and `down_proj`. In all of them an expert's matrix is one run of bytes in the
+published orientation, so it is a stored tensor like any other: nothing is transposed, and one is read without the rest.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec
@@ -17,6 +25,7 @@ from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
 from dsv2quant.formats.quant_config import kv_scale_parts
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, Part, StoredTensor, stored_tensors
 
+BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PREDICTION = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head)\.")  # DeepSeek-V3's names
 _PACKED = (PACKED, "qweight")  # suffixes of INT4 codes
@@ -26,6 +35,14 @@ _QUANTIZED = (
     "scale", "scale_inv", "scale_2", "global_scale", "zero_point", "zeros", "qzeros", "scales", "g_idx", "packed",
     "shape", "absmax", "compressed", "bitmask", "k_scale", "v_scale",
 )  # fmt: skip
+_EMBEDDING = "embed_tokens.weight"
+_ROOT = re.compile(r"((?:(?:model|language_model|language|base_model|module|_orig_mod)\.)*)embed_tokens\.weight")
+_BODY = re.compile(r"(embed_tokens|layers|norm)\.")
+_HEAD = re.compile(r"((?:\w+\.)*)((?:lm_head|score)\..+)")
+_STACK = re.compile(
+    r"(model\.layers\.(\d+)\.mlp)\.(?:experts|switch_mlp)\.((?:gate|up|gate_up|down)_proj)(?:\.weight)?"
+)
+_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.")
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,13 @@ class Weight:
     def stored(self) -> StoredTensor:
         """The part that holds the weight itself, or its codes."""
         return next(iter(self.parts.values()))
+
+    def rows(self, begin: int, end: int) -> Weight:
+        """Some rows of a weight that is one part, as a weight."""
+        (suffix, part), shape = next(iter(self.parts.items())), (end - begin, *self.spec.shape[1:])
+        width = part.nbytes // self.spec.shape[0]
+        part = replace(part, shape=shape, begin=part.begin + begin * width, nbytes=(end - begin) * width)
+        return replace(self, parts={suffix: part})
 
 
 def check_quantization(quantization: Mapping[str, Any] | None, where: object) -> None:
@@ -89,6 +113,72 @@ def index_tensors(headers: Mapping[str, Mapping[str, Any]], where: object) -> di
                 raise InputError(what, where=where, fix="each tensor must lie in one shard")
             tensors[tensor.name] = tensor
     return tensors
+
+
+def as_published(tensors: Mapping[str, StoredTensor], config: ModelConfig, where: object) -> dict[str, StoredTensor]:
+    """The tensors under their published names, a stack as one tensor per expert; what is not recognised stays.
+
+    Raises InputError for two models or a LoRA adapter among the tensors, two spellings of one name, and a stack that
+    does not have the configuration's shape.
+    """
+    adapter = next((name for name in tensors if _ADAPTER.search(name)), None)
+    if adapter is not None:
+        fix = "merge it into the weights first: PEFT's merge_and_unload"
+        raise InputError(f"holds a LoRA adapter: {adapter}", where=where, fix=fix)
+    root = _root(tensors, where)
+    found: dict[str, StoredTensor] = {}
+    origin: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        for split in _split(replace(tensor, name=_published(name, root)), config, where):
+            if split.name in found:
+                what = f"{origin[split.name]} and {name} are both {split.name}"
+                raise InputError(what, where=where, fix="remove the one that is not the model's")
+            found[split.name], origin[split.name] = split, name
+    return found
+
+
+def _root(names: Iterable[str], where: object) -> str:
+    """What stands before `embed_tokens` and `layers`: 'model.' in published checkpoints."""
+    roots = [match[1] for match in map(_ROOT.fullmatch, names) if match]
+    if len(roots) > 1:
+        what = f"holds two models: {roots[0]}{_EMBEDDING} and {roots[1]}{_EMBEDDING}"
+        raise InputError(what, where=where, fix="leave the tensors of one")
+    return roots[0] if roots else "model."
+
+
+def _published(name: str, root: str) -> str:
+    name = name.replace(".base_layer.", ".")
+    body = name.removeprefix(root)
+    if name.startswith(root) and _BODY.match(body):
+        return f"model.{body}"
+    head = _HEAD.fullmatch(name)
+    return head[2] if head and root.startswith(head[1]) else name
+
+
+def _split(tensor: StoredTensor, config: ModelConfig, where: object) -> Iterator[StoredTensor]:
+    """A stack's matrices, expert by expert; any other tensor as it is."""
+    match = _STACK.fullmatch(tensor.name)
+    if match is None or int(match[2]) >= config.num_hidden_layers:
+        yield tensor
+        return
+    at, names = match[1], ("gate_proj", "up_proj") if match[3] == "gate_up_proj" else (match[3],)
+    shape = (config.moe_intermediate_size, config.hidden_size)
+    rows, cols = shape[::-1] if names == ("down_proj",) else shape
+    wanted = (config.n_routed_experts, len(names) * rows, cols)
+    where = f"{where}/{tensor.file}"
+    if tensor.shape != wanted:
+        turned = tensor.shape == (wanted[0], wanted[2], wanted[1])
+        fix = "transpose each expert: transformers 5 and MLX store [out, in]" if turned else "correct config.json"
+        what = f"{tensor.name} has shape {list(tensor.shape)}, config.json implies {list(wanted)}"
+        raise InputError(what, where=where, fix=fix)
+    if tensor.dtype not in PLAIN_DTYPES:
+        fix = f"stacked experts are read in {', '.join(PLAIN_DTYPES)}: give the unquantized checkpoint"
+        raise InputError(f"{tensor.name} has dtype {tensor.dtype}", where=where, fix=fix)
+    nbytes = tensor.nbytes // (wanted[0] * len(names))
+    for i in range(wanted[0] * len(names)):
+        expert, part = divmod(i, len(names))
+        name = f"{at}.experts.{expert}.{names[part]}.weight"
+        yield StoredTensor(name, tensor.dtype, (rows, cols), tensor.file, tensor.begin + i * nbytes, nbytes)
 
 
 def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where: object) -> dict[int, StoredTensor]:
@@ -186,7 +276,7 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
 
 def _held(spec: TensorSpec, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
     """The tensor under the model's own name or, of a matrix, its packed codes."""
-    names = [spec.name, *(f"{spec.module}.{suffix}" for suffix in _PACKED if spec.role in LINEAR_ROLES)]
+    names = [spec.name, *(f"{spec.module}.{suffix}" for suffix in _PACKED if not spec.keep)]
     return next((tensors[name] for name in names if name in tensors), None)
 
 
@@ -199,8 +289,8 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
         raise InputError(what, where=where, fix="correct config.json, or download the right shard")
     if held.dtype in PLAIN_DTYPES:
         return Weight(spec, "bf16", {spec.name.rpartition(".")[2]: held})
-    if spec.role not in LINEAR_ROLES or held.dtype not in ("F8_E4M3", "I8", "I32"):
-        readable = "BF16, F16, F32" + (", F8_E4M3" if spec.role in LINEAR_ROLES else "")
+    if spec.keep or held.dtype not in ("F8_E4M3", "I8", "I32"):
+        readable = "BF16, F16, F32" + (", F8_E4M3" if not spec.keep else "")
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []

@@ -65,10 +65,10 @@ def kernels(
             print(line, flush=True)
 
     if tune:
-        from dsv2quant.bench import tune as tuner
+        from dsv2quant.bench.kernels import tune as write_table
         from dsv2quant.kernels.tables import FOLDER
 
-        path = tuner.run(names, tables or FOLDER, say)
+        path = write_table(names, tables or FOLDER, say)
         terminal.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
             f"wrote {path}"
         )
@@ -131,14 +131,13 @@ def model(
         raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
 
     from dsv2quant.bench import model as measure
-    from dsv2quant.bench import subject as subjects
     from dsv2quant.bench.device import check_device
 
     check_device()
     if model in RANDOM:
-        subject = subjects.random(model, scheme or SCHEMES[0])
+        subject = measure.random(model, scheme or SCHEMES[0])
     else:
-        subject = subjects.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
+        subject = measure.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Outcome, Prepared, needs_calibration, needs_statistics, work_bytes
-from dsv2quant.calib.prepare import prepare
 from dsv2quant.calib.statistics import Statistics
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.folder import CARD_FILE, ArtifactFolder
 from dsv2quant.errors import InputError, PlanViolation
@@ -36,14 +36,13 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import expert_tokens
-from dsv2quant.report.card import calibrated, copied_files, manifest, model_card, source_card
+from dsv2quant.report.card import calibrated, manifest, model_card, source_card
 from dsv2quant.storage.durable import MANIFEST_FILE, FileEntry, dump_json, file_entry
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import sealed
 from dsv2quant.storage.safetensors import INDEX_FILE
 from dsv2quant.storage.shards import ShardWriter
 from dsv2quant.storage.work import resumable, tell_kept
-from dsv2quant.text.tokenizer_file import check_tokenizer
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
@@ -116,8 +115,8 @@ def convert(
         raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
     if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
         raise ValueError(f"recipe {plan.recipe.name} needs calibration")
-    check_tokenizer(plan.checkpoint.folder, plan.checkpoint.config.vocab_size)
-    copied = copied_files(plan.checkpoint)
+    plan.checkpoint.check_tokenizer()
+    copied = plan.checkpoint.carried_files()
     with progress(0, "", "prepare"):
         source = Source.of(plan.checkpoint, copied | _card_of(plan.checkpoint))
     small = _small_files(plan, command, copied)
@@ -130,7 +129,7 @@ def convert(
         statistics.check(plan.checkpoint)
         described |= {"statistics": statistics.describe()}
     measured = statistics.path if statistics is not None else None
-    read = [path for path in (plan.checkpoint.folder, measured, *inputs) if path is not None]
+    read = [*plan.checkpoint.inputs, *([measured] if measured is not None else []), *inputs]
     folder = ArtifactFolder(
         Path(out), plan, source, small=small, calibration=described or None, aside=aside, force=force, inputs=read,
         progress=progress,
@@ -245,7 +244,7 @@ def _jobs(plan: Plan, finished: Set[str], progress: Callable[[int], object]) -> 
             yield _Job(step)
 
 
-def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> list[Piece]:
+def _run(checkpoint: HfCheckpoint, job: _Job, prepared: Prepared, device: str) -> list[Piece]:
     """A worker's part: read, and encode or check; or fetch what calibration encoded."""
     if job.entry is not None:
         return _copy(checkpoint, job.entry, job.suffix, job.begin, job.nbytes)
@@ -265,7 +264,7 @@ def _run(checkpoint: Checkpoint, job: _Job, prepared: Prepared, device: str) -> 
 
 
 def _encode(
-    checkpoint: Checkpoint, entries: Sequence[Entry], prepared: Prepared, device: str
+    checkpoint: HfCheckpoint, entries: Sequence[Entry], prepared: Prepared, device: str
 ) -> list[dict[str, np.ndarray]]:
     sizes = [entry.weight.stored.nbytes for entry in entries]
     buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -289,7 +288,7 @@ def _encode(
     ]
 
 
-def _copy(checkpoint: Checkpoint, entry: Entry, suffix: str, begin: int, nbytes: int) -> list[Piece]:
+def _copy(checkpoint: HfCheckpoint, entry: Entry, suffix: str, begin: int, nbytes: int) -> list[Piece]:
     part = entry.weight.parts[suffix]
     data = checkpoint.read(part, begin, nbytes)
     values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
@@ -302,7 +301,7 @@ def _copy(checkpoint: Checkpoint, entry: Entry, suffix: str, begin: int, nbytes:
     return [(part.name, data, begin)]
 
 
-def _card_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+def _card_of(checkpoint: HfCheckpoint) -> dict[str, bytes]:
     """{name: content} of the source's model card, which the artifact's is made with."""
     card = source_card(checkpoint)
     return {} if card is None else {CARD_FILE: card}

@@ -73,8 +73,7 @@ class ArtifactFolder:
         self._state: StateLog | None = None
         self.complete: dict[str, FileEntry] | None = None
         self.finished: dict[str, FileEntry] = {}
-        folder = plan.checkpoint.folder
-        if folder is not None and path.exists() and path.samefile(folder):
+        if path.exists() and any(map(path.samefile, plan.checkpoint.inputs)):
             raise InputError("is the checkpoint's own folder", where=path, fix="give another output folder")
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)

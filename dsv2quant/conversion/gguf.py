@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2quant.arch.gguf_tensors import K_B, V_B
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.arch.spec import K_B, V_B
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.gguf_state import State
 from dsv2quant.errors import InputError, PlanViolation
-from dsv2quant.formats.amax_cpu import widen
 from dsv2quant.formats.codec import NonFiniteError, check_finite
+from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.planning.gguf_metadata import model_metadata
@@ -306,7 +306,7 @@ def pieces(plan: GgufPlan, entry: Entry) -> Iterator[Piece]:
             yield Piece(entry, weight, matrix, first, min(step, rows - first))
 
 
-def read_rows(checkpoint: Checkpoint, piece: Piece, weights: int = CACHED) -> Iterator[np.ndarray]:
+def read_rows(checkpoint: HfCheckpoint, piece: Piece, weights: int = CACHED) -> Iterator[np.ndarray]:
     """A piece's rows in order, about `weights` elements at a time: float32 [rows, cols], valid until the next are asked
     for.
 
@@ -328,7 +328,7 @@ def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(per_head[:, -shape[1] :]).reshape(-1, shape[2])
 
 
-def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
+def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
     """`count` rows of a weight from row `first`; a vector is one row."""
     cols = weight.spec.shape[-1]
     if weight.scheme != "bf16":
@@ -354,7 +354,7 @@ def _floats(checkpoint: Checkpoint, weight: Weight, first: int, count: int, weig
         yield values.reshape(-1, cols)
 
 
-def _check(checkpoint: Checkpoint, weight: Weight, values: np.ndarray, begin: int) -> None:
+def _check(checkpoint: HfCheckpoint, weight: Weight, values: np.ndarray, begin: int) -> None:
     """Raise InputError where flat `values`, which begin at element `begin` of the weight, are not finite."""
     try:
         check_finite(values)

@@ -67,10 +67,10 @@ class State:
         digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
         self.manifest = Manifest(out, files, digest, source)
         self._wanted = made | {"source": source.identity | {"stats": source.stats}}
-        inputs = (plan.checkpoint.folder, Path(imatrix.source) if imatrix is not None else None)
+        inputs = [*plan.checkpoint.inputs, *([Path(imatrix.source)] if imatrix is not None else [])]
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._check_names([path for path in inputs if path is not None])
+            self._check_names(inputs)
             if not force and not os.path.lexists(self.path):
                 self.complete = self.manifest.complete(progress)
             if self.complete is not None:

@@ -19,14 +19,14 @@ from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, NoiseFloor, Scored
 from dsv2quant.model.attention import KV_NAMES
+from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
-from dsv2quant.model.open import open_model
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE
 from dsv2quant.storage.safetensors import read_json
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 from dsv2quant.text.text import Text
-from dsv2quant.text.tokenizer import Protocol, Tokenizer, Windows, cut
+from dsv2quant.text.tokenizer import Protocol, Windows, cut
 
 logger = logging.getLogger(__name__)
 FLOOR_WINDOWS = 8
@@ -102,8 +102,7 @@ def evaluate(
         text=text.source,
         text_sha256=text.sha256,
         dtype=str(settings.compute_dtype).removeprefix("torch."),
-        # llama.cpp's kernels round activations to 8 bits, each backend in its own way: only weights are measured.
-        weight_only=settings.weight_only or checkpoint.metadata is not None,
+        weight_only=settings.weight_only or checkpoint.is_weight_only,
         decode_path=settings.decode_path,
         kv_cache=KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
         device=_device_name(settings.device),
@@ -154,8 +153,7 @@ def _warn(checkpoint: Checkpoint, text: Text, settings: Settings) -> None:
     if settings.ctx is not None and settings.ctx > trained:
         what = "warning: --ctx %d is beyond the trained context, %d: perplexity may explode"
         logger.warning(what, settings.ctx, trained)
-    manifest = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
-    if manifest is not None and manifest.exists():
+    if (manifest := checkpoint.file(MANIFEST_FILE)) is not None:
         calibrated = read_json(manifest).get("calibration_fingerprint")
         shared = overlap(fingerprint(text.content), calibrated) if isinstance(calibrated, list) else 0.0
         if shared > MAX_OVERLAP:
@@ -171,7 +169,7 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     if not 8 <= ctx <= checkpoint.config.max_position_embeddings:
         limit = checkpoint.config.max_position_embeddings
         raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
-    tokenizer = Tokenizer.of(checkpoint)
+    tokenizer = checkpoint.tokenizer()
     stream = tokenizer.encode(text.content)
     tokenizer.check_ids(stream, checkpoint.config.vocab_size)
     windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source, add_bos=tokenizer.add_bos)
@@ -219,8 +217,7 @@ def _device_name(device: str) -> str:
 
 
 def _scored(checkpoint: Checkpoint, nll: np.ndarray) -> Scored:
-    path = checkpoint.folder / MANIFEST_FILE if checkpoint.folder is not None else None
-    manifest = path if path is not None and path.exists() else None
+    manifest = checkpoint.file(MANIFEST_FILE)
     return Scored(
         checkpoint.model,
         checkpoint.revision,

@@ -20,18 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
+from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
 from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, TensorError, Verification, sqnr
 from dsv2quant.formats.codec import ROWS_APART
-from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.load import decode, decode_parts, stored_tensor
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
-from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, hash_file
-from dsv2quant.storage.manifest import beside, check_regular, gguf_manifest, is_text, read_manifest
-from dsv2quant.storage.safetensors import INDEX_FILE
+from dsv2quant.storage.durable import hash_file
+from dsv2quant.storage.manifest import check_regular, is_text, read_manifest
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
 PIECE = {"cpu": 1 << 18}  # weights of a piece
@@ -61,11 +58,6 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
         raise InputError(what, where=artifact.model, fix="give the checkpoint it was made from")
 
 
-def decoded_dtype(artifact: Checkpoint) -> torch.dtype:
-    """BF16, in which DeepSeek-V2 is served; float32 of a GGUF file's blocks, which llama.cpp multiplies as they are."""
-    return torch.bfloat16 if artifact.metadata is None else torch.float32
-
-
 def bytes_compared(artifact: Checkpoint, source: Checkpoint) -> int:
     """What `compare_tensors` reads."""
     return sum(weight.nbytes for checkpoint in (artifact, source) for weight in checkpoint.weights)
@@ -74,12 +66,11 @@ def bytes_compared(artifact: Checkpoint, source: Checkpoint) -> int:
 def compare_tensors(
     artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object], device: str = "cpu"
 ) -> list[TensorError]:
-    """The error of every weight as consumers decode it (`decoded_dtype`), against the source's exact values, folded as
+    """The error of every weight as consumers decode it (`served_dtype`), against the source's exact values, folded as
     in the artifact."""
     wanted = {w.spec.name: w for w in source.weights}
-    smoothing = (
-        Smoothing({}) if artifact.folder is None else Smoothing.open(artifact.folder / SMOOTHING_FILE, artifact.config)
-    )
+    factors = artifact.file(SMOOTHING_FILE)
+    smoothing = Smoothing({}) if factors is None else Smoothing.open(factors, artifact.config)
     running: deque[tuple[int, Future[TensorError]]] = deque()
     errors = []
 
@@ -121,9 +112,8 @@ def _tensor_error(
     rows = weight.spec.shape[0]
     step = PIECE.get(device, PIECE_OF_DEVICE) * rows // weight.spec.size
     step = max(step // ROWS_APART, 1) * ROWS_APART
-    decoded, exact = (
-        _reader(artifact, weight, decoded_dtype(artifact), device), _reader(source, wanted, torch.float32, device)
-    )  # fmt: skip
+    decoded = artifact.row_decoder(weight, getattr(torch, artifact.served_dtype), device)
+    exact = source.row_decoder(wanted, torch.float32, device)
     signal = noise = largest = 0.0
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
@@ -157,28 +147,6 @@ def _smoothed(x: torch.Tensor, smoothing: Smoothing, spec: TensorSpec, begin: in
     return x
 
 
-def _reader(
-    checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype, device: str
-) -> Callable[[int, int], torch.Tensor]:
-    """A function (begin, end) that gives these rows of a weight, decoded to `dtype`."""
-    if len(weight.parts) == 1 and (weight.scheme == "bf16" or checkpoint.metadata is not None):
-        return lambda begin, end: decode(checkpoint, _rows(weight, begin, end), dtype, device)
-    if checkpoint.metadata is not None:
-        whole = decode(checkpoint, weight, dtype, device)
-        return lambda begin, end: whole[begin:end]
-    parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
-    codec = CODECS[weight.scheme]
-    return lambda begin, end: decode_parts(checkpoint, weight, codec.rows(parts, begin, end), dtype)
-
-
-def _rows(weight: Weight, begin: int, end: int) -> Weight:
-    """Some rows of a weight that is one part, as a weight."""
-    (suffix, part), shape = next(iter(weight.parts.items())), (end - begin, *weight.spec.shape[1:])
-    width = part.nbytes // weight.spec.shape[0]
-    part = replace(part, shape=shape, begin=part.begin + begin * width, nbytes=(end - begin) * width)
-    return replace(weight, parts={suffix: part})
-
-
 WORST = 5
 
 
@@ -186,34 +154,12 @@ def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) ->
     """Check the files of an artifact. Raises InputError naming the first that is not as its manifest says, that the
     manifest does not list though consumers load it, or whose scales are not finite; also where a folder is no artifact
     of ours and, its source not given, nothing could be checked."""
-    if artifact.metadata is not None:
-        first = artifact.data[artifact.files[0]][0]
-        manifest = gguf_manifest(first)
-        if os.path.lexists(manifest):
-            return _by_manifest(manifest, artifact.files, progress)
-        check_blocks(artifact, progress)
-        return Checked("blocks", _sizes(artifact))
-    folder = artifact.folder
-    assert folder is not None
-    if (folder / STATE_FILE).exists():
-        raise InputError("the conversion is unfinished", where=folder, fix="run the same `convert` again")
-    if not os.path.lexists(folder / MANIFEST_FILE):
-        if has_source and artifact.config.quantization is not None:
-            return Checked("nothing", _sizes(artifact))
-        what = f"is no artifact of dsv2quant: it has no {MANIFEST_FILE}"
-        fix = "`dsv2quant inspect` shows what it holds; of a quantized one, --source measures the error"
-        raise InputError(what, where=folder, fix=fix)
-    needed = [
-        *artifact.files,
-        "config.json",
-        *(name for name in (INDEX_FILE, SMOOTHING_FILE) if (folder / name).exists()),
-    ]
-    checked = _by_manifest(folder / MANIFEST_FILE, needed, progress)
-    loaded, added = beside(folder, checked.files.keys() | {MANIFEST_FILE})
-    if loaded:
-        what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
-        raise InputError(what, where=folder, fix="remove what was added")
-    return Checked("manifest", checked.files, checked.digest, checked.edited, added)
+    manifest = artifact.manifest
+    if not os.path.lexists(manifest):
+        return Checked(artifact.check_unlisted(progress, has_source), _sizes(artifact))
+    smoothing = [SMOOTHING_FILE] if artifact.file(SMOOTHING_FILE) else []
+    checked = _by_manifest(manifest, [*artifact.listed_files(), *smoothing], progress)
+    return replace(checked, added=artifact.check_added([*checked.files]))
 
 
 def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Checked:
@@ -254,22 +200,6 @@ def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:
     return {name: {"size": path.stat().st_size, "sha256": None} for name, (path, _) in artifact.data.items()}
 
 
-def check_blocks(artifact: Checkpoint, progress: Progress) -> None:
-    """Read every weight of a GGUF file. Raises InputError at the first scale or plain value that is NaN or infinite."""
-    from dsv2quant.formats.gguf.blocks import first_bad_block
-
-    with progress(sum(weight.nbytes for weight in artifact.weights), "B", "scales") as advance:
-        for weight in artifact.weights:
-            for part in weight.parts.values():
-                bad = first_bad_block(part.dtype, artifact.read(part))
-                if bad is not None:
-                    what = f"{part.name}: block {bad:,} of {weight.spec.name} has a scale that is NaN or infinite"
-                    raise InputError(
-                        what, where=artifact.data[part.file][0], fix="get the file again, or convert again"
-                    )
-                advance(part.nbytes)
-
-
 def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:
     """Errors by role and scheme, and the worst tensors."""
     groups: dict[tuple[str, str], list[TensorError]] = {}
@@ -289,4 +219,4 @@ def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErro
         for (role, scheme), members in ordered
     ]
     worst = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)[:WORST]
-    return SourceErrors(str(decoded_dtype(artifact)).removeprefix("torch."), roles, worst)
+    return SourceErrors(artifact.served_dtype, roles, worst)

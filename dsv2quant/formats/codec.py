@@ -246,7 +246,7 @@ def widened(weight: np.ndarray) -> np.ndarray:
 
 def check_finite(weight: np.ndarray, which: int = 0) -> None:
     """Raise NonFiniteError at the first NaN or infinity of BF16 bits (uint16) or of a float32 array."""
-    from dsv2quant.formats.amax_cpu import amax_bits
+    from dsv2quant.formats.cpu import amax_bits
 
     bits = np.ascontiguousarray(weight if weight.dtype == np.uint16 else weight.view(np.uint32))
     infinity = np.array(0x7F80 if bits.dtype == np.uint16 else 0x7F800000, bits.dtype)

@@ -123,7 +123,7 @@ def _of_inputs(inputs: Any, weights: Mapping[str, Any], kind: str, bits: int) ->
             yield "no input_activations of INT8 weights"
         return
     plain = weights.get("symmetric", True) and _actorder(weights) != "group"
-    if bits == 4 and not (plain and group_size(weights) == 128):  # as w4a8.py has it
+    if bits == 4 and not (plain and group_size(weights) == 128):  # as W4A8 has it
         yield "input_activations of INT4 weights"
         return
     of = "int" if (kind, bits) == ("int", 8) else "float"

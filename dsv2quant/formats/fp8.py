@@ -101,8 +101,6 @@ class Fp8(EveryShape):
         if self.static and len(inputs) != len(weights):
             raise ValueError(f"{self.name} needs the inputs of every weight")
         if device == "cpu":
-            from dsv2quant.formats.fp8_cpu import encode as encode_on_cpu
-
             encoded = encode_on_cpu(weights, self.grid)
         else:
             encoded = encode_with_torch(weights, self.grid, device)
@@ -135,6 +133,41 @@ class Fp8(EveryShape):
         whole.unflatten(0, (-1, BLOCK)).mul_(scales[: len(whole) // BLOCK, None])
         ragged.mul_(scales[len(whole) // BLOCK :])
         return codes.to(dtype)
+
+
+def encode_on_cpu(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(codes uint8 [out, in], scales float32) of each weight; with `tensor`, all share one scale.
+
+    Weights are BF16 bits (uint16) or float32. Raises NonFiniteError naming the weight and the first offending index.
+    """
+    from dsv2quant.formats.cpu import amax_bits, encode_block, encode_channel, encode_rows
+
+    all_bits = [np.ascontiguousarray(w if w.dtype == np.uint16 else w.view(np.uint32)) for w in weights]
+    infinity = np.uint16(0x7F80) if all_bits[0].dtype == np.uint16 else np.uint32(0x7F800000)
+    if grid == "tensor":
+        amaxes = [amax_bits(bits) for bits in all_bits]
+        for which, amax in enumerate(amaxes):
+            if amax >= infinity:
+                check_finite(weights[which], which)
+        shared_amax = all_bits[0].dtype.type(max(amaxes))
+    encoded = []
+    for which, bits in enumerate(all_bits):
+        rows, cols = bits.shape
+        codes = np.empty((rows, cols), np.uint8)
+        if grid == "block":
+            scales = np.empty((-(-rows // BLOCK), -(-cols // BLOCK)), np.float32)
+            finite = encode_block(bits, codes, scales, infinity)
+        elif grid == "channel":
+            scales = np.empty((rows, 1), np.float32)
+            finite = encode_channel(bits, codes, scales, infinity)
+        else:
+            scales = np.empty(1, np.float32)
+            encode_rows(bits, codes, scales, shared_amax)
+            finite = True
+        if not finite:
+            check_finite(weights[which], which)
+        encoded.append((codes, scales))
+    return encoded
 
 
 def encode_with_torch(weights: Sequence[np.ndarray], grid: Grid, device: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import Inputs, Integers, TooLargeError, check_finite, config_group, to_bf16, widened
+from dsv2quant.formats.codec import (
+    Inputs,
+    Integers,
+    TooLargeError,
+    check_finite,
+    config_group,
+    eight_bits,
+    to_bf16,
+    widened,
+)
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -73,7 +82,7 @@ def group_of_columns(parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
 class Int4:
     """The codec of `int4-g128`, `int4-g64`, `int4-g32` and, without a group size, `int4-channel`.
 
-    Other layouts of the same codes, and other activations, are subclasses (transposed.py, w4a8.py).
+    Other layouts of the same codes, and other activations, are subclasses (transposed.py, W4A8).
     """
 
     family = "int4"
@@ -140,7 +149,7 @@ class Int4:
         inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """Encode by `rtn`, `mse` or `awq`; all run on the CPU, whatever the device."""
-        from dsv2quant.formats.int4_cpu import nearest_codes, rtn_scales, search_scales
+        from dsv2quant.formats.cpu import nearest_codes, rtn_scales, search_scales
 
         encoded = []
         for which, weight in enumerate(weights):
@@ -174,7 +183,7 @@ class Int4:
         return True
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
-        from dsv2quant.formats.int4_cpu import round_to_bf16
+        from dsv2quant.formats.cpu import round_to_bf16
 
         return round_to_bf16(scales)
 
@@ -201,3 +210,32 @@ class Int4:
             return codes.sub_(offsets[:, group]).mul_(scales[:, group]).to(dtype)
         groups = codes.unflatten(1, (scales.shape[1], -1))
         return groups.sub_(offsets.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+class W4A8(Int4):
+    """The codec of `w4a8-g128`: groups of 128 with FP8 activations per token, served W4A8.
+
+    Parts, codes and methods are those of `int4-g128`: only what a server makes of activations differs, so that
+    `quantization_config` alone tells the two apart. `decode` is the weight as it is stored, which is also what
+    transformers loads.
+
+    vLLM 0.33 loads it on Hopper (sm90) and multiplies in FP8. The BF16 scales of a row become e4m3 multiples of one
+    float32 scale, their largest / 448, which are divided by 8 and rounded again (quant_utils.py,
+    convert_bf16_scales_to_fp8): a scale moves by 2.6% (root mean square) and at most 5.9%, whatever the model. Then
+    codes times scales are e4m3, too (cutlass_pack_scale_fp8 tabulates them).
+    """
+
+    activation = "token"
+    runtime = "decoded"
+    finer = "int4-g128"
+
+    def __init__(self) -> None:
+        super().__init__(128)
+        self.name = "w4a8-g128"
+
+    def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
+        """Itself: kernels have groups of 128 alone."""
+        return "w4a8-g128"
+
+    def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        return super().declared() | {"input_activations": eight_bits("float", "token", dynamic=True)}

@@ -60,7 +60,7 @@ class Int8(EveryShape):
         inputs: Sequence[Inputs] = (),
     ) -> list[dict[str, np.ndarray]]:
         """Codes (int8) and scales (BF16 bits), made on the CPU, whatever the device."""
-        from dsv2quant.formats.int4_cpu import group_amax, nearest_codes, round_to_bf16
+        from dsv2quant.formats.cpu import group_amax, nearest_codes, round_to_bf16
 
         encoded = []
         for which, weight in enumerate(weights):

@@ -12,19 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.formats.codec import Codec, eight_bits
 from dsv2quant.formats.compressed_tensors import group_size, is_int4
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.safetensors import Part
-
-# Names under which vLLM and SGLang know a fused module, by the roles of its members.
-_FUSED_ALIASES = {
-    "q_a_proj": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
-    "kv_a_proj_with_mqa": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
-    "gate_proj": ("gate_up_proj",),
-    "up_proj": ("gate_up_proj",),
-}
 
 _FORMATS = ("pack-quantized", "float-quantized", "int-quantized")  # the first that is there names the whole
 
@@ -90,14 +82,11 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
     """Every unquantized module that holds a matrix, with its fused aliases; experts by their stack's name alone."""
     names: dict[str, None] = {}
     for spec, scheme in schemes.items():
-        if scheme != "bf16" or spec.role not in (*LINEAR_ROLES, "router", "lm_head", "score"):
-            continue
-        parent, _, leaf = spec.module.rpartition(".")
-        if spec.role.startswith("routed."):
-            names[f"model.layers.{spec.layer}.mlp.experts"] = None
-        for alias in () if spec.role.startswith("routed.") else _FUSED_ALIASES.get(leaf, ()):
-            names[f"{parent}.{alias}"] = None
-        names[spec.module] = None
+        if scheme == "bf16" and spec.role not in ("embed", "norm", "bias"):
+            aliases = () if spec.fused_as is None else spec.fused_as.names
+            if spec.expert is not None:
+                aliases = (spec.parent.rpartition(".")[0],)
+            names |= dict.fromkeys((*aliases, spec.module))
     return list(names)
 
 
@@ -111,7 +100,7 @@ def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
     used = {s for spec, s in schemes.items() if s != "bf16"}
     if len(used) == 1:
         return {"group_0": {"targets": ["Linear"], **CODECS[used.pop()].declared()}}
-    routed = {s for spec, s in schemes.items() if s != "bf16" and spec.role.startswith("routed.")}
+    routed = {s for spec, s in schemes.items() if s != "bf16" and spec.expert is not None}
     return {
         f"group_{i}": {"targets": _targets(schemes, scheme), **CODECS[scheme].declared()}
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
@@ -122,21 +111,23 @@ def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
     """Regular expressions for the modules of one scheme: one per role, naming layers only where it must."""
     patterns = []
     for role in LINEAR_ROLES:
-        everywhere = {spec.layer: s for spec, s in schemes.items() if spec.role == role}
-        layers = [layer for layer, s in everywhere.items() if s == scheme]
+        everywhere = {spec.layer: spec for spec in schemes if spec.role == role}
+        layers = [layer for layer, spec in everywhere.items() if schemes[spec] == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
-            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(role)}$")
+            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(everywhere[layers[0]])}$")
     return patterns
 
 
-def _module_pattern(role: str) -> str:
-    ffn, _, leaf = role.rpartition(".")
-    names = "|".join((leaf, *_FUSED_ALIASES.get(leaf, ())))
-    if ffn == "routed":
-        return rf"mlp\.experts\.\d+\.{leaf}"
-    parent = {"": "self_attn", "dense": "mlp", "shared": r"mlp\.shared_\w+"}[ffn]
-    return rf"{parent}\.({names})"
+def _module_pattern(spec: TensorSpec) -> str:
+    """A module in its layer, under its own name and its fused module's."""
+    parent, _, leaf = spec.module.removeprefix(f"model.layers.{spec.layer}.").rpartition(".")
+    parent = parent.replace(".", r"\.")
+    if spec.expert is not None:
+        return rf"{parent.removesuffix(str(spec.expert))}\d+\.{leaf}"
+    parent = parent.replace("experts", r"\w+")
+    names = (leaf, *(name.rpartition(".")[2] for name in (spec.fused_as.names if spec.fused_as else ())))
+    return rf"{parent}\.({'|'.join(names)})"
 
 
 def activations_quantized(config: Mapping[str, Any] | None) -> bool:

@@ -63,13 +63,13 @@ class Transposed(Int4):
         raise ValueError(f"{self.name} is packed on the CPU alone")
 
     def holds(self, scales: np.ndarray) -> bool:
-        from dsv2quant.formats.int4_cpu import LARGEST_FLOAT16, round_to_bf16
+        from dsv2quant.formats.cpu import LARGEST_FLOAT16, round_to_bf16
 
         return bool((round_to_bf16(scales) <= LARGEST_FLOAT16).all())
 
     def storable(self, scales: np.ndarray) -> np.ndarray:
         """Float16 values that BF16 holds too, so that consumers may load them in either."""
-        from dsv2quant.formats.int4_cpu import round_to_float16
+        from dsv2quant.formats.cpu import round_to_float16
 
         return round_to_float16(scales)
 

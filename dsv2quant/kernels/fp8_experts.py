@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels.act_quant import encoded, magnitudes, outputs, quantize_activation, scale_of
+from dsv2quant.kernels.activations import encoded, magnitudes, outputs, quantize_activation, scale_of
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -170,8 +170,8 @@ def gate_up(
 ) -> torch.Tensor:  # fmt: skip
     """silu(gate(x)) · up(x) of pairs' tokens and experts, in float32, rounded once to `dtype` [tokens · k, I].
 
-    x is e4m3 [tokens, H], contiguous, with scales as act_quant gives them: [tokens, ⌈H/128⌉] in any strides for weights
-    of blocks, [tokens, 1] or [1] for others. H and I are multiples of 16.
+    x is e4m3 [tokens, H], contiguous, with scales as quantize_activation gives them: [tokens, ⌈H/128⌉] in any strides
+    for weights of blocks, [tokens, 1] or [1] for others. H and I are multiples of 16.
     Raises ValueError where shapes, dtypes or layouts are others, and TypeError for bfloat16 in Triton's interpreter.
     """
     h = torch.empty(len(routes.pairs), stack.gate_up.shape[2], dtype=dtype, device=x.device)
@@ -183,7 +183,7 @@ def gate_up_quantized(
     x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts,
     dtype: torch.dtype = torch.bfloat16, share: Share | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`gate_up`, quantized by groups of 128 columns as by act_quant: e4m3 [tokens · k, I] and scales."""
+    """`gate_up`, quantized by groups of 128 columns as by quantize_activation: e4m3 [tokens · k, I] and scales."""
     h, scales = outputs(len(routes.pairs), stack.gate_up.shape[2], "group128", None, x.device)
     _gate_up(x, x_scales, routes, k, stack, h, scales, dtype, share or choose_gate_up(routes.block))
     return h, scales
@@ -193,7 +193,8 @@ def gate_up_codes(
     x: torch.Tensor, x_scales: torch.Tensor, routes: Routes, k: int, stack: Fp8Experts, granularity: str,
     dtype: torch.dtype = torch.bfloat16, scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`gate_up`, quantized as by act_quant ('static' by `scale`): in one launch where programs have whole groups."""
+    """`gate_up`, quantized as by quantize_activation ('static' by `scale`): in one launch where programs have whole
+    groups."""
     if granularity == "group128" and choose_gate_up(routes.block).rows == 2 * BLOCK:
         return gate_up_quantized(x, x_scales, routes, k, stack, dtype)
     return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), granularity, scale)

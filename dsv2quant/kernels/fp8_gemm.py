@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_vector, tables
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 
@@ -186,7 +186,7 @@ def linear(
     granularity: str,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`matmul` of what act_quant.quantize_activation makes of x: for a few tokens in one launch, unless by `scale`."""
+    """`matmul` of what quantize_activation makes of x: for a few tokens in one launch, unless by `scale`."""
     (M, K), N = x.shape, w.shape[0]
     share = choose(M, N, K)
     if isinstance(share, Vector) and 0 < M * K <= fp8_vector.MOST_FLOATS:

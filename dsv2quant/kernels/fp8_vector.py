@@ -2,8 +2,8 @@
 
 The time is that of reading w, and of what stands around it: a launch, one wait for memory, one sum. So a program takes
 few rows over the whole of K, and asks for all it can hold before it computes. Codes become float32 (through float16, by
-one instruction for two), products and sums are float32's. x may come as it was before act_quant: each program makes its
-codes then, while it waits for w's.
+one instruction for two), products and sums are float32's. x may come as it was before it was quantized: each program
+makes its codes then, while it waits for w's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels.act_quant import encoded, magnitudes, scale_of
+from dsv2quant.kernels.activations import encoded, magnitudes, scale_of
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
@@ -47,6 +47,14 @@ def rule(rows: int, columns: int) -> Vector:
 
 
 @triton.jit
+def _halves(row, piece, K: tl.constexpr):
+    """Of a token's row, which ends at column K, the 16 columns from each `piece` [·] on: two of [·, 8]."""
+    half = row + piece[:, None] + tl.arange(0, HALF)[None, :]
+    inside = piece[:, None] < K
+    return tl.load(half, mask=inside, other=0.0), tl.load(half + HALF, mask=inside, other=0.0)
+
+
+@triton.jit
 def _joined(low, high):
     """A thread's 16 columns of one token, which come in halves [· / 16, 8], as float32 [· / 16, 16]."""
     return tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], PIECE).to(tl.float32)
@@ -54,7 +62,7 @@ def _joined(low, high):
 
 @triton.jit
 def _group_scales(values):
-    """[· / 16]: of each 16 columns, those that act_quant gives to the 128 that they are part of."""
+    """[· / 16]: of each 16 columns, those that quantize_activation gives to the 128 that they are part of."""
     PIECES: tl.constexpr = values.shape[0]
     OF_GROUP: tl.constexpr = DEPTH // PIECE
     largest = tl.max(tl.max(magnitudes(values), 1).reshape(PIECES // OF_GROUP, OF_GROUP), 1)
@@ -69,6 +77,42 @@ def _token_scales(values, t: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.conste
         floats = _joined(values[2 * (i * TOKENS + t)], values[2 * (i * TOKENS + t) + 1])
         largest = tl.maximum(largest, tl.max(magnitudes(floats), 1))
     return scale_of(tl.max(largest, 0))
+
+
+@triton.jit
+def _quantized(values, GROUPED: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr, ROUND: tl.constexpr):
+    """Codes, [1, WIDE], and scales of what is held of each token."""
+    PIECES: tl.constexpr = values[0].shape[0]
+    codes, scales = (), ()
+    for i in tl.static_range(HELD * TOKENS):
+        floats = _joined(values[2 * i], values[2 * i + 1])
+        if GROUPED:
+            scale = _group_scales(floats)
+            wide = tl.broadcast_to(scale[:, None], [PIECES, PIECE])
+        else:
+            scale = _token_scales(values, i % TOKENS, TOKENS, HELD)
+            wide = tl.zeros([PIECES, PIECE], tl.float32) + scale
+        codes = codes + (encoded(floats, wide, ROUND).reshape(1, PIECES * PIECE),)
+        scales = scales + (scale,)
+    return codes, scales
+
+
+@triton.jit
+def _added(totals, weights, of_rows, codes, scales, i: tl.constexpr, TOKENS: tl.constexpr):
+    """Each token's totals [ROWS, WIDE / 16] with the products of the i-th codes held, of it and of `weights`, float32
+    [ROWS, WIDE]; of_rows are the scales of groups, or None."""
+    ROWS: tl.constexpr = weights.shape[0]
+    PIECES: tl.constexpr = weights.shape[1] // PIECE
+    found = ()
+    for t in tl.static_range(TOKENS):
+        products = weights * codes[i * TOKENS + t].to(tl.float32)
+        sums = tl.sum(products.reshape(ROWS, PIECES, PIECE), 2)
+        if of_rows is not None:
+            sums *= (of_rows * scales[i * TOKENS + t])[None, :]
+        else:
+            sums *= scales[i * TOKENS + t]
+        found = found + (totals[t] + sums,)
+    return found
 
 
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
@@ -109,10 +153,7 @@ def _vector_kernel(
             for t in tl.static_range(TOKENS):
                 token = tl.minimum(first_token + t, M - 1)
                 if x_scale is None:
-                    half = x + token * x_m + piece[:, None] + tl.arange(0, HALF)[None, :]
-                    there = piece[:, None] < K
-                    values = values + (tl.load(half, mask=there, other=0.0),)
-                    values = values + (tl.load(half + HALF, mask=there, other=0.0),)
+                    values = values + _halves(x + token * x_m, piece, K)
                 elif K % (WIDE * HELD) == 0:
                     values = values + (tl.load(x + token * x_m + column),)
                 else:
@@ -125,29 +166,10 @@ def _vector_kernel(
         if M > 0:
             given, scales = values, of_tokens
             if x_scale is None:
-                given, scales = (), ()
-                for i in tl.static_range(HELD * TOKENS):
-                    floats = _joined(values[2 * i], values[2 * i + 1])
-                    if GROUPED:
-                        scale = _group_scales(floats)
-                        wide = tl.broadcast_to(scale[:, None], [PIECES, PIECE])
-                    else:
-                        scale = _token_scales(values, i % TOKENS, TOKENS, HELD)
-                        wide = tl.zeros([PIECES, PIECE], tl.float32) + scale
-                    given = given + (encoded(floats, wide, ROUND).reshape(1, WIDE),)
-                    scales = scales + (scale,)
+                given, scales = _quantized(values, GROUPED, TOKENS, HELD, ROUND)
             for i in tl.static_range(HELD):
-                a = codes[i].to(tl.float32)
-                found = ()
-                for t in tl.static_range(TOKENS):
-                    products = a * given[i * TOKENS + t].to(tl.float32)
-                    sums = tl.sum(products.reshape(ROWS, PIECES, PIECE), 2)
-                    if GROUPED:
-                        sums *= (of_rows[i] * scales[i * TOKENS + t])[None, :]
-                    else:
-                        sums *= scales[i * TOKENS + t]
-                    found = found + (totals[t] + sums,)
-                totals = found
+                of_row = of_rows[i] if GROUPED else None
+                totals = _added(totals, codes[i].to(tl.float32), of_row, given, scales, i, TOKENS)
     for t in tl.static_range(TOKENS):
         total = tl.sum(totals[t], 1)
         if not GROUPED:

@@ -41,6 +41,17 @@ def _scales(words, TILES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _zeros(words, TILES: tl.constexpr):
+    """Pairs [TILES, 32] of rows r and r + 8 → int32 of each, 8 without words."""
+    if words is None:
+        low = tl.full((TILES, 32), 8, tl.int32)
+        high = low
+    else:
+        low, high = words & 0xFFFF, words >> 16
+    return low, high
+
+
+@triton.jit
 def _sums(
     x, rows, present, words, scales, zeros, expert, by_rows, split, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -89,11 +100,7 @@ def _sums(
             tl.debug_barrier()
         if HELD == 1 or K > 0:
             for j in tl.static_range(HELD):
-                if zeros is None:
-                    low = tl.full((TILES, 32), 8, tl.int32)
-                    high = low
-                else:
-                    low, high = points[j] & 0xFFFF, points[j] >> 16
+                low, high = _zeros(points[j] if zeros is not None else None, TILES)
                 weight = integers(held[j], low, high, TILES, SPANS, STEPS, x.dtype.element_ty, MAGIC, ASM)
                 if GROUPED:
                     scale = _scales(factors[j], TILES, scales.dtype.element_ty)
@@ -233,13 +240,14 @@ def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, p
 
 def _launch(
     x: torch.Tensor, stack: Stack, config: Config, pairs: int
-) -> tuple[list[object], dict[str, object], dict[str, object]]:
+) -> tuple[list[torch.Tensor | int | None], dict[str, int], dict[str, bool | int]]:
     """A kernel's arguments, the constants that both have, and how it is launched."""
     _, blocks, spans, *_, steps = stack.words.shape
     groups = stack.scales.shape[1]
     block = depth(stack.columns // groups)
     shares = config.split * config.held if config.held > 1 else 1
-    arguments = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns, blocks, spans, groups]
+    arguments: list[torch.Tensor | int | None] = [stack.words, stack.scales, stack.zeros, stack.rows, stack.columns]
+    arguments += [blocks, spans, groups]
     constants = {
         "GROUPED": groups > 1, "EVEN": stack.columns % (shares * block) == 0, "TILES": config.rows // ROWS,
         "SPANS": block // (16 * steps), "STEPS": steps, "TOKENS": pairs, "STAGES": config.stages, "HELD": config.held,

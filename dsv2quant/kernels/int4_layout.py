@@ -250,16 +250,19 @@ def gate_up_of(stack: Int4Experts, expert: int) -> tuple[Int4Weight, Int4Weight]
 def down_of(stack: Int4Experts, expert: int) -> Int4Weight:
     """What `fill` was given."""
     part = stack.down
-    scales, zeros = (
-        None if values is None else values[expert].transpose(-1, -2).flatten(1) for values in (part.scales, part.zeros)
-    )
-    return _weight(part, part.words[expert], scales, zeros)
+    scales = _rows(part.scales[expert])
+    return _weight(part, part.words[expert], scales, None if part.zeros is None else _rows(part.zeros[expert]))
 
 
 def _weight(part: Stack, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> Int4Weight:
     """Scales and zeros may be of more rows, of padding."""
     zeros = None if zeros is None else zeros[:, : part.rows].int()
     return Int4Weight(words, scales[:, : part.rows].float(), zeros, None, words.new_zeros(0), part.rows, part.columns)
+
+
+def _rows(strips: torch.Tensor) -> torch.Tensor:
+    """[groups, strips, 4, 8, 2] → [groups, strips · 64]: `_strips` taken back."""
+    return strips.transpose(-1, -2).flatten(1)
 
 
 def _halves_swapped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

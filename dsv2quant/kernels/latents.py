@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.act_quant import nearest
+from dsv2quant.kernels.activations import nearest
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 
@@ -140,7 +140,7 @@ def _stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.con
     if LARGEST is not None:
         x = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND:  # before the cast, as in act_quant
+        if ROUND:  # before the cast, as in activations.encoded
             x = nearest(x, STORED.is_fp8e5())
     return x.to(STORED)
 

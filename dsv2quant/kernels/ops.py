@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from dsv2quant.kernels import (
-    act_quant,
+    activations,
     fp8_experts,
     fp8_gemm,
     gguf_experts,
@@ -19,9 +19,7 @@ from dsv2quant.kernels import (
     reference_experts,
     routing,
 )
-from dsv2quant.kernels import add_norm as norms
 from dsv2quant.kernels import mla_decode as attention
-from dsv2quant.kernels import silu_mul as gates
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,14 +35,15 @@ def _either(kernel: Callable[P, R], reference: Callable[..., Any]) -> Callable[P
     return operation
 
 
-quantize_activation = _either(act_quant.quantize_activation, reference.quantize_activation)
+quantize_activation = _either(activations.quantize_activation, reference.quantize_activation)
 fp8_matmul = _either(fp8_gemm.matmul, reference.fp8_matmul)
 fp8_linear = _either(fp8_gemm.linear, reference.fp8_linear)
 int4_linear = _either(int4_gemm.linear, reference.linear_int4)
 gguf_linear = _either(gguf_gemm.linear, reference_experts.linear_gguf)
 
-add_norm = _either(norms.add_norm, reference.add_norm)
-silu_mul = _either(gates.silu_mul, reference.silu_mul)
+add_norm = _either(activations.add_norm, reference.add_norm)
+silu_mul = _either(activations.silu_mul, reference.silu_mul)
+silu_mul_codes = _either(activations.silu_mul_codes, reference.silu_mul_codes)
 append_latents = _either(latents.append_latents, reference.append_latents)
 absorb_k = _either(latents.absorb_k, reference.absorb_k)
 absorb_v = _either(latents.absorb_v, reference.absorb_v)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.arch.spec import Router
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, expand_blocks, scales_of
 from dsv2quant.formats.int4 import OFFSET
 from dsv2quant.formats.int8 import INT8_MAX
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.int4_layout import Int4Weight, unpack
 
 
@@ -99,25 +100,25 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)
 
 
-def route(
-    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts].
 
     DeepSeek's `MoEGate`: softmax over all experts; with groups, only the topk_group groups whose best expert scores
     highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
+    Raises ValueError where the router is another.
     """
+    router.check(logits.shape[-1])
     scores = logits.softmax(-1)
     eligible = scores
-    if n_group > 1:
-        best = scores.unflatten(-1, (n_group, -1)).amax(-1)  # [tokens, n_group]
-        groups = best.topk(topk_group, sorted=False).indices
+    if router.groups > 1:
+        best = scores.unflatten(-1, (router.groups, -1)).amax(-1)  # [tokens, groups]
+        groups = best.topk(router.topk_group, sorted=False).indices
         keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // n_group, -1), 0.0)
-    weights, experts = eligible.topk(k, sorted=False)
-    if norm and k > 1:
+        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // router.groups, -1), 0.0)
+    weights, experts = eligible.topk(router.k, sorted=False)
+    if router.normalise and router.k > 1:
         return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
-    return weights * scale, experts
+    return weights * router.scale, experts
 
 
 def mla_decode(
@@ -162,12 +163,16 @@ def add_norm(
     return Normed(residual, normed, codes, scales)
 
 
-def silu_mul(
-    gate: torch.Tensor, up: torch.Tensor, *, quantize: str | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up, [T, columns], or its codes and scales."""
-    h = (F.silu(gate.float()) * up.float()).to(gate.dtype)
-    return h if quantize is None else quantize_activation(h, quantize, scale)
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, [T, columns]."""
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def silu_mul_codes(
+    gate: torch.Tensor, up: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of silu(gate) · up."""
+    return quantize_activation(silu_mul(gate, up), granularity, scale)
 
 
 def append_latents(

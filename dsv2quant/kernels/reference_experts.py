@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.arch.spec import Router
 from dsv2quant.formats.e4m3 import expand_blocks
 from dsv2quant.kernels.int4_layout import Int4Experts, Int4Weight, down_of, gate_up_of
 from dsv2quant.kernels.reference import dequantize_activation, dequantize_int4, quantize_activation, route
@@ -42,11 +43,9 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), router)
 
 
-def route_and_sort(
-    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, Routes]:
-    weights, chosen = route(logits, n_group, topk_group, k, norm, scale)
-    return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), k, logits.shape[1]))
+def route_and_sort(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+    weights, chosen = route(logits, router)
+    return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), router.k, logits.shape[1]))
 
 
 def gate_up_int4(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 
 PIECE: tl.constexpr = tl.constexpr(4)  # columns that a thread loads of a row at once, also of x's narrower ones
@@ -224,46 +225,40 @@ def _sort_kernel(
         tl.store(pairs + place, pair, mask=pair < count)
 
 
-def route(
-    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, experts int32), both [tokens, k], of `logits`, float32 [tokens, experts]: model.moe.route.
+def route(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts int32), both [tokens, k], of `logits`, float32 [tokens, experts]: `reference.route`.
 
     Experts come by score, highest first; of equal ones the lowest index is taken, as it is of groups.
-    Raises ValueError where logits are others, or numbers do not fit.
+    Raises ValueError where logits are others, or the router does not fit.
     """
-    weights, chosen, _ = _route(logits, n_group, topk_group, k, norm, scale, None)
+    weights, chosen, _ = _route(logits, router, None)
     return weights, chosen
 
 
-def route_and_sort(
-    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+def route_and_sort(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, Routes]:
     """`route`, and `sort_pairs` of what it chose in tiles of `choose_block`: for one token by one launch."""
-    block = choose_block(logits.shape[0], k, logits.shape[1])
-    weights, chosen, routes = _route(logits, n_group, topk_group, k, norm, scale, block)
+    block = choose_block(logits.shape[0], router.k, logits.shape[1])
+    weights, chosen, routes = _route(logits, router, block)
     return weights, chosen, routes or sort_pairs(chosen, logits.shape[1], block)
 
 
-def _route(
-    logits: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float, block: int | None
-) -> tuple[torch.Tensor, torch.Tensor, Routes | None]:
+def _route(logits: torch.Tensor, router: Router, block: int | None) -> tuple[torch.Tensor, torch.Tensor, Routes | None]:
     """With a block, and routes if there is one token."""
     if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"logits are {logits.dtype}, {tuple(logits.shape)}: need contiguous float32 [tokens, experts]")
     tokens, experts = logits.shape
-    if experts % n_group or not 0 < topk_group <= n_group or not 0 < k <= experts:
-        raise ValueError(f"{k} of {experts} experts, of {topk_group} of {n_group} groups: no such choice")
+    router.check(experts)
+    groups, k = router.groups, router.k
     weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
     routes = _empty(chosen, experts, block) if block and tokens == 1 else None
     if tokens:
         _route_kernel[(tokens,)](
-            logits, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, scale,
-            GROUPS=n_group, MANY_GROUPS=triton.next_power_of_2(n_group),
-            WIDTH=triton.next_power_of_2(experts // n_group), KEPT=topk_group, K=k, MANY=triton.next_power_of_2(k),
-            NORM=norm and k > 1, SORTED=routes is not None, num_warps=1, enable_fp_fusion=False,
-            launch_pdl=PDL,
+            logits, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
+            GROUPS=groups, MANY_GROUPS=triton.next_power_of_2(groups),
+            WIDTH=triton.next_power_of_2(experts // groups), KEPT=router.topk_group, K=k,
+            MANY=triton.next_power_of_2(k), NORM=router.normalise and k > 1, SORTED=routes is not None,
+            num_warps=1, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return weights, chosen, routes
 

@@ -1,8 +1,5 @@
-"""The KV cache of multi-head latent attention: one latent and one rotated key per token, shared by all heads.
-
-Rotary position embedding: plain RoPE, and YaRN with DeepSeek's mscale.
-
-Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode.
+"""Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode; its cache;
+and rotary position embedding, plain and by YaRN with DeepSeek's mscale.
 
 The cache holds one latent c [kv_lora_rank] and one rotated key k_pe [qk_rope_head_dim] per token, shared by all heads.
 Expanded: kv_b turns every cached latent into per-head keys and values. Absorbed: its K half moves into the query and
@@ -13,17 +10,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig, Yarn
-from dsv2quant.model.layers import Linear, RMSNorm
+from dsv2quant.model.layers import Linear, RMSNorm, Stage, Stages
 
 KV_DTYPES = {
     "float32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 KV_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
+
+
+class Cache(Protocol):
+    """Where the latents and keys of a layer's tokens go."""
+
+    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take [batch, new, ·], and return everything taken so far, in the same dtype."""
 
 
 class LatentCache:
@@ -148,39 +153,48 @@ class Attention:
     q_a_layernorm: RMSNorm | None = None
     q_b_proj: Linear | None = None
 
-    def __call__(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
-    ) -> torch.Tensor:
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
         """x [batch, new, hidden] → the same shape; `rope` [new, ·] is the table of the new positions."""
-        return self.o_proj(self.context(x, rope, cache, absorbed))
+        return (yield from self.output((yield from self.context(x, rope, cache, absorbed))))
+
+    def output(self, context: torch.Tensor) -> Stages[torch.Tensor]:
+        """The last stage: what `context` returns → [..., hidden]."""
+        yield Stage((self.o_proj,), context)
+        return self.o_proj(context)
 
     def context(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None, absorbed: bool = False
-    ) -> torch.Tensor:
-        """What `o_proj` is applied to: the heads' weighted values, [batch, new, heads · v_head_dim]."""
-        q_nope, q_pe, latent, k_pe = self.projected(x, rope)
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
+        """The stages before: x → the heads' weighted values, [batch, new, heads · v_head_dim].
+
+        kv_b_proj comes once more for each of its halves where attention is absorbed.
+        """
+        c, q_linear, q_input = self.config, self.q_proj, x
+        if q_linear is None:
+            assert self.q_a_proj is not None
+            assert self.q_a_layernorm is not None
+            assert self.q_b_proj is not None
+            yield Stage((self.q_a_proj, self.kv_a_proj_with_mqa), x)
+            q_linear, q_input = self.q_b_proj, self.q_a_layernorm(self.q_a_proj(x))
+            yield Stage((q_linear,), q_input)
+        else:
+            yield Stage((q_linear, self.kv_a_proj_with_mqa), x)
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe, as_stored=absorbed)  # [batch, all, ·]
-        if absorbed:
-            return self.values(self.mixed(q_nope, q_pe, latent, k_pe))
-        return self.expanded(q_nope, q_pe, latent, k_pe)
-
-    def projected(
-        self, x: torch.Tensor, rope: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [batch, heads, new, ·] without and with position, and the latents and rotated keys that the cache
-        takes, [batch, new, ·]."""
-        c = self.config
-        q = self._queries(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
-        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        return q_nope, Rope.rotate(q_pe, rope), self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)
-
-    def expanded(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor
-    ) -> torch.Tensor:
-        """What `o_proj` is applied to, [batch, new, heads · v_head_dim], from the latents [batch, all, ·]."""
-        return expanded(self.config, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
+        yield Stage((self.kv_b_proj,), latent)
+        q = q_linear(q_input).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
+        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
+        q_pe = Rope.rotate(q_pe, rope)
+        if not absorbed:
+            return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
+        yield Stage((self.kv_b_proj,), q_nope, half="k")
+        mixed = self.mixed(q_nope, q_pe, latent, k_pe)
+        yield Stage((self.kv_b_proj,), mixed, half="v")
+        return self.values(mixed)
 
     def mixed(self, q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
         """Absorbed: the latents [batch, all, ·] as each query weighs them, [batch, heads, new, kv_lora_rank]."""
@@ -192,17 +206,9 @@ class Attention:
         return _attend(q, k, k, softmax_scale(c))[..., : c.kv_lora_rank]
 
     def values(self, mixed: torch.Tensor) -> torch.Tensor:
-        """What `o_proj` is applied to, [batch, new, heads · v_head_dim], of what `mixed` returns."""
+        """The heads' weighted values, [batch, new, heads · v_head_dim], of what `mixed` returns."""
         _, w_v = self._halves(mixed.dtype)
         return torch.einsum("bhql,hvl->bqhv", mixed, w_v).flatten(2)
-
-    def _queries(self, x: torch.Tensor) -> torch.Tensor:
-        if self.q_proj is not None:
-            return self.q_proj(x)
-        assert self.q_a_proj is not None
-        assert self.q_a_layernorm is not None
-        assert self.q_b_proj is not None
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """kv_b_proj's halves for keys and values, [heads, ·, kv_lora_rank]. Engines decode with them dequantized to the

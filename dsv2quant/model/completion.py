@@ -1,29 +1,124 @@
-"""A prompt, or a question in a chat, completed by the reference runtime: from text to text."""
+"""Using a model: opened on a backend, continued token by token, and completed from text to text.
+
+A prompt goes through expanded attention, then one token at a time over the latent cache.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from dsv2quant.arch.config import CAUSAL_LM
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.model.attention import KV_NAMES
-from dsv2quant.model.generate import FinishReason, Sampling, check_prompt, finish_reason, generate
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.open import open_model
+from dsv2quant.model.runtime import Model
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.chat import Chat, Templates
+from dsv2quant.text.chat import Chat
 from dsv2quant.text.tokenizer import Detokenizer, Tokenizer
-from dsv2quant.text.tokenizer_file import bos_note
+
+if TYPE_CHECKING:
+    from dsv2quant.model.fused_model import FusedModel
 
 logger = logging.getLogger(__name__)
+FinishReason = Literal["stop", "length", "context"]
+
+
+def open_model(
+    checkpoint: Checkpoint, options: LoadOptions, *, stream: bool = False, progress: Progress = no_progress
+) -> Model | FusedModel:
+    """The model on the backend that the options name."""
+    layers = 0 if stream else checkpoint.config.num_hidden_layers
+    with progress(layers, "layers", f"load {checkpoint.model}") as loaded:
+        if options.backend == "torch":
+            return Model(checkpoint, options, stream=stream, loaded=loaded)
+        from dsv2quant.model.fused_model import FusedModel  # with Triton, which is not on every machine
+        from dsv2quant.model.source import CheckpointSource
+
+        source = CheckpointSource(checkpoint, options.device, options.dtype)
+        return FusedModel(source, options, stream=stream, loaded=loaded)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits: see `sample`. Raises UsageError for values out of range."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature {self.temperature:g} is out of range", fix="it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p {self.top_p:g} is out of range", fix="it must be above 0, and at most 1")
+
+
+def generate(
+    model: Model | FusedModel, prompt: Sequence[int], *, stop: Collection[int], max_new_tokens: int, sampling: Sampling
+) -> Iterator[int]:
+    """The tokens that continue `prompt`, as they come: up to and with one of `stop`, at most `max_new_tokens`, and
+    none beyond the model's context.
+
+    A seed gives the same tokens whenever the logits are the same, as they are on one CPU.
+    Raises InputError where logits are not finite, and UsageError for a prompt that leaves no room for a token.
+    """
+    room = check_prompt(len(prompt), model.config.max_position_embeddings)
+    count = min(max_new_tokens, room)
+    caches = model.caches(1, len(prompt) + count - 1)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    logits = model.next_logits(torch.tensor([prompt]), caches)
+    decode = model.decoder(caches)
+    for done in range(1, count + 1):
+        token = sample(logits[0], sampling, generator)
+        yield token
+        if token in stop or done == count:
+            return
+        logits = decode(torch.tensor([token]))
+
+
+def check_prompt(tokens: int, context: int) -> int:
+    """The tokens that may follow a prompt of `tokens`. Raises UsageError where there are none, or no prompt."""
+    if not tokens:
+        raise UsageError("the prompt is empty, and this model begins no text with BOS", fix="give some text")
+    if tokens >= context:
+        raise UsageError(f"the prompt has {tokens} tokens, the context {context}", fix="give a shorter prompt")
+    return context - tokens
+
+
+def finish_reason(tokens: Sequence[int], stop: Collection[int], max_new_tokens: int) -> FinishReason:
+    """Why `generate` ended with these tokens: 'context' is the end of the model's."""
+    if tokens[-1] in stop:
+        return "stop"
+    return "length" if len(tokens) == max_new_tokens else "context"
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token of logits [vocab]. At temperature 0 the largest; otherwise, in float64 on the CPU and in this order:
+
+    1. p = softmax(logits / temperature), sorted from the likeliest, equal ones by id
+    2. the shortest head of that list is kept whose sum reaches top_p
+    3. the first kept token whose cumulative p exceeds u · (sum of the kept), u uniform in [0, 1) from `generator`
+    """
+    if not logits.isfinite().all():
+        raise InputError("the model's logits are not finite", fix="it is damaged, or overflows in this dtype")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    wide = logits.double().cpu()
+    # Less their maximum first: no temperature is too small.
+    p, tokens = ((wide - wide.max()) / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    cumulative = p.cumsum(-1)
+    kept = cumulative[: 1 + int((cumulative[:-1] < sampling.top_p).sum())]
+    u = torch.rand(1, generator=generator, dtype=torch.float64)
+    chosen = int(torch.searchsorted(kept, u * kept[-1], right=True))
+    return int(tokens[min(chosen, len(kept) - 1)])
 
 
 Message = Mapping[str, Any]  # as chat templates take it: {"role", "content", …}
@@ -74,13 +169,13 @@ def complete(
     if checkpoint.config.architecture != CAUSAL_LM:
         fix = "generating needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
-    tokenizer = Tokenizer.of(checkpoint)
+    tokenizer = checkpoint.tokenizer()
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
-    if isinstance(request.prompt, str) and checkpoint.folder is not None:
-        for note in bos_note(checkpoint.folder):
+    if isinstance(request.prompt, str):
+        for note in checkpoint.bos_note():
             logger.warning("warning: %s", note)
-    stop = stop_ids(checkpoint, tokenizer)
+    stop = checkpoint.stop_ids(tokenizer)
     model = open_model(checkpoint, request.options, progress=progress)
 
     detokenizer = Detokenizer(tokenizer)
@@ -142,34 +237,10 @@ def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -
     template spells out all that it wants."""
     if is_chat := not isinstance(request.prompt, str):
         chat = Chat([dict(message) for message in request.prompt], checkpoint.model)
-        (text,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
+        (text,) = checkpoint.templates().render([chat], generation_prompt=True)
     else:
         text = request.prompt
     ids = tokenizer.encode(text, parse_special=is_chat or request.special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
     wanted = tokenizer.add_bos and not is_chat and ids[:1].tolist() != [tokenizer.bos_id]
     return [*[tokenizer.bos_id] * wanted, *ids.tolist()]
-
-
-def stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a text: `eos_token_id` of generation_config.json, which may list several, else the token
-    that tokenizer_config.json names, else config.json's; of a GGUF file its EOS and end of turn. None may be named."""
-    if checkpoint.metadata is not None:
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-        found: Any = [checkpoint.metadata[key].value for key in keys if key in checkpoint.metadata]
-        where: object = checkpoint.model
-    else:
-        assert checkpoint.folder is not None
-        where = path = checkpoint.folder / "generation_config.json"
-        found = read_json(path).get("eos_token_id") if path.exists() else None
-        if found is None:
-            where = path = checkpoint.folder / "tokenizer_config.json"
-            token = read_json(path).get("eos_token") if path.exists() else None
-            token = token.get("content") if isinstance(token, dict) else token
-            found = tokenizer.id_of(token) if isinstance(token, str) else None
-        if found is None:
-            where, found = checkpoint.folder / "config.json", checkpoint.raw_config.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(number) is int for number in ids):
-        raise InputError(f"eos_token_id is {found!r:.60}", where=where, fix="it must be a token's id, or a list of ids")
-    return frozenset(ids)

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import int4_layout, ops, reference
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_layout import Int4Experts
@@ -31,7 +32,7 @@ from dsv2quant.model.quantized import (
     rounded,
     unsupported,
 )
-from dsv2quant.model.source import BLOCKS, Source
+from dsv2quant.model.source import Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 PLAIN_UNIT = 8  # columns of plain weights: grouped products take rows of whole 16 bytes

@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
-from dsv2quant.kernels.add_norm import Normed
+from dsv2quant.kernels.activations import Normed
 from dsv2quant.model.attention import LatentCache, Rope, expanded, softmax_scale
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
@@ -62,7 +63,7 @@ class FusedFFN:
         if granularity is None:
             (out,) = self.down(ops.silu_mul(gate, up))
         else:
-            (out,) = self.down(None, ops.silu_mul(gate, up, quantize=granularity, scale=scale))
+            (out,) = self.down(None, ops.silu_mul_codes(gate, up, granularity, scale))
         return out
 
 
@@ -70,7 +71,7 @@ class FusedFFN:
 class FusedMoE:
     """Routed experts and shared ones; `router` is float32 [experts, hidden]."""
 
-    config: ModelConfig
+    routing: Router
     router: torch.Tensor
     experts: Stack
     shared: FusedFFN | None
@@ -85,11 +86,7 @@ class FusedMoE:
         return addend, pairs, chosen
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
-        c = self.config
-        logits = ops.router_logits(x.normed, self.router)
-        weights, chosen, routes = ops.route_and_sort(
-            logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-        )
+        weights, chosen, routes = ops.route_and_sort(ops.router_logits(x.normed, self.router), self.routing)
         shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
             x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.kernels import ops
 from dsv2quant.model.attention import LatentCache, halves
-from dsv2quant.model.decoder import Ends
 from dsv2quant.model.experts import load_experts
 from dsv2quant.model.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Step, Stream
 from dsv2quant.model.layers import RMSNorm
-from dsv2quant.model.load import LATENT_NORM_EPS, LoadOptions
-from dsv2quant.model.quantized import PlainLinear, dequantized, load_linear, load_projections
+from dsv2quant.model.load import LATENT_NORM_EPS, Ends, LoadOptions
+from dsv2quant.model.quantized import PlainLinear, Projections, dequantized, load_linear, load_projections
 from dsv2quant.model.runtime import Decode, Runtime
 from dsv2quant.model.source import Source
 
@@ -26,6 +26,12 @@ class FusedLoader:
 
     def __init__(self, source: Source) -> None:
         self.source, self.config = source, source.config
+        self._model = architecture(source.config)
+        by_input: dict[str | None, list[str]] = {}
+        for spec in self._model.specs():
+            if spec.expert is None and not spec.keep:
+                by_input.setdefault(spec.site, []).append(spec.module)
+        self._sharing = {module: modules for modules in by_input.values() for module in modules}
 
     def ends(self) -> Ends:
         embedding = self.source.plain("model.embed_tokens.weight")
@@ -53,34 +59,35 @@ class FusedLoader:
         kv_b = load_linear(self.source, f"{at}.kv_b_proj")
         plain = kv_b.weight if isinstance(kv_b, PlainLinear) else dequantized(self.source, f"{at}.kv_b_proj")
         w_k, w_v = halves(c, plain)
-        first = "q_a_proj" if latent_query else "q_proj"
         return FusedAttention(
             config=c,
-            qkv_a=load_projections(self.source, [f"{at}.{first}", f"{at}.kv_a_proj_with_mqa"]),
+            qkv_a=self._projections(f"{at}.kv_a_proj_with_mqa"),
             q_norm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,
-            q_b=load_projections(self.source, [f"{at}.q_b_proj"]) if latent_query else None,
+            q_b=self._projections(f"{at}.q_b_proj") if latent_query else None,
             kv_norm=self._norm(f"{at}.kv_a_layernorm", LATENT_NORM_EPS),
             kv_b=kv_b,
             w_k=w_k,
             w_v=w_v,
-            o=load_projections(self.source, [f"{at}.o_proj"]),
+            o=self._projections(f"{at}.o_proj"),
         )
 
     def _moe(self, at: str) -> FusedMoE:
-        router = self.source.plain(f"{at}.gate.weight", torch.float32)
+        router, routing = self.source.plain(f"{at}.gate.weight", torch.float32), self._model.router
         assert router is not None
+        assert routing is not None
         return FusedMoE(
-            config=self.config,
+            routing=routing,
             router=router,
             experts=load_experts(self.source, f"{at}.experts"),
             shared=self._ffn(f"{at}.shared_experts") if self.config.n_shared_experts else None,
         )
 
     def _ffn(self, at: str) -> FusedFFN:
-        return FusedFFN(
-            load_projections(self.source, [f"{at}.gate_proj", f"{at}.up_proj"]),
-            load_projections(self.source, [f"{at}.down_proj"]),
-        )
+        return FusedFFN(self._projections(f"{at}.gate_proj"), self._projections(f"{at}.down_proj"))
+
+    def _projections(self, module: str) -> Projections:
+        """All that share the module's input."""
+        return load_projections(self.source, self._sharing[module])
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         weight = self.source.plain(f"{module}.weight")

@@ -1,32 +1,61 @@
-"""The one place where a linear layer of the runtime meets a backend.
+"""Linear layers, the stages that a forward pass consists of, and feed-forward layers: gated FFNs, and the mixture of
+routed and shared experts.
 
-Feed-forward layers: gated FFNs, and the mixture of routed and shared experts.
+A part's `stages(x)` is its forward pass, written once: a generator that yields linear layers and what they are about to
+be applied to, in data order, and returns the part's output. Evaluation finishes it, statistics look at every input, and
+GPTQ replaces the weights of a stage: what follows uses the new ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import reference
 
 
 @dataclass
 class Linear:
     """y = x Wᵀ + b. `weight` [out, in] is decoded; `activation` says how x is quantized first, as when served:
-    'static' by `input_scale` (float32 [1])."""
+    'static' by `input_scale` (float32 [1]). `module` is its name in the checkpoint."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     activation: str | None = None
     input_scale: torch.Tensor | None = None
+    module: str = ""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x, self.weight, self.bias, self.activation, self.input_scale)
+
+
+class Stage(NamedTuple):
+    """Linear layers that share the input x [..., columns]; of a routed expert, x are its tokens [n, columns], each
+    weighted by `routed` [n]. Absorbed attention applies a `half` of kv_b_proj, by heads: x [batch, heads, new, ·]."""
+
+    linears: tuple[Linear, ...]
+    x: torch.Tensor
+    routed: torch.Tensor | None = None
+    half: Literal["k", "v"] | None = None
+
+
+T = TypeVar("T")
+Stages = Generator[Stage, None, T]
+
+
+def finish(stages: Stages[T], look: Callable[[Stage], object] = lambda stage: None) -> T:
+    """What the stages return; `look` is called with each before it is computed."""
+    try:
+        while True:
+            look(next(stages))
+    except StopIteration as end:
+        output: T = end.value
+        return output
 
 
 @dataclass
@@ -50,21 +79,17 @@ class FFN:
     up_proj: Linear
     down_proj: Linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(x))
+    def stages(self, x: torch.Tensor, routed: torch.Tensor | None = None) -> Stages[torch.Tensor]:
+        """x [..., hidden] → the same shape; `routed` [tokens] only goes into what is yielded."""
+        yield Stage((self.gate_proj, self.up_proj), x, routed)
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        yield Stage((self.down_proj,), x, routed)
+        return self.down_proj(x)
 
-    def activation(self, x: torch.Tensor) -> torch.Tensor:
-        """What `down_proj` is applied to."""
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
-
-def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: torch.Tensor, routing: Router) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights float32, experts), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden]."""
-    c = config
-    logits = F.linear(x.float(), router.float())
-    return reference.route(
-        logits, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-    )
+    return reference.route(F.linear(x.float(), router.float()), routing)
 
 
 def dispatch(
@@ -85,19 +110,24 @@ def add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> Non
 
 @dataclass
 class MoE:
-    """Routed experts, each token weighted over its top k, plus the shared ones. `router` is [experts, hidden]."""
+    """Routed experts, each token weighted over its top k, plus the shared ones. `router` is float32 [experts,
+    hidden]."""
 
-    config: ModelConfig
-    router: torch.Tensor
+    routing: Router
+    router: Linear
     experts: list[FFN]
     shared: FFN | None
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def stages(self, x: torch.Tensor) -> Stages[tuple[torch.Tensor, torch.Tensor]]:
         """x [..., hidden] → (output of that shape, chosen experts [tokens, k])."""
         tokens = x.flatten(0, -2)
-        weights, chosen = route(tokens, self.router, self.config)
+        yield Stage((self.router,), tokens)
+        weights, chosen = route(tokens, self.router.weight, self.routing)
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
-            add_rows(out, rows, self.experts[expert](tokens[rows]).float() * routed[:, None])
+            made = yield from self.experts[expert].stages(tokens[rows], routed)
+            add_rows(out, rows, made.float() * routed[:, None])
         out = out.to(x.dtype).view_as(x)
-        return (out if self.shared is None else out + self.shared(x)), chosen
+        if self.shared is not None:
+            out = out + (yield from self.shared.stages(x))
+        return out, chosen

@@ -1,28 +1,25 @@
-"""Building the runtime's layers from a checkpoint, one layer at a time."""
+"""The layers of the torch runtime, and what stands before the first and behind the last; their weights, decoded from a
+checkpoint one layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
-from dsv2quant.errors import InputError, UsageError
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.attention import Attention
-from dsv2quant.model.decoder import DecoderLayer, Ends
-from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm
-from dsv2quant.storage.safetensors import StoredTensor
+from dsv2quant.model.attention import Attention, Cache
+from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
 
@@ -62,56 +59,62 @@ def runs_kernels(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def stored_tensor(checkpoint: Checkpoint, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
-    """A part with its bytes unchanged, in its own dtype."""
-    return torch.from_numpy(checkpoint.read(part)).to(device).view(TORCH_DTYPES[part.dtype]).view(part.shape)
+Hidden = tuple[torch.Tensor, torch.Tensor | None]  # states behind a layer, and the experts it chose, if it has any
 
 
-def decode(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    scale_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """A weight as a consumer reconstructs it in `dtype`. Raises InputError where its parts contradict each other."""
-    if checkpoint.metadata is not None:
-        from dsv2quant.checkpoint.gguf import decode as decode_blocks
+@dataclass
+class DecoderLayer:
+    """Pre-norm attention and FFN, each added to the residual stream."""
 
-        values = decode_blocks([(part, checkpoint.read(part)) for part in weight.parts.values()])
-        return torch.from_numpy(values).to(device, dtype)
-    parts = {suffix: stored_tensor(checkpoint, part, device) for suffix, part in weight.parts.items()}
-    if weight.scheme == "bf16":
-        return next(iter(parts.values())).to(dtype)
-    return decode_parts(checkpoint, weight, parts, dtype, scale_dtype)
+    input_layernorm: RMSNorm
+    attention: Attention
+    post_attention_layernorm: RMSNorm
+    ffn: FFN | MoE
+
+    def __call__(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Hidden:
+        """x [batch, new, hidden] → (the same shape, chosen experts [tokens, k] or None in a dense layer)."""
+        return finish(self.stages(x, rope, cache, absorbed))
+
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[Hidden]:
+        """The stages of `__call__`."""
+        attended = yield from self.attention.stages(self.input_layernorm(x), rope, cache, absorbed)
+        return (yield from self.feed_forward(x + attended))
+
+    def feed_forward(self, x: torch.Tensor) -> Stages[Hidden]:
+        """The stages behind attention, for hidden states x [..., hidden]."""
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.ffn, FFN):
+            return x + (yield from self.ffn.stages(normed)), None
+        out, chosen = yield from self.ffn.stages(normed)
+        return x + out, chosen
+
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: Cache) -> Hidden:
+        """One token after the other into the empty `cache`, as decoding does: x [batch, new, hidden] → (the same shape,
+        chosen experts [batch, new, k] or None)."""
+        steps = [self(x[:, t : t + 1], rope[t : t + 1], cache, absorbed=True) for t in range(x.shape[1])]
+        chosen = [experts for _, experts in steps if experts is not None]  # [batch, k] of each token
+        return torch.cat([out for out, _ in steps], 1), torch.stack(chosen, 1) if chosen else None
 
 
-def decode_parts(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    parts: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The same of a quantized weight's parts, or of those of some of its rows (`Codec.rows`)."""
-    try:
-        return CODECS[weight.scheme].decode(parts, dtype, scale_dtype)
-    except ValueError as error:
-        fix = "the checkpoint is damaged: get it again"
-        raise InputError(f"{weight.spec.module}: {error}", where=checkpoint.model, fix=fix) from None
+@dataclass
+class Ends:
+    """Embedding [vocab, hidden], final norm, and head: a linear layer with a row for each token, or each label of a
+    classifier."""
 
+    embedding: torch.Tensor
+    norm: RMSNorm
+    head: Callable[[torch.Tensor], torch.Tensor]
 
-def kv_scale(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor | None:
-    """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none. Raises InputError for one that nothing
-    can be divided by."""
-    part = checkpoint.kv_scales.get(layer)
-    if part is None:
-        return None
-    scale = stored_tensor(checkpoint, part, device).float().reshape(1)
-    if not 0 < scale.item() < float("inf"):
-        fix = "the checkpoint is damaged: get it again"
-        raise InputError(f"{part.name} is {scale.item()}", where=checkpoint.model, fix=fix)
-    return scale
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the last layer, [..., hidden] → [..., vocab], in x's dtype."""
+        return self.head(self.norm(x))
 
 
 class Loader:
@@ -139,8 +142,8 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """See `kv_scale`."""
-        return kv_scale(self.checkpoint, layer, self.options.device)
+        """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none."""
+        return self.checkpoint.kv_scale(layer, self.options.device)
 
     def _attention(self, c: ModelConfig, at: str) -> Attention:
         latent_query = c.q_lora_rank is not None
@@ -157,9 +160,11 @@ class Loader:
         )
 
     def _moe(self, c: ModelConfig, at: str) -> MoE:
+        routing = architecture(c).router
+        assert routing is not None
         return MoE(
-            config=c,
-            router=self._tensor(f"{at}.gate.weight", torch.float32),
+            routing=routing,
+            router=Linear(self._tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
         )
@@ -175,9 +180,9 @@ class Loader:
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
         input_scale = None
         if activation == "static":
-            stored = stored_tensor(self.checkpoint, weight.parts[INPUT_SCALE], self.options.device)
+            stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], self.options.device)
             input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale)
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale, module)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)
@@ -185,4 +190,4 @@ class Loader:
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
         scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
-        return decode(self.checkpoint, weight, dtype or o.dtype, o.device, scale_dtype)
+        return self.checkpoint.decode(weight, dtype or o.dtype, o.device, scale_dtype)

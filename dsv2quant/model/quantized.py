@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.fp8 import INPUT_SCALE
@@ -20,13 +21,14 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout, int4_layout, ops, reference
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Weight
-from dsv2quant.model.source import BLOCKS, Source
+from dsv2quant.model.source import Source
 
 FP8_UNIT = 16  # columns of FP8 weights, which the tensor memory accelerator reads, come in multiples
 
 
 class Quantization(NamedTuple):
-    """How an input is quantized before it meets FP8 weights: `granularity` as act_quant has it; None: not at all."""
+    """How an input is quantized before it meets FP8 weights: `granularity` as quantize_activation has it; None: not at
+    all."""
 
     granularity: str | None = None
     scale: torch.Tensor | None = None  # of 'static', float32 [1]

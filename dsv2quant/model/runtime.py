@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.model.attention import LatentCache, Rope
-from dsv2quant.model.decoder import DecoderLayer, Ends
-from dsv2quant.model.load import Loader, LoadOptions
-
-if TYPE_CHECKING:
-    pass
+from dsv2quant.model.load import DecoderLayer, Ends, Hidden, Loader, LoadOptions
 
 
 class Block(Protocol):
     """What evaluation needs of a layer."""
 
-    def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> Hidden: ...
 
-    def decoded(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache) -> Hidden: ...
 
 
 Layer = TypeVar("Layer", bound=Block, covariant=True)

@@ -11,9 +11,6 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout
-from dsv2quant.model.load import decode, kv_scale, stored_tensor
-
-BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
 
 
 class Source(Protocol):
@@ -39,7 +36,7 @@ class Source(Protocol):
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         """A weight's scheme and its parts by suffix, as formats/ names and shapes them; plain ones as 'bf16' with the
-        one part 'weight', of GGUF's types ('q4_k') the one part `BLOCKS`."""
+        one part 'weight', of GGUF's types ('q4_k') the one part `BLOCKS` of weights.py."""
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
@@ -62,27 +59,22 @@ class CheckpointSource:
 
     def scheme(self, module: str) -> str:
         weight = self._by_name[f"{module}.weight"]
-        # kv_b_proj is stored in halves, of which one is transposed.
-        as_stored = len(weight.parts) == 1 and gguf_layout.supported(weight.scheme.upper())
-        return weight.scheme if self.checkpoint.metadata is None or as_stored else "bf16"
+        # A GGUF file has kv_b_proj in halves, of which one is transposed.
+        as_blocks = len(weight.parts) == 1 and gguf_layout.supported(weight.scheme.upper())
+        return weight.scheme if weight.scheme in CODECS or as_blocks else "bf16"
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
         weight, scheme = self._by_name[f"{module}.weight"], self.scheme(module)
         if scheme == "bf16":
-            return scheme, {"weight": decode(self.checkpoint, weight, self.dtype, self.device)}
-        if self.checkpoint.metadata is not None:
-            data = torch.from_numpy(self.checkpoint.read(weight.stored)).to(self.device)
-            return scheme, {BLOCKS: data.view(weight.stored.shape[0], -1)}
-        return scheme, {
-            suffix: stored_tensor(self.checkpoint, part, self.device) for suffix, part in weight.parts.items()
-        }
+            return scheme, {"weight": self.checkpoint.decode(weight, self.dtype, self.device)}
+        return scheme, self.checkpoint.parts(weight, self.device)
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         weight = self._by_name.get(name)
-        return None if weight is None else decode(self.checkpoint, weight, dtype or self.dtype, self.device)
+        return None if weight is None else self.checkpoint.decode(weight, dtype or self.dtype, self.device)
 
     def activation(self, scheme: str) -> str | None:
         return CODECS[scheme].activation if self._activations and scheme in CODECS else None
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        return kv_scale(self.checkpoint, layer, self.device)
+        return self.checkpoint.kv_scale(layer, self.device)

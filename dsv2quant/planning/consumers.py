@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES, TensorSpec
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import PER_WORD
@@ -21,18 +21,6 @@ from dsv2quant.formats.schemes import CODECS
 
 ENGINES = ("vllm", "sglang")
 TARGETS = (*ENGINES, "transformers")
-
-_COLUMN_PARALLEL = (
-    "q_proj",
-    "q_b_proj",
-    "kv_b_proj",
-    "dense.gate_proj",
-    "dense.up_proj",
-    "shared.gate_proj",
-    "shared.up_proj",
-)
-_ROW_PARALLEL = ("o_proj", "dense.down_proj", "shared.down_proj")
-_FIRST_OF_FUSED = ("q_a_proj", "dense.gate_proj", "shared.gate_proj")
 
 # Which targets take a scheme in part, other tensors in another: they are targets only where they are asked for.
 _IN_PART = {("transformers", "int8-channel")}
@@ -65,7 +53,7 @@ class Parallel:
 
     def over(self, spec: TensorSpec) -> int:
         """The number of GPUs over which a tensor is split, if its role is split at all."""
-        return self.experts_over if spec.role.startswith("routed.") else self.tp
+        return self.experts_over if spec.expert is not None else self.tp
 
     def __str__(self) -> str:
         """'' for one GPU, else ' at tensor-parallel size 8 and expert-parallel size 8'."""
@@ -109,13 +97,11 @@ def _no_row(target: str, scheme: str) -> UsageError:
     return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")
 
 
-def refusal(
-    spec: TensorSpec, scheme: str, config: ModelConfig, targets: Iterable[str], parallel: Parallel
-) -> Refusal | None:
+def refusal(spec: TensorSpec, scheme: str, targets: Iterable[str], parallel: Parallel) -> Refusal | None:
     """The first rule of `targets` that forbids `scheme` for this tensor, or None."""
     if scheme == "bf16":
         return None
-    if spec.role not in LINEAR_ROLES:
+    if spec.keep:
         return Refusal(f"no consumer loads a quantized {spec.role}")
     why = CODECS[scheme].refusal(spec.shape)
     if why is not None:
@@ -124,21 +110,19 @@ def refusal(
         rule = ROWS[target].get(scheme)
         if rule is None:
             return Refusal(f"{target}: no rule for scheme {scheme}")
-        found = rule(spec, scheme, config, target, parallel.over(spec))
+        found = rule(spec, scheme, target, parallel.over(spec))
         if found is not None:
             return found
     return None
 
 
-def check_unquantized(
-    schemes: Mapping[TensorSpec, str], config: ModelConfig, targets: Iterable[str], parallel: Parallel
-) -> None:
+def check_unquantized(schemes: Mapping[TensorSpec, str], targets: Iterable[str], parallel: Parallel) -> None:
     """Raise InputError where a target can't load what a GPTQ or AWQ artifact leaves in BF16."""
     used = {CODECS[scheme].quant_method: scheme for scheme in schemes.values()}
     for spec in (spec for spec, scheme in schemes.items() if scheme == "bf16"):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
-        if "gptq" in used and "vllm" in targets and spec.role.startswith("routed."):
-            found = _marlin_experts(used["gptq"], config, "vllm", parallel.over(spec), PER_WORD)
+        if "gptq" in used and "vllm" in targets and spec.expert is not None:
+            found = _marlin_experts(spec, used["gptq"], "vllm", parallel.over(spec), PER_WORD)
             if found is not None:
                 what = f"{found.reason}, and GPTQ experts of such a width can't stay in BF16"
                 raise InputError(what, where=spec.module, fix="take a smaller group size, or compressed-tensors")
@@ -148,43 +132,44 @@ def check_unquantized(
             raise InputError(what, where=spec.module, fix="take --int4=pure, or --target vllm alone")
 
 
-def fused_module(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str | None:
+def fused_module(spec: TensorSpec, targets: Iterable[str]) -> str | None:
     """The module that a consumer fuses this tensor into; its members must share a scheme. None: fused into nothing.
 
-    vLLM `DeepSeekV2FusedQkvAProjLinear`, SGLang `fused_qkv_a_proj_with_mqa` (only with a query latent); gate and up are
-    one matrix in both; every consumer stacks a layer's routed experts.
+    The engines make one matrix of linears with one input; every consumer stacks a layer's routed experts.
     """
-    if spec.role.startswith("routed."):
-        return f"model.layers.{spec.layer}.mlp.experts"
-    if not set(targets) & set(ENGINES):
+    if spec.fused_as is None:
         return None
-    parent = spec.module.rpartition(".")[0]
-    if config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
-        return f"{parent}.fused_qkv_a_proj"
-    return f"{parent}.gate_up_proj" if spec.role.endswith(("gate_proj", "up_proj")) else None
+    if spec.expert is not None:
+        return spec.fused_as.names[0].rpartition(".")[0]
+    return spec.fused_as.names[0] if set(targets) & set(ENGINES) else None
 
 
-def scale_group(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str | None:
+def scale_group(spec: TensorSpec, targets: Iterable[str]) -> str | None:
     """The group of tensors that must share one scale where the scheme has one per tensor; None: a scale of its own.
 
     A fused matrix has one scale in the engines; with several they requantize to the largest. Of routed experts, each
     expert's gate and up are one matrix.
     """
-    if spec.role in ("routed.gate_proj", "routed.up_proj") and set(targets) & set(ENGINES):
-        return spec.module.rpartition(".")[0]
-    return None if spec.role.startswith("routed.") else fused_module(spec, config, targets)
+    if spec.expert is None:
+        return fused_module(spec, targets)
+    return spec.parent if _is_joined(spec) and set(targets) & set(ENGINES) else None
 
 
-def input_group(spec: TensorSpec, config: ModelConfig, targets: Iterable[str]) -> str:
+def input_group(spec: TensorSpec, targets: Iterable[str]) -> str:
     """The group of tensors that must share one static input scale; alone, the tensor's own name.
 
     A fused matrix has one input. Over a layer's routed experts the engines take the largest, of gate and up as of down
     (vLLM fp8_utils.py, process_fp8_input_tensor_strategy_moe; SGLang fp8.py, compressed_tensors_w8a8_fp8_moe.py), and
     refuse an expert whose gate and up differ.
     """
-    if not spec.role.startswith("routed."):
-        return fused_module(spec, config, targets) or spec.name
-    return f"model.layers.{spec.layer}.mlp.experts.{'w2' if spec.role == 'routed.down_proj' else 'w13'}"
+    if spec.expert is not None and spec.fused_as is not None:
+        return spec.fused_as.names[0]
+    return fused_module(spec, targets) or spec.name
+
+
+def _is_joined(spec: TensorSpec) -> bool:
+    """Whether engines make one matrix of it and others."""
+    return spec.fused_as is not None and spec.fused_as.rows > spec.shape[0]
 
 
 def check_parallel(config: ModelConfig, parallel: Parallel, targets: Iterable[str]) -> None:
@@ -211,17 +196,17 @@ def check_parallel(config: ModelConfig, parallel: Parallel, targets: Iterable[st
         raise UsageError(f"--ep {ep} does not divide {experts} routed experts", fix="give fewer GPUs, or --ep 1")
 
 
-def refined_block(config: ModelConfig) -> int:
+def _refined_block(width: int, hidden: int) -> int:
     """What the experts' share must be a multiple of in block FP8 for vLLM 0.30 and newer.
 
     Where the share holds no whole blocks, it repeats the scales for blocks of 64 or 32 (fused_moe/oracle/fp8.py,
     refine_fp8_moe_block_shape). It counts them by whole blocks of the unsplit matrix, so that none may be ragged
     (routed_experts.py, _load_w13).
     """
-    return BLOCK if config.moe_intermediate_size % BLOCK or config.hidden_size % BLOCK else BLOCK // 4
+    return BLOCK if width % BLOCK or hidden % BLOCK else BLOCK // 4
 
 
-Rule = Callable[[TensorSpec, str, ModelConfig, str, int], Refusal | None]  # tensor, scheme, model, target, GPUs
+Rule = Callable[[TensorSpec, str, str, int], Refusal | None]  # tensor, scheme, target, GPUs
 
 
 def _group(scheme: str) -> int | None:
@@ -229,7 +214,13 @@ def _group(scheme: str) -> int | None:
     return integers.group_size if (integers := CODECS[scheme].integers) else None
 
 
-def _any(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _expert(spec: TensorSpec) -> tuple[int, int]:
+    """(width, hidden size) of a routed expert."""
+    rows, cols = spec.shape
+    return (rows, cols) if spec.parallel == "rows" else (cols, rows)
+
+
+def _any(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     """Every tensor of every shape."""
     return None
 
@@ -241,9 +232,7 @@ def _all(*rules: Rule) -> Rule:
 
 def _refuses(role: str, why: str, instead: str = "bf16") -> Rule:
     """The refusal of roles that begin so, whatever their shape."""
-    return lambda spec, scheme, config, target, tp: (
-        Refusal(f"{target}: {why}", instead) if spec.role.startswith(role) else None
-    )
+    return lambda spec, scheme, target, tp: Refusal(f"{target}: {why}", instead) if spec.role.startswith(role) else None
 
 
 # vLLM issue 43888; SGLang deepseek_weight_loader.py, post_load_weights
@@ -263,29 +252,31 @@ _tensor_experts = _refuses(
 _no_int8_experts = _refuses("routed.", "its loader finds no routed experts in INT8", "fp8-channel")
 
 
-def _unmerged(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
-    # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1].
-    if config.q_lora_rank is None or spec.role not in ("q_a_proj", "kv_a_proj_with_mqa"):
+def _unmerged(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
+    # deepseek_weight_loader.py concatenates two [1] scales to [2] and then asserts the parameter's shape, [1]. Those
+    # of gate and up, which are split, are merged.
+    if spec.parallel is not None or not _is_joined(spec):
         return None
     return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
 
 
-def _blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
     rows, cols = spec.shape
-    if spec.role.startswith("routed."):
-        width = config.moe_intermediate_size
-        return _multiple(target, "the experts' width", width, tp, refined_block(config) if target == "vllm" else BLOCK)
-    if tp > 1 and spec.role in _COLUMN_PARALLEL:
+    if spec.expert is not None:
+        width, hidden = _expert(spec)
+        unit = _refined_block(width, hidden) if target == "vllm" else BLOCK
+        return _multiple(target, "the experts' width", width, tp, unit)
+    if tp > 1 and spec.parallel == "rows":
         return _multiple(target, "rows", rows, tp)
-    if tp > 1 and spec.role in _ROW_PARALLEL:
+    if tp > 1 and spec.parallel == "columns":
         return _multiple(target, "columns", cols, tp)
-    if spec.role in _FIRST_OF_FUSED:
+    if spec.fused_as is not None and spec.fused_as.is_first and _is_joined(spec):
         return _multiple(target, "rows of a fused matrix's first member", rows, 1)
     return None
 
 
-def _whole_blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _whole_blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
     ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
@@ -296,35 +287,37 @@ def _whole_blocks(spec: TensorSpec, scheme: str, config: ModelConfig, target: st
     )
 
 
-def _int4(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int, word: int = 1) -> Refusal | None:
+def _int4(spec: TensorSpec, scheme: str, target: str, tp: int, word: int = 1) -> Refusal | None:
     # vLLM marlin.py, compressed_tensors_moe_wna16.py, auto_gptq.py, auto_awq.py, marlin_utils.py (pads ragged tiles,
     # never groups); SGLang marlin_utils.py, verify_marlin_supports_shape, and marlin_moe (pads nothing).
     # `word`: codes that can't be split, of the layouts that are packed along the output.
     rows, cols = spec.shape
-    if spec.role.startswith("routed."):
-        found = _marlin_experts(scheme, config, target, tp, word)
-        found = found or _several_groups(target, "the experts' width", config.moe_intermediate_size, tp, scheme)
-        return found or _several_groups(target, "the hidden size", config.hidden_size, 1, scheme)
+    if spec.expert is not None:
+        width, hidden = _expert(spec)
+        found = _marlin_experts(spec, scheme, target, tp, word)
+        found = found or _several_groups(target, "the experts' width", width, tp, scheme)
+        return found or _several_groups(target, "the hidden size", hidden, 1, scheme)
     found = None
-    if spec.role in _ROW_PARALLEL:
+    if spec.parallel == "columns":
         found = _multiple(target, "columns", cols, tp, _group(scheme) or word, CODECS[scheme].finer)
-    if found is None and spec.role in _COLUMN_PARALLEL:
+    if found is None and spec.parallel == "rows":
         found = _multiple(target, "rows", rows, tp, word)
     # AWQ that Marlin can't take is decoded first, in any shape: SGLang awq.py, awq_dequantize.cuh
     if found is None and target == "sglang" and word == 1:
-        found = _multiple(target, "columns", cols, tp if spec.role in _ROW_PARALLEL else 1, 128)
-        found = found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 64)
+        found = _multiple(target, "columns", cols, tp if spec.parallel == "columns" else 1, 128)
+        found = found or _multiple(target, "rows", rows, tp if spec.parallel == "rows" else 1, 64)
     return found
 
 
-def _marlin_experts(scheme: str, config: ModelConfig, target: str, tp: int, word: int) -> Refusal | None:
+def _marlin_experts(spec: TensorSpec, scheme: str, target: str, tp: int, word: int) -> Refusal | None:
     """Refuse INT4 experts that the engine finds not fit for its Marlin kernels."""
-    if config.hidden_size % 128:
-        return Refusal(f"{target}: the hidden size, {config.hidden_size}, must be a multiple of 128 for experts")
+    width, hidden = _expert(spec)
+    if hidden % 128:
+        return Refusal(f"{target}: the hidden size, {hidden}, must be a multiple of 128 for experts")
     group = _group(scheme) or word
     unit = max(64, group) if target == "sglang" else group
     instead = CODECS[scheme].finer if group == unit else "bf16"
-    return _multiple(target, "the experts' width", config.moe_intermediate_size, tp, unit, instead)
+    return _multiple(target, "the experts' width", width, tp, unit, instead)
 
 
 def _several_groups(target: str, what: str, size: int, tp: int, scheme: str) -> Refusal | None:
@@ -350,20 +343,19 @@ def _share(size: int, tp: int) -> str:
     return f"{size} / tp {tp} = {size // tp}" if tp > 1 else str(size)
 
 
-def _w4a8(spec: TensorSpec, scheme: str, config: ModelConfig, target: str, tp: int) -> Refusal | None:
+def _w4a8(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     # On Hopper alone, in BF16. compressed_tensors_moe_w4a8_fp8.py, create_weights; kernels/linear/mixed_precision/
     # cutlass.py, CutlassW4A8LinearKernel.can_implement, which looks at the fused matrix.
     finer = CODECS[scheme].finer
-    if spec.role.startswith("routed."):
-        found = _multiple(target, "the hidden size", config.hidden_size, 1, 256, finer)
-        return found or _multiple(target, "the experts' width", config.moe_intermediate_size, tp, 256, finer)
+    if spec.expert is not None:
+        width, hidden = _expert(spec)
+        found = _multiple(target, "the hidden size", hidden, 1, 256, finer)
+        return found or _multiple(target, "the experts' width", width, tp, 256, finer)
     rows, cols = spec.shape
-    if spec.role.endswith(("gate_proj", "up_proj")):
-        rows *= 2
-    elif config.q_lora_rank is not None and spec.role in ("q_a_proj", "kv_a_proj_with_mqa"):
-        rows = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
-    found = _multiple(target, "columns", cols, tp if spec.role in _ROW_PARALLEL else 1, 128, finer)
-    return found or _multiple(target, "rows", rows, tp if spec.role in _COLUMN_PARALLEL else 1, 128, finer)
+    if spec.fused_as is not None:
+        rows = spec.fused_as.rows
+    found = _multiple(target, "columns", cols, tp if spec.parallel == "columns" else 1, 128, finer)
+    return found or _multiple(target, "rows", rows, tp if spec.parallel == "rows" else 1, 128, finer)
 
 
 _PACKED = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")

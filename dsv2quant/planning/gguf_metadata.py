@@ -23,15 +23,15 @@ from gguf import Metadata as Card
 from yaml import YAMLError
 
 from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.gguf_tensors import ARCHITECTURE, Tensor, model_tensors
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.spec import GgufTensor
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.errors import InputError
 from dsv2quant.storage.files import MAX_CARRIED_BYTES, read_bytes
 from dsv2quant.storage.gguf import FLOAT32_MAX, UINT32_MAX, Value, boolean, check_numbers, f32, string, u32, written
 from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.chat import Chat, Templates
+from dsv2quant.text.chat import Chat
 from dsv2quant.text.gguf_tokenizer import tokenizer_metadata
-from dsv2quant.text.tokenizer_file import bos_note
 
 _SOFTMAX = 1  # ExpertGatingFuncType
 _CARD = "correct its front matter, or remove the file"
@@ -44,32 +44,31 @@ _SAMPLING = {
 }  # fmt: skip
 
 
-def model_metadata(checkpoint: Checkpoint, file_type: int, *, drop_expert_groups: bool = False) -> dict[str, Value]:
+def model_metadata(checkpoint: HfCheckpoint, file_type: int, *, drop_expert_groups: bool = False) -> dict[str, Value]:
     """Every key but imatrix's, in the order of the file. `file_type` is llama.cpp's ftype (Q4_K_M is 15).
 
     `drop_expert_groups` leaves out both group keys: llama.cpp then chooses from all experts.
     Raises InputError for what llama.cpp can't load, and for a damaged tokenizer, model card or generation config.
     """
-    if checkpoint.folder is None:
-        raise InputError("its tokenizer was not downloaded", where=checkpoint.model)
-    check_loadable(checkpoint.config, checkpoint.folder, drop_expert_groups=drop_expert_groups)
+    folder = checkpoint.downloaded
+    check_loadable(checkpoint.config, folder, drop_expert_groups=drop_expert_groups)
     values = {
-        **_general(checkpoint, checkpoint.folder),
+        **_general(checkpoint, folder),
         **_model(checkpoint.config, checkpoint.raw_config, drop_expert_groups),
-        **tokenizer_metadata(checkpoint.folder, checkpoint.config),
+        **tokenizer_metadata(folder, checkpoint.config),
         "general.quantization_version": u32(GGML_QUANT_VERSION),
         "general.file_type": u32(file_type),
     }
-    check_numbers(values, checkpoint.folder)
+    check_numbers(values, folder)
     return values
 
 
-def _general(checkpoint: Checkpoint, folder: Path) -> dict[str, Value]:
+def _general(checkpoint: HfCheckpoint, folder: Path) -> dict[str, Value]:
     """general.*: the model's name, size, licence and so on, by gguf-py's own heuristics.
 
     They look at the folder's name. That of a hub's snapshot is a commit, so the hub id's takes its place.
     """
-    tensors = model_tensors(checkpoint.config)
+    tensors = architecture(checkpoint.config).gguf_tensors()
     total = sum(prod(tensor.shape) for tensor in tensors)
     source = checkpoint.raw_config.get("_name_or_path")
     named = {"_name_or_path": source if isinstance(source, str) else None}
@@ -99,9 +98,9 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         raise InputError(f"not a model card: {error}", where=folder / "README.md", fix=_CARD) from None
 
 
-def _size_label(tensors: list[Tensor], total: int) -> str:
+def _size_label(tensors: list[GgufTensor], total: int) -> str:
     """'64x1.5B': the experts, and the parameters of the model that has one of them (GGUFWriter, gguf-py)."""
-    stacks = [tensor for tensor in tensors if tensor.kind.endswith("_exps")]
+    stacks = [tensor for tensor in tensors if tensor.specs[0].expert is not None]
     shared = total - sum(prod(tensor.shape) for tensor in stacks)
     one_expert = sum(prod(tensor.shape[1:]) for tensor in stacks)
     return str(size_label(total, shared, one_expert, stacks[0].matrices if stacks else 0))
@@ -235,7 +234,7 @@ def _check_yarn(config: ModelConfig, refuse: Callable[[str, str], InputError]) -
     raise refuse(what, "llama.cpp can only scale as if both were the same, and not 0")
 
 
-def warnings(checkpoint: Checkpoint) -> list[str]:
+def warnings(checkpoint: HfCheckpoint) -> list[str]:
     """What the user of the GGUF file should know, in one line each; none for a model that runs as it was trained."""
     found = []
     if checkpoint.config.n_group > 1:
@@ -244,9 +243,8 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
             "best scores (as DeepSeek-V3 does), not by the best one as DeepSeek-V2 was trained: some tokens go to "
             "other experts. --drop-expert-groups lets it choose from all experts instead; measure which is better."
         )
-    if checkpoint.folder is not None:
-        found += bos_note(checkpoint.folder)
-    if checkpoint.folder is not None and _prompt_ends_in_space(checkpoint):
+    found += checkpoint.bos_note()
+    if _prompt_ends_in_space(checkpoint):
         found.append(
             "the chat template's generation prompt ends with a space after 'Assistant:', which no token of an answer "
             "follows: DeepSeek-V2-Lite then answers in Chinese or repeats itself. Remove the space from chat_template."
@@ -254,10 +252,10 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _prompt_ends_in_space(checkpoint: Checkpoint) -> bool:
+def _prompt_ends_in_space(checkpoint: HfCheckpoint) -> bool:
     try:
         chat = Chat([{"role": "user", "content": "?"}], checkpoint.model)
-        (prompt,) = Templates.of(checkpoint).render([chat], generation_prompt=True)
-    except InputError:  # no template, or a broken one: nothing that a conversion depends on
+        (prompt,) = checkpoint.templates().render([chat], generation_prompt=True)
+    except InputError:  # no template, a broken one, or none downloaded: nothing that a conversion depends on
         return False
     return prompt != prompt.rstrip() and prompt.rstrip().endswith("Assistant:")

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
-from dsv2quant.planning import gguf_presets as presets
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_metadata import check_loadable, warnings
 from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
@@ -49,7 +49,7 @@ class Options:
 class Entry:
     """One tensor of the file: its type, and why that is not what was wished for."""
 
-    tensor: Tensor
+    tensor: GgufTensor
     type: str
     reason: str | None
 
@@ -66,7 +66,7 @@ class Entry:
 class GgufPlan:
     """A whole conversion into GGUF. `asked` are the options it was made with, as the command line spells them."""
 
-    checkpoint: Checkpoint
+    checkpoint: HfCheckpoint
     options: Options
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
@@ -90,7 +90,7 @@ class GgufPlan:
     def parameters(self) -> int:
         return sum(weight.spec.size for weight in self.checkpoint.weights)
 
-    def importance(self, tensor: Tensor) -> np.ndarray | None:
+    def importance(self, tensor: GgufTensor) -> np.ndarray | None:
         """float32 [matrices, cols], or None without an importance matrix of this tensor."""
         found = self.options.imatrix
         return None if found is None else found.importance(tensor, shrink=self.options.shrink)
@@ -130,13 +130,13 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     rows don't fit it."""
     config = checkpoint.config
     check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
-    checkpoint.check_source()
-    tensors = model_tensors(config)
+    checkpoint = checkpoint.as_source()
+    tensors = architecture(config).gguf_tensors()
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
     check_types(tensors, options.file_type, options.overrides)
     if options.file_type in PRESETS:
-        choices = presets.choose(tensors, options.file_type, config, options.overrides)
+        choices = types.choose_preset(tensors, options.file_type, config, options.overrides)
     else:
         weighted = options.imatrix is not None
         choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
@@ -225,13 +225,13 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
 
 
 _UNWEIGHTED = (*PLAIN, "Q8_0")  # have no use for importance
-_UNMEASURED = ("token_embd", "output")  # the first has no input; llama-imatrix skips the other if not asked for it
+_UNMEASURED = ("embed", "lm_head")  # the first has no input; llama-imatrix skips the other if not asked for it
 _NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
 _LOSSY = ("Q2_K", "Q3_K_S")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
 
 
-def check_types(tensors: Sequence[Tensor], file_type: str, overrides: Overrides) -> None:
+def check_types(tensors: Sequence[GgufTensor], file_type: str, overrides: Overrides) -> None:
     """Raise UsageError where one of the overrides decides no tensor's type."""
     is_plain = file_type in FILE_TYPES and FILE_TYPES[file_type].default in PLAIN
     if overrides.tensor_types and is_plain:  # llama-quantize ignores them
@@ -249,7 +249,7 @@ def check_types(tensors: Sequence[Tensor], file_type: str, overrides: Overrides)
                 what, fix = "options before it decide for all that it matches", "the first that matches decides"
             raise UsageError(f"--tensor-type {pattern}={kind.lower()}: {what}", fix=fix)
     if overrides.output_type is not None and is_tied(tensors):
-        embedding = next(tensor for tensor in tensors if tensor.kind == "token_embd")
+        embedding = next(tensor for tensor in tensors if tensor.role == "embed")
         is_given = overrides.token_embedding_type is not None or overrides.pattern(embedding) is not None
         if is_plain or is_given:
             what = f"--output-type: the model's output is its embedding, {embedding.name}"
@@ -262,7 +262,7 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
 
     Raises UsageError or InputError where llama-quantize would refuse to, because the result would be useless.
     """
-    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.kind not in _UNMEASURED]
+    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.role not in _UNMEASURED]
     lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
     needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
     if imatrix is None:

@@ -15,9 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from dsv2quant import __version__
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.arch.spec import TensorSpec
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError
 from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
 from dsv2quant.formats.schemes import CODECS
@@ -92,7 +91,7 @@ class Step:
 class Plan:
     """A whole conversion. `asked` are the options it was made with, as the command line spells them."""
 
-    checkpoint: Checkpoint
+    checkpoint: HfCheckpoint
     recipe: Recipe
     targets: tuple[str, ...]
     parallel: Parallel
@@ -160,14 +159,12 @@ def make_plan(
     Raises InputError where the checkpoint or the recipe can't give one artifact that they load, and UsageError where
     `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
-    checkpoint.check_source()
+    checkpoint = checkpoint.as_source()
     chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
-    schemes = choose_schemes(
-        (weight.spec for weight in checkpoint.weights), checkpoint.config, recipe, chosen, parallel
-    )
+    schemes = choose_schemes((weight.spec for weight in checkpoint.weights), recipe, chosen, parallel)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
     try:
@@ -176,18 +173,18 @@ def make_plan(
         quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, checkpoint.config, chosen, parallel)
+    targets.check_unquantized(planned, chosen, parallel)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     entries = tuple(_line(weight, *schemes[weight.spec], kv_parts) for weight in checkpoint.weights)
-    steps, shards = _lay_out(entries, checkpoint, chosen, max_shard_size)
+    steps, shards = _lay_out(entries, chosen, max_shard_size)
     return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, _out_config(checkpoint, quantization))
 
 
 def choose_schemes(
-    specs: Iterable[TensorSpec], config: ModelConfig, recipe: Recipe, chosen: Sequence[str], parallel: Parallel
+    specs: Iterable[TensorSpec], recipe: Recipe, chosen: Sequence[str], parallel: Parallel
 ) -> dict[TensorSpec, tuple[str, str, str | None]]:
     """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
 
@@ -198,7 +195,7 @@ def choose_schemes(
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
             assigned[spec.role, spec.layer] = recipe.assign(spec)
-        modules[targets.fused_module(spec, config, chosen) or spec.name].append(spec)
+        modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, tuple[str, str, str | None]] = {}
     for members in modules.values():
         wishes = {spec: assigned[spec.role, spec.layer] for spec in members}
@@ -210,7 +207,7 @@ def choose_schemes(
             continue
         reasons: dict[TensorSpec, str] = {}
         while scheme != "bf16":
-            refusals = {spec: targets.refusal(spec, scheme, config, chosen, parallel) for spec in members}
+            refusals = {spec: targets.refusal(spec, scheme, chosen, parallel) for spec in members}
             first = next(((spec, r) for spec, r in refusals.items() if r is not None), None)
             if first is None:
                 break
@@ -251,20 +248,17 @@ def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts
         parts = CODECS[scheme].layout(spec.shape)
         outputs = tuple(Output(f"{spec.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
     if spec.role == "kv_a_proj_with_mqa":
-        attention = spec.module.rpartition(".")[0]
-        outputs += tuple(Output(f"{attention}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
+        outputs += tuple(Output(f"{spec.parent}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
 
 
 def _lay_out(
-    entries: Sequence[Entry], checkpoint: Checkpoint, chosen: Sequence[str], max_shard_size: int
+    entries: Sequence[Entry], chosen: Sequence[str], max_shard_size: int
 ) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
     """Group lines into steps and fill shards in order; a step never spans two shards."""
     grouped: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        group = None
-        if CODECS[entry.scheme].shares_scale:
-            group = targets.scale_group(entry.spec, checkpoint.config, chosen)
+        group = targets.scale_group(entry.spec, chosen) if CODECS[entry.scheme].shares_scale else None
         grouped[group or entry.spec.name].append(entry)
     steps: list[Step] = []
     filled: list[list[Output]] = [[]]

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
+from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.files import check_pointer

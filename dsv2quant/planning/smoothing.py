@@ -3,10 +3,10 @@ model as it is.
 
     W x = (W S) (S⁻¹ x)     columns of the consumers × 2ᵉ, rows of the producer × 2⁻ᵉ
 
-In DeepSeek-V2 these are legal, and no others of this kind: a norm in front of every linear that reads it (the router
-is one of them, and so are all rows of kv_a_proj_with_mqa), up_proj in front of down_proj (not gate_proj: SiLU is not
-linear), and the V rows of kv_b_proj in front of o_proj. Scales are powers of two: what stays BF16, the router above
-all, keeps its digits, and every token its experts.
+In DeepSeek-V2 these are legal, and no others of this kind (`TensorSpec.producer`): a norm in front of every linear that
+reads it (the router is one of them, and so are all rows of kv_a_proj_with_mqa), up_proj in front of down_proj (not
+gate_proj: SiLU is not linear), and the V rows of kv_b_proj in front of o_proj. Scales are powers of two: what stays
+BF16, the router above all, keeps its digits, and every token its experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import TensorSpec, layer_specs
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import widened
 from dsv2quant.storage.files import read_bytes
@@ -43,30 +44,20 @@ class SmoothingPair:
 
 def smoothing_pairs(config: ModelConfig, layer: int) -> list[SmoothingPair]:
     """Every smoothing of a layer."""
-    at = f"model.layers.{layer}"
-    specs = {spec.module: spec for spec in layer_specs(config, layer) if spec.role != "bias"}
+    specs = architecture(config).layer(layer)
+    named = {spec.name: spec for spec in specs}
+    consumers: dict[str, list[TensorSpec]] = {}
+    for spec in sorted(specs, key=lambda spec: spec.expert is not None):  # before an expert what all tokens come by
+        if spec.producer is not None:
+            consumers.setdefault(spec.producer, []).append(spec)
+    return [SmoothingPair(tuple(c), named[name], _value_rows(named[name])) for name, c in consumers.items()]
 
-    def named(*modules: str) -> tuple[TensorSpec, ...]:
-        return tuple(specs[f"{at}.{module}"] for module in modules if f"{at}.{module}" in specs)
 
-    def pair(consumers: tuple[TensorSpec, ...], producer: str, rows: np.ndarray | None = None) -> SmoothingPair:
-        return SmoothingPair(consumers, specs[f"{at}.{producer}"], rows)
-
-    queries = named("self_attn.q_proj", "self_attn.q_a_proj")
-    smoothing = [pair((*queries, *named("self_attn.kv_a_proj_with_mqa")), "input_layernorm")]
-    if config.q_lora_rank is not None:
-        smoothing.append(pair(named("self_attn.q_b_proj"), "self_attn.q_a_layernorm"))
-    smoothing.append(pair(named("self_attn.kv_b_proj"), "self_attn.kv_a_layernorm"))
-    keys, values = config.qk_nope_head_dim, config.v_head_dim
-    heads = np.arange(config.num_attention_heads)[:, None] * (keys + values)
-    smoothing.append(
-        pair(named("self_attn.o_proj"), "self_attn.kv_b_proj", (heads + keys + np.arange(values)).reshape(-1))
-    )
-    every = ["mlp", "mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(config.n_routed_experts))]
-    ffns = [ffn for ffn in every if f"{at}.{ffn}.up_proj" in specs]
-    readers = [f"{ffn}.{name}" for ffn in ffns for name in ("gate_proj", "up_proj")]
-    smoothing.append(pair(named("mlp.gate", *readers), "post_attention_layernorm"))
-    return smoothing + [pair(named(f"{ffn}.down_proj"), f"{ffn}.up_proj") for ffn in ffns]
+def _value_rows(producer: TensorSpec) -> np.ndarray | None:
+    """Those that make values, of a matrix with heads."""
+    if producer.heads is None:
+        return None
+    return np.arange(producer.shape[0]).reshape(producer.heads.count, -1)[:, producer.heads.keys :].reshape(-1)
 
 
 class Smoothing:

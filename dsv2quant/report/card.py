@@ -5,7 +5,6 @@ Nothing here depends on when or where the conversion ran, so that the same plan 
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib.metadata import version
@@ -21,20 +20,15 @@ from dsv2quant.planning.plan import Plan
 from dsv2quant.report.calibration import calibration_json, expert_tokens
 from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.tables import gigabytes, roles_table, summarize
-from dsv2quant.storage.files import carried_files, read_bytes
+from dsv2quant.storage.files import read_bytes
 
 MAX_CARD_BYTES = 16 << 20
 
 
-def copied_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """{name: content} of the source's files that an artifact carries along."""
-    return {} if checkpoint.folder is None else carried_files(checkpoint.folder)
-
-
 def source_card(checkpoint: Checkpoint) -> bytes | None:
     """The source's own model card, if it has one. Raises InputError by the rules of `read_bytes`."""
-    card = checkpoint.folder / "README.md" if checkpoint.folder is not None else None
-    return read_bytes(card, MAX_CARD_BYTES) if card is not None and os.path.lexists(card) else None
+    card = checkpoint.file("README.md")
+    return None if card is None else read_bytes(card, MAX_CARD_BYTES)
 
 
 def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,27 @@
-"""A plan, and a checkpoint's contents, as text and as JSON."""
+"""A plan, and a checkpoint's contents, as text and as JSON; what a plan warns of: a recipe of which the targets leave
+little, and rules that do nothing."""
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import Dsv2quantError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
-from dsv2quant.planning.consumers import ENGINES
-from dsv2quant.planning.plan import Entry, Plan
+from dsv2quant.planning import recipe as recipes
+from dsv2quant.planning.consumers import ENGINES, Parallel
+from dsv2quant.planning.plan import Entry, Plan, choose_schemes
+from dsv2quant.planning.recipe import Recipe
 from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
-from dsv2quant.report.warnings import warnings
 
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
@@ -89,7 +93,7 @@ def _finer_groups(plan: Plan) -> list[str]:
         if codec.quant_method == "compressed-tensors":
             continue
         for size in (size for size in (64, 32) if size < (group or 0)):
-            rules = (codec.variant(size), plan.checkpoint.config, plan.targets, plan.parallel)
+            rules = (codec.variant(size), plan.targets, plan.parallel)
             roles = list(dict.fromkeys(spec.role for spec in fallen if targets.refusal(spec, *rules) is None))
             if roles:
                 what = f"--group-size {size} would quantize {', '.join(roles)} too"
@@ -129,8 +133,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Inspection:
     """What a checkpoint or artifact holds. `files` are sizes in bytes, None where only headers were read;
-    `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `file_type` and
-    `tensor_types`, counts by block type, are a GGUF file's."""
+    `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `gguf` is a GGUF file's
+    "file_type" and "tensor_types", counts by block type."""
 
     model: str
     revision: str | None
@@ -142,9 +146,7 @@ class Inspection:
     configuration: dict[str, Any]
     kv_scales: int
     quantization_config: Mapping[str, Any] | None
-    is_gguf: bool
-    file_type: str | None
-    tensor_types: dict[str, int]
+    gguf: dict[str, Any] | None
 
     @property
     def bits_per_weight(self) -> float:
@@ -155,11 +157,6 @@ def inspection(checkpoint: Checkpoint) -> Inspection:
     """What an opened checkpoint holds."""
     roles = summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
     paths = {file: checkpoint.data[file][0] if file in checkpoint.data else None for file in checkpoint.files}
-    kind, types = None, {}
-    if checkpoint.metadata is not None:
-        from dsv2quant.report.gguf import file_type, tensor_types  # imports numba
-
-        kind, types = file_type(checkpoint.metadata), tensor_types(checkpoint)
     return Inspection(
         model=checkpoint.model,
         revision=checkpoint.revision,
@@ -171,9 +168,7 @@ def inspection(checkpoint: Checkpoint) -> Inspection:
         configuration=_describe(checkpoint.config),
         kv_scales=len(checkpoint.kv_scales),
         quantization_config=checkpoint.config.quantization,
-        is_gguf=checkpoint.metadata is not None,
-        file_type=kind,
-        tensor_types=types,
+        gguf=checkpoint.file_summary(),
     )
 
 
@@ -187,9 +182,9 @@ def inspection_text(i: Inspection) -> str:
         *(f"{key}: {value}" for key, value in i.configuration.items()),
     ]
     lines += ["KV-cache scales: one per layer"] * (i.kv_scales > 0)
-    if i.is_gguf:
-        types = ", ".join(f"{number} {name}" for name, number in i.tensor_types.items())
-        lines += [f"file type: {i.file_type or 'not given'}", f"tensors: {types}"]
+    if i.gguf is not None:
+        types = ", ".join(f"{number} {name}" for name, number in i.gguf["tensor_types"].items())
+        lines += [f"file type: {i.gguf['file_type'] or 'not given'}", f"tensors: {types}"]
         lines += [f"files: {', '.join(i.files)}"] * (len(i.files) > 1)
     return "\n".join(lines)
 
@@ -209,7 +204,7 @@ def inspection_json(i: Inspection) -> dict[str, Any]:
         "configuration": i.configuration,
         "kv_scales": i.kv_scales,
         "quantization_config": i.quantization_config,
-        "gguf": {"file_type": i.file_type, "tensor_types": i.tensor_types} if i.is_gguf else None,
+        "gguf": i.gguf,
     }
 
 
@@ -269,3 +264,94 @@ def _describe(c: ModelConfig) -> dict[str, Any]:
         "rope": rope,
         "context": c.max_position_embeddings,
     }
+
+
+def warnings(plan: Plan) -> list[str]:
+    """One line each, the gravest first."""
+    idle: list[str] = []
+    if not plan.recipe.builtin:
+        specs = (entry.spec for entry in plan.entries)
+        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+    return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
+
+
+def _unquantized(plan: Plan) -> list[str]:
+    """Whether most weights that the recipe quantizes stay in BF16; why, and what quantizes them."""
+    left = _left(((entry.spec, entry.scheme, entry.reason) for entry in plan.entries), 1)
+    if left <= 0.5:
+        return []
+    reasons: Counter[str] = Counter()
+    for entry in plan.entries:
+        if entry.reason and entry.scheme == "bf16":
+            reasons[entry.reason] += entry.spec.size
+    bits = 8 * plan.bytes_out / plan.parameters
+    said = f"{left:.0%} of what recipe {plan.recipe.name} quantizes stays in BF16, {bits:.2f} bits per weight in all"
+    ways = [f"{words} (about {gigabytes(nbytes)})" for words, nbytes in _ways_out(plan).items()]
+    instead = f". What quantizes most of it: {', '.join(ways)}" if ways else ""
+    return [f"{said}: {max(reasons, key=lambda reason: reasons[reason])}{instead}"]
+
+
+def _ways_out(plan: Plan) -> dict[str, int]:
+    """{options: bytes of the artifact's weights} of plans near this one that do quantize most of what they should."""
+    recipe, parallel = plan.recipe, plan.parallel
+    finer = [(f"--group-size {size or 'channel'}", _regrouped(recipe, size)) for size in (64, 32, 0) if recipe.builtin]
+    other = [("--fp8=channel", recipes.builtin("fp8-channel"))] if recipe.schemes != {"bf16", "fp8-channel"} else []
+    smaller = [tp for tp in range(parallel.tp - 1, 0, -1) if parallel.tp % tp == 0]
+    # Of each kind the first that helps.
+    kinds: list[list[tuple[str, Recipe | None, Parallel]]] = [
+        [(words, regrouped, parallel) for words, regrouped in finer],
+        [(f"--ep {parallel.tp}", recipe, Parallel(parallel.tp, parallel.tp))] if parallel.ep == 1 else [],
+        [(f"--tp {tp}", recipe, replace(parallel, tp=tp)) for tp in smaller],
+        [(words, another, parallel) for words, another in other],
+    ]
+    ways: dict[str, int] = {}
+    for kind in kinds:
+        for words, near, split in kind:
+            nbytes = _planned(plan, near, split) if near is not None else None
+            if nbytes is not None:
+                ways[words] = nbytes
+                break
+    return ways
+
+
+def _regrouped(recipe: Recipe, size: int) -> Recipe | None:
+    """The recipe with another INT4 group size (0: whole rows); None where that changes nothing, or its layout has no
+    such size."""
+    rules = tuple(replace(rule, scheme=CODECS[rule.scheme].variant(size)) for rule in recipe.rules)
+    changed = replace(recipe, rules=rules)
+    return changed if changed != recipe and changed.schemes <= set(CODECS) else None
+
+
+def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
+    """Bytes of the weights that a recipe gives at a parallel size; None where most of it falls back too, or it has no
+    artifact. Looks at one expert of each layer: all of them are treated alike."""
+    config = plan.checkpoint.config
+    specs = [entry.spec for entry in plan.entries if not entry.spec.expert]
+    try:
+        targets.choose(plan.targets, recipe.schemes)
+        targets.check_parallel(config, parallel, plan.targets)
+        chosen = choose_schemes(specs, recipe, plan.targets, parallel)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
+    except Dsv2quantError:
+        return None
+    if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
+        return None
+    nbytes = 0
+    for spec, (scheme, _, _) in chosen.items():
+        parts = CODECS[scheme].layout(spec.shape) if scheme != "bf16" else ()
+        copies = 1 if spec.expert is None else config.n_routed_experts
+        nbytes += copies * (sum(part.nbytes for part in parts) if parts else 2 * spec.size)
+    return nbytes
+
+
+def _left(decided: Iterable[tuple[TensorSpec, str, str | None]], experts: int) -> float:
+    """The share of weights that fell back to BF16 among those that a recipe quantizes; each expert counts `experts`
+    times."""
+    kept = done = 0
+    for spec, scheme, reason in decided:
+        size = spec.size * (1 if spec.expert is None else experts)
+        if scheme != "bf16":
+            done += size
+        elif reason:
+            kept += size
+    return kept / (kept + done) if kept else 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsv2quant.arch.deepseek_v2 import ROLES, TensorSpec
+from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import printable
 
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from dsv2quant.errors import InputError
 from dsv2quant.text.chat import Chat, Templates
-from dsv2quant.text.records import SUFFIXES, records
-from dsv2quant.text.text import DATASETS, from_file
+from dsv2quant.text.text import DATASETS, SUFFIXES, from_file, records
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.errors import InputError
 from dsv2quant.storage.files import MAX_CARRIED_BYTES, TEMPLATES, read_text
 from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.tokenizer_file import SETTINGS, read_settings, token_of
+from dsv2quant.text.tokenizer import SETTINGS, read_settings, token_of
 
 if TYPE_CHECKING:
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.storage.gguf import Metadata
 
 FILE = "chat_template.jinja"
@@ -50,14 +49,6 @@ class Templates:
     tokens: Mapping[str, str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Templates:
-        """Those of its folder, or of a GGUF file."""
-        if checkpoint.metadata is not None:
-            return cls._of_gguf(checkpoint.metadata, checkpoint.model)
-        assert checkpoint.folder is not None
-        return cls.of_folder(checkpoint.folder)
-
-    @classmethod
     def of_folder(cls, folder: Path) -> Templates:
         """A folder's. Raises InputError for a damaged file."""
         settings = read_settings(folder)
@@ -78,7 +69,9 @@ class Templates:
         return cls(named, where, tokens)
 
     @classmethod
-    def _of_gguf(cls, metadata: Metadata, where: object) -> Templates:
+    def of_gguf(cls, metadata: Metadata, where: object) -> Templates:
+        """A GGUF file's."""
+
         def value(key: str) -> Any:
             return metadata[f"tokenizer.{key}"].value if f"tokenizer.{key}" in metadata else None
 

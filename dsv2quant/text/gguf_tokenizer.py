@@ -25,8 +25,9 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.errors import InputError, listing
 from dsv2quant.storage.files import carried_files
 from dsv2quant.storage.gguf import Metadata, Value, array, string, written
+from dsv2quant.text import tokenizer as own
 from dsv2quant.text.chat import template_source
-from dsv2quant.text.tokenizer_file import FILE, SETTINGS, adds_bos, is_control, no_panic, read_settings, read_tokenizer
+from dsv2quant.text.tokenizer import FILE, SETTINGS, adds_bos, is_control, no_panic, read_settings, read_tokenizer
 
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
@@ -263,3 +264,12 @@ def gguf_tokenizer(metadata: Metadata, where: object) -> Tokenizer:
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(around.values()))
     backend.encode_special_tokens = True
     return backend
+
+
+def open_tokenizer(metadata: Metadata, where: Path | str) -> own.Tokenizer:
+    """What runs it, with BOS apart. Raises InputError as `gguf_tokenizer` does, and where the file names no BOS."""
+    backend = gguf_tokenizer(metadata, where)
+    bos, add_bos = (metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "add_bos_token"))
+    if bos is None or type(bos.value) is not int:
+        raise InputError("no tokenizer.ggml.bos_token_id", where=where, fix="convert the model again")
+    return own.Tokenizer(backend, bos.value, where, add_bos is not None and bool(add_bos.value))

@@ -1,36 +1,114 @@
-"""Token streams: text through a checkpoint's own tokenizer, cut into equal windows; and tokens as text again."""
+"""A folder's tokenizer: tokenizer.json as the tokenizers library runs it, with nothing of the file that transformers
+ignores too; token streams cut into equal windows; and tokens as text again.
+
+The file is a downloaded one: what makes the library abort is taken out before, what makes it panic becomes an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import tokenizers
 
 from dsv2quant.errors import InputError
-from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.tokenizer_file import FILE, SETTINGS, adds_bos, no_panic, read_settings, read_tokenizer, token_of
+from dsv2quant.storage.safetensors import AGAIN, read_json
 
-if TYPE_CHECKING:
-    from dsv2quant.checkpoint.checkpoint import Checkpoint
-
+logger = logging.getLogger(__name__)
+FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+_LOOK = (("<|", "|>"), ("<｜", "｜>"))  # of DeepSeek's control tokens
+# Of no use here: transformers sets its own padding and truncation for each call and so ignores the file's, and no
+# special token is ever added to a text by the library.
+_UNUSED = ("padding", "truncation", "post_processor")
 Protocol = Literal["default", "llama.cpp"]
 FEWEST = 4  # different tokens of a text
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Token ids [windows, ctx]; position i predicts i + 1 for i from `first` to ctx − 2, and only those are scored."""
+def is_control(token: str, special: bool) -> bool:
+    """Whether an added token means something to the model and not to a reader, by llama.cpp's rule
+    (conversion/base.py, does_token_look_special): Coder-V2 and V3 don't flag theirs as special."""
+    return special or token == "<pad>" or any(token.startswith(a) and token.endswith(b) for a, b in _LOOK)
 
-    ids: np.ndarray
-    first: int
 
-    @property
-    def scored(self) -> int:
-        """Scored tokens of each window."""
-        return int(self.ids.shape[1]) - 1 - self.first
+def read_tokenizer(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
+    """(tokenizer.json as it is, the tokenizer without padding, truncation and post-processor). Control tokens are the
+    special ones. Raises InputError for what is missing, damaged or not understood."""
+    raw = read_json(path)
+    model, added = raw.get("model"), raw.get("added_tokens")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if isinstance(model, dict) and model.get("type") == "BPE" and model.get(option):
+            raise InputError(f"its BPE model has {option}", where=path, fix="use the tokenizer of this model")
+    used = {key: value for key, value in raw.items() if key not in _UNUSED}
+    if isinstance(added, list):
+        used["added_tokens"] = [_flagged(token) for token in added]
+    with no_panic(path):
+        return raw, tokenizers.Tokenizer.from_str(json.dumps(used))
+
+
+def _flagged(token: Any) -> Any:
+    match token:
+        case {"content": str(content), "special": bool(special)}:
+            return token | {"special": is_control(content, special)}
+    return token
+
+
+@contextmanager
+def no_panic(where: object) -> Iterator[None]:
+    """What the library raises as InputError; a panic of its Rust code is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise InputError(f"not a tokenizer: {error}", where=where, fix=AGAIN) from None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, which a folder may lack."""
+    path = folder / SETTINGS
+    return read_json(path) if path.exists() else {}
+
+
+def token_of(settings: Mapping[str, Any], name: str) -> str | None:
+    """What tokenizer_config.json names as `name` ('bos_token'), as text or as an object with its content."""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def adds_bos(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool | None:
+    """Whether a text begins with BOS: as tokenizer_config.json says (transformers 4 and llama.cpp obey it), else as
+    the post-processor of tokenizer.json does (what transformers 5 obeys, and all that it writes). None: neither says.
+    """
+    said = settings.get("add_bos_token")
+    if isinstance(said, bool):
+        return said
+    pending = [raw.get("post_processor")]
+    while pending:
+        match pending.pop(0):
+            case {"type": "Sequence", "processors": [*steps]}:
+                pending = [*steps, *pending]
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first}}, *_]}:
+                return bool(first == token_of(settings, "bos_token"))
+    return None
+
+
+def bos_note(folder: Path) -> list[str]:
+    """A line for the user where nothing in a folder says whether a text begins with BOS."""
+    path = folder / FILE
+    if not path.exists() or adds_bos(read_json(path), read_settings(folder)) is not None:
+        return []
+    return [
+        f"{folder / SETTINGS} has no add_bos_token and {FILE} adds no BOS (transformers 5 drops the key when it saves "
+        "a tokenizer): texts then begin without BOS, with which DeepSeek-V2 was trained. Set add_bos_token to true."
+    ]
 
 
 class Tokenizer:
@@ -44,21 +122,6 @@ class Tokenizer:
     def __init__(self, backend: Any, bos_id: int, where: Path | str, add_bos: bool = True) -> None:
         self._backend, self.bos_id, self._where, self.add_bos = backend, bos_id, where, add_bos
         self.vocab_size: int = self._backend.get_vocab_size()
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Tokenizer:
-        """A checkpoint's. Raises InputError where it has none, or a damaged one."""
-        if checkpoint.metadata is None:
-            assert checkpoint.folder is not None
-            return cls.open(checkpoint.folder)
-        from dsv2quant.text.gguf_tokenizer import gguf_tokenizer
-
-        where = checkpoint.model
-        backend = gguf_tokenizer(checkpoint.metadata, where)
-        bos, add_bos = (checkpoint.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "add_bos_token"))
-        if bos is None or type(bos.value) is not int:
-            raise InputError("no tokenizer.ggml.bos_token_id", where=where, fix="convert the model again")
-        return cls(backend, bos.value, where, add_bos is not None and bool(add_bos.value))
 
     @classmethod
     def open(cls, folder: Path) -> Tokenizer:
@@ -131,6 +194,58 @@ def _find_bos(backend: Any, settings: Mapping[str, Any], folder: Path) -> int:
     if not isinstance(found, int):
         raise InputError("no BOS token is named", where=folder / SETTINGS, fix="set bos_token, as the base model does")
     return found
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: `eos_token_id` of generation_config.json, which may list several, else the token that
+    tokenizer_config.json names, else config.json's. None may be named."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    if found is None:
+        path = folder / SETTINGS
+        token = token_of(read_settings(folder), "eos_token")
+        found = None if token is None else tokenizer.id_of(token)
+    if found is None:
+        path = folder / "config.json"
+        found = read_json(path).get("eos_token_id")
+    return checked_stop_ids(found, path)
+
+
+def checked_stop_ids(found: Any, where: object) -> frozenset[int]:
+    """One id, a list of them or None, as a set. Raises InputError for what is no id."""
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(number) is int for number in ids):
+        raise InputError(f"eos_token_id is {found!r:.60}", where=where, fix="it must be a token's id, or a list of ids")
+    return frozenset(ids)
+
+
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Check the tokenizer that an artifact gets, and warn where there is none: weights alone are worth converting, too.
+
+    Raises InputError for a damaged one, and where it has ids beyond the vocabulary of the model.
+    """
+    path = folder / FILE
+    if not path.exists() and not path.is_symlink():
+        logger.warning("warning: %s has no %s, nor will the artifact: copy it from the base model", folder, FILE)
+        return
+    _, backend = read_tokenizer(path)
+    beyond = sum(number >= vocabulary for number in backend.get_vocab(with_added_tokens=True).values())
+    if beyond:
+        what = f"has {beyond} ids beyond vocab_size, {vocabulary}"
+        raise InputError(what, where=path, fix="use the tokenizer of this model")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [windows, ctx]; position i predicts i + 1 for i from `first` to ctx − 2, and only those are scored."""
+
+    ids: np.ndarray
+    first: int
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens of each window."""
+        return int(self.ids.shape[1]) - 1 - self.first
 
 
 def cut(ids: np.ndarray, ctx: int, bos: int, protocol: Protocol, where: object, *, add_bos: bool = True) -> Windows:

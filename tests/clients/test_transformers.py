@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
-from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, negative_log_likelihoods, perplexity, run
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch, finish
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.consumers import TARGETS
@@ -50,7 +50,7 @@ def artifacts(tmp_path_factory, awkward):
     for source, path in (("mini", tiny.MINI), ("awkward", awkward)):
         for name, (asked, targets) in ARTIFACTS.items():
             out = folder / f"{source}-{name.replace(' ', '-')}"
-            convert(make_plan(Checkpoint.open(path), recipe.builtin(asked), for_targets=targets), out, command="")
+            convert(make_plan(open_checkpoint(path), recipe.builtin(asked), for_targets=targets), out, command="")
             made[source, name] = out
     return made
 
@@ -92,7 +92,7 @@ mode_ids = [f"{name}-{dtype}{'-dequantize' * dequantize}".replace(" ", "-") for 
 def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts):
     folder, torch_dtype = artifacts[source, name], DTYPES[dtype]
     theirs = load(folder, torch_dtype, dequantize)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     vocabulary = checkpoint.config.vocab_size
     tokens = torch.randint(2, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -103,7 +103,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     for weight in checkpoint.weights:
         routed = weight.spec.role.startswith("routed.")
         scale_dtype = torch.bfloat16 if rounds_scales and not routed else None
-        ours = decode(checkpoint, weight, torch_dtype, scale_dtype=scale_dtype)
+        ours = checkpoint.decode(weight, torch_dtype, scale_dtype=scale_dtype)
         assert torch.equal(their_weight(state, weight.spec.name), ours), weight.spec.name
 
     served = name != "block" and not dequantize
@@ -166,7 +166,7 @@ def scored():
     """(token windows, our pass and transformers' pass over BF16 dsv2-mini)."""
     tokenizer = Tokenizer.open(tiny.MINI)
     ids = cut(tokenizer.encode(python_topics().content), 512, tokenizer.bos_id, "default", "topics").ids[:WINDOWS]
-    ours = run(Model(Checkpoint.open(tiny.MINI)), ids, batches_of(WINDOWS, 4))
+    ours = run(Model(open_checkpoint(tiny.MINI)), ids, batches_of(WINDOWS, 4))
     return ids, ours, their_pass(load(tiny.MINI, torch.float32, False), ids)
 
 
@@ -181,7 +181,7 @@ def test_perplexity_of_dsv2_mini_is_transformers(scored):
 def test_weight_only_kld_is_transformers(name, scored, artifacts):
     ids, ours, theirs = scored
     folder = artifacts["mini", name]
-    model = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    model = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
     got = compare(run(model, ids, batches_of(WINDOWS, 4)), ours, ids, 0).kld.mean()
     want = compare(their_pass(load(folder, torch.float32, name != "block"), ids), theirs, ids, 0).kld.mean()
     assert got == pytest.approx(want, abs=1e-4)
@@ -192,7 +192,7 @@ def test_weight_only_kld_is_transformers(name, scored, artifacts):
 def test_given_transformers_inputs_every_module_quantizes_and_sums_as_transformers(name, scored, artifacts):
     """Each module is given the very input that transformers' had, so that no code differs and float32 sums alone do."""
     folder = artifacts["mini", name]
-    theirs, model = load(folder, torch.float32, False), like_transformers(Model(Checkpoint.open(folder)))
+    theirs, model = load(folder, torch.float32, False), like_transformers(Model(open_checkpoint(folder)))
     inputs, outputs, handles = {}, {}, []
     for path, module in theirs.named_modules():
 
@@ -229,7 +229,7 @@ def routed(moe: MoE, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tenso
     """What the experts chosen [tokens, k] give for x [tokens, hidden]."""
     out = torch.zeros_like(x)
     for expert, rows, its_weights in dispatch(weights, chosen, len(moe.experts)):
-        add_rows(out, rows, moe.experts[expert](x[rows]) * its_weights[:, None])
+        add_rows(out, rows, finish(moe.experts[expert].stages(x[rows])) * its_weights[:, None])
     return out
 
 
@@ -237,8 +237,8 @@ def routed(moe: MoE, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tenso
 def test_kld_with_quantized_activations_is_transformers(name, scored, artifacts):
     ids, ours, theirs = scored
     folder = artifacts["mini", name]
-    served = run(like_transformers(Model(Checkpoint.open(folder))), ids, batches_of(WINDOWS, 4))
-    everywhere = run(Model(Checkpoint.open(folder)), ids, batches_of(WINDOWS, 4))
+    served = run(like_transformers(Model(open_checkpoint(folder))), ids, batches_of(WINDOWS, 4))
+    everywhere = run(Model(open_checkpoint(folder)), ids, batches_of(WINDOWS, 4))
     their_own = their_pass(load(folder, torch.float32, False), ids)
     got = compare(served, ours, ids, 0).kld.mean(1)  # by window
     want = compare(their_own, theirs, ids, 0).kld.mean(1)
@@ -263,14 +263,14 @@ def test_biases_and_a_classifiers_head_load_too(changes, asked, tmp_path):
 
     raw = tiny.V2 | changes
     model = tiny.write_checkpoint(tmp_path / "model", raw)
-    convert(make_plan(Checkpoint.open(model), recipe.builtin(asked)), tmp_path / "out", command="")
+    convert(make_plan(open_checkpoint(model), recipe.builtin(asked)), tmp_path / "out", command="")
     loader = getattr(transformers, raw["architectures"][0])
     dequantize = CompressedTensorsConfig(dequantize=True)
     theirs = loader.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=dequantize).eval()
     tokens = torch.randint(3, 160, (2, 20))
     with torch.inference_mode():
         want = theirs(tokens).logits
-    got = Model(Checkpoint.open(tmp_path / "out"), LoadOptions(weight_only=True)).forward(tokens)
+    got = Model(open_checkpoint(tmp_path / "out"), LoadOptions(weight_only=True)).forward(tokens)
     got = got if want.dim() == 3 else got[:, -1]  # a classifier gives the score of the last token
     assert (got - want).norm() / want.norm() < 1e-5
 
@@ -282,4 +282,4 @@ def test_its_stacked_experts_are_the_same_model(tmp_path, lite):
     model.save_pretrained(tmp_path, save_original_format=False)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "model.layers.1.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 - it is no dictionary
-    assert sampled(Checkpoint.open(tmp_path)) == sampled(Checkpoint.open(lite))
+    assert sampled(open_checkpoint(tmp_path)) == sampled(open_checkpoint(lite))

@@ -7,10 +7,11 @@ import tiny
 import torch
 from test_transformers import load
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.generate import Sampling, generate
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.completion import Sampling, generate
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -27,20 +28,22 @@ def test_greedy_tokens_are_transformers(name, tmp_path, monkeypatch, one_thread)
     if name != "bf16":
         folder = tmp_path / "out"
         rtn = {"method": "rtn", "group_size": 64} if name == "int4-pure" else {}
-        plan = make_plan(Checkpoint.open(tiny.MINI), recipe.builtin(name, **rtn), for_targets=("transformers",))
+        plan = make_plan(open_checkpoint(tiny.MINI), recipe.builtin(name, **rtn), for_targets=("transformers",))
         convert(plan, folder, command="")
     theirs = load(folder, torch.float32, dequantize=name == "int4-pure")
     with torch.inference_mode():
         theirs(torch.tensor([PROMPTS[0]]))  # the first pass is when compressed-tensors decompresses
     theirs = torch.nn.Module.float(theirs)
 
+    decode = HfCheckpoint.decode
+
     def as_theirs(checkpoint, weight, dtype, *rest):
         """transformers rounds decoded INT4 to BF16, whatever dtype is asked for."""
         rounded = torch.bfloat16 if weight.scheme.startswith("int4") else dtype
         return decode(checkpoint, weight, rounded, *rest).to(dtype)
 
-    monkeypatch.setattr("dsv2quant.model.load.decode", as_theirs)
-    ours = Model(Checkpoint.open(folder), LoadOptions(weight_only=True))
+    monkeypatch.setattr(HfCheckpoint, "decode", as_theirs)
+    ours = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
     for prompt in PROMPTS:
         made = theirs.generate(
             torch.tensor([prompt]), do_sample=False, temperature=None, top_p=None, max_new_tokens=COUNT,

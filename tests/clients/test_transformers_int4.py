@@ -15,9 +15,10 @@ from test_transformers import DTYPES, like_transformers, load, their_weight
 
 from dsv2quant.calib.calibration import Calibration
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear, MoE
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -51,7 +52,7 @@ def artifacts(tmp_path_factory, awkward):
         for name, (asked, group_size, method) in ARTIFACTS.items():
             out = folder / f"{source}-{name.replace(' ', '-')}"
             chosen = recipe.builtin(asked, method=method, group_size=group_size)
-            plan = make_plan(Checkpoint.open(path), chosen, for_targets=("vllm", "transformers"))
+            plan = make_plan(open_checkpoint(path), chosen, for_targets=("vllm", "transformers"))
             assert len(plan.schemes) == (2 if name in ("two sizes", "mixed") else 1)
             convert(plan, out, command="", calibration=tokens if method == "awq" else None)
             made[source, name] = out
@@ -96,7 +97,7 @@ def their_logits(theirs: torch.nn.Module, checkpoint: Checkpoint) -> tuple[torch
 @pytest.mark.parametrize("source", ["mini", "awkward"])
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES, ids=mode_ids)
 def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts, monkeypatch):
-    checkpoint, torch_dtype = Checkpoint.open(artifacts[source, name]), DTYPES[dtype]
+    checkpoint, torch_dtype = open_checkpoint(artifacts[source, name]), DTYPES[dtype]
     theirs = load(checkpoint.folder, torch_dtype, dequantize)
     tokens, want = their_logits(theirs, checkpoint)
     state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
@@ -106,7 +107,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     for weight in checkpoint.weights:
         fp8 = weight.scheme.startswith("fp8")
         rounded = dtype_there(weight, torch_dtype, dequantize)
-        ours = decode(checkpoint, weight, rounded, scale_dtype=scale_dtype if fp8 else None)
+        ours = checkpoint.decode(weight, rounded, scale_dtype=scale_dtype if fp8 else None)
         got = their_weight(state, weight.spec.name)
         assert got.dtype == (torch_dtype if dequantize and not weight.spec.role.startswith("routed.") else rounded)
         assert torch.equal(got, ours.to(got.dtype)), weight.spec.name

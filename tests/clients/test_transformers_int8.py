@@ -15,11 +15,11 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from test_transformers import DTYPES, like_transformers, load, their_weight
 from test_transformers_int4 import apart, their_logits
 
-from dsv2quant.arch.deepseek_v2 import LINEAR_ROLES
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.arch.spec import LINEAR_ROLES
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -41,7 +41,7 @@ def artifacts(tmp_path_factory):
     source = tiny.write_checkpoint(folder / "source", WIDE)
     for name in SCHEMES:
         method = "rtn" if name == "w4a8" else None
-        plan = make_plan(Checkpoint.open(source), recipe.builtin(name, method=method), for_targets=("transformers",))
+        plan = make_plan(open_checkpoint(source), recipe.builtin(name, method=method), for_targets=("transformers",))
         convert(plan, folder / name, command="")
     return folder
 
@@ -74,7 +74,7 @@ def served_as_theirs(model: Model) -> Model:
 
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES)
 def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize, artifacts, monkeypatch):
-    checkpoint, torch_dtype = Checkpoint.open(artifacts / name), DTYPES[dtype]
+    checkpoint, torch_dtype = open_checkpoint(artifacts / name), DTYPES[dtype]
     dense = {w.scheme for w in checkpoint.weights if w.spec.role in LINEAR_ROLES and w.spec.expert is None}
     assert dense - {"bf16"} == {SCHEMES[name]}
     theirs = load(checkpoint.folder, torch_dtype, dequantize)
@@ -85,7 +85,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
         routed = weight.spec.role.startswith("routed.")
         in_bf16 = (dequantize or routed) and weight.scheme in SCHEMES.values()
         got = their_weight(state, weight.spec.name)
-        ours = decode(checkpoint, weight, torch.bfloat16 if in_bf16 else torch_dtype)
+        ours = checkpoint.decode(weight, torch.bfloat16 if in_bf16 else torch_dtype)
         assert torch.equal(got, ours.to(got.dtype)), weight.spec.name
 
     if torch_dtype == torch.bfloat16:  # sums of any order are rounded: each side moves as far as the rounding does
@@ -109,7 +109,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
 def test_its_loader_finds_no_int8_experts(artifacts, tmp_path):
     """What planning/consumers.py says of it: the row may go where this fails."""
     source = artifacts / "source"
-    plan = make_plan(Checkpoint.open(source), recipe.builtin("int8"), for_targets=("vllm",))
+    plan = make_plan(open_checkpoint(source), recipe.builtin("int8"), for_targets=("vllm",))
     convert(plan, tmp_path / "out", command="")
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         load(tmp_path / "out", torch.bfloat16, dequantize=False)

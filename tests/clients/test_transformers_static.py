@@ -8,8 +8,8 @@ import tiny
 import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.model.load import LoadOptions, decode, stored_tensor
+from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 
 # Tensor scales for every consumer are mixed with channel scales, for transformers alone not.
@@ -32,7 +32,7 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
     folder, torch_dtype = artifacts[name], DTYPES[dtype]
     theirs = load(folder, torch_dtype, dequantize)
     given = {module: child.input_scale for module, child in theirs.named_modules() if hasattr(child, "input_scale")}
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     tokens = static.some_tokens(checkpoint, 2, 24)
     with torch.inference_mode():
         want = theirs(tokens).logits.double()
@@ -40,13 +40,13 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
     rounding = torch.bfloat16 if torch_dtype == torch.bfloat16 and not dequantize else None
     for weight in checkpoint.weights:
         routed = weight.spec.role.startswith("routed.")
-        ours = decode(checkpoint, weight, torch_dtype, scale_dtype=None if routed else rounding)
+        ours = checkpoint.decode(weight, torch_dtype, scale_dtype=None if routed else rounding)
         assert torch.equal(their_weight(state, weight.spec.name), ours), weight.spec.name
         # Experts are no modules there: their input scales are dropped, and their inputs not quantized.
         takes_inputs = weight.scheme == "fp8-static" and not dequantize and not routed
         assert (weight.spec.module in given) is takes_inputs, weight.spec.name
         if takes_inputs:
-            scale = stored_tensor(checkpoint, weight.parts["input_scale"])
+            scale = checkpoint.tensor(weight.parts["input_scale"])
             assert torch.equal(given[weight.spec.module], scale.to(rounding or torch.float32))
 
     options = LoadOptions(torch_dtype, "cpu", dequantize, rounding)
@@ -84,7 +84,7 @@ def test_kv_scales_are_taken_for_the_latent_and_for_the_rotated_key(tmp_path, li
         return quantized
 
     monkeypatch.setattr(cache, "forward_quantize", spy)
-    checkpoint = Checkpoint.open(tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
     with torch.inference_mode():
         theirs(static.some_tokens(checkpoint, 2, 24))
     config = checkpoint.config
@@ -101,8 +101,8 @@ def test_autofp8_does_not_load(tmp_path, lite):
     """Its scales are unknown there, and the codes are taken for weights."""
     static.write(lite, tmp_path / "out", "fp8-autofp8")
     theirs = load(tmp_path / "out", torch.bfloat16, False)
-    checkpoint = Checkpoint.open(tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
     weight = next(w for w in checkpoint.weights if w.spec.role == "o_proj")
-    codes = stored_tensor(checkpoint, weight.parts["weight"])
+    codes = checkpoint.tensor(weight.parts["weight"])
     assert torch.equal(theirs.get_parameter(weight.spec.name).float(), codes.float())
-    assert codes.float().norm() > 100 * decode(checkpoint, weight, torch.float32).norm()
+    assert codes.float().norm() > 100 * checkpoint.decode(weight, torch.float32).norm()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv2quant.bench.subject import RandomWeights, configuration
-from dsv2quant.bench.tune import OPERATIONS, decide, time_all
+from dsv2quant.bench.kernels import OPERATIONS, decide, time_all
+from dsv2quant.bench.model import RandomWeights, configuration
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.int4_gemm import linear
 from dsv2quant.kernels.int4_layout import from_compressed_tensors

@@ -12,12 +12,12 @@ from test_statistics import calibration
 
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.evaluation.divergence import compare
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("config", [tiny.LITE, tiny.V2], ids=["lite", "v2"])
 def test_statistics_equal_the_cpus(config, tmp_path):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", config))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", config))
     for device in ("cpu", "cuda"):
         calibrate(checkpoint, tmp_path / device, calibration(), device=device)
     on_cpu, on_gpu = load_file(tmp_path / "cpu"), load_file(tmp_path / "cuda")
@@ -38,7 +38,7 @@ def test_statistics_equal_the_cpus(config, tmp_path):
 
 @pytest.mark.parametrize("method", ["mse", "awq"])
 def test_from_the_same_statistics_both_devices_write_the_same_artifact(method, tmp_path):
-    checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", tiny.GROUPED))
     statistics = calibrate(checkpoint, tmp_path / "stats", calibration())
     plan = make_plan(checkpoint, recipe.builtin("int4-pure", method=method, group_size=32), for_targets=["vllm"])
     for device in ("cpu", "cuda"):
@@ -57,11 +57,11 @@ def test_static_activations_quantize_to_the_cpus_bytes():
 @pytest.mark.parametrize("layout", [None, "gptq", "awq"])
 def test_int4_decodes_to_the_cpus_weights(layout, tmp_path):
     asked = recipe.builtin("int4-pure", method="rtn", group_size=64, layout=layout)
-    convert(make_plan(Checkpoint.open(tiny.MINI), asked, for_targets=["vllm"]), tmp_path / "out", command="")
-    checkpoint = Checkpoint.open(tmp_path / "out")
+    convert(make_plan(open_checkpoint(tiny.MINI), asked, for_targets=["vllm"]), tmp_path / "out", command="")
+    checkpoint = open_checkpoint(tmp_path / "out")
     for weight in checkpoint.weights:
-        on_gpu = decode(checkpoint, weight, torch.bfloat16, "cuda").cpu()
-        assert torch.equal(on_gpu, decode(checkpoint, weight, torch.bfloat16)), weight.spec.name
+        on_gpu = checkpoint.decode(weight, torch.bfloat16, "cuda").cpu()
+        assert torch.equal(on_gpu, checkpoint.decode(weight, torch.bfloat16)), weight.spec.name
 
 
 @pytest.mark.parametrize(("columns", "group"), TIES)
@@ -73,13 +73,13 @@ def test_gptq_diverges_as_on_the_cpu(tmp_path):
     """Codes near a tie fall either way, and what follows with them. On a CPU the order of these windows alone moves the
     divergence by 5% (standard deviation of seven orders), so that two draws differ by up to 20%: three times √2 · 5%.
     Plain rounding is at 2.7 times this divergence."""
-    checkpoint = Checkpoint.open(tiny.MINI)
+    checkpoint = open_checkpoint(tiny.MINI)
     ids = np.random.default_rng(0).integers(2, 4096, (24, 64))
     plan = make_plan(checkpoint, recipe.builtin("int4-pure", group_size=64), for_targets=["vllm"])
     reference = perplexity.run(Model(checkpoint, LoadOptions(device="cuda")), ids, [slice(0, len(ids))])
     found = {}
     for device in ("cpu", "cuda"):
         convert(plan, tmp_path / device, command="", calibration=Calibration(ids, "x", "", 0, []), device=device)
-        model = Model(Checkpoint.open(tmp_path / device), LoadOptions(device="cuda", weight_only=True))
+        model = Model(open_checkpoint(tmp_path / device), LoadOptions(device="cuda", weight_only=True))
         found[device] = compare(perplexity.run(model, ids, [slice(0, len(ids))]), reference, ids, 0).kld.mean()
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.2)

@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import NonFiniteError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.attention import KV_DTYPES, LatentCache
-from dsv2quant.model.generate import Sampling, generate
-from dsv2quant.model.load import LoadOptions, decode
+from dsv2quant.model.completion import Sampling, generate
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -59,7 +59,7 @@ def test_tiny_and_infinite_weights(grid):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_conversion_on_the_gpu_writes_the_same_artifact(grid, awkward, tmp_path):
     for device in ("cpu", "cuda"):
-        made = make_plan(Checkpoint.open(awkward), recipe.builtin(f"fp8-{grid}"), max_shard_size=10**7)
+        made = make_plan(open_checkpoint(awkward), recipe.builtin(f"fp8-{grid}"), max_shard_size=10**7)
         convert(made, tmp_path / device, command="", device=device)
     on_cpu, on_gpu = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("cpu", "cuda"))
     assert on_cpu == on_gpu
@@ -76,18 +76,18 @@ def test_activations_quantize_to_the_cpus_bytes(granularity):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_gives_the_cpus_weights(dtype, awkward, tmp_path):
-    convert(make_plan(Checkpoint.open(awkward), recipe.builtin("fp8-tensor")), tmp_path / "out", command="")
-    checkpoint = Checkpoint.open(tmp_path / "out")
+    convert(make_plan(open_checkpoint(awkward), recipe.builtin("fp8-tensor")), tmp_path / "out", command="")
+    checkpoint = open_checkpoint(tmp_path / "out")
     for weight in checkpoint.weights:
-        assert torch.equal(decode(checkpoint, weight, dtype, "cuda").cpu(), decode(checkpoint, weight, dtype))
+        assert torch.equal(checkpoint.decode(weight, dtype, "cuda").cpu(), checkpoint.decode(weight, dtype))
 
 
 @pytest.mark.parametrize("config", [tiny.LITE, tiny.V2], ids=["lite", "v2"])
 def test_logits_equal_the_cpus(config, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "m", config, tiny.random_weights(config, dtype=torch.float32))
     tokens = torch.randint(0, 160, (2, 40))
-    want = Model(Checkpoint.open(folder)).forward(tokens).double()
-    model = Model(Checkpoint.open(folder), LoadOptions(device="cuda"))
+    want = Model(open_checkpoint(folder)).forward(tokens).double()
+    model = Model(open_checkpoint(folder), LoadOptions(device="cuda"))
     caches = model.caches(2, 40)
     steps = [model.forward(tokens[:, :8], caches)]
     steps += [model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(8, 40)]
@@ -98,7 +98,7 @@ def test_logits_equal_the_cpus(config, tmp_path):
 @pytest.mark.parametrize("kind", KV_DTYPES)
 def test_the_cache_holds_the_cpus_bytes(kind):
     latent, k_pe = (10.0 ** torch.randint(-5, 6, (2, 3, n)) * torch.randn(2, 3, n) for n in (32, 8))
-    config = Checkpoint.open(tiny.MINI).config
+    config = open_checkpoint(tiny.MINI).config
     config = dataclasses.replace(config, kv_lora_rank=32, qk_rope_head_dim=8)
     found = []
     for device in ("cpu", "cuda"):
@@ -110,7 +110,7 @@ def test_the_cache_holds_the_cpus_bytes(kind):
 
 
 def test_greedy_tokens_are_the_cpus_and_sampling_runs():
-    models = [Model(Checkpoint.open(tiny.MINI), LoadOptions(device=device)) for device in ("cpu", "cuda")]
+    models = [Model(open_checkpoint(tiny.MINI), LoadOptions(device=device)) for device in ("cpu", "cuda")]
     greedy = {"stop": {1}, "max_new_tokens": 24, "sampling": Sampling()}
     want, got = (list(generate(model, [0, 700, 800], **greedy)) for model in models)
     first = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), None)
@@ -118,7 +118,7 @@ def test_greedy_tokens_are_the_cpus_and_sampling_runs():
         logits = models[0].forward(torch.tensor([[0, 700, 800, *want[:first]]]))[0, -1]
         assert logits[want[first]] - logits[got[first]] < 20 * 1e-5
     for kind in KV_DTYPES.values():
-        model = Model(Checkpoint.open(tiny.MINI), LoadOptions(torch.bfloat16, "cuda", kv_cache=kind))
+        model = Model(open_checkpoint(tiny.MINI), LoadOptions(torch.bfloat16, "cuda", kv_cache=kind))
         drawn = generate(model, [0, 700, 800], stop=(), max_new_tokens=8, sampling=Sampling(1.0, 0.9))
         assert len(list(drawn)) == 8
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from experts_cases import Layer, given, off
-from routing_cases import ROUTED, ROUTERS, SORTED, choices, expected, logits, logits_off, router_operands, same
+from routing_cases import (
+    ROUTED,
+    ROUTERS,
+    SORTED,
+    choices,
+    expected,
+    logits,
+    logits_off,
+    router_of,
+    router_operands,
+    same,
+)
 
 from dsv2quant.kernels import fp8_experts, reference_experts, routing
-from dsv2quant.kernels.act_quant import quantize_activation
+from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.routing import FEW, router_logits
 
 pytestmark = pytest.mark.skipif(
@@ -60,7 +71,7 @@ def test_logits_are_those_of_float64(case: tuple[int, int, int]) -> None:
 def test_routes_are_those_of_the_model(case: tuple) -> None:
     tokens, experts, *rule = case
     x = logits(tokens, experts, "cuda")
-    weights, chosen, routes = routing.route_and_sort(x, *rule)
+    weights, chosen, routes = routing.route_and_sort(x, router_of(*rule))
     want_weights, want = expected(x, *rule)
     # Scores that differ in the last bit may change places; their weights tell.
     torch.testing.assert_close(weights, want_weights, rtol=2e-6, atol=0)

@@ -9,8 +9,7 @@ import torch
 from fp8_cases import EXTREMES, activations, exact, operands
 
 from dsv2quant.kernels import reference
-from dsv2quant.kernels.act_quant import quantize_activation
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm, quantize_activation
 from dsv2quant.kernels.fp8_gemm import choose, linear, linear_into, matmul, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 

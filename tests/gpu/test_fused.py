@@ -7,7 +7,7 @@ import pytest
 import torch
 from fused_cases import GRANULARITIES, absorb_faults, latent_faults, norm_faults, poisoned, silu_faults
 
-from dsv2quant.kernels.add_norm import add_norm
+from dsv2quant.kernels.activations import add_norm
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"

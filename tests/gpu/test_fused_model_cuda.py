@@ -9,15 +9,14 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, run
 from dsv2quant.model.attention import KV_DTYPES
-from dsv2quant.model.generate import Sampling, generate
+from dsv2quant.model.completion import Sampling, generate, open_model
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.open import open_model
 from dsv2quant.model.runtime import Model
 from dsv2quant.text.text import python_topics
-from dsv2quant.text.tokenizer import Tokenizer, cut
+from dsv2quant.text.tokenizer import cut
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,8 +38,8 @@ WINDOWS, CTX = 4, 256
 
 @pytest.fixture(scope="module")
 def ids() -> np.ndarray:
-    checkpoint = Checkpoint.open(tiny.MINI)
-    tokenizer = Tokenizer.of(checkpoint)
+    checkpoint = open_checkpoint(tiny.MINI)
+    tokenizer = checkpoint.tokenizer()
     windows = cut(tokenizer.encode(python_topics().content), CTX, tokenizer.bos_id, "default", "topics", add_bos=True)
     return windows.ids[:WINDOWS]
 
@@ -59,7 +58,7 @@ def artifact(request, tmp_path, cli) -> Path:
 
 
 def passed(folder: Path | str, options: LoadOptions, ids: np.ndarray, decode_path: bool) -> Pass:
-    return run(open_model(Checkpoint.open(folder), options), ids, batches_of(len(ids), 4), decode_path=decode_path)
+    return run(open_model(open_checkpoint(folder), options), ids, batches_of(len(ids), 4), decode_path=decode_path)
 
 
 TORCH, WIDE = LoadOptions(torch.bfloat16, "cuda"), LoadOptions(torch.float32, "cuda")
@@ -88,7 +87,7 @@ def test_evaluation_agrees_with_the_torch_backend(artifact, decode_path, ids, re
 
 def test_greedy_tokens_are_the_torch_backends(artifact, ids, request):
     """But for ties: where a token differs, its logit is as near the largest as BF16's rounding moves these logits."""
-    checkpoint = Checkpoint.open(artifact)
+    checkpoint = open_checkpoint(artifact)
     models = [open_model(checkpoint, options) for options in (TORCH, KERNELS)]
     for prompt in ids[:, :48].tolist():
         want, got = (list(generate(m, prompt, stop={1}, max_new_tokens=32, sampling=Sampling())) for m in models)
@@ -108,7 +107,7 @@ def test_greedy_tokens_are_the_torch_backends(artifact, ids, request):
 def test_the_graph_is_the_step(kind):
     """A recorded step gives what its launches give one by one, at every position, and writes the same cache."""
     options = LoadOptions(torch.bfloat16, "cuda", kv_cache=KV_DTYPES[kind], backend="kernels")
-    model = open_model(Checkpoint.open(tiny.MINI), options)
+    model = open_model(open_checkpoint(tiny.MINI), options)
     prompt = torch.randint(5, 4000, (3, 17))
     found = []
     for _ in range(2):

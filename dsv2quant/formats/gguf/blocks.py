@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from dsv2quant.formats.amax_cpu import amax_bits
-from dsv2quant.formats.gguf import kquants, legacy, lowbits
+from dsv2quant.formats.cpu import amax_bits
+from dsv2quant.formats.gguf import kquants, legacy
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
 # What can be encoded. ggml/src/ggml-common.h: the static_asserts beside each block's struct.
@@ -82,9 +82,9 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
         case "Q4_0" | "Q4_1" | "Q5_0" | "Q5_1":
             legacy.encode_q45(x, weights, int(name[1]), name.endswith("_1"), out)
         case "Q2_K":
-            lowbits.encode_q2_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+            kquants.encode_q2_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
         case "Q3_K":
-            lowbits.encode_q3_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
+            kquants.encode_q3_k(x.reshape(-1, 256), weights.reshape(-1, 256), out)
         case "Q4_K" | "Q5_K":
             kquants.encode_q45_k(x.reshape(-1, 256), weights.reshape(-1, 256), int(name[1]), out)
         case "Q6_K":

@@ -30,7 +30,7 @@ NOT_WRITTEN = (
     "IQ3_S", "IQ3_M", "IQ3_XS", "COPY",
 )  # fmt: skip
 # Presets: the stock mix whose bytes are spent, and the type between its default and Q8_0 that many tensors are raised
-# to (presets.py).
+# to (planning/gguf_types.py).
 PRESETS = {
     "DSV2_Q3_K_M": ("Q3_K_M", "Q4_K"), "DSV2_Q4_K_S": ("Q4_K_S", "Q5_K"), "DSV2_Q4_K_M": ("Q4_K_M", "Q5_K"),
     "DSV2_Q5_K_M": ("Q5_K_M", "Q6_K"),

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant.arch.gguf_tensors import K_B, Tensor
+from dsv2quant.arch.spec import K_B, GgufTensor
 from dsv2quant.errors import InputError, listing
 from dsv2quant.storage import gguf as container
 from dsv2quant.storage.durable import write_whole
@@ -63,7 +63,7 @@ class Imatrix:
             found.update(part)
         return found.hexdigest()
 
-    def importance(self, tensor: Tensor, *, shrink: bool) -> np.ndarray | None:
+    def importance(self, tensor: GgufTensor, *, shrink: bool) -> np.ndarray | None:
         """Mean square of each input channel, float32 [matrices, columns]; None where there is no entry.
 
         Without `shrink` these are llama-quantize's values to the bit: sums over tokens, and ones where no token came by
@@ -75,16 +75,16 @@ class Imatrix:
             return None
         tokens = _whole(entry.counts)[:, None]
         if shrink and len(entry.counts) > 1:
-            values = _shrunk(entry.sums, tokens, are_own=tensor.kind == "ffn_down_exps")
+            values = _shrunk(entry.sums, tokens, are_own=tensor.role == "routed.down_proj")
         else:
             values = np.where(tokens > 0, entry.sums / np.maximum(tokens, 1), np.float32(1))
         return values.reshape(tensor.matrices, tensor.shape[-1])
 
-    def _fits(self, tensor: Tensor, entry: FileEntry) -> bool:
+    def _fits(self, tensor: GgufTensor, entry: FileEntry) -> bool:
         wanted = tensor.matrices * tensor.shape[-1]
         if entry.sums.size == wanted:
             return True
-        if tensor.name == "token_embd.weight":  # a row lookup has no input; llama-quantize ignores it, too
+        if tensor.role == "embed":  # a row lookup has no input; llama-quantize ignores it, too
             return False
         what = f"of another model: {tensor.name} has {entry.sums.size:,} values there, {wanted:,} in the model"
         raise InputError(what, where=self.source, fix=_OTHER)
@@ -111,7 +111,7 @@ def _shrunk(sums: np.ndarray, tokens: np.ndarray, are_own: bool) -> np.ndarray:
     return shrunk
 
 
-def check_model(tensors: Sequence[Tensor], imatrix: Imatrix) -> None:
+def check_model(tensors: Sequence[GgufTensor], imatrix: Imatrix) -> None:
     """Raise InputError where the imatrix is of another model: it has tensors that the model has not, but for
     `older_names`, or of another size."""
     known = {tensor.name for tensor in tensors}
@@ -123,9 +123,9 @@ def check_model(tensors: Sequence[Tensor], imatrix: Imatrix) -> None:
             imatrix._fits(tensor, imatrix.entries[tensor.name])
 
 
-def older_names(tensors: Sequence[Tensor]) -> list[str]:
+def older_names(tensors: Sequence[GgufTensor]) -> list[str]:
     """What llama-imatrix measured before llama.cpp stored kv_b_proj's halves, and llama-quantize ignores."""
-    return [tensor.name.replace(K_B, "attn_kv_b") for tensor in tensors if tensor.kind == K_B]
+    return [str(tensor.specs[0].gguf_name) for tensor in tensors if tensor.kind == K_B]
 
 
 def metadata(path: str | Path, imatrix: Imatrix) -> dict[str, Value]:

@@ -200,18 +200,7 @@ def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth
     trial, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     new_scale, new_low = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     fits = np.empty(LANES, np.bool_)
-    for lane in range(LANES):
-        top[lane] = tile[0, lane]
-        low[lane] = tile[0, lane]
-        sum_w[lane] = weight[0, lane]
-        sum_x[lane] = weight[0, lane] * tile[0, lane]  # not added to 0: it may be −0
-    for k in range(1, tile.shape[0]):
-        for lane in range(LANES):
-            x, w = tile[k, lane], weight[k, lane]
-            low[lane] = x if x < low[lane] else low[lane]
-            top[lane] = x if x > top[lane] else top[lane]
-            sum_w[lane] += w
-            sum_x[lane] += w * x
+    _range_and_sums(tile, weight, low, top, sum_w, sum_x)
     for lane in range(LANES):
         low[lane] = np.float32(0) if low[lane] > 0 else low[lane]
         factor[lane] = np.float32(nmax) / (top[lane] - low[lane])
@@ -246,6 +235,23 @@ def search_affine(tile, weight, nmax, start, step, steps, absolute, scale, depth
             low[lane] = new_low[lane] if better else low[lane]
     for lane in range(LANES):
         depth[lane] = -low[lane]
+
+
+@compiled
+def _range_and_sums(tile, weight, low, top, sum_w, sum_x):  # type: ignore[no-untyped-def]
+    """The least and the largest element of each lane, and per lane Σ w, Σ w·x."""
+    for lane in range(LANES):
+        top[lane] = tile[0, lane]
+        low[lane] = tile[0, lane]
+        sum_w[lane] = weight[0, lane]
+        sum_x[lane] = weight[0, lane] * tile[0, lane]  # not added to 0: it may be −0
+    for k in range(1, tile.shape[0]):
+        for lane in range(LANES):
+            x, w = tile[k, lane], weight[k, lane]
+            low[lane] = x if x < low[lane] else low[lane]
+            top[lane] = x if x > top[lane] else top[lane]
+            sum_w[lane] += w
+            sum_x[lane] += w * x
 
 
 @compiled

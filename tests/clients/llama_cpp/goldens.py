@@ -20,7 +20,8 @@ import llama_cpp_tools as llama
 from gguf_expected import CASES, OPTIONS, crc, keys_and_values, types_and_digests
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.gguf_tensors import Tensor, model_tensors
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.formats.gguf.blocks import nbytes
 from dsv2quant.storage import gguf as container
 from dsv2quant.storage.gguf import TensorHeader, Value
@@ -67,7 +68,7 @@ def types(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for model, raw in gguf_tiny.PUBLISHED.items():
         config = ModelConfig.from_dict(raw, "config.json")
-        tensors = model_tensors(config)
+        tensors = architecture(config).gguf_tensors()
         source = sparse(folder / f"{model}.gguf", config, dict(base), tensors)
         gguf_expected.write_imatrix(folder / "imatrix.gguf", "tiny-odd")
         for mix in MIXES:
@@ -81,7 +82,7 @@ def types(folder: Path) -> dict[str, Any]:
     return found
 
 
-def sparse(path: Path, config: ModelConfig, metadata: dict[str, Value], tensors: list[Tensor]) -> Path:
+def sparse(path: Path, config: ModelConfig, metadata: dict[str, Value], tensors: list[GgufTensor]) -> Path:
     """A model of any size: no data, and of the metadata only what llama-quantize looks at is its own."""
     own = {"block_count": config.num_hidden_layers, "expert_count": config.n_routed_experts}
     if config.q_lora_rank is not None:
@@ -100,7 +101,7 @@ def sparse(path: Path, config: ModelConfig, metadata: dict[str, Value], tensors:
     return path
 
 
-def choices(source: Path, mix: str, options: list[str], tensors: list[Tensor]) -> dict[str, Any]:
+def choices(source: Path, mix: str, options: list[str], tensors: list[GgufTensor]) -> dict[str, Any]:
     """The type of each kind of tensor, by layers where they differ; the file's MiB; how many fell back.
 
     What is kept F32 is not listed, and under "*" is the type of all others.
