@@ -325,7 +325,7 @@ def _convert_gguf(
     plan: GgufPlan, out: Path, given: Mapping[str, Any], device: str, force: bool, progress: Progress
 ) -> Conversion:
     with progress(0, "", "starting"):
-        from dsv2quant.conversion.gguf import convert_gguf
+        from dsv2quant.conversion.convert import convert as run
     from dsv2quant.report.calibration import Conversion
     from dsv2quant.report.gguf import plan_text
     from dsv2quant.storage.safetensors import parse_size
@@ -333,7 +333,7 @@ def _convert_gguf(
     _tell(plan_text, plan, [f"note: {note}" for note in plan.notes])
     command = " ".join(["dsv2quant convert", plan.checkpoint.model, *plan.asked])
     size = parse_size(str(given["split_max_size"])) if "split_max_size" in given else None
-    made = convert_gguf(
+    made = run(
         plan, out, command=command, split_max_size=size, device=device, force=force, progress=progress
     )  # fmt: skip
     nbytes = sum(entry["size"] for entry in made.files.values())

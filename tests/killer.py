@@ -52,9 +52,9 @@ def run(n, *args):
     global changes, kill_at
     changes, kill_at = 0, n
     if "--gguf" in args:
-        from dsv2quant.conversion import gguf as convert
+        from dsv2quant.storage import engine
 
-        convert.RECORD_EVERY = 1  # a small model's tensors, too, are recorded one by one
+        engine.RECORD_EVERY = 1  # a small model's tensors, too, are recorded one by one
     sys.argv = ["dsv2quant", *args]
     try:
         main()

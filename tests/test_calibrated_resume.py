@@ -171,7 +171,7 @@ def test_ctrl_c_while_calibrating_exits_130_and_the_next_run_continues(
 def test_calibration_is_not_repeated_for_shards_that_are_missing(grouped, tmp_path, monkeypatch):
     plan = planned(grouped, max_shard_size=100_000)
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.conversion.convert._write_shards", interrupt)
+        m.setattr("dsv2quant.conversion.convert._write_files", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
     with monkeypatch.context() as m:

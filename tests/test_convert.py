@@ -348,13 +348,13 @@ def test_a_file_size_limit_ends_in_one_line_and_a_resumable_state(lite, tmp_path
     assert written["model.safetensors"] == whole["model.safetensors"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_a_disk_that_fills_up_ends_in_one_line_and_resumes(call, lite, tmp_path, cli, monkeypatch):
     original, count = getattr(os, call), []
 
     def full(*args):
         count.append(1)
-        if len(count) > (30 if call == "write" else 3):
+        if len(count) > (30 if call == "pwrite" else 3):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*args)
 

@@ -19,7 +19,7 @@ from test_gguf_convert import one_line
 
 from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
@@ -197,7 +197,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    convert_gguf(make_gguf_plan(open_checkpoint(model), Options("Q8_0")), out)
+    convert(make_gguf_plan(open_checkpoint(model), Options("Q8_0")), out)
     return out
 
 
@@ -244,7 +244,7 @@ def test_a_weight_too_large_is_found_in_kv_b_proj(tmp_path, model):
     set_weight(KV_B, (191, 31), 1e9)(tmp_path / "model")
     plan = make_gguf_plan(open_checkpoint(tmp_path / "model"), Options("Q4_K_M"))
     with pytest.raises(InputError, match=rf"{KV_B} has values too large for Q5_0"):
-        convert_gguf(plan, tmp_path / "out" / "m.gguf")
+        convert(plan, tmp_path / "out" / "m.gguf")
 
 
 def test_a_folder_and_the_imatrix_are_never_overwritten(model, cli, tmp_path):

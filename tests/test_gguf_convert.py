@@ -24,7 +24,8 @@ from gguf import GGUFReader
 from gguf_expected import write_imatrix
 from test_convert import contents
 
-from dsv2quant.conversion import gguf as convert
+from dsv2quant.conversion import gguf
+from dsv2quant.storage import engine
 
 SPLIT = ("--split-max-size", "417792")  # the embedding, alone in the second of three
 LATE = "blk.1.attn_output.weight"  # most tensors are before it
@@ -66,7 +67,7 @@ def whole(cli, tmp_path) -> Convert:
 @contextmanager
 def interrupted(at: str = LATE) -> Iterator[list[str]]:
     """Every tensor is recorded, and Ctrl-C comes in place of tensor `at`; yields the names of those encoded."""
-    encode, encoded = convert._encode_rows, []
+    encode, encoded = gguf._encode_rows, []
 
     def encode_rows(piece, *args):
         if piece.entry.name == at:
@@ -75,8 +76,8 @@ def interrupted(at: str = LATE) -> Iterator[list[str]]:
         return encode(piece, *args)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(convert, "RECORD_EVERY", 1)
-        m.setattr(convert, "_encode_rows", encode_rows)
+        m.setattr(engine, "RECORD_EVERY", 1)
+        m.setattr(gguf, "_encode_rows", encode_rows)
         yield encoded
 
 
@@ -143,14 +144,14 @@ def test_ctrl_c_while_workers_work(model, to_gguf, tmp_path, monkeypatch):
         assert begun.wait(60)
         raise KeyboardInterrupt
 
-    def exit_(self, *exception, leave=convert._Writer.__exit__):
+    def exit_(self, *exception, leave=engine._Writing.__exit__):
         monkeypatch.undo()
         ended.set()
         return leave(self, *exception)
 
-    monkeypatch.setattr(convert, "_encode_rows", work)
-    monkeypatch.setattr(convert._Writer, "_settle", wait)
-    monkeypatch.setattr(convert._Writer, "__exit__", exit_)
+    monkeypatch.setattr(gguf, "_encode_rows", work)
+    monkeypatch.setattr(engine._Writing, "_settle", wait)
+    monkeypatch.setattr(engine._Writing, "__exit__", exit_)
     ran = to_gguf(model)
     assert (ran.code, ran.err) == (130, "\ninterrupted\n")
     assert list((tmp_path / "out").iterdir()) == []
@@ -274,7 +275,7 @@ def test_damage_is_remembered(split, model, whole, to_gguf, tmp_path):
 
 def test_another_version_does_not_go_on(model, whole, to_gguf, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr("dsv2quant.conversion.gguf_state.__version__", "0.0")
+        m.setattr("dsv2quant.conversion.gguf.__version__", "0.0")
         interrupt(to_gguf, model)
     one_line(to_gguf(model), "an unfinished conversion with another plan or source")
     assert to_gguf(model, "Q4_K_M", "--force").code == 0
@@ -345,7 +346,7 @@ def test_a_disk_that_fails_once_ends_in_one_line_and_resumes(call, model, whole,
         return original(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(convert, "RECORD_EVERY", 1)
+        m.setattr(engine, "RECORD_EVERY", 1)
         m.setattr(os, call, full)
         one_line(to_gguf(model), "can't be written: No space left on device (free space and run the same command")
     assert not (tmp_path / "out" / "m.gguf").exists()
@@ -359,7 +360,7 @@ def test_the_last_flush_behind_the_work_must_not_fail_unseen(model, to_gguf, mon
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr(convert, "RECORD_EVERY", 450_000)  # once, at the end
+    monkeypatch.setattr(engine, "RECORD_EVERY", 450_000)  # once, at the end
     one_line(to_gguf(model), "m.gguf: can't be written: Input/output error (check the folder)")
     assert not (tmp_path / "out" / "m.gguf").exists()
 

@@ -21,12 +21,13 @@ from test_gguf_convert import LATE, interrupted
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion import gguf as convert
-from dsv2quant.conversion.gguf import Result, convert_gguf
+from dsv2quant.conversion import convert as conversion
+from dsv2quant.conversion import gguf
+from dsv2quant.conversion.convert import Result, convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
+from dsv2quant.storage.durable import resumable
 from dsv2quant.storage.gguf import Metadata, Value
-from dsv2quant.storage.work import resumable
 
 # Plain types, so that nothing is compiled.
 ONE = {"split_max_size": None}
@@ -49,7 +50,7 @@ def _little_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
         text = (checkpoint.folder / "tokenizer_config.json").read_text()
         return {"tokenizer.config": Value(GGUFValueType.STRING, text)}
 
-    monkeypatch.setattr(convert, "model_metadata", metadata)
+    monkeypatch.setattr(gguf, "model_metadata", metadata)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def model(source: Path, tmp_path: Path) -> Path:
 
 def run(model: Path, out: Path, split: dict[str, int | None] = ONE, force: bool = False) -> Result:
     plan = make_gguf_plan(open_checkpoint(model), Options("F16"))
-    return convert_gguf(plan, out / "m.gguf", command="c", force=force, **split)
+    return convert(plan, out / "m.gguf", command="c", force=force, **split)
 
 
 def interrupt(model: Path, out: Path, split: dict[str, int | None] = ONE) -> None:
@@ -85,7 +86,7 @@ def test_the_same_command_again_finds_it_complete(split, model, tmp_path):
     assert not resumable(tmp_path / "out" / "m.gguf")
     plan = make_gguf_plan(open_checkpoint(model), Options("BF16"))
     with pytest.raises(InputError, match="is there already"):
-        convert_gguf(plan, tmp_path / "out" / "m.gguf", **split)
+        convert(plan, tmp_path / "out" / "m.gguf", **split)
 
 
 def test_the_command_says_so(model, tmp_path, cli):
@@ -124,13 +125,13 @@ def test_another_source_is_never_already_complete(model, tmp_path):
 
 
 def test_a_source_that_changes_meanwhile_finishes_nothing(model, tmp_path, monkeypatch):
-    write = convert._Writer.write
+    write = conversion._write_files
 
-    def change_before(self):
+    def change_before(*args):
         flip(model / "model.safetensors", -5000)
-        write(self)
+        write(*args)
 
-    monkeypatch.setattr(convert._Writer, "write", change_before)
+    monkeypatch.setattr(conversion, "_write_files", change_before)
     with pytest.raises(InputError, match="its weights changed while they were converted"):
         run(model, tmp_path / "out")
     assert not (tmp_path / "out" / "m.gguf").exists()

@@ -15,7 +15,7 @@ from gguf_tiny import PUBLISHED
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.formats.gguf import blocks
@@ -100,7 +100,7 @@ def test_on_dsv2_mini_the_preset_is_closer_to_the_model(tmp_path):
     klds, sizes = {}, {}
     for file_type in ("Q4_K_M", "DSV2_Q4_K_M"):
         out = tmp_path / f"{file_type}.gguf"
-        convert_gguf(make_gguf_plan(open_checkpoint(tiny.MINI), Options(file_type)), out)
+        convert(make_gguf_plan(open_checkpoint(tiny.MINI), Options(file_type)), out)
         klds[file_type] = divergence.compare(run(out, ids), reference, ids, first).kld.mean(1)
         sizes[file_type] = out.stat().st_size
     gain = klds["Q4_K_M"] - klds["DSV2_Q4_K_M"]

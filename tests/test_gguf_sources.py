@@ -21,7 +21,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.conversion import convert as conversion
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
@@ -55,7 +55,7 @@ def source(kind: str) -> tuple[dict[str, Any], Tensors, Tensors]:
 
 
 def convert(model: Path, out: Path, file_type: str, imatrix: Imatrix | None = None) -> Path:
-    convert_gguf(make_gguf_plan(open_checkpoint(model), Options(file_type, imatrix=imatrix)), out)
+    conversion.convert(make_gguf_plan(open_checkpoint(model), Options(file_type, imatrix=imatrix)), out)
     return out
 
 
@@ -118,7 +118,7 @@ import os, re, sys
 from pathlib import Path
 os.cpu_count = lambda: 2
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion.gguf import convert_gguf
+from dsv2quant.conversion.convert import convert
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
 
 def kib(key):
@@ -128,7 +128,7 @@ for model in sys.argv[1:]:
     plan = make_gguf_plan(open_checkpoint(model), Options("Q8_0"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = kib("VmRSS")
-    convert_gguf(plan, Path(model) / "m.gguf", split_max_size=20_000_000)
+    convert(plan, Path(model) / "m.gguf", split_max_size=20_000_000)
     print(plan.bytes_in, (kib("VmHWM") - before) * 1024)
 """
 

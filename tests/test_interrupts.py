@@ -14,8 +14,10 @@ import pytest
 import tiny
 
 from dsv2quant.calib import collect
-from dsv2quant.conversion import convert, gguf
+from dsv2quant.conversion import convert
+from dsv2quant.conversion.sink import Sink
 from dsv2quant.model.runtime import Model
+from dsv2quant.storage import engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEPT = "what is finished is kept; the same command continues there"
@@ -75,7 +77,7 @@ def test_signals_are_as_before_in_the_end(wordy, cli):
 
 @ways
 def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path, cli, caplog):
-    for owner, name, is_kept in ((convert._Pipeline, "drain", False), (convert, "_write_small_files", True)):
+    for owner, name, is_kept in ((engine._Writing, "drain", False), (convert, "_write_small_files", True)):
         out = tmp_path / name
         command = ("convert", lite, "--fp8=channel", "-o", out)
         with stopped(owner, name, number):
@@ -91,8 +93,8 @@ def test_convert_says_so_when_a_shard_is_kept(number, code, word, lite, tmp_path
 def test_gguf_says_so_when_a_tensor_is_kept(number, code, word, tmp_path, cli, caplog, monkeypatch):
     model = tiny.write_checkpoint(tmp_path / "odd", gguf_tiny.ODD, gguf_tiny.weights(gguf_tiny.ODD))
     out = tmp_path / "m.gguf"
-    monkeypatch.setattr(gguf, "RECORD_EVERY", 1)
-    for owner, name, is_kept in ((gguf._Writer, "__enter__", False), (gguf.State, "finish", True)):
+    monkeypatch.setattr(engine, "RECORD_EVERY", 1)
+    for owner, name, is_kept in ((engine._Writing, "__enter__", False), (Sink, "finish", True)):
         with stopped(owner, name, number):
             ran = cli("convert", model, "--gguf", "Q8_0", "-o", out)
         assert ran.code == code

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gguf_tiny
 import numpy as np
@@ -19,7 +17,7 @@ from test_convert import contents
 
 from dsv2quant.calib.calibration import Prepared
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion import convert, gguf
+from dsv2quant.conversion import convert, gguf, shards
 from dsv2quant.errors import PlanViolation
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.gguf import blocks
@@ -28,9 +26,9 @@ from dsv2quant.planning import recipe
 from dsv2quant.planning.consumers import Parallel
 from dsv2quant.planning.gguf_plan import Entry, GgufPlan, Options, make_gguf_plan
 from dsv2quant.planning.plan import SMOOTHED, Plan, _lay_out, _line
-from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
-from dsv2quant.storage.safetensors import HELD_AS, Output, Shard
-from dsv2quant.storage.shards import ShardWriter
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER, file_entry
+from dsv2quant.storage.engine import File, Job, Written, write
+from dsv2quant.storage.safetensors import HELD_AS
 
 Parts = dict[str, np.ndarray]
 SIGNED = {1: np.int8, 2: np.int16, 4: np.uint32, 8: np.uint64}
@@ -80,7 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("conversion.convert", "calib.calibrate"):
+    for module in ("conversion.shards", "calib.calibrate"):
         monkeypatch.setattr(f"dsv2quant.{module}.needs_statistics", lambda plan: False)
     monkeypatch.setattr(Prepared, "__init__", lambda self, *args: self.__dict__.update(PREPARED))
     monkeypatch.setattr(Prepared, "inputs", lambda self, line: Inputs(np.ones(line.spec.shape[1], np.float32), 1.0))
@@ -144,40 +142,37 @@ def test_calibrated_parts_that_break_the_plan_finish_nothing(fault, model, tmp_p
     whole = {part.suffix: np.zeros(part.shape, HELD_AS[part.dtype]) for part in codec.layout(shape)}
     module = plan.entries[1].spec.module
     found = {f"{module}.{suffix}": array for suffix, array in fault(whole).items()}
-    monkeypatch.setattr(convert, "prepare", lambda *args: Prepared(plan))
+    monkeypatch.setattr(shards, "prepare", lambda *args: Prepared(plan))
     monkeypatch.setattr(Prepared, "encoded_parts", lambda self, line: found)
     with pytest.raises(PlanViolation, match="came"):
         convert.convert(plan, tmp_path / "out", command="", calibration=calibration())
     nothing_is_finished(tmp_path / "out")
 
 
-def put_all(writer: ShardWriter, puts: list[tuple[Any, ...]]) -> None:
-    try:
-        for put in puts:
-            writer.put(*put)
-    except PlanViolation:
-        writer.abandon()
-        raise
-    writer.finish()
+def test_the_engine_takes_what_is_planned_alone(tmp_path):
+    file, data = File(tmp_path / "f", b"head", (12, 16)), np.arange(16, dtype=np.uint8)
 
+    def job(*spans: tuple[int, int], came: tuple[tuple[int, int], ...] = ()) -> Job:
+        return Job(0, "a", spans, 1, 1, lambda: ((begin, data[begin:end]) for begin, end in came or spans))
 
-def test_the_shard_writer_takes_what_is_planned_alone(tmp_path):
-    shard = Shard("s.safetensors", (Output("a", "F32", (4,), 16), Output("b", "BF16", (2, 2), 8)))
-    a, b = np.arange(4, dtype=np.float32), np.zeros((2, 2), np.uint16)
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as finisher:
-        for puts in (
-            [("a", a)],
-            [("b", b)],
-            [("a", a), ("b", b), ("b", b)],
-            [("a", a.view(np.uint8)[:8], 0), ("b", b)],
-            [("a", a.view(np.uint8), 4)],
-            [("a", a[:2], 0)],
-            [("c", a)],
-        ):
-            writer = ShardWriter(tmp_path, shard, hasher, finisher)
-            with pytest.raises(PlanViolation):
-                put_all(writer, puts)
-            assert list(tmp_path.iterdir()) == []
+    for jobs in (
+        [],
+        [job((4, 12))],
+        [job((12, 16))],
+        [job((4, 16)), job((4, 16))],
+        [job((4, 12)), job((12, 16)), job((12, 16))],
+        [job((4, 12), (12, 16), came=((4, 12),))],
+        [job((4, 16), came=((4, 8), (12, 16)))],
+        [job((4, 12), came=((4, 16),)), job((12, 16))],
+        [job((4, 12), came=((0, 12),)), job((12, 16))],
+    ):
+        with pytest.raises(PlanViolation, match="came"):
+            write(jobs, [Written(file)])
+        assert list(tmp_path.iterdir()) == []
+    written = Written(file)
+    write([job((12, 16), (4, 8)), job((8, 12), came=((8, 9), (9, 12)))], [written])
+    assert file.path.read_bytes() == b"head" + data[4:].tobytes()
+    assert (written.is_whole, written.entry) == (True, file_entry(file.path.read_bytes()))
 
 
 # GGUF
@@ -216,7 +211,7 @@ def test_a_block_encoder_that_breaks_the_plan_finishes_nothing(kind, blocky, tmp
 
         monkeypatch.setattr(blocks, "encode", faulty)
         with pytest.raises(PlanViolation, match=f"as {kind}: .* came, uint8 .* was planned"):
-            gguf.convert_gguf(plan, out)
+            convert.convert(plan, out)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -234,5 +229,5 @@ def test_a_piece_that_is_never_written_finishes_nothing(lost, blocky, tmp_path, 
 
     monkeypatch.setattr(gguf, "pieces", lossy)
     with pytest.raises(PlanViolation, match="came"):
-        gguf.convert_gguf(plan, tmp_path / "m.gguf")
+        convert.convert(plan, tmp_path / "m.gguf")
     assert os.listdir(tmp_path) == []

@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
 from dsv2quant import __version__
@@ -32,10 +33,9 @@ from dsv2quant.errors import InputError, listing
 from dsv2quant.planning.plan import Plan
 from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.durable import PARTIAL, disk_errors, is_regular, refuse_inputs, sync_folder
+from dsv2quant.storage import engine
+from dsv2quant.storage.durable import PARTIAL, StateLog, disk_errors, is_regular, refuse_inputs, tell_kept
 from dsv2quant.storage.safetensors import Output, Shard
-from dsv2quant.storage.shards import ShardWriter
-from dsv2quant.storage.work import StateLog, tell_kept
 
 logger = logging.getLogger(__name__)
 STATE_FILE, LAYERS = "state.json", "layers"
@@ -205,16 +205,18 @@ def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
     outputs = tuple(Output(name, "F32", shape, 4 * shape[0]) for name, shape in shapes.items())
     shard = Shard(out.name, outputs, {"statistics": json.dumps(about, sort_keys=True)})
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as finisher:
-        writer = ShardWriter(out.parent, shard, hasher, finisher)
-        try:
-            for name, file in where.items():
-                writer.put(name, file.get_tensor(name))
-        except BaseException:
-            writer.abandon()
-            raise
-        writer.finish()
-    sync_folder(out.parent)
+
+    def jobs() -> Iterator[engine.Job]:
+        for output, begin in shard.placed():
+            span = (begin, begin + output.nbytes)
+            encode = partial(_vector, where[output.name], output.name, begin)
+            yield engine.Job(0, output.name, (span,), output.nbytes, output.nbytes, encode)
+
+    engine.write(jobs(), [engine.Written(engine.File(out, shard.header, (shard.nbytes,)))])
+
+
+def _vector(file: Any, name: str, begin: int) -> Iterator[tuple[int, np.ndarray]]:
+    yield begin, file.get_tensor(name).view(np.uint8)
 
 
 def prepare(

@@ -26,8 +26,15 @@ from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.model.load import Loader
-from dsv2quant.storage.durable import FileEntry, damaged_files, file_entry, hash_file, is_regular, write_whole
-from dsv2quant.storage.work import StateLog
+from dsv2quant.storage.durable import (
+    FileEntry,
+    StateLog,
+    damaged_files,
+    file_entry,
+    hash_file,
+    is_regular,
+    write_whole,
+)
 
 LOG_FILE = "pieces.json"
 _FIRST = {"schema": "dsv2quant.pieces/1"}

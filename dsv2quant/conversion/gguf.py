@@ -1,240 +1,161 @@
-"""Run a GGUF plan: one pass in the order of the file, in bounded memory.
+"""The GGUF sink: one file, or several that it is split into, and the jobs that fill them in their own order.
 
-All sizes are known, so workers read, encode and write their pieces where they belong. A file is written under
-`<name>.partial` and renamed when it is whole; a run that was killed goes on behind the tensors that its state file
-says are durable. What was written is hashed in the order of the file, close behind the workers.
-
-Rows of a GGUF tensor, read from the checkpoint's weights as float32.
+The manifest of finished files, `<name>.gguf.json`, lies beside them. A file can be gone on with behind every tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import re
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dsv2quant import __version__
 from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
-from dsv2quant.conversion.gguf_state import State
+from dsv2quant.conversion.sink import Sink
 from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.formats.codec import NonFiniteError, check_finite
 from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.planning.gguf_metadata import model_metadata
-from dsv2quant.planning.gguf_plan import Entry, File, GgufPlan, lay_out
-from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.durable import FileEntry, create, disk_errors, open_own, sync_folder
+from dsv2quant.planning.gguf_plan import Entry, GgufPlan, lay_out
+from dsv2quant.progress import Progress
+from dsv2quant.storage.durable import PARTIAL, sync_folder
+from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
-from dsv2quant.storage.work import resumable, tell_kept
+from dsv2quant.storage.gguf import padded
+from dsv2quant.storage.manifest import gguf_manifest
 
-RECORD_EVERY = 64 << 20  # bytes written between two records of what is durable
-_MAX_RUNNING = 32  # pieces that run or wait
-_HASHED_AT_ONCE = 1 << 20
 _one_at_a_time = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a conversion did: manifest entries by file, how many tensors an earlier run had written, and whether these
-    very files were there already."""
+class GgufFiles(Sink):
+    """The file `out`, or with `split_max_size` bytes those that it is split into."""
 
-    files: dict[str, FileEntry]
-    resumed: int
-    already_complete: bool
-    seconds: float
-
-
-def convert_gguf(
-    plan: GgufPlan,
-    out: Path,
-    *,
-    command: str = "",
-    split_max_size: int | None = None,
-    device: str = "cpu",
-    force: bool = False,
-    progress: Progress = no_progress,
-) -> Result:
-    """Write the plan's file, or with `split_max_size` bytes its shards; the bytes are the same from every device.
-
-    Raises InputError where a weight is NaN, infinite or beyond what its type holds, the source changes meanwhile, or
-    `out` can't be written; and PlanViolation, with no file finished, where an encoder does not return what was planned.
-    """
-    started = time.perf_counter()
-    options = plan.options
-    with progress(0, "", "prepare"):
-        metadata = model_metadata(plan.checkpoint, options.number, drop_expert_groups=options.drop_expert_groups)
-        if options.imatrix is not None:
-            metadata |= imatrix_metadata(options.imatrix.source, options.imatrix)
-        files = lay_out(plan, out, metadata, split_max_size)
-        source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
-    state = State(out, files, plan, source, force, progress)
-    if state.complete is not None:
-        return Result(state.complete, 0, True, time.perf_counter() - started)
-    with tell_kept(out, partial(resumable, out)), closing(state):
-        resumed = sum(state.done)
-        with progress(plan.bytes_in, "B", "convert") as advance, ThreadPoolExecutor(os.cpu_count()) as workers:
-            for number, file in enumerate(files):
-                if file.is_written:
-                    advance(sum(piece.bytes_in for entry, _ in file.entries for piece in pieces(plan, entry)))
-                else:
-                    with _Writer(plan, source, state, number, workers, device, advance) as writer:
-                        writer.write()
-        hashes = zip(files, state.hashes, strict=True)
-        entries: dict[str, FileEntry] = {f.path.name: {"size": f.nbytes, "sha256": h.hexdigest()} for f, h in hashes}
-        state.manifest.write(plan.checkpoint, command, entries)
-        state.finish()
-    return Result(entries, resumed, False, time.perf_counter() - started)
-
-
-class _Writer:
-    """Writes what is missing of one file. A context: on leaving it no worker writes any more."""
+    schema = "dsv2quant.gguf-manifest/1"
+    kind, other, of_another, units = "file", "another name", "was made from", "tensors"
 
     def __init__(
         self,
         plan: GgufPlan,
-        source: Source,
-        state: State,
-        number: int,
-        workers: ThreadPoolExecutor,
+        out: Path,
+        split_max_size: int | None,
         device: str,
-        advance: Callable[[int], object],
+        *,
+        force: bool,
+        inputs: Iterable[Path],
+        progress: Progress,
     ) -> None:
-        self._plan, self._source, self._state = plan, source, state
-        self._number, self._workers = number, workers
-        self._device, self._advance = device, advance
-        self._file: File = state.files[number]
-        self._done = state.done[number]
-        self._unrecorded = 0
-        # Pieces with their first byte, the first behind them, and whether they are their tensor's last.
-        self._running: deque[tuple[Piece, int, int, bool, Future[int]]] = deque()
-        self._recorder, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._recording: Future[None] | None = None
-        self._position = self._hashed = self._file.end(self._done) if self._done else 0
-        self._hash, self._buffer = state.hashes[number], memoryview(bytearray(_HASHED_AT_ONCE))
-        with disk_errors(self._file.path):
-            self._descriptor = open_own(self._file.partial) if self._done else create(self._file.partial)
+        self.plan, self._device, imatrix = plan, device, plan.options.imatrix
+        with progress(0, "", "prepare"):
+            metadata = model_metadata(
+                plan.checkpoint, plan.options.number, drop_expert_groups=plan.options.drop_expert_groups
+            )
+            if imatrix is not None:
+                metadata |= imatrix_metadata(imatrix.source, imatrix)
+            self._layout = lay_out(plan, out, metadata, split_max_size)
+            source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
+        made = {
+            "schema": "dsv2quant.gguf-state/2",
+            "version": __version__,
+            "headers": [hashlib.sha256(file.header).hexdigest() for file in self._layout],
+            "imatrix": [imatrix.digest, plan.options.shrink] if imatrix is not None else None,
+        }
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        files = [
+            File(file.path, file.header, tuple(begin + padded(entry.nbytes) for entry, begin in file.entries))
+            for file in self._layout
+        ]
+        read = [*plan.checkpoint.inputs, *([Path(imatrix.source)] if imatrix is not None else []), *inputs]
+        super().__init__(out, gguf_manifest(out), files, digest, source, force=force, inputs=read, progress=progress)
 
-    def __enter__(self) -> _Writer:
-        return self
+    def about(self) -> dict[str, Any]:
+        return {"versions": {"dsv2quant": __version__}}
 
-    def __exit__(self, *exception: object) -> None:
-        for *_, job in self._running:
-            job.cancel()
-        for *_, job in self._running:
-            if not job.cancelled():
-                job.exception()  # waits
-        self._hasher.shutdown()
-        self._recorder.shutdown()
-        os.close(self._descriptor)
+    def _check_names(self, inputs: list[Path]) -> None:
+        super()._check_names(inputs)
+        for path in (written.file.path for written in self.written if written.file.path.exists()):
+            if not path.is_file():
+                what = "is a folder" if path.is_dir() else "is no regular file"
+                raise InputError(what, where=path, fix="give the name of a file")
+        if os.path.lexists(self.manifest) and super()._own_manifest() is None:
+            raise InputError("is there, and no manifest of dsv2quant's", where=self.manifest, fix="move it away")
 
-    def write(self) -> None:
-        """Encode and write the missing tensors, and give the file its name."""
-        file = self._file
-        with disk_errors(file.path):
-            if not self._done:
-                os.pwrite(self._descriptor, file.header, 0)
-                os.ftruncate(self._descriptor, file.nbytes)
-                self._position = file.end(0)
-        for entry, _ in file.entries[: self._done]:
-            self._advance(sum(piece.bytes_in for piece in pieces(self._plan, entry)))
-        for entry, begin in file.entries[self._done :]:
-            importance = self._plan.importance(entry.tensor)
-            row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
-            cut = list(pieces(self._plan, entry))
-            for piece in cut:
-                if len(self._running) >= _MAX_RUNNING:
-                    self._settle()
-                at = begin + piece.begin * row_bytes
-                job = self._workers.submit(self._encode, piece, importance, at)
-                self._running.append((piece, at, at + piece.count * row_bytes, piece is cut[-1], job))
-        while self._running:
-            self._settle()
-        if self._recording is not None:
-            self._recording.result()  # a disk reports an error once: the last fsync may not repeat it
-        if self._position != file.nbytes or self._done != len(file.entries):
-            raise PlanViolation(f"{file.path}: {self._position:,} of {file.nbytes:,} bytes came")
-        self._source.check_unchanged(self._plan.checkpoint)
-        sha256 = self._hasher.submit(self._hash_up_to, file.nbytes).result()
-        with disk_errors(file.path):
-            os.fsync(self._descriptor)
-            self._state.record(self._number, len(file.entries), sha256)
-            file.partial.rename(file.path)
-            sync_folder(file.path.parent)
+    def _own_manifest(self) -> dict[str, Any] | None:
+        is_there = any(written.file.path.exists() for written in self.written)
+        return super()._own_manifest() if is_there else None
 
-    def _settle(self) -> None:
-        """Wait for the oldest piece. Now and then, make what is finished durable, behind the work."""
-        piece, begin, end, is_last, job = self._running[0]
-        written = job.result()
-        self._running.popleft()
-        planned = self._file.entries[self._done]
-        if piece.entry is not planned[0] or begin != self._position or written != end - begin:
-            what = f"bytes {begin:,} to {begin + written:,} came, {self._position:,} to {end:,} were planned"
-            raise PlanViolation(f"{self._file.path}: {piece.entry.name}: {what}")
-        self._position = end
-        self._advance(piece.bytes_in)
-        self._hasher.submit(self._hash_up_to, end)
-        if not is_last:
-            return
-        if end != planned[1] + piece.entry.nbytes:
-            what = f"{end - planned[1]:,} of {piece.entry.nbytes:,} bytes came"
-            raise PlanViolation(f"{self._file.path}: {piece.entry.name}: {what}")
-        self._done += 1
-        self._position = self._file.end(self._done)
-        self._unrecorded += piece.entry.nbytes
-        if self._unrecorded >= RECORD_EVERY:
-            if self._recording is not None:
-                self._recording.result()
-            self._unrecorded = 0
-            sha256 = self._hasher.submit(self._hash_up_to, self._position)
-            self._recording = self._recorder.submit(self._record, self._done, sha256)
+    def _refuse(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        fix = f"give {self.other}, or --force to start over"
+        for written in self.written:
+            if written.file.path.exists():
+                raise InputError("is there already", where=written.file.path, fix=fix)
+        if not self._is_void(lines):
+            raise InputError("an unfinished conversion with another plan or source", where=self._state, fix=fix)
 
-    def _record(self, done: int, sha256: Future[str]) -> None:
-        with disk_errors(self._file.path):
-            os.fdatasync(self._descriptor)
-        self._state.record(self._number, done, sha256.result())
+    def _clear(self, names: list[str], manifest: Mapping[str, Any] | None, inputs: list[Path]) -> None:
+        partial = re.compile(rf"{re.escape(self.out.stem)}(-\d{{5}}-of-\d{{5}})?\.gguf{re.escape(PARTIAL)}")
+        for name in os.listdir(self._folder):
+            if partial.fullmatch(name):
+                os.unlink(self._folder / name)
+        for path in (*(written.file.path for written in self.written), self.manifest):
+            path.unlink(missing_ok=True)
+        sync_folder(self._folder)
 
-    def _hash_up_to(self, end: int) -> str:
-        """The hash of the file's first `end` bytes. They were written just now: the system still has them in memory."""
-        while self._hashed < end:
-            piece = self._buffer[: end - self._hashed]
-            with disk_errors(self._file.path):
-                count = os.preadv(self._descriptor, [piece], self._hashed)
-            if not count:
-                raise InputError("was cut while it was written", where=self._file.partial, fix="run the command again")
-            self._hash.update(piece[:count])
-            self._hashed += count
-        return self._hash.hexdigest()
+    def _keep(self, recorded: list[dict[str, Any]], progress: Progress) -> None:
+        known = {line.get("file") for line in recorded if line.get("done")}
+        for number, written in enumerate(self.written):
+            if number not in known and written.file.path.exists():
+                fix = f"give {self.other}, or --force to start over"
+                raise InputError("is there already", where=written.file.path, fix=fix)
+        super()._keep(recorded, progress)
 
-    def _encode(self, piece: Piece, importance: np.ndarray | None, begin: int) -> int:
-        """A worker's part: read a piece, encode it, write it from byte `begin` on; returns how many bytes."""
-        entry, at = piece.entry, begin
+    def _is_void(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        return not any(line.get("done") for line in lines[1:])
+
+    def jobs(self, progress: Progress) -> Iterator[Job]:
+        for number, file in enumerate(self._layout):
+            for entry, first in file.entries:
+                importance = self.plan.importance(entry.tensor)
+                row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
+                for piece in pieces(self.plan, entry):
+                    begin = first + piece.begin * row_bytes
+                    end = begin + piece.count * row_bytes
+                    padding = padded(entry.nbytes) - entry.nbytes if end == first + entry.nbytes else 0
+                    encode = partial(self._encode, piece, importance, begin, padding)
+                    span = (begin, end + padding)
+                    yield Job(number, entry.name, (span,), piece.bytes_in, piece.memory, encode)
+
+    def _encode(
+        self, piece: Piece, importance: np.ndarray | None, begin: int, padding: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read a piece and encode it, to be written from byte `begin` on; with what fills the tensor up behind it."""
+        entry = piece.entry
         row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
-        for rows in read_rows(self._plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
+        for rows in read_rows(self.plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
             data = _encode_rows(piece, rows, importance, self._device)
             if data.dtype != np.uint8 or data.shape != (len(rows), row_bytes):
                 what = f"{data.dtype} {list(data.shape)} came, uint8 {[len(rows), row_bytes]} was planned"
-                raise PlanViolation(f"{self._file.path}: {entry.name} as {entry.type}: {what}")
+                raise PlanViolation(f"{self.out}: {entry.name} as {entry.type}: {what}")
             if not blocks.holds(entry.type, rows, data):
                 what = f"{piece.weight.spec.name} has values too large for {entry.type}"
-                raise InputError(what, where=self._plan.checkpoint.model, fix="give it a wider type by --tensor-type")
-            view, done = data.reshape(-1).data, 0
-            with disk_errors(self._file.path):
-                while done < len(view):
-                    done += os.pwrite(self._descriptor, view[done:], at + done)
-            at += data.nbytes
-        return at - begin
+                raise InputError(what, where=self.plan.checkpoint.model, fix="give it a wider type by --tensor-type")
+            yield begin, data.reshape(-1)
+            begin += data.nbytes
+        if padding:
+            yield begin, np.zeros(padding, np.uint8)
 
 
 def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:
@@ -289,6 +210,12 @@ class Piece:
         """Its share of the weight's stored bytes."""
         size = self.count * self.entry.tensor.shape[-1]
         return self.weight.nbytes * size // self.weight.spec.size
+
+    @property
+    def memory(self) -> int:
+        """What reading it takes, in bytes: its stored rows, or where it is read as a whole, twice that in float32."""
+        is_cut = self.weight.scheme == "bf16" and self.entry.tensor.kind not in (K_B, V_B)
+        return self.bytes_in if is_cut else 2 * 4 * self.weight.spec.size
 
 
 def pieces(plan: GgufPlan, entry: Entry) -> Iterator[Piece]:

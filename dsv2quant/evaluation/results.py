@@ -281,7 +281,7 @@ def verification_json(v: Verification) -> dict[str, Any]:
 
 
 _CHECKED = {
-    "manifest": "{files} match the manifest, {tensors} tensors are as planned",
+    "manifest": "{files} {match} the manifest, {tensors} tensors are as planned",
     "blocks": "{tensors} weights in {files} are as its metadata says, all scales finite; "
     "no manifest lies beside it, so other bytes are not checked",
     "nothing": "{tensors} tensors in {files} are as config.json says; it has no manifest, so no checksum is checked",
@@ -291,8 +291,9 @@ _CHECKED = {
 def verification_text(v: Verification) -> str:
     """What `dsv2quant verify` prints without --json."""
     checked = v.checked
-    files = f"{len(checked.files)} file{'s' * (len(checked.files) != 1)}"
-    lines = [f"{v.model}: {_CHECKED[checked.by].format(files=files, tensors=v.tensors)}"]
+    several = len(checked.files) != 1
+    files, match = f"{len(checked.files)} file{'s' * several}", "match" if several else "matches"
+    lines = [f"{v.model}: {_CHECKED[checked.by].format(files=files, match=match, tensors=v.tensors)}"]
     if checked.edited:
         lines.append(f"edited since (texts may be): {', '.join(checked.edited)}")
     if checked.added:

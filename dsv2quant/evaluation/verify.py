@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, Tens
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
-from dsv2quant.storage.durable import hash_file
+from dsv2quant.storage.durable import hash_file, hash_together
 from dsv2quant.storage.manifest import check_regular, is_text, read_manifest
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
@@ -170,7 +171,6 @@ def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Check
     files: dict[str, dict[str, Any]] = manifest["files"]
     if unlisted := [file for file in needed if file not in files]:
         raise InputError(f"does not list {listing(unlisted)}", where=path, fix="convert again")
-    edited = []
     for name, entry in files.items():
         check_regular(folder / name, folder)
         size = (folder / name).stat().st_size
@@ -178,22 +178,22 @@ def _by_manifest(path: Path, needed: Sequence[str], progress: Progress) -> Check
             what = f"has {size:,} bytes; the manifest says {entry['size']:,}"
             raise InputError(what, where=folder / name, fix="get it again")
     total = sum(entry["size"] for entry in files.values())
-    workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    with progress(total, "B", "checksums") as advance, workers:
-        found = {name: workers.submit(hash_file, folder / name, advance) for name in files}
-        for name, future in found.items():
-            try:
-                same = future.result() == files[name]
-            except OSError as error:
-                workers.shutdown(wait=False, cancel_futures=True)
-                what = f"can't be read: {error.strerror}"
-                raise InputError(what, where=folder / name, fix="get it again") from None
-            if not same and not is_text(name):
-                workers.shutdown(wait=False, cancel_futures=True)
-                raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
-            edited += [name] * (not same)
+    with progress(total, "B", "checksums") as advance:
+        edited = [name for name in hash_together(partial(_edited, folder), files.items(), advance) if name]
     plan = manifest.get("plan")
     return Checked("manifest", files, plan if isinstance(plan, str) else None, edited)
+
+
+def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable[[int], object]) -> str | None:
+    """The name of a listed file if it was edited, as texts may be. Raises InputError where it is another file."""
+    name, entry = listed
+    try:
+        same = hash_file(folder / name, progress) == entry
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", where=folder / name, fix="get it again") from None
+    if not same and not is_text(name):
+        raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
+    return None if same else name
 
 
 def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,6 @@ from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_metadata import check_loadable, warnings
 from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
-from dsv2quant.storage.durable import PARTIAL
 from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
 
 
@@ -103,25 +102,6 @@ class File:
     path: Path
     header: bytes
     entries: tuple[tuple[Entry, int], ...]
-
-    @property
-    def partial(self) -> Path:
-        """What it is called while it is written."""
-        return self.path.with_name(self.path.name + PARTIAL)
-
-    @property
-    def nbytes(self) -> int:
-        entry, begin = self.entries[-1]
-        return begin + padded(entry.nbytes)
-
-    def end(self, done: int) -> int:
-        """The first byte behind `done` tensors and what fills them up."""
-        return self.entries[done][1] if done < len(self.entries) else self.nbytes
-
-    @property
-    def is_written(self) -> bool:
-        """Whether it is there, under its own name."""
-        return self.path.exists() and self.path.stat().st_size == self.nbytes
 
 
 def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:

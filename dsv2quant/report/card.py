@@ -5,19 +5,15 @@ Nothing here depends on when or where the conversion ran, so that the same plan 
 
 from __future__ import annotations
 
-import platform
 import re
-from importlib.metadata import version
 from typing import Any
 
 import yaml
 
 from dsv2quant import __version__
-from dsv2quant.calib.calibration import Calibration, Prepared
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning.plan import Plan
-from dsv2quant.report.calibration import calibration_json, expert_tokens
 from dsv2quant.report.plans import serving_notes
 from dsv2quant.report.tables import gigabytes, roles_table, summarize
 from dsv2quant.storage.files import read_bytes
@@ -29,34 +25,6 @@ def source_card(checkpoint: Checkpoint) -> bytes | None:
     """The source's own model card, if it has one. Raises InputError by the rules of `read_bytes`."""
     card = checkpoint.file("README.md")
     return None if card is None else read_bytes(card, MAX_CARD_BYTES)
-
-
-def manifest(plan: Plan, command: str, calibration: dict[str, Any]) -> dict[str, Any]:
-    """dsv2quant.json without the list of its files: where the artifact comes from, and what it was calibrated on."""
-    libraries = ("numpy", "numba", "torch")
-    content: dict[str, Any] = {
-        "schema": "dsv2quant.manifest/1",
-        "plan": plan.digest,
-        "command": command,
-        "source": {"model": plan.checkpoint.model, "revision": plan.checkpoint.revision},
-        "targets": {"consumers": list(plan.targets), "tp": plan.tp}
-        | ({"ep": plan.parallel.ep} if plan.parallel.ep > 1 else {}),
-        "versions": {"dsv2quant": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in libraries},
-    }
-    return content | ({"calibration": calibration} if calibration else {})
-
-
-def calibrated(plan: Plan, calibration: Calibration | None, prepared: Prepared) -> dict[str, Any]:
-    """What the manifest says of calibration: a fingerprint of its text, what experts saw, and how matrices came out."""
-    if calibration is not None:
-        sketch = calibration.fingerprint
-    elif prepared.statistics is not None:
-        sketch = prepared.statistics.about["fingerprint"]
-    else:
-        return {}
-    about = calibration_json(plan, prepared.outcomes, expert_tokens(prepared))
-    return {"calibration_fingerprint": sketch, "calibrated": about}
 
 
 # How activations are quantized, by type.

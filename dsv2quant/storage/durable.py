@@ -1,8 +1,11 @@
 """Writing files so that nothing looks finished until it is.
 
-A shard is written front to back under `<name>.partial`, hashed on the way, fsynced and renamed. Every byte of it was
-planned: what is handed over is checked against the plan, and a shard that lacks a byte is never renamed. No link is
-followed: what a name stands for is replaced, never written through.
+A file lies under `<name>.partial` while it is written, and is fsynced before it is renamed. No link is followed: what a
+name stands for is replaced, never written through.
+
+The state of unfinished work is a locked file of JSON lines beside what is written. Its first line says what is being
+made, each further one what has become durable. Lines are only ever added, so that a kill or a power failure costs the
+last one at most.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import stat
 import threading
@@ -18,16 +22,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsv2quant.errors import InputError
 
+logger = logging.getLogger(__name__)
 STATE_FILE = ".dsv2quant-state.json"
 MANIFEST_FILE = "dsv2quant.json"
 WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
 FileEntry = dict[str, Any]  # what a manifest says of a file: {size, sha256}
 _HASHED_AT_ONCE = 1 << 20
+_MAX_STATE = 64 << 20
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -161,31 +169,116 @@ def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: Non
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def damaged_files(
-    folder: Path, entries: Mapping[str, FileEntry], progress: Callable[[int], object] = lambda nbytes: None
-) -> list[str]:
-    """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
+def hash_together(
+    call: Callable[[Item, Callable[[int], object]], Result], items: Iterable[Item], progress: Callable[[int], object]
+) -> list[Result]:
+    """[call(item, progress)] of files that are read, some at a time; where one raises, nobody waits for the others."""
     ended = threading.Event()
 
     def advance(nbytes: int) -> None:
         progress(nbytes)
-        if ended.is_set():  # Ctrl-C: nobody waits for the rest of a large file
+        if ended.is_set():  # Ctrl-C, amid a large file
             raise InterruptedError
 
-    def differs(name: str) -> bool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
+        try:
+            return list(workers.map(lambda item: call(item, advance), items))
+        finally:
+            ended.set()
+
+
+def damaged_files(
+    folder: Path, entries: Mapping[str, FileEntry], progress: Callable[[int], object] = lambda nbytes: None
+) -> list[str]:
+    """Those of a folder's files that are not what was recorded of them, {name: manifest entry}: by a hash of all."""
+
+    def differs(name: str, advance: Callable[[int], object]) -> bool:
         try:
             return hash_file(folder / name, advance) != entries[name]
         except OSError:
             return True
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
-        try:
-            return [name for name, bad in zip(entries, workers.map(differs, entries), strict=True) if bad]
-        finally:
-            ended.set()
+    damaged = hash_together(differs, entries, progress)
+    return [name for name, bad in zip(entries, damaged, strict=True) if bad]
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
     """JSON as Hugging Face writes it: two spaces, keys in order, a final newline. What is no Unicode, a lone surrogate
     or a byte of a file name, is written as JSON's escape of it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+class StateLog:
+    """`lines` are those that it holds; it is locked until it is closed."""
+
+    def __init__(self, path: Path, where: Path) -> None:
+        """Open it, or make it. Raises InputError naming `where` if another run has it, and OSError."""
+        self._descriptor = open_locked(path, where)
+        try:
+            self.lines, self._end = _parse(os.pread(self._descriptor, _MAX_STATE, 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, first: dict[str, Any]) -> None:
+        """Forget all lines and write the first. Raises OSError."""
+        os.ftruncate(self._descriptor, 0)
+        self.lines, self._end = [], 0
+        self.append(first)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line behind the others, durably. Raises OSError."""
+        content = json.dumps(line).encode() + b"\n"
+        os.ftruncate(self._descriptor, self._end)  # what a power failure left of a line
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self._descriptor, content[done:], self._end + done)
+        os.fsync(self._descriptor)
+        self._end += len(content)
+        self.lines.append(line)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)
+
+
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines that a log begins with, and how many bytes these are."""
+    lines, end = [], 0
+    for line in content.splitlines(keepends=True):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(value, dict) or not line.endswith(b"\n"):
+            break
+        lines.append(value)
+        end += len(line)
+    return lines, end
+
+
+def state_path(out: Path) -> Path:
+    """Where the state of a conversion into `out`, a folder or a GGUF file, lies."""
+    return out.with_name(f"{out.name}.state") if out.name.endswith(".gguf") else out / STATE_FILE
+
+
+def resumable(out: Path) -> bool:
+    """Whether a conversion into `out`, a folder or a GGUF file, was interrupted and left what the same command keeps: a
+    finished shard, a piece of a GGUF file, or a layer that was calibrated."""
+    path = state_path(out)
+    if not is_regular(path):
+        return False
+    with path.open("rb") as file:
+        recorded = len(_parse(file.read(_MAX_STATE))[0]) > 1
+    return recorded or any((out / WORK_FOLDER).rglob("*.safetensors"))
+
+
+@contextmanager
+def tell_kept(out: Path, is_kept: Callable[[], bool]) -> Iterator[None]:
+    """Say so where an interrupt ends the work on `out` and something of it is kept. An error says itself what to do."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and is_kept():
+            logger.warning("%s: what is finished is kept; the same command continues there", out)
+        raise

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv2quant.errors import InputError
-from dsv2quant.storage.durable import dump_json
+from dsv2quant.storage.durable import dump_json, is_regular
 from dsv2quant.storage.files import TEMPLATES, check_link, is_artifact_path
 from dsv2quant.storage.safetensors import read_json
 
+SCHEMAS = ("dsv2quant.manifest/", "dsv2quant.gguf-manifest/")  # in whichever version
 DIGEST = "digest"
-TEXTS = ("README.md", "LICENSE*")  # for people, who may edit them
+CARD_FILE = "README.md"  # its reader's to edit: it doesn't say whether an artifact is whole
+TEXTS = (CARD_FILE, "LICENSE*")  # for people, who may edit them
 # What consumers load by its name when it lies in a model's folder: weights, code, tokenizers, templates, and
 # configurations (transformers 5, vLLM 0.33, SGLang 0.5).
 LOADED = (
@@ -42,6 +44,26 @@ def gguf_manifest(path: Path) -> Path:
     """Where the manifest of a GGUF file lies, given the file or the first that it was split into."""
     split = _SPLIT.fullmatch(path.name)
     return path.with_name(f"{split[1]}.gguf.json" if split else f"{path.name}.json")
+
+
+def own_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest of ours, which lists files of its folder, be it sealed or not; None where there is none."""
+    if not is_regular(path):
+        return None
+    try:
+        manifest = read_json(path)
+    except InputError:
+        return None
+    files, schema = manifest.get("files"), str(manifest.get("schema"))
+    ours = (
+        schema.startswith(SCHEMAS) and isinstance(files, dict) and all(is_inside(path.parent, name) for name in files)
+    )
+    return manifest if ours else None
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether an artifact in `folder` may hold a file of this name, and no link leads from there to elsewhere."""
+    return is_artifact_path(name) and (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -274,6 +274,13 @@ class Shard:
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+    def placed(self) -> Iterator[tuple[Output, int]]:
+        """Its tensors with the places of their first bytes in the file."""
+        position = len(self.header)
+        for output in self.outputs:
+            yield output, position
+            position += output.nbytes
 
     @property
     def nbytes(self) -> int:

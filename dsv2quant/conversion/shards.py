@@ -1,0 +1,232 @@
+"""The safetensors sink: a folder of shards with what belongs to them, and the jobs that fill the shards.
+
+config.json comes last: without it no consumer loads the folder.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant import __version__
+from dsv2quant.calib.calibrate import prepare
+from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
+from dsv2quant.calib.statistics import Statistics
+from dsv2quant.checkpoint.identity import Source
+from dsv2quant.conversion.sink import Sink
+from dsv2quant.errors import InputError, PlanViolation, listing
+from dsv2quant.formats.codec import NonFiniteError, TooLargeError, check_finite, too_large
+from dsv2quant.formats.e4m3 import E4M3_VALUES
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning.plan import Entry, Plan, Step
+from dsv2quant.planning.recipe import CALIBRATED
+from dsv2quant.planning.smoothing import SMOOTHING_FILE
+from dsv2quant.progress import Progress
+from dsv2quant.report.calibration import calibration_json, expert_tokens
+from dsv2quant.report.card import model_card, source_card
+from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_FOLDER, dump_json, refuse_inputs
+from dsv2quant.storage.engine import File, Job
+from dsv2quant.storage.files import Scratch
+from dsv2quant.storage.manifest import CARD_FILE, is_inside
+from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE
+
+CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
+_ASIDE = 1 << 20  # what the manifest may need, and the file system
+_scratch = Scratch()
+
+
+class Folder(Sink):
+    """A folder in Hugging Face layout. Its work folder keeps what a resumed calibration needs."""
+
+    schema = "dsv2quant.manifest/1"
+    kind, other, of_another, units = "folder", "another output folder", "holds the artifact of", "shards"
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        command: str,
+        calibration: Calibration | None,
+        statistics: Statistics | None,
+        device: str,
+        *,
+        force: bool,
+        inputs: Iterable[Path],
+        progress: Progress,
+    ) -> None:
+        _check(plan, out, calibration, statistics)
+        self.plan, self._device = plan, device
+        self._given, self._statistics = calibration, statistics
+        self._prepared: Prepared
+        copied, card = plan.checkpoint.carried_files(), source_card(plan.checkpoint)
+        with progress(0, "", "prepare"):
+            source = Source.of(plan.checkpoint, copied | ({CARD_FILE: card} if card is not None else {}))
+        small = copied | {CARD_FILE: model_card(plan, command).encode(errors="backslashreplace")}
+        if (index := plan.index()) is not None:
+            small[INDEX_FILE] = dump_json(index)
+        small["config.json"] = dump_json(plan.config)
+        described = calibration.describe(device) if calibration is not None else {}
+        if statistics is not None:
+            statistics.check(plan.checkpoint)
+            described |= {"statistics": statistics.describe()}
+        aside = _ASIDE + sum(map(len, small.values())) + (work_bytes(plan, calibration) if calibration else 0)
+        read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
+        super().__init__(
+            out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
+            source, force=force, inputs=read, progress=progress, small=small,
+            calibration=described or None, aside=aside,
+        )  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        plan, prepared = self.plan, self._prepared
+        content: dict[str, Any] = {
+            "targets": {"consumers": list(plan.targets), "tp": plan.tp}
+            | ({"ep": plan.parallel.ep} if plan.parallel.ep > 1 else {}),
+            "versions": {"dsv2quant": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("numpy", "numba", "torch")},
+        }
+        if self._calibration is not None:
+            content["calibration"] = self._calibration
+        if self._given is not None:
+            content["calibration_fingerprint"] = self._given.fingerprint
+        elif prepared.statistics is not None:
+            content["calibration_fingerprint"] = prepared.statistics.about["fingerprint"]
+        if "calibration_fingerprint" in content:
+            content["calibrated"] = calibration_json(plan, self.outcomes, self.expert_tokens)
+        return content
+
+    @property
+    def work(self) -> Path:
+        """Where an unfinished calibration keeps what a resumed run needs."""
+        return self.out / WORK_FOLDER
+
+    def _check_names(self, inputs: list[Path]) -> None:
+        if self.work.is_symlink():
+            raise InputError("is a link", where=self.work, fix="remove it")
+        super()._check_names(inputs)
+
+    def _refuse(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if {entry.name for entry in self.out.iterdir()} - {STATE_FILE}:
+            what = "holds an unfinished conversion with another plan or source" if lines else "is not empty"
+            raise InputError(what, where=self.out, fix=f"give {self.other}, or --force to start over")
+
+    def _clear(self, names: list[str], manifest: Mapping[str, Any] | None, inputs: list[Path]) -> None:
+        """What has a name that will be written, or that a consumer would load with it, must not be of others."""
+        ours = {name for name in names if is_inside(self.out, name)} | ({SMOOTHING_FILE} if names else set())
+        ours |= set(manifest["files"]) if manifest is not None else set()
+        ours |= {name + PARTIAL for name in ours} | ({MANIFEST_FILE} if ours or manifest is not None else set())
+        held = {entry.name for entry in self.out.iterdir()}
+        planned = {SMOOTHING_FILE, *self._names, *(name + PARTIAL for name in self._names)}
+        loaded = {name for name in held if name.endswith(".safetensors")} | {INDEX_FILE}
+        foreign = sorted(held & (planned | loaded) - ours)
+        if foreign:
+            what = f"no conversion of dsv2quant's wrote {listing(foreign)}, and --force removes nothing else"
+            raise InputError(what, where=self.out, fix="give another output folder, or remove them yourself")
+        refuse_inputs((self.out / name for name in ours), inputs)
+        for name in sorted(ours, key=lambda name: (name == MANIFEST_FILE, name)):  # what says that they are ours, last
+            if not (self.out / name).is_dir():
+                (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def finish(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        super().finish()
+
+    def jobs(self, progress: Progress) -> Iterator[Job]:
+        self._prepared = prepare(self.plan, self.work, self._given, self._statistics, self._device, progress)
+        self.outcomes, self.expert_tokens = self._prepared.outcomes, expert_tokens(self._prepared)
+        if self._prepared.smoothing.tensors:
+            self.small = {SMOOTHING_FILE: self._prepared.smoothing.to_bytes()} | self.small
+        return self._jobs()
+
+    def _jobs(self) -> Iterator[Job]:
+        places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
+        for step in self.plan.steps:
+            if all(entry.is_copy for entry in step.entries):
+                yield from (job for entry in step.entries for job in self._copies(entry, step.shard, places))
+                continue
+            outputs = [output for entry in step.entries for output in entry.outputs if output.nbytes]
+            spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
+            encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out
+            yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
+
+    def _copies(self, entry: Entry, shard: int, places: Mapping[str, int]) -> Iterator[Job]:
+        for (suffix, part), output in zip(entry.weight.parts.items(), entry.outputs, strict=True):
+            for begin in range(0, part.nbytes, CHUNK):
+                nbytes, at = min(CHUNK, part.nbytes - begin), places[output.name] + begin
+                copy = partial(self._copy, entry, suffix, begin, nbytes, at)
+                yield Job(shard, output.name, ((at, at + nbytes),), nbytes, nbytes, copy)
+
+    def _copy(self, entry: Entry, suffix: str, begin: int, nbytes: int, at: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Read bytes of a stored tensor, and check that they are finite."""
+        part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
+        data = checkpoint.read(part, begin, nbytes)
+        values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
+        try:
+            check_finite(values if part.dtype != "F8_E4M3" else E4M3_VALUES[values])
+        except NonFiniteError as error:
+            element = begin // values.itemsize + error.index[0]
+            index = tuple(int(i) for i in np.unravel_index(element, part.shape))
+            raise checkpoint.not_finite(entry.weight, index) from None
+        yield at, data
+
+    def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Read and encode, or fetch what calibration encoded."""
+        if step.entries[0].method in CALIBRATED:
+            found = [self._prepared.encoded_parts(entry) for entry in step.entries]
+        else:
+            found = self._encoded(step.entries)
+        for entry, arrays in zip(step.entries, found, strict=True):
+            arrays = arrays | self._prepared.kv_scales(entry)
+            planned = {output.name for output in entry.outputs}
+            if arrays.keys() != planned:
+                raise PlanViolation(f"{entry.spec.name}: {sorted(arrays)} came, {sorted(planned)} were planned")
+            for output in entry.outputs:
+                array = arrays[output.name]
+                if array.dtype != HELD_AS[output.dtype] or array.shape != output.shape:
+                    came = f"{array.dtype} {list(array.shape)} came"
+                    what = f"{came}, {output.dtype} {list(output.shape)} was planned"
+                    raise PlanViolation(f"{output.name}: {what}")
+                yield places[output.name], array.reshape(-1).view(np.uint8)
+
+    def _encoded(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
+        checkpoint, prepared = self.plan.checkpoint, self._prepared
+        sizes = [entry.weight.stored.nbytes for entry in entries]
+        buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
+        weights = [
+            prepared.weight(entry, checkpoint.encodable(entry.weight, buffer))
+            for entry, buffer in zip(entries, buffers, strict=True)
+        ]
+        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
+        try:
+            encoded = CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
+        except NonFiniteError as error:
+            raise checkpoint.not_finite(entries[error.which].weight, error.index) from None
+        except TooLargeError as error:
+            entry = entries[error.which]
+            raise too_large(entry.spec.module, entry.scheme) from None
+        if len(encoded) != len(entries):
+            raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
+        return [
+            {f"{entry.spec.module}.{suffix}": array for suffix, array in parts.items()}
+            for entry, parts in zip(entries, encoded, strict=True)
+        ]
+
+
+def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: Statistics | None) -> None:
+    """Raise InputError where the plan gives no artifact, or `out` is the checkpoint's own folder."""
+    if not plan.schemes:
+        fix = "`dsv2quant plan` shows the rules; change the recipe or --target"
+        raise InputError("nothing would be quantized: every tensor falls back", where=plan.checkpoint.model, fix=fix)
+    if calibration is None and (needs_calibration(plan) or (needs_statistics(plan) and statistics is None)):
+        raise ValueError(f"recipe {plan.recipe.name} needs calibration")
+    plan.checkpoint.check_tokenizer()
+    if out.exists() and any(map(out.samefile, plan.checkpoint.inputs)):
+        raise InputError("is the checkpoint's own folder", where=out, fix="give another output folder")
