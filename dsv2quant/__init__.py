@@ -1,3 +1,28 @@
-"""Quantize DeepSeek-V2 checkpoints for vLLM, SGLang and transformers, and measure what it cost."""
+"""Quantize DeepSeek-V2 checkpoints for vLLM, SGLang and transformers, and measure what it cost.
+
+    import dsv2quant as dq
+
+The functions are api.py's, which is imported when one is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, open, plan, verify
 
 __version__ = "0.1.0"
+__all__ = ["calibrate", "convert", "evaluate", "generate", "inspect", "open", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsv2quant import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -82,11 +82,11 @@ def test_progress_goes_to_stderr_and_can_be_silenced(lite, tmp_path, cli, monkey
 
 
 def test_the_progress_bar_shows_rate_and_time_left(capsys, monkeypatch):
-    from dsv2quant.cli import bars
+    from dsv2quant.cli import terminal
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr("tqdm.std.time", iter(range(0, 1000, 10)).__next__)  # ten seconds between any two looks
-    with bars.progress_bar(4000, "B", "convert", quiet=False) as advance:
+    with terminal.progress_bar(4000, "B", "convert", quiet=False) as advance:
         advance(1000)
         advance(1000)
     shown = capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_a_mistake_on_the_command_line_is_told(args, message, lite, cli, tmp_pat
 )
 def test_cheap_checks_come_before_opening_anything(args, code, message, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dsv2quant.cli.common._has_driver", lambda: False)
+    monkeypatch.setattr("dsv2quant.planning.options._has_driver", lambda: False)
     ran = cli(*(arg.format(no="not/there/at/all") for arg in args))
     assert (ran.code, message in ran.err) == (code, True), ran.err
 

@@ -72,7 +72,8 @@ def test_the_folders_are_in_the_order_of_the_layers() -> None:
     assert named == [
         name
         for name in ORDER
-        if name != "__main__" and (ROOT / f"dsv2quant/{name}").is_dir() | (ROOT / f"dsv2quant/{name}.py").is_file()
+        if name not in ("__init__", "__main__")
+        and (ROOT / f"dsv2quant/{name}").is_dir() | (ROOT / f"dsv2quant/{name}.py").is_file()
     ]
 
 

@@ -21,6 +21,7 @@ from dsv2quant.evaluation.divergence import (
     run,
     summarize,
 )
+from dsv2quant.evaluation.results import Estimate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -95,16 +96,16 @@ def test_nll_and_kld_equal_float64_from_the_logits(wide, quantized, ids):
     np.testing.assert_array_equal(got.nll, negative_log_likelihoods(passed, ids, 3))
     assert got.kld.mean() > 1e-4
     summary = summarize(got)
-    assert summary["kld"]["mean"] == pytest.approx(got.kld.mean())
-    assert summary["delta"]["ln_ratio"] == pytest.approx((got.nll - got.reference_nll).mean())
+    assert summary.kld.mean == pytest.approx(got.kld.mean())
+    assert summary.ln_ratio.value == pytest.approx((got.nll - got.reference_nll).mean())
 
 
 def test_a_model_does_not_diverge_from_itself(wide, ids):
     passed = run(Model(open_checkpoint(wide)), ids, batches_of(5, 5))
     summary = summarize(compare(passed, passed, ids, 0))
-    assert summary["kld"]["max"] == 0
-    assert summary["delta"] == {"ln_ratio": 0, "stderr": 0}
-    assert summary["top1_agreement"] == summary["router_agreement"] == 1
+    assert summary.kld.max == 0
+    assert summary.ln_ratio == Estimate(0, 0)
+    assert summary.top1_agreement.value == summary.router_agreement.value == 1
 
 
 def test_router_agreement_counts_common_experts(wide, ids):
@@ -133,7 +134,7 @@ def test_bootstrap_is_the_standard_error_of_a_mean():
     assert bootstrap(windows) == pytest.approx(windows.std() / math.sqrt(400), rel=0.08)
     assert bootstrap(windows) == bootstrap(windows)
     value = perplexity(windows[:, None].repeat(3, 1) / 10)
-    assert value["value"] == pytest.approx(math.exp(windows.mean() / 10))
+    assert value.value == pytest.approx(math.exp(windows.mean() / 10))
 
 
 def test_weight_only_and_served_activations_differ(quantized, ids):

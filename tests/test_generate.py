@@ -201,20 +201,20 @@ def test_special_tokens_are_skipped_and_bytes_of_no_character_come_last():
 
 
 def requested(prompt: str = "It was a dark night, and", chat: bool = False, count: int = 20) -> Request:
-    return Request(prompt, chat, count, GREEDY, LoadOptions())
+    return Request([{"role": "user", "content": prompt}] if chat else prompt, count, GREEDY, LoadOptions())
 
 
 def test_the_prompt_begins_with_bos_and_the_text_is_the_tokens(wordy):
     emitted: list[str] = []
     checkpoint, tokenizer = open_checkpoint(tiny.MINI), Tokenizer.open(tiny.MINI)
     result = complete(checkpoint, requested(), emitted.append)
-    assert result["prompt_tokens"] == [0, *tokenizer.encode("It was a dark night, and").tolist()]
-    assert result["tokens"] == tokens_of(Model(checkpoint), result["prompt_tokens"], {1}, 20)
-    assert "".join(emitted) == result["text"] == tokenizer.decode(result["tokens"])
+    assert result.prompt_tokens == [0, *tokenizer.encode("It was a dark night, and").tolist()]
+    assert result.tokens == tokens_of(Model(checkpoint), result.prompt_tokens, {1}, 20)
+    assert "".join(emitted) == result.text == tokenizer.decode(result.tokens)
     assert len([piece for piece in emitted if piece]) > 5
-    assert complete(checkpoint, requested("", count=1))["prompt_tokens"] == [0]
+    assert complete(checkpoint, requested("", count=1)).prompt_tokens == [0]
     # A special token that a prompt spells out is text.
-    assert 1 not in complete(checkpoint, requested("<｜end▁of▁sentence｜>", count=1))["prompt_tokens"]
+    assert 1 not in complete(checkpoint, requested("<｜end▁of▁sentence｜>", count=1)).prompt_tokens
 
 
 def test_a_chats_prompt_is_transformers(wordy):
@@ -224,17 +224,17 @@ def test_a_chats_prompt_is_transformers(wordy):
     messages = [{"role": "user", "content": "What is 漢字?"}]
     want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     result = complete(open_checkpoint(wordy), requested("What is 漢字?", chat=True, count=2))
-    assert result["prompt_tokens"] == want
+    assert result.prompt_tokens == want
 
 
 def test_the_text_ends_before_the_stop_token(tmp_path, wordy):
-    tokens = complete(open_checkpoint(wordy), requested())["tokens"]
+    tokens = complete(open_checkpoint(wordy), requested()).tokens
     folder = tiny.write_checkpoint(tmp_path / "m", tiny.WORDY)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4001, tokens[4]]}))
     result = complete(open_checkpoint(folder), requested())
     end = tokens.index(tokens[4]) + 1
-    assert (result["tokens"], result["finish_reason"]) == (tokens[:end], "stop")
-    assert result["text"] == Tokenizer.open(folder).decode(tokens[: end - 1])
+    assert (result.tokens, result.finish_reason) == (tokens[:end], "stop")
+    assert result.text == Tokenizer.open(folder).decode(tokens[: end - 1])
 
 
 @pytest.mark.parametrize(

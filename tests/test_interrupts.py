@@ -136,7 +136,7 @@ def test_a_process_ends_with_the_signals_code_and_nohup_is_heeded(lite):
         "import os, signal, sys; from dsv2quant.cli import main, inspect\n"
         "number = getattr(signal, sys.argv.pop())\n"
         "def stop(*args, **kwargs): os.kill(os.getpid(), number)\n"
-        "from dsv2quant.checkpoint.checkpoint import Checkpoint; open_checkpoint = stop\n"
+        "from dsv2quant.checkpoint import open as opening; opening.open_checkpoint = stop\n"
         "main.main()"
     )
     for name, before, code in (("SIGTERM", None, 143), ("SIGHUP", None, 129), ("SIGHUP", "nohup", 1)):

@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "bench",
     "api",
+    "__init__",
     "cli",
     "__main__",
 ]

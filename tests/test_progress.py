@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 from tqdm import tqdm
 
-from dsv2quant.cli import bars
-from dsv2quant.cli.main import AboveBars
+from dsv2quant.cli import terminal as display
+from dsv2quant.cli.terminal import AboveBars
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def phases(monkeypatch):
         found.append(phase)
         yield phase[2].append
 
-    monkeypatch.setattr(bars, "progress_bar", recorded)
+    monkeypatch.setattr(display, "progress_bar", recorded)
     return found
 
 
@@ -76,8 +76,8 @@ class Screen(io.StringIO):
 def test_off_a_terminal_a_line_now_and_then_tells_where_it_is(monkeypatch):
     screen = Screen(terminal=False)
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr(bars, "LINE_EVERY", 0.01)
-    with bars.progress_bar(4000, "B", "convert", quiet=False) as advance:
+    monkeypatch.setattr(display, "LINE_EVERY", 0.01)
+    with display.progress_bar(4000, "B", "convert", quiet=False) as advance:
         advance(1000)
         assert screen.written.wait(60)
     shown = screen.getvalue()
@@ -92,9 +92,9 @@ def test_off_a_terminal_a_line_now_and_then_tells_where_it_is(monkeypatch):
 def test_time_goes_on_while_nothing_advances(monkeypatch, terminal, total):
     screen = Screen(terminal)
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr(bars, "LINE_EVERY", 0.01)
-    monkeypatch.setattr(bars, "REDRAW", 0.01)
-    with bars.progress_bar(total, "B", "solve", quiet=False):
+    monkeypatch.setattr(display, "LINE_EVERY", 0.01)
+    monkeypatch.setattr(display, "REDRAW", 0.01)
+    with display.progress_bar(total, "B", "solve", quiet=False):
         assert screen.written.wait(60)
         screen.written.clear()
         assert screen.written.wait(60)
@@ -104,7 +104,7 @@ def test_time_goes_on_while_nothing_advances(monkeypatch, terminal, total):
 def test_short_work_says_nothing_off_a_terminal(monkeypatch):
     screen = Screen(terminal=False)
     monkeypatch.setattr("sys.stderr", screen)
-    with bars.progress_bar(10, "B", "convert", quiet=False) as advance:
+    with display.progress_bar(10, "B", "convert", quiet=False) as advance:
         advance(10)
     assert screen.getvalue() == ""
 
@@ -115,7 +115,7 @@ def test_a_log_line_does_not_break_the_bar(terminal, monkeypatch):
     screen = Screen(terminal)
     monkeypatch.setattr("sys.stderr", screen)
     handler = AboveBars(screen)
-    with bars.progress_bar(4000, "B", "convert", quiet=False):
+    with display.progress_bar(4000, "B", "convert", quiet=False):
         bar = next(iter(tqdm._instances), None)
         assert (bar is not None) == terminal
         if bar is not None:

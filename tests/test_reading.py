@@ -17,7 +17,7 @@ import tiny
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.cli.main import Lines
+from dsv2quant.cli.terminal import Lines
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import dump_json
 from dsv2quant.storage.files import read_bytes

@@ -12,7 +12,7 @@ import torch
 from test_runtime import routed_in_float64
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.layers import Linear, Stage, finish
 from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 from dsv2quant.model.runtime import Model
@@ -35,7 +35,7 @@ def model(request, tmp_path_factory):
     raw = raw | {"rope_scaling": None}
     weights = tiny.random_weights(raw, dtype=torch.float32)
     folder = tiny.write_checkpoint(tmp_path_factory.mktemp("stages") / "m", raw, weights)
-    return Model(Checkpoint.open(folder)), {name: tensor.double().numpy() for name, tensor in weights.items()}
+    return Model(open_checkpoint(folder)), {name: tensor.double().numpy() for name, tensor in weights.items()}
 
 
 def hidden(width: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,17 @@ from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.statistics import Statistics, kv_scale
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.planning.consumers import input_group
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import Smoothing
+from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, windows, windows_in_order
+from dsv2quant.text.text import python_topics
+from dsv2quant.text.tokenizer import Protocol
 
+logger = logging.getLogger(__name__)
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 
 
@@ -47,6 +53,40 @@ class Calibration:
             "device": device.partition(":")[0],
             "torch": version("torch"),
         }
+
+
+def read_calibration(
+    checkpoint: Checkpoint,
+    text: str | None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    protocol: Protocol = "default",
+) -> Calibration:
+    """`samples` (512) windows of `length` tokens of a text file, or of the default text; `seed` (0) shuffles it. The
+    length's default is the context that the model was trained for, at most 2048, of llama.cpp's protocol 512.
+
+    Raises InputError for a source that is not converted, and as `load` and the tokenizer do. Warns of the default text,
+    of one that is short of windows, and of one that is scored by default.
+    """
+    folder = checkpoint.as_source().downloaded
+    samples, seed = samples or 512, seed or 0
+    length = length or min(512 if protocol == "llama.cpp" else 2048, checkpoint.config.trained_context)
+    found = load(text, folder)
+    tokenizer = checkpoint.tokenizer()
+    if protocol == "llama.cpp":
+        ids = windows_in_order(found, tokenizer, samples, length)
+    else:
+        ids = windows(found, tokenizer, samples, length, seed)
+    tokenizer.check_ids(ids, checkpoint.config.vocab_size)
+    sketch = fingerprint("\n".join(document.text for document in found.documents))
+    if text is None:
+        logger.warning("no --calibration: using %s; text like what the model will see is better", found.source)
+    if len(ids) < samples:
+        logger.warning("warning: %s fills %d of %d windows of %d tokens", found.source, len(ids), samples, length)
+    if (shared := overlap(fingerprint(python_topics().content), sketch)) > MAX_OVERLAP:
+        logger.warning("warning: %s of the text that eval-ppl scores by default is in it", f"{shared:.1%}")
+    return Calibration(ids, found.source, found.sha256, seed, sketch)
 
 
 @dataclass(frozen=True)

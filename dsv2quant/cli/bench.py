@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from dsv2quant.cli import command as types
-from dsv2quant.cli import common
-from dsv2quant.cli.command import Command
+from dsv2quant.cli import options as shared
+from dsv2quant.cli import terminal
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
 TUNED = ("fp8", "int4")
@@ -30,14 +29,14 @@ def command() -> None:
     """
 
 
-@command.command(cls=Command)
+@command.command(cls=shared.Command)
 @click.option("--only", metavar="NAMES", help=f"Some of {','.join(SECTIONS)}. Default: all.")
 @click.option("--tune", is_flag=True, help=f"Find the fastest block shapes instead, of {','.join(TUNED)}, and write "
               "the table that kernels then take them from.")  # fmt: skip
 @click.option("--tables", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Where --tune writes it. Default: the package's own folder.")  # fmt: skip
 @results_option
-@common.output_options
+@shared.output_options
 def kernels(
     only: str | None,
     tune: bool,
@@ -56,7 +55,7 @@ def kernels(
       dsv2quant bench kernels --only fp8,int4 --results kernels.csv
       dsv2quant bench kernels --tune
     """
-    common.set_verbosity(verbose, quiet)
+    terminal.set_verbosity(verbose, quiet)
     names = _names(only, TUNED if tune else SECTIONS)
     if (tables is not None and not tune) or (results is not None and tune):
         raise click.UsageError("--tables goes with --tune, --results with measuring")
@@ -70,7 +69,7 @@ def kernels(
         from dsv2quant.kernels.tables import FOLDER
 
         path = write_table(names, tables or FOLDER, say)
-        common.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
+        terminal.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
             f"wrote {path}"
         )
         return
@@ -80,21 +79,21 @@ def kernels(
 
     found = measure.run(names, results, say)
     if as_json:
-        common.print_json({"schema": "dsv2quant.bench-kernels/1", **found})
+        terminal.print_json({"schema": "dsv2quant.bench-kernels/1", **found})
     else:
         print(*map(measure.summary_line, found["rows"]), sep="\n")
     if found["wrong"]:
         raise GateError(f"{len(found['wrong'])} results are wrong: {listing(found['wrong'])}")
 
 
-@command.command(cls=Command)
-@click.argument("model", type=types.Path(), default="v2-lite")
+@command.command(cls=shared.Command)
+@click.argument("model", type=shared.Path(), default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
 @results_option
-@common.hub_options
-@common.output_options
+@shared.hub_options
+@shared.output_options
 def model(
     model: str,
     scheme: str | None,
@@ -119,7 +118,7 @@ def model(
       dsv2quant bench model v2 --batch 1,16
       dsv2quant bench model DeepSeek-V2-Lite-FP8-BLOCK --context 1024
     """
-    common.set_verbosity(verbose, quiet)
+    terminal.set_verbosity(verbose, quiet)
     try:
         batches = [int(n) for n in batch.split(",")]
     except ValueError:
@@ -128,7 +127,7 @@ def model(
         raise click.UsageError(f"--batch {batch}: it takes numbers from 1, as 1,8,64")
     if scheme and model not in RANDOM:
         raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
-    if model in RANDOM and (useless := common.given("revision", "cache_dir", "offline")):
+    if model in RANDOM and (useless := shared.given("revision", "cache_dir", "offline")):
         raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
 
     from dsv2quant.bench import model as measure
@@ -141,7 +140,7 @@ def model(
         subject = measure.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
-        common.print_json({"schema": "dsv2quant.bench-model/1", **found})
+        terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})
 
 
 def _names(only: str | None, possible: tuple[str, ...]) -> list[str]:

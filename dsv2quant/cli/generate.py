@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv2quant.cli import bars, common
-from dsv2quant.cli import command as types
-from dsv2quant.cli.command import Command
+import dsv2quant as dq
+from dsv2quant.cli import options as shared
+from dsv2quant.cli import terminal
+
+if TYPE_CHECKING:
+    from dsv2quant.model.completion import Completion
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
 @click.option("--special", is_flag=True, help="Take special tokens spelled out in the prompt as such (<｜fim▁hole｜>).")
@@ -21,31 +24,14 @@ from dsv2quant.cli.command import Command
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest that sum to this.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
-@common.compute_options
-@common.backend_option
-@common.kv_cache_option
-@common.hub_options
-@common.output_options
+@shared.compute_options
+@shared.backend_option
+@shared.kv_cache_option
+@shared.hub_options
+@shared.output_options
 def command(
-    model: str,
-    prompt: str,
-    chat: bool,
-    special: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    device: str,
-    dtype: str,
-    backend: str,
-    kv_cache: str,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
-) -> None:
+    model: str, prompt: str, chat: bool, as_json: bool, verbose: int, quiet: bool, **options: Any
+) -> None:  # fmt: skip
     """Continue a text with MODEL: a checkpoint, an artifact or a GGUF file.
 
     The text is printed as it comes, and nothing else is on stdout. It ends with the model's end-of-sequence token,
@@ -57,48 +43,30 @@ def command(
       dsv2quant generate DeepSeek-V2-Lite-FP8-BLOCK --prompt "The quick brown fox" --device cuda
       dsv2quant generate DeepSeek-V2-Lite-Chat-Q4_K_M.gguf --chat --prompt "Why is the sky blue?" --temperature 0.3
     """
-    common.set_verbosity(verbose, quiet)
-    if chat and special:
-        raise click.UsageError(
-            "--special goes with a plain prompt: the chat template spells out its own special tokens"
-        )
-    if temperature == 0 and (useless := common.given("top_p", "seed")):
-        raise click.UsageError(f"{useless[0]} goes with --temperature above 0: without sampling it does nothing")
+    terminal.set_verbosity(verbose, quiet)
     text = _text(prompt)
-    common.check_device(device)
-
-    from dsv2quant.checkpoint.open import open_checkpoint
-
-    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline)
-    with bars.starting(quiet):
-        import torch
-
-        from dsv2quant.model.attention import KV_DTYPES
-        from dsv2quant.model.completion import Request, Sampling, complete
-        from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
-
-    computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    request = Request(
-        text,
-        chat,
-        max_new_tokens,
-        Sampling(temperature, top_p, seed),
-        LoadOptions(
-            computed, device, kv_cache=KV_DTYPES.get(kv_cache), backend=choose_backend(backend, device, computed)
-        ),
-        special,
-    )
+    found = dq.generate(
+        model, [{"role": "user", "content": text}] if chat else text, emit=_ignore if as_json else _show,
+        progress=terminal.progress(quiet), **shared.asked(options),
+    )  # fmt: skip
     if as_json:
-        result = complete(checkpoint, request, progress=bars.progress(quiet))
-        common.print_json(result)
+        from dsv2quant.model.completion import completion_json
+
+        terminal.print_json(completion_json(found))
     else:
-        result = complete(checkpoint, request, lambda text: print(text, end="", flush=True), bars.progress(quiet))
         print()
     if not quiet:
-        print(_speed(result), file=sys.stderr)
-        if result["finish_reason"] == "context":
-            context = checkpoint.config.max_position_embeddings
-            print(f"warning: the model's context of {context} tokens is full", file=sys.stderr)
+        print(_speed(found), file=sys.stderr)
+        if found.finish_reason == "context":
+            print(f"warning: the model's context of {found.context} tokens is full", file=sys.stderr)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def _text(prompt: str) -> str:
@@ -119,10 +87,10 @@ def _text(prompt: str) -> str:
     return prompt
 
 
-def _speed(result: dict[str, Any]) -> str:
-    decode = result["decode_tokens_per_s"]
+def _speed(found: Completion) -> str:
+    decode = found.decode_tokens_per_s
     rate = f" ({decode:.1f} per second)" if decode is not None else ""
     return (
-        f"{len(result['prompt_tokens'])} prompt tokens ({result['prefill_tokens_per_s']:.1f} per second), "
-        f"{len(result['tokens'])} tokens{rate}, ended by {result['finish_reason']}, {result['seconds']:.1f} s in all"
+        f"{len(found.prompt_tokens)} prompt tokens ({found.prefill_tokens_per_s:.1f} per second), "
+        f"{len(found.tokens)} tokens{rate}, ended by {found.finish_reason}, {found.seconds:.1f} s in all"
     )

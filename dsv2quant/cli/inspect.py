@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from dsv2quant.cli import command as types
-from dsv2quant.cli import common
-from dsv2quant.cli.command import Command
+import dsv2quant as dq
+from dsv2quant.cli import options as shared
+from dsv2quant.cli import terminal
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
-@common.hub_options
-@common.output_options
-def command(
-    model: str,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
-) -> None:
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
+@shared.hub_options
+@shared.output_options
+def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Show what MODEL (a checkpoint, artifact, GGUF file or hub id) holds: roles, schemes, sizes and configuration.
 
     Opening it also checks it: every tensor that config.json implies must be there, in its shape, and nothing else.
@@ -30,12 +24,11 @@ def command(
     Example:
       dsv2quant inspect DeepSeek-V2-Lite-FP8-BLOCK --json
     """
-    from dsv2quant.checkpoint.open import open_checkpoint
-    from dsv2quant.report.plans import inspect_json, inspect_text
+    from dsv2quant.report.plans import inspection_json, inspection_text
 
-    common.set_verbosity(verbose, quiet)
-    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
+    terminal.set_verbosity(verbose, quiet)
+    found = dq.inspect(model, **shared.asked(options))
     if as_json:
-        common.print_json(inspect_json(checkpoint))
+        terminal.print_json(inspection_json(found))
     else:
-        print(inspect_text(checkpoint))
+        print(inspection_text(found))

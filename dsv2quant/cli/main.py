@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -18,8 +17,7 @@ from typing import NoReturn
 import click
 
 from dsv2quant import __version__
-from dsv2quant.cli import bars
-from dsv2quant.cli.bars import take_any_text
+from dsv2quant.cli.terminal import logging_shown, take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
@@ -33,21 +31,6 @@ VERBS = {
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
-
-
-class Lines(logging.Formatter):
-    """Log lines that can be printed, whatever they name."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-class AboveBars(logging.StreamHandler):
-    """Writes log lines to stderr, above the progress bar that may be open."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with bars.set_aside():
-            super().emit(record)
 
 
 class _Verbs(click.Group):
@@ -111,11 +94,8 @@ def stopping() -> Iterator[None]:
 def main() -> NoReturn:
     """Entry point of the console script."""
     take_any_text()
-    handler = AboveBars(sys.stderr)
-    handler.setFormatter(Lines("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with stopping():
+        with logging_shown(), stopping():
             code = cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code

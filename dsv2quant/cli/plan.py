@@ -6,27 +6,17 @@ from typing import Any
 
 import click
 
-from dsv2quant.cli import command as types
-from dsv2quant.cli import common, gguf
-from dsv2quant.cli.command import Command
+import dsv2quant as dq
+from dsv2quant.cli import options as shared
+from dsv2quant.cli import terminal
 
 
-@click.command(cls=Command)
-@click.argument("model", type=types.Path())
-@common.plan_options
-@gguf.gguf_options
-@common.hub_options
-@common.output_options
-def command(
-    model: str,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@click.command(cls=shared.Command)
+@click.argument("model", type=shared.Path())
+@shared.plan_options
+@shared.hub_options
+@shared.output_options
+def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Show what a conversion of MODEL (a folder or hub id) would do, from headers alone.
 
     Prints each role's scheme, sizes and bits per weight, and every tensor that falls back with the rule behind it.
@@ -36,10 +26,24 @@ def command(
     Example:
       dsv2quant plan deepseek-ai/DeepSeek-V2-Lite --fp8 --target vllm --tp 2
     """
-    from dsv2quant.checkpoint.open import open_checkpoint
+    terminal.set_verbosity(verbose, quiet)
+    show(model, shared.asked(options), as_json, every_tensor=verbose > 0)
 
-    common.set_verbosity(verbose, quiet)
-    if not gguf.is_asked_for(options):
-        common.choose_recipe(options)  # says what contradicts itself before anything is opened
-    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, offline=offline, headers_only=True)
-    gguf.print_plan(checkpoint, options, as_json, every_tensor=verbose > 0)
+
+def show(model: str, asked: dict[str, Any], as_json: bool, *, every_tensor: bool) -> None:
+    """Print a plan."""
+    from dsv2quant.planning.plan import Plan
+
+    made = dq.plan(model, **asked)
+    if isinstance(made, Plan):
+        from dsv2quant.report import plans
+
+        text, found = plans.plan_text(made, every_tensor=every_tensor), plans.plan_json(made)
+    else:
+        from dsv2quant.report import gguf  # imports numba
+
+        text, found = gguf.plan_text(made, every_tensor=every_tensor), gguf.plan_json(made)
+    if as_json:
+        terminal.print_json(found)
+    else:
+        print(text)

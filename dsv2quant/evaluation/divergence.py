@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dsv2quant.evaluation.results import Distance, Estimate, Kld
 from dsv2quant.model.runtime import Block, Model
 
 if TYPE_CHECKING:
@@ -162,36 +163,29 @@ def resampled_means(windows: np.ndarray) -> np.ndarray:
     return means
 
 
-def perplexity(nll: np.ndarray) -> dict[str, float]:
-    """{value, stderr} of exp(mean −ln p) over [windows, tokens]."""
+def perplexity(nll: np.ndarray) -> Estimate:
+    """exp(mean −ln p) over [windows, tokens]."""
     windows = nll.mean(1)
-    return {"value": float(np.exp(nll.mean())), "stderr": float(np.exp(resampled_means(windows)).std())}
+    return Estimate(float(np.exp(nll.mean())), float(np.exp(resampled_means(windows)).std()))
 
 
-def summarize(d: Divergence) -> dict[str, object]:
-    """The part of `eval-ppl --json` that needs a reference."""
-    ratio = d.nll - d.reference_nll
-    quantiles = np.quantile(d.kld, [0.5, 0.99, 0.999])
-    same = d.same_top1.mean(1)
-    summary: dict[str, object] = {
-        "reference": {"perplexity": perplexity(d.reference_nll)},
-        "delta": {"ln_ratio": float(ratio.mean()), "stderr": bootstrap(ratio.mean(1))},
-        "kld": {
-            "mean": float(d.kld.mean()),
-            "stderr": bootstrap(d.kld.mean(1)),
-            "median": float(quantiles[0]),
-            "p99": float(quantiles[1]),
-            "p999": float(quantiles[2]),
-            "max": float(d.kld.max()),
-        },
-        "top1_agreement": float(same.mean()),
-        "top1_agreement_stderr": bootstrap(same),
-    }
+def summarize(d: Divergence) -> Distance:
+    """The means over all tokens, with their errors."""
+    median, p99, p999 = map(float, np.quantile(d.kld, [0.5, 0.99, 0.999]))
+    kld = Kld(*_estimate(d.kld), median, p99, p999, float(d.kld.max()))
+    agreement = None
     if d.router:
         by_layer = np.stack(list(d.router.values()))  # [layers, windows]
-        summary["router_agreement"] = float(by_layer.mean())
-        summary["router_agreement_stderr"] = bootstrap(by_layer.mean(0))
-        summary["router_agreement_by_layer"] = {str(layer): float(a.mean()) for layer, a in d.router.items()}
-    else:
-        summary["router_agreement"] = None
-    return summary
+        agreement = Estimate(float(by_layer.mean()), bootstrap(by_layer.mean(0)))
+    return Distance(
+        Estimate(*_estimate(d.nll - d.reference_nll)),
+        kld,
+        Estimate(float(d.same_top1.mean(1).mean()), bootstrap(d.same_top1.mean(1))),
+        agreement,
+        {layer: float(windows.mean()) for layer, windows in d.router.items()},
+    )
+
+
+def _estimate(values: np.ndarray) -> tuple[float, float]:
+    """The mean of [windows, tokens], and its standard error."""
+    return float(values.mean()), bootstrap(values.mean(1))

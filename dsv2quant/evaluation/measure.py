@@ -1,7 +1,4 @@
-"""One evaluation, start to end: text to windows, one or two models, and the numbers with what they rest on.
-
-Which weights a measurement was made of.
-"""
+"""One evaluation, start to end: text to windows, one or two models, and the numbers with what they rest on."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,15 +14,17 @@ import torch
 from dsv2quant.arch.config import CAUSAL_LM
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
-from dsv2quant.errors import GateError, InputError, UsageError
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
+from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, NoiseFloor, Scored
 from dsv2quant.model.attention import KV_NAMES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE
 from dsv2quant.storage.safetensors import read_json
+from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 from dsv2quant.text.text import Text
 from dsv2quant.text.tokenizer import Protocol, Windows, cut
 
@@ -73,75 +72,93 @@ def default_ctx(checkpoint: Checkpoint) -> int:
 
 def evaluate(
     checkpoint: Checkpoint, reference: Checkpoint | None, text: Text, settings: Settings, progress: Progress
-) -> dict[str, Any]:
-    """The object of `eval-ppl --json`. Raises InputError where model, reference and text don't go together."""
+) -> Evaluation:
+    """Score a text. Raises InputError where model, reference and text don't go together, and UsageError for a length of
+    windows that the model can't have. Warns of a text that the model was calibrated on, and of windows beyond what it
+    was trained for."""
     started = time.perf_counter()
+    _warn(checkpoint, text, settings)
     with progress(0, "", "tokenize"):
         windows = _windows(checkpoint, text, settings)
     if reference is not None:
         _check_same_tokens(checkpoint, reference)
     ids, first = windows.ids, windows.first
     batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
-    result: dict[str, Any] = {"schema": "dsv2quant.eval-ppl/1", "model": checkpoint.model}
     passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
     scored = len(ids) * windows.scored
+    comparison = None
     if reference is None:
         with progress(scored, "tok", "score") as advance:
-            result["perplexity"] = divergence.perplexity(negative_log_likelihoods(passed, ids, first, advance))
+            nll = negative_log_likelihoods(passed, ids, first, advance)
     else:
-        floor_ids = ids[:FLOOR_WINDOWS]
-        # The reference also runs its first windows again, one at a time (or all at once): the kernels then round
-        # differently, and what that alone does to the numbers is the floor under every comparison.
-        again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
-        both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
-        unquantized = replace(settings, kv_cache=None)
-        every = np.concatenate([ids, floor_ids])
-        referred = _run(reference, every, both, unquantized, progress, f"reference {reference.model}")
-        with progress(scored, "tok", "compare") as advance:
-            compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first, advance)
-        result["perplexity"] = divergence.perplexity(compared.nll)
-        result |= divergence.summarize(compared)
-        result["reference"]["model"] = reference.model
-        result["noise_floor"] = _noise_floor(reference, referred, floor_ids, first, batch, unquantized, progress)
-    return result | {
-        "tokens": scored,
-        "windows": len(ids),
-        "ctx": int(ids.shape[1]),
-        "protocol": settings.protocol,
-        "text": {"source": text.source, "sha256": text.sha256},
-        "dtype": str(settings.compute_dtype).removeprefix("torch."),
-        "weight_only": settings.weight_only or checkpoint.is_weight_only,
-        "decode_path": settings.decode_path,
-        "kv_cache": KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
-        "device": _device_name(settings.device),
-        "backend": settings.options.backend,
-        "stream": settings.stream,
-        "versions": {"torch": torch.__version__},
-        "seconds": time.perf_counter() - started,
-    }
+        nll, comparison = _compare(passed, reference, windows, batch, settings, progress)
+    return Evaluation(
+        scored=_scored(checkpoint, nll),
+        comparison=comparison,
+        tokens=scored,
+        windows=len(ids),
+        ctx=int(ids.shape[1]),
+        protocol=settings.protocol,
+        text=text.source,
+        text_sha256=text.sha256,
+        dtype=str(settings.compute_dtype).removeprefix("torch."),
+        weight_only=settings.weight_only or checkpoint.is_weight_only,
+        decode_path=settings.decode_path,
+        kv_cache=KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
+        device=_device_name(settings.device),
+        backend=settings.options.backend,
+        stream=settings.stream,
+        torch=torch.__version__,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def gates(result: dict[str, Any], max_ppl_increase: float | None, max_kld: float | None) -> dict[str, dict[str, Any]]:
-    """{gate: {limit, value, passed}} of those that are set: percent that perplexity grew by, mean KLD in nats. A value
-    that is no number doesn't pass."""
-    limits = {"max_ppl_increase": max_ppl_increase, "max_kld": max_kld}
-    found = {}
-    for gate, limit in limits.items():
-        if limit is not None:
-            growth = gate == "max_ppl_increase"
-            value = float(100 * np.expm1(result["delta"]["ln_ratio"]) if growth else result["kld"]["mean"])
-            found[gate] = {"limit": limit, "value": value, "passed": value <= limit}
+def _compare(
+    passed: Pass, reference: Checkpoint, windows: Windows, batch: int, settings: Settings, progress: Progress
+) -> tuple[np.ndarray, Comparison]:
+    """−ln p of the model [windows, tokens], and how far its pass is from the reference's, whose cache is not FP8."""
+    ids, first = windows.ids, windows.first
+    floor_ids = ids[:FLOOR_WINDOWS]
+    # The reference also runs its first windows again, one at a time (or all at once): the kernels then round
+    # differently, and what that alone does to the numbers is the floor under every comparison.
+    again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
+    both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
+    unquantized = replace(settings, kv_cache=None)
+    every = np.concatenate([ids, floor_ids])
+    referred = _run(reference, every, both, unquantized, progress, f"reference {reference.model}")
+    with progress(len(ids) * windows.scored, "tok", "compare") as advance:
+        compared = divergence.compare(passed, referred.part(slice(0, len(ids))), ids, first, advance)
+    floor = _noise_floor(reference, referred, floor_ids, first, batch, unquantized, progress)
+    distance = vars(divergence.summarize(compared))
+    return compared.nll, Comparison(**distance, reference=_scored(reference, compared.reference_nll), noise_floor=floor)
+
+
+def gates(
+    evaluation: Evaluation, max_ppl_increase: float | None, max_kld: float | None
+) -> dict[Literal["max_ppl_increase", "max_kld"], Gate]:
+    """Those that are set: percent that perplexity grew by, and mean KLD in nats."""
+    found: dict[Literal["max_ppl_increase", "max_kld"], Gate] = {}
+    if (c := evaluation.comparison) is None:
+        return found
+    if max_ppl_increase is not None:
+        growth = float(100 * np.expm1(c.ln_ratio.value))
+        found["max_ppl_increase"] = Gate(max_ppl_increase, growth, growth <= max_ppl_increase)
+    if max_kld is not None:
+        found["max_kld"] = Gate(max_kld, c.kld.mean, c.kld.mean <= max_kld)
     return found
 
 
-def check_gates(verdicts: dict[str, dict[str, Any]]) -> None:
-    """Raise GateError at the first of `gates` that failed."""
-    for gate, verdict in verdicts.items():
-        if not verdict["passed"]:
-            value, limit = verdict["value"], verdict["limit"]
-            if gate == "max_ppl_increase":
-                raise GateError(f"perplexity grew by {value:.3f}%, more than --max-ppl-increase {limit:g}%")
-            raise GateError(f"mean KLD is {value:.5f} nats, more than --max-kld {limit:g}")
+def _warn(checkpoint: Checkpoint, text: Text, settings: Settings) -> None:
+    trained = checkpoint.config.trained_context
+    if settings.ctx is not None and settings.ctx > trained:
+        what = "warning: --ctx %d is beyond the trained context, %d: perplexity may explode"
+        logger.warning(what, settings.ctx, trained)
+    if (manifest := checkpoint.file(MANIFEST_FILE)) is not None:
+        calibrated = read_json(manifest).get("calibration_fingerprint")
+        shared = overlap(fingerprint(text.content), calibrated) if isinstance(calibrated, list) else 0.0
+        if shared > MAX_OVERLAP:
+            what = "warning: %s of the text's lines were calibrated on: it flatters the model"
+            logger.warning(what, f"{shared:.1%}")
 
 
 def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
@@ -183,8 +200,8 @@ def _noise_floor(
     batch: int,
     settings: Settings,
     progress: Progress,
-) -> dict[str, Any]:
-    """Mean KLD of the reference against itself: under another batch size, and in the other compute dtype."""
+) -> NoiseFloor:
+    """Of the reference against itself: under another batch size, and in the other compute dtype."""
     count = len(ids)
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
     other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
@@ -192,24 +209,20 @@ def _noise_floor(
     rerun = _run(reference, ids, batches_of(count, batch), in_other, progress, "noise floor")
     with progress(2 * count * (ids.shape[1] - 1 - first), "tok", "compare noise") as advance:
         batched, typed = (divergence.compare(run, baseline, ids, first, advance).kld.mean() for run in (again, rerun))
-    return {
-        "windows": count,
-        "kld_other_batch": float(batched),
-        f"kld_{str(other).removeprefix('torch.')}": float(typed),
-    }
+    return NoiseFloor(count, float(batched), str(other).removeprefix("torch."), float(typed))
 
 
 def _device_name(device: str) -> str:
     return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def identify(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells this model from every other: the hub's commit, the digest of an artifact's plan and the sha256 of its
-    manifest, which holds that of every file; each None where there is none; and `sampled`."""
+def _scored(checkpoint: Checkpoint, nll: np.ndarray) -> Scored:
     manifest = checkpoint.file(MANIFEST_FILE)
-    return {
-        "revision": checkpoint.revision,
-        "digest": read_json(manifest).get("plan") if manifest else None,
-        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
-        "identity": sampled(checkpoint),
-    }
+    return Scored(
+        checkpoint.model,
+        checkpoint.revision,
+        digest=read_json(manifest).get("plan") if manifest else None,
+        manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
+        identity=sampled(checkpoint),
+        perplexity=divergence.perplexity(nll),
+    )

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch
 from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.errors import InputError, listing
+from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, TensorError, Verification, sqnr
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
@@ -35,26 +36,17 @@ PIECE = {"cpu": 1 << 18}  # weights of a piece
 PIECE_OF_DEVICE = 1 << 24
 
 
-@dataclass(frozen=True)
-class TensorError:
-    """Error of one decoded weight against its source: signal and noise are sums of squares."""
-
-    name: str
-    role: str
-    scheme: str
-    signal: float
-    noise: float
-    max_error: float
-
-    @property
-    def sqnr(self) -> float:
-        """Signal to quantization noise in dB; infinite where the weight is exact."""
-        return sqnr(self.signal, self.noise)
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """10 · log10(signal / noise); infinite without noise."""
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+def verify(artifact: Checkpoint, source: Checkpoint | None, device: str, progress: Progress) -> Verification:
+    """Check an artifact's files and, with the checkpoint it was made from, measure its tensors' errors on `device`.
+    Raises InputError as `check_layout`, `check` and `compare_tensors` do."""
+    if source is not None:
+        check_layout(artifact, source)
+    checked = check(artifact, progress, has_source=source is not None)
+    errors = None
+    if source is not None:
+        with progress(bytes_compared(artifact, source), "B", "errors") as advance:
+            errors = summarize(artifact, compare_tensors(artifact, source, advance, device))
+    return Verification(artifact.model, checked, len(artifact.weights), errors)
 
 
 def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
@@ -159,19 +151,6 @@ def _smoothed(x: torch.Tensor, smoothing: Smoothing, spec: TensorSpec, begin: in
 WORST = 5
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What of an artifact was checked: its files by the 'manifest', a GGUF file's 'blocks' or, of a checkpoint that
-    isn't ours, 'nothing'. `files` are the manifest's entries, or sizes alone; `edited` are texts that differ from it,
-    `added` names of files that it does not list and no consumer loads."""
-
-    by: Literal["manifest", "blocks", "nothing"]
-    files: dict[str, dict[str, Any]]
-    plan: str | None = None
-    edited: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
-
-
 def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) -> Checked:
     """Check the files of an artifact. Raises InputError naming the first that is not as its manifest says, that the
     manifest does not list though consumers load it, or whose scales are not finite; also where a folder is no artifact
@@ -221,39 +200,23 @@ def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:
     return {name: {"size": path.stat().st_size, "sha256": None} for name, (path, _) in artifact.data.items()}
 
 
-def report(checked: Checked, artifact: Checkpoint, errors: list[TensorError] | None) -> dict[str, Any]:
-    """The object of `verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
-    result: dict[str, Any] = {
-        "schema": "dsv2quant.verify/2",
-        "model": artifact.model,
-        "checked": checked.by,
-        "digest": checked.plan,
-        "files": checked.files,
-        "edited": checked.edited,
-        "added": checked.added,
-        "tensors": len(artifact.weights),
-    }
-    if errors is None:
-        return result
+def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:
+    """Errors by role and scheme, and the worst tensors."""
     groups: dict[tuple[str, str], list[TensorError]] = {}
     for error in errors:
         groups.setdefault((error.role, error.scheme), []).append(error)
     ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), item[0][1]))
-    result["decoded_dtype"] = artifact.served_dtype
-    result["roles"] = [
-        {
-            "role": role,
-            "scheme": scheme,
-            "tensors": len(members),
-            "exact": not any(e.noise for e in members),
-            "sqnr_db": sqnr(sum(e.signal for e in members), sum(e.noise for e in members)),
-            "lowest_sqnr_db": min(e.sqnr for e in members),
-            "max_error": max(e.max_error for e in members),
-        }
+    roles = [
+        RoleErrors(
+            role,
+            scheme,
+            tensors=len(members),
+            exact=not any(e.noise for e in members),
+            sqnr_db=sqnr(sum(e.signal for e in members), sum(e.noise for e in members)),
+            lowest_sqnr_db=min(e.sqnr for e in members),
+            max_error=max(e.max_error for e in members),
+        )
         for (role, scheme), members in ordered
     ]
     worst = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)[:WORST]
-    result["worst"] = [
-        {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in worst
-    ]
-    return result
+    return SourceErrors(artifact.served_dtype, roles, worst)

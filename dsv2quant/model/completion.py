@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,18 +121,37 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     return int(tokens[min(chosen, len(kept) - 1)])
 
 
+Message = Mapping[str, Any]  # as chat templates take it: {"role", "content", …}
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to complete and how. As a `chat`, the prompt is a user's message in the checkpoint's chat template;
-    otherwise it is a text, which begins with BOS where the tokenizer says so. With `special`, control tokens that are
-    spelled out in the text are meant as such."""
+    """What to complete and how. A prompt is a text, which begins with BOS where the tokenizer says so, or the messages
+    of a chat, which the checkpoint's chat template spells. With `special`, control tokens that are spelled out in the
+    text are meant as such."""
 
-    prompt: str
-    chat: bool
+    prompt: str | Sequence[Message]
     max_new_tokens: int
     sampling: Sampling
     options: LoadOptions
     special: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of a request. Tokens are ids; `text` is that of `tokens` without what ended it, and `context`
+    how many tokens the model can hold. Speeds are in tokens per second, of decoding None after a single one."""
+
+    model: str
+    request: Request
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    context: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    seconds: float
 
 
 def complete(
@@ -140,8 +159,8 @@ def complete(
     request: Request,
     emit: Callable[[str], object] = lambda text: None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """The object of `generate --json`; `emit` is given the text in pieces as it comes, whole characters only.
+) -> Completion:
+    """Complete a prompt; `emit` is given the text in pieces as it comes, whole characters only.
 
     Raises InputError for a model that is no language model or lacks a usable tokenizer, stop token or chat template,
     and UsageError for a prompt that is empty or fills the context.
@@ -153,7 +172,7 @@ def complete(
     tokenizer = checkpoint.tokenizer()
     prompt = prompt_ids(checkpoint, tokenizer, request)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
-    if not request.chat:
+    if isinstance(request.prompt, str):
         for note in checkpoint.bos_note():
             logger.warning("warning: %s", note)
     stop = checkpoint.stop_ids(tokenizer)
@@ -174,14 +193,31 @@ def complete(
     decoded = time.perf_counter()
     text.append(detokenizer.end())
     emit(text[-1])
-    options = request.options
+    return Completion(
+        model=checkpoint.model,
+        request=request,
+        prompt_tokens=prompt,
+        tokens=tokens,
+        text="".join(text),
+        finish_reason=finish_reason(tokens, stop, limit),
+        context=checkpoint.config.max_position_embeddings,
+        prefill_tokens_per_s=len(prompt) / (prefilled - began),
+        # The first token comes of the prefill.
+        decode_tokens_per_s=(len(tokens) - 1) / (decoded - prefilled) if len(tokens) > 1 else None,
+        seconds=decoded - started,
+    )
+
+
+def completion_json(c: Completion) -> dict[str, Any]:
+    """The object of `dsv2quant generate --json`."""
+    sampling, options = c.request.sampling, c.request.options
     return {
         "schema": "dsv2quant.generate/1",
-        "model": checkpoint.model,
-        "prompt_tokens": prompt,
-        "tokens": tokens,
-        "text": "".join(text),
-        "finish_reason": finish_reason(tokens, stop, limit),
+        "model": c.model,
+        "prompt_tokens": c.prompt_tokens,
+        "tokens": c.tokens,
+        "text": c.text,
+        "finish_reason": c.finish_reason,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": sampling.seed,
@@ -190,22 +226,21 @@ def complete(
         "device": options.device,
         "backend": options.backend,
         "versions": {"torch": torch.__version__},
-        "prefill_tokens_per_s": len(prompt) / (prefilled - began),
-        # The first token comes of the prefill.
-        "decode_tokens_per_s": (len(tokens) - 1) / (decoded - prefilled) if len(tokens) > 1 else None,
-        "seconds": decoded - started,
+        "prefill_tokens_per_s": c.prefill_tokens_per_s,
+        "decode_tokens_per_s": c.decode_tokens_per_s,
+        "seconds": c.seconds,
     }
 
 
 def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -> list[int]:
     """The tokens of a prompt. A BOS that it spells out as a special token is not put before it again, and a chat
     template spells out all that it wants."""
-    if request.chat:
-        chat = Chat([{"role": "user", "content": request.prompt}], checkpoint.model)
+    if is_chat := not isinstance(request.prompt, str):
+        chat = Chat([dict(message) for message in request.prompt], checkpoint.model)
         (text,) = checkpoint.templates().render([chat], generation_prompt=True)
     else:
         text = request.prompt
-    ids = tokenizer.encode(text, parse_special=request.chat or request.special)
+    ids = tokenizer.encode(text, parse_special=is_chat or request.special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
-    wanted = tokenizer.add_bos and not request.chat and ids[:1].tolist() != [tokenizer.bos_id]
+    wanted = tokenizer.add_bos and not is_chat and ids[:1].tolist() != [tokenizer.bos_id]
     return [*[tokenizer.bos_id] * wanted, *ids.tolist()]

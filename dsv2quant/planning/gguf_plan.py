@@ -63,10 +63,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufPlan:
+    """A whole conversion into GGUF. `asked` are the options it was made with, as the command line spells them."""
+
     checkpoint: HfCheckpoint
     options: Options
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
+    asked: tuple[str, ...] = ()
 
     @cached_property
     def weights(self) -> dict[str, Weight]:

@@ -89,6 +89,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
+    """A whole conversion. `asked` are the options it was made with, as the command line spells them."""
+
     checkpoint: HfCheckpoint
     recipe: Recipe
     targets: tuple[str, ...]
@@ -97,6 +99,7 @@ class Plan:
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
     config: dict[str, Any]
+    asked: tuple[str, ...] = ()
 
     @property
     def bytes_in(self) -> int:

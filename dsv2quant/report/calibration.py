@@ -1,20 +1,25 @@
-"""How many tokens each routed expert saw, layer by layer: numbers, a table, a figure.
-
-What calibration did: errors against plain rounding by role, and how many tokens each expert saw.
-"""
+"""What a conversion and a calibration did: errors against plain rounding by role, and how many tokens each routed
+expert saw, layer by layer; as numbers, as text, as a figure."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
 
 from dsv2quant.calib.calibration import Outcome, Prepared
+from dsv2quant.calib.statistics import Statistics
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import listing
+from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.plan import Plan
-from dsv2quant.report.tables import table
+from dsv2quant.report.plans import warnings
+from dsv2quant.report.tables import gigabytes, table
+from dsv2quant.storage.durable import FileEntry
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.gate_proj")
 
@@ -134,3 +139,99 @@ def _errors(found: Sequence[Outcome]) -> dict[str, float]:
         "error": sum(o.error for o in found) / len(found),
         "rtn_error": sum(o.rtn_error for o in found) / len(found),
     }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An artifact that was made of a plan: a folder, or the GGUF file `out`. `files` are the manifest's entries;
+    `bytes_out` is the size of the shards, of GGUF that of the files; `resumed` counts shards, of GGUF tensors, that an
+    earlier run had written. `outcomes` say what calibration did to each matrix, `expert_tokens` how many tokens each
+    expert had, by layer."""
+
+    plan: Plan | GgufPlan
+    out: Path
+    files: dict[str, FileEntry]
+    bytes_out: int
+    resumed: int
+    already_complete: bool
+    seconds: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    expert_tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_out / self.plan.parameters
+
+
+def conversion_json(c: Conversion) -> dict[str, Any]:
+    """The object of `dsv2quant convert --json`."""
+    sizes = {"bytes_in": c.plan.bytes_in, "bytes_out": c.bytes_out, "bits_per_weight": c.bits_per_weight}
+    run = {"already_complete": c.already_complete, "seconds": c.seconds}
+    if isinstance(c.plan, GgufPlan):
+        about = {"schema": "dsv2quant.convert-gguf/2", "out": str(c.out), "files": c.files}
+        return about | sizes | {"resumed_tensors": c.resumed} | run
+    return {
+        "schema": "dsv2quant.convert/2",
+        "out": str(c.out),
+        "digest": c.plan.digest,
+        **sizes,
+        "files": c.files,
+        "warnings": warnings(c.plan),
+        "calibration": calibration_json(c.plan, c.outcomes, c.expert_tokens),
+        "resumed_shards": c.resumed,
+        **run,
+    }
+
+
+def conversion_text(c: Conversion) -> str:
+    """What `dsv2quant convert` prints."""
+    lines = []
+    where = c.out
+    if isinstance(c.plan, GgufPlan):
+        where = where.with_name(next(iter(c.files)) + (f" and {len(c.files) - 1} more" if len(c.files) > 1 else ""))
+    elif c.expert_tokens or c.outcomes:
+        lines.append(calibration_text(c.plan, c.outcomes, c.expert_tokens))
+    sizes = f"{gigabytes(c.plan.bytes_in)} → {gigabytes(c.bytes_out)}, {c.bits_per_weight:.2f} bits/weight"
+    done = "was already complete" if c.already_complete else f"in {c.seconds:.1f} s"
+    return "\n".join([*lines, f"{where}: {sizes}, {done}"])
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured of a checkpoint, and where the statistics and the importance matrix, if any, were written."""
+
+    checkpoint: Checkpoint
+    statistics: Statistics
+    out: Path
+    imatrix: Path | None
+
+    @property
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens of each expert, by layer."""
+        return tokens_by_layer(self.statistics.counts)
+
+
+def calibrated_json(c: Calibrated) -> dict[str, Any]:
+    """The object of `dsv2quant calibrate --json`."""
+    about = c.statistics.describe()
+    measured = about.pop("model")
+    return {
+        "schema": "dsv2quant.calibrate/2",
+        "model": measured["name"],
+        "revision": measured["revision"],
+        "identity": measured["identity"],
+        "out": str(c.out),
+        "imatrix": None if c.imatrix is None else str(c.imatrix),
+        **about,
+        "experts": coverage_json(c.expert_tokens, c.checkpoint.config.hidden_size),
+    }
+
+
+def calibrated_text(c: Calibrated) -> str:
+    """What `dsv2quant calibrate` prints."""
+    found = c.statistics
+    lines = [coverage_text(c.expert_tokens, c.checkpoint.config.hidden_size)] if c.expert_tokens else []
+    lines.append(f"{c.out}: {len(found.counts)} inputs of {c.checkpoint.model}, {found.tokens:,} tokens")
+    if c.imatrix is not None:
+        lines.append(f"{c.imatrix}: for llama-quantize --imatrix, {found.windows} chunks of {found.ctx} tokens")
+    return "\n".join(lines)

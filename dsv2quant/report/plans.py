@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
@@ -130,60 +130,82 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def inspect_text(checkpoint: Checkpoint) -> str:
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint or artifact holds. `files` are sizes in bytes, None where only headers were read;
+    `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `gguf` is a GGUF file's
+    "file_type" and "tensor_types", counts by block type."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    parameters: int
+    nbytes: int
+    files: dict[str, int | None]
+    roles: list[RoleSummary]
+    configuration: dict[str, Any]
+    kv_scales: int
+    quantization_config: Mapping[str, Any] | None
+    gguf: dict[str, Any] | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.parameters
+
+
+def inspection(checkpoint: Checkpoint) -> Inspection:
+    """What an opened checkpoint holds."""
+    roles = summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
+    paths = {file: checkpoint.data[file][0] if file in checkpoint.data else None for file in checkpoint.files}
+    return Inspection(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        architecture=checkpoint.config.architecture,
+        parameters=sum(r.weights for r in roles),
+        nbytes=sum(r.bytes_after for r in roles),
+        files={file: None if path is None else os.stat(path).st_size for file, path in paths.items()},
+        roles=roles,
+        configuration=_describe(checkpoint.config),
+        kv_scales=len(checkpoint.kv_scales),
+        quantization_config=checkpoint.config.quantization,
+        gguf=checkpoint.file_summary(),
+    )
+
+
+def inspection_text(i: Inspection) -> str:
     """What `dsv2quant inspect` prints."""
-    roles = _stored_roles(checkpoint)
-    weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
-    revision = f" at {checkpoint.revision}" if checkpoint.revision else ""
-    entries = [
-        f"{checkpoint.model}{revision}: {checkpoint.config.architecture}, {count(weights)} parameters, "
-        f"{gigabytes(nbytes)} in {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}, "
-        f"{8 * nbytes / weights:.2f} bits per weight",
-        roles_table(roles, before=False),
-        *(f"{key}: {value}" for key, value in _describe(checkpoint.config).items()),
-        *(["KV-cache scales: one per layer"] if checkpoint.kv_scales else []),
-        *_gguf_lines(checkpoint),
+    revision = f" at {i.revision}" if i.revision else ""
+    lines = [
+        f"{i.model}{revision}: {i.architecture}, {count(i.parameters)} parameters, {gigabytes(i.nbytes)} in "
+        f"{len(i.files)} file{'s' * (len(i.files) > 1)}, {i.bits_per_weight:.2f} bits per weight",
+        roles_table(i.roles, before=False),
+        *(f"{key}: {value}" for key, value in i.configuration.items()),
     ]
-    return "\n".join(entries)
+    lines += ["KV-cache scales: one per layer"] * (i.kv_scales > 0)
+    if i.gguf is not None:
+        types = ", ".join(f"{number} {name}" for name, number in i.gguf["tensor_types"].items())
+        lines += [f"file type: {i.gguf['file_type'] or 'not given'}", f"tensors: {types}"]
+        lines += [f"files: {', '.join(i.files)}"] * (len(i.files) > 1)
+    return "\n".join(lines)
 
 
-def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspection_json(i: Inspection) -> dict[str, Any]:
     """The object of `dsv2quant inspect --json`."""
-    roles = _stored_roles(checkpoint)
-    weights, nbytes = sum(r.weights for r in roles), sum(r.bytes_after for r in roles)
     return {
         "schema": "dsv2quant.inspect/2",
-        "model": checkpoint.model,
-        "revision": checkpoint.revision,
-        "architecture": checkpoint.config.architecture,
-        "parameters": weights,
-        "bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / weights,
-        "files": {file: {"size": _size(checkpoint, file)} for file in checkpoint.files},
-        "roles": [_role_json(r) | {"bytes": r.bytes_after} for r in roles],
-        "configuration": _describe(checkpoint.config),
-        "kv_scales": len(checkpoint.kv_scales),
-        "quantization_config": checkpoint.config.quantization,
-        "gguf": checkpoint.file_summary(),
+        "model": i.model,
+        "revision": i.revision,
+        "architecture": i.architecture,
+        "parameters": i.parameters,
+        "bytes": i.nbytes,
+        "bits_per_weight": i.bits_per_weight,
+        "files": {file: {"size": size} for file, size in i.files.items()},
+        "roles": [_role_json(r) | {"bytes": r.bytes_after} for r in i.roles],
+        "configuration": i.configuration,
+        "kv_scales": i.kv_scales,
+        "quantization_config": i.quantization_config,
+        "gguf": i.gguf,
     }
-
-
-def _size(checkpoint: Checkpoint, file: str) -> int | None:
-    """Bytes of a file of weights; None where only its header was read."""
-    return os.stat(checkpoint.data[file][0]).st_size if file in checkpoint.data else None
-
-
-def _gguf_lines(checkpoint: Checkpoint) -> list[str]:
-    about = checkpoint.file_summary()
-    if about is None:
-        return []
-    types = ", ".join(f"{number} {name}" for name, number in about["tensor_types"].items())
-    entries = [f"file type: {about['file_type'] or 'not given'}", f"tensors: {types}"]
-    return entries + [f"files: {', '.join(checkpoint.files)}"] * (len(checkpoint.files) > 1)
-
-
-def _stored_roles(checkpoint: Checkpoint) -> list[RoleSummary]:
-    return summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
 
 
 def _role_json(r: RoleSummary) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def scored():
 
 def test_perplexity_of_dsv2_mini_is_transformers(scored):
     ids, ours, theirs = scored
-    got = perplexity(negative_log_likelihoods(ours, ids, 0))["value"]
-    want = perplexity(negative_log_likelihoods(theirs, ids, 0))["value"]
+    got = perplexity(negative_log_likelihoods(ours, ids, 0)).value
+    want = perplexity(negative_log_likelihoods(theirs, ids, 0)).value
     assert got == pytest.approx(want, rel=1e-4)
 
 

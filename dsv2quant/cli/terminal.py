@@ -1,21 +1,28 @@
-"""Progress on stderr: a bar on a terminal, now and then a line anywhere else. Both tell the time even while nothing
-advances, so that work which stands still is told from a process that does.
+"""What is shown: one JSON object on stdout; on stderr log lines, and progress, a bar on a terminal, now and then a line
+anywhere else. Both tell the time even while nothing advances, so that work which stands still is told from a process
+that does.
 
-stdout and stderr that take any text: what their encoding lacks is spelled in ASCII, and never an error.
+stdout and stderr take any text: what their encoding lacks is spelled in ASCII, and never an error.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
+import json
+import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import click
+
+from dsv2quant.errors import printable
 from dsv2quant.progress import Progress
 
 REDRAW = 1.0  # seconds between two states of a bar
@@ -24,9 +31,62 @@ _COUNTED = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {elap
 _UNCOUNTED = "{desc}: {elapsed}"
 
 
+def set_verbosity(verbose: int, quiet: bool) -> None:
+    """What is logged: warnings, or more or less."""
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other")
+    levels = [logging.WARNING, logging.INFO, logging.DEBUG]
+    logging.getLogger("dsv2quant").setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One object on one line. JSON has no NaN or infinity: a number that is none prints as null."""
+    line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal of few letters, or a path that is not UTF-8: JSON can spell both
+        line = json.dumps(_finite(value), allow_nan=False)
+    print(line)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Lines(logging.Formatter):
+    """Log lines that can be printed, whatever they name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes log lines to stderr, above the progress bar that may be open."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with set_aside():
+            super().emit(record)
+
+
 def progress(quiet: bool) -> Progress:
     """Bars on stderr for the library's long work."""
     return lambda total, unit, label: progress_bar(total, unit, label, quiet)
+
+
+@contextmanager
+def logging_shown() -> Iterator[None]:
+    """Log lines go to stderr in here."""
+    handler = AboveBars(sys.stderr)
+    handler.setFormatter(Lines("%(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextmanager
@@ -35,11 +95,6 @@ def set_aside() -> Iterator[None]:
     tqdm = sys.modules.get("tqdm")  # without it no bar is open
     with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
         yield
-
-
-def starting(quiet: bool) -> AbstractContextManager[object]:
-    """Tells the time while torch or numba is imported, which takes seconds."""
-    return progress_bar(0, "", "starting", quiet)
 
 
 @contextmanager

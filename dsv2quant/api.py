@@ -1,0 +1,356 @@
+"""The Python API, which the command line calls: open, plan, calibrate, convert, evaluate, verify, generate, inspect.
+
+    import dsv2quant as dq
+    made = dq.convert("deepseek-ai/DeepSeek-V2-Lite", "LITE-FP8", scheme="fp8-block")
+
+A model is an opened checkpoint, a folder, a GGUF file or a hub id. What contradicts itself is a UsageError before
+anything is opened or downloaded; errors and what is logged name options as the command line spells them. Work that
+takes long tells `progress` (progress.py); warnings are logged. torch is imported when something is computed with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from dsv2quant.errors import UsageError
+from dsv2quant.planning import options as asked
+from dsv2quant.planning.options import HubOptions, Options, StrPath
+from dsv2quant.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.evaluation.results import Evaluation, Verification
+    from dsv2quant.model.completion import Completion, Message
+    from dsv2quant.planning.gguf_plan import GgufPlan
+    from dsv2quant.planning.plan import Plan
+    from dsv2quant.planning.recipe import Recipe
+    from dsv2quant.report.calibration import Calibrated, Conversion
+    from dsv2quant.report.plans import Inspection
+    from dsv2quant.text.tokenizer import Protocol
+
+    Model = Checkpoint | str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+
+def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions]) -> Checkpoint:
+    """A checkpoint, artifact or GGUF file, opened by its headers and checked against the tensors that its configuration
+    implies. With `headers_only` a hub id's weights are not downloaded: enough to plan and inspect.
+
+    Raises InputError for whatever is missing, surplus, mis-shaped, truncated or not understood, and UsageError for a
+    revision of what has none.
+    """
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.checkpoint.open import open_checkpoint
+
+    if isinstance(model, Checkpoint):
+        return model
+    return open_checkpoint(
+        model, revision=hub.get("revision"), cache_dir=_fspath(hub.get("cache_dir")),
+        offline=hub.get("offline", False), headers_only=headers_only,
+    )  # fmt: skip
+
+
+def inspect(model: Model, **hub: Unpack[HubOptions]) -> Inspection:
+    """What a checkpoint, artifact or GGUF file holds, from its headers. Raises as `open` does."""
+    from dsv2quant.report.plans import inspection
+
+    return inspection(open(model, headers_only=True, **hub))
+
+
+def plan(checkpoint: Model, **options: Unpack[Options]) -> Plan | GgufPlan:
+    """What a conversion would make of every tensor, from headers alone: no weight is read or downloaded.
+
+    Raises UsageError where options contradict each other or the model, and InputError where the recipe or the
+    checkpoint can't give an artifact. What only `convert` uses is checked, and changes nothing.
+    """
+    given = asked.given_of(options)
+    recipe = asked.check_options(given)
+    opened = open(checkpoint, headers_only=True, **_hub(given))
+    if recipe is not None:
+        opened.as_source().check_tokenizer()
+    return asked.plan_of(opened, recipe, given)
+
+
+def check_conversion(out: StrPath | None, device: str = "cpu", **options: Unpack[Options]) -> Recipe | None:
+    """Raise UsageError or InputError for what `convert` refuses before anything is opened. The recipe, None of GGUF."""
+    given = asked.given_of(options)
+    recipe = asked.check_options(given)
+    asked.check_run(out, recipe is None, device, given)
+    return recipe
+
+
+def convert(
+    model: Model | Plan | GgufPlan,
+    out: StrPath,
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = no_progress,
+    **options: Unpack[Options],
+) -> Conversion:
+    """Write an artifact: folder `out`, or with `gguf` the file `out`. A plan has what shapes it; beside one, only
+    options of calibration and `split_max_size` are taken.
+
+    A run that was killed continues when the same is asked for again, unless `force` starts over. Raises UsageError as
+    `plan` does, and where nothing uses what is given for calibration; and InputError where a weight is not finite, the
+    source changes meanwhile, or `out` can't take the artifact.
+    """
+    with progress(0, "", "starting"):  # imports numba
+        from dsv2quant.planning.gguf_plan import GgufPlan
+        from dsv2quant.planning.plan import Plan
+
+    given = asked.given_of(options)
+    if isinstance(model, Plan | GgufPlan):
+        takes = ("split_max_size",) if isinstance(model, GgufPlan) else (*asked.CALIBRATION, "statistics")
+        if useless := [name for name in given if name not in takes]:
+            raise UsageError(f"{asked.spelled(useless[0], given)} does not go with a plan, which is made already")
+        asked.check_run(out, isinstance(model, GgufPlan), device, given)
+        planned: Plan | GgufPlan = replace(model, asked=(*model.asked, *asked.words_of(given)))
+    else:
+        recipe = check_conversion(out, device, **options)
+        planned = asked.plan_of(open(model, **_hub(given)), recipe, given)
+    if isinstance(planned, GgufPlan):
+        return _convert_gguf(planned, Path(out), given, device, force, progress)
+    return _convert_folder(planned, Path(out), given, device, force, progress)
+
+
+def calibrate(
+    model: Model, out: StrPath, *, text: StrPath | None = None, samples: int | None = None, length: int | None = None,
+    seed: int | None = None, protocol: Protocol = "default", imatrix: StrPath | None = None,
+    figure: StrPath | None = None, device: str = "cpu", force: bool = False, progress: Progress = no_progress,
+    **hub: Unpack[HubOptions],
+) -> Calibrated:  # fmt: skip
+    """Run text through a model and write statistics of every linear's inputs to `out`, a safetensors file that many
+    conversions take; with `imatrix` also an importance matrix for llama-quantize, a GGUF file.
+
+    `text`, `samples`, `length`, `seed` and `figure` are as in `Options`; `protocol` "llama.cpp" cuts windows in order,
+    as llama-imatrix does. A run that was killed continues, unless `force` starts over. Raises UsageError for a text or
+    seed that the protocol can't have, and InputError where an output is an input or holds something else.
+    """
+    asked.check_values({"samples": samples, "length": length, "seed": seed, "protocol": protocol})
+    if protocol == "llama.cpp" and (text is None or os.fspath(text).lower().endswith((".jsonl", ".json"))):
+        raise UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
+    if protocol == "llama.cpp" and seed is not None:
+        raise UsageError("--seed goes with the default protocol: llama.cpp's takes the text in order")
+    asked.check_figure(figure)
+    asked.check_text(text)
+    asked.check_device(device)
+    from dsv2quant.calib import imatrix as importance
+    from dsv2quant.calib.calibrate import calibrate as run
+    from dsv2quant.calib.calibration import read_calibration
+    from dsv2quant.report.calibration import Calibrated, draw
+
+    if imatrix is not None:
+        importance.check_free(Path(imatrix), Path(out), force)
+    checkpoint = open(model, **hub)
+    inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
+    asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
+    with progress(0, "", "tokenize"):
+        calibration = read_calibration(checkpoint, _fspath(text), samples, length, seed, protocol)
+    found = run(
+        checkpoint, Path(out), calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
+        progress=progress,
+    )  # fmt: skip
+    if imatrix is not None:
+        importance.write_imatrix(Path(imatrix), found, checkpoint.config, force)
+    made = Calibrated(checkpoint, found, Path(out), None if imatrix is None else Path(imatrix))
+    if figure is not None:
+        draw(made.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
+    return made
+
+
+def evaluate(
+    model: Model, *, reference: Model | None = None, text: StrPath | None = None, dataset: str | None = None,
+    ctx: int | None = None, limit: int | None = None, protocol: Protocol = "default", batch: int | None = None,
+    stream: bool = False, device: str = "cpu", dtype: str = "auto", backend: str = "auto", weight_only: bool = False,
+    decode_path: bool = False, kv_cache: str = "auto", max_ppl_increase: float | None = None,
+    max_kld: float | None = None, progress: Progress = no_progress, **hub: Unpack[HubOptions],
+) -> Evaluation:  # fmt: skip
+    """A model's perplexity and, with `reference`, its divergence from that, on a `text` file, a `dataset`
+    ("wikitext2"), or Python's own help topics.
+
+    `ctx` tokens are in a window (2048, or the trained context), `limit` windows are scored, `batch` of them go through
+    a layer together; `stream` holds one layer's weights at a time. `max_ppl_increase`, in percent, and `max_kld`, in
+    nats, set gates: `Evaluation.check_gates` raises for what failed. `decode_path` scores token by token, over a cache
+    that stores `kv_cache`. Raises UsageError where options contradict each other or can't be had, and InputError where
+    model, reference and text don't go together.
+    """
+    asked.check_values(
+        {"ctx": ctx, "limit": limit, "batch": batch, "protocol": protocol, "dataset": dataset, "dtype": dtype,
+         "backend": backend, "kv_cache": kv_cache}
+    )  # fmt: skip
+    if reference is None and (max_ppl_increase is not None or max_kld is not None):
+        raise UsageError("--max-ppl-increase and --max-kld need --reference")
+    if text is not None and dataset is not None:
+        raise UsageError("--text and --dataset exclude each other")
+    if kv_cache != "auto" and not decode_path:
+        raise UsageError("--kv-cache needs --decode-path: prefill reads no cache")
+    from dsv2quant.text.text import find
+
+    scored = find(_fspath(text), dataset, _fspath(hub.get("cache_dir")), hub.get("offline", False))
+    asked.check_device(device)
+    opened = open(model, **hub)
+    against = None if reference is None else open(reference, **_hub(hub, revision=False))
+    with progress(0, "", "starting"):
+        from dsv2quant.evaluation import measure
+        from dsv2quant.model.attention import KV_DTYPES
+
+        computed = _dtype(dtype)
+    settings = measure.Settings(
+        ctx, limit, batch, protocol, stream, device, computed, backend, weight_only, decode_path,
+        KV_DTYPES.get(kv_cache),
+    )  # fmt: skip
+    found = measure.evaluate(opened, against, scored, settings, progress)
+    return replace(found, gates=measure.gates(found, max_ppl_increase, max_kld))
+
+
+def verify(
+    artifact: Model,
+    source: Model | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+    **hub: Unpack[HubOptions],
+) -> Verification:
+    """Check an artifact's files against its manifest, or a GGUF file's blocks; with `source`, the checkpoint it was
+    made from, also measure the error of what consumers decode, on `device`. Raises InputError for the first thing that
+    is wrong."""
+    asked.check_device(device)
+    opened = open(artifact, **hub)
+    original = None if source is None else open(source, **_hub(hub, revision=False))
+    with progress(0, "", "starting"):
+        from dsv2quant.evaluation.verify import verify as run
+    return run(opened, original, device, progress)
+
+
+def generate(
+    model: Model, prompt: str | Sequence[Message], *, special: bool = False, max_new_tokens: int = 128,
+    temperature: float = 0.0, top_p: float | None = None, seed: int | None = None, device: str = "cpu",
+    dtype: str = "auto", backend: str = "auto", kv_cache: str = "auto",
+    emit: Callable[[str], object] = lambda text: None, progress: Progress = no_progress, **hub: Unpack[HubOptions],
+) -> Completion:  # fmt: skip
+    """Continue a text, or answer the messages of a chat, {"role", "content"} each, in the model's chat template.
+
+    `emit` is given the text in pieces as it comes. `temperature` 0 takes the likeliest token; above it, `top_p` (1) and
+    `seed` (0) choose. `special` takes control tokens that are spelled out in a text as such. Raises UsageError where
+    options contradict each other or the prompt leaves no room, and InputError for a model that can't generate.
+    """
+    asked.check_values(
+        {"max_new_tokens": max_new_tokens, "dtype": dtype, "backend": backend, "kv_cache": kv_cache, "seed": seed}
+    )
+    if special and not isinstance(prompt, str):
+        raise UsageError("--special goes with a plain prompt: the chat template spells out its own special tokens")
+    for name, value in {"--top-p": top_p, "--seed": seed}.items():
+        if value is not None and temperature == 0:
+            raise UsageError(f"{name} goes with --temperature above 0: without sampling it does nothing")
+    asked.check_device(device)
+    checkpoint = open(model, **hub)
+    with progress(0, "", "starting"):
+        from dsv2quant.model.attention import KV_DTYPES
+        from dsv2quant.model.completion import Request, Sampling, complete
+        from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+
+    computed = _dtype(dtype) or default_dtype(device)
+    chosen = choose_backend(backend, device, computed)
+    loading = LoadOptions(computed, device, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen)
+    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
+    return complete(checkpoint, Request(prompt, max_new_tokens, sampling, loading, special), emit, progress)
+
+
+def _hub(given: Mapping[str, Any], *, revision: bool = True) -> HubOptions:
+    """Those of all options; without a revision for what a model is compared with."""
+    hub: HubOptions = {"cache_dir": given.get("cache_dir"), "offline": given.get("offline", False)}
+    return hub | {"revision": given.get("revision")} if revision else hub
+
+
+def _fspath(path: StrPath | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _convert_folder(
+    plan: Plan, out: Path, given: Mapping[str, Any], device: str, force: bool, progress: Progress
+) -> Conversion:
+    with progress(0, "", "starting"):
+        from dsv2quant.calib.calibration import needs_calibration, needs_statistics, read_calibration
+        from dsv2quant.calib.statistics import Statistics
+        from dsv2quant.conversion.convert import convert as run
+        from dsv2quant.report.calibration import Conversion, draw
+        from dsv2quant.report.plans import plan_text, warnings
+
+    checkpoint, text, figure = plan.checkpoint, given.get("calibration"), given.get("figure")
+    inputs = [Path(path) for path in (text, given.get("recipe")) if path is not None]
+    if figure is not None:
+        asked.check_outputs([out, Path(figure)], [*checkpoint.inputs, *inputs])
+    _tell(plan_text, plan, [f"warning: {warning}" for warning in warnings(plan)])
+    if "statistics" in given and not needs_statistics(plan):
+        raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
+    words = ["dsv2quant convert", checkpoint.model, *plan.asked]
+    calibration = None
+    if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
+        with progress(0, "", "tokenize"):
+            calibration = read_calibration(
+                checkpoint, _fspath(text), given.get("samples"), given.get("length"), given.get("seed")
+            )
+        words += [f"--calibration {calibration.source}"] * (text is not None)
+        words.append(
+            f"--num-calibration-samples {given.get('samples', 512)} --max-seq-length {calibration.ids.shape[1]}"
+        )
+        words.append(f"--seed {calibration.seed}")
+    elif useless := [name for name in asked.CALIBRATION if name in given]:
+        raise UsageError(f"{asked.spelled(useless[0], given)}: nothing of this recipe calibrates here")
+    statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
+    if statistics is not None:
+        words.append(f"--statistics {statistics.path.name}")
+    made = run(
+        plan, out, command=" ".join(words), calibration=calibration, statistics=statistics, device=device, force=force,
+        inputs=inputs, progress=progress,
+    )  # fmt: skip
+    if figure is not None and made.expert_tokens:
+        draw(made.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
+    return Conversion(
+        plan, made.out, made.files, made.bytes_out, made.resumed, made.already_complete, made.seconds, made.outcomes,
+        made.expert_tokens,
+    )  # fmt: skip
+
+
+def _convert_gguf(
+    plan: GgufPlan, out: Path, given: Mapping[str, Any], device: str, force: bool, progress: Progress
+) -> Conversion:
+    with progress(0, "", "starting"):
+        from dsv2quant.conversion.convert import convert as run
+    from dsv2quant.report.calibration import Conversion
+    from dsv2quant.report.gguf import plan_text
+    from dsv2quant.storage.safetensors import parse_size
+
+    _tell(plan_text, plan, [f"note: {note}" for note in plan.notes])
+    command = " ".join(["dsv2quant convert", plan.checkpoint.model, *plan.asked])
+    size = parse_size(str(given["split_max_size"])) if "split_max_size" in given else None
+    made = run(
+        plan, out, command=command, split_max_size=size, device=device, force=force, progress=progress
+    )  # fmt: skip
+    nbytes = sum(entry["size"] for entry in made.files.values())
+    return Conversion(plan, out, made.files, nbytes, made.resumed, made.already_complete, made.seconds)
+
+
+def _tell(plan_text: Callable[..., str], plan: Plan | GgufPlan, warned: Sequence[str]) -> None:
+    """Log what a plan warns of; where more is wanted, the plan, which says that too."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", plan_text(plan, every_tensor=logger.isEnabledFor(logging.DEBUG)))
+    else:
+        for line in warned:
+            logger.warning("%s", line)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """None of "auto"."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)

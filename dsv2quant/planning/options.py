@@ -1,0 +1,304 @@
+"""What the verbs are asked for: options by their names in Python, how the command line spells them, and what is wrong
+with them, told before anything is opened or downloaded. `--help` needs the names: no heavy imports here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from dsv2quant.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.planning.gguf_plan import GgufPlan
+    from dsv2quant.planning.plan import Plan
+    from dsv2quant.planning.recipe import Recipe
+
+StrPath = str | os.PathLike[str]
+
+SCHEMES = (
+    "fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "int4-mixed", "int4-pure", "int4-experts", "int8", "w4a8",
+)  # fmt: skip
+METHODS = ("rtn", "mse", "awq", "gptq")
+GROUP_SIZES = (128, 64, 32, "channel")
+LAYOUTS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
+CONSUMERS = ("vllm", "sglang", "transformers")
+DTYPES = ("auto", "float32", "bfloat16")
+BACKENDS = ("auto", "torch", "kernels")
+PROTOCOLS = ("default", "llama.cpp")
+DATASETS = ("wikitext2",)
+KV_CACHES = ("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")
+
+
+class HubOptions(TypedDict, total=False):
+    """How a hub id is found: `revision` is a branch, tag or commit, `cache_dir` where downloads are kept, and `offline`
+    takes only what is there."""
+
+    revision: str | None
+    cache_dir: StrPath | None
+    offline: bool
+
+
+class Options(HubOptions, total=False):
+    """What a conversion is asked for; None, False and nothing are as if not given.
+
+    Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 the `method` (gptq) and
+    `group_size` (128); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
+    tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
+    ("5GB"); `kv_scales` for an FP8 KV cache. What calibrates takes `samples` (512) windows of `length` tokens of
+    `calibration`, a text file (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
+    `figure` is a picture of tokens per expert to draw.
+
+    Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
+    tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
+    `drop_expert_groups`; `split_max_size` of a file.
+    """
+
+    scheme: str | None
+    recipe: StrPath | None
+    method: str | None
+    group_size: int | Literal["channel"] | None
+    layout: str | None
+    kv_scales: bool
+    targets: Sequence[str]
+    tp: int
+    ep: int
+    max_shard_size: int | str
+    calibration: StrPath | None
+    samples: int | None
+    length: int | None
+    seed: int | None
+    figure: StrPath | None
+    statistics: StrPath | None
+    gguf: str | None
+    imatrix: StrPath | None
+    imatrix_shrink: bool
+    tensor_types: Sequence[str]
+    output_type: str | None
+    token_embedding_type: str | None
+    split_max_size: int | str | None
+    drop_expert_groups: bool
+
+
+# What shapes an artifact of each kind, in the order in which its card shows it; and what measures for one.
+FOLDER = (
+    "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "targets", "tp", "ep", "max_shard_size",
+)  # fmt: skip
+GGUF = (
+    "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
+    "drop_expert_groups",
+)  # fmt: skip
+CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
+_SPELLED = {
+    "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
+    "samples": "--num-calibration-samples", "length": "--max-seq-length",
+}  # fmt: skip
+_USUAL = {"tp": 1, "ep": 1, "max_shard_size": "5GB"}
+_CHOICES: dict[str, Sequence[object]] = {
+    "scheme": SCHEMES, "method": METHODS, "group_size": GROUP_SIZES, "layout": tuple(LAYOUTS), "targets": CONSUMERS,
+    "dtype": DTYPES, "backend": BACKENDS, "kv_cache": KV_CACHES, "protocol": PROTOCOLS, "dataset": DATASETS,
+}  # fmt: skip
+_LEAST = {
+    "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
+}  # fmt: skip
+
+
+def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that are as if not given. Raises TypeError for one that is none."""
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        raise TypeError(f"unknown option {unknown[0]!r}: there are {', '.join(Options.__annotations__)}")
+    return {name: value for name, value in options.items() if value or (value == 0 and value is not False)}
+
+
+def spelled(name: str, given: Mapping[str, Any]) -> str:
+    """An option as the command line has it; a scheme by its family, --fp8."""
+    return f"--{given[name].partition('-')[0]}" if name == "scheme" else _option(name)
+
+
+def _option(name: str) -> str:
+    return _SPELLED.get(name, f"--{name.replace('_', '-')}")
+
+
+def words_of(given: Mapping[str, Any]) -> list[str]:
+    """Everything that shapes the artifact, and no path of this machine."""
+    words = []
+    for name in (*FOLDER, *GGUF):
+        value, option = given.get(name), _option(name)
+        if value is None or value == _USUAL.get(name):
+            continue
+        if name == "scheme":
+            words.append(f"--{value.replace('-', '=', 1)}")
+        elif value is True:
+            words.append(option)
+        elif name in ("recipe", "imatrix"):
+            words.append(f"{option} {Path(value).name}")
+        else:
+            words += [f"{option} {item}" for item in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def check_values(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for a value that an option can't have."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        choices = _CHOICES.get(name)
+        for item in value if name == "targets" else (value,):
+            if choices is not None and item not in choices:
+                raise UsageError(f"{_option(name)} {item}", fix=f"it takes {', '.join(map(str, choices))}")
+        if name in _LEAST and value < _LEAST[name]:
+            raise UsageError(f"{_option(name)} {value} is out of range", fix=f"it must be at least {_LEAST[name]}")
+
+
+def check_options(given: Mapping[str, Any]) -> Recipe | None:
+    """Raise UsageError for options that contradict each other. The recipe, None of GGUF."""
+    check_values(given)
+    into_gguf = "gguf" in given
+    for name in (*FOLDER, *CALIBRATION, "statistics") if into_gguf else GGUF:
+        if name in given:
+            raise UsageError(f"{spelled(name, given)} {'does not go' if into_gguf else 'goes'} with --gguf")
+    if not into_gguf:
+        return _recipe(given)
+    if "imatrix_shrink" in given and "imatrix" not in given:
+        raise UsageError("--imatrix-shrink goes with --imatrix")
+    return None
+
+
+def _recipe(given: Mapping[str, Any]) -> Recipe:
+    from dsv2quant.planning import recipe
+
+    scheme, file, method, group, layout = map(given.get, ("scheme", "recipe", "method", "group_size", "layout"))
+    if given.get("tp", 1) > 1 and set(given.get("targets", ())) == {"transformers"}:
+        raise UsageError("--tp goes with vLLM and SGLang: transformers loads the whole model")
+    if scheme and file:
+        raise UsageError("a scheme and a recipe exclude each other")
+    kind, _, variant = (scheme or "").partition("-")
+    if kind == "w4a8" and group:
+        raise UsageError("--w4a8 has groups of 128 columns: --group-size goes with --int4")
+    if (method or group) and kind not in ("int4", "w4a8"):
+        raise UsageError("--method and --group-size go with --int4; a recipe names them itself")
+    if (layout and kind not in LAYOUTS[layout]) or (layout and kind == "fp8" and variant != "static"):
+        raise UsageError(f"--format {layout}: gptq and awq go with --int4, autofp8 with --fp8=static")
+    if (layout, group) == ("awq", "channel"):
+        raise UsageError("--format awq has scales per group alone: --group-size 128, 64 or 32")
+    if file:
+        return recipe.load(file)
+    size = 0 if group == "channel" else group
+    return recipe.builtin(scheme or "fp8-block", method=method, group_size=size, layout=layout)
+
+
+def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, Any]) -> Plan | GgufPlan:
+    """The plan of a recipe, without one that of a GGUF file."""
+    from dsv2quant.storage.safetensors import parse_size
+
+    if recipe is None:
+        return _gguf_plan(checkpoint, given)
+    from dsv2quant.planning.plan import make_plan
+
+    made = make_plan(
+        checkpoint,
+        recipe,
+        for_targets=given.get("targets"),
+        tp=given.get("tp", 1),
+        ep=given.get("ep", 1),
+        max_shard_size=parse_size(str(given.get("max_shard_size", "5GB"))),
+        kv_scales=given.get("kv_scales", False),
+    )
+    usual = {} if given.keys() & {"scheme", "recipe"} else {"scheme": "fp8-block"}
+    return replace(made, asked=tuple(words_of({**usual, **given})))
+
+
+def _gguf_plan(checkpoint: Checkpoint, given: Mapping[str, Any]) -> GgufPlan:
+    from dsv2quant.formats.gguf import imatrix
+    from dsv2quant.planning import gguf_plan as gguf
+    from dsv2quant.planning.gguf_types import Overrides
+
+    types = [given.get(name) for name in ("output_type", "token_embedding_type")]
+    asked = gguf.Options(
+        gguf.parse_file_type(given["gguf"]),
+        Overrides(
+            tuple(gguf.parse_tensor_type(text) for text in given.get("tensor_types", ())),
+            *(None if kind is None else gguf.parse_type(kind) for kind in types),
+        ),
+        given.get("drop_expert_groups", False),
+        imatrix.read(Path(given["imatrix"])) if "imatrix" in given else None,
+        given.get("imatrix_shrink", False),
+    )
+    return replace(gguf.make_gguf_plan(checkpoint, asked), asked=tuple(words_of(given)))
+
+
+def check_run(out: StrPath | None, into_gguf: bool, device: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError or InputError for an `out` that is named as the other kind of artifact, a figure that can't be
+    drawn, a text that can't be read, and a device that is not there."""
+    name = "" if out is None else os.fspath(out)
+    if name and into_gguf and not name.endswith(".gguf"):
+        raise UsageError(f"-o {name}: --gguf writes a file, whose name must end in .gguf")
+    if not into_gguf and name.lower().endswith(".gguf"):
+        asked = "--recipe" if "recipe" in given else spelled("scheme", {"scheme": "fp8"} | dict(given))
+        raise UsageError(f"-o {name}: a GGUF file is written by --gguf TYPE; {asked} writes a folder")
+    check_figure(given.get("figure"))
+    check_text(given.get("calibration"))
+    check_device(device)
+
+
+def check_figure(path: StrPath | None) -> None:
+    """Raise UsageError for a figure that can't be drawn."""
+    if path is None:
+        return
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UsageError("--figure needs matplotlib: pip install 'dsv2quant[viz]'")
+    if not os.fspath(path).lower().endswith((".png", ".svg", ".pdf")):
+        raise UsageError(f"--figure {os.fspath(path)}: the name must end in .png, .svg or .pdf")
+
+
+def check_text(path: StrPath | None) -> None:
+    """Raise InputError for a text that can't be read, before anything is downloaded for it."""
+    if path is not None and not os.access(path, os.R_OK):
+        from dsv2quant.text.calibration import load
+
+        load(os.fspath(path), Path())  # says what is wrong
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise InputError, before the work begins, where a file to write is also read, or named twice."""
+    from dsv2quant.storage.durable import refuse_inputs
+
+    refuse_inputs(outputs, inputs)
+    for i, path in enumerate(outputs):
+        if any(os.path.realpath(path) == os.path.realpath(other) for other in outputs[:i]):
+            raise InputError("is named for two outputs", where=path, fix="give each a name of its own")
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that is not there; 'cpu' needs no look, and a machine without any driver not the
+    seconds that importing torch takes."""
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"--device {device!r} is none of cpu, cuda and cuda:N, as cuda:1.")
+    if sys.platform == "linux" and not _has_driver():
+        raise UsageError(f"--device {device} can't be used: there is no GPU driver on this machine")
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from None
+
+
+def _has_driver() -> bool:
+    if os.path.exists("/dev/kfd"):  # AMD's, which torch also calls cuda
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
