@@ -14,7 +14,7 @@ import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear, MoE
@@ -127,7 +127,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     def same(_, weight, dtype, *rest):
         return their_weight(state, weight.spec.name).to(dtype)
 
-    monkeypatch.setattr("dsv2quant.model.load.decode", same)
+    monkeypatch.setattr(HfCheckpoint, "decode", same)
     ours = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens)
     with torch.inference_mode():
         float32 = torch.nn.Module.float(theirs)(tokens).logits  # transformers' own .float() refuses quantized models

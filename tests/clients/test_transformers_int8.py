@@ -16,6 +16,7 @@ from test_transformers import DTYPES, like_transformers, load, their_weight
 from test_transformers_int4 import apart, their_logits
 
 from dsv2quant.arch.spec import LINEAR_ROLES
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear
@@ -98,7 +99,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
     def same(_, weight, dtype, *rest):
         return their_weight(state, weight.spec.name).to(dtype)
 
-    monkeypatch.setattr("dsv2quant.model.load.decode", same)
+    monkeypatch.setattr(HfCheckpoint, "decode", same)
     ours = served_as_theirs(Model(checkpoint, LoadOptions(weight_only=dequantize))).forward(tokens)
     with torch.inference_mode():
         float32 = torch.nn.Module.float(theirs)(tokens).logits  # transformers' own .float() refuses quantized models
