@@ -59,7 +59,5 @@ def command(
         show(model, asked, as_json, every_tensor=verbose > 0)
         return
     made = dq.convert(model, out, device=device, force=force, progress=terminal.progress(quiet), **asked)
-    if as_json:
-        terminal.print_json(conversion_json(made))
-    elif not quiet:
-        print(conversion_text(made))
+    if as_json or not quiet:
+        terminal.show(made, conversion_json, conversion_text, as_json)

@@ -106,7 +106,7 @@ class Kind(click.Choice):
 
 
 class Names(click.ParamType):
-    """Text of which a shell completes what `names` lists."""
+    """Text of which a shell completes what `names` lists, in either case."""
 
     name = "text"
 
@@ -114,16 +114,7 @@ class Names(click.ParamType):
         self.names = names
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in self.names if name.startswith(incomplete.upper())]
-
-
-class Device(click.ParamType):
-    """The name of a device, as text."""
-
-    name = "device"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in ("cpu", "cuda") if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in self.names if name.lower().startswith(incomplete.lower())]
 
 
 def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F], F]:
@@ -148,7 +139,7 @@ hub_options = stack(
 )
 
 device_option = stack(
-    click.option("--device", type=Device(), default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
+    click.option("--device", type=Names(("cpu", "cuda")), default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
                  help="Where to compute."),
     section="Computing",
 )  # fmt: skip
@@ -157,10 +148,6 @@ compute_options = stack(
     device_option,
     click.option("--dtype", type=click.Choice(known.DTYPES), default="auto", show_default=True,
                  help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
-    section="Computing",
-)  # fmt: skip
-
-backend_option = stack(
     click.option("--backend", type=click.Choice(known.BACKENDS), default="auto", show_default=True,
                  help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the "
                  "reference. auto takes kernels where they can be had."),

@@ -108,7 +108,7 @@ class Evaluation:
     stream: bool
     torch: str
     seconds: float
-    gates: Mapping[Literal["max_ppl_increase", "max_kld"], Gate] = field(default_factory=dict)
+    gates: Mapping[str, Gate] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> Estimate:

@@ -1,18 +1,14 @@
-"""A plan, and a checkpoint's contents, as text and as JSON; what a plan warns of: a recipe of which the targets leave
-little, and rules that do nothing."""
+"""A plan as text and as JSON; what it warns of: a recipe of which targets leave little, and rules that do nothing."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import needs_calibration, work_memory
-from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import Dsv2quantError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.schemes import CODECS
@@ -20,15 +16,23 @@ from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
-from dsv2quant.planning.recipe import Recipe
-from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
+from dsv2quant.planning.recipe import Recipe, spelled
+from dsv2quant.report.tables import count, gigabytes, roles_table, summarize, table
+
+if TYPE_CHECKING:
+    from dsv2quant.planning.gguf_plan import Entry as GgufEntry
+    from dsv2quant.planning.gguf_plan import GgufPlan  # imports numba
 
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
 
 
-def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
-    """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks are listed one by one."""
+def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
+    """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks, or tensors of GGUF, one by one."""
+    return _folder_text(plan, every_tensor) if isinstance(plan, Plan) else _gguf_text(plan, every_tensor)
+
+
+def _folder_text(plan: Plan, every_tensor: bool) -> str:
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     parts = [
         *(f"warning: {warning}" for warning in warnings(plan)),
@@ -48,6 +52,33 @@ def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
+
+
+def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
+    groups: dict[tuple[str, str], list[GgufEntry]] = defaultdict(list)
+    for entry in plan.entries:
+        groups[entry.tensor.kind, entry.type].append(entry)
+    layers = {
+        key: spelled(e.tensor.layer for e in group if e.tensor.layer is not None) for key, group in groups.items()
+    }
+    rows = []
+    for (kind, type_), entries in groups.items():
+        nbytes, weights = sum(entry.nbytes for entry in entries), sum(entry.tensor.size for entry in entries)
+        bits = f"{8 * nbytes / weights:.2f}"
+        rows.append([kind, type_, len(entries), layers[kind, type_], gigabytes(nbytes), bits])
+    parts = [
+        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, {plan.options.file_type} for llama.cpp",
+        table(["tensor", "type", "tensors", "layers", "size", "bits/weight"], rows),
+        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+    ]
+    reasons = {key: entries[0].reason for key, entries in groups.items() if entries[0].reason}
+    if reasons:
+        parts.append("Fallbacks:")
+    parts += [f"  {key[0]}, {layers[key]} → {key[1]}: {reason}" for key, reason in reasons.items()]
+    if every_tensor:
+        parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
+    return "\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
 
 
 def notes(plan: Plan) -> list[str]:
@@ -101,8 +132,30 @@ def _finer_groups(plan: Plan) -> list[str]:
     return []
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan | GgufPlan) -> dict[str, Any]:
     """The object of `dsv2quant plan --json`."""
+    return _folder_json(plan) if isinstance(plan, Plan) else _gguf_json(plan)
+
+
+def _gguf_json(plan: GgufPlan) -> dict[str, Any]:
+    return {
+        "schema": "dsv2quant.plan-gguf/2",
+        "model": plan.checkpoint.model,
+        "revision": plan.checkpoint.revision,
+        "file_type": plan.options.file_type,
+        "parameters": plan.parameters,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
+        "entries": [
+            {"tensor": x.name, "shape": list(x.tensor.shape), "type": x.type, "bytes": x.nbytes, "reason": x.reason}
+            for x in plan.entries
+        ],
+        "notes": list(plan.notes),
+    }
+
+
+def _folder_json(plan: Plan) -> dict[str, Any]:
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     return {
         "schema": "dsv2quant.plan/2",
@@ -117,7 +170,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bytes_out": plan.bytes_out,
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
         "digest": plan.digest,
-        "roles": [_role_json(r) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
+        "roles": [r.json() | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
             for x in plan.entries
@@ -127,94 +180,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "notes": notes(plan),
         "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.outputs)} for s in plan.shards],
         "quantization_config": plan.config.get("quantization_config"),
-    }
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint or artifact holds. `files` are sizes in bytes, None where only headers were read;
-    `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `gguf` is a GGUF file's
-    "file_type" and "tensor_types", counts by block type."""
-
-    model: str
-    revision: str | None
-    architecture: str
-    parameters: int
-    nbytes: int
-    files: dict[str, int | None]
-    roles: list[RoleSummary]
-    configuration: dict[str, Any]
-    kv_scales: int
-    quantization_config: Mapping[str, Any] | None
-    gguf: dict[str, Any] | None
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.parameters
-
-
-def inspection(checkpoint: Checkpoint) -> Inspection:
-    """What an opened checkpoint holds."""
-    roles = summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
-    paths = {file: checkpoint.data[file][0] if file in checkpoint.data else None for file in checkpoint.files}
-    return Inspection(
-        model=checkpoint.model,
-        revision=checkpoint.revision,
-        architecture=checkpoint.config.architecture,
-        parameters=sum(r.weights for r in roles),
-        nbytes=sum(r.bytes_after for r in roles),
-        files={file: None if path is None else os.stat(path).st_size for file, path in paths.items()},
-        roles=roles,
-        configuration=_describe(checkpoint.config),
-        kv_scales=len(checkpoint.kv_scales),
-        quantization_config=checkpoint.config.quantization,
-        gguf=checkpoint.file_summary(),
-    )
-
-
-def inspection_text(i: Inspection) -> str:
-    """What `dsv2quant inspect` prints."""
-    revision = f" at {i.revision}" if i.revision else ""
-    lines = [
-        f"{i.model}{revision}: {i.architecture}, {count(i.parameters)} parameters, {gigabytes(i.nbytes)} in "
-        f"{len(i.files)} file{'s' * (len(i.files) > 1)}, {i.bits_per_weight:.2f} bits per weight",
-        roles_table(i.roles, before=False),
-        *(f"{key}: {value}" for key, value in i.configuration.items()),
-    ]
-    lines += ["KV-cache scales: one per layer"] * (i.kv_scales > 0)
-    if i.gguf is not None:
-        types = ", ".join(f"{number} {name}" for name, number in i.gguf["tensor_types"].items())
-        lines += [f"file type: {i.gguf['file_type'] or 'not given'}", f"tensors: {types}"]
-        lines += [f"files: {', '.join(i.files)}"] * (len(i.files) > 1)
-    return "\n".join(lines)
-
-
-def inspection_json(i: Inspection) -> dict[str, Any]:
-    """The object of `dsv2quant inspect --json`."""
-    return {
-        "schema": "dsv2quant.inspect/2",
-        "model": i.model,
-        "revision": i.revision,
-        "architecture": i.architecture,
-        "parameters": i.parameters,
-        "bytes": i.nbytes,
-        "bits_per_weight": i.bits_per_weight,
-        "files": {file: {"size": size} for file, size in i.files.items()},
-        "roles": [_role_json(r) | {"bytes": r.bytes_after} for r in i.roles],
-        "configuration": i.configuration,
-        "kv_scales": i.kv_scales,
-        "quantization_config": i.quantization_config,
-        "gguf": i.gguf,
-    }
-
-
-def _role_json(r: RoleSummary) -> dict[str, Any]:
-    return {
-        "role": r.role,
-        "scheme": r.scheme,
-        "tensors": r.count,
-        "weights": r.weights,
-        "bits_per_weight": r.bits,
     }
 
 
@@ -237,33 +202,6 @@ def _where(role: str, entries: Sequence[Entry]) -> str:
         return f"{shape} in layer {layers[0]}"
     contiguous = layers[-1] - layers[0] + 1 == len(layers)
     return f"{shape} in layers {f'{layers[0]}-{layers[-1]}' if contiguous else ', '.join(map(str, layers))}"
-
-
-def _describe(c: ModelConfig) -> dict[str, Any]:
-    """The configuration in the terms of the paper."""
-    query = f"latent {c.q_lora_rank}" if c.q_lora_rank else "direct"
-    experts = "none"
-    if c.n_routed_experts:
-        groups = f", best {c.topk_group} of {c.n_group} groups" if c.n_group > 1 else ""
-        experts = (
-            f"{c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, {c.n_shared_experts} shared, "
-            f"width {c.moe_intermediate_size}, from layer {c.first_k_dense_replace}"
-        )
-    rope = f"theta {c.rope_theta:g}"
-    if c.yarn:
-        rope += f", YaRN factor {c.yarn.factor:g} over {c.yarn.original_max_position_embeddings}"
-        rope += f", mscale {c.yarn.mscale:g} / {c.yarn.mscale_all_dim:g}"
-    return {
-        "layers": c.num_hidden_layers,
-        "hidden": c.hidden_size,
-        "vocabulary": c.vocab_size,
-        "attention": f"{c.num_attention_heads} heads, query {query}, KV latent {c.kv_lora_rank} + "
-        f"{c.qk_rope_head_dim} RoPE, head {c.qk_nope_head_dim} + {c.qk_rope_head_dim} / {c.v_head_dim}",
-        "dense FFN": c.intermediate_size,
-        "experts": experts,
-        "rope": rope,
-        "context": c.max_position_embeddings,
-    }
 
 
 def warnings(plan: Plan) -> list[str]:

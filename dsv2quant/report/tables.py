@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import printable
@@ -60,6 +61,16 @@ class RoleSummary:
     @property
     def bits(self) -> float:
         return 8 * self.bytes_after / self.weights
+
+    def json(self) -> dict[str, Any]:
+        """What `plan` and `inspect` say of it alike."""
+        return {
+            "role": self.role,
+            "scheme": self.scheme,
+            "tensors": self.count,
+            "weights": self.weights,
+            "bits_per_weight": self.bits,
+        }
 
 
 def summarize(tensors: Iterable[tuple[TensorSpec, str, int, int]]) -> list[RoleSummary]:
