@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -53,8 +54,9 @@ def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions])
 
     if isinstance(model, Checkpoint):
         return model
+    cache_dir = hub.get("cache_dir")
     return open_checkpoint(
-        model, revision=hub.get("revision"), cache_dir=_fspath(hub.get("cache_dir")),
+        model, revision=hub.get("revision"), cache_dir=None if cache_dir is None else os.fspath(cache_dir),
         offline=hub.get("offline", False), headers_only=headers_only,
     )  # fmt: skip
 
@@ -169,21 +171,22 @@ def calibrate(
     from dsv2quant.report.calibration import Calibrated, draw
     from dsv2quant.storage.durable import tell_kept
 
+    out, imatrix = Path(out), None if imatrix is None else Path(imatrix)
     if imatrix is not None:
-        calib.check_imatrix(Path(imatrix), Path(out), force)
+        calib.check_imatrix(imatrix, out, force)
     checkpoint = open(model, **hub)
     inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
     asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
     with progress(0, "", "tokenize"):
-        calibration = read_calibration(checkpoint, _fspath(text), samples, length, seed, protocol)
-    with tell_kept(Path(out), lambda: calib.is_begun(Path(out))):
+        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol)
+    with tell_kept(out, partial(calib.is_begun, out)):
         found = calib.calibrate(
-            checkpoint, Path(out), calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
+            checkpoint, out, calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
             progress=progress,
         )  # fmt: skip
     if imatrix is not None:
-        calib.write_imatrix(Path(imatrix), found, checkpoint.config, force)
-    made = Calibrated(checkpoint, found, Path(out), None if imatrix is None else Path(imatrix))
+        calib.write_imatrix(imatrix, found, checkpoint.config, force)
+    made = Calibrated(checkpoint, found, out, imatrix)
     if figure is not None:
         draw(made.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
     return made
@@ -217,7 +220,7 @@ def evaluate(
         raise UsageError("--kv-cache needs --decode-path: prefill reads no cache")
     from dsv2quant.text.text import find
 
-    scored = find(_fspath(text), dataset, _fspath(hub.get("cache_dir")), hub.get("offline", False))
+    scored = find(text, dataset, hub.get("cache_dir"), hub.get("offline", False))
     asked.check_device(device)
     opened = open(model, **hub)
     against = None if reference is None else open(reference, **hub | {"revision": None})
@@ -287,10 +290,6 @@ def _hub(given: Mapping[str, Any]) -> HubOptions:
     return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
 
 
-def _fspath(path: StrPath | None) -> str | None:
-    return None if path is None else os.fspath(path)
-
-
 def _calibrated(
     plan: Plan, given: Mapping[str, Any], progress: Progress
 ) -> tuple[Calibration | None, Statistics | None, list[str]]:
@@ -304,7 +303,7 @@ def _calibrated(
     words = []
     calibration = None
     if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
-        text, samples = _fspath(given.get("calibration")), given.get("samples")
+        text, samples = given.get("calibration"), given.get("samples")
         with progress(0, "", "tokenize"):
             calibration = read_calibration(plan.checkpoint, text, samples, given.get("length"), given.get("seed"))
         words += [f"--calibration {calibration.source}"] * (text is not None)

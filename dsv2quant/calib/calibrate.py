@@ -95,7 +95,9 @@ def calibrate(
     with disk_errors(out), _claimed(work, state | wanted, force):
         needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
         logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
-        _check_space(out, needed)
+        if needed > (free := shutil.disk_usage(out.parent).free):
+            what = f"needs {needed:,} bytes beside it, the disk has {free:,} free"
+            raise InputError(what, where=out, fix="free space, or give a file on another disk")
         with progress(total, "tok·layer", "calibrate") as advance:
             counts = collect(checkpoint, work / LAYERS, calibration, device, halves, advance)
         source.check_unchanged(checkpoint)
@@ -178,13 +180,6 @@ def _claimed(work: Path, wanted: dict[str, Any], force: bool) -> Iterator[None]:
         work.rmdir()
     finally:
         state.close()
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        what = f"needs {needed:,} bytes beside it, the disk has {free:,} free"
-        raise InputError(what, where=out, fix="free space, or give a file on another disk")
 
 
 def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:

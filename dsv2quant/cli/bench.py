@@ -38,13 +38,7 @@ def command() -> None:
 @results_option
 @shared.output_options
 def kernels(
-    only: str | None,
-    tune: bool,
-    tables: Path | None,
-    results: Path | None,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
+    only: str | None, tune: bool, tables: Path | None, results: Path | None, as_json: bool, verbose: int, quiet: bool
 ) -> None:
     """Time kernels in DeepSeek-V2's and V2-Lite's shapes, beside torch's and the floor that memory and units set.
 
@@ -56,7 +50,10 @@ def kernels(
       dsv2quant bench kernels --tune
     """
     terminal.set_verbosity(verbose, quiet)
-    names = _names(only, TUNED if tune else SECTIONS)
+    possible = TUNED if tune else SECTIONS
+    names = only.split(",") if only else list(possible)
+    if other := [name for name in names if name not in possible]:
+        raise click.UsageError(f"--only {other[0]}: it takes {', '.join(possible)}")
     if (tables is not None and not tune) or (results is not None and tune):
         raise click.UsageError("--tables goes with --tune, --results with measuring")
 
@@ -141,11 +138,3 @@ def model(
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})
-
-
-def _names(only: str | None, possible: tuple[str, ...]) -> list[str]:
-    names = only.split(",") if only else list(possible)
-    for name in names:
-        if name not in possible:
-            raise click.UsageError(f"--only {name}: it takes {', '.join(possible)}")
-    return names

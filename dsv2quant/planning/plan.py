@@ -117,10 +117,6 @@ class Plan:
     def schemes(self) -> set[str]:
         return {entry.scheme for entry in self.entries} - {"bf16"}
 
-    @property
-    def tp(self) -> int:
-        return self.parallel.tp
-
     @cached_property
     def digest(self) -> str:
         """sha256 over what determines the output bytes, the weights' values aside."""
@@ -128,7 +124,7 @@ class Plan:
             "dsv2quant": __version__,
             "config": self.config,
             "recipe": self.recipe.text,
-            "targets": [self.targets, self.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
+            "targets": [self.targets, self.parallel.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
             "lines": [[x.spec.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.entries],
             "steps": [[[entry.spec.name for entry in step.entries], step.shard] for step in self.steps],
             "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
