@@ -218,9 +218,12 @@ def evaluate(
         raise UsageError("--text and --dataset exclude each other")
     if kv_cache != "auto" and not decode_path:
         raise UsageError("--kv-cache needs --decode-path: prefill reads no cache")
-    from dsv2quant.text.text import find
+    from dsv2quant.text.text import from_dataset, from_file, python_topics
 
-    scored = find(text, dataset, hub.get("cache_dir"), hub.get("offline", False))
+    if text is not None:
+        scored = from_file(text)
+    else:
+        scored = from_dataset(dataset, hub.get("cache_dir"), hub.get("offline", False)) if dataset else python_topics()
     asked.check_device(device)
     opened = open(model, **hub)
     against = None if reference is None else open(reference, **hub | {"revision": None})
@@ -228,11 +231,8 @@ def evaluate(
         from dsv2quant.evaluation import measure
 
     options = _load_options(device, dtype, backend, kv_cache, weight_only)
-    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path)
-    found = measure.evaluate(opened, against, scored, settings, progress)
-    if found.comparison is None:
-        return found
-    return replace(found, gates=measure.gates(found.comparison, max_ppl_increase, max_kld))
+    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
+    return measure.evaluate(opened, against, scored, settings, progress)
 
 
 def verify(

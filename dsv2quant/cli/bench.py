@@ -66,9 +66,8 @@ def kernels(
         from dsv2quant.kernels.tables import FOLDER
 
         path = write_table(names, tables or FOLDER, say)
-        terminal.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
-            f"wrote {path}"
-        )
+        said = {"schema": "dsv2quant.bench-tune/1", "table": str(path)}
+        terminal.show(said, dict, lambda _: f"wrote {path}", as_json)
         return
 
     from dsv2quant.bench import kernels as measure
@@ -84,7 +83,7 @@ def kernels(
 
 
 @command.command(cls=shared.Command)
-@click.argument("model", type=shared.Path(), default="v2-lite")
+@click.argument("model", type=shared.PATH, default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")

@@ -13,14 +13,14 @@ from dsv2quant.planning.options import PROTOCOLS
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
-@click.option("-o", "--output", "out", type=shared.Path(), metavar="STATS", required=True,
+@click.argument("model", type=shared.PATH)
+@click.option("-o", "--output", "out", type=shared.PATH, metavar="STATS", required=True,
               help="The statistics file, *.safetensors.")  # fmt: skip
 @shared.calibration_options("text")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="default", show_default=True,
               help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix "
               "does.")  # fmt: skip
-@click.option("--imatrix", type=shared.Path(), metavar="OUT",
+@click.option("--imatrix", type=shared.PATH, metavar="OUT",
               help="Also write an importance matrix for llama-quantize, *.gguf.")  # fmt: skip
 @shared.device_option
 @click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")

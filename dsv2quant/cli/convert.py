@@ -14,9 +14,9 @@ from dsv2quant.cli.plan import show
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.stack(
-    click.option("-o", "--output", "out", type=shared.Path(), metavar="OUT",
+    click.option("-o", "--output", "out", type=shared.PATH, metavar="OUT",
                  help="The artifact's folder, or its GGUF file."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed."),
@@ -25,7 +25,7 @@ from dsv2quant.cli.plan import show
 @shared.plan_options
 @shared.calibration_options("calibration")
 @shared.stack(
-    click.option("--statistics", type=shared.Path(), metavar="STATS",
+    click.option("--statistics", type=shared.PATH, metavar="STATS",
                  help="What `calibrate` measured, instead of measuring again."),
     section="Calibration",
 )  # fmt: skip

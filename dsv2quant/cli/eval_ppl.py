@@ -13,15 +13,15 @@ from dsv2quant.planning.options import DATASETS, PROTOCOLS
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @click.option(
     "--reference",
-    type=shared.Path(),
+    type=shared.PATH,
     metavar="MODEL",
     help="What to compare with, normally the BF16 model it was made from.",
 )
 @shared.stack(
-    click.option("--text", type=shared.Path(), metavar="FILE", help="A UTF-8 text to score."),
+    click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score."),
     click.option("--dataset", type=click.Choice(DATASETS), help="A dataset from the hub to score instead."),
     click.option("--ctx", type=click.IntRange(min=8),
                  help="Window length. Default: 2048, or the trained context if that is shorter."),

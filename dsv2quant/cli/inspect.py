@@ -12,7 +12,7 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.hub_options
 @shared.output_options
 def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:

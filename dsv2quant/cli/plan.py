@@ -13,7 +13,7 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.plan_options
 @shared.hub_options
 @shared.output_options

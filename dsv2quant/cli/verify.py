@@ -12,10 +12,10 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("artifact", type=shared.Path())
+@click.argument("artifact", type=shared.PATH)
 @click.option(
     "--source",
-    type=shared.Path(),
+    type=shared.PATH,
     metavar="MODEL",
     help="The checkpoint it was made from: measures each role's error too.",
 )

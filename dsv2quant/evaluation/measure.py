@@ -36,7 +36,8 @@ TOKENS_PER_BATCH = 4096
 class Settings:
     """How to evaluate. `ctx` of None is 2048, or the context the model was trained for, and `batch` of None depends on
     it. `decode_path` scores token by token through absorbed attention, as decoding does; then the model's latent cache
-    stores what `options` say, and the reference's the compute dtype."""
+    stores what `options` say, and the reference's the compute dtype. `max_ppl_increase`, in percent, and `max_kld`, in
+    nats, are gates."""
 
     options: LoadOptions
     ctx: int | None
@@ -45,6 +46,8 @@ class Settings:
     protocol: Protocol
     stream: bool
     decode_path: bool
+    max_ppl_increase: float | None
+    max_kld: float | None
 
 
 def evaluate(
@@ -89,6 +92,7 @@ def evaluate(
         stream=settings.stream,
         torch=torch.__version__,
         seconds=time.perf_counter() - started,
+        gates={} if comparison is None else _gates(comparison, settings),
     )
 
 
@@ -112,10 +116,10 @@ def _compare(
     return compared.nll, Comparison(**distance, reference=_scored(reference, compared.reference_nll), noise_floor=floor)
 
 
-def gates(found: Comparison, max_ppl_increase: float | None, max_kld: float | None) -> dict[str, Gate]:
+def _gates(found: Comparison, settings: Settings) -> dict[str, Gate]:
     """Those that are set: percent that perplexity grew by, and mean KLD in nats."""
     growth = float(100 * np.expm1(found.ln_ratio.value))
-    limits = {"max_ppl_increase": (max_ppl_increase, growth), "max_kld": (max_kld, found.kld.mean)}
+    limits = {"max_ppl_increase": (settings.max_ppl_increase, growth), "max_kld": (settings.max_kld, found.kld.mean)}
     return {name: Gate(most, value, value <= most) for name, (most, value) in limits.items() if most is not None}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
+from dsv2quant.report.tables import SAID, RoleSummary, count, gigabytes, roles_table, summarize, values_of
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,12 @@ def inspection_json(i: Inspection) -> dict[str, Any]:
     """The object of `dsv2quant inspect --json`."""
     return {
         "schema": "dsv2quant.inspect/2",
-        "model": i.model,
-        "revision": i.revision,
-        "architecture": i.architecture,
-        "parameters": i.parameters,
+        **values_of(i, "model", "revision", "architecture", "parameters"),
         "bytes": i.nbytes,
         "bits_per_weight": i.bits_per_weight,
         "files": {file: {"size": size} for file, size in i.files.items()},
-        "roles": [r.json() | {"bytes": r.bytes_after} for r in i.roles],
-        "configuration": i.configuration,
-        "kv_scales": i.kv_scales,
-        "quantization_config": i.quantization_config,
-        "gguf": i.gguf,
+        "roles": [values_of(r, *SAID) | {"bytes": r.bytes_after} for r in i.roles],
+        **values_of(i, "configuration", "kv_scales", "quantization_config", "gguf"),
     }
 
 

@@ -23,7 +23,7 @@ from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
-from dsv2quant.report.tables import count, gigabytes, roles_table, summarize, table
+from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.storage.files import read_bytes
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ _SERVED = {
 
 def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
     """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks, or tensors of GGUF, one by one."""
-    return _folder_text(plan, every_tensor) if isinstance(plan, Plan) else _gguf_text(plan, every_tensor)
-
-
-def _folder_text(plan: Plan, every_tensor: bool) -> str:
+    if not isinstance(plan, Plan):
+        return _gguf_text(plan, every_tensor)
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     parts = [
         *(f"warning: {warning}" for warning in warnings(plan)),
@@ -55,7 +53,10 @@ def _folder_text(plan: Plan, every_tensor: bool) -> str:
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
         f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
     ]
-    fallbacks = _fallbacks(plan)
+    fallbacks: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in plan.entries:
+        if entry.reason:
+            fallbacks[entry.spec.role, entry.scheme, entry.reason].append(entry)
     if fallbacks:
         parts.append("Fallbacks:")
     for (role, scheme, reason), entries in fallbacks.items():
@@ -147,43 +148,19 @@ def _finer_groups(plan: Plan) -> list[str]:
 
 def plan_json(plan: Plan | GgufPlan) -> dict[str, Any]:
     """The object of `dsv2quant plan --json`."""
-    return _folder_json(plan) if isinstance(plan, Plan) else _gguf_json(plan)
-
-
-def _gguf_json(plan: GgufPlan) -> dict[str, Any]:
-    return {
-        "schema": "dsv2quant.plan-gguf/2",
-        "model": plan.checkpoint.model,
-        "revision": plan.checkpoint.revision,
-        "file_type": plan.options.file_type,
-        "parameters": plan.parameters,
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
-        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
-        "entries": [
-            {"tensor": x.name, "shape": list(x.tensor.shape), "type": x.type, "bytes": x.nbytes, "reason": x.reason}
-            for x in plan.entries
-        ],
-        "notes": list(plan.notes),
-    }
-
-
-def _folder_json(plan: Plan) -> dict[str, Any]:
+    if not isinstance(plan, Plan):
+        return _gguf_json(plan)
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     return {
         "schema": "dsv2quant.plan/2",
-        "model": plan.checkpoint.model,
-        "revision": plan.checkpoint.revision,
+        **values_of(plan.checkpoint, "model", "revision"),
         "recipe": plan.recipe.name,
         "targets": list(plan.targets),
-        "tp": plan.parallel.tp,
-        "ep": plan.parallel.ep,
-        "parameters": plan.parameters,
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
+        **values_of(plan.parallel, "tp", "ep"),
+        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
         "digest": plan.digest,
-        "roles": [r.json() | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
+        "roles": [values_of(r, *SAID) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
             for x in plan.entries
@@ -196,12 +173,19 @@ def _folder_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _fallbacks(plan: Plan) -> dict[tuple[str, str, str], list[Entry]]:
-    grouped: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
-    for entry in plan.entries:
-        if entry.reason:
-            grouped[entry.spec.role, entry.scheme, entry.reason].append(entry)
-    return grouped
+def _gguf_json(plan: GgufPlan) -> dict[str, Any]:
+    return {
+        "schema": "dsv2quant.plan-gguf/2",
+        **values_of(plan.checkpoint, "model", "revision"),
+        "file_type": plan.options.file_type,
+        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
+        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
+        "entries": [
+            {"tensor": x.name, "shape": list(x.tensor.shape), "type": x.type, "bytes": x.nbytes, "reason": x.reason}
+            for x in plan.entries
+        ],
+        "notes": list(plan.notes),
+    }
 
 
 def _where(role: str, entries: Sequence[Entry]) -> str:

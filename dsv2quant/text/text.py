@@ -40,13 +40,6 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def find(path: StrPath | None, dataset: str | None, cache_dir: StrPath | None = None, offline: bool = False) -> Text:
-    """A file's text, a dataset's, or without either the help topics. Raises InputError as these do."""
-    if path is not None:
-        return from_file(path)
-    return python_topics() if dataset is None else from_dataset(dataset, cache_dir, offline)
-
-
 def from_file(path: StrPath) -> Text:
     """A UTF-8 text file. Raises InputError for one that can't be read or is none: NUL is in UTF-16 and binary files."""
     try:
