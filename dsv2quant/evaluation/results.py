@@ -265,10 +265,7 @@ def verification_json(v: Verification) -> dict[str, Any]:
         "schema": "dsv2quant.verify/2",
         "model": v.model,
         "checked": v.checked.by,
-        "digest": v.checked.digest,
-        "files": v.checked.files,
-        "edited": v.checked.edited,
-        "added": v.checked.added,
+        **values_of(v.checked, "digest", "files", "edited", "added"),
         "tensors": v.tensors,
     }
     if v.errors is not None:
