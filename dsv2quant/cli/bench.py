@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -96,12 +97,10 @@ def model(
     batch: str,
     context: int,
     results: Path | None,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **hub: Any,
 ) -> None:
     """Time prefill and decoding of MODEL, and set decoding against the bytes that it must read.
 
@@ -123,7 +122,7 @@ def model(
         raise click.UsageError(f"--batch {batch}: it takes numbers from 1, as 1,8,64")
     if scheme and model not in RANDOM:
         raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
-    if model in RANDOM and (useless := shared.given("revision", "cache_dir", "offline")):
+    if model in RANDOM and (useless := shared.given(*hub)):
         raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
 
     from dsv2quant.bench import model as measure
@@ -133,7 +132,7 @@ def model(
     if model in RANDOM:
         subject = measure.random(model, scheme or SCHEMES[0])
     else:
-        subject = measure.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
+        subject = measure.stored(model, **hub)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})
