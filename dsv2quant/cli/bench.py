@@ -129,10 +129,7 @@ def model(
     from dsv2quant.bench.device import check_device
 
     check_device()
-    if model in RANDOM:
-        subject = measure.random(model, scheme or SCHEMES[0])
-    else:
-        subject = measure.stored(model, **hub)
+    subject = measure.random(model, scheme or SCHEMES[0]) if model in RANDOM else measure.stored(model, **hub)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})
