@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -23,16 +24,17 @@ from dsv2quant.planning.options import HubOptions, Options, StrPath
 from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    import torch
-
+    from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.calib.statistics import Statistics
     from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.evaluation.results import Evaluation, Verification
     from dsv2quant.model.completion import Completion, Message
+    from dsv2quant.model.load import LoadOptions
     from dsv2quant.planning.gguf_plan import GgufPlan
     from dsv2quant.planning.plan import Plan
     from dsv2quant.planning.recipe import Recipe
     from dsv2quant.report.calibration import Calibrated, Conversion
-    from dsv2quant.report.plans import Inspection
+    from dsv2quant.report.inspection import Inspection
     from dsv2quant.text.tokenizer import Protocol
 
     Model = Checkpoint | str | os.PathLike[str]
@@ -52,15 +54,16 @@ def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions])
 
     if isinstance(model, Checkpoint):
         return model
+    cache_dir = hub.get("cache_dir")
     return open_checkpoint(
-        model, revision=hub.get("revision"), cache_dir=_fspath(hub.get("cache_dir")),
+        model, revision=hub.get("revision"), cache_dir=None if cache_dir is None else os.fspath(cache_dir),
         offline=hub.get("offline", False), headers_only=headers_only,
     )  # fmt: skip
 
 
 def inspect(model: Model, **hub: Unpack[HubOptions]) -> Inspection:
     """What a checkpoint, artifact or GGUF file holds, from its headers. Raises as `open` does."""
-    from dsv2quant.report.plans import inspection
+    from dsv2quant.report.inspection import inspection
 
     return inspection(open(model, headers_only=True, **hub))
 
@@ -104,8 +107,12 @@ def convert(
     source changes meanwhile, or `out` can't take the artifact.
     """
     with progress(0, "", "starting"):  # imports numba
+        from dsv2quant.conversion.convert import convert as run
         from dsv2quant.planning.gguf_plan import GgufPlan
         from dsv2quant.planning.plan import Plan
+        from dsv2quant.report.calibration import draw
+        from dsv2quant.report.plans import warnings
+        from dsv2quant.storage.safetensors import parse_size
 
     given = asked.given_of(options)
     if isinstance(model, Plan | GgufPlan):
@@ -113,13 +120,29 @@ def convert(
         if useless := [name for name in given if name not in takes]:
             raise UsageError(f"{asked.spelled(useless[0], given)} does not go with a plan, which is made already")
         asked.check_run(out, isinstance(model, GgufPlan), device, given)
-        planned: Plan | GgufPlan = replace(model, asked=(*model.asked, *asked.words_of(given)))
+        made: Plan | GgufPlan = replace(model, asked=(*model.asked, *asked.words_of(given)))
     else:
         recipe = check_conversion(out, device, **options)
-        planned = asked.plan_of(open(model, **_hub(given)), recipe, given)
-    if isinstance(planned, GgufPlan):
-        return _convert_gguf(planned, Path(out), given, device, force, progress)
-    return _convert_folder(planned, Path(out), given, device, force, progress)
+        made = asked.plan_of(open(model, **_hub(given)), recipe, given)
+    checkpoint, figure = made.checkpoint, given.get("figure")
+    inputs = [Path(given[name]) for name in ("calibration", "recipe") if name in given]
+    if figure is not None:
+        asked.check_outputs([Path(out), Path(figure)], [*checkpoint.inputs, *inputs])
+    calibration, statistics, words = None, None, list[str]()
+    if isinstance(made, GgufPlan):
+        _tell(made, (f"note: {note}" for note in made.notes))
+    else:
+        _tell(made, (f"warning: {warning}" for warning in warnings(made)))
+        calibration, statistics, words = _calibrated(made, given, progress)
+    size = given.get("split_max_size")
+    found = run(
+        made, out, command=" ".join(["dsv2quant convert", checkpoint.model, *made.asked, *words]),
+        calibration=calibration, statistics=statistics, split_max_size=None if size is None else parse_size(str(size)),
+        device=device, force=force, inputs=inputs, progress=progress,
+    )  # fmt: skip
+    if figure is not None and found.expert_tokens:
+        draw(found.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
+    return found
 
 
 def calibrate(
@@ -143,25 +166,27 @@ def calibrate(
     asked.check_figure(figure)
     asked.check_text(text)
     asked.check_device(device)
-    from dsv2quant.calib import imatrix as importance
-    from dsv2quant.calib.calibrate import calibrate as run
+    from dsv2quant.calib import calibrate as calib
     from dsv2quant.calib.calibration import read_calibration
     from dsv2quant.report.calibration import Calibrated, draw
+    from dsv2quant.storage.durable import tell_kept
 
+    out, imatrix = Path(out), None if imatrix is None else Path(imatrix)
     if imatrix is not None:
-        importance.check_free(Path(imatrix), Path(out), force)
+        calib.check_imatrix(imatrix, out, force)
     checkpoint = open(model, **hub)
     inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
     asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
     with progress(0, "", "tokenize"):
-        calibration = read_calibration(checkpoint, _fspath(text), samples, length, seed, protocol)
-    found = run(
-        checkpoint, Path(out), calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
-        progress=progress,
-    )  # fmt: skip
+        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol)
+    with tell_kept(out, partial(calib.is_begun, out)):
+        found = calib.calibrate(
+            checkpoint, out, calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
+            progress=progress,
+        )  # fmt: skip
     if imatrix is not None:
-        importance.write_imatrix(Path(imatrix), found, checkpoint.config, force)
-    made = Calibrated(checkpoint, found, Path(out), None if imatrix is None else Path(imatrix))
+        calib.write_imatrix(imatrix, found, checkpoint.config, force)
+    made = Calibrated(checkpoint, found, out, imatrix)
     if figure is not None:
         draw(made.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
     return made
@@ -193,23 +218,21 @@ def evaluate(
         raise UsageError("--text and --dataset exclude each other")
     if kv_cache != "auto" and not decode_path:
         raise UsageError("--kv-cache needs --decode-path: prefill reads no cache")
-    from dsv2quant.text.text import find
+    from dsv2quant.text.text import from_dataset, from_file, python_topics
 
-    scored = find(_fspath(text), dataset, _fspath(hub.get("cache_dir")), hub.get("offline", False))
+    if text is not None:
+        scored = from_file(text)
+    else:
+        scored = from_dataset(dataset, hub.get("cache_dir"), hub.get("offline", False)) if dataset else python_topics()
     asked.check_device(device)
     opened = open(model, **hub)
-    against = None if reference is None else open(reference, **_hub(hub, revision=False))
+    against = None if reference is None else open(reference, **hub | {"revision": None})
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
-        from dsv2quant.model.attention import KV_DTYPES
 
-        computed = _dtype(dtype)
-    settings = measure.Settings(
-        ctx, limit, batch, protocol, stream, device, computed, backend, weight_only, decode_path,
-        KV_DTYPES.get(kv_cache),
-    )  # fmt: skip
-    found = measure.evaluate(opened, against, scored, settings, progress)
-    return replace(found, gates=measure.gates(found, max_ppl_increase, max_kld))
+    options = _load_options(device, dtype, backend, kv_cache, weight_only)
+    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
+    return measure.evaluate(opened, against, scored, settings, progress)
 
 
 def verify(
@@ -225,7 +248,7 @@ def verify(
     is wrong."""
     asked.check_device(device)
     opened = open(artifact, **hub)
-    original = None if source is None else open(source, **_hub(hub, revision=False))
+    original = None if source is None else open(source, **hub | {"revision": None})
     with progress(0, "", "starting"):
         from dsv2quant.evaluation.verify import verify as run
     return run(opened, original, device, progress)
@@ -254,94 +277,50 @@ def generate(
     asked.check_device(device)
     checkpoint = open(model, **hub)
     with progress(0, "", "starting"):
-        from dsv2quant.model.attention import KV_DTYPES
         from dsv2quant.model.completion import Request, Sampling, complete
-        from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
-    computed = _dtype(dtype) or default_dtype(device)
-    chosen = choose_backend(backend, device, computed)
-    loading = LoadOptions(computed, device, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen)
+    loading = _load_options(device, dtype, backend, kv_cache)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
     return complete(checkpoint, Request(prompt, max_new_tokens, sampling, loading, special), emit, progress)
 
 
-def _hub(given: Mapping[str, Any], *, revision: bool = True) -> HubOptions:
-    """Those of all options; without a revision for what a model is compared with."""
-    hub: HubOptions = {"cache_dir": given.get("cache_dir"), "offline": given.get("offline", False)}
-    return hub | {"revision": given.get("revision")} if revision else hub
+def _hub(given: Mapping[str, Any]) -> HubOptions:
+    """Those of all options."""
+    revision, cache_dir, offline = map(given.get, ("revision", "cache_dir", "offline"))
+    return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
 
 
-def _fspath(path: StrPath | None) -> str | None:
-    return None if path is None else os.fspath(path)
+def _calibrated(
+    plan: Plan, given: Mapping[str, Any], progress: Progress
+) -> tuple[Calibration | None, Statistics | None, list[str]]:
+    """What a plan is calibrated on, as far as it needs it, statistics that are given, and both as options. Raises
+    UsageError for options that nothing uses."""
+    from dsv2quant.calib.calibration import needs_calibration, needs_statistics, read_calibration
+    from dsv2quant.calib.statistics import Statistics
 
-
-def _convert_folder(
-    plan: Plan, out: Path, given: Mapping[str, Any], device: str, force: bool, progress: Progress
-) -> Conversion:
-    with progress(0, "", "starting"):
-        from dsv2quant.calib.calibration import needs_calibration, needs_statistics, read_calibration
-        from dsv2quant.calib.statistics import Statistics
-        from dsv2quant.conversion.convert import convert as run
-        from dsv2quant.report.calibration import Conversion, draw
-        from dsv2quant.report.plans import plan_text, warnings
-
-    checkpoint, text, figure = plan.checkpoint, given.get("calibration"), given.get("figure")
-    inputs = [Path(path) for path in (text, given.get("recipe")) if path is not None]
-    if figure is not None:
-        asked.check_outputs([out, Path(figure)], [*checkpoint.inputs, *inputs])
-    _tell(plan_text, plan, [f"warning: {warning}" for warning in warnings(plan)])
     if "statistics" in given and not needs_statistics(plan):
         raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
-    words = ["dsv2quant convert", checkpoint.model, *plan.asked]
+    words = []
     calibration = None
     if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
+        text, samples = given.get("calibration"), given.get("samples")
         with progress(0, "", "tokenize"):
-            calibration = read_calibration(
-                checkpoint, _fspath(text), given.get("samples"), given.get("length"), given.get("seed")
-            )
+            calibration = read_calibration(plan.checkpoint, text, samples, given.get("length"), given.get("seed"))
         words += [f"--calibration {calibration.source}"] * (text is not None)
-        words.append(
-            f"--num-calibration-samples {given.get('samples', 512)} --max-seq-length {calibration.ids.shape[1]}"
-        )
+        words.append(f"--num-calibration-samples {samples or 512} --max-seq-length {calibration.ids.shape[1]}")
         words.append(f"--seed {calibration.seed}")
     elif useless := [name for name in asked.CALIBRATION if name in given]:
         raise UsageError(f"{asked.spelled(useless[0], given)}: nothing of this recipe calibrates here")
     statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
     if statistics is not None:
         words.append(f"--statistics {statistics.path.name}")
-    made = run(
-        plan, out, command=" ".join(words), calibration=calibration, statistics=statistics, device=device, force=force,
-        inputs=inputs, progress=progress,
-    )  # fmt: skip
-    if figure is not None and made.expert_tokens:
-        draw(made.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
-    return Conversion(
-        plan, made.out, made.files, made.bytes_out, made.resumed, made.already_complete, made.seconds, made.outcomes,
-        made.expert_tokens,
-    )  # fmt: skip
+    return calibration, statistics, words
 
 
-def _convert_gguf(
-    plan: GgufPlan, out: Path, given: Mapping[str, Any], device: str, force: bool, progress: Progress
-) -> Conversion:
-    with progress(0, "", "starting"):
-        from dsv2quant.conversion.convert import convert as run
-    from dsv2quant.report.calibration import Conversion
-    from dsv2quant.report.gguf import plan_text
-    from dsv2quant.storage.safetensors import parse_size
-
-    _tell(plan_text, plan, [f"note: {note}" for note in plan.notes])
-    command = " ".join(["dsv2quant convert", plan.checkpoint.model, *plan.asked])
-    size = parse_size(str(given["split_max_size"])) if "split_max_size" in given else None
-    made = run(
-        plan, out, command=command, split_max_size=size, device=device, force=force, progress=progress
-    )  # fmt: skip
-    nbytes = sum(entry["size"] for entry in made.files.values())
-    return Conversion(plan, out, made.files, nbytes, made.resumed, made.already_complete, made.seconds)
-
-
-def _tell(plan_text: Callable[..., str], plan: Plan | GgufPlan, warned: Sequence[str]) -> None:
+def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
     """Log what a plan warns of; where more is wanted, the plan, which says that too."""
+    from dsv2quant.report.plans import plan_text
+
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", plan_text(plan, every_tensor=logger.isEnabledFor(logging.DEBUG)))
     else:
@@ -349,8 +328,13 @@ def _tell(plan_text: Callable[..., str], plan: Plan | GgufPlan, warned: Sequence
             logger.warning("%s", line)
 
 
-def _dtype(name: str) -> torch.dtype | None:
-    """None of "auto"."""
+def _load_options(device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False) -> LoadOptions:
+    """How a model is loaded. Raises UsageError for a backend that can't be had."""
     import torch
 
-    return None if name == "auto" else getattr(torch, name)
+    from dsv2quant.model.attention import KV_DTYPES
+    from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+
+    computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    chosen = choose_backend(backend, device, computed, weight_only)
+    return LoadOptions(computed, device, weight_only, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen)

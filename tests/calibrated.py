@@ -22,12 +22,13 @@ from test_convert import KILLER
 from dsv2quant.calib.calibration import Calibration, needs_calibration
 from dsv2quant.calib.layerwise import Job
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.conversion.convert import Result, convert
+from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.report.calibration import Conversion
 from dsv2quant.storage.durable import MANIFEST_FILE
 
 WINDOWS, CTX = 17, 30  # window 8 is held out
@@ -58,7 +59,7 @@ def planned(model: Path, name: str | recipe.Recipe = "int4-pure", method: str | 
     return make_plan(open_checkpoint(model), chosen, for_targets=["transformers"], **options)
 
 
-def run(plan: Plan, out: Path, using: Calibration | None = None, **options: Any) -> Result:
+def run(plan: Plan, out: Path, using: Calibration | None = None, **options: Any) -> Conversion:
     calibrated = (using or calibration()) if needs_calibration(plan) else None
     return convert(plan, out, command="", calibration=calibrated, **options)
 

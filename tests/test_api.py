@@ -24,8 +24,8 @@ from dsv2quant.evaluation.results import evaluation_json, verification_json
 from dsv2quant.model.completion import completion_json
 from dsv2quant.planning.options import CALIBRATION, FOLDER, GGUF, HubOptions, Options
 from dsv2quant.report.calibration import calibrated_json
-from dsv2quant.report.gguf import plan_json as gguf_plan_json
-from dsv2quant.report.plans import inspection_json, plan_json
+from dsv2quant.report.inspection import inspection_json
+from dsv2quant.report.plans import plan_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = Path(__file__).parent.parent / "docs/api.md"
@@ -122,7 +122,7 @@ def test_a_plan_is_the_commands(wordy, cli):
     ran = cli("plan", wordy, "--int4=experts", "--ep", "2", "--json")
     assert plan_json(dq.plan(dq.open(wordy), scheme="int4-experts", ep=2)) == json.loads(ran.out)
     ran = cli("plan", tiny.MINI, "--gguf", "q8_0", "--json")
-    assert gguf_plan_json(dq.plan(tiny.MINI, gguf="Q8_0")) == json.loads(ran.out)
+    assert plan_json(dq.plan(tiny.MINI, gguf="Q8_0")) == json.loads(ran.out)
     assert inspection_json(dq.inspect(wordy)) == json.loads(cli("inspect", wordy, "--json").out)
 
 

@@ -13,7 +13,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.card import _licence
+from dsv2quant.report.plans import _licence
 
 MIT = {"license": "mit", "language": ["en", "no"]}
 BODY = "---\nlicense: mit\nlanguage:\n- en\n- no\n{}---\n# Model\n"

@@ -16,11 +16,12 @@ from test_convert import contents
 
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import convert as engine
-from dsv2quant.conversion.convert import Result, convert
+from dsv2quant.conversion.convert import convert
 from dsv2quant.conversion.shards import Folder
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
+from dsv2quant.report.calibration import Conversion
 from dsv2quant.storage.durable import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -39,7 +40,7 @@ def model(tmp_path: Path) -> Path:
     return tiny.write_checkpoint(tmp_path / "model", SMALL)
 
 
-def run(model: Path, out: Path, *, force: bool = False, name: str = "fp8-channel", **options: object) -> Result:
+def run(model: Path, out: Path, *, force: bool = False, name: str = "fp8-channel", **options: object) -> Conversion:
     made = make_plan(open_checkpoint(model), recipe.builtin(name), max_shard_size=60_000)
     return convert(made, out, command="", force=force, **options)
 

@@ -23,9 +23,10 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import convert as conversion
 from dsv2quant.conversion import gguf
-from dsv2quant.conversion.convert import Result, convert
+from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
+from dsv2quant.report.calibration import Conversion
 from dsv2quant.storage.durable import resumable
 from dsv2quant.storage.gguf import Metadata, Value
 
@@ -58,7 +59,7 @@ def model(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
-def run(model: Path, out: Path, split: dict[str, int | None] = ONE, force: bool = False) -> Result:
+def run(model: Path, out: Path, split: dict[str, int | None] = ONE, force: bool = False) -> Conversion:
     plan = make_gguf_plan(open_checkpoint(model), Options("F16"))
     return convert(plan, out / "m.gguf", command="c", force=force, **split)
 

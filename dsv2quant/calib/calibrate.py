@@ -1,5 +1,6 @@
-"""Making a statistics file: locked while it is made, resumed after a kill, whole or not there. And what a calibrated
-conversion has ready before it reads weights: statistics, smoothing, and matrices that are encoded already."""
+"""Making a statistics file: locked while it is made, resumed after a kill, whole or not there. An importance matrix
+from statistics: the same sums, under llama.cpp's names. And what a calibrated conversion has ready before it reads
+weights: statistics, smoothing, and matrices that are encoded already."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from safetensors import safe_open
 
 from dsv2quant import __version__
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.spec import K_B, V_B, GgufTensor
 from dsv2quant.calib.calibration import (
     Calibration,
     Prepared,
@@ -26,15 +29,16 @@ from dsv2quant.calib.calibration import (
     needs_statistics,
     work_weights,
 )
-from dsv2quant.calib.statistics import SCHEMA, Statistics, digest_of, read_about
+from dsv2quant.calib.statistics import K_HALF, SCHEMA, V_HALF, Statistics, digest_of, read_about
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import Source, configured
 from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.gguf import imatrix
 from dsv2quant.planning.plan import Plan
 from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage import engine
-from dsv2quant.storage.durable import PARTIAL, StateLog, disk_errors, is_regular, refuse_inputs, tell_kept
+from dsv2quant.storage.durable import PARTIAL, StateLog, disk_errors, is_regular, refuse_inputs
 from dsv2quant.storage.safetensors import Output, Shard
 
 logger = logging.getLogger(__name__)
@@ -65,29 +69,10 @@ def calibrate(
     """Measure `checkpoint` on `calibration` and write the statistics file `out`; what is there already is opened.
 
     `halves` adds what an importance matrix needs of kv_b_proj's halves. Work goes into the folder `<out>.work`, from
-    which a killed run continues; where an interrupt leaves it something to go on with, a warning says so. `inputs` are
-    further files that were read for it. Raises InputError where `out` holds something else or is an input, another run
-    is making it, the source changes meanwhile, or the disk is too small. `force` replaces statistics, nothing else.
+    which a killed run continues. `inputs` are further files that were read for it. Raises InputError where `out` holds
+    something else or is an input, another run is making it, the source changes meanwhile, or the disk is too small.
+    `force` replaces statistics, nothing else.
     """
-    work = work_folder(out)
-    with tell_kept(out, lambda: any((work / LAYERS).glob("layer-*.safetensors"))):
-        return measure(
-            checkpoint, out, calibration, device=device, halves=halves, force=force, inputs=inputs, progress=progress
-        )
-
-
-def measure(
-    checkpoint: Checkpoint,
-    out: Path,
-    calibration: Calibration,
-    *,
-    device: str,
-    progress: Progress,
-    halves: bool = False,
-    force: bool = False,
-    inputs: Iterable[Path] = (),
-) -> Statistics:
-    """As `calibrate`, as a part of work that says itself what is kept."""
     with progress(0, "", "starting"):  # imports torch
         from dsv2quant.calib.collect import collect
 
@@ -110,7 +95,9 @@ def measure(
     with disk_errors(out), _claimed(work, state | wanted, force):
         needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
         logger.info("%s and hidden states take at most %s bytes", out, f"{needed:,}")
-        _check_space(out, needed)
+        if needed > (free := shutil.disk_usage(out.parent).free):
+            what = f"needs {needed:,} bytes beside it, the disk has {free:,} free"
+            raise InputError(what, where=out, fix="free space, or give a file on another disk")
         with progress(total, "tok·layer", "calibrate") as advance:
             counts = collect(checkpoint, work / LAYERS, calibration, device, halves, advance)
         source.check_unchanged(checkpoint)
@@ -130,6 +117,11 @@ def measure(
 def work_folder(out: Path) -> Path:
     """Where unfinished work on the statistics file `out` lies."""
     return out.with_name(out.name + ".work")
+
+
+def is_begun(out: Path) -> bool:
+    """Whether unfinished work on the statistics file `out` has a layer to go on behind."""
+    return any((work_folder(out) / LAYERS).glob("layer-*.safetensors"))
 
 
 def _check_out(out: Path, inputs: list[Path]) -> None:
@@ -190,13 +182,6 @@ def _claimed(work: Path, wanted: dict[str, Any], force: bool) -> Iterator[None]:
         state.close()
 
 
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        what = f"needs {needed:,} bytes beside it, the disk has {free:,} free"
-        raise InputError(what, where=out, fix="free space, or give a file on another disk")
-
-
 def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
     """Join the layers' files, one tensor at a time."""
     files = [safe_open(layer_file(layers, layer), "np") for layer in range(count)]
@@ -217,6 +202,47 @@ def _write(out: Path, layers: Path, count: int, about: dict[str, Any]) -> None:
 
 def _vector(file: Any, name: str, begin: int) -> Iterator[tuple[int, np.ndarray]]:
     yield begin, file.get_tensor(name).view(np.uint8)
+
+
+def check_imatrix(out: Path, statistics: Path, force: bool) -> None:
+    """Raise InputError, before hours of work, where `out` holds something else than an imatrix of these statistics: no
+    `force` replaces what is none."""
+    if out.resolve() == statistics.resolve():
+        raise InputError("is the statistics file", where=out, fix="give the imatrix a name of its own")
+    if not os.path.lexists(out):
+        return
+    if not out.is_file() or (not statistics.exists() and not force):
+        raise InputError("exists", where=out, fix="give another file, or --force to replace it")
+    try:
+        imatrix.read(out)
+    except InputError:
+        what, fix = "is there and no importance matrix", "give another file, or remove it yourself"
+        raise InputError(what, where=out, fix=fix) from None
+
+
+def write_imatrix(out: Path, statistics: Statistics, config: ModelConfig, force: bool) -> None:
+    """Write what llama-imatrix measures on the same tokens, every matrix of the layers, routers included, and no other,
+    to `out`, where it may be already; `statistics` hold kv_b_proj's halves. Raises InputError where something else is,
+    unless `force`, or the disk is full."""
+    matrices = [x for x in architecture(config).gguf_tensors() if x.layer is not None and len(x.shape) > 1]
+    entries = {tensor.name: _imatrix_entry(statistics, tensor) for tensor in matrices}
+    found = imatrix.Imatrix(entries, (statistics.source,), statistics.windows, statistics.ctx)
+    with disk_errors(out):
+        if out.exists() and not force:
+            if not imatrix.is_written(out, found):
+                raise InputError("holds something else", where=out, fix="give another file, or delete it")
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        imatrix.write(out, found)
+
+
+def _imatrix_entry(statistics: Statistics, tensor: GgufTensor) -> imatrix.FileEntry:
+    if tensor.kind in (K_B, V_B):
+        assert tensor.layer is not None
+        sums = statistics.half_squares(tensor.layer, K_HALF if tensor.kind == K_B else V_HALF)
+        return imatrix.FileEntry(sums[None], np.array([statistics.tokens], np.float32))
+    sums = np.stack([statistics.squares(spec) for spec in tensor.specs])
+    return imatrix.FileEntry(sums, np.array([statistics.count(spec) for spec in tensor.specs], np.float32))
 
 
 def prepare(
@@ -241,7 +267,7 @@ def prepare(
         except InputError as error:
             logger.warning("%s; it is made again", error)
             path.unlink()
-        statistics = measure(plan.checkpoint, path, calibration, device=device, progress=progress)
+        statistics = calibrate(plan.checkpoint, path, calibration, device=device, progress=progress)
     smoothing = Smoothing({})
     wanted = sum(entry.spec.size for entry in plan.entries if entry.method == "awq")
     if wanted:

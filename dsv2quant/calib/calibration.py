@@ -22,7 +22,7 @@ from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, windows, windows_in_order
-from dsv2quant.text.text import python_topics
+from dsv2quant.text.text import StrPath, python_topics
 from dsv2quant.text.tokenizer import Protocol
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Calibration:
 
 def read_calibration(
     checkpoint: Checkpoint,
-    text: str | None,
+    text: StrPath | None,
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
@@ -173,8 +173,8 @@ class Encoded:
 
 
 class Prepared:
-    """Use `weight` and `inputs` for what a codec is given, and `kv_scales`; `encoded` holds what needs no codec any
-    more."""
+    """Use `inputs` for what a codec is given beside a weight that `smoothing` scaled, and `kv_scales`; `encoded` holds
+    what needs no codec any more."""
 
     def __init__(
         self,
@@ -202,10 +202,6 @@ class Prepared:
         assert self.encoded is not None
         names = [output.name for output in entry.outputs if output not in entry.kv_scales]
         return {name: self.encoded.part(name) for name in names}
-
-    def weight(self, entry: Entry, weight: np.ndarray) -> np.ndarray:
-        """The weight to encode: BF16 bits (uint16) or float32, scaled where it is smoothed."""
-        return self.smoothing.apply(entry.spec, weight)
 
     def inputs(self, entry: Entry) -> Inputs:
         """What the inputs of a weight that needs them were in calibration, behind the smoothing. The largest magnitude

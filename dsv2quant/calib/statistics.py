@@ -13,8 +13,8 @@ and, where asked for, of kv_b_proj's halves, which absorbed attention applies to
     <layer>.self_attn.kv_b_proj.k.square  float32 [heads · qk_nope_head_dim]   Σ x²
     <layer>.self_attn.kv_b_proj.v.square  float32 [heads · kv_lora_rank]       Σ x²
 
-`__metadata__.statistics` is JSON: the model (weights and configuration, as `dsv2quant/source.py` tells them apart), the
-calibration text and tokens, tokens per site, and a digest of all this and the vectors.
+`__metadata__.statistics` is JSON: the model (weights and configuration, as `checkpoint/identity.py` tells them apart),
+the calibration text and tokens, tokens per site, and a digest of all this and the vectors.
 
 The scale of an FP8 KV cache under MLA.
 

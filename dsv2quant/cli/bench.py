@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,13 +39,7 @@ def command() -> None:
 @results_option
 @shared.output_options
 def kernels(
-    only: str | None,
-    tune: bool,
-    tables: Path | None,
-    results: Path | None,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
+    only: str | None, tune: bool, tables: Path | None, results: Path | None, as_json: bool, verbose: int, quiet: bool
 ) -> None:
     """Time kernels in DeepSeek-V2's and V2-Lite's shapes, beside torch's and the floor that memory and units set.
 
@@ -56,7 +51,10 @@ def kernels(
       dsv2quant bench kernels --tune
     """
     terminal.set_verbosity(verbose, quiet)
-    names = _names(only, TUNED if tune else SECTIONS)
+    possible = TUNED if tune else SECTIONS
+    names = only.split(",") if only else list(possible)
+    if other := [name for name in names if name not in possible]:
+        raise click.UsageError(f"--only {other[0]}: it takes {', '.join(possible)}")
     if (tables is not None and not tune) or (results is not None and tune):
         raise click.UsageError("--tables goes with --tune, --results with measuring")
 
@@ -69,9 +67,8 @@ def kernels(
         from dsv2quant.kernels.tables import FOLDER
 
         path = write_table(names, tables or FOLDER, say)
-        terminal.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
-            f"wrote {path}"
-        )
+        said = {"schema": "dsv2quant.bench-tune/1", "table": str(path)}
+        terminal.show(said, dict, lambda _: f"wrote {path}", as_json)
         return
 
     from dsv2quant.bench import kernels as measure
@@ -87,7 +84,7 @@ def kernels(
 
 
 @command.command(cls=shared.Command)
-@click.argument("model", type=shared.Path(), default="v2-lite")
+@click.argument("model", type=shared.PATH, default="v2-lite")
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
@@ -100,12 +97,10 @@ def model(
     batch: str,
     context: int,
     results: Path | None,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **hub: Any,
 ) -> None:
     """Time prefill and decoding of MODEL, and set decoding against the bytes that it must read.
 
@@ -127,25 +122,14 @@ def model(
         raise click.UsageError(f"--batch {batch}: it takes numbers from 1, as 1,8,64")
     if scheme and model not in RANDOM:
         raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
-    if model in RANDOM and (useless := shared.given("revision", "cache_dir", "offline")):
+    if model in RANDOM and (useless := shared.given(*hub)):
         raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
 
     from dsv2quant.bench import model as measure
     from dsv2quant.bench.device import check_device
 
     check_device()
-    if model in RANDOM:
-        subject = measure.random(model, scheme or SCHEMES[0])
-    else:
-        subject = measure.stored(model, revision=revision, cache_dir=cache_dir, offline=offline)
+    subject = measure.random(model, scheme or SCHEMES[0]) if model in RANDOM else measure.stored(model, **hub)
     found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})
-
-
-def _names(only: str | None, possible: tuple[str, ...]) -> list[str]:
-    names = only.split(",") if only else list(possible)
-    for name in names:
-        if name not in possible:
-            raise click.UsageError(f"--only {name}: it takes {', '.join(possible)}")
-    return names

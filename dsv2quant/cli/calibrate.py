@@ -9,30 +9,19 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.planning.options import PROTOCOLS
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=shared.Path(),
-    metavar="STATS",
-    required=True,
-    help="The statistics file, *.safetensors.",
-)
+@click.argument("model", type=shared.PATH)
+@click.option("-o", "--output", "out", type=shared.PATH, metavar="STATS", required=True,
+              help="The statistics file, *.safetensors.")  # fmt: skip
 @shared.calibration_options("text")
-@click.option(
-    "--protocol",
-    type=click.Choice(["default", "llama.cpp"]),
-    default="default",
-    show_default=True,
-    help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix does.",
-)
-@click.option(
-    "--imatrix", type=shared.Path(), metavar="OUT", help="Also write an importance matrix for llama-quantize, *.gguf."
-)
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="default", show_default=True,
+              help="default shuffles texts; llama.cpp cuts windows from a text file in order, as llama-imatrix "
+              "does.")  # fmt: skip
+@click.option("--imatrix", type=shared.PATH, metavar="OUT",
+              help="Also write an importance matrix for llama-quantize, *.gguf.")  # fmt: skip
 @shared.device_option
 @click.option("--force", is_flag=True, help="Replace STATS and OUT, or start over.")
 @shared.hub_options
@@ -54,7 +43,5 @@ def command(model: str, out: str, as_json: bool, verbose: int, quiet: bool, **op
     made = dq.calibrate(model, out, progress=terminal.progress(quiet), **shared.asked(options))
     from dsv2quant.report.calibration import calibrated_json, calibrated_text
 
-    if as_json:
-        terminal.print_json(calibrated_json(made))
-    elif not quiet:
-        print(calibrated_text(made))
+    if as_json or not quiet:
+        terminal.show(made, calibrated_json, calibrated_text, as_json)

@@ -14,9 +14,9 @@ from dsv2quant.cli.plan import show
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.stack(
-    click.option("-o", "--output", "out", type=shared.Path(), metavar="OUT",
+    click.option("-o", "--output", "out", type=shared.PATH, metavar="OUT",
                  help="The artifact's folder, or its GGUF file."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--force", is_flag=True, help="Start over: what a conversion wrote there is removed."),
@@ -25,7 +25,7 @@ from dsv2quant.cli.plan import show
 @shared.plan_options
 @shared.calibration_options("calibration")
 @shared.stack(
-    click.option("--statistics", type=shared.Path(), metavar="STATS",
+    click.option("--statistics", type=shared.PATH, metavar="STATS",
                  help="What `calibrate` measured, instead of measuring again."),
     section="Calibration",
 )  # fmt: skip
@@ -59,7 +59,5 @@ def command(
         show(model, asked, as_json, every_tensor=verbose > 0)
         return
     made = dq.convert(model, out, device=device, force=force, progress=terminal.progress(quiet), **asked)
-    if as_json:
-        terminal.print_json(conversion_json(made))
-    elif not quiet:
-        print(conversion_text(made))
+    if as_json or not quiet:
+        terminal.show(made, conversion_json, conversion_text, as_json)

@@ -9,23 +9,24 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.planning.options import DATASETS, PROTOCOLS
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @click.option(
     "--reference",
-    type=shared.Path(),
+    type=shared.PATH,
     metavar="MODEL",
     help="What to compare with, normally the BF16 model it was made from.",
 )
 @shared.stack(
-    click.option("--text", type=shared.Path(), metavar="FILE", help="A UTF-8 text to score."),
-    click.option("--dataset", type=click.Choice(["wikitext2"]), help="A dataset from the hub to score instead."),
+    click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score."),
+    click.option("--dataset", type=click.Choice(DATASETS), help="A dataset from the hub to score instead."),
     click.option("--ctx", type=click.IntRange(min=8),
                  help="Window length. Default: 2048, or the trained context if that is shorter."),
     click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows."),
-    click.option("--protocol", type=click.Choice(["default", "llama.cpp"]), default="default", show_default=True,
+    click.option("--protocol", type=click.Choice(PROTOCOLS), default="default", show_default=True,
                  help="default scores every text token; llama.cpp the second half of each window."),
     section="Text",
 )  # fmt: skip
@@ -35,7 +36,6 @@ from dsv2quant.cli import terminal
     section="Computing",
 )
 @shared.compute_options
-@shared.backend_option
 @shared.stack(
     click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme."),
     click.option("--decode-path", is_flag=True,
@@ -66,8 +66,5 @@ def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any
     found = dq.evaluate(model, progress=terminal.progress(quiet), **shared.asked(options))
     from dsv2quant.evaluation.results import evaluation_json, evaluation_text
 
-    if as_json:
-        terminal.print_json(evaluation_json(found))
-    else:
-        print(evaluation_text(found))
+    terminal.show(found, evaluation_json, evaluation_text, as_json)
     found.check_gates()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; @FILE reads a file, - stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt as a question, in the model's chat template.")
 @click.option("--special", is_flag=True, help="Take special tokens spelled out in the prompt as such (<｜fim▁hole｜>).")
@@ -25,13 +27,10 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest that sum to this.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @shared.compute_options
-@shared.backend_option
 @shared.kv_cache_option
 @shared.hub_options
 @shared.output_options
-def command(
-    model: str, prompt: str, chat: bool, as_json: bool, verbose: int, quiet: bool, **options: Any
-) -> None:  # fmt: skip
+def command(model: str, prompt: str, chat: bool, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Continue a text with MODEL: a checkpoint, an artifact or a GGUF file.
 
     The text is printed as it comes, and nothing else is on stdout. It ends with the model's end-of-sequence token,
@@ -45,10 +44,9 @@ def command(
     """
     terminal.set_verbosity(verbose, quiet)
     text = _text(prompt)
-    found = dq.generate(
-        model, [{"role": "user", "content": text}] if chat else text, emit=_ignore if as_json else _show,
-        progress=terminal.progress(quiet), **shared.asked(options),
-    )  # fmt: skip
+    asked = [{"role": "user", "content": text}] if chat else text
+    emit: Callable[[str], object] = (lambda piece: None) if as_json else partial(print, end="", flush=True)
+    found = dq.generate(model, asked, emit=emit, progress=terminal.progress(quiet), **shared.asked(options))
     if as_json:
         from dsv2quant.model.completion import completion_json
 
@@ -59,14 +57,6 @@ def command(
         print(_speed(found), file=sys.stderr)
         if found.finish_reason == "context":
             print(f"warning: the model's context of {found.context} tokens is full", file=sys.stderr)
-
-
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _ignore(text: str) -> None:
-    pass
 
 
 def _text(prompt: str) -> str:

@@ -12,7 +12,7 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.hub_options
 @shared.output_options
 def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
@@ -24,11 +24,7 @@ def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any
     Example:
       dsv2quant inspect DeepSeek-V2-Lite-FP8-BLOCK --json
     """
-    from dsv2quant.report.plans import inspection_json, inspection_text
+    from dsv2quant.report.inspection import inspection_json, inspection_text
 
     terminal.set_verbosity(verbose, quiet)
-    found = dq.inspect(model, **shared.asked(options))
-    if as_json:
-        terminal.print_json(inspection_json(found))
-    else:
-        print(inspection_text(found))
+    terminal.show(dq.inspect(model, **shared.asked(options)), inspection_json, inspection_text, as_json)

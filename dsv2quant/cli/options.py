@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FP8_GRIDS = tuple(name.removeprefix("fp8-") for name in known.SCHEMES if name.startswith("fp8-"))
 INT4_KINDS = tuple(name.removeprefix("int4-") for name in known.SCHEMES if name.startswith("int4-"))
 KINDS = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}
+PATH = click.Path(readable=False)  # as text: whether it exists is for those to say who read it
 
 
 class Command(click.Command):
@@ -34,8 +35,7 @@ class Command(click.Command):
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         try:
             if not ctx.resilient_parsing:
-                self._check_values(options, args)
-                self._check_once(self.make_parser(ctx).parse_args(list(args))[2])
+                self._check(ctx, options, args)
             return super().parse_args(ctx, list(args))
         except click.UsageError:
             # A kind that is none was taken for MODEL, and MODEL for one argument too many.
@@ -50,20 +50,15 @@ class Command(click.Command):
                     raise click.UsageError(what, ctx) from None
             raise
 
-    @staticmethod
-    def _check_values(options: list[click.Option], args: list[str]) -> None:
-        names = {name for option in options for name in option.opts}
-        takes_value = {name for option in options if not (option.is_flag or option.count) for name in option.opts}
+    def _check(self, ctx: click.Context, options: list[click.Option], args: list[str]) -> None:
+        valued = [option for option in options if not (option.is_flag or option.count)]
+        names, takes_value = ({name for option in some for name in option.opts} for some in (options, valued))
         for name, value in pairwise(args[: args.index("--")] if "--" in args else args):
-            if name in takes_value and (option := value.partition("=")[0]) in names:
-                raise click.UsageError(f"{name} needs a value: {option} is an option")
-
-    @staticmethod
-    def _check_once(given: list[click.Parameter]) -> None:
-        """`given` are the parameters in the order of the command line. Flags may be repeated."""
+            if name in takes_value and (found := value.partition("=")[0]) in names:
+                raise click.UsageError(f"{name} needs a value: {found} is an option")
+        given = self.make_parser(ctx).parse_args(list(args))[2]  # parameters in the order of the command line
         for param in given:
-            is_single = isinstance(param, click.Option) and not (param.multiple or param.is_flag or param.count)
-            if is_single and given.count(param) > 1:
+            if param in valued and not param.multiple and given.count(param) > 1:
                 raise click.UsageError(f"{' / '.join(param.opts)} is given twice")
 
     @staticmethod
@@ -85,18 +80,6 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-class Path(click.ParamType):
-    """A path, as text. The shell completes it; whether it exists is for those to say who read it."""
-
-    name = "path"
-
-    def __init__(self, *, folder: bool = False) -> None:
-        self.folder = folder
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir" if self.folder else "file")]
-
-
 class Kind(click.Choice):
     """A choice that MODEL may follow instead: a shell completes names of files where no choice begins so."""
 
@@ -105,25 +88,9 @@ class Kind(click.Choice):
         return [CompletionItem(incomplete, type="file"), *super().shell_complete(ctx, param, incomplete)]
 
 
-class Names(click.ParamType):
-    """Text of which a shell completes what `names` lists."""
-
-    name = "text"
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in self.names if name.startswith(incomplete.upper())]
-
-
-class Device(click.ParamType):
-    """The name of a device, as text."""
-
-    name = "device"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in ("cpu", "cuda") if name.startswith(incomplete)]
+def _names(*names: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What a shell completes of a text: these, in either case."""
+    return lambda context, param, text: [name for name in names if name.lower().startswith(text.lower())]
 
 
 def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F], F]:
@@ -142,14 +109,15 @@ def stack(*options: Callable[[F], F], section: str | None = None) -> Callable[[F
 
 hub_options = stack(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id; owner/name@REV says it too."),
-    click.option("--cache-dir", type=Path(folder=True), metavar="DIR", help="Where hub downloads are kept."),
+    click.option("--cache-dir", type=PATH, metavar="DIR", help="Where hub downloads are kept.",
+                 shell_complete=lambda context, param, text: [CompletionItem(text, type="dir")]),
     click.option("--offline", is_flag=True, help="Use only what the hub cache already holds."),
     section="Hub",
-)
+)  # fmt: skip
 
 device_option = stack(
-    click.option("--device", type=Device(), default="cpu", show_default=True, metavar="cpu|cuda|cuda:N",
-                 help="Where to compute."),
+    click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where to compute.",
+                 shell_complete=_names("cpu", "cuda")),
     section="Computing",
 )  # fmt: skip
 
@@ -157,10 +125,6 @@ compute_options = stack(
     device_option,
     click.option("--dtype", type=click.Choice(known.DTYPES), default="auto", show_default=True,
                  help="Compute dtype; auto is float32 on CPU and bfloat16 on CUDA."),
-    section="Computing",
-)  # fmt: skip
-
-backend_option = stack(
     click.option("--backend", type=click.Choice(known.BACKENDS), default="auto", show_default=True,
                  help="kernels: quantized weights as they are, on a Hopper GPU in bfloat16; torch: decoded ones, the "
                  "reference. auto takes kernels where they can be had."),
@@ -194,7 +158,7 @@ _scheme_options = stack(
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
-    click.option("--recipe", type=Path(), metavar="FILE", help="A YAML recipe of your own instead."),
+    click.option("--recipe", type=PATH, metavar="FILE", help="A YAML recipe of your own instead."),
     section="FP8, INT8 and INT4",
 )  # fmt: skip
 _consumer_options = stack(
@@ -208,10 +172,10 @@ _consumer_options = stack(
     section="Consumers of FP8, INT8 and INT4",
 )  # fmt: skip
 _gguf_options = stack(
-    click.option("--gguf", type=Names(NAMES), metavar="TYPE",
+    click.option("--gguf", shell_complete=_names(*NAMES), metavar="TYPE",
                  help="Write a GGUF file for llama.cpp: a file type of llama-quantize's or a preset (DSV2_…), which "
                  f"spends its bytes better. {', '.join(NAMES)}."),
-    click.option("--imatrix", type=Path(), metavar="FILE",
+    click.option("--imatrix", type=PATH, metavar="FILE",
                  help="An importance matrix, of `calibrate --imatrix` or llama-imatrix."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
     click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
@@ -228,7 +192,7 @@ plan_options = stack(_scheme_options, _consumer_options, _gguf_options)
 def calibration_options(text: str) -> Callable[[F], F]:
     """Those of text to calibrate on; `text` is what the API calls the file."""
     return stack(
-        click.option("--calibration", text, type=Path(), metavar="FILE",
+        click.option("--calibration", text, type=PATH, metavar="FILE",
                      help="Text, or .jsonl or .json with texts or chats. Default: Python's library."),
         click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512,
                      show_default=True, help="Windows of calibration text."),
@@ -236,7 +200,7 @@ def calibration_options(text: str) -> Callable[[F], F]:
                      help="Tokens of a window. Default: 2048, or the context the model was trained for."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                      help="Order of calibration texts."),
-        click.option("--figure", type=Path(), metavar="FILE",
+        click.option("--figure", type=PATH, metavar="FILE",
                      help="Draw tokens per expert: .png, .svg or .pdf (viz extra)."),
         section="Calibration",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("model", type=shared.Path())
+@click.argument("model", type=shared.PATH)
 @shared.plan_options
 @shared.hub_options
 @shared.output_options
@@ -32,18 +33,6 @@ def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any
 
 def show(model: str, asked: dict[str, Any], as_json: bool, *, every_tensor: bool) -> None:
     """Print a plan."""
-    from dsv2quant.planning.plan import Plan
+    from dsv2quant.report.plans import plan_json, plan_text
 
-    made = dq.plan(model, **asked)
-    if isinstance(made, Plan):
-        from dsv2quant.report import plans
-
-        text, found = plans.plan_text(made, every_tensor=every_tensor), plans.plan_json(made)
-    else:
-        from dsv2quant.report import gguf  # imports numba
-
-        text, found = gguf.plan_text(made, every_tensor=every_tensor), gguf.plan_json(made)
-    if as_json:
-        terminal.print_json(found)
-    else:
-        print(text)
+    terminal.show(dq.plan(model, **asked), plan_json, partial(plan_text, every_tensor=every_tensor), as_json)

@@ -18,13 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from dsv2quant.errors import printable
 from dsv2quant.progress import Progress
 
+T = TypeVar("T")
 REDRAW = 1.0  # seconds between two states of a bar
 LINE_EVERY = 10.0  # seconds between two lines, where stderr is no terminal
 _COUNTED = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} gone, {remaining} left"
@@ -37,6 +38,14 @@ def set_verbosity(verbose: int, quiet: bool) -> None:
         raise click.UsageError("--verbose and --quiet exclude each other")
     levels = [logging.WARNING, logging.INFO, logging.DEBUG]
     logging.getLogger("dsv2quant").setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])
+
+
+def show(found: T, to_json: Callable[[T], Mapping[str, Any]], to_text: Callable[[T], str], as_json: bool) -> None:
+    """Print what a verb found."""
+    if as_json:
+        print_json(to_json(found))
+    else:
+        print(to_text(found))
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -65,10 +74,11 @@ class Lines(logging.Formatter):
 
 
 class AboveBars(logging.StreamHandler):
-    """Writes log lines to stderr, above the progress bar that may be open."""
+    """Writes log lines to stderr, above the progress bar that may be open: it is drawn again afterwards."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with set_aside():
+        tqdm = sys.modules.get("tqdm")  # without it no bar is open
+        with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
             super().emit(record)
 
 
@@ -87,14 +97,6 @@ def logging_shown() -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-
-
-@contextmanager
-def set_aside() -> Iterator[None]:
-    """Free the terminal's line of the bar that is open, and draw it again afterwards."""
-    tqdm = sys.modules.get("tqdm")  # without it no bar is open
-    with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
-        yield
 
 
 @contextmanager

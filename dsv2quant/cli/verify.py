@@ -12,10 +12,10 @@ from dsv2quant.cli import terminal
 
 
 @click.command(cls=shared.Command)
-@click.argument("artifact", type=shared.Path())
+@click.argument("artifact", type=shared.PATH)
 @click.option(
     "--source",
-    type=shared.Path(),
+    type=shared.PATH,
     metavar="MODEL",
     help="The checkpoint it was made from: measures each role's error too.",
 )
@@ -37,7 +37,4 @@ def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: 
     found = dq.verify(artifact, progress=terminal.progress(quiet), **shared.asked(options))
     from dsv2quant.evaluation.results import verification_json, verification_text
 
-    if as_json:
-        terminal.print_json(verification_json(found))
-    else:
-        print(verification_text(found))
+    terminal.show(found, verification_json, verification_text, as_json)

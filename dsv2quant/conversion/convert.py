@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,33 +14,17 @@ from typing import TYPE_CHECKING
 from dsv2quant.conversion.sink import Sink
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.report.calibration import Conversion
 from dsv2quant.storage import engine
 from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumable, tell_kept
 from dsv2quant.storage.manifest import sealed
 
 if TYPE_CHECKING:
-    from dsv2quant.calib.calibration import Calibration, Outcome
+    from dsv2quant.calib.calibration import Calibration
     from dsv2quant.calib.statistics import Statistics
     from dsv2quant.planning.gguf_plan import GgufPlan
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a conversion did. `files` is the manifest's list; `resumed` counts what was kept of an earlier run, shards
-    or the tensors of GGUF files; `already_complete` says whether this very artifact was there before. `outcomes` say
-    what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
-
-    out: Path
-    files: dict[str, FileEntry]
-    bytes_in: int
-    bytes_out: int
-    resumed: int
-    already_complete: bool
-    outcomes: list[Outcome]
-    expert_tokens: dict[int, list[int]]
-    seconds: float
 
 
 def convert(
@@ -56,7 +39,7 @@ def convert(
     force: bool = False,
     inputs: Iterable[Path] = (),
     progress: Progress = no_progress,
-) -> Result:
+) -> Conversion:
     """Write the plan's artifact: into folder `out`, or of a GGUF plan the file `out`, or with `split_max_size` bytes
     those that it is split into.
 
@@ -94,9 +77,9 @@ def convert(
             files = _write_small_files(sink, plan, command)
             sink.finish()
     bytes_out = sum(written.file.nbytes for written in sink.written)
-    return Result(
-        sink.out, files, plan.bytes_in, bytes_out, resumed, sink.complete is not None, sink.outcomes,
-        sink.expert_tokens, time.perf_counter() - started,
+    return Conversion(
+        plan, sink.out, files, bytes_out, resumed, sink.complete is not None, sink.outcomes, sink.expert_tokens,
+        time.perf_counter() - started,
     )  # fmt: skip
 
 

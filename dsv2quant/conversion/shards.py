@@ -30,7 +30,7 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress
 from dsv2quant.report.calibration import calibration_json, expert_tokens
-from dsv2quant.report.card import model_card, source_card
+from dsv2quant.report.plans import model_card, source_card
 from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_FOLDER, dump_json, refuse_inputs
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
@@ -87,7 +87,7 @@ class Folder(Sink):
     def about(self) -> dict[str, Any]:
         plan, prepared = self.plan, self._prepared
         content: dict[str, Any] = {
-            "targets": {"consumers": list(plan.targets), "tp": plan.tp}
+            "targets": {"consumers": list(plan.targets), "tp": plan.parallel.tp}
             | ({"ep": plan.parallel.ep} if plan.parallel.ep > 1 else {}),
             "versions": {"dsv2quant": __version__, "python": platform.python_version()}
             | {name: version(name) for name in ("numpy", "numba", "torch")},
@@ -201,7 +201,7 @@ class Folder(Sink):
         sizes = [entry.weight.stored.nbytes for entry in entries]
         buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
         weights = [
-            prepared.weight(entry, checkpoint.encodable(entry.weight, buffer))
+            prepared.smoothing.apply(entry.spec, checkpoint.encodable(entry.weight, buffer))
             for entry, buffer in zip(entries, buffers, strict=True)
         ]
         inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]

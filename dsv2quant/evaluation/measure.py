@@ -6,7 +6,6 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likel
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, NoiseFloor, Scored
 from dsv2quant.model.attention import KV_NAMES
 from dsv2quant.model.completion import open_model
-from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
+from dsv2quant.model.load import LoadOptions, choose_backend
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE
 from dsv2quant.storage.safetensors import read_json
@@ -35,39 +34,20 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """How to evaluate. `ctx`, `batch` and `dtype` of None take their defaults from the model and device.
+    """How to evaluate. `ctx` of None is 2048, or the context the model was trained for, and `batch` of None depends on
+    it. `decode_path` scores token by token through absorbed attention, as decoding does; then the model's latent cache
+    stores what `options` say, and the reference's the compute dtype. `max_ppl_increase`, in percent, and `max_kld`, in
+    nats, are gates."""
 
-    `decode_path` scores token by token through absorbed attention, as decoding does. `kv_cache` is what the model's
-    latent cache stores then, by default the compute dtype, which the reference's always stores. `backend` is 'auto',
-    'torch' or 'kernels': see `choose_backend`.
-    """
-
-    ctx: int | None = None
-    limit: int | None = None
-    batch: int | None = None
-    protocol: Protocol = "default"
-    stream: bool = False
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    backend: str = "auto"
-    weight_only: bool = False
-    decode_path: bool = False
-    kv_cache: torch.dtype | None = None
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.dtype or default_dtype(self.device)
-
-    @property
-    def options(self) -> LoadOptions:
-        """How the model is loaded. Raises UsageError for a backend that can't be had."""
-        backend = choose_backend(self.backend, self.device, self.compute_dtype, self.weight_only)
-        return LoadOptions(self.compute_dtype, self.device, self.weight_only, kv_cache=self.kv_cache, backend=backend)
-
-
-def default_ctx(checkpoint: Checkpoint) -> int:
-    """The smaller of 2048 and the context the model was trained for."""
-    return min(2048, checkpoint.config.trained_context)
+    options: LoadOptions
+    ctx: int | None
+    limit: int | None
+    batch: int | None
+    protocol: Protocol
+    stream: bool
+    decode_path: bool
+    max_ppl_increase: float | None
+    max_kld: float | None
 
 
 def evaluate(
@@ -80,8 +60,10 @@ def evaluate(
     _warn(checkpoint, text, settings)
     with progress(0, "", "tokenize"):
         windows = _windows(checkpoint, text, settings)
-    if reference is not None:
-        _check_same_tokens(checkpoint, reference)
+    if reference is not None and (theirs := reference.config.vocab_size) != checkpoint.config.vocab_size:
+        what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {checkpoint.config.vocab_size}"
+        raise InputError(what, where=reference.model, fix="give the model it was made from")
+    options, device = settings.options, settings.options.device
     ids, first = windows.ids, windows.first
     batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
     passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
@@ -101,15 +83,16 @@ def evaluate(
         protocol=settings.protocol,
         text=text.source,
         text_sha256=text.sha256,
-        dtype=str(settings.compute_dtype).removeprefix("torch."),
-        weight_only=settings.weight_only or checkpoint.is_weight_only,
+        dtype=str(options.dtype).removeprefix("torch."),
+        weight_only=options.weight_only or checkpoint.is_weight_only,
         decode_path=settings.decode_path,
-        kv_cache=KV_NAMES[settings.kv_cache or settings.compute_dtype] if settings.decode_path else None,
-        device=_device_name(settings.device),
-        backend=settings.options.backend,
+        kv_cache=KV_NAMES[options.kv_cache or options.dtype] if settings.decode_path else None,
+        device=device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        backend=options.backend,
         stream=settings.stream,
         torch=torch.__version__,
         seconds=time.perf_counter() - started,
+        gates={} if comparison is None else _gates(comparison, settings),
     )
 
 
@@ -123,7 +106,7 @@ def _compare(
     # differently, and what that alone does to the numbers is the floor under every comparison.
     again = batches_of(len(floor_ids), 1 if batch > 1 else len(floor_ids))
     both = [*batches_of(len(ids), batch), *(slice(len(ids) + b.start, len(ids) + b.stop) for b in again)]
-    unquantized = replace(settings, kv_cache=None)
+    unquantized = replace(settings, options=replace(settings.options, kv_cache=None))
     every = np.concatenate([ids, floor_ids])
     referred = _run(reference, every, both, unquantized, progress, f"reference {reference.model}")
     with progress(len(ids) * windows.scored, "tok", "compare") as advance:
@@ -133,19 +116,11 @@ def _compare(
     return compared.nll, Comparison(**distance, reference=_scored(reference, compared.reference_nll), noise_floor=floor)
 
 
-def gates(
-    evaluation: Evaluation, max_ppl_increase: float | None, max_kld: float | None
-) -> dict[Literal["max_ppl_increase", "max_kld"], Gate]:
+def _gates(found: Comparison, settings: Settings) -> dict[str, Gate]:
     """Those that are set: percent that perplexity grew by, and mean KLD in nats."""
-    found: dict[Literal["max_ppl_increase", "max_kld"], Gate] = {}
-    if (c := evaluation.comparison) is None:
-        return found
-    if max_ppl_increase is not None:
-        growth = float(100 * np.expm1(c.ln_ratio.value))
-        found["max_ppl_increase"] = Gate(max_ppl_increase, growth, growth <= max_ppl_increase)
-    if max_kld is not None:
-        found["max_kld"] = Gate(max_kld, c.kld.mean, c.kld.mean <= max_kld)
-    return found
+    growth = float(100 * np.expm1(found.ln_ratio.value))
+    limits = {"max_ppl_increase": (settings.max_ppl_increase, growth), "max_kld": (settings.max_kld, found.kld.mean)}
+    return {name: Gate(most, value, value <= most) for name, (most, value) in limits.items() if most is not None}
 
 
 def _warn(checkpoint: Checkpoint, text: Text, settings: Settings) -> None:
@@ -165,7 +140,7 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     if checkpoint.config.architecture != CAUSAL_LM:
         fix = "perplexity needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
-    ctx = settings.ctx or default_ctx(checkpoint)
+    ctx = settings.ctx or min(2048, checkpoint.config.trained_context)
     if not 8 <= ctx <= checkpoint.config.max_position_embeddings:
         limit = checkpoint.config.max_position_embeddings
         raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
@@ -175,13 +150,6 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source, add_bos=tokenizer.add_bos)
     logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
     return Windows(windows.ids[: settings.limit], windows.first)
-
-
-def _check_same_tokens(checkpoint: Checkpoint, reference: Checkpoint) -> None:
-    ours, theirs = checkpoint.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
-        what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {ours}"
-        raise InputError(what, where=reference.model, fix="give the model it was made from")
 
 
 def _run(
@@ -204,16 +172,14 @@ def _noise_floor(
     """Of the reference against itself: under another batch size, and in the other compute dtype."""
     count = len(ids)
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
-    other = torch.bfloat16 if settings.compute_dtype == torch.float32 else torch.float32
-    in_other = replace(settings, dtype=other, backend="auto")
+    options = settings.options
+    other = torch.bfloat16 if options.dtype == torch.float32 else torch.float32
+    backend = choose_backend("auto", options.device, other, options.weight_only)
+    in_other = replace(settings, options=replace(options, dtype=other, backend=backend))
     rerun = _run(reference, ids, batches_of(count, batch), in_other, progress, "noise floor")
     with progress(2 * count * (ids.shape[1] - 1 - first), "tok", "compare noise") as advance:
         batched, typed = (divergence.compare(run, baseline, ids, first, advance).kld.mean() for run in (again, rerun))
     return NoiseFloor(count, float(batched), str(other).removeprefix("torch."), float(typed))
-
-
-def _device_name(device: str) -> str:
-    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _scored(checkpoint: Checkpoint, nll: np.ndarray) -> Scored:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError
-from dsv2quant.report.tables import table
+from dsv2quant.report.tables import table, values_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Evaluation:
     stream: bool
     torch: str
     seconds: float
-    gates: Mapping[Literal["max_ppl_increase", "max_kld"], Gate] = field(default_factory=dict)
+    gates: Mapping[str, Gate]
 
     @property
     def perplexity(self) -> Estimate:
@@ -148,7 +148,7 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
         "tokens", "windows", "ctx", "protocol", "dtype", "weight_only", "decode_path", "kv_cache", "device", "backend",
         "stream", "seconds",
     )  # fmt: skip
-    return result | {name: getattr(e, name) for name in as_they_are} | {
+    return result | values_of(e, *as_they_are) | {
         "text": {"source": e.text, "sha256": e.text_sha256},
         "versions": {"torch": e.torch},
         "gates": {name: asdict(gate) for name, gate in e.gates.items()},
@@ -265,10 +265,7 @@ def verification_json(v: Verification) -> dict[str, Any]:
         "schema": "dsv2quant.verify/2",
         "model": v.model,
         "checked": v.checked.by,
-        "digest": v.checked.digest,
-        "files": v.checked.files,
-        "edited": v.checked.edited,
-        "added": v.checked.added,
+        **values_of(v.checked, "digest", "files", "edited", "added"),
         "tensors": v.tensors,
     }
     if v.errors is not None:

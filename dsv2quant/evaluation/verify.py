@@ -2,7 +2,7 @@
 being so many rows that what is computed of it stays in a core's cache.
 
 Checking an artifact: its files against the manifest, its tensors against its plan. Of a GGUF file that has no
-manifest the scales of its blocks are looked at. `compare.py` measures its error.
+manifest the scales of its blocks are looked at.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def check(artifact: Checkpoint, progress: Progress, has_source: bool = False) ->
     of ours and, its source not given, nothing could be checked."""
     manifest = artifact.manifest
     if not os.path.lexists(manifest):
-        return Checked(artifact.check_unlisted(progress, has_source), _sizes(artifact))
+        by = artifact.check_unlisted(progress, has_source)
+        return Checked(by, {x: {"size": path.stat().st_size, "sha256": None} for x, (path, _) in artifact.data.items()})
     smoothing = [SMOOTHING_FILE] if artifact.file(SMOOTHING_FILE) else []
     checked = _by_manifest(manifest, [*artifact.listed_files(), *smoothing], progress)
     return replace(checked, added=artifact.check_added([*checked.files]))
@@ -194,10 +195,6 @@ def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable
     if not same and not is_text(name):
         raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
     return None if same else name
-
-
-def _sizes(artifact: Checkpoint) -> dict[str, dict[str, Any]]:
-    return {name: {"size": path.stat().st_size, "sha256": None} for name, (path, _) in artifact.data.items()}
 
 
 def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -210,7 +210,7 @@ def complete(
 
 def completion_json(c: Completion) -> dict[str, Any]:
     """The object of `dsv2quant generate --json`."""
-    sampling, options = c.request.sampling, c.request.options
+    options = c.request.options
     return {
         "schema": "dsv2quant.generate/1",
         "model": c.model,
@@ -218,9 +218,7 @@ def completion_json(c: Completion) -> dict[str, Any]:
         "tokens": c.tokens,
         "text": c.text,
         "finish_reason": c.finish_reason,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
+        **asdict(c.request.sampling),
         "dtype": str(options.dtype).removeprefix("torch."),
         "kv_cache": KV_NAMES[options.kv_cache or options.dtype],
         "device": options.device,

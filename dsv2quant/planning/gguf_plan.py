@@ -122,15 +122,11 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
         choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
     entries = tuple(Entry(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
     for entry in entries:
-        _check_type(entry)
+        if entry.tensor.shape[-1] % blocks.TYPES[entry.type].values:
+            what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
+            raise UsageError(what, fix="give another type")
     notes = [*warnings(checkpoint), *importance_notes(entries, options.file_type, options.imatrix)]
     return GgufPlan(checkpoint, options, entries, tuple(notes))
-
-
-def _check_type(entry: Entry) -> None:
-    if entry.tensor.shape[-1] % blocks.TYPES[entry.type].values:
-        what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
-        raise UsageError(what, fix="give another type")
 
 
 def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int | None = None) -> list[File]:

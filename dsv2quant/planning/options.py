@@ -264,7 +264,7 @@ def check_text(path: StrPath | None) -> None:
     if path is not None and not os.access(path, os.R_OK):
         from dsv2quant.text.calibration import load
 
-        load(os.fspath(path), Path())  # says what is wrong
+        load(path, Path())  # says what is wrong
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -26,6 +26,7 @@ from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, aligned
 
+Choice = tuple[str, str, str | None]  # scheme, method, reason
 SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 
 
@@ -117,10 +118,6 @@ class Plan:
     def schemes(self) -> set[str]:
         return {entry.scheme for entry in self.entries} - {"bf16"}
 
-    @property
-    def tp(self) -> int:
-        return self.parallel.tp
-
     @cached_property
     def digest(self) -> str:
         """sha256 over what determines the output bytes, the weights' values aside."""
@@ -128,7 +125,7 @@ class Plan:
             "dsv2quant": __version__,
             "config": self.config,
             "recipe": self.recipe.text,
-            "targets": [self.targets, self.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
+            "targets": [self.targets, self.parallel.tp, *([self.parallel.ep] if self.parallel.ep > 1 else [])],
             "lines": [[x.spec.name, x.weight.scheme, x.weight.stored.dtype, x.scheme, x.method] for x in self.entries],
             "steps": [[[entry.spec.name for entry in step.entries], step.shard] for step in self.steps],
             "shards": [[s.file, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
@@ -185,8 +182,8 @@ def make_plan(
 
 def choose_schemes(
     specs: Iterable[TensorSpec], recipe: Recipe, chosen: Sequence[str], parallel: Parallel
-) -> dict[TensorSpec, tuple[str, str, str | None]]:
-    """(scheme, method, reason) of every tensor: the recipe's wish, or what the targets leave of it.
+) -> dict[TensorSpec, Choice]:
+    """What every tensor becomes: the recipe's wish, or what the targets leave of it.
 
     Fused modules are decided as one: the first member that a target refuses takes the others along.
     """
@@ -196,7 +193,7 @@ def choose_schemes(
         if (spec.role, spec.layer) not in assigned:
             assigned[spec.role, spec.layer] = recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
-    decided: dict[TensorSpec, tuple[str, str, str | None]] = {}
+    decided: dict[TensorSpec, Choice] = {}
     for members in modules.values():
         wishes = {spec: assigned[spec.role, spec.layer] for spec in members}
         scheme = wishes[members[0]][0]
@@ -222,9 +219,7 @@ def choose_schemes(
     return decided
 
 
-def _mark_folded(
-    checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpec, tuple[str, str, str | None]]
-) -> None:
+def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpec, Choice]) -> None:
     """Give what AWQ scales along with its tensors a method of its own: such tensors are no copies."""
     methods = {method for _, method, _ in schemes.values()}
     if "awq" not in methods:

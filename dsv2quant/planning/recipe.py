@@ -84,13 +84,13 @@ class Recipe:
             before = {taken[spec] for spec in matched if spec in taken}
             roles, named = ", ".join(rule.roles), rule.layers or frozenset()
             if not matched:
-                where = f" in layers {_spelled(named)} (its layers are 0-{layers - 1})" if named else ""
+                where = f" in layers {spelled(named)} (its layers are 0-{layers - 1})" if named else ""
                 found.append(f"rule {i} does nothing, because this model has no {roles}{where}")
             elif all(spec in taken for spec in matched):
-                who = f"rule{'s' * (len(before) > 1)} {_spelled(before)}"
+                who = f"rule{'s' * (len(before) > 1)} {spelled(before)}"
                 found.append(f"rule {i} does nothing, because {who} before it decided all that it matches")
             elif max(named, default=0) >= layers:
-                beyond = _spelled(layer for layer in named if layer >= layers)
+                beyond = spelled(layer for layer in named if layer >= layers)
                 found.append(f"rule {i} names layers {beyond}, and this model's are 0-{layers - 1}")
             taken = dict.fromkeys(matched, i) | taken
         return found
@@ -242,14 +242,14 @@ def _layers(raw: Any, where: str) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def _spelled(layers: Iterable[int]) -> str:
+def spelled(numbers: Iterable[int]) -> str:
     """{0, 2, 3, 4} → '0, 2-4'."""
     spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            spans.append([layer, layer])
+            spans.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
@@ -143,10 +143,10 @@ def _errors(found: Sequence[Outcome]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Conversion:
-    """An artifact that was made of a plan: a folder, or the GGUF file `out`. `files` are the manifest's entries;
-    `bytes_out` is the size of the shards, of GGUF that of the files; `resumed` counts shards, of GGUF tensors, that an
-    earlier run had written. `outcomes` say what calibration did to each matrix, `expert_tokens` how many tokens each
-    expert had, by layer."""
+    """An artifact that was made of a plan: a folder, or the GGUF file `out`. `files` is the manifest's list;
+    `bytes_out` is the size of the shards, of GGUF that of the files; `resumed` counts shards, of GGUF tensors, that
+    were kept of an earlier run; `already_complete` says whether this very artifact was there before. `outcomes` say
+    what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
 
     plan: Plan | GgufPlan
     out: Path
@@ -154,9 +154,9 @@ class Conversion:
     bytes_out: int
     resumed: int
     already_complete: bool
+    outcomes: list[Outcome]
+    expert_tokens: dict[int, list[int]]
     seconds: float
-    outcomes: list[Outcome] = field(default_factory=list)
-    expert_tokens: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,15 +1,17 @@
-"""A plan, and a checkpoint's contents, as text and as JSON; what a plan warns of: a recipe of which the targets leave
-little, and rules that do nothing."""
+"""A plan as text, as JSON and as a model card; what it warns of: a recipe of which targets leave little, and rules that
+do nothing. A card does not depend on when or where the conversion ran, so that the same plan gives the same bytes."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from dsv2quant.arch.config import ModelConfig
+import yaml
+
+from dsv2quant import __version__
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint.checkpoint import Checkpoint
@@ -20,15 +22,28 @@ from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
-from dsv2quant.planning.recipe import Recipe
-from dsv2quant.report.tables import RoleSummary, count, gigabytes, roles_table, summarize
+from dsv2quant.planning.recipe import Recipe, spelled
+from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
+from dsv2quant.storage.files import read_bytes
 
+if TYPE_CHECKING:
+    from dsv2quant.planning.gguf_plan import Entry as GgufEntry
+    from dsv2quant.planning.gguf_plan import GgufPlan  # imports numba
+
+MAX_CARD_BYTES = 16 << 20
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
+# How activations are quantized, by type.
+_SERVED = {
+    "FP8": {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"},
+    "INT8": {"token-int8": "per token"},
+}
 
 
-def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
-    """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks are listed one by one."""
+def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
+    """The plan as `dsv2quant plan` prints it; with `every_tensor`, fallbacks, or tensors of GGUF, one by one."""
+    if not isinstance(plan, Plan):
+        return _gguf_text(plan, every_tensor)
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     parts = [
         *(f"warning: {warning}" for warning in warnings(plan)),
@@ -38,7 +53,10 @@ def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
         f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
     ]
-    fallbacks = _fallbacks(plan)
+    fallbacks: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in plan.entries:
+        if entry.reason:
+            fallbacks[entry.spec.role, entry.scheme, entry.reason].append(entry)
     if fallbacks:
         parts.append("Fallbacks:")
     for (role, scheme, reason), entries in fallbacks.items():
@@ -48,6 +66,33 @@ def plan_text(plan: Plan, *, every_tensor: bool = False) -> str:
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
+
+
+def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
+    groups: dict[tuple[str, str], list[GgufEntry]] = defaultdict(list)
+    for entry in plan.entries:
+        groups[entry.tensor.kind, entry.type].append(entry)
+    layers = {
+        key: spelled(e.tensor.layer for e in group if e.tensor.layer is not None) for key, group in groups.items()
+    }
+    rows = []
+    for (kind, type_), entries in groups.items():
+        nbytes, weights = sum(entry.nbytes for entry in entries), sum(entry.tensor.size for entry in entries)
+        bits = f"{8 * nbytes / weights:.2f}"
+        rows.append([kind, type_, len(entries), layers[kind, type_], gigabytes(nbytes), bits])
+    parts = [
+        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, {plan.options.file_type} for llama.cpp",
+        table(["tensor", "type", "tensors", "layers", "size", "bits/weight"], rows),
+        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+    ]
+    reasons = {key: entries[0].reason for key, entries in groups.items() if entries[0].reason}
+    if reasons:
+        parts.append("Fallbacks:")
+    parts += [f"  {key[0]}, {layers[key]} → {key[1]}: {reason}" for key, reason in reasons.items()]
+    if every_tensor:
+        parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
+    return "\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
 
 
 def notes(plan: Plan) -> list[str]:
@@ -101,23 +146,21 @@ def _finer_groups(plan: Plan) -> list[str]:
     return []
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan | GgufPlan) -> dict[str, Any]:
     """The object of `dsv2quant plan --json`."""
+    if not isinstance(plan, Plan):
+        return _gguf_json(plan)
     roles = summarize((x.spec, x.scheme, x.weight.nbytes, x.nbytes) for x in plan.entries)
     return {
         "schema": "dsv2quant.plan/2",
-        "model": plan.checkpoint.model,
-        "revision": plan.checkpoint.revision,
+        **values_of(plan.checkpoint, "model", "revision"),
         "recipe": plan.recipe.name,
         "targets": list(plan.targets),
-        "tp": plan.tp,
-        "ep": plan.parallel.ep,
-        "parameters": plan.parameters,
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
+        **values_of(plan.parallel, "tp", "ep"),
+        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
         "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
         "digest": plan.digest,
-        "roles": [_role_json(r) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
+        "roles": [values_of(r, *SAID) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
             for x in plan.entries
@@ -130,100 +173,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint or artifact holds. `files` are sizes in bytes, None where only headers were read;
-    `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `gguf` is a GGUF file's
-    "file_type" and "tensor_types", counts by block type."""
-
-    model: str
-    revision: str | None
-    architecture: str
-    parameters: int
-    nbytes: int
-    files: dict[str, int | None]
-    roles: list[RoleSummary]
-    configuration: dict[str, Any]
-    kv_scales: int
-    quantization_config: Mapping[str, Any] | None
-    gguf: dict[str, Any] | None
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.parameters
-
-
-def inspection(checkpoint: Checkpoint) -> Inspection:
-    """What an opened checkpoint holds."""
-    roles = summarize((w.spec, w.stored_scheme, w.nbytes, w.nbytes) for w in checkpoint.weights)
-    paths = {file: checkpoint.data[file][0] if file in checkpoint.data else None for file in checkpoint.files}
-    return Inspection(
-        model=checkpoint.model,
-        revision=checkpoint.revision,
-        architecture=checkpoint.config.architecture,
-        parameters=sum(r.weights for r in roles),
-        nbytes=sum(r.bytes_after for r in roles),
-        files={file: None if path is None else os.stat(path).st_size for file, path in paths.items()},
-        roles=roles,
-        configuration=_describe(checkpoint.config),
-        kv_scales=len(checkpoint.kv_scales),
-        quantization_config=checkpoint.config.quantization,
-        gguf=checkpoint.file_summary(),
-    )
-
-
-def inspection_text(i: Inspection) -> str:
-    """What `dsv2quant inspect` prints."""
-    revision = f" at {i.revision}" if i.revision else ""
-    lines = [
-        f"{i.model}{revision}: {i.architecture}, {count(i.parameters)} parameters, {gigabytes(i.nbytes)} in "
-        f"{len(i.files)} file{'s' * (len(i.files) > 1)}, {i.bits_per_weight:.2f} bits per weight",
-        roles_table(i.roles, before=False),
-        *(f"{key}: {value}" for key, value in i.configuration.items()),
-    ]
-    lines += ["KV-cache scales: one per layer"] * (i.kv_scales > 0)
-    if i.gguf is not None:
-        types = ", ".join(f"{number} {name}" for name, number in i.gguf["tensor_types"].items())
-        lines += [f"file type: {i.gguf['file_type'] or 'not given'}", f"tensors: {types}"]
-        lines += [f"files: {', '.join(i.files)}"] * (len(i.files) > 1)
-    return "\n".join(lines)
-
-
-def inspection_json(i: Inspection) -> dict[str, Any]:
-    """The object of `dsv2quant inspect --json`."""
+def _gguf_json(plan: GgufPlan) -> dict[str, Any]:
     return {
-        "schema": "dsv2quant.inspect/2",
-        "model": i.model,
-        "revision": i.revision,
-        "architecture": i.architecture,
-        "parameters": i.parameters,
-        "bytes": i.nbytes,
-        "bits_per_weight": i.bits_per_weight,
-        "files": {file: {"size": size} for file, size in i.files.items()},
-        "roles": [_role_json(r) | {"bytes": r.bytes_after} for r in i.roles],
-        "configuration": i.configuration,
-        "kv_scales": i.kv_scales,
-        "quantization_config": i.quantization_config,
-        "gguf": i.gguf,
+        "schema": "dsv2quant.plan-gguf/2",
+        **values_of(plan.checkpoint, "model", "revision"),
+        "file_type": plan.options.file_type,
+        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
+        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
+        "entries": [
+            {"tensor": x.name, "shape": list(x.tensor.shape), "type": x.type, "bytes": x.nbytes, "reason": x.reason}
+            for x in plan.entries
+        ],
+        "notes": list(plan.notes),
     }
-
-
-def _role_json(r: RoleSummary) -> dict[str, Any]:
-    return {
-        "role": r.role,
-        "scheme": r.scheme,
-        "tensors": r.count,
-        "weights": r.weights,
-        "bits_per_weight": r.bits,
-    }
-
-
-def _fallbacks(plan: Plan) -> dict[tuple[str, str, str], list[Entry]]:
-    grouped: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
-    for entry in plan.entries:
-        if entry.reason:
-            grouped[entry.spec.role, entry.scheme, entry.reason].append(entry)
-    return grouped
 
 
 def _where(role: str, entries: Sequence[Entry]) -> str:
@@ -239,31 +201,65 @@ def _where(role: str, entries: Sequence[Entry]) -> str:
     return f"{shape} in layers {f'{layers[0]}-{layers[-1]}' if contiguous else ', '.join(map(str, layers))}"
 
 
-def _describe(c: ModelConfig) -> dict[str, Any]:
-    """The configuration in the terms of the paper."""
-    query = f"latent {c.q_lora_rank}" if c.q_lora_rank else "direct"
-    experts = "none"
-    if c.n_routed_experts:
-        groups = f", best {c.topk_group} of {c.n_group} groups" if c.n_group > 1 else ""
-        experts = (
-            f"{c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, {c.n_shared_experts} shared, "
-            f"width {c.moe_intermediate_size}, from layer {c.first_k_dense_replace}"
-        )
-    rope = f"theta {c.rope_theta:g}"
-    if c.yarn:
-        rope += f", YaRN factor {c.yarn.factor:g} over {c.yarn.original_max_position_embeddings}"
-        rope += f", mscale {c.yarn.mscale:g} / {c.yarn.mscale_all_dim:g}"
-    return {
-        "layers": c.num_hidden_layers,
-        "hidden": c.hidden_size,
-        "vocabulary": c.vocab_size,
-        "attention": f"{c.num_attention_heads} heads, query {query}, KV latent {c.kv_lora_rank} + "
-        f"{c.qk_rope_head_dim} RoPE, head {c.qk_nope_head_dim} + {c.qk_rope_head_dim} / {c.v_head_dim}",
-        "dense FFN": c.intermediate_size,
-        "experts": experts,
-        "rope": rope,
-        "context": c.max_position_embeddings,
-    }
+def source_card(checkpoint: Checkpoint) -> bytes | None:
+    """The source's own model card, if it has one. Raises InputError by the rules of `read_bytes`."""
+    card = checkpoint.file("README.md")
+    return None if card is None else read_bytes(card, MAX_CARD_BYTES)
+
+
+def model_card(plan: Plan, command: str) -> str:
+    """README.md of the artifact: front matter for the hub, then base model, recipe, command and sizes."""
+    base = plan.checkpoint.model
+    front: dict[str, Any] = _licence(source_card(plan.checkpoint))
+    front |= {"base_model": base, "base_model_relation": "quantized", "quantized_by": "dsv2quant"}
+    front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
+    summary = summarize((line.spec, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.entries)
+    sizes = roles_table(summary, before=True, markdown=True)
+    activations = {a for a in (CODECS[scheme].activation for scheme in plan.schemes) if a}
+    quantized = [
+        f"to {kind} {' and '.join(how)}"
+        for kind, ways in _SERVED.items()
+        if (how := [words for activation, words in sorted(ways.items()) if activation in activations])
+    ]
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {base.rpartition('/')[2]}, {plan.recipe.name}",
+        f"{base}"
+        + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
+        + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}.",
+        f"Activations are quantized {' and '.join(quantized)} when it is served."
+        if quantized
+        else "Activations are not quantized.",
+        *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
+        f"```\n{command}\n```",
+        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",
+        sizes,
+        f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _licence(card: bytes | None) -> dict[str, Any]:
+    """The base model's licence keys from its own card, if it has one that can be read."""
+    # With a byte order mark and line ends of any kind, as the hub takes it.
+    text = (card or b"").decode("utf-8-sig", "replace")
+    parts = re.split("^---[ \t]*\n", text.replace("\r\n", "\n"), maxsplit=2, flags=re.M)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.load(parts[1], yaml.BaseLoader)  # every scalar a text: a language is "no"
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    wanted = ("license", "license_name", "license_link", "language")
+    return {key: front[key] for key in wanted if _is_text(front.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is a text, or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def warnings(plan: Plan) -> list[str]:

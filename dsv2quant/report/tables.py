@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import printable
@@ -42,23 +43,32 @@ def count(number: int) -> str:
     return str(number)
 
 
+def values_of(found: object, *names: str) -> dict[str, Any]:
+    """Attributes by name, as JSON objects show them."""
+    return {name: getattr(found, name) for name in names}
+
+
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in ("-", "+") or cell in ("", "exact")
 
 
+SAID = ("role", "scheme", "tensors", "weights", "bits_per_weight")  # of a RoleSummary by `plan` and `inspect` alike
+
+
 @dataclass(frozen=True)
 class RoleSummary:
-    """All tensors of one role with one scheme; `weights` counts elements, `bits` is stored bits per weight."""
+    """All tensors of one role with one scheme; `weights` counts elements."""
 
     role: str
     scheme: str
-    count: int
+    tensors: int
     weights: int
     bytes_before: int
     bytes_after: int
 
     @property
-    def bits(self) -> float:
+    def bits_per_weight(self) -> float:
+        """As it is stored."""
         return 8 * self.bytes_after / self.weights
 
 
@@ -79,5 +89,5 @@ def roles_table(roles: Sequence[RoleSummary], *, before: bool, markdown: bool = 
     rows = []
     for r in roles:
         nbytes = [r.bytes_before, r.bytes_after] if before else [r.bytes_after]
-        rows.append([r.role, r.scheme, r.count, *map(gigabytes, nbytes), f"{r.bits:.2f}"])
+        rows.append([r.role, r.scheme, r.tensors, *map(gigabytes, nbytes), f"{r.bits_per_weight:.2f}"])
     return table(["role", "scheme", "tensors", *sizes, "bits/weight"], rows, markdown=markdown)

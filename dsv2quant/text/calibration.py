@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import logging
+import os
 import platform
 import re
 import sysconfig
@@ -22,7 +23,7 @@ import numpy as np
 
 from dsv2quant.errors import InputError
 from dsv2quant.text.chat import Chat, Templates
-from dsv2quant.text.text import DATASETS, SUFFIXES, from_file, records
+from dsv2quant.text.text import DATASETS, SUFFIXES, StrPath, from_file, records
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class CalibrationText:
         return hashlib.sha256(json.dumps([[d.text, d.is_chat] for d in self.documents]).encode()).hexdigest()
 
 
-def load(spec: str | None, folder: Path) -> CalibrationText:
+def load(spec: StrPath | None, folder: Path) -> CalibrationText:
     """The text that `spec` names: a UTF-8 text file, a file of records (.jsonl, .json), or None for the default text.
 
     Records hold texts or chats, which the chat template of the checkpoint in `folder` renders. Raises InputError
@@ -76,6 +77,7 @@ def load(spec: str | None, folder: Path) -> CalibrationText:
     """
     if spec is None:
         return standard_library()
+    spec = os.fspath(spec)
     if spec in DATASETS:
         what = "an evaluation text, on which a model calibrated on it would look better than it is"
         raise InputError(what, where=spec, fix="give another text")
@@ -123,7 +125,7 @@ def _docstrings(source: str) -> str:
 
 def _of_records(path: str, folder: Path) -> list[Document]:
     """The documents of a file of records, in its order. Chats are rendered together: a template runs elsewhere."""
-    found = [record for _, record in records(path, from_file(path).content)]
+    found = list(records(path, from_file(path).content))
     chats = [record for record in found if isinstance(record, Chat)]
     texts = Templates.of_folder(folder).render(chats) if chats else []
     partly = sum(not _is_whole(chat, text) for chat, text in zip(chats, texts, strict=True))

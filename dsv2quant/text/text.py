@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dsv2quant.storage.files import check_pointer
 from dsv2quant.text.chat import Chat
 
 DATASETS = ("wikitext2",)
+StrPath = str | os.PathLike[str]
 _UTF8 = "give a UTF-8 text file: iconv -f UTF-16 -t UTF-8 makes one of Windows' Unicode"
 SUFFIXES = (".jsonl", ".json")
 _FORMS = "a record has one of 'text' (a string), 'messages' or 'conversations' (lists), or 'prompt' and 'completion'"
@@ -38,14 +40,7 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def find(path: str | None, dataset: str | None, cache_dir: str | None = None, offline: bool = False) -> Text:
-    """A file's text, a dataset's, or without either the help topics. Raises InputError as these do."""
-    if path is not None:
-        return from_file(path)
-    return python_topics() if dataset is None else from_dataset(dataset, cache_dir, offline)
-
-
-def from_file(path: str) -> Text:
+def from_file(path: StrPath) -> Text:
     """A UTF-8 text file. Raises InputError for one that can't be read or is none: NUL is in UTF-16 and binary files."""
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -66,7 +61,7 @@ def python_topics() -> Text:
     return Text("pydoc_data.topics", "\n\n".join(topics[key] for key in sorted(topics)))
 
 
-def from_dataset(name: str, cache_dir: str | None = None, offline: bool = False) -> Text:
+def from_dataset(name: str, cache_dir: StrPath | None = None, offline: bool = False) -> Text:
     """A dataset from the hub. wikitext2 is the raw test split, its lines joined as every published figure has them."""
     try:
         import pyarrow.parquet as parquet
@@ -89,21 +84,20 @@ def from_dataset(name: str, cache_dir: str | None = None, offline: bool = False)
     return Text(name, "\n\n".join(lines))
 
 
-def records(path: str, content: str) -> Iterator[tuple[str, str | Chat]]:
-    """(where, text or chat) of each record: a line of its own, or a member of one JSON list; blank lines are none.
+def records(path: str, content: str) -> Iterator[str | Chat]:
+    """The text or chat of each record: a line of its own, or a member of one JSON list; blank lines are none.
 
     Raises InputError naming the file and the line or record, and the message, that is wrong.
     """
     if path.lower().endswith(".json") and content.lstrip()[:1] == "[":
         for number, record in enumerate(_parsed(content, path), 1):
-            where = f"{path}, record {number}"
-            yield where, _record(record, where)
+            yield _record(record, f"{path}, record {number}")
         return
     # Not splitlines(): it breaks at U+2028 too, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _record(_parsed(line, where), where)
+            yield _record(_parsed(line, where), where)
 
 
 def _parsed(text: str, where: str) -> Any:
