@@ -18,7 +18,7 @@ import triton
 from dsv2quant.bench.device import Limits, Measured, Row, Section, copies, frobenius, microseconds
 from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
-from dsv2quant.kernels import reference, tables
+from dsv2quant.kernels import launch, reference
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
@@ -133,7 +133,7 @@ def label(share: Share) -> str:
 
 def table_row(share: Share) -> list[str | int]:
     """As tables have it."""
-    return tables.row(KINDS, share)
+    return launch.table_row(KINDS, share)
 
 
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:

@@ -33,7 +33,7 @@ from dsv2quant.errors import UsageError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.source import CheckpointSource, Source
+from dsv2quant.model.quantized import CheckpointSource, Source
 from dsv2quant.planning import recipe
 from dsv2quant.planning.recipe import Recipe
 
@@ -75,7 +75,7 @@ def _label(specs: list[TensorSpec]) -> str:
 
 
 class RandomWeights:
-    """The weights of a configuration under a recipe, by the interface of model/source.py."""
+    """The weights of a configuration under a recipe, by the interface of model/quantized.py."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe | None, device: str = "cuda", seed: int = 0) -> None:
         self.name, self.config = "random weights", config

@@ -23,14 +23,14 @@ from dsv2quant.bench.device import (
     random_tokens,
 )
 from dsv2quant.bench.model import MODELS, configuration, matrices
-from dsv2quant.kernels import gguf_gemm, int4_gemm, int4_layout, tables
+from dsv2quant.kernels import gguf_gemm, int4_gemm, int4_layout, launch
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
 from dsv2quant.kernels.int4_held import Held
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.launch import MULTIPROCESSORS
 from dsv2quant.kernels.reference import dequantize_int4
-from dsv2quant.kernels.reference_experts import experts_product as experts_twin
+from dsv2quant.kernels.reference import experts_product as experts_twin
 from dsv2quant.kernels.routing import choose_block, sort_pairs
 
 INT4_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -92,7 +92,7 @@ def measure_int4(limits: Limits) -> Iterator[Measured]:
 
 def int4_row(share: Int4Share) -> list[str | int]:
     """As tables have it."""
-    return ["dequantize"] if share is None else tables.row(int4_gemm.KINDS, share)
+    return ["dequantize"] if share is None else launch.table_row(int4_gemm.KINDS, share)
 
 
 def int4_candidates(tokens: int, rows: int, columns: int) -> list[Int4Share]:

@@ -66,7 +66,7 @@ def kernels(
 
     if tune:
         from dsv2quant.bench.kernels import tune as write_table
-        from dsv2quant.kernels.tables import FOLDER
+        from dsv2quant.kernels.launch import FOLDER
 
         path = write_table(names, tables or FOLDER, say)
         terminal.print_json({"schema": "dsv2quant.bench-tune/1", "table": str(path)}) if as_json else print(
