@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, frobenius, microseconds
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, frobenius, microseconds, random_bf16
 from dsv2quant.bench.fp8 import random_codes
 from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
@@ -130,7 +130,7 @@ def measure_layer(
     form, (E, k) = FORMATS[name], (config.n_routed_experts, config.num_experts_per_tok)
     H, I = config.hidden_size, config.moe_intermediate_size  # noqa: E741
     block = choose_block(tokens, k, E)
-    x = torch.randn(tokens, H, device="cuda").bfloat16()
+    x = random_bf16(tokens, H)
     weights = torch.rand(tokens, k, device="cuda")
     choices = [torch.rand(tokens, E, device="cuda").topk(k).indices for _ in range(CALLS)]
     given = form.given(x)

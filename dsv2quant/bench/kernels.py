@@ -33,7 +33,7 @@ from dsv2quant.bench.device import (
     frobenius,
     limits,
     measured_on,
-    random_tokens,
+    random_bf16,
     recorded,
 )
 from dsv2quant.bench.model import MODELS, configuration, matrices
@@ -126,7 +126,7 @@ OPERATIONS = {
     ),
     "int4": Operation(
         "int4_gemm", lambda: {shape for model in MODELS for shape in weight_only.int4_shapes(model).values()},
-        int4_gemm.rule, weight_only.int4_candidates, weight_only.int4_weights, random_tokens, weight_only.int4_calls,
+        int4_gemm.rule, weight_only.int4_candidates, weight_only.int4_weights, random_bf16, weight_only.int4_calls,
         weight_only.int4_row,
         lambda share, rows, columns: (share, 256, columns if isinstance(share, Held) else 512),
     ),

@@ -294,22 +294,14 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []
-    for codec in codecs:
-        layout = () if codec.refusal(spec.shape) else codec.layout(spec.shape)
-        found = {part.suffix: tensors.get(f"{spec.module}.{part.suffix}") for part in layout}
-        parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
-        others = [
-            part for part in (codec.others(spec.shape) if layout else ()) if f"{spec.module}.{part.suffix}" in tensors
-        ]
+    for codec in (codec for codec in codecs if codec.refusal(spec.shape) is None):
+        layout = codec.layout(spec.shape)
+        known = {f"{spec.module}.{part.suffix}": part for part in (*layout, *codec.others(spec.shape))}
+        parts = {part.suffix: tensors[name] for name, part in known.items() if name in tensors}
         if held not in parts.values() or not _fits(layout[0], held):
             continue
-        missing = [suffix for suffix in found if suffix not in parts]
-        parts |= {part.suffix: tensors[f"{spec.module}.{part.suffix}"] for part in others}
-        wrong = [
-            parts[part.suffix]
-            for part in (*layout, *others)
-            if part.suffix in parts and not _fits(part, parts[part.suffix])
-        ]
+        missing = [part.suffix for part in layout if part.suffix not in parts]
+        wrong = [tensors[name] for name, part in known.items() if name in tensors and not _fits(part, tensors[name])]
         if not missing and not wrong:
             return Weight(spec, codec.name, parts)
         if wrong:

@@ -37,6 +37,7 @@ from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.gguf import padded
 from dsv2quant.storage.manifest import gguf_manifest
+from dsv2quant.storage.safetensors import HELD_AS
 
 _one_at_a_time = threading.Lock()
 
@@ -270,7 +271,7 @@ def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, we
     step = max(1, weights // cols)
     for row in range(0, count, step):
         some = stored[row : row + step].reshape(-1)
-        bits = some.view({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[part.dtype])
+        bits = some.view(HELD_AS[part.dtype])
         if part.dtype == "BF16":
             values = _widened.take(bits.size * 4).view(np.float32)
             _check(checkpoint, weight, bits, (first + row) * cols)

@@ -168,7 +168,7 @@ class Folder(Sink):
         """Read bytes of a stored tensor, and check that they are finite."""
         part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
         data = checkpoint.read(part, begin, nbytes)
-        values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
+        values = data.view(HELD_AS[part.dtype])
         try:
             check_finite(values if part.dtype != "F8_E4M3" else E4M3_VALUES[values])
         except NonFiniteError as error:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits
+from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, loaded
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -88,11 +88,7 @@ class Fp8(EveryShape):
         return {"weight": parts["weight"][begin:end], self.scale_suffix: scales}
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes.
 
@@ -122,10 +118,7 @@ class Fp8(EveryShape):
     ) -> torch.Tensor:
         """code × scale in float32, rounded once to `dtype`; transformers' default load of compressed-tensors rounds
         the scales to the model's dtype first (`scale_dtype`)."""
-        codes, scales = decode_e4m3(parts["weight"]), parts[self.scale_suffix]
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
-        scales = scales.float()
+        codes, scales = decode_e4m3(parts["weight"]), loaded(parts[self.scale_suffix], scale_dtype)
         if self.grid != "block":
             return codes.mul_(scales).to(dtype)
         scales = scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]  # [⌈rows/128⌉, cols]

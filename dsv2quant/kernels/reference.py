@@ -361,5 +361,4 @@ def experts_product(
 
 def matrix_of(stack: GgufWeight, expert: int) -> GgufWeight:
     """One of a stack's matrices."""
-    parts = {name: part[expert] for name, part in stack._asdict().items() if isinstance(part, torch.Tensor)}
-    return stack._replace(**parts)
+    return GgufWeight._make(part[expert] if isinstance(part, torch.Tensor) else part for part in stack)
