@@ -7,7 +7,7 @@ transformers, whose class has other defaults. A value that this tool would have 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -85,11 +85,7 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer's FFN is routed experts (`DeepseekV2DecoderLayer.__init__`)."""
-        return (
-            self.n_routed_experts > 0
-            and layer >= self.first_k_dense_replace
-            and layer % self.moe_layer_freq == 0
-        )  # fmt: skip
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: object) -> ModelConfig:
@@ -143,42 +139,33 @@ class _Reader:
         return self.integer(key, default, min(default, 1), _LARGEST.get(key, 1 << 31))
 
     def integer(self, key: str, default: Any, minimum: int = 1, maximum: int = 1 << 31) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self.error(key, value, f"it must be an integer from {minimum} to {maximum}")
-        return value
+        rule = f"it must be an integer from {minimum} to {maximum}"
+        return self._checked(key, default, lambda value: type(value) is int and minimum <= value <= maximum, rule)
 
     def number(self, key: str, default: float, raw: Mapping[str, Any] | None = None) -> float:
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+        return float(self._checked(key, default, fits, "it must be a finite number, not negative", raw))
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return bool(self._checked(key, default, lambda value: isinstance(value, bool), "it must be true or false"))
+
+    def mapping(self, key: str) -> Any:
+        return self._checked(key, None, lambda value: isinstance(value, dict), "it must be an object")
+
+    def require(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        return str(self._checked(key, default, allowed.__contains__, f"supported: {', '.join(allowed)}"))
+
+    def _checked(
+        self, key: str, default: Any, fits: Callable[[Any], bool], rule: str, raw: Mapping[str, Any] | None = None
+    ) -> Any:
         value = (self.raw if raw is None else raw).get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-            raise self.error(key, value, "it must be a finite number, not negative")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, value, "it must be true or false")
+        if not fits(value):
+            raise self.error(key, value, rule)
         return value
-
-    def mapping(self, key: str) -> Mapping[str, Any] | None:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, value, "it must be an object")
-        return value
-
-    def require(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if value not in allowed:
-            raise self.error(key, value, f"supported: {', '.join(allowed)}")
-        return str(value)
 
 
 def _check(config: ModelConfig, read: _Reader) -> None:

@@ -100,8 +100,9 @@ def measure_product(
     rowwise = partial(torch._scaled_mm, scale_a=scales, scale_b=per_row, out_dtype=torch.bfloat16)
     peers["cublaslt rowwise"] = microseconds([partial(rowwise, codes, w.T) for w in weights.codes])
     peers["cublas bf16"] = microseconds([partial(F.linear, many[:tokens], w) for w in wide])
+    label = " ".join(map(str, table_row(share)))
     return Measured(
-        "fp8", model, what, f"{rows}×{columns}", tokens, error, LIMIT, microseconds(ours), floor, peers, label(share)
+        "fp8", model, what, f"{rows}×{columns}", tokens, error, LIMIT, microseconds(ours), floor, peers, label
     )
 
 
@@ -125,10 +126,6 @@ def measure_quantization(limits: Limits) -> Iterator[Measured]:
         taken = microseconds([partial(quantize_activation, x, "group128") for x in inputs])
         floor = limits.floor(tokens * columns * 3, 0)
         yield Measured("fp8", "", "quantize group128", f"{columns}", tokens, float(off), 0.0, taken, floor, {})
-
-
-def label(share: Share) -> str:
-    return " ".join(map(str, table_row(share)))
 
 
 def table_row(share: Share) -> list[str | int]:

@@ -168,15 +168,12 @@ class EveryShape:
     finer = "bf16"
 
     def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
-        """Itself."""
         return self.name
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """None."""
         return None
 
     def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """None."""
         return ()
 
 
@@ -191,14 +188,12 @@ class Bf16(EveryShape):
     runtime = "decoded"
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
-        """Its rows."""
         return {"weight": parts["weight"][begin:end]}
 
     def encode(

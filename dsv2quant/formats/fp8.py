@@ -69,12 +69,7 @@ class Fp8(EveryShape):
         }
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        rows, cols = shape
-        scales = {
-            "block": (-(-rows // BLOCK), -(-cols // BLOCK)),
-            "channel": (rows, 1),
-            "tensor": self.tensor_shape,
-        }[self.grid]
+        scales = self.tensor_shape if self.grid == "tensor" else scales_shape(self.grid, shape)
         parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
         return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
 
@@ -96,10 +91,8 @@ class Fp8(EveryShape):
         """
         if self.static and len(inputs) != len(weights):
             raise ValueError(f"{self.name} needs the inputs of every weight")
-        if device == "cpu":
-            encoded = encode_on_cpu(weights, self.grid)
-        else:
-            encoded = encode_with_torch(weights, self.grid, device)
+        on_cpu = device == "cpu"
+        encoded = encode_on_cpu(weights, self.grid) if on_cpu else encode_with_torch(weights, self.grid, device)
         parts = [{"weight": codes, self.scale_suffix: scales} for codes, scales in encoded]
         if self.static:
             for found, x in zip(parts, inputs, strict=True):
@@ -128,6 +121,12 @@ class Fp8(EveryShape):
         return codes.to(dtype)
 
 
+def scales_shape(grid: Grid, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a weight [out, in]."""
+    rows, cols = shape
+    return {"block": (-(-rows // BLOCK), -(-cols // BLOCK)), "channel": (rows, 1), "tensor": (1,)}[grid]
+
+
 def encode_on_cpu(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.ndarray, np.ndarray]]:
     """(codes uint8 [out, in], scales float32) of each weight; with `tensor`, all share one scale.
 
@@ -145,19 +144,10 @@ def encode_on_cpu(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.nd
         shared_amax = all_bits[0].dtype.type(max(amaxes))
     encoded = []
     for which, bits in enumerate(all_bits):
-        rows, cols = bits.shape
-        codes = np.empty((rows, cols), np.uint8)
-        if grid == "block":
-            scales = np.empty((-(-rows // BLOCK), -(-cols // BLOCK)), np.float32)
-            finite = encode_block(bits, codes, scales, infinity)
-        elif grid == "channel":
-            scales = np.empty((rows, 1), np.float32)
-            finite = encode_channel(bits, codes, scales, infinity)
-        else:
-            scales = np.empty(1, np.float32)
+        codes, scales = np.empty(bits.shape, np.uint8), np.empty(scales_shape(grid, bits.shape), np.float32)
+        if grid == "tensor":
             encode_rows(bits, codes, scales, shared_amax)
-            finite = True
-        if not finite:
+        elif not (encode_block if grid == "block" else encode_channel)(bits, codes, scales, infinity):
             check_finite(weights[which], which)
         encoded.append((codes, scales))
     return encoded

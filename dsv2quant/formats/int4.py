@@ -99,7 +99,6 @@ class Int4:
 
     @property
     def integers(self) -> Integers | None:
-        """Itself."""
         return self
 
     @property

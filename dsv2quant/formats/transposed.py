@@ -47,12 +47,8 @@ class Transposed(Int4):
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """The columns of transposed parts; `g_idx` is that of all."""
-        words = slice(begin // PER_WORD, end // PER_WORD)
-        cut = {
-            "qweight": words if self.family == "awq" else slice(begin, end),
-            "qzeros": words,
-            "scales": slice(begin, end),
-        }
+        mine, words = slice(begin, end), slice(begin // PER_WORD, end // PER_WORD)
+        cut = {"qweight": words if self.family == "awq" else mine, "qzeros": words, "scales": mine}
         return {suffix: part[:, cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
 
     def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
