@@ -89,9 +89,9 @@ def check_quantization(quantization: Mapping[str, Any] | None, where: object) ->
     if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
         what = f"is quantized with {method!r}"
         raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
-    if method == "compressed-tensors" and (found := unread(quantization)):
+    if method == "compressed-tensors" and (unknown := unread(quantization)):
         fix = "it is not read: give the checkpoint it was made from"
-        raise InputError(f"quantization_config has {found}", where=f"{where}/config.json", fix=fix)
+        raise InputError(f"quantization_config has {unknown}", where=f"{where}/config.json", fix=fix)
     if method not in ("gptq", "awq"):
         return
     key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")

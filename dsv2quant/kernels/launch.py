@@ -37,6 +37,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+logger = logging.getLogger(__name__)
+FOLDER = Path(__file__).with_name("tuned")
+HEAD = ("gpu", "capability", "triton")
+KINDS = {  # of each operation's shares, and the number of their fields
+    "fp8_gemm": {"vector": 3, "decode": 4, "prefill": 3},
+    "int4_gemm": {"held": 2, "gemm": 5, "dequantize": 0},
+}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton.knobs.runtime.interpret
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -106,15 +113,6 @@ def _store(sums, at, stored, factors):
     if factors is not None:
         sums *= factors[:, None]
     tl.store(at, sums.to(at.dtype.element_ty), stored)
-
-
-logger = logging.getLogger(__name__)
-FOLDER = Path(__file__).with_name("tuned")
-HEAD = ("gpu", "capability", "triton")
-KINDS = {  # of each operation's shares, and the number of their fields
-    "fp8_gemm": {"vector": 3, "decode": 4, "prefill": 3},
-    "int4_gemm": {"held": 2, "gemm": 5, "dequantize": 0},
-}
 
 
 class Shares(NamedTuple):
