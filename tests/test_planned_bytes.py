@@ -59,7 +59,7 @@ def plan_of_one(model: Path, scheme: str, method: str) -> Plan:
     checkpoint = open_checkpoint(model)
     weights = [w for w in checkpoint.weights if w.spec.role == "routed.down_proj"][:2]
     lines = (_line(weights[0], "fp8-channel", "rtn", None), _line(weights[1], scheme, method, None))
-    steps, shards = _lay_out(lines, checkpoint, ("vllm",), 10**9)
+    steps, shards = _lay_out(lines, ("vllm",), 10**9)
     return Plan(
         checkpoint, recipe.builtin("fp8-channel"), ("vllm",), Parallel(), lines, steps, shards, checkpoint.raw_config
     )
