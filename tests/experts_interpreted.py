@@ -13,7 +13,7 @@ import json
 import torch
 from experts_cases import Layer, given, off
 
-from dsv2quant.kernels import fp8_experts, reference, reference_experts
+from dsv2quant.kernels import fp8_experts, reference
 from dsv2quant.kernels.fp8_experts import Share
 from dsv2quant.kernels.routing import sort_pairs
 
@@ -42,9 +42,9 @@ def differences(layer: Layer, block: int, scheme: str) -> dict[str, float]:
     codes, x_scales = reference.quantize_activation(x, granularity, of_x)
     routes = sort_pairs(chosen, layer.experts, block)
     operands = (codes.contiguous(), x_scales, routes, layer.k, stack)
-    want = reference_experts.gate_up(*operands, torch.float32)
+    want = reference.gate_up(*operands, torch.float32)
     h, h_scales = reference.quantize_activation(want, granularity, of_h)
-    rows = reference_experts.down(h, h_scales, weights, routes, stack)
+    rows = reference.down(h, h_scales, weights, routes, stack)
     found = {}
     for share in SHARES:
         found[f"gate_up {share.rows}"] = off(fp8_experts.gate_up(*operands, torch.float32, share), want)
@@ -64,11 +64,9 @@ def whole(layer: Layer, scheme: str) -> float:
     """`experts` in float16 against the references, one after the other."""
     x, weights, chosen, stack, granularity, scales = given(layer, scheme, "cpu", torch.float16)
     of_x, of_h = scales or (None, None)
-    routes = reference_experts.sort_pairs(chosen, layer.experts, 16)
-    h = reference_experts.gate_up(
-        *reference.quantize_activation(x, granularity, of_x), routes, layer.k, stack, torch.float16
-    )
-    want = reference_experts.down(*reference.quantize_activation(h, granularity, of_h), weights, routes, stack)
+    routes = reference.sort_pairs(chosen, layer.experts, 16)
+    h = reference.gate_up(*reference.quantize_activation(x, granularity, of_x), routes, layer.k, stack, torch.float16)
+    want = reference.down(*reference.quantize_activation(h, granularity, of_h), weights, routes, stack)
     return off(fp8_experts.experts(x, weights, chosen, stack, granularity, scales), want)
 
 

@@ -18,8 +18,8 @@ from dsv2quant.kernels import gguf_gemm as gguf_product
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS
-from dsv2quant.kernels.reference_experts import dequantize_gguf, linear_gguf, sort_pairs
-from dsv2quant.kernels.reference_experts import experts_product as experts_twin
+from dsv2quant.kernels.reference import dequantize_gguf, linear_gguf, sort_pairs
+from dsv2quant.kernels.reference import experts_product as experts_twin
 
 SPLIT = Config(64, 16, 2, 4, 3)
 CASES = {  # type, rows, columns, tokens, config

@@ -15,7 +15,7 @@ from int4_cases import error
 from int4_experts_cases import random_choice, random_experts
 
 from dsv2quant.kernels.int4_experts import Config, down, gate_up
-from dsv2quant.kernels.reference_experts import down_int4, gate_up_int4, sort_pairs
+from dsv2quant.kernels.reference import down_int4, gate_up_int4, sort_pairs
 
 CASES = {  # experts, hidden, width, group, zeros, scales, tokens, k, block, config, split of down
     "group 128": (4, 256, 128, 128, False, torch.bfloat16, 3, 2, 16, Config(64, 1, 4, 3), 1),

@@ -24,7 +24,7 @@ from routing_cases import (
     same,
 )
 
-from dsv2quant.kernels import reference_experts, routing
+from dsv2quant.kernels import reference, routing
 from dsv2quant.kernels.routing import router_logits
 
 
@@ -33,7 +33,7 @@ def sorted_as_the_twin() -> dict[str, bool]:
     for tokens, k, experts, block in SORTED:
         for dtype in (torch.int32, torch.int64):
             chosen = choices(tokens, k, experts).to(dtype)
-            want = reference_experts.sort_pairs(chosen, experts, block)
+            want = reference.sort_pairs(chosen, experts, block)
             found[f"{tokens, k, experts, block} {dtype}"] = same(routing.sort_pairs(chosen, experts, block), want)
     return found
 
@@ -45,9 +45,7 @@ def routed() -> dict[str, list[float]]:
         x = logits(tokens, experts)
         weights, chosen, routes = routing.route_and_sort(x, router_of(*rule))
         want_weights, want = expected(x, *rule)
-        off = int((chosen != want).sum()) + (
-            not same(routes, reference_experts.sort_pairs(want, experts, routes.block))
-        )
+        off = int((chosen != want).sum()) + (not same(routes, reference.sort_pairs(want, experts, routes.block)))
         error = (weights - want_weights).abs() / want_weights.clamp(min=1e-30)
         found[str((tokens, experts, *rule))] = [off, float(error.max())]
     return found

@@ -12,7 +12,7 @@ import torch
 from dsv2quant.bench import fp8, kernels, weight_only
 from dsv2quant.bench.device import FLOOR, Measured, Row, append
 from dsv2quant.bench.kernels import OPERATIONS, TOKENS
-from dsv2quant.kernels import fp8_gemm, tables
+from dsv2quant.kernels import fp8_gemm, launch
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill
 from dsv2quant.kernels.int4_gemm import Config
 from dsv2quant.kernels.int4_held import Held
@@ -112,7 +112,7 @@ def test_candidates_fit_a_multiprocessor_and_leave_few_idle(name):
             assert len(set(shares)) == len(shares)
             for share in shares:
                 kind, *numbers = operation.table_row(share)
-                assert tables.KINDS[operation.name][kind] == len(numbers)
+                assert launch.KINDS[operation.name][kind] == len(numbers)
                 assert shared_memory(share) <= SHARED, share
 
 
@@ -169,11 +169,11 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
     assert kernels.tune(["fp8"], tmp_path, said.append) == path
     assert said[0] == "compiled 7 candidates in 0 s"
     assert said[1].startswith("fp8_gemm 512×256: M=1 10.0 → 9.0 µs decode 64 16 2 4; ")
-    table = tables.read(path)
-    monkeypatch.setattr(tables, "_of_this_device", lambda: table)
+    table = launch.read_table(path)
+    monkeypatch.setattr(launch, "_of_this_device", lambda: table)
     assert fp8_gemm.choose(5, 512, 256) == Decode(64, 16, 2, 4)
     assert fp8_gemm.choose(65, 256, 512) == Prefill(64, 128, 3)
-    assert tables.lookup("int4_gemm", 64, 128, 1) == ["dequantize"]
+    assert launch.lookup("int4_gemm", 64, 128, 1) == ["dequantize"]
 
 
 @pytest.mark.parametrize(

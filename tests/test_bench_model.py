@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -187,7 +186,7 @@ def test_a_context_beyond_the_models_is_a_usage_error(stubbed, cli):
 
 
 def test_a_checkpoint_is_measured_by_what_it_stores(lite, monkeypatch):
-    monkeypatch.setitem(sys.modules, "dsv2quant.model.source", SimpleNamespace(CheckpointSource=None))
+    monkeypatch.setattr(measure, "CheckpointSource", None)
     subject = measure.stored(str(lite))
     assert isinstance(subject, Subject)
     assert (subject.name, subject.scheme) == ("lite", "bf16")

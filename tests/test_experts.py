@@ -14,7 +14,7 @@ from triton_tools import compile_for_hopper, interpreted
 
 from dsv2quant.kernels import fp8_experts, reference
 from dsv2quant.kernels.fp8_experts import FEW, Share, choose_down, choose_gate_up
-from dsv2quant.kernels.reference_experts import sort_pairs
+from dsv2quant.kernels.reference import sort_pairs
 
 # float32: rounding of 2^-24 in each of up to 400 / 128 scaled sums, of a scale, of SiLU and of two products.
 LIMIT = 10 * 2.0**-24

@@ -17,7 +17,7 @@ from dsv2quant.kernels import gguf_experts, gguf_gemm
 from dsv2quant.kernels import gguf_gemm as gguf_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, constants, linear
 from dsv2quant.kernels.gguf_layout import SPECS, blocks_of, from_blocks, supported
-from dsv2quant.kernels.reference_experts import dequantize_gguf, sort_pairs
+from dsv2quant.kernels.reference import dequantize_gguf, sort_pairs
 
 # Sums of float32 products are off by about 2^-24 · √K relative to their size, which 128 + code makes up to 64 times (of
 # Q2_K) that of the result; float16 rounds the result at 2^-11.

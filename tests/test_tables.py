@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
+from dsv2quant.kernels import fp8_gemm, int4_gemm, launch
 from dsv2quant.kernels.fp8_gemm import Decode, Prefill
 from dsv2quant.kernels.int4_gemm import Config
 from dsv2quant.kernels.int4_held import Held
@@ -32,8 +32,8 @@ def written(folder: Path, name: str = "Some-GPU-triton3.6.json", **changes: obje
 @pytest.fixture
 def some_gpu(tmp_path, monkeypatch):
     """As on a device that has the table."""
-    table = tables.read(written(tmp_path))
-    monkeypatch.setattr(tables, "_of_this_device", lambda: table)
+    table = launch.read_table(written(tmp_path))
+    monkeypatch.setattr(launch, "_of_this_device", lambda: table)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_int4_takes_its_own(some_gpu):
 
 
 def test_other_weights_go_by_the_rule(some_gpu):
-    assert tables.lookup("fp8_gemm", 512, 256, 1) is None
+    assert launch.lookup("fp8_gemm", 512, 256, 1) is None
     assert fp8_gemm.choose(1, 512, 256) == fp8_gemm.rule(1, 512, 256)
     assert int4_gemm.choose(1, 512, 256) == int4_gemm.rule(1, 512, 256)
 
@@ -87,16 +87,16 @@ TABLES = [
     ],
 )
 def test_the_nearest_table_of_the_architecture_is_taken(gpu, capability, version, found, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(launch, "FOLDER", tmp_path)
     for its_gpu, its_capability, triton in TABLES:
         name = f"{its_gpu.replace(' ', '-')}-triton{triton}.json"
         written(tmp_path, name, gpu=its_gpu, capability=its_capability, triton=triton)
-    path = tables.nearest(gpu, capability, version)
+    path = launch.nearest(gpu, capability, version)
     assert (path and path.name.removesuffix(".json")) == found
 
 
 def test_which_table_is_taken_is_said_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(launch, "FOLDER", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
@@ -107,26 +107,26 @@ def test_which_table_is_taken_is_said_once(tmp_path, monkeypatch, caplog):
         ((8, 6), "block shapes: by rules; no table is for compute capability 8.6", False),
     ):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda capability=capability: capability)
-        tables._of_this_device.cache_clear()
+        launch._of_this_device.cache_clear()
         caplog.clear()
         with caplog.at_level("INFO", "dsv2quant"):
             for _ in range(3):
-                assert (tables.lookup("int4_gemm", 256, 512, 1) is not None) is known
+                assert (launch.lookup("int4_gemm", 256, 512, 1) is not None) is known
         assert [record.getMessage() for record in caplog.records] == [line]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    tables._of_this_device.cache_clear()
-    assert tables.lookup("fp8_gemm", 256, 512, 1) is None
-    tables._of_this_device.cache_clear()
+    launch._of_this_device.cache_clear()
+    assert launch.lookup("fp8_gemm", 256, 512, 1) is None
+    launch._of_this_device.cache_clear()
 
 
 def test_the_device_is_asked_for_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: calls.append(1))
-    tables._of_this_device.cache_clear()
+    launch._of_this_device.cache_clear()
     for tokens in range(1, 100):
-        tables.lookup("fp8_gemm", 24576, 1536, tokens)
+        launch.lookup("fp8_gemm", 24576, 1536, tokens)
     assert calls == [1]
-    tables._of_this_device.cache_clear()
+    launch._of_this_device.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_device_is_asked_for_once(tmp_path, monkeypatch):
 def test_a_bad_table_is_refused_by_name(changes, said, tmp_path):
     path = written(tmp_path, **changes)
     with pytest.raises(ValueError, match=r"Some-GPU-triton3\.6\.json: ") as refused:
-        tables.read(path)
+        launch.read_table(path)
     assert said in str(refused.value)
 
 
@@ -162,16 +162,16 @@ def test_a_table_that_is_no_json_is_refused(tmp_path):
     path = tmp_path / "Some-GPU-triton3.6.json"
     path.write_text("{")
     with pytest.raises(ValueError, match=r"Some-GPU-triton3\.6\.json"):
-        tables.read(path)
+        launch.read_table(path)
 
 
 def test_kinds_have_as_many_numbers_as_fields():
-    assert tables.KINDS["fp8_gemm"] == {name: len(kind._fields) for name, kind in fp8_gemm.KINDS.items()}
-    assert tables.KINDS["int4_gemm"] == {
+    assert launch.KINDS["fp8_gemm"] == {name: len(kind._fields) for name, kind in fp8_gemm.KINDS.items()}
+    assert launch.KINDS["int4_gemm"] == {
         "dequantize": 0, **{name: len(kind._fields) for name, kind in int4_gemm.KINDS.items()}
     }  # fmt: skip
 
 
 def test_the_tables_that_come_with_the_package_can_be_read():
-    for path in tables.FOLDER.glob("*.json"):
-        assert set(tables.read(path)) <= set(tables.KINDS)
+    for path in launch.FOLDER.glob("*.json"):
+        assert set(launch.read_table(path)) <= set(launch.KINDS)

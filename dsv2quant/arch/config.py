@@ -7,8 +7,8 @@ transformers, whose class has other defaults. A value that this tool would have 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from dsv2quant.errors import InputError
@@ -18,59 +18,61 @@ SEQUENCE_CLASSIFICATION = "DeepseekV2ForSequenceClassification"
 DTYPES = ("bfloat16", "float16", "float32")
 
 MAX_EXPERTS = 1 << 16  # of all layers: the largest models have some 25,000, and each is listed
-
-_YARN_KEYS = {
-    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-}  # fmt: skip
+_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 4096}
 
 
 @dataclass(frozen=True)
 class Yarn:
     """YaRN context extension as DeepSeek uses it (arXiv:2309.00071; `DeepseekV2YarnRotaryEmbedding`)."""
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+_YARN_KEYS = {"type", "rope_type", "rope_theta", *(field.name for field in fields(Yarn))}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the shapes and the arithmetic of a DeepSeek-V2 model depend on. Absent experts are 0, absent groups 1."""
+    """What the shapes and the arithmetic of a DeepSeek-V2 model depend on. Absent experts are 0, absent groups 1.
+
+    What has a default here is read as it stands: a key that is missing has the default.
+    """
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
     q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
     n_group: int
     topk_group: int
-    routed_scaling_factor: float
-    norm_topk_prob: bool
-    first_k_dense_replace: int
-    moe_layer_freq: int
-    rms_norm_eps: float
     rope_theta: float
     yarn: Yarn | None
-    max_position_embeddings: int
-    attention_bias: bool
-    tie_word_embeddings: bool
     num_labels: int
     dtype: str | None
     quantization: Mapping[str, Any] | None
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = False
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
 
     @property
     def qk_head_dim(self) -> int:
@@ -83,11 +85,7 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer's FFN is routed experts (`DeepseekV2DecoderLayer.__init__`)."""
-        return (
-            self.n_routed_experts > 0
-            and layer >= self.first_k_dense_replace
-            and layer % self.moe_layer_freq == 0
-        )  # fmt: skip
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: object) -> ModelConfig:
@@ -100,8 +98,8 @@ class ModelConfig:
         if not read.boolean("use_mla", True):
             what = "use_mla is false: the model has plain multi-head attention"
             raise InputError(what, where=where, fix="not supported yet, only multi-head latent attention is")
-        n_routed = read.integer("n_routed_experts", 0, minimum=0, maximum=4096)
-        layers = read.integer("num_hidden_layers", 30, maximum=1024)
+        plain = {field.name: read.plain(field.name, field.default) for field in fields(cls) if field.default != MISSING}
+        layers, n_routed = plain["num_hidden_layers"], plain["n_routed_experts"]
         if layers * n_routed > MAX_EXPERTS:
             what = f"num_hidden_layers × n_routed_experts is {layers:,} × {n_routed:,}"
             raise InputError(what, where=where, fix=f"no model has more than {MAX_EXPERTS:,} experts")
@@ -109,35 +107,15 @@ class ModelConfig:
         yarn, theta = _rope(read)
         config = cls(
             architecture=architecture,
-            vocab_size=read.integer("vocab_size", 102400),
-            hidden_size=read.integer("hidden_size", 4096),
-            intermediate_size=read.integer("intermediate_size", 11008),
-            moe_intermediate_size=read.integer("moe_intermediate_size", 1407),
-            num_hidden_layers=layers,
-            num_attention_heads=read.integer("num_attention_heads", 32),
             q_lora_rank=read.integer("q_lora_rank", None if "q_lora_rank" in raw else 1536) or None,
-            kv_lora_rank=read.integer("kv_lora_rank", 512),
-            qk_nope_head_dim=read.integer("qk_nope_head_dim", 128),
-            qk_rope_head_dim=read.integer("qk_rope_head_dim", 64),
-            v_head_dim=read.integer("v_head_dim", 128),
-            n_routed_experts=n_routed,
-            n_shared_experts=read.integer("n_shared_experts", 0, minimum=0),
-            num_experts_per_tok=read.integer("num_experts_per_tok", 0, minimum=0),
             n_group=n_group,
             topk_group=topk_group,
-            routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
-            norm_topk_prob=read.boolean("norm_topk_prob", False),
-            first_k_dense_replace=read.integer("first_k_dense_replace", 0, minimum=0),
-            moe_layer_freq=read.integer("moe_layer_freq", 1),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             yarn=yarn,
-            max_position_embeddings=read.integer("max_position_embeddings", 2048),
-            attention_bias=read.boolean("attention_bias", False),
-            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             num_labels=len(read.mapping("id2label") or ()) or read.integer("num_labels", 2),
             dtype=_dtype(read),
             quantization=read.mapping("quantization_config"),
+            **plain,
         )
         _check(config, read)
         return config
@@ -152,43 +130,42 @@ class _Reader:
     def error(self, key: str, value: object, rule: str) -> InputError:
         return InputError(f"{key} is {_shown(value)}", where=self.where, fix=rule)
 
+    def plain(self, key: str, default: Any) -> Any:
+        """A value of the default's type; a count may be 0 where its default is."""
+        if isinstance(default, bool):
+            return self.boolean(key, default)
+        if isinstance(default, float):
+            return self.number(key, default)
+        return self.integer(key, default, min(default, 1), _LARGEST.get(key, 1 << 31))
+
     def integer(self, key: str, default: Any, minimum: int = 1, maximum: int = 1 << 31) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self.error(key, value, f"it must be an integer from {minimum} to {maximum}")
-        return value
+        rule = f"it must be an integer from {minimum} to {maximum}"
+        return self._checked(key, default, lambda value: type(value) is int and minimum <= value <= maximum, rule)
 
     def number(self, key: str, default: float, raw: Mapping[str, Any] | None = None) -> float:
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+        return float(self._checked(key, default, fits, "it must be a finite number, not negative", raw))
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return bool(self._checked(key, default, lambda value: isinstance(value, bool), "it must be true or false"))
+
+    def mapping(self, key: str) -> Any:
+        return self._checked(key, None, lambda value: isinstance(value, dict), "it must be an object")
+
+    def require(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        return str(self._checked(key, default, allowed.__contains__, f"supported: {', '.join(allowed)}"))
+
+    def _checked(
+        self, key: str, default: Any, fits: Callable[[Any], bool], rule: str, raw: Mapping[str, Any] | None = None
+    ) -> Any:
         value = (self.raw if raw is None else raw).get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-            raise self.error(key, value, "it must be a finite number, not negative")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, value, "it must be true or false")
+        if not fits(value):
+            raise self.error(key, value, rule)
         return value
-
-    def mapping(self, key: str) -> Mapping[str, Any] | None:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, value, "it must be an object")
-        return value
-
-    def require(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if value not in allowed:
-            raise self.error(key, value, f"supported: {', '.join(allowed)}")
-        return str(value)
 
 
 def _check(config: ModelConfig, read: _Reader) -> None:
@@ -254,20 +231,15 @@ def _rope(read: _Reader) -> tuple[Yarn | None, float]:
     unknown = sorted(key for key, value in rope.items() if key not in _YARN_KEYS and value is not None)
     if unknown:
         raise read.error("rope key", unknown[0], f"supported: {', '.join(sorted(_YARN_KEYS))}")
-    original = rope.get("original_max_position_embeddings", 4096)
-    factor = read.number("factor", 1.0, raw=rope)
+    original = rope.get("original_max_position_embeddings", Yarn.original_max_position_embeddings)
+    factor = read.number("factor", Yarn.factor, raw=rope)
     if isinstance(original, bool) or not isinstance(original, int) or original < 1:
         raise read.error("original_max_position_embeddings", original, "it must be a positive integer")
     if factor < 1:
         raise read.error("factor", factor, "YaRN's factor must be at least 1")
-    return Yarn(
-        factor=factor,
-        original_max_position_embeddings=original,
-        beta_fast=read.number("beta_fast", 32.0, raw=rope),
-        beta_slow=read.number("beta_slow", 1.0, raw=rope),
-        mscale=read.number("mscale", 1.0, raw=rope),
-        mscale_all_dim=read.number("mscale_all_dim", 0.0, raw=rope),
-    ), theta
+    others = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    numbers = {key: read.number(key, getattr(Yarn, key), raw=rope) for key in others}
+    return Yarn(factor, original, **numbers), theta
 
 
 def _dtype(read: _Reader) -> str | None:

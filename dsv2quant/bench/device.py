@@ -52,8 +52,19 @@ def copies(nbytes: float) -> int:
     return max(2, math.ceil(ROTATED / nbytes))
 
 
-def random_tokens(count: int, columns: int) -> torch.Tensor:
-    return torch.randn(count, columns, device="cuda").bfloat16()
+def random_bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def rotated(weight: Any, count: int) -> list[Any]:
+    """`count` packed weights (`Int4Weight`, `GgufWeight`): the one given, the others with random words."""
+
+    def another() -> Any:
+        made = weight._make(part.clone() if isinstance(part, torch.Tensor) else part for part in weight)
+        made.words.random_(-(2**31), 2**31 - 1)
+        return made
+
+    return [weight, *(another() for _ in range(count - 1))]
 
 
 def products(

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, frobenius, microseconds
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, frobenius, microseconds, random_bf16
 from dsv2quant.bench.fp8 import random_codes
 from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference_experts
+from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.int4_layout import Int4Experts
@@ -71,15 +71,15 @@ def fp8_error(
     """The larger of gate and up's before quantization and of down's after it; infinite where quantized in one launch
     are other bytes than in two."""
     k = chosen.shape[1]
-    whole = reference_experts.sort_pairs(chosen, len(stack.down), chosen.numel())
+    whole = reference.sort_pairs(chosen, len(stack.down), chosen.numel())
     wide = fp8_experts.gate_up(codes, scales, routes, k, stack)
     h, h_scales = fp8_experts.gate_up_codes(codes, scales, routes, k, stack, "group128")
     if not torch.equal(quantize_activation(wide, "group128")[0].view(torch.uint8), h.view(torch.uint8)):
         return math.inf
     out = fp8_experts.down(h, h_scales, weights, routes, stack)
     return max(
-        frobenius(wide, reference_experts.gate_up(codes, scales, whole, k, stack).double()),
-        frobenius(out, reference_experts.down(h, h_scales, weights, whole, stack).double()),
+        frobenius(wide, reference.gate_up(codes, scales, whole, k, stack).double()),
+        frobenius(out, reference.down(h, h_scales, weights, whole, stack).double()),
     )
 
 
@@ -99,12 +99,12 @@ def int4_error(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes, stack: Int4Experts
 ) -> float:
     k = chosen.shape[1]
-    whole = reference_experts.sort_pairs(chosen, len(stack.down.words), chosen.numel())
+    whole = reference.sort_pairs(chosen, len(stack.down.words), chosen.numel())
     h = int4_experts.gate_up(x, routes, k, stack)
     out = int4_experts.down(h, weights, routes, stack).unflatten(1, (k, -1)).sum(2)
     return max(
-        frobenius(h, reference_experts.gate_up_int4(x, whole, k, stack).double()),
-        frobenius(out, reference_experts.down_int4(h, weights, whole, stack).double()),
+        frobenius(h, reference.gate_up_int4(x, whole, k, stack).double()),
+        frobenius(out, reference.down_int4(h, weights, whole, stack).double()),
     )
 
 
@@ -130,7 +130,7 @@ def measure_layer(
     form, (E, k) = FORMATS[name], (config.n_routed_experts, config.num_experts_per_tok)
     H, I = config.hidden_size, config.moe_intermediate_size  # noqa: E741
     block = choose_block(tokens, k, E)
-    x = torch.randn(tokens, H, device="cuda").bfloat16()
+    x = random_bf16(tokens, H)
     weights = torch.rand(tokens, k, device="cuda")
     choices = [torch.rand(tokens, E, device="cuda").topk(k).indices for _ in range(CALLS)]
     given = form.given(x)

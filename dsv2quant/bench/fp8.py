@@ -18,7 +18,7 @@ import triton
 from dsv2quant.bench.device import Limits, Measured, Row, Section, copies, frobenius, microseconds
 from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
-from dsv2quant.kernels import reference, tables
+from dsv2quant.kernels import launch, reference
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
@@ -100,8 +100,9 @@ def measure_product(
     rowwise = partial(torch._scaled_mm, scale_a=scales, scale_b=per_row, out_dtype=torch.bfloat16)
     peers["cublaslt rowwise"] = microseconds([partial(rowwise, codes, w.T) for w in weights.codes])
     peers["cublas bf16"] = microseconds([partial(F.linear, many[:tokens], w) for w in wide])
+    label = " ".join(map(str, table_row(share)))
     return Measured(
-        "fp8", model, what, f"{rows}×{columns}", tokens, error, LIMIT, microseconds(ours), floor, peers, label(share)
+        "fp8", model, what, f"{rows}×{columns}", tokens, error, LIMIT, microseconds(ours), floor, peers, label
     )
 
 
@@ -127,13 +128,9 @@ def measure_quantization(limits: Limits) -> Iterator[Measured]:
         yield Measured("fp8", "", "quantize group128", f"{columns}", tokens, float(off), 0.0, taken, floor, {})
 
 
-def label(share: Share) -> str:
-    return " ".join(map(str, table_row(share)))
-
-
 def table_row(share: Share) -> list[str | int]:
     """As tables have it."""
-    return tables.row(KINDS, share)
+    return launch.table_row(KINDS, share)
 
 
 def candidates(tokens: int, rows: int, columns: int) -> list[Share]:

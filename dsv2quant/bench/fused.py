@@ -17,7 +17,7 @@ import torch
 import triton
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, copies, frobenius, microseconds
+from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, copies, frobenius, microseconds, random_bf16
 from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
@@ -64,20 +64,16 @@ def measure_between(limits: Limits) -> Iterator[Measured]:
             yield from _absorption(limits, model, config, tokens)
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").bfloat16()
-
-
 def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
     hidden, k = config.hidden_size, config.num_experts_per_tok
     pairs = torch.randn(tokens, k, hidden, device="cuda")
-    addend = random(tokens, hidden)
+    addend = random_bf16(tokens, hidden)
     sums = {"": (None, None), " + 1": (addend, None), f" + 1 + {k}": (addend, pairs)}
-    inputs = {"": random(tokens, hidden)}
+    inputs = {"": random_bf16(tokens, hidden)}
     if config.q_lora_rank is not None:
-        inputs[" of q_a"] = random(tokens, 2 * config.q_lora_rank)[:, : config.q_lora_rank]
+        inputs[" of q_a"] = random_bf16(tokens, 2 * config.q_lora_rank)[:, : config.q_lora_rank]
     for whose, x in inputs.items():
-        weight = random(x.shape[1])
+        weight = random_bf16(x.shape[1])
         for what, (added, routed) in sums.items():
             if whose and what:
                 continue
@@ -94,7 +90,7 @@ def _norms(config: ModelConfig, tokens: int) -> Iterator[Small]:
 def _gates(config: ModelConfig, tokens: int) -> Iterator[Small]:
     shared = config.moe_intermediate_size * config.n_shared_experts
     for what, width in (("shared", shared), ("dense", config.intermediate_size)):
-        gate, up = random(tokens, 2 * width).chunk(2, 1)
+        gate, up = random_bf16(tokens, 2 * width).chunk(2, 1)
         plain = silu_mul(gate, up)
         error = frobenius(plain, reference.silu_mul(gate, up))
         yield Small(f"{what} gate", f"{width}", partial(silu_mul, gate, up), error)
@@ -106,13 +102,13 @@ def _gates(config: ModelConfig, tokens: int) -> Iterator[Small]:
 def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
     c = config
     width = c.kv_lora_rank + c.qk_rope_head_dim
-    q, kv = random(tokens, c.num_attention_heads * c.qk_head_dim), random(tokens, width)
-    weight, table = random(c.kv_lora_rank), torch.randn(CAPACITY, c.qk_rope_head_dim // 2, 2, device="cuda")
+    q, kv = random_bf16(tokens, c.num_attention_heads * c.qk_head_dim), random_bf16(tokens, width)
+    weight, table = random_bf16(c.kv_lora_rank), torch.randn(CAPACITY, c.qk_rope_head_dim // 2, 2, device="cuda")
     positions = torch.arange(tokens, dtype=torch.int32, device="cuda") * 50
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         scale = torch.full((1,), 0.02, device="cuda") if dtype.itemsize == 1 else None
         stores = [torch.zeros(tokens, CAPACITY, width, device="cuda").to(dtype) for _ in range(2)]
-        out = random(tokens, c.num_attention_heads, width)
+        out = random_bf16(tokens, c.num_attention_heads, width)
         calls = [
             partial(run, q, kv, weight, 1e-6, table, positions, store, scale, out)
             for run, store in zip((append_latents, reference.append_latents), stores, strict=True)
@@ -125,9 +121,9 @@ def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
 def _absorption(limits: Limits, model: str, config: ModelConfig, tokens: int) -> Iterator[Measured]:
     c = config
     heads, nope, v, rank = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
-    kv_b = [random(heads, nope + v, rank) for _ in range(copies(heads * (nope + v) * rank * 2))]
-    q, out = random(tokens, heads, c.qk_head_dim)[..., :nope], random(tokens, heads, rank + c.qk_rope_head_dim)
-    mixed = random(tokens, heads, rank)
+    kv_b = [random_bf16(heads, nope + v, rank) for _ in range(copies(heads * (nope + v) * rank * 2))]
+    q, mixed = random_bf16(tokens, heads, c.qk_head_dim)[..., :nope], random_bf16(tokens, heads, rank)
+    out = random_bf16(tokens, heads, rank + c.qk_rope_head_dim)
     products = {
         "absorb k": (
             [partial(absorb_k, q, w[:, :nope], out) for w in kv_b],

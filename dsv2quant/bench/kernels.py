@@ -33,12 +33,12 @@ from dsv2quant.bench.device import (
     frobenius,
     limits,
     measured_on,
-    random_tokens,
+    random_bf16,
     recorded,
 )
 from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_gemm, int4_gemm, tables
+from dsv2quant.kernels import fp8_gemm, int4_gemm, launch
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.int4_held import Held
 
@@ -126,7 +126,7 @@ OPERATIONS = {
     ),
     "int4": Operation(
         "int4_gemm", lambda: {shape for model in MODELS for shape in weight_only.int4_shapes(model).values()},
-        int4_gemm.rule, weight_only.int4_candidates, weight_only.int4_weights, random_tokens, weight_only.int4_calls,
+        int4_gemm.rule, weight_only.int4_candidates, weight_only.int4_weights, random_bf16, weight_only.int4_calls,
         weight_only.int4_row,
         lambda share, rows, columns: (share, 256, columns if isinstance(share, Held) else 512),
     ),
@@ -142,19 +142,19 @@ def tune(names: Sequence[str], folder: Path, say: Callable[[str], object]) -> Pa
     started = time.perf_counter()
     say(f"compiled {precompile(operations)} candidates in {time.perf_counter() - started:.0f} s")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / tables.path_of(torch.cuda.get_device_name(), triton.__version__).name
+    path = folder / launch.path_of(torch.cuda.get_device_name(), triton.__version__).name
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     table |= {
         "gpu": torch.cuda.get_device_name(),
-        "capability": tables.capability_of_this_device(),
-        "triton": tables.minor(triton.__version__),
+        "capability": launch.capability_of_this_device(),
+        "triton": launch.minor_version(triton.__version__),
     }
     for operation in operations:
         table[operation.name] = found = {}
         for rows, columns in sorted(operation.weights(), reverse=True):
             found[f"{rows}x{columns}"] = tuned(operation, rows, columns, say)
             path.write_text(as_text(table), encoding="utf-8")
-    tables.read(path)
+    launch.read_table(path)
     return path
 
 

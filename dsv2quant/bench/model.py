@@ -33,7 +33,7 @@ from dsv2quant.errors import UsageError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.source import CheckpointSource, Source
+from dsv2quant.model.quantized import CheckpointSource, Source
 from dsv2quant.planning import recipe
 from dsv2quant.planning.recipe import Recipe
 
@@ -75,7 +75,7 @@ def _label(specs: list[TensorSpec]) -> str:
 
 
 class RandomWeights:
-    """The weights of a configuration under a recipe, by the interface of model/source.py."""
+    """The weights of a configuration under a recipe, by the interface of model/quantized.py."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe | None, device: str = "cuda", seed: int = 0) -> None:
         self.name, self.config = "random weights", config
@@ -90,18 +90,15 @@ class RandomWeights:
         return "bf16" if CODECS[scheme].refusal(spec.shape) else scheme
 
     def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """A matrix' scheme and its parts by suffix, as formats/ names and shapes them."""
         spec = self._specs[f"{module}.weight"]
         scheme = self.scheme(module)
         return scheme, CODECS[scheme].encode_tensor(self._random(spec))
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
         spec = self._specs.get(name)
         return None if spec is None else self._random(spec).to(dtype or self.dtype)
 
     def activation(self, scheme: str) -> str | None:
-        """How activations are quantized that meet weights of the scheme."""
         return CODECS[scheme].activation
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
@@ -128,7 +125,7 @@ class Subject(NamedTuple):
 
 
 def random(name: str, scheme: str) -> Subject:
-    """Random weights in the shape of one of shapes.MODELS, under a recipe of the package, or in BF16."""
+    """Random weights in the shape of one of MODELS, under a recipe of the package, or in BF16."""
     source = RandomWeights(configuration(name), None if scheme == "bf16" else recipe.builtin(scheme))
 
     def nbytes(spec: TensorSpec) -> int:

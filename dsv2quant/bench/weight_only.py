@@ -20,17 +20,18 @@ from dsv2quant.bench.device import (
     frobenius,
     microseconds,
     products,
-    random_tokens,
+    random_bf16,
+    rotated,
 )
 from dsv2quant.bench.model import MODELS, configuration, matrices
-from dsv2quant.kernels import gguf_gemm, int4_gemm, int4_layout, tables
+from dsv2quant.kernels import gguf_gemm, int4_gemm, int4_layout, launch
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, from_blocks
 from dsv2quant.kernels.int4_held import Held
 from dsv2quant.kernels.int4_layout import Int4Weight, pack
 from dsv2quant.kernels.launch import MULTIPROCESSORS
 from dsv2quant.kernels.reference import dequantize_int4
-from dsv2quant.kernels.reference_experts import experts_product as experts_twin
+from dsv2quant.kernels.reference import experts_product as experts_twin
 from dsv2quant.kernels.routing import choose_block, sort_pairs
 
 INT4_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -53,17 +54,7 @@ def int4_weights(rows: int, columns: int, count: int | None = None) -> list[Int4
     """So many, or as many as calls rotate through; the first is packed, the others have random words."""
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
     scales = torch.rand(columns // GROUP, rows, device="cuda").add(0.1).mul(0.02).bfloat16()
-    weight = pack(codes, scales)
-    low, high = -(2**31), 2**31 - 1
-    others = [
-        weight._replace(
-            words=torch.randint(low, high, weight.words.shape, dtype=torch.int32, device="cuda"),
-            scales=weight.scales.clone(),
-            arrivals=weight.arrivals.clone(),
-        )
-        for _ in range((count or copies(rows * columns / 2)) - 1)
-    ]
-    return [weight, *others]
+    return rotated(pack(codes, scales), count or copies(rows * columns / 2))
 
 
 def int4_calls(weights: list[Int4Weight], x: torch.Tensor, share: Int4Share) -> list[Callable[[], torch.Tensor]]:
@@ -78,7 +69,7 @@ def measure_int4(limits: Limits) -> Iterator[Measured]:
             wide = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies(2 * rows * columns))]
             for tokens in INT4_TOKENS:
                 share = int4_gemm.choose(tokens, rows, columns)
-                x = random_tokens(tokens, columns)
+                x = random_bf16(tokens, columns)
                 ours = int4_calls(weights, x, share)
                 error = frobenius(ours[0](), x.double() @ exact.T)
                 nbytes = rows * columns * (0.5 + 4 / GROUP) + 2 * tokens * (rows + columns)
@@ -92,7 +83,7 @@ def measure_int4(limits: Limits) -> Iterator[Measured]:
 
 def int4_row(share: Int4Share) -> list[str | int]:
     """As tables have it."""
-    return ["dequantize"] if share is None else tables.row(int4_gemm.KINDS, share)
+    return ["dequantize"] if share is None else launch.table_row(int4_gemm.KINDS, share)
 
 
 def int4_candidates(tokens: int, rows: int, columns: int) -> list[Int4Share]:
@@ -162,18 +153,7 @@ def gguf_weights(name: str, shape: tuple[int, ...], count: int | None = None) ->
         scale = torch.rand(blocks.shape[:-1], device="cuda").add(0.5).mul(1e-3).half()
         blocks[..., at : at + 2] = scale.unsqueeze(-1).view(torch.uint8)
     weight = from_blocks(name, blocks.flatten(-2), shape[-1])
-    low, high = -(2**31), 2**31 - 1
-    others = [
-        weight._replace(
-            words=torch.randint(low, high, weight.words.shape, dtype=torch.int32, device="cuda"),
-            steps=weight.steps.clone(),
-            multiples=None if weight.multiples is None else weight.multiples.clone(),
-            lows=None if weight.lows is None else weight.lows.clone(),
-            arrivals=weight.arrivals.clone(),
-        )
-        for _ in range((count or copies(gguf_nbytes(name, shape))) - 1)
-    ]
-    return [weight, *others]
+    return rotated(weight, count or copies(gguf_nbytes(name, shape)))
 
 
 def gguf_nbytes(name: str, shape: tuple[int, ...]) -> int:
@@ -198,7 +178,7 @@ def measure_gguf_product(
     wide = [torch.randn(shape, device="cuda").bfloat16() for _ in range(copies(2 * rows * columns))]
     for tokens in GGUF_TOKENS:
         share = gguf_gemm.choose(tokens, rows, columns, SPECS[name].group)
-        x = random_tokens(tokens, columns)
+        x = random_bf16(tokens, columns)
         ours = products(gguf_gemm.linear, gguf_gemm.dequantize, weights, x, share)
         error = frobenius(ours[0](), x.double() @ exact.T)
         nbytes = gguf_nbytes(name, shape) + 2 * tokens * (rows + columns)
@@ -217,7 +197,7 @@ def measure_gguf_experts(limits: Limits, model: str, name: str, config: ModelCon
     rows, columns = shape = (config.moe_intermediate_size, config.hidden_size)
     stacks = gguf_weights(name, (experts, *shape), 2)
     for tokens in GGUF_TOKENS:
-        x = random_tokens(tokens, columns)
+        x = random_bf16(tokens, columns)
         choices = [torch.rand(tokens, experts, device="cuda").topk(k).indices for _ in range(GGUF_ROUTES)]
         active = sum(len(chosen.unique()) for chosen in choices) / GGUF_ROUTES
         read = active * gguf_nbytes(name, shape) + 2 * tokens * (columns + k * rows)

@@ -37,10 +37,8 @@ class Moments:
 
     @classmethod
     def zeros(cls, batch: int, columns: int, device: torch.device) -> Moments:
-        def square() -> torch.Tensor:
-            return torch.zeros(batch, columns, columns, device=device)
-
-        return cls(square(), square(), torch.zeros(batch, device=device))
+        h, s = (torch.zeros(batch, columns, columns, device=device) for _ in range(2))
+        return cls(h, s, torch.zeros(batch, device=device))
 
     def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""

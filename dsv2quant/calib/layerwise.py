@@ -322,10 +322,7 @@ def _choose(job: Job, linears: Sequence[Sequence[Linear]], moments: Split) -> No
         else:
             quantized, plain = wished.bfloat16().float(), weight
         worse = gptq.output_error(weight, quantized, held) > gptq.output_error(weight, plain, held)
-        errors = (
-            gptq.relative_error(wished, quantized, held).tolist(),
-            gptq.relative_error(weight, plain, held).tolist(),
-        )
+        errors = [gptq.relative_error(*pair, held).tolist() for pair in ((wished, quantized), (weight, plain))]
         for i, linear in enumerate(alike):
             linear.weight = (plain if worse[i] else quantized)[i]
             if codec is not None:

@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,9 @@ from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.model.load import Loader
-from dsv2quant.storage.durable import (
-    FileEntry,
-    StateLog,
-    damaged_files,
-    file_entry,
-    hash_file,
-    is_regular,
-    write_whole,
-)
+from dsv2quant.storage.durable import FileEntry, StateLog, damaged_files, file_entry, hash_file, is_regular, write_whole
 
+logger = logging.getLogger(__name__)
 LOG_FILE = "pieces.json"
 _FIRST = {"schema": "dsv2quant.pieces/1"}
 
@@ -54,14 +46,14 @@ class Pieces:
         except BaseException:
             self._log.close()
             raise
-        self._entries = {str(line.get("file")): _entry(line) for line in self._log.lines[1:]}
+        self._entries = {
+            str(line.get("file")): {key: line.get(key) for key in ("size", "sha256")} for line in self._log.lines[1:]
+        }
 
     def __enter__(self) -> Pieces:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._log.close()
 
     def holds(self, path: Path) -> bool:
@@ -86,10 +78,6 @@ class Pieces:
         for path in self.folder.iterdir():
             if path.name != LOG_FILE:
                 path.unlink()
-
-
-def _entry(line: dict[str, object]) -> FileEntry:
-    return {key: line.get(key) for key in ("size", "sha256")}
 
 
 ROWS = 8192  # tokens that go through a layer at once
@@ -141,8 +129,6 @@ class Spool:
         self.path.unlink(missing_ok=True)
         self._partial.unlink(missing_ok=True)
 
-
-logger = logging.getLogger(__name__)
 
 Made = tuple[dict[str, np.ndarray], Any]  # tensors, and what goes beside them as JSON
 # layer, hidden states before it, where those behind it go → what was made of it

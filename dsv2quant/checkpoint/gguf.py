@@ -27,7 +27,7 @@ from dsv2quant.checkpoint.weights import BLOCKS, Weight
 from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.progress import Progress
-from dsv2quant.storage.gguf import Container, Metadata, TensorHeader, read
+from dsv2quant.storage.gguf import Container, Metadata, read
 from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, StoredTensor
 from dsv2quant.text.chat import Templates
@@ -211,12 +211,10 @@ def _index(files: list[Container]) -> dict[str, StoredTensor]:
             if tensor.type not in blocks.DECODABLE:
                 what = f"{tensor.name} has the type {tensor.type}"
                 raise InputError(what, where=file.path, fix=f"it must be one of {', '.join(blocks.DECODABLE)}")
-            held[tensor.name] = _stored(tensor, file.path.name)
+            held[tensor.name] = StoredTensor(
+                tensor.name, tensor.type, tensor.shape, file.path.name, tensor.begin, tensor.nbytes
+            )
     return held
-
-
-def _stored(t: TensorHeader, file: str) -> StoredTensor:
-    return StoredTensor(t.name, t.type, t.shape, file, t.begin, t.nbytes)
 
 
 def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) -> list[Weight]:

@@ -19,10 +19,9 @@ from typing import Any
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
-from dsv2quant.formats import compressed_tensors
 from dsv2quant.formats.codec import Codec
 from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
-from dsv2quant.formats.quant_config import kv_scale_parts
+from dsv2quant.formats.quant_config import contradiction, kv_scale_parts, unread
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, Part, StoredTensor, stored_tensors
 
 BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
@@ -90,9 +89,9 @@ def check_quantization(quantization: Mapping[str, Any] | None, where: object) ->
     if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
         what = f"is quantized with {method!r}"
         raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
-    if method == "compressed-tensors" and (unread := compressed_tensors.refusal(quantization)):
+    if method == "compressed-tensors" and (unknown := unread(quantization)):
         fix = "it is not read: give the checkpoint it was made from"
-        raise InputError(f"quantization_config has {unread}", where=f"{where}/config.json", fix=fix)
+        raise InputError(f"quantization_config has {unknown}", where=f"{where}/config.json", fix=fix)
     if method not in ("gptq", "awq"):
         return
     key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
@@ -268,7 +267,7 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
         if PACKED not in weight.parts:
             continue
         groups = weight.parts["weight_scale"].shape[1]
-        wrong = compressed_tensors.contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
+        wrong = contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
         if wrong is not None:
             fix = "weights and config.json must be of one publication: get both again"
             raise InputError(f"{weight.spec.module} {wrong}", where=where, fix=fix)
@@ -294,22 +293,14 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
         raise InputError(f"{held.name} has dtype {held.dtype}", where=where, fix=f"it must be one of {readable}")
     lacking: list[tuple[int, str]] = []  # how many other parts are there, and the first that is not
     misfits: list[list[StoredTensor]] = []
-    for codec in codecs:
-        layout = () if codec.refusal(spec.shape) else codec.layout(spec.shape)
-        found = {part.suffix: tensors.get(f"{spec.module}.{part.suffix}") for part in layout}
-        parts = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
-        others = [
-            part for part in (codec.others(spec.shape) if layout else ()) if f"{spec.module}.{part.suffix}" in tensors
-        ]
+    for codec in (codec for codec in codecs if codec.refusal(spec.shape) is None):
+        layout = codec.layout(spec.shape)
+        known = {f"{spec.module}.{part.suffix}": part for part in (*layout, *codec.others(spec.shape))}
+        parts = {part.suffix: tensors[name] for name, part in known.items() if name in tensors}
         if held not in parts.values() or not _fits(layout[0], held):
             continue
-        missing = [suffix for suffix in found if suffix not in parts]
-        parts |= {part.suffix: tensors[f"{spec.module}.{part.suffix}"] for part in others}
-        wrong = [
-            parts[part.suffix]
-            for part in (*layout, *others)
-            if part.suffix in parts and not _fits(part, parts[part.suffix])
-        ]
+        missing = [part.suffix for part in layout if part.suffix not in parts]
+        wrong = [tensors[name] for name, part in known.items() if name in tensors and not _fits(part, tensors[name])]
         if not missing and not wrong:
             return Weight(spec, codec.name, parts)
         if wrong:

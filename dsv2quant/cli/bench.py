@@ -64,7 +64,7 @@ def kernels(
 
     if tune:
         from dsv2quant.bench.kernels import tune as write_table
-        from dsv2quant.kernels.tables import FOLDER
+        from dsv2quant.kernels.launch import FOLDER
 
         path = write_table(names, tables or FOLDER, say)
         said = {"schema": "dsv2quant.bench-tune/1", "table": str(path)}

@@ -23,9 +23,8 @@ from dsv2quant import __version__
 from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
-from dsv2quant.conversion.sink import Sink
+from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation
-from dsv2quant.formats.codec import NonFiniteError, check_finite
 from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
@@ -37,6 +36,7 @@ from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.gguf import padded
 from dsv2quant.storage.manifest import gguf_manifest
+from dsv2quant.storage.safetensors import HELD_AS
 
 _one_at_a_time = threading.Lock()
 
@@ -257,34 +257,24 @@ def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
 
 def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
     """`count` rows of a weight from row `first`; a vector is one row."""
-    cols = weight.spec.shape[-1]
+    cols, part = weight.spec.shape[-1], weight.stored
     if weight.scheme != "bf16":
         values = checkpoint.encodable(weight)
-        _check(checkpoint, weight, values.reshape(-1), 0)
+        check_stored(checkpoint, weight, part, values.reshape(-1), 0)
         yield values
         return
-    part = weight.stored
     width = part.nbytes // weight.spec.size
     buffer = _stored.take(count * cols * width)
     stored = checkpoint.read(part, first * cols * width, count * cols * width, buffer).reshape(count, -1)
     step = max(1, weights // cols)
     for row in range(0, count, step):
         some = stored[row : row + step].reshape(-1)
-        bits = some.view({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[part.dtype])
+        bits = some.view(HELD_AS[part.dtype])
         if part.dtype == "BF16":
             values = _widened.take(bits.size * 4).view(np.float32)
-            _check(checkpoint, weight, bits, (first + row) * cols)
+            check_stored(checkpoint, weight, part, bits, (first + row) * cols)
             widen(bits, values)
         else:
             values = bits.astype(np.float32, copy=False)
-            _check(checkpoint, weight, values, (first + row) * cols)
+            check_stored(checkpoint, weight, part, values, (first + row) * cols)
         yield values.reshape(-1, cols)
-
-
-def _check(checkpoint: HfCheckpoint, weight: Weight, values: np.ndarray, begin: int) -> None:
-    """Raise InputError where flat `values`, which begin at element `begin` of the weight, are not finite."""
-    try:
-        check_finite(values)
-    except NonFiniteError as error:
-        index = np.unravel_index(begin + error.index[0], weight.spec.shape)
-        raise checkpoint.not_finite(weight, [int(i) for i in index]) from None

@@ -20,9 +20,9 @@ from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.identity import Source
-from dsv2quant.conversion.sink import Sink
+from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
-from dsv2quant.formats.codec import NonFiniteError, TooLargeError, check_finite, too_large
+from dsv2quant.formats.codec import NonFiniteError, TooLargeError, too_large
 from dsv2quant.formats.e4m3 import E4M3_VALUES
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning.plan import Entry, Plan, Step
@@ -168,13 +168,9 @@ class Folder(Sink):
         """Read bytes of a stored tensor, and check that they are finite."""
         part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
         data = checkpoint.read(part, begin, nbytes)
-        values = data.view({"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}[part.dtype])
-        try:
-            check_finite(values if part.dtype != "F8_E4M3" else E4M3_VALUES[values])
-        except NonFiniteError as error:
-            element = begin // values.itemsize + error.index[0]
-            index = tuple(int(i) for i in np.unravel_index(element, part.shape))
-            raise checkpoint.not_finite(entry.weight, index) from None
+        values = data.view(HELD_AS[part.dtype])
+        first = begin // values.itemsize
+        check_stored(checkpoint, entry.weight, part, E4M3_VALUES[values] if part.dtype == "F8_E4M3" else values, first)
         yield at, data
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -16,10 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.codec import NonFiniteError, check_finite
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import (
+    HASHED_AT_ONCE,
     PARTIAL,
     FileEntry,
     StateLog,
@@ -34,13 +39,13 @@ from dsv2quant.storage.durable import (
 )
 from dsv2quant.storage.engine import File, Job, Written
 from dsv2quant.storage.manifest import CARD_FILE, own_manifest
+from dsv2quant.storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Outcome
 
 logger = logging.getLogger(__name__)
 _STATE = "dsv2quant.state/"  # schema of state files, in whichever version
-_READ_AT_ONCE = 1 << 20
 
 
 class Sink(ABC):
@@ -247,6 +252,15 @@ class Sink(ABC):
         return self._is_refused
 
 
+def check_stored(checkpoint: Checkpoint, weight: Weight, part: StoredTensor, values: np.ndarray, begin: int) -> None:
+    """Raise InputError where `values`, flat, which begin at element `begin` of a weight's part, are not finite."""
+    try:
+        check_finite(values)
+    except NonFiniteError as error:
+        index = np.unravel_index(begin + error.index[0], part.shape)
+        raise checkpoint.not_finite(weight, [int(i) for i in index]) from None
+
+
 def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names that a state file says will be written."""
     named = lines[0].get("names") if lines and str(lines[0].get("schema")).startswith(_STATE) else None
@@ -256,7 +270,7 @@ def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _kept(pair: tuple[File, Mapping[int, object]], progress: Callable[[int], object]) -> Written:
     """A file as far as it has the hashes that were recorded, {marks: hash of all before the last of them}."""
     file, marks = pair
-    kept, running, buffer = Written(file), hashlib.sha256(), memoryview(bytearray(_READ_AT_ONCE))
+    kept, running, buffer = Written(file), hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
     path = file.path if os.path.lexists(file.path) else file.partial
     if not marks or not is_regular(path) or path.stat().st_size != file.nbytes:
         return kept

@@ -138,11 +138,7 @@ class Codec(Protocol):
         or that of the weight."""
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """Encode weights that belong together (one, or a fused group with a shared scale) by a method that needs no
         forward pass.
@@ -172,15 +168,12 @@ class EveryShape:
     finer = "bf16"
 
     def variant(self, group_size: int | None = None, layout: str | None = None) -> str:
-        """Itself."""
         return self.name
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """None."""
         return None
 
     def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """None."""
         return ()
 
 
@@ -195,22 +188,16 @@ class Bf16(EveryShape):
     runtime = "decoded"
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", "BF16", shape),)
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
-        """Its rows."""
         return {"weight": parts["weight"][begin:end]}
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """BF16 bits (uint16) of BF16-bit or float32 arrays. Raises NonFiniteError, also where BF16 overflows."""
         encoded = []
@@ -242,6 +229,11 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 def widened(weight: np.ndarray) -> np.ndarray:
     """BF16 bits (uint16) or float32 → float32."""
     return weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+
+
+def loaded(scales: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Scales as a consumer has them: rounded to a dtype (None: as stored), in float32."""
+    return (scales if dtype is None else scales.to(dtype)).float()
 
 
 def check_finite(weight: np.ndarray, which: int = 0) -> None:

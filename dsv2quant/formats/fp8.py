@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits
+from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, loaded
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -69,12 +69,7 @@ class Fp8(EveryShape):
         }
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        rows, cols = shape
-        scales = {
-            "block": (-(-rows // BLOCK), -(-cols // BLOCK)),
-            "channel": (rows, 1),
-            "tensor": self.tensor_shape,
-        }[self.grid]
+        scales = self.tensor_shape if self.grid == "tensor" else scales_shape(self.grid, shape)
         parts = (Part("weight", "F8_E4M3", shape), Part(self.scale_suffix, "F32", scales))
         return (*parts, Part(INPUT_SCALE, "F32", self.tensor_shape)) if self.static else parts
 
@@ -88,11 +83,7 @@ class Fp8(EveryShape):
         return {"weight": parts["weight"][begin:end], self.scale_suffix: scales}
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """Codes (uint8) and float32 scales; the compiled CPU path and the torch path give the same bytes.
 
@@ -100,10 +91,8 @@ class Fp8(EveryShape):
         """
         if self.static and len(inputs) != len(weights):
             raise ValueError(f"{self.name} needs the inputs of every weight")
-        if device == "cpu":
-            encoded = encode_on_cpu(weights, self.grid)
-        else:
-            encoded = encode_with_torch(weights, self.grid, device)
+        on_cpu = device == "cpu"
+        encoded = encode_on_cpu(weights, self.grid) if on_cpu else encode_with_torch(weights, self.grid, device)
         parts = [{"weight": codes, self.scale_suffix: scales} for codes, scales in encoded]
         if self.static:
             for found, x in zip(parts, inputs, strict=True):
@@ -122,10 +111,7 @@ class Fp8(EveryShape):
     ) -> torch.Tensor:
         """code × scale in float32, rounded once to `dtype`; transformers' default load of compressed-tensors rounds
         the scales to the model's dtype first (`scale_dtype`)."""
-        codes, scales = decode_e4m3(parts["weight"]), parts[self.scale_suffix]
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
-        scales = scales.float()
+        codes, scales = decode_e4m3(parts["weight"]), loaded(parts[self.scale_suffix], scale_dtype)
         if self.grid != "block":
             return codes.mul_(scales).to(dtype)
         scales = scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]  # [⌈rows/128⌉, cols]
@@ -133,6 +119,12 @@ class Fp8(EveryShape):
         whole.unflatten(0, (-1, BLOCK)).mul_(scales[: len(whole) // BLOCK, None])
         ragged.mul_(scales[len(whole) // BLOCK :])
         return codes.to(dtype)
+
+
+def scales_shape(grid: Grid, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a weight [out, in]."""
+    rows, cols = shape
+    return {"block": (-(-rows // BLOCK), -(-cols // BLOCK)), "channel": (rows, 1), "tensor": (1,)}[grid]
 
 
 def encode_on_cpu(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -152,19 +144,10 @@ def encode_on_cpu(weights: Sequence[np.ndarray], grid: Grid) -> list[tuple[np.nd
         shared_amax = all_bits[0].dtype.type(max(amaxes))
     encoded = []
     for which, bits in enumerate(all_bits):
-        rows, cols = bits.shape
-        codes = np.empty((rows, cols), np.uint8)
-        if grid == "block":
-            scales = np.empty((-(-rows // BLOCK), -(-cols // BLOCK)), np.float32)
-            finite = encode_block(bits, codes, scales, infinity)
-        elif grid == "channel":
-            scales = np.empty((rows, 1), np.float32)
-            finite = encode_channel(bits, codes, scales, infinity)
-        else:
-            scales = np.empty(1, np.float32)
+        codes, scales = np.empty(bits.shape, np.uint8), np.empty(scales_shape(grid, bits.shape), np.float32)
+        if grid == "tensor":
             encode_rows(bits, codes, scales, shared_amax)
-            finite = True
-        if not finite:
+        elif not (encode_block if grid == "block" else encode_channel)(bits, codes, scales, infinity):
             check_finite(weights[which], which)
         encoded.append((codes, scales))
     return encoded

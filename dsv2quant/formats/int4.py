@@ -30,6 +30,7 @@ from dsv2quant.formats.codec import (
     check_finite,
     config_group,
     eight_bits,
+    loaded,
     to_bf16,
     widened,
 )
@@ -98,7 +99,6 @@ class Int4:
 
     @property
     def integers(self) -> Integers | None:
-        """Itself."""
         return self
 
     @property
@@ -142,11 +142,7 @@ class Int4:
         return {suffix: part[cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """Encode by `rtn`, `mse` or `awq`; all run on the CPU, whatever the device."""
         from dsv2quant.formats.cpu import nearest_codes, rtn_scales, search_scales
@@ -200,10 +196,8 @@ class Int4:
         """(code − zero) × scale in float32, rounded once to `dtype`. Raises ValueError as `group_of_columns`."""
         import torch
 
-        scales, zeros, group = parts["weight_scale"], unpack_zero_points(parts), group_of_columns(parts)
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
-        scales = scales.float()
+        scales, zeros = loaded(parts["weight_scale"], scale_dtype), unpack_zero_points(parts)
+        group = group_of_columns(parts)
         codes = unpack_words(parts[PACKED]).float()  # [out, in]
         offsets = torch.full_like(scales, OFFSET) if zeros is None else zeros.float()
         if group is not None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, to_bf16, widened
+from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, loaded, to_bf16, widened
 from dsv2quant.formats.e4m3 import MIN_SCALE, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -53,11 +53,7 @@ class Int8(EveryShape):
         return {suffix: part[begin:end] for suffix, part in parts.items()}
 
     def encode(
-        self,
-        weights: Sequence[np.ndarray],
-        device: str = "cpu",
-        method: str = "rtn",
-        inputs: Sequence[Inputs] = (),
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
     ) -> list[dict[str, np.ndarray]]:
         """Codes (int8) and scales (BF16 bits), made on the CPU, whatever the device."""
         from dsv2quant.formats.cpu import group_amax, nearest_codes, round_to_bf16
@@ -85,7 +81,4 @@ class Int8(EveryShape):
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """code × scale in float32, rounded once to `dtype`."""
-        scales = parts["weight_scale"]
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
-        return parts["weight"].float().mul_(scales.float()).to(dtype)
+        return parts["weight"].float().mul_(loaded(parts["weight_scale"], scale_dtype)).to(dtype)

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv2quant.formats.codec import loaded
 from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_words
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch
-
 
 _GPTQ_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
 
@@ -47,12 +47,8 @@ class Transposed(Int4):
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """The columns of transposed parts; `g_idx` is that of all."""
-        words = slice(begin // PER_WORD, end // PER_WORD)
-        cut = {
-            "qweight": words if self.family == "awq" else slice(begin, end),
-            "qzeros": words,
-            "scales": slice(begin, end),
-        }
+        mine, words = slice(begin, end), slice(begin // PER_WORD, end // PER_WORD)
+        cut = {"qweight": words if self.family == "awq" else mine, "qzeros": words, "scales": mine}
         return {suffix: part[:, cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
 
     def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -120,12 +116,10 @@ class Gptq(Transposed):
         may be asymmetric, and ordered by activation. Raises ValueError where g_idx names a group that is not there."""
         import torch
 
-        scales, group = parts["scales"], parts["g_idx"].long()
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
+        scales, group = loaded(parts["scales"], scale_dtype), parts["g_idx"].long()
         if int(group.min()) < 0 or int(group.max()) >= len(scales):
             raise ValueError(f"g_idx names groups beyond its {len(scales)}")
-        zeros, scales = (unpack_words(parts["qzeros"]) + 1).float().T, scales.float().T  # [out, groups]
+        zeros, scales = (unpack_words(parts["qzeros"]) + 1).float().T, scales.T  # [out, groups]
         weight = unpack_words(parts["qweight"].T.contiguous()).float()  # [out, in]
         groups = weight.unflatten(1, (scales.shape[1], -1))
         if bool((group.view(groups.shape[1:]) == torch.arange(len(groups[0]), device=group.device)[:, None]).all()):
@@ -178,9 +172,7 @@ class Awq(Transposed):
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """(u − zero) × scale in float32, rounded once to `dtype`, with zero points as stored."""
-        scales = parts["scales"]
-        if scale_dtype is not None:
-            scales = scales.to(scale_dtype)
+        scales = loaded(parts["scales"], scale_dtype)
         codes, zeros = (unpack_words(parts[name], _INVERSE).float() for name in ("qweight", "qzeros"))
         groups = codes.unflatten(0, (len(scales), -1))  # [groups, group size, out]
-        return groups.sub_(zeros[:, None]).mul_(scales.float()[:, None]).flatten(0, 1).to(dtype).T.contiguous()
+        return groups.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1).to(dtype).T.contiguous()

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_vector, tables
+from dsv2quant.kernels import fp8_vector, launch
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.launch import PDL, check_rows, wait
@@ -141,7 +141,7 @@ KINDS = {"vector": Vector, "decode": Decode, "prefill": Prefill}  # in tables
 
 def choose(M: int, N: int, K: int) -> Share:
     """The shares that this device's table has, or those of `rule`."""
-    tabulated = tables.lookup("fp8_gemm", N, K, M)
+    tabulated = launch.lookup("fp8_gemm", N, K, M)
     return KINDS[tabulated[0]](*tabulated[1:]) if tabulated else rule(M, N, K)
 
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels import int4_held, tables
+from dsv2quant.kernels import int4_held, launch
 from dsv2quant.kernels.int4_held import MAGIC, Held, held_kernel, operand, zero_points
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, finish, output, wait
@@ -132,7 +132,7 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch
 
 def choose(tokens: int, rows: int, columns: int) -> Share | None:
     """The configuration for a shape, by this device's table or by `rule`; None: dequantize."""
-    tabulated = tables.lookup("int4_gemm", rows, columns, tokens)
+    tabulated = launch.lookup("int4_gemm", rows, columns, tokens)
     if tabulated:
         return KINDS[tabulated[0]](*tabulated[1:]) if tabulated[0] in KINDS else None
     return rule(tokens, rows, columns)

@@ -16,7 +16,6 @@ from dsv2quant.kernels import (
     int4_gemm,
     latents,
     reference,
-    reference_experts,
     routing,
 )
 from dsv2quant.kernels import mla_decode as attention
@@ -39,7 +38,7 @@ quantize_activation = _either(activations.quantize_activation, reference.quantiz
 fp8_matmul = _either(fp8_gemm.matmul, reference.fp8_matmul)
 fp8_linear = _either(fp8_gemm.linear, reference.fp8_linear)
 int4_linear = _either(int4_gemm.linear, reference.linear_int4)
-gguf_linear = _either(gguf_gemm.linear, reference_experts.linear_gguf)
+gguf_linear = _either(gguf_gemm.linear, reference.linear_gguf)
 
 add_norm = _either(activations.add_norm, reference.add_norm)
 silu_mul = _either(activations.silu_mul, reference.silu_mul)
@@ -49,11 +48,11 @@ absorb_k = _either(latents.absorb_k, reference.absorb_k)
 absorb_v = _either(latents.absorb_v, reference.absorb_v)
 mla_decode = _either(attention.mla_decode, reference.mla_decode)
 
-router_logits = _either(routing.router_logits, reference_experts.router_logits)
-route_and_sort = _either(routing.route_and_sort, reference_experts.route_and_sort)
-fp8_gate_up = _either(fp8_experts.gate_up, reference_experts.gate_up)
-fp8_gate_up_codes = _either(fp8_experts.gate_up_codes, reference_experts.gate_up_codes)
-fp8_down = _either(fp8_experts.down, reference_experts.down)
-int4_gate_up = _either(int4_experts.gate_up, reference_experts.gate_up_int4)
-int4_down = _either(int4_experts.down, reference_experts.down_int4)
-gguf_product = _either(gguf_experts.experts_product, reference_experts.experts_product)
+router_logits = _either(routing.router_logits, reference.router_logits)
+route_and_sort = _either(routing.route_and_sort, reference.route_and_sort)
+fp8_gate_up = _either(fp8_experts.gate_up, reference.gate_up)
+fp8_gate_up_codes = _either(fp8_experts.gate_up_codes, reference.gate_up_codes)
+fp8_down = _either(fp8_experts.down, reference.down)
+int4_gate_up = _either(int4_experts.gate_up, reference.gate_up_int4)
+int4_down = _either(int4_experts.down, reference.down_int4)
+gguf_product = _either(gguf_experts.experts_product, reference.experts_product)

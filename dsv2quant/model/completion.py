@@ -40,7 +40,7 @@ def open_model(
         if options.backend == "torch":
             return Model(checkpoint, options, stream=stream, loaded=loaded)
         from dsv2quant.model.fused_model import FusedModel  # with Triton, which is not on every machine
-        from dsv2quant.model.source import CheckpointSource
+        from dsv2quant.model.quantized import CheckpointSource
 
         source = CheckpointSource(checkpoint, options.device, options.dtype)
         return FusedModel(source, options, stream=stream, loaded=loaded)

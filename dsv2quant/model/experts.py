@@ -25,6 +25,7 @@ from dsv2quant.kernels.routing import Routes
 from dsv2quant.model.quantized import (
     FP8_UNIT,
     Quantization,
+    Source,
     columns_of,
     dequantized,
     fp8_scales,
@@ -32,7 +33,6 @@ from dsv2quant.model.quantized import (
     rounded,
     unsupported,
 )
-from dsv2quant.model.source import Source
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 PLAIN_UNIT = 8  # columns of plain weights: grouped products take rows of whole 16 bytes

@@ -16,9 +16,8 @@ from dsv2quant.model.experts import load_experts
 from dsv2quant.model.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Step, Stream
 from dsv2quant.model.layers import RMSNorm
 from dsv2quant.model.load import LATENT_NORM_EPS, Ends, LoadOptions
-from dsv2quant.model.quantized import PlainLinear, Projections, dequantized, load_linear, load_projections
+from dsv2quant.model.quantized import PlainLinear, Projections, Source, dequantized, load_linear, load_projections
 from dsv2quant.model.runtime import Decode, Runtime
-from dsv2quant.model.source import Source
 
 
 class FusedLoader:

@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay as they are stored, for the kernels' runtime.
+"""Linear layers whose weights stay as they are stored, for the kernels' runtime, and where it gets these weights.
 
 Each takes x [T, K], or where it wants e4m3 the codes alone, and gives [T, rows]. `Projections` are the layers that
 share an input (q_a with kv_a, gate with up): weights of one kind become one matrix there, and one launch.
@@ -13,15 +13,79 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.fp8 import INPUT_SCALE
+from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout, int4_layout, ops, reference
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Weight
-from dsv2quant.model.source import Source
+
+
+class Source(Protocol):
+    """A model's weights by module, as they are stored, which a checkpoint has, or a benchmark makes up: on `device`.
+
+    `name` is what errors call the model; `dtype` is that of plain weights, and of what is computed: BF16, the kernels'
+    own; their references take float32, too.
+    """
+
+    name: str
+    config: ModelConfig
+    device: str
+    dtype: torch.dtype
+
+    def scheme(self, module: str) -> str:
+        """A weight's scheme."""
+
+    def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """A weight's scheme and its parts by suffix, as formats/ names and shapes them; plain ones as 'bf16' with the
+        one part 'weight', of GGUF's types ('q4_k') the one part `BLOCKS` of weights.py."""
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """A bias, norm, router, embedding or head in `dtype`, or None where the model has no such tensor."""
+
+    def activation(self, scheme: str) -> str | None:
+        """How the activations are quantized that meet a weight: 'token', 'group128', 'static' or None."""
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None:
+        """A layer's KV-cache scale, float32 [1]."""
+
+
+class CheckpointSource:
+    """The weights of a checkpoint, an artifact or a GGUF file. Blocks that have no kernel come as plain weights."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.name, self.config = checkpoint.model, checkpoint.config
+        self._by_name = {weight.spec.name: weight for weight in checkpoint.weights}
+        self._activations = activations_quantized(checkpoint.config.quantization)
+
+    def scheme(self, module: str) -> str:
+        weight = self._by_name[f"{module}.weight"]
+        # A GGUF file has kv_b_proj in halves, of which one is transposed.
+        as_blocks = len(weight.parts) == 1 and gguf_layout.supported(weight.scheme.upper())
+        return weight.scheme if weight.scheme in CODECS or as_blocks else "bf16"
+
+    def stored(self, module: str) -> tuple[str, dict[str, torch.Tensor]]:
+        weight, scheme = self._by_name[f"{module}.weight"], self.scheme(module)
+        if scheme == "bf16":
+            return scheme, {"weight": self.checkpoint.decode(weight, self.dtype, self.device)}
+        return scheme, self.checkpoint.parts(weight, self.device)
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        weight = self._by_name.get(name)
+        return None if weight is None else self.checkpoint.decode(weight, dtype or self.dtype, self.device)
+
+    def activation(self, scheme: str) -> str | None:
+        return CODECS[scheme].activation if self._activations and scheme in CODECS else None
+
+    def kv_scale(self, layer: int) -> torch.Tensor | None:
+        return self.checkpoint.kv_scale(layer, self.device)
+
 
 FP8_UNIT = 16  # columns of FP8 weights, which the tensor memory accelerator reads, come in multiples
 
@@ -102,8 +166,10 @@ class Fp8Linear:
 
 
 @dataclass
-class Int4Linear:
-    weight: Int4Weight
+class PackedLinear:
+    """A weight in the runtime's layout of INT4 or of GGUF's blocks, which its kernels multiply with x as it is."""
+
+    weight: Int4Weight | GgufWeight
     quantization: ClassVar[Quantization] = Quantization()
 
     @property
@@ -112,20 +178,8 @@ class Int4Linear:
 
     def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
         assert x is not None
-        return ops.int4_linear(x, self.weight)
-
-
-@dataclass
-class GgufLinear:
-    weight: GgufWeight
-    quantization: ClassVar[Quantization] = Quantization()
-
-    @property
-    def rows(self) -> int:
-        return self.weight.rows
-
-    def __call__(self, x: torch.Tensor | None, codes: Codes | None = None) -> torch.Tensor:
-        assert x is not None
+        if isinstance(self.weight, Int4Weight):
+            return ops.int4_linear(x, self.weight)
         return ops.gguf_linear(x, self.weight)
 
 
@@ -172,7 +226,7 @@ def load_linear(source: Source, module: str) -> Linear:
     if scheme == "bf16":
         return PlainLinear(parts["weight"])
     if BLOCKS in parts:
-        return GgufLinear(gguf_layout.from_blocks(scheme.upper(), parts[BLOCKS], columns_of(scheme, parts[BLOCKS])))
+        return PackedLinear(gguf_layout.from_blocks(scheme.upper(), parts[BLOCKS], columns_of(scheme, parts[BLOCKS])))
     return LOADERS.get(CODECS[scheme].runtime, _decoded)(source, module, scheme, parts)
 
 
@@ -193,7 +247,7 @@ def fp8_scales(parts: Parts) -> torch.Tensor:
 
 
 def _int4(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
-    return Int4Linear(int4_weight(source, module, scheme, parts))
+    return PackedLinear(int4_weight(source, module, scheme, parts))
 
 
 def _decoded(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
@@ -248,10 +302,11 @@ def join(linears: Sequence[Linear]) -> tuple[Linear | None, int]:
     plain = [linear for linear in linears if isinstance(linear, PlainLinear)]
     if len(plain) == len(linears) and len({linear.activation for linear in plain}) == 1:
         return PlainLinear(torch.cat([linear.weight for linear in plain]), plain[0].activation), 1
-    int4 = [linear.weight for linear in linears if isinstance(linear, Int4Linear)]
+    packed = [linear.weight for linear in linears if isinstance(linear, PackedLinear)]
+    int4 = [weight for weight in packed if isinstance(weight, Int4Weight)]
     if len(int4) == len(linears):
         weight = int4_layout.join(int4)
-        return (None if weight is None else Int4Linear(weight)), int4_layout.ROWS
+        return (None if weight is None else PackedLinear(weight)), int4_layout.ROWS
     fp8 = [linear for linear in linears if isinstance(linear, Fp8Linear)]
     if len(fp8) == len(linears) and all(fp8[0].quantization.same(linear.quantization) for linear in fp8):
         return _join_fp8(fp8)

@@ -280,11 +280,9 @@ def _whole_blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusa
     # finegrained_fp8.py, Fp8Dequantize._dequantize_one takes the block to be rows // scale rows: a ragged dimension
     # fails to load, or loads wrong where the division happens to be exact.
     ragged = [dim for dim in spec.shape if dim > BLOCK and dim % BLOCK]
-    return (
-        Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
-        if ragged
-        else None
-    )
+    if not ragged:
+        return None
+    return Refusal(f"{target}: {ragged[0]} is not a multiple of {BLOCK}, and ragged blocks are misread")
 
 
 def _int4(spec: TensorSpec, scheme: str, target: str, tp: int, word: int = 1) -> Refusal | None:

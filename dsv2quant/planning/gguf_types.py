@@ -178,10 +178,7 @@ _PRESET_FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K":
 
 
 def choose_preset(
-    tensors: Sequence[GgufTensor],
-    preset: str,
-    config: ModelConfig,
-    overrides: Overrides = Overrides(),
+    tensors: Sequence[GgufTensor], preset: str, config: ModelConfig, overrides: Overrides
 ) -> list[Choice]:
     """The same of a preset; `overrides` are not counted in the file's size."""
     stock, raised = PRESETS[preset]

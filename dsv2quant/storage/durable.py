@@ -32,7 +32,7 @@ MANIFEST_FILE = "dsv2quant.json"
 WORK_FOLDER = ".dsv2quant-work"
 PARTIAL = ".partial"
 FileEntry = dict[str, Any]  # what a manifest says of a file: {size, sha256}
-_HASHED_AT_ONCE = 1 << 20
+HASHED_AT_ONCE = 1 << 20
 _MAX_STATE = 64 << 20
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -155,7 +155,7 @@ def file_entry(content: bytes) -> FileEntry:
 
 def hash_file(path: Path, progress: Callable[[int], object] = lambda nbytes: None) -> FileEntry:
     """The manifest entry of a file on disk. Raises OSError, also where it is no regular file."""
-    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(HASHED_AT_ONCE))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from dsv2quant.errors import InputError, PlanViolation
-from dsv2quant.storage.durable import PARTIAL, FileEntry, create, disk_errors, open_own, sync_folder
+from dsv2quant.storage.durable import HASHED_AT_ONCE, PARTIAL, FileEntry, create, disk_errors, open_own, sync_folder
 from dsv2quant.storage.files import Scratch
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 192 << 20
 RECORD_EVERY = 64 << 20  # bytes of a file that come between two flushes
-_HASHED_AT_ONCE = 1 << 20
 _hashed = Scratch()
 
 
@@ -276,7 +275,7 @@ class _Begun:
     def _hash_up_to(self, end: int) -> str:
         """The hash of the file's first `end` bytes. They were written just now: the system still has them in memory."""
         while self._hashed < end:
-            piece = _hashed.take(min(_HASHED_AT_ONCE, end - self._hashed)).data
+            piece = _hashed.take(min(HASHED_AT_ONCE, end - self._hashed)).data
             with disk_errors(self._file.path):
                 count = os.preadv(self._opened.fileno(), [piece], self._hashed)
             if not count:
@@ -288,10 +287,8 @@ class _Begun:
     def wait(self) -> None:
         """Until the file is durable. Raises PlanViolation where bytes of it lack."""
         if self._finishing is None:
-            what = (
-                f"{self._position:,} of {self._file.nbytes:,} bytes came in order, {len(self._ahead)} pieces out of it"
-            )
-            raise PlanViolation(f"{self._file.path}: {what}")
+            what, ahead = f"{self._position:,} of {self._file.nbytes:,} bytes", len(self._ahead)
+            raise PlanViolation(f"{self._file.path}: {what} came in order, {ahead} pieces out of it")
         self._finishing.result()
 
     def raise_error(self) -> None:

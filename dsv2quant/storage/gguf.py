@@ -259,9 +259,7 @@ class _Reader:
 
 
 UINT32_MAX = 2**32 - 1
-_INTEGERS = {
-    GGUFValueType.UINT32: (0, UINT32_MAX), GGUFValueType.INT32: (-(2**31), 2**31 - 1),
-}  # fmt: skip
+_INTEGERS = {GGUFValueType.UINT32: (0, UINT32_MAX), GGUFValueType.INT32: (-(2**31), 2**31 - 1)}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 can't
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

@@ -8,12 +8,16 @@ What can go wrong between here and the hub, as one line each.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import glob
 import logging
+import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -23,11 +27,6 @@ from dsv2quant.storage.safetensors import INDEX_FILE, SINGLE_FILE, indexed_shard
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-import difflib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 # What `convert` reads or copies beside the weights. README.md carries the licence of the base model.
@@ -95,7 +94,7 @@ def download(repo: str, revision: str | None, cache_dir: str | None, offline: bo
         with hub_errors(repo, cache_dir):
             api = HfApi()
             commit, names = _list(api, repo, revision)
-            shards = _shards(repo, names, lambda file: _fetch(api, repo, file, commit, cache_dir))
+            shards = _shards(repo, names, partial(api.hf_hub_download, repo, revision=commit, cache_dir=cache_dir))
             small = [name for name in names if _is_small(name)]
             wanted = [glob.escape(name) for name in (*small, *shards)]
             # By its branch, not the commit: the cache then knows the branch when offline.
@@ -114,8 +113,8 @@ def read_headers(
     with hub_errors(repo, cache_dir):
         api = HfApi()
         commit, names = _list(api, repo, revision)
-        config = _fetch(api, repo, "config.json", commit, cache_dir)
-        shards = _shards(repo, names, lambda file: _fetch(api, repo, file, commit, cache_dir))
+        fetch = partial(api.hf_hub_download, repo, revision=commit, cache_dir=cache_dir)
+        config, shards = Path(fetch("config.json")), _shards(repo, names, fetch)
         with ThreadPoolExecutor(16) as pool:
             read = pool.map(lambda file: api.parse_safetensors_file_metadata(repo, file, revision=commit), shards)
             headers = {
@@ -137,12 +136,9 @@ def _heed_quiet() -> None:
 
 
 def _list(api: HfApi, repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """(resolved commit, names of its files)."""
     info = api.model_info(repo, revision=revision)
     return str(info.sha), [entry.rfilename for entry in info.siblings]
-
-
-def _fetch(api: HfApi, repo: str, file: str, commit: str, cache_dir: str | None) -> Path:
-    return Path(api.hf_hub_download(repo, file, revision=commit, cache_dir=cache_dir))
 
 
 def _is_small(name: str) -> bool:
@@ -152,14 +148,15 @@ def _is_small(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _ROOT)
 
 
-def _shards(repo: str, names: Collection[str], fetch: Callable[[str], Path]) -> list[str]:
-    """The safetensors files that make up the model: those of the index, where there is one."""
+def _shards(repo: str, names: Collection[str], fetch: Callable[[str], str]) -> list[str]:
+    """The safetensors files that make up the model: those of the index, where there is one. `fetch` downloads a file,
+    and returns its path."""
     if INDEX_FILE not in names:
         if SINGLE_FILE not in names:
             fix = "only safetensors checkpoints are read, never pickle"
             raise InputError(f"no {SINGLE_FILE} and no index", where=repo, fix=fix)
         return [SINGLE_FILE]
-    shards = indexed_shards(fetch(INDEX_FILE).parent)
+    shards = indexed_shards(Path(fetch(INDEX_FILE)).parent)
     if missing := [file for file in shards if file not in names]:
         what = f"the hub lacks {listing(missing)}, which its index names"
         raise InputError(what, where=repo, fix="take another revision, or tell the model's owner")

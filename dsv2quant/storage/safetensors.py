@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,7 @@ def stored_tensors(header: Mapping[str, Any], file: str, where: object) -> list[
         if found is None:
             raise InputError(f"{name}: malformed header entry", where=where, fix=AGAIN)
         dtype, shape, begin, end = found
-        nbytes = DTYPE_BYTES[dtype]
-        for dim in shape:
-            nbytes *= dim
+        nbytes = DTYPE_BYTES[dtype] * prod(shape)
         if end - begin != nbytes:
             what = f"{name}: {dtype} {list(shape)} needs {nbytes:,} bytes, the header gives it {end - begin:,}"
             raise InputError(what, where=where, fix=AGAIN)
@@ -333,7 +332,4 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        n = DTYPE_BYTES[self.dtype]
-        for dim in self.shape:
-            n *= dim
-        return n
+        return DTYPE_BYTES[self.dtype] * prod(self.shape)

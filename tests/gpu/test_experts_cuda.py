@@ -18,7 +18,7 @@ from routing_cases import (
     same,
 )
 
-from dsv2quant.kernels import fp8_experts, reference_experts, routing
+from dsv2quant.kernels import fp8_experts, reference, routing
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.routing import FEW, router_logits
 
@@ -53,7 +53,7 @@ def test_pairs_are_sorted_as_by_the_twin(case: tuple[int, int, int, int]) -> Non
     tokens, k, experts, block = case
     for dtype in (torch.int32, torch.int64):
         chosen = choices(tokens, k, experts, "cuda").to(dtype)
-        want = reference_experts.sort_pairs(chosen, experts, block)
+        want = reference.sort_pairs(chosen, experts, block)
         assert same(routing.sort_pairs(chosen, experts, block), want)
 
 
@@ -76,7 +76,7 @@ def test_routes_are_those_of_the_model(case: tuple) -> None:
     # Scores that differ in the last bit may change places; their weights tell.
     torch.testing.assert_close(weights, want_weights, rtol=2e-6, atol=0)
     assert (chosen != want).float().mean() < 1e-3
-    assert same(routes, reference_experts.sort_pairs(chosen, experts, routes.block))
+    assert same(routes, reference.sort_pairs(chosen, experts, routes.block))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -90,10 +90,10 @@ def test_products_are_those_of_float64(widths: tuple[int, int, int, int], tokens
     routes = routing.sort_pairs(chosen, layer.experts, block)
     operands = (*quantize_activation(x, granularity, of_x), routes, layer.k, stack)
     h = fp8_experts.gate_up(*operands)
-    assert off(h, reference_experts.gate_up(*operands)) <= LIMIT_BF16
+    assert off(h, reference.gate_up(*operands)) <= LIMIT_BF16
     codes, h_scales = quantize_activation(h, granularity, of_h)
     rows = fp8_experts.down(codes, h_scales, weights, routes, stack)
-    assert off(rows, reference_experts.down(codes, h_scales, weights, routes, stack)) <= LIMIT
+    assert off(rows, reference.down(codes, h_scales, weights, routes, stack)) <= LIMIT
     if scheme == "block":
         fused = fp8_experts.gate_up_quantized(*operands, share=fp8_experts.Share(256, 3, 8))
         assert torch.equal(fused[0].view(torch.uint8), codes.view(torch.uint8))

@@ -9,8 +9,8 @@ from gguf_weights import error, random_blocks, random_choices, random_weight
 from dsv2quant.kernels.gguf_experts import experts_product
 from dsv2quant.kernels.gguf_gemm import Config, choose, dequantize, linear
 from dsv2quant.kernels.gguf_layout import SPECS, GgufWeight, blocks_of, from_blocks
-from dsv2quant.kernels.reference_experts import dequantize_gguf, sort_pairs
-from dsv2quant.kernels.reference_experts import experts_product as experts_twin
+from dsv2quant.kernels.reference import dequantize_gguf, sort_pairs
+from dsv2quant.kernels.reference import experts_product as experts_twin
 from dsv2quant.kernels.routing import choose_block
 from dsv2quant.kernels.routing import sort_pairs as sort_on_device
 

@@ -9,7 +9,7 @@ from int4_experts_cases import random_choice, random_experts
 
 from dsv2quant.kernels.int4_experts import Config, down, gate_up
 from dsv2quant.kernels.int4_layout import Int4Experts
-from dsv2quant.kernels.reference_experts import down_int4, gate_up_int4, sort_pairs
+from dsv2quant.kernels.reference import down_int4, gate_up_int4, sort_pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
@@ -206,9 +207,9 @@ def read(path: Path) -> Imatrix:
         raise InputError(f"{odd[0]} has sums or counts alone", where=path, fix=_AGAIN)
     return Imatrix(
         {name: _entry(path, name, sums[name], counts[name]) for name in sums},
-        _text_list(path, file.metadata, "imatrix.datasets"),
-        _number(path, file.metadata, "imatrix.chunk_count"),
-        _number(path, file.metadata, "imatrix.chunk_size"),
+        tuple(_value(file, "imatrix.datasets", "a list of strings", GGUFValueType.STRING, is_array=True)),
+        int(_value(file, "imatrix.chunk_count", "a number", GGUFValueType.UINT32)),
+        int(_value(file, "imatrix.chunk_size", "a number", GGUFValueType.UINT32)),
         str(path),
     )
 
@@ -222,18 +223,11 @@ def _entry(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> FileE
     return FileEntry(sums.reshape(len(counts), -1), counts)
 
 
-def _text_list(path: Path, values: Mapping[str, Value], key: str) -> tuple[str, ...]:
-    found = values.get(key)
-    if found is None or not found.is_array or found.type != GGUFValueType.STRING:
-        raise InputError(f"its {key} is missing or not a list of strings", where=path, fix=_AGAIN)
-    return tuple(found.value)
-
-
-def _number(path: Path, values: Mapping[str, Value], key: str) -> int:
-    found = values.get(key)
-    if found is None or found.is_array or found.type != GGUFValueType.UINT32:
-        raise InputError(f"its {key} is missing or not a number", where=path, fix=_AGAIN)
-    return int(found.value)
+def _value(file: container.Container, key: str, what: str, kind: GGUFValueType, *, is_array: bool = False) -> Any:
+    found = file.metadata.get(key)
+    if found is None or (found.type, found.is_array) != (kind, is_array):
+        raise InputError(f"its {key} is missing or not {what}", where=file.path, fix=_AGAIN)
+    return found.value
 
 
 def _is_legacy(path: Path) -> bool:
