@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dsv2quant.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, open, plan, verify
 
-__version__ = "0.1.0"
 __all__ = ["calibrate", "convert", "evaluate", "generate", "inspect", "open", "plan", "verify"]
 
 

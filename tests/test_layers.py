@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "dsv2quant"
 # From the ground up: a part imports itself and those before it, be it lazily or for types alone.
 ORDER = [
+    "version",
     "errors",
     "progress",
     "storage",
@@ -37,10 +38,13 @@ def imports(package: Path = PACKAGE) -> Iterator[tuple[str, str]]:
     modules = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package.name}."):
-                base = node.module.partition(".")[2]
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package.name:
+                base = node.module.partition(".")[2] or "__init__"
                 for alias in node.names:
-                    yield name, f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+                    inside = alias.name if base == "__init__" else f"{base}.{alias.name}"
+                    yield name, inside if inside in modules else base
+            elif isinstance(node, ast.Import) and any(alias.name == package.name for alias in node.names):
+                yield name, "__init__"
 
 
 def test_no_import_points_up() -> None:

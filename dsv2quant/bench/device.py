@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from dsv2quant import __version__
 from dsv2quant.errors import UsageError
+from dsv2quant.version import __version__
 
 ROTATED = 200e6  # bytes that calls in turn read, at least: the L2 of a Hopper GPU holds 50 to 60 MB
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from dsv2quant import __version__
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import architecture
 from dsv2quant.arch.spec import K_B, V_B, GgufTensor
@@ -40,6 +39,7 @@ from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage import engine
 from dsv2quant.storage.durable import PARTIAL, StateLog, disk_errors, is_regular, refuse_inputs
 from dsv2quant.storage.safetensors import Output, Shard
+from dsv2quant.version import __version__
 
 logger = logging.getLogger(__name__)
 STATE_FILE, LAYERS = "state.json", "layers"

@@ -16,9 +16,9 @@ from typing import NoReturn
 
 import click
 
-from dsv2quant import __version__
 from dsv2quant.cli.terminal import logging_shown, take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
+from dsv2quant.version import __version__
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
 VERBS = {

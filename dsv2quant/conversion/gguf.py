@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant import __version__
 from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
@@ -37,6 +36,7 @@ from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.gguf import padded
 from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import HELD_AS
+from dsv2quant.version import __version__
 
 _one_at_a_time = threading.Lock()
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant import __version__
 from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.statistics import Statistics
@@ -36,6 +35,7 @@ from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
 from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE
+from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
 _ASIDE = 1 << 20  # what the manifest may need, and the file system

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsv2quant import __version__
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError
@@ -25,6 +24,7 @@ from dsv2quant.planning.consumers import Parallel
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, aligned
+from dsv2quant.version import __version__
 
 Choice = tuple[str, str, str | None]  # scheme, method, reason
 SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dsv2quant import __version__
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import needs_calibration, work_memory
 from dsv2quant.checkpoint.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
 from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.storage.files import read_bytes
+from dsv2quant.version import __version__
 
 if TYPE_CHECKING:
     from dsv2quant.planning.gguf_plan import Entry as GgufEntry
