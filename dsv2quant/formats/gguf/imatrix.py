@@ -15,7 +15,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from gguf import GGUFValueType
 
 from dsv2quant.arch.spec import K_B, GgufTensor
 from dsv2quant.errors import InputError, listing
+from dsv2quant.storage import engine
 from dsv2quant.storage import gguf as container
-from dsv2quant.storage.durable import write_whole
 from dsv2quant.storage.gguf import TensorHeader, Value
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -147,8 +147,20 @@ def _first_bytes(text: str) -> str:
 
 
 def write(path: Path, imatrix: Imatrix) -> None:
-    """Write llama-imatrix's bytes: under `<path>.partial`, and under its own name when it is durable."""
-    write_whole(path, _pack(imatrix))
+    """Write llama-imatrix's bytes: under `<path>.partial`, and under its own name when it is durable. Raises InputError
+    where the disk fails."""
+    parts = _pack(imatrix)
+    header = next(parts)
+    size = len(header) + sum(container.padded(array.nbytes) for _, array in _arrays(imatrix.entries))
+
+    def jobs() -> Iterator[engine.Job]:
+        begin = len(header)
+        for part in parts:
+            placed, end = [(begin, np.frombuffer(part, np.uint8))], begin + len(part)
+            yield engine.Job(0, path.name, ((begin, end),), 0, len(part), partial(iter, placed))
+            begin = end
+
+    engine.write(jobs(), [engine.Written(engine.File(path, header, (size,)))])
 
 
 def is_written(path: Path, imatrix: Imatrix) -> bool:
