@@ -217,7 +217,7 @@ def add_norm(
     scale: torch.Tensor | None = None,
 ) -> Normed:
     """residual = x + addend + Σ_k pairs[:, k], added in this order in float32 and rounded once; normed = its RMSNorm,
-    as model/linear.RMSNorm computes it. With nothing to add the residual is x itself.
+    as model/layers.RMSNorm computes it. With nothing to add the residual is x itself.
 
     x [T, H] and addend [T, H] of one dtype (bfloat16, float16 or float32), in rows of any stride; weight [H] of the
     same; pairs float32 [T, k, H], contiguous: what a token's experts gave. `quantize`: None, or the granularity of
