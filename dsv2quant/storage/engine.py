@@ -159,6 +159,9 @@ class _Writing:
         """Wait for all jobs, and until every file that they are for is durable."""
         while self._running:
             self._settle()
+        for number, written in enumerate(self._files):
+            if number not in self._begun and not written.done and written.file.nbytes == len(written.file.header):
+                self._begin(number).came(())  # no job is for it
         for begun in self._begun.values():
             begun.wait()
 
@@ -167,7 +170,7 @@ class _Writing:
         self._held -= job.memory
         future.result()
         self._advance(job.bytes_in)
-        self._begun[job.file].came(job)
+        self._begun[job.file].came(job.spans)
 
 
 class _Begun:
@@ -230,9 +233,9 @@ class _Begun:
         while done < len(data):
             done += os.pwrite(self._opened.fileno(), data[done:], at + done)
 
-    def came(self, job: Job) -> None:
-        """A job is done. Now and then, make what came durable, behind the work."""
-        self._ahead |= job.spans
+    def came(self, spans: tuple[tuple[int, int], ...]) -> None:
+        """A job with these spans is done. Now and then, make what came durable, behind the work."""
+        self._ahead |= spans
         while self._position in self._ahead:
             self._position = self._ahead.pop(self._position)
         passed = bisect_right(self._file.marks, self._position)
