@@ -9,13 +9,15 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig, Yarn
+from dsv2quant.arch.config import ModelConfig, Yarn
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.weights import check_quantization
 from dsv2quant.errors import InputError
 
 
 def parse(**changes: object) -> ModelConfig:
-    return ModelConfig.from_dict({k: v for k, v in (tiny.LITE | changes).items() if v != "absent"}, "config.json")
+    return model_config({k: v for k, v in (tiny.LITE | changes).items() if v != "absent"}, "config.json")
 
 
 def test_rope_scaling_and_rope_parameters_are_the_same():
@@ -44,7 +46,7 @@ def test_yarn_defaults_are_deepseeks():
 
 
 def test_absent_keys_take_deepseeks_defaults():
-    config = ModelConfig.from_dict({"architectures": [CAUSAL_LM]}, "config.json")
+    config = model_config({"architectures": [CAUSAL_LM]}, "config.json")
     assert (config.hidden_size, config.q_lora_rank, config.kv_lora_rank, config.num_hidden_layers) == (
         4096,
         1536,
@@ -83,7 +85,7 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in saved
     saved["architectures"] = [CAUSAL_LM]
-    ours, theirs = ModelConfig.from_dict(raw, ""), ModelConfig.from_dict(saved, "")
+    ours, theirs = model_config(raw, ""), model_config(saved, "")
     assert {k: v for k, v in vars(ours).items() if k != "dtype"} == {
         k: v for k, v in vars(theirs).items() if k != "dtype"
     }

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.families import model_config
 
 MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 YARN = {
@@ -57,7 +58,7 @@ def random_weights(
     """Every tensor of the model: norms near 1, matrices scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for spec in architecture(ModelConfig.from_dict(config, "config.json")).specs():
+    for spec in architecture(model_config(config, "config.json")).specs():
         noise = torch.randn(spec.shape, generator=generator)
         if spec.role == "norm":
             value = 1 + 0.1 * noise
@@ -116,8 +117,7 @@ def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     outputs = [
-        Output(s.name, "BF16", s.shape, 2 * s.size)
-        for s in architecture(ModelConfig.from_dict(config, "config.json")).specs()
+        Output(s.name, "BF16", s.shape, 2 * s.size) for s in architecture(model_config(config, "config.json")).specs()
     ]
     groups: list[list[Any]] = [[]]
     size = 0
