@@ -6,9 +6,9 @@ A safetensors file. Linears that share an input share its statistics, under the 
     <site>.amax              float32 [K]   largest magnitude of each channel
     <site>.square            float32 [K]   Σ x² over tokens
     <site>.weighted_square   float32 [K]   Σ g² x², g the routing weight; routed experts alone
-    <layer>.self_attn.k_pe_radius  float32 [heads · qk_rope_head_dim / 2]   largest radius of each pair of keys that RoPE
-                             rotates; a latent cache has one head
-    <layer>.self_attn.v_amax  float32 [heads · width]   largest magnitude of each channel of plain attention's values
+    <layer>.self_attn.k_pe_radius  float32 [heads · qk_rope_head_dim / 2]   largest radius of each pair that is rotated,
+                                   of each head of keys; a latent cache has one
+    <layer>.self_attn.v_amax       float32 [heads · width]   largest magnitude of each channel of plain attention's values
 
 and, where asked for, of kv_b_proj's halves, which absorbed attention applies to inputs of their own, head by head:
 
@@ -20,13 +20,11 @@ the calibration text and tokens, tokens per site, and a digest of all this and t
 
 The scales of an FP8 KV cache.
 
-Plain attention has one for keys and one for values. An MLA cache holds one row per token: the normalised latent, then the rotated RoPE key, k_pe. vLLM stores both under one
-scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so it must cover both; transformers with
-compressed-tensors takes k_scale for the latent and v_scale for k_pe (compressed_tensors/modeling/kvcache.py). One value
-for both serves either. llm-compressor calibrates k_scale on the latent alone, and k_pe may then be clipped.
-
-A RoPE pair (a, b) turns with the position and keeps its length: √(a² + b²) bounds both elements at every position,
-those that calibration never reached included, and no smaller bound does.
+Plain attention has one for keys and one for values. An MLA cache holds one row per token: the normalised latent, then
+the rotated RoPE key, k_pe. vLLM stores both under one scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so
+it must cover both; transformers with compressed-tensors takes k_scale for the latent and v_scale for k_pe
+(compressed_tensors/modeling/kvcache.py). One value for both serves either. llm-compressor calibrates k_scale on the
+latent alone, and k_pe may then be clipped.
 """
 
 from __future__ import annotations

@@ -148,9 +148,8 @@ class Loader:
 
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
         if not c.is_mla:
-            return GroupedAttention(
-                c, *(self._linear(f"{at}.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-            )
+            q, k, v, o = (self._linear(f"{at}.{name}_proj") for name in "qkvo")
+            return GroupedAttention(c, q, k, v, o)
         latent_query = c.q_lora_rank is not None
         return LatentAttention(
             config=c,
