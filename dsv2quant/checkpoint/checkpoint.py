@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
-from dsv2quant.arch.multimodal import PUBLISHED, Multimodal, Names, language_config, multimodal
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
+from dsv2quant.arch.multimodal import PUBLISHED, Multimodal, Names, multimodal
 from dsv2quant.checkpoint.weights import (
     Weight,
     as_published,
@@ -29,6 +30,7 @@ from dsv2quant.checkpoint.weights import (
     match,
     split_off,
     take_kv_scales,
+    without_missing_prediction,
 )
 from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.quant_config import readable_codecs
@@ -65,8 +67,8 @@ class Checkpoint(ABC):
     """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached.
 
     `data` is where each file lies and where its data begins; empty where weights were not downloaded. `revision` is the
-    hub's commit. `kv_scales` holds the KV-cache scale of each layer's keys, where the checkpoint has them. Of a
-    multimodal model the weights are those of its language model, and `others` the stored tensors of all else.
+    hub's commit. `kv_scales` holds the KV-cache scales of each layer, where the checkpoint has them. Of a multimodal
+    model the weights are those of its language model, and `others` the stored tensors of all else.
     """
 
     model: str
@@ -76,7 +78,7 @@ class Checkpoint(ABC):
     files: list[str]
     data: Mapping[str, tuple[Path, int]]
     revision: str | None = None
-    kv_scales: Mapping[int, StoredTensor] = field(default_factory=dict)
+    kv_scales: Mapping[int, tuple[StoredTensor, ...]] = field(default_factory=dict)
     others: Sequence[StoredTensor] = ()
 
     # Consumers multiply by weights of this dtype, as torch calls it.
@@ -185,16 +187,16 @@ class Checkpoint(ABC):
         return torch.from_numpy(self.read(part)).to(device).view(torch_dtype(part.dtype)).view(part.shape)
 
     def kv_scale(self, layer: int, device: str) -> torch.Tensor | None:
-        """A layer's KV-cache scale, float32 [1]; None where there is none. Raises InputError for one that nothing can
-        be divided by."""
-        part = self.kv_scales.get(layer)
-        if part is None:
-            return None
-        scale = self.tensor(part, device).float().reshape(1)
-        if not 0 < scale.item() < float("inf"):
-            fix = "the checkpoint is damaged: get it again"
-            raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
-        return scale
+        """A layer's KV-cache scales, float32: [1] of a latent cache, [2] of keys and values; None where there are none.
+        Raises InputError for one that nothing can be divided by."""
+        import torch
+
+        scales = [self.tensor(part, device).float().reshape(1) for part in self.kv_scales.get(layer, ())]
+        for part, scale in zip(self.kv_scales.get(layer, ()), scales, strict=True):
+            if not 0 < scale.item() < float("inf"):
+                fix = "the checkpoint is damaged: get it again"
+                raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
+        return torch.cat(scales) if scales else None
 
     def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
         """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
@@ -234,8 +236,7 @@ class HfCheckpoint(Checkpoint):
     def of_folder(cls, folder: Path, model: str, revision: str | None = None) -> HfCheckpoint:
         """Open a folder that is called `model`."""
         raw_config = read_json(folder / "config.json")
-        where = folder / "config.json"
-        ModelConfig.from_dict(language_config(raw_config, where), where)  # another model is not asked for its shards
+        model_config(raw_config, folder / "config.json")  # another model is not asked for its shards
         headers, data = {}, {}
         for file in shard_files(folder):
             headers[file], start = read_header(folder / file)
@@ -256,8 +257,7 @@ class HfCheckpoint(Checkpoint):
     ) -> HfCheckpoint:
         """Of the headers of its shards by file."""
         where = folder if folder is not None else model
-        whole = multimodal(raw_config)
-        config = ModelConfig.from_dict(language_config(raw_config, f"{where}/config.json"), f"{where}/config.json")
+        config, whole = model_config(raw_config, f"{where}/config.json"), multimodal(raw_config)
         check_quantization(config.quantization, where)
         stored = index_tensors(headers, where)
         others = split_off(stored, whole, where)
@@ -265,6 +265,7 @@ class HfCheckpoint(Checkpoint):
             del stored[tensor.name]
         tensors, names = as_published(stored, config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
+        config = without_missing_prediction(config, tensors)
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)

@@ -220,7 +220,7 @@ class Folder(Sink):
         if len(encoded) != len(entries):
             raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
         return [
-            {f"{entry.module}.{suffix}": array for suffix, array in parts.items()}
+            {checkpoint.names.stored(entry.spec.part_name(suffix)): array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
 
