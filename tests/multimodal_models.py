@@ -50,7 +50,46 @@ def _ocr() -> Tensors:
     }  # fmt: skip
 
 
+def _vl() -> Tensors:
+    return siglip("vision_model.vision_tower.", torch.float16) | {
+        "aligner.layers.0.weight": torch.randn(128, 16).half(), "aligner.layers.0.bias": torch.randn(128).half(),
+        "aligner.layers.2.weight": torch.randn(128, 128).half(), "aligner.layers.2.bias": torch.randn(128).half(),
+    }  # fmt: skip
+
+
+def _kimi() -> Tensors:
+    return siglip("vision_tower.encoder.", torch.bfloat16) | {
+        "multi_modal_projector.pre_norm.weight": torch.randn(16).bfloat16(),
+        "multi_modal_projector.linear_1.weight": torch.randn(64, 16).bfloat16(),
+    }  # fmt: skip
+
+
 KINDS = {
+    # what transformers' LlamaConfig has by default is left out
+    "deepseek-vl": Kind(
+        lambda inner: {
+            "architectures": ["MultiModalityCausalLM"], "model_type": "multi_modality", "torch_dtype": "float16",
+            "language_config": inner, "vision_config": {"cls": "CLIPVisionTower", "model_type": "vision"},
+            "aligner_config": {"cls": "MlpProjector", "model_type": "aligner"},
+        },
+        "language_model.{}".format, _vl,
+        {
+            "hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 16384, "model_type": "llama",
+            "num_attention_heads": 4, "num_hidden_layers": 2, "torch_dtype": "float16", "vocab_size": 4096,
+        },
+    ),
+    "kimi-vl": Kind(
+        lambda inner: {
+            "architectures": ["KimiVLForConditionalGeneration"], "model_type": "kimi_vl", "torch_dtype": "bfloat16",
+            "auto_map": {"AutoConfig": "configuration_kimi_vl.KimiVLConfig"}, "text_config": inner,
+            "vision_config": {"model_type": "moonvit"},
+        },
+        "language_model.{}".format, _kimi,
+        tiny.V3 | {
+            "vocab_size": 4096, "num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+            "num_experts_per_tok": 2, "num_nextn_predict_layers": 0, "rope_scaling": None,
+        },
+    ),
     # config.json of deepseek-vl2 names no class, and its language model's dtype is the whole's
     "deepseek-vl2": Kind(
         lambda inner: {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,17 +24,17 @@ from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def whole(request, tmp_path_factory) -> tuple[str, Path, Tensors]:
-    """(kind, checkpoint, what is not its language model's)."""
-    return request.param, *write(tmp_path_factory.mktemp(request.param) / "model", request.param)
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """The language model of each, as a checkpoint of its own."""
-    inner = {key: value for key, value in KINDS["deepseek-vl2"].inner.items() if key != "auto_map"}
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("alone") / "model", inner)
+def models(tmp_path_factory) -> Callable[[str], tuple[Path, Tensors, Path]]:
+    """By kind: (checkpoint, what is not its language model's, and that as a checkpoint of its own)."""
+
+    @cache
+    def made(kind: str) -> tuple[Path, Tensors, Path]:
+        at = tmp_path_factory.mktemp(kind)
+        inner = {key: value for key, value in KINDS[kind].inner.items() if key != "auto_map"}
+        return *write(at / "model", kind), tiny.write_checkpoint(at / "alone/model", inner)
+
+    return made
 
 
 def opened(folder: Path) -> HfCheckpoint:
@@ -53,8 +55,9 @@ def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
     return found
 
 
-def test_the_language_model_is_read(whole, alone):
-    kind, folder, others = whole
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_language_model_is_read(kind, models):
+    folder, others, alone = models(kind)
     checkpoint, plain = opened(folder), opened(alone)
     assert [w.spec for w in checkpoint.weights] == [w.spec for w in plain.weights]
     assert {t.name: t.shape for t in checkpoint.others} == {n: tuple(t.shape) for n, t in others.items()}
@@ -68,9 +71,17 @@ def test_the_language_model_is_read(whole, alone):
 INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
 
 
-@pytest.mark.parametrize("options", [["--fp8=channel"], INT4, ["--fp8=block", "--target", "sglang"]])
-def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(options, whole, alone, tmp_path, cli):
-    kind, folder, others = whole
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("deepseek-vl", ["--int4=pure", *INT4[1:], "--format", "gptq"]),
+        ("deepseek-vl2", ["--fp8=channel"]),
+        ("deepseek-ocr", INT4),
+        ("kimi-vl", ["--fp8=block", "--target", "sglang"]),
+    ],
+)
+def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, tmp_path, cli):
+    folder, others, alone = models(kind)
     ran = cli("convert", folder, *options, "--max-shard-size", "400KB", "-o", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert cli("convert", alone, *options, "-o", tmp_path / "plain", "-q").code == 0
@@ -87,12 +98,13 @@ def bits_of(folder: Path) -> float:
     return 8 * size / sum(weight.spec.size for weight in opened(folder).weights)
 
 
-def test_the_whole_is_read_again(whole, alone, tmp_path, cli):
-    _, folder, others = whole
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_is_read_again(kind, models, tmp_path, cli):
+    folder, others, alone = models(kind)
     assert cli("convert", folder, "--fp8=channel", "-o", tmp_path / "out", "-q").code == 0
     assert cli("convert", alone, "--fp8=channel", "-o", tmp_path / "plain", "-q").code == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
-    inner = config["language_config"]
+    inner = config["text_config" if kind == "kimi-vl" else "language_config"]
     assert not {"auto_map", "quantization_config"} & inner.keys()
     assert "auto_map" not in config
     assert inner["torch_dtype"] == config["torch_dtype"] == "bfloat16"
@@ -109,22 +121,25 @@ def test_the_whole_is_read_again(whole, alone, tmp_path, cli):
     assert generated.code == 0, generated.err
 
 
-def test_the_language_model_alone_is_an_artifact_of_its_own(whole, alone, tmp_path, cli):
-    _, folder, _ = whole
+@pytest.mark.parametrize("kind", ["deepseek-vl", "deepseek-vl2"])
+def test_the_language_model_alone_is_an_artifact_of_its_own(kind, models, tmp_path, cli):
+    folder, _, alone = models(kind)
     asked = ["--fp8=channel", "--language-only", "-q"]
     ran = cli("convert", folder, *asked, "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
     assert cli("convert", alone, "--fp8=channel", "-o", tmp_path / "plain", "-q").code == 0
     assert stored(tmp_path / "out") == stored(tmp_path / "plain")
     ours, plain = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "plain"))
-    assert ours == plain
+    assert ours == plain | {"architectures": ours["architectures"]}
+    assert ours["architectures"] == [opened(alone).config.architecture]
     assert not (tmp_path / "out/preprocessor_config.json").exists()
     assert "--language-only" in (tmp_path / "out/README.md").read_text()
     assert cli("verify", tmp_path / "out", "--source", folder).code == 0
 
 
-def test_a_gguf_file_has_the_language_model_alone(whole, alone, tmp_path, cli):
-    _, folder, _ = whole
+@pytest.mark.parametrize("kind", ["deepseek-vl", "deepseek-vl2"])
+def test_a_gguf_file_has_the_language_model_alone(kind, models, tmp_path, cli):
+    folder, _, alone = models(kind)
     for name, model in (("out", folder), ("plain", alone)):
         ran = cli("convert", model, "--gguf", "Q8_0", "-o", tmp_path / f"{name}.gguf", "-q")
         assert ran.code == 0, ran.err
@@ -137,8 +152,8 @@ MODULES = ["model.{}", "language.model.{}", "language_model.model.{}", "model.la
 
 
 @pytest.mark.parametrize("recipe", [["--fp8=channel"], INT4])
-def test_patterns_find_modules_under_each_consumers_names(recipe, whole, tmp_path, cli):
-    _, folder, others = whole
+def test_patterns_find_modules_under_each_consumers_names(recipe, models, tmp_path, cli):
+    folder, others, _ = models("deepseek-ocr")
     config = json.loads(cli("plan", folder, *recipe, "--json").out)["quantization_config"]
     targets = [t for group in config["config_groups"].values() for t in group["targets"]]
     assert all(target.startswith("re:") for target in targets)
