@@ -75,7 +75,7 @@ def append_keys(
     width: int,
 ) -> torch.Tensor:
     """For one new token per sequence: its rotated keys and its values go to cache[t, positions[t]], as
-    model/cache.LatentCache stores them; returns its rotated queries, [T, heads, width], contiguous.
+    model/cache.KVCache stores them; returns its rotated queries, [T, heads, width], contiguous.
 
     q [T, heads · width], k and v [T, groups · width], of one dtype (bfloat16, float16 or float32), in rows of any
     stride. Of a head's `width` elements i and i + width / 2 are a pair. table float32 [·, width / 2, 2]: cosine and

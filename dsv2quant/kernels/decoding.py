@@ -40,7 +40,7 @@ def power_of_two(largest):
 
 @triton.jit
 def as_stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
-    """x as the cache holds it: model/cache.LatentCache._encoded."""
+    """x as the cache holds it: model/cache.KVCache._encoded."""
     if LARGEST is not None:
         x = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)

@@ -185,7 +185,7 @@ def append_latents(
     q_out: torch.Tensor,
 ) -> None:
     """For one new token per sequence: its latent kv[:, :rank], normed, and its rotated key kv[:, rank:] go to
-    cache[t, positions[t]], as model/cache.LatentCache stores them; its queries' rotated parts to q_out[..., rank:].
+    cache[t, positions[t]], as model/cache.KVCache stores them; its queries' rotated parts to q_out[..., rank:].
 
     q [T, heads · (nope + rope)] and kv [T, rank + rope] of one dtype (bfloat16, float16 or float32), in rows of any
     stride; norm_weight [rank] of the same, and q_out [T, heads, rank + rope], contiguous, whose first `rank` columns
