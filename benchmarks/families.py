@@ -16,6 +16,7 @@ conversions.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -29,12 +30,14 @@ from typing import Any
 import numpy as np
 from convert import processor
 from quality import CTX, EVALUATED, Evaluator, Made, ours, peers
+from safetensors.torch import load_file, save_file
 
 import dsv2quant
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.evaluation.divergence import summarize
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.schemes import UNQUANTIZED
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -80,6 +83,25 @@ class LlamaCpp:
         if ran.returncode:
             sys.exit(f"llama-{tool} failed:\n{ran.stdout[-2000:]}")
         return ran.stdout
+
+
+def respell(folder: Path) -> None:
+    """llm-compressor's FP8_BLOCK in DeepSeek-V3's spelling, which we read: the same codes and scales."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        scales = {name for name in tensors if name.endswith(".weight_scale")}
+        spelled = {f"{name}_inv" if name in scales else name: tensors[name] for name in tensors}
+        save_file({k: v.float() if k.endswith("_scale_inv") else v for k, v in spelled.items()}, path)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    ignored = config["quantization_config"]["ignore"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ignored,
+    }
+    file.write_text(json.dumps(config))
 
 
 def gguf(model: Path, out: Path, file_type: str) -> Made:
@@ -135,6 +157,8 @@ def measure(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         table.add("dsv2quant", name, ours(plan, ids, out), out, calibrated=method == "gptq")
         shutil.rmtree(out)
         made = peers(options.peer, model, method, GROUP, tokens, kept, out)
+        if name == "fp8-block":
+            respell(out)
         table.add("llm-compressor", name, made, out, calibrated=method == "gptq")
         shutil.rmtree(out)
     llama, file = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"

@@ -110,10 +110,10 @@ def peers(python: str, model: Path, method: str, group: int, tokens: Path, ignor
     command += ["--group-size", str(group), "-o", str(out), *(f"--ignore={name}" for name in ignored)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     printed = json.loads(ran.stdout)
-    checkpoint = open_checkpoint(out)
     bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    size = sum(weight.spec.size for weight in open_checkpoint(model).weights)
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
-    return Made(printed["quantize_s"], bits / sum(w.spec.size for w in checkpoint.weights), "", versions)
+    return Made(printed["quantize_s"], bits / size, "", versions)
 
 
 def main() -> None:
