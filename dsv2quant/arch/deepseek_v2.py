@@ -42,8 +42,9 @@ def architecture(config: ModelConfig) -> Architecture:
 def _moe(c: ModelConfig) -> MoE | None:
     if not c.n_routed_experts:
         return None
-    router = Router(
-        c.num_experts_per_tok, c.n_group, c.topk_group, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor
-    )
+    normalise = c.norm_topk_prob and c.num_experts_per_tok > 1
+    # DeepSeek-V2's own code (modeling_deepseek.py, MoEGate) scales only weights that it does not normalise.
+    scale = 1.0 if normalise else c.routed_scaling_factor
+    router = Router(c.num_experts_per_tok, c.n_group, c.topk_group, normalise=normalise, scale=scale)
     shared = FFN("shared", c.hidden_size, c.n_shared_experts * c.moe_intermediate_size) if c.n_shared_experts else None
     return MoE(router, c.n_routed_experts, FFN("routed", c.hidden_size, c.moe_intermediate_size), shared)

@@ -111,7 +111,7 @@ class RandomWeights:
             return torch.full(spec.shape, float(spec.role == "norm"), dtype=torch.bfloat16, device=self.device)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(spec.name.encode(), self.seed))
         weight = torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device)
-        return weight.normal_(std=spec.shape[1] ** -0.5, generator=generator)
+        return weight.normal_(std=spec.shape[-1] ** -0.5, generator=generator)
 
 
 class Subject(NamedTuple):
