@@ -109,10 +109,10 @@ def route(logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
     """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts], and its correction
     bias, float32 [experts], if it has one.
 
-    DeepSeek-V2's `MoEGate` (modeling_deepseek.py) and DeepSeek-V3's `Gate` (inference/model.py). Where published codes
-    differ: experts of other groups score 0 where there is no bias, as in V2; with one, scores may be below 0, and those
-    are −inf, as in `Gate` and vLLM's grouped_topk, where V3's modeling_deepseek.py has 0. A single weight is normalised
-    like any others, as there, which modeling_deepseek.py leaves alone.
+    DeepSeek-V2's `MoEGate` (modeling_deepseek.py) and DeepSeek-V3's `Gate` (inference/model.py). Experts of groups that
+    are not chosen score 0 without a bias, as in V2; with one, which may put others below 0, they score −inf, as in
+    `Gate` and vLLM's grouped_topk: modeling_deepseek.py of V3 has 0 there. And it leaves a single weight as it is,
+    which `Gate` normalises.
     Raises ValueError where there is no such choice, or the bias is not what the router says.
     """
     check_router(logits, router, bias)
