@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from dsv2quant.planning.allocator import Tensor
 from dsv2quant.planning.prefill import Pass
 
-CUBLAS_WORKSPACE = 8_519_680  # bytes: ":4096:2:16:8" (aten/src/ATen/cuda/CublasHandlePool.cpp)
 BF16, WIDE = 2, 4
 
 
@@ -29,8 +28,8 @@ class Eager(Pass):
     """The passes of a GPU. The prompt lies on the CPU where there are several, so that logits go back there."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._cache: list[tuple[Tensor, ...]] = []
-        self._workspace: Tensor | None = None
 
     def run(self) -> None:
         """The prompt and one token. Raises OutOfMemory."""
@@ -68,13 +67,6 @@ class Eager(Pass):
         hidden = self.norm(self.c.hidden_size)
         hidden = self.experts(layer) if self.c.is_moe(layer) else self.ffn(self.share.ffn(layer))
         return self.made(self.c.hidden_size)
-
-    def product(self, width: int, kind: str = "activations") -> Tensor:
-        """What a linear layer gives. The first one also makes cuBLAS's workspace, which stays."""
-        made = self.made(width, kind)
-        if self._workspace is None:
-            self._workspace = self.new(CUBLAS_WORKSPACE)
-        return made
 
     def attention(self) -> Tensor:
         """Plain attention. Where there are several texts a batched product copies what is not laid out by head:

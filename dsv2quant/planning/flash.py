@@ -1,4 +1,4 @@
-# ruff: noqa: F841, RUF059 (a name that nobody reads keeps its tensor in memory)
+# ruff: noqa: F841 (a name that nobody reads keeps its tensor in memory)
 """`--prefill flash`: this tool's torch runtime in BF16, whose attention makes no scores.
 
 Sources: model/runtime.py (`Model.next_logits`), model/load.py (`DecoderLayer.stages`), model/attention.py,
@@ -70,7 +70,7 @@ class Flash(Pass):
 
     def attention(self) -> Tensor:
         heads, kv_heads, width = self.share.heads, self.share.kv_heads, self.c.qk_head_dim
-        q, k = self.made(heads * width), self.made(kv_heads * width)
+        q, k = self.product(heads * width), self.product(kv_heads * width)
         turned = self.rotated(heads * width), self.rotated(kv_heads * width)
         del q, k
         v = self.made(kv_heads * width)
@@ -95,10 +95,10 @@ class Flash(Pass):
         c, heads = self.c, self.share.heads
         queries = None
         if c.q_lora_rank is not None:
-            latent = self.made(c.q_lora_rank)
+            latent = self.product(c.q_lora_rank)
             queries = self.norm(c.q_lora_rank)
             del latent
-        compressed = self.made(c.kv_lora_rank + c.qk_rope_head_dim)
+        compressed = self.product(c.kv_lora_rank + c.qk_rope_head_dim)
         latent, k_pe = self.norm(c.kv_lora_rank), self.rotated(c.qk_rope_head_dim)
         del compressed
         read = self.stored(c.kv_lora_rank), self.stored(c.qk_rope_head_dim)

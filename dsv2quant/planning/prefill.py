@@ -1,4 +1,4 @@
-# ruff: noqa: F841, RUF059 (a name that nobody reads keeps its tensor in memory)
+# ruff: noqa: F841 (a name that nobody reads keeps its tensor in memory)
 """What a prefill keeps in memory, and for how long: the tensors of a forward pass, in the order in which they are made.
 
 Here is what all models' passes are made of. A function stands for one of the code that it models: a tensor is in memory
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.planning.allocator import Memory, Tensor
+
+CUBLAS_WORKSPACE = 8_519_680  # bytes: ":4096:2:16:8" (aten/src/ATen/cuda/CublasHandlePool.cpp)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Pass:
     batch: int
     length: int
 
+    def __post_init__(self) -> None:
+        self._workspace: Tensor | None = None
+
     @property
     def c(self) -> ModelConfig:
         return self.share.config
@@ -77,6 +82,13 @@ class Pass:
     def wide(self, width: int) -> Tensor:
         """A tensor of so many float32 numbers per token."""
         return self.new(4 * self.tokens * width)
+
+    def product(self, width: int, kind: str = "activations") -> Tensor:
+        """What a linear layer gives. The first one also makes cuBLAS's workspace, which stays."""
+        made = self.made(width, kind)
+        if self._workspace is None:
+            self._workspace = self.new(CUBLAS_WORKSPACE)
+        return made
 
     def norm(self, width: int) -> Tensor:
         """RMSNorm (transformers `LlamaRMSNorm.forward`; model/layers.py): squares go before the product comes."""
