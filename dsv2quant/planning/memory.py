@@ -152,7 +152,8 @@ def accelerate_split(sizes: Sequence[int], gpus: int) -> list[range]:
     is still to come, and the last takes the rest.
     """
     room = sum(sizes) // gpus + int(1.25 * sizes[1])
-    layers, ends, used = len(sizes) - 2, [], sizes[0]
+    layers, used = len(sizes) - 2, sizes[0]
+    ends: list[int] = []
     for layer in range(layers):
         left = room - (0 if ends else max(sizes[layer + 2 :]))
         if used + sizes[layer + 1] > left and len(ends) < gpus - 1:
