@@ -28,7 +28,7 @@ from dsv2quant.planning.memory import (
 MIB = 1 << 20
 BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096)
 OOM = None
-# GiB, batch by context: DeepSeek-LLM's README, "Inference", BF16 on A100-PCIE-40GB. 67B: each of 8 GPUs.
+# GiB, batch by context: DeepSeek-LLM's README, "GPU Memory Usage", BF16 on A100-PCIE-40GB. 67B: each of 8 GPUs.
 PUBLISHED_7B = (
     (13.29, 13.63, 14.47, 16.37, 21.25),
     (13.63, 14.39, 15.98, 19.82, 29.59),
