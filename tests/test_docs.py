@@ -135,7 +135,7 @@ def test_commands_print_what_stands_there(name: str, workplace: Path, cli, monke
 
 
 def can_run(line: str, folder: Path) -> bool:
-    """Commands on dsv2-mini or on what an earlier command wrote, and what takes the headers of a hub id; not what takes a GPU."""
+    """Commands on dsv2-mini or what an earlier one wrote, and what reads headers of a hub id; not what takes a GPU."""
     verb, model, *_ = line.split()
     if verb == "bench" or "--device cuda" in line:
         return False
