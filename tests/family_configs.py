@@ -1,9 +1,8 @@
 """config.json of the published checkpoints of the family: what of it a model depends on, and how many parameters they
 are said to have.
 
-Transcribed from copies in public repositories where one is named, and else put together from what is said there; RTP-LLM,
-vLLM and others have such copies among their tests. Keys that a published file leaves out are left out here too: then
-the defaults of its own configuration class count.
+Transcribed from copies in public repositories where one is named, and else put together from what is said there. Keys
+that a published file leaves out are left out here too: then the defaults of its own configuration class count.
 """
 
 from __future__ import annotations
