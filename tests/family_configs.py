@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dsv2quant.arch.families import model_config
+
 Config = dict[str, Any]
 
 _LLAMA: Config = {
@@ -231,3 +233,36 @@ ROWS = {
     "DeepSeek-V3": Row(V3, "671", "deepseek-ai/DeepSeek-V3, README: 671 B and 14 B of MTP", "685"),
     "DeepSeek-V3.1": Row(V3_1, "671", "as V3", "685"),
 }
+
+
+def language(config: Config) -> Config:
+    """The language model's own configuration."""
+    return dict(config.get("language_config", config))
+
+
+def small(config: Config) -> Config:
+    """The same model with a dense layer and one of experts, few heads and experts, and the vocabulary of dsv2-mini.
+
+    What makes a row what it is stays: the widths of heads and latents, the routing, RoPE, and what every width leaves
+    behind blocks and groups of up to 512.
+    """
+    inner = language(config)
+    c = model_config(inner, "config.json")
+    hidden = _narrow(c.hidden_size)
+    heads = 4 if c.is_mla else hidden // c.v_head_dim
+    changes: Config = {
+        "hidden_size": hidden, "intermediate_size": _narrow(c.intermediate_size), "num_hidden_layers": 2,
+        "num_attention_heads": heads, "vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1,
+        "num_key_value_heads": heads if c.num_key_value_heads == c.num_attention_heads else 1,
+    }  # fmt: skip
+    if c.n_routed_experts:
+        changes |= {
+            "moe_intermediate_size": _narrow(c.moe_intermediate_size), "first_k_dense_replace": 1,
+            "n_routed_experts": 2 * max(c.num_experts_per_tok, c.n_group),
+        }  # fmt: skip
+    return config | {"language_config": inner | changes} if "language_config" in config else config | changes
+
+
+def _narrow(width: int) -> int:
+    """A width below 1024 that leaves the same behind a division by 512."""
+    return width if width < 1024 else 512 + width % 512
