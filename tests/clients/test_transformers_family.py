@@ -14,14 +14,10 @@ from test_runtime import TOLERANCE, relative_error
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.runtime import Model
 
-NO_MLA = tiny.LITE | {
-    "use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0,
-    "rope_scaling": None,
-}  # fmt: skip
 MODELS = {
     "llama": tiny.LLAMA,
-    "one head of keys": tiny.LLAMA | {"num_key_value_heads": 1},
-    "linear RoPE": tiny.LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 100000.0},
+    "as many heads of keys": tiny.LLAMA | {"num_key_value_heads": 4},
+    "no RoPE scaling": tiny.LLAMA | {"rope_scaling": None, "rope_theta": 500.0},
     "biases": tiny.LLAMA | {"attention_bias": True},
     "tied": tiny.LLAMA | {"tie_word_embeddings": True},
     "wide heads": tiny.LLAMA | {"head_dim": 32},
@@ -35,7 +31,7 @@ OWN = {
     "deepseek-moe": tiny.DEEPSEEK_MOE,
     "normalised": tiny.DEEPSEEK_MOE | {"norm_topk_prob": True},
     "fewer heads of keys": tiny.DEEPSEEK_MOE | {"num_key_value_heads": 2},
-    "no latents": NO_MLA,
+    "no latents": tiny.PLAIN_V2,
 }
 
 
