@@ -199,7 +199,8 @@ def choose_schemes(
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
             held = (stored or {}).get(spec, "") if spec.is_prediction else ""
-            assigned[spec.role, spec.layer] = (held, "rtn") if held in recipe.schemes else recipe.assign(spec)
+            kept = held in recipe.schemes - UNQUANTIZED
+            assigned[spec.role, spec.layer] = (held, "rtn") if kept else recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, Choice] = {}
     for members in modules.values():

@@ -22,6 +22,7 @@ from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
+from dsv2quant.planning.rules import NEEDS
 from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.storage.files import read_bytes
 from dsv2quant.version import __version__
@@ -102,7 +103,7 @@ def notes(plan: Plan) -> list[str]:
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     found += serving_notes(plan)
-    for (target, scheme), needed in targets.NEEDS.items():
+    for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
     found += _finer_groups(plan)
@@ -285,9 +286,11 @@ def _is_text(value: object) -> bool:
 
 def warnings(plan: Plan) -> list[str]:
     """One line each, the gravest first."""
-    idle: list[str] = []
-    if not plan.recipe.builtin:
-        specs = (entry.spec for entry in plan.entries)
+    specs = [entry.spec for entry in plan.entries]
+    if plan.recipe.builtin:
+        wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
+        idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
+    else:
         idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
