@@ -33,6 +33,8 @@ CONFIGS = {
     "awkward": tiny.AWKWARD | {"first_k_dense_replace": 1}, "grouped": tiny.GROUPED, "blocks": BLOCKS,
     "no shared experts": tiny.LITE | {"n_shared_experts": None},
     "one expert a token": tiny.LITE | {"num_experts_per_tok": 1, "first_k_dense_replace": 0},
+    "llama": tiny.LLAMA, "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
+    "deepseek-moe": tiny.DEEPSEEK_MOE, "plain v2": tiny.PLAIN_V2,
 }  # fmt: skip
 INT4 = ("--method", "rtn", "--group-size", "32")
 # Float32 roundings, and sums in another order: see test_runtime.TOLERANCE.
@@ -131,7 +133,7 @@ def test_plain_weights(name, sources):
     check_same(sources[name], *((1, 4) if name == "awkward" else ()))
 
 
-@pytest.mark.parametrize("source", ["grouped", "biases"])
+@pytest.mark.parametrize("source", ["grouped", "biases", "llama"])
 @pytest.mark.parametrize("format_", ["compressed-tensors", "gptq"])
 def test_int4(source, format_, converted):
     check_same(converted(source, "--int4=pure", *INT4, "--format", format_))
@@ -176,7 +178,7 @@ def test_gguf(scheme, converted):
 
 
 @pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
-@pytest.mark.parametrize("source", ["lite", "biases", "awkward"])
+@pytest.mark.parametrize("source", ["lite", "biases", "awkward", "llama"])
 def test_fp8(source, scheme, converted):
     check_near(converted(source, f"--fp8={scheme}"), length=3 if source == "awkward" else 9)
 
@@ -261,7 +263,7 @@ def test_layers_of_one_input_that_differ_are_not_joined(scheme, mixed):
 
 
 @pytest.mark.parametrize("kind", ["float32", "fp8_e4m3", "fp8_e5m2"])
-@pytest.mark.parametrize("name", ["lite", "biases"])
+@pytest.mark.parametrize("name", ["lite", "biases", "llama"])
 def test_generation(name, kind, sources):
     """A prompt in two parts, then steps, through a cache of another dtype, too."""
     models = opened(sources[name], kv_cache=KV_DTYPES[kind])
