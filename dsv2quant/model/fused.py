@@ -152,7 +152,16 @@ class FusedLatentAttention:
         beside(
             lambda: ops.absorb_k(nope, self.w_k, absorbed),
             lambda: ops.append_latents(
-                q, kv, norm.weight, norm.eps, step.angles, step.positions, cache.store, scale, absorbed
+                q,
+                kv,
+                norm.weight,
+                norm.eps,
+                step.angles,
+                step.positions,
+                cache.store,
+                scale,
+                absorbed,
+                c.rope_halves,
             ),
             q.device,
         )
