@@ -35,7 +35,7 @@ CONFIGS = {
     "one expert a token": tiny.LITE | {"num_experts_per_tok": 1, "first_k_dense_replace": 0},
     "llama": tiny.LLAMA, "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
     "deepseek-moe": tiny.DEEPSEEK_MOE, "plain v2": tiny.PLAIN_V2,
-    "turned by halves": tiny.V3 | {"rope_interleave": False},
+    "v3": tiny.V3, "glm4 turned by halves": tiny.GLM4 | {"rope_interleave": False},
 }  # fmt: skip
 INT4 = ("--method", "rtn", "--group-size", "32")
 # Float32 roundings, and sums in another order: see test_runtime.TOLERANCE.

@@ -15,7 +15,7 @@ from dsv2quant.kernels import gguf_layout
 from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Experts, Int4Weight, down_of, gate_up_of, unpack
-from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
+from dsv2quant.kernels.routing import Routes, check_router, choose_block, tiles_needed
 
 if TYPE_CHECKING:
     from dsv2quant.kernels.fp8_experts import Fp8Experts
@@ -105,24 +105,30 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)
 
 
-def route(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts].
+def route(logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts], and its correction
+    bias, float32 [experts], if it has one.
 
-    DeepSeek's `MoEGate`: softmax over all experts; with groups, only the topk_group groups whose best expert scores
-    highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
-    Raises ValueError where the router is another.
+    DeepSeek-V2's `MoEGate` (modeling_deepseek.py) and DeepSeek-V3's `Gate` (inference/model.py). Experts of groups that
+    are not chosen score 0 without a bias, as in V2; with one, which may put others below 0, they score −inf, as in
+    `Gate` and vLLM's grouped_topk: modeling_deepseek.py of V3 has 0 there. And it leaves a single weight as it is,
+    which `Gate` normalises.
+    Raises ValueError where there is no such choice, or the bias is not what the router says.
     """
-    router.check(logits.shape[-1])
-    scores = logits.softmax(-1)
-    eligible = scores
+    check_router(logits, router, bias)
+    scores = logits.softmax(-1) if router.score == "softmax" else logits.sigmoid()
+    eligible = scores if bias is None else scores + bias
     if router.groups > 1:
-        best = scores.unflatten(-1, (router.groups, -1)).amax(-1)  # [tokens, groups]
+        grouped = eligible.unflatten(-1, (router.groups, -1))
+        best = grouped.amax(-1) if router.group_score == "max" else grouped.topk(2).values.sum(-1)  # [tokens, groups]
         groups = best.topk(router.topk_group, sorted=False).indices
-        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // router.groups, -1), 0.0)
+        others = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+        eligible = grouped.masked_fill(others.unsqueeze(-1), 0.0 if bias is None else -torch.inf).flatten(-2)
     weights, experts = eligible.topk(router.k, sorted=False)
-    if router.normalise and router.k > 1:
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
+    if bias is not None:
+        weights = scores.gather(1, experts)
+    if router.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * router.scale, experts
 
 
@@ -187,8 +193,10 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), router)
 
 
-def route_and_sort(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, Routes]:
-    weights, chosen = route(logits, router)
+def route_and_sort(
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+    weights, chosen = route(logits, router, bias)
     return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), router.k, logits.shape[1]))
 
 
