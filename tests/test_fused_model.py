@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.errors import UsageError
 from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
@@ -289,14 +290,30 @@ def test_generation(name, kind, sources):
     assert (error(rows[1], alone) < TOLERANCE) is (kind == "float32")
 
 
-def test_a_cache_has_the_scale_of_its_layer(sources, tmp_path):
-    static.write(sources["biases"], tmp_path / "out", "fp8-static", kv=5.0)
-    theirs, ours = opened(tmp_path / "out", kv_cache=torch.float8_e4m3fn)
-    assert ours.caches(1, 1)[0].scale.item() == theirs.caches(1, 1)[0].scale.item() != 1
+@pytest.mark.parametrize("name", ["biases", "llama"])
+def test_a_cache_has_the_scales_of_its_layer(name, sources, tmp_path):
+    static.write(sources[name], tmp_path / "out", "fp8-static", kv=5.0)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for scale in tensors:
+            if scale.endswith("v_scale"):
+                tensors[scale] = tensors[scale] * 3
+
+    theirs, ours = opened(edit(tmp_path / "out", change), kv_cache=torch.float8_e4m3fn)
+    scales = [model.caches(1, 1)[0].scale.tolist() for model in (theirs, ours)]
+    assert scales[0] == scales[1]
+    assert scales[0] != [1.0]
+    assert len(set(scales[0])) == (2 if name == "llama" else 1)
     tokens = tokens_for(theirs)
     want, got = (through(model, tokens, True)[0] for model in (theirs, ours))
     scaled = through(opened(tmp_path / "out")[0], tokens, True)[0]
     assert divergence(want, got) < TIES * divergence(scaled, want)
+
+
+@pytest.mark.parametrize("heads", [{"num_attention_heads": 32, "num_key_value_heads": 1}, {"head_dim": 272}])
+def test_heads_that_no_kernel_takes_are_refused(heads, tmp_path):
+    with pytest.raises(UsageError, match=r"heads of .* share keys and values: no kernel takes that"):
+        opened(tiny.write_checkpoint(tmp_path / "m", tiny.LLAMA | heads))
 
 
 def test_streaming_is_the_same(sources):
