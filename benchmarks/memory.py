@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    lite = json.loads(resources.files("dsv2quant").joinpath("bench", "configs", "lite.json").read_text("utf-8"))
+    lite = json.loads(resources.files("dsv2quant").joinpath("bench", "configs", "v2-lite.json").read_text("utf-8"))
     for name, config in (("7B, 8 layers", LLM_7B), ("V2-Lite, 4 layers", lite | {"num_hidden_layers": 4})):
         folder = write(arguments.scratch / name.split(",")[0], config)
         model = Model(dq.open(folder), LoadOptions(torch.bfloat16, "cuda"))

@@ -112,7 +112,9 @@ def test_the_whole_is_read_again(kind, models, tmp_path, cli):
     verified = cli("verify", tmp_path / "out", "--source", folder)
     assert verified.code == 0, verified.err
     score = ["--ctx", "32", "--limit", "2", "--json"]
-    values = [json.loads(cli("eval-ppl", tmp_path / name, *score).out)["perplexity"] for name in ("out", "plain")]
+    scored = [cli("eval-ppl", tmp_path / name, *score) for name in ("out", "plain")]
+    assert [ran.code for ran in scored] == [0, 0], scored[0].err
+    values = [json.loads(ran.out)["perplexity"] for ran in scored]
     assert values[0] == values[1]
     inspected = json.loads(cli("inspect", tmp_path / "out", "--json").out)
     assert inspected["others"] == len(others)

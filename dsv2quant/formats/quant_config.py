@@ -112,7 +112,8 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
             aliases = () if spec.fused_as is None else spec.fused_as.names
             if spec.expert is not None:
                 aliases = (spec.parent.rpartition(".")[0],)
-            names |= dict.fromkeys((*aliases, spec.module))
+            members = (*aliases, spec.module)
+            names |= dict.fromkeys((*members, *(map(_in_nextn, members) if spec.is_prediction else ())))
     return list(names)
 
 
@@ -120,6 +121,14 @@ def _anywhere(name: str) -> str:
     """A pattern for a module, given its published name, in any model that a program builds around this one."""
     body = name.removeprefix("model.")
     return f"{ROOTS}{'*' if body == name else '+'}{re.escape(body)}"
+
+
+def _in_nextn(name: str) -> str:
+    """SGLang's name of a module of a layer for multi-token prediction, which is a model of its own there
+    (deepseek_nextn.py): its decoder layer is `model.decoder`, and what is around that is `model`'s."""
+    return re.sub(
+        r"^model\.layers\.\d+\.((self_attn|mlp)\.)?", lambda at: f"model.decoder.{at[1]}" if at[1] else "model.", name
+    )
 
 
 def _config_groups(schemes: Mapping[TensorSpec, str], *, is_whole: bool) -> dict[str, Any]:
@@ -150,7 +159,10 @@ def _targets(schemes: Mapping[TensorSpec, str], scheme: str, root: str) -> list[
         layers = [layer for layer, spec in everywhere.items() if schemes[spec] == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
-            patterns.append(rf"re:{root}layers\.{at}\.{_module_pattern(everywhere[layers[0]])}$")
+            parent = rf"layers\.{at}"
+            if any(everywhere[layer].is_prediction for layer in layers):
+                parent = rf"({parent}|decoder)"  # as SGLang calls the layer for multi-token prediction
+            patterns.append(rf"re:{root}{parent}\.{_module_pattern(everywhere[layers[0]])}$")
     return patterns
 
 
