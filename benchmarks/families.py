@@ -144,11 +144,9 @@ class Table:
         self.rows.append(row)
 
 
-def measure(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    checkpoint, out = open_checkpoint(model), options.scratch / "out"
-    table = Table(model, options.windows)
+def beside_llm_compressor(model: Path, table: Table, options: argparse.Namespace) -> None:
+    checkpoint, out, tokens = open_checkpoint(model), options.scratch / "out", options.scratch / "ids.npy"
     ids = windows(standard_library(), Tokenizer.open(model), options.windows, CTX, seed=0)
-    tokens = options.scratch / "ids.npy"
     np.save(tokens, ids)
     for name, method in RECIPES.items():
         plan = make_plan(checkpoint, recipe.builtin(name), for_targets=("vllm",))
@@ -161,29 +159,36 @@ def measure(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             respell(out)
         table.add("llm-compressor", name, made, out, calibrated=method == "gptq")
         shutil.rmtree(out)
-    llama, file = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"
-    table.add("llama.cpp", MIX, llama.quantize(file), file, llama.divergence(file))
-    stock = file.read_bytes()
-    made = gguf(model, file, MIX)
-    table.add("dsv2quant, the same bytes" if file.read_bytes() == stock else "dsv2quant", MIX, made, file)
-    if checkpoint.config.is_mla:
-        made = gguf(model, file, PRESET)
-        table.add("dsv2quant", PRESET, made, file, llama.divergence(file))
-    return table.rows
+
+
+def beside_llama_cpp(model: Path, table: Table, options: argparse.Namespace) -> None:
+    llama, out = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"
+    table.add("llama.cpp", MIX, llama.quantize(out), out, llama.divergence(out))
+    stock = out.read_bytes()
+    made = gguf(model, out, MIX)
+    table.add("dsv2quant, the same bytes" if out.read_bytes() == stock else "dsv2quant", MIX, made, out)
+    if open_checkpoint(model).config.is_mla:
+        made = gguf(model, out, PRESET)
+        table.add("dsv2quant", PRESET, made, out, llama.divergence(out))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--peer", required=True, help="Python of llm-compressor's environment")
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama.cpp's tools")
+    parser.add_argument("--peer", help="Python of llm-compressor's environment: compare FP8 and INT4")
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's tools: compare GGUF")
     parser.add_argument("--windows", type=int, default=128, help="of calibration")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
     for model in options.models:
-        append(options.results, measure(model, options))
+        table = Table(model, options.windows)
+        if options.peer:
+            beside_llm_compressor(model, table, options)
+        if options.llama_cpp:
+            beside_llama_cpp(model, table, options)
+        append(options.results, table.rows)
 
 
 if __name__ == "__main__":
