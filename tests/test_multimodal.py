@@ -82,8 +82,9 @@ INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
         ("kimi-vl", ["--fp8=block", "--target", "sglang"]),
     ],
 )
-def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, tmp_path, cli):
+def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, fox, tmp_path, cli):
     folder, others, alone = models(kind)
+    options = [*options, *(["--calibration", fox] if CALIBRATION[0] in options else [])]
     ran = cli("convert", folder, *options, "--max-shard-size", "400KB", "-o", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert cli("convert", alone, *options, "-o", tmp_path / "plain", "-q").code == 0
