@@ -267,7 +267,8 @@ def warnings(plan: Plan) -> list[str]:
     idle: list[str] = []
     if not plan.recipe.builtin:
         specs = (entry.spec for entry in plan.entries)
-        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+        config = plan.checkpoint.config
+        idle = plan.recipe.idle_rules(specs, config.num_hidden_layers + config.num_nextn_predict_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
 
