@@ -22,7 +22,7 @@ import numpy as np
 from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
-from dsv2quant.conversion.sink import Sink, check_stored
+from dsv2quant.conversion.sink import Sink, check_decoded, check_stored
 from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
@@ -260,7 +260,7 @@ def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, we
     cols, part = weight.spec.shape[-1], weight.stored
     if weight.scheme != "bf16":
         values = checkpoint.encodable(weight)
-        check_stored(checkpoint, weight, part, values.reshape(-1), 0)
+        check_decoded(checkpoint, weight, values)
         yield values
         return
     width = part.nbytes // weight.spec.size

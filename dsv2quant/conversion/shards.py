@@ -21,10 +21,9 @@ from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
-from dsv2quant.formats.codec import NonFiniteError, TooLargeError, too_large
-from dsv2quant.formats.e4m3 import E4M3_VALUES
+from dsv2quant.formats.codec import NonFiniteError, TooLargeError, as_float32, too_large
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.planning.plan import Entry, Plan, Step
+from dsv2quant.planning.plan import POWERS_OF_TWO, Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress
@@ -154,7 +153,8 @@ class Folder(Sink):
                 continue
             outputs = [output for entry in step.entries for output in entry.outputs if output.nbytes]
             spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
-            encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out
+            decoded = sum(2 * 4 * entry.spec.size for entry in step.entries if entry.weight.scheme != "bf16")
+            encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out + decoded
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
 
     def _copies(self, entry: Entry, shard: int, places: Mapping[str, int]) -> Iterator[Job]:
@@ -165,13 +165,23 @@ class Folder(Sink):
                 yield Job(shard, output.name, ((at, at + nbytes),), nbytes, nbytes, copy)
 
     def _copy(self, entry: Entry, suffix: str, begin: int, nbytes: int, at: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read bytes of a stored tensor, and check that they are finite."""
-        part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
-        data = checkpoint.read(part, begin, nbytes)
+        """Read and check bytes of a stored tensor."""
+        part = entry.weight.parts[suffix]
+        data = self.plan.checkpoint.read(part, begin, nbytes)
         values = data.view(HELD_AS[part.dtype])
-        first = begin // values.itemsize
-        check_stored(checkpoint, entry.weight, part, E4M3_VALUES[values] if part.dtype == "F8_E4M3" else values, first)
+        self._check_part(entry, suffix, values, begin // values.itemsize)
         yield at, data
+
+    def _check_part(self, entry: Entry, suffix: str, stored: np.ndarray, begin: int) -> None:
+        """Raise InputError where a part of a weight, flat from element `begin` on, is not finite, or scales that the
+        artifact declares to be powers of two are not."""
+        part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
+        check_stored(checkpoint, entry.weight, part, stored, begin)
+        declared = self.plan.config["quantization_config"].get("scale_fmt") == POWERS_OF_TWO
+        if declared and suffix == "weight_scale_inv" and (np.frexp(as_float32(stored))[0] != 0.5).any():
+            what = f"{part.name} is no power of two, as scale_fmt of quantization_config says: {POWERS_OF_TWO}"
+            fix = "consumers would round it: take scale_fmt out of config.json, or get the checkpoint again"
+            raise InputError(what, where=checkpoint.model, fix=fix)
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read and encode, or fetch what calibration encoded."""
@@ -193,18 +203,10 @@ class Folder(Sink):
                 yield places[output.name], array.reshape(-1).view(np.uint8)
 
     def _encoded(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
-        checkpoint, prepared = self.plan.checkpoint, self._prepared
-        sizes = [entry.weight.stored.nbytes for entry in entries]
-        buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
-        weights = [
-            prepared.smoothing.apply(entry.spec, checkpoint.encodable(entry.weight, buffer))
-            for entry, buffer in zip(entries, buffers, strict=True)
-        ]
-        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
         try:
-            encoded = CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
+            encoded = [self._kept(entry) for entry in entries] if entries[0].is_kept else self._chosen(entries)
         except NonFiniteError as error:
-            raise checkpoint.not_finite(entries[error.which].weight, error.index) from None
+            raise self.plan.checkpoint.not_finite(entries[error.which].weight, error.index) from None
         except TooLargeError as error:
             entry = entries[error.which]
             raise too_large(entry.spec.module, entry.scheme) from None
@@ -214,6 +216,25 @@ class Folder(Sink):
             {f"{entry.spec.module}.{suffix}": array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
+
+    def _kept(self, entry: Entry) -> dict[str, np.ndarray]:
+        """The source's codes and scales in the scheme's layout."""
+        arrays = self.plan.checkpoint.arrays(entry.weight)
+        for suffix, stored in arrays.items():
+            self._check_part(entry, suffix, stored.reshape(-1), 0)
+        return CODECS[entry.scheme].kept(arrays)
+
+    def _chosen(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
+        """The codes that the method chooses."""
+        prepared = self._prepared
+        sizes = [entry.weight.stored.nbytes for entry in entries]
+        buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
+        weights = [
+            prepared.smoothing.apply(entry.spec, self.plan.checkpoint.encodable(entry.weight, buffer))
+            for entry, buffer in zip(entries, buffers, strict=True)
+        ]
+        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
+        return CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
 
 
 def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: Statistics | None) -> None:

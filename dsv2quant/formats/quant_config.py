@@ -171,8 +171,7 @@ def readable_codecs(config: Mapping[str, Any] | None) -> Callable[[str], list[Co
 
 def _names(group: Mapping[str, Any], module: str) -> bool:
     """Whether a group's targets name a module, and not its class alone (compressed-tensors, utils/match.py)."""
-    targets = group.get("targets")
-    texts = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
+    texts = _texts(group, "targets")
     return any(re.match(text[3:], module) if text.startswith("re:") else text == module for text in texts)
 
 
@@ -243,6 +242,20 @@ def contradiction(config: Mapping[str, Any], columns: int, groups: int, suffixes
     return None
 
 
+def left_out(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a configuration lists a module among those that are not quantized: by its whole name, which may have
+    another root, or in compressed-tensors by a pattern (utils/match.py). It is one of which `unread` finds nothing."""
+    listed = [text for key in ("ignore", "ignored_layers", "modules_to_not_convert") for text in _texts(config, key)]
+    names = {name[max(name.find("model.layers."), 0) :] for name in listed}
+    patterns = [re.compile(text[3:]) for text in _texts(config, "ignore") if text.startswith("re:")]
+    return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
+
+
+def _texts(config: Mapping[str, Any], key: str) -> list[str]:
+    found = config.get(key)
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
 def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("format") not in _READ_FORMATS:
         yield f"format {config['format']!r}"
@@ -260,6 +273,11 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} of config_groups, which names a preset"
         else:
             yield from (f"{what} in {name}" for what in _of_group(group, config.get("format")))
+    for text in _texts(config, "ignore"):
+        try:
+            re.compile(text.removeprefix("re:") if text.startswith("re:") else "")
+        except re.error:
+            yield f"{text!r} in ignore, which is no pattern"
     cache = config.get("kv_cache_scheme")
     if cache is not None:
         yield from (f"{what} in kv_cache_scheme" for what in _of_args(cache, "float", {8: ("tensor",)}))

@@ -27,6 +27,7 @@ from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Outpu
 from dsv2quant.version import __version__
 
 Choice = tuple[str, str, str | None]  # scheme, method, reason
+POWERS_OF_TWO = "ue8m0"  # `scale_fmt` of a quantization_config whose scales are
 SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 
 
@@ -70,6 +71,12 @@ class Entry:
         stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
         same = self.scheme == self.weight.scheme and self.method == "rtn"
         return same and stored == [(o.dtype, o.shape) for o in self.outputs]
+
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the source's codes and scales stay, be it in another layout: it has them on the scheme's grid."""
+        return self.method == "rtn" and CODECS[self.scheme].keeps(self.weight.scheme, self.weight.parts)
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ def make_plan(
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
     schemes = choose_schemes((weight.spec for weight in checkpoint.weights), recipe, chosen, parallel)
+    _mark_kept(checkpoint, schemes)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
     try:
@@ -176,6 +184,8 @@ def make_plan(
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     entries = tuple(_line(weight, *schemes[weight.spec], kv_parts) for weight in checkpoint.weights)
+    if quantization is not None and _has_powers_of_two(checkpoint, entries):
+        quantization["scale_fmt"] = POWERS_OF_TWO
     steps, shards = _lay_out(entries, chosen, max_shard_size)
     return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, _out_config(checkpoint, quantization))
 
@@ -219,6 +229,19 @@ def choose_schemes(
     return decided
 
 
+def _mark_kept(checkpoint: Checkpoint, schemes: dict[TensorSpec, Choice]) -> None:
+    """Choose no codes where the source's are on the scheme's grid, whatever the method: none come nearer. Of the
+    matrices of a role in a layer all or none."""
+    alike: dict[tuple[str, int | None], list[Weight]] = defaultdict(list)
+    for weight in checkpoint.weights:
+        alike[weight.spec.role, weight.spec.layer].append(weight)
+    for weights in alike.values():
+        if all(CODECS[schemes[weight.spec][0]].keeps(weight.scheme, weight.parts) for weight in weights):
+            for weight in weights:
+                scheme, _, reason = schemes[weight.spec]
+                schemes[weight.spec] = scheme, "rtn", reason
+
+
 def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpec, Choice]) -> None:
     """Give what AWQ scales along with its tensors a method of its own: such tensors are no copies."""
     methods = {method for _, method, _ in schemes.values()}
@@ -245,6 +268,17 @@ def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts
     if spec.role == "kv_a_proj_with_mqa":
         outputs += tuple(Output(f"{spec.parent}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
+
+
+def _has_powers_of_two(checkpoint: Checkpoint, entries: Sequence[Entry]) -> bool:
+    """Whether the scales of all FP8 blocks are those of a source that declares powers of two, as DeepSeek-V3.1 does.
+
+    Consumers then round the scales of activations up to such (vLLM transformers_utils/config.py, for DeepGEMM), which
+    is what the model was trained with, and transformers holds those of weights in e8m0 (FineGrainedFP8Config).
+    """
+    blocks = [entry for entry in entries if entry.scheme == "fp8-block"]
+    declared = (checkpoint.config.quantization or {}).get("scale_fmt")
+    return declared == POWERS_OF_TWO and bool(blocks) and all(entry.is_kept for entry in blocks)
 
 
 def _lay_out(
