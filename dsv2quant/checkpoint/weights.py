@@ -285,10 +285,10 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
     for weight in weights:
         if weight.scheme == "bf16":
             continue
-        wrong = (
-            "is quantized, but quantization_config lists it as left out" if is_left_out(weight.spec.module) else None
-        )
-        if wrong is None and PACKED in weight.parts:
+        wrong = None
+        if is_left_out(weight.spec.module):
+            wrong = "is quantized, but quantization_config lists it as left out"
+        elif PACKED in weight.parts:
             groups = weight.parts["weight_scale"].shape[1]
             wrong = contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
         if wrong is not None:

@@ -105,6 +105,7 @@ def notes(plan: Plan) -> list[str]:
     for (target, scheme), needed in targets.NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
+    found += _kept(plan)
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
@@ -128,6 +129,20 @@ def notes(plan: Plan) -> list[str]:
 def serving_notes(plan: Plan) -> list[str]:
     """What whoever serves the artifact must know."""
     return [_FLOAT16] if any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs) else []
+
+
+def _kept(plan: Plan) -> list[str]:
+    """Which matrices keep the codes of the source, and which of INT4 would with groups as large."""
+    kept = Counter(entry.scheme for entry in plan.entries if entry.is_kept)
+    found = [f"{n} matrices keep the codes and scales that the source has, as {name}" for name, n in kept.items()]
+    sizes = {
+        stored.group_size
+        for entry in plan.entries
+        if (stored := CODECS[entry.weight.scheme].integers) is not None
+        and (planned := CODECS[entry.scheme].integers) is not None
+        and stored.group_size != planned.group_size
+    }
+    return found + [f"the source has INT4: --group-size {size or 'channel'} keeps its codes" for size in sizes]
 
 
 def _finer_groups(plan: Plan) -> list[str]:
