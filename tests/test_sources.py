@@ -12,6 +12,8 @@ import tiny
 import torch
 from calibrated import WINDOWS, calibration, planned, rules, run
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor as Packed
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from safetensors.torch import load_file
 from test_compressed_tensors import compressed, scheme_of
 from test_convert import tensors
@@ -33,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 WIDE = tiny.GROUPED | {
     "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 128, "num_hidden_layers": 2,
     "n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1, "v_head_dim": 32,
-    "q_lora_rank": 64,
+    "q_lora_rank": 64, "vocab_size": 4096,
 }  # fmt: skip
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 # As Kimi-K2-Thinking has it: INT4 experts, and all else that is listed in BF16.
@@ -249,6 +251,17 @@ def test_scales_that_float16_has_not_are_an_error(wide, tmp_path):
     plan = plan_for_vllm(model, "int4-experts", group_size=32, layout="gptq")
     with pytest.raises(InputError, match="values too large for the float16 scales of gptq-g32"):
         convert(plan, tmp_path / "out", command="")
+
+
+def test_gguf_keeps_its_codes_in_blocks_of_32(kimi, tmp_path):
+    plan = make_gguf_plan(open_checkpoint(kimi[0]), Options("Q4_0"))
+    assert "6 matrices keep the codes and scales that the source has, as Q4_0" in plan.notes
+    convert(plan, tmp_path / "m.gguf")
+    source, found = experts(kimi[0]), {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    for name in ("gate", "up", "down"):
+        wanted = [source[f"model.layers.1.mlp.experts.{n}.{name}_proj.weight"] for n in range(2)]
+        tensor = found[f"blk.1.ffn_{name}_exps.weight"]
+        assert np.array_equal(dequantize(tensor.data, tensor.tensor_type), torch.stack(wanted).numpy())
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
