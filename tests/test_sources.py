@@ -67,6 +67,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def blocks(wide: Path) -> tuple[Tensors, Tensors]:
+    return with_powers_of_two(wide)
+
+
+def with_powers_of_two(wide: Path) -> tuple[Tensors, Tensors]:
     """FP8 blocks whose scales are powers of two, float32, as DeepSeek-V3.1 stores them; and the float32 values."""
     generator = torch.Generator().manual_seed(1)
     stored = tensors(wide)
