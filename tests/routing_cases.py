@@ -35,7 +35,7 @@ ROUTED = (  # (tokens, experts, router)
     (3, 384, KIMI),
     (2, 12, replace(V3, k=4, groups=3, topk_group=1)),  # all of one group taken
     (2, 10, replace(V3, k=1, groups=5, topk_group=2)),  # two experts a group; one weight, normalised
-    (3, 72, replace(V3, k=6, groups=1, topk_group=1, normalise=False)),
+    (3, 72, replace(V3, k=6, groups=1, topk_group=1)),
     (3, 64, Router(6, 8, 3, score="sigmoid", group_score="top2")),
     (3, 64, Router(6, 8, 3, normalise=True, scale=2.0, bias=True)),
 )

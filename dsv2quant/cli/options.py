@@ -142,7 +142,7 @@ def _whole(context: click.Context, param: click.Parameter, value: str | None) ->
     return int(value) if value is not None and value.isdigit() else value
 
 
-_scheme_options = stack(
+scheme_options = stack(
     click.option("--fp8", "fp8", type=Kind(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
                  help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "
                  "per tensor, and activations with calibrated scales."),
@@ -186,7 +186,7 @@ _gguf_options = stack(
     click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
     section="GGUF",
 )  # fmt: skip
-plan_options = stack(_scheme_options, _consumer_options, _gguf_options)
+plan_options = stack(scheme_options, _consumer_options, _gguf_options)
 
 
 def calibration_options(text: str) -> Callable[[F], F]:

@@ -33,6 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "torch", "kernels")
 PROTOCOLS = ("default", "llama.cpp")
 DATASETS = ("wikitext2",)
+PREFILLS = ("flash", "eager")
 KV_CACHES = ("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -94,6 +95,7 @@ GGUF = (
     "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
     "drop_expert_groups",
 )  # fmt: skip
+WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of `memory`
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
@@ -103,6 +105,7 @@ _USUAL = {"tp": 1, "ep": 1, "max_shard_size": "5GB"}
 _CHOICES: dict[str, Sequence[object]] = {
     "scheme": SCHEMES, "method": METHODS, "group_size": GROUP_SIZES, "layout": tuple(LAYOUTS), "targets": CONSUMERS,
     "dtype": DTYPES, "backend": BACKENDS, "kv_cache": KV_CACHES, "protocol": PROTOCOLS, "dataset": DATASETS,
+    "prefill": PREFILLS,
 }  # fmt: skip
 _LEAST = {
     "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
