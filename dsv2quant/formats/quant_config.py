@@ -91,8 +91,17 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
             aliases = () if spec.fused_as is None else spec.fused_as.names
             if spec.expert is not None:
                 aliases = (spec.parent.rpartition(".")[0],)
-            names |= dict.fromkeys((*aliases, spec.module))
+            members = (*aliases, spec.module)
+            names |= dict.fromkeys((*members, *(map(_in_nextn, members) if spec.is_prediction else ())))
     return list(names)
+
+
+def _in_nextn(name: str) -> str:
+    """SGLang's name of a module of a layer for multi-token prediction, which is a model of its own there
+    (deepseek_nextn.py): its decoder layer is `model.decoder`, and what is around that is `model`'s."""
+    return re.sub(
+        r"^model\.layers\.\d+\.((self_attn|mlp)\.)?", lambda at: f"model.decoder.{at[1]}" if at[1] else "model.", name
+    )
 
 
 def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
@@ -120,7 +129,10 @@ def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
         layers = [layer for layer, spec in everywhere.items() if schemes[spec] == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
-            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(everywhere[layers[0]])}$")
+            parent = rf"layers\.{at}"
+            if any(everywhere[layer].is_prediction for layer in layers):
+                parent = rf"({parent}|decoder)"  # as SGLang calls the layer for multi-token prediction
+            patterns.append(rf"re:model\.{parent}\.{_module_pattern(everywhere[layers[0]])}$")
     return patterns
 
 

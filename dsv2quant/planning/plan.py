@@ -163,7 +163,7 @@ def make_plan(
     `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
     checkpoint = checkpoint.as_source()
-    chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
+    chosen, parallel = targets.choose(for_targets, recipe.schemes, checkpoint.config), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
@@ -179,7 +179,7 @@ def make_plan(
         quantization = quantization_config(planned, kv_scales)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, chosen, parallel)
+    targets.check_unquantized(planned, chosen, parallel, checkpoint.config)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
@@ -208,7 +208,8 @@ def choose_schemes(
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
             held = (stored or {}).get(spec, "") if spec.is_prediction else ""
-            assigned[spec.role, spec.layer] = (held, "rtn") if held in recipe.schemes else recipe.assign(spec)
+            kept = held in recipe.schemes - UNQUANTIZED
+            assigned[spec.role, spec.layer] = (held, "rtn") if kept else recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, Choice] = {}
     for members in modules.values():

@@ -22,6 +22,7 @@ from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
+from dsv2quant.planning.rules import NEEDS
 from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.storage.files import read_bytes
 from dsv2quant.version import __version__
@@ -102,7 +103,7 @@ def notes(plan: Plan) -> list[str]:
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     found += serving_notes(plan)
-    for (target, scheme), needed in targets.NEEDS.items():
+    for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
     found += _kept(plan)
@@ -111,11 +112,14 @@ def notes(plan: Plan) -> list[str]:
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
     if blocks and "vllm" in plan.targets and share % BLOCK:
         found.append(f"vllm: FP8 blocks of experts' shares of {share} need vLLM 0.30 or newer")
-    if any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
+    if config.is_mla and any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
-    if config.attention_bias and set(plan.targets) & set(ENGINES):
-        found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
+    if config.attention_bias and (config.is_mla or config.n_routed_experts) and set(plan.targets) & set(ENGINES):
+        found.append("vLLM and SGLang build DeepSeek's attention without biases and can't load this model")
+    found += _prediction_notes(plan)
+    if config.scale_normalised:
+        return found
     if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:
         found.append(
             "norm_topk_prob with a routed_scaling_factor: DeepSeek-V2's own code does not scale normalised weights; "
@@ -128,7 +132,25 @@ def notes(plan: Plan) -> list[str]:
 
 def serving_notes(plan: Plan) -> list[str]:
     """What whoever serves the artifact must know."""
-    return [_FLOAT16] if any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs) else []
+    has_float16 = any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs)
+    return [_FLOAT16] if has_float16 and plan.checkpoint.config.overflows_float16 else []
+
+
+def _prediction_notes(plan: Plan) -> list[str]:
+    """What becomes of the layers for multi-token prediction."""
+    mine = [entry for entry in plan.entries if entry.spec.is_prediction and not entry.spec.keep]
+    left = [entry for entry in mine if entry.scheme == "bf16"]
+    if not left or not plan.schemes:
+        return []
+    layers = ", ".join(sorted({str(entry.spec.layer) for entry in left}, key=int))
+    size = gigabytes(sum(entry.nbytes for entry in left))
+    found = [
+        f"the layer for multi-token prediction, {layers}, stays in BF16, {size}: a rule that names it quantizes it"
+    ]
+    if "sglang" in plan.targets and any(CODECS[scheme].quant_method == "awq" for scheme in plan.schemes):
+        # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
+        found.append("sglang: it does not load such a layer beside AWQ: serve without speculative decoding")
+    return found
 
 
 def _kept(plan: Plan) -> list[str]:
@@ -279,9 +301,11 @@ def _is_text(value: object) -> bool:
 
 def warnings(plan: Plan) -> list[str]:
     """One line each, the gravest first."""
-    idle: list[str] = []
-    if not plan.recipe.builtin:
-        specs = (entry.spec for entry in plan.entries)
+    specs = [entry.spec for entry in plan.entries]
+    if plan.recipe.builtin:
+        wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
+        idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
+    else:
         idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
@@ -339,10 +363,10 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
     config = plan.checkpoint.config
     specs = [entry.spec for entry in plan.entries if not entry.spec.expert]
     try:
-        targets.choose(plan.targets, recipe.schemes)
+        targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
         chosen = choose_schemes(specs, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel, config)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
