@@ -18,6 +18,7 @@ import numpy as np
 from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.checkpoint.checkpoint import Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
@@ -33,7 +34,7 @@ from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_F
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
-from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE
+from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
 from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
@@ -149,36 +150,42 @@ class Folder(Sink):
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
         for step in self.plan.steps:
             if all(entry.is_copy for entry in step.entries):
-                yield from (job for entry in step.entries for job in self._copies(entry, step.shard, places))
+                for entry in step.entries:
+                    for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
+                        yield from self._copies(part, step.shard, places[output.name], entry.weight)
                 continue
             outputs = [output for entry in step.entries for output in entry.outputs if output.nbytes]
             spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
             decoded = sum(2 * 4 * entry.spec.size for entry in step.entries if entry.weight.scheme != "bf16")
             encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out + decoded
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
+        for copy in self.plan.copies:
+            yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
 
-    def _copies(self, entry: Entry, shard: int, places: Mapping[str, int]) -> Iterator[Job]:
-        for (suffix, part), output in zip(entry.weight.parts.items(), entry.outputs, strict=True):
-            for begin in range(0, part.nbytes, CHUNK):
-                nbytes, at = min(CHUNK, part.nbytes - begin), places[output.name] + begin
-                copy = partial(self._copy, entry, suffix, begin, nbytes, at)
-                yield Job(shard, output.name, ((at, at + nbytes),), nbytes, nbytes, copy)
+    def _copies(self, part: StoredTensor, shard: int, begin: int, weight: Weight | None = None) -> Iterator[Job]:
+        """The jobs that write a tensor's bytes from `begin` on."""
+        for offset in range(0, part.nbytes, CHUNK):
+            nbytes, at = min(CHUNK, part.nbytes - offset), begin + offset
+            copy = partial(self._copy, part, offset, nbytes, at, weight)
+            yield Job(shard, part.name, ((at, at + nbytes),), nbytes, nbytes, copy)
 
-    def _copy(self, entry: Entry, suffix: str, begin: int, nbytes: int, at: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read and check bytes of a stored tensor."""
-        part = entry.weight.parts[suffix]
+    def _copy(
+        self, part: StoredTensor, begin: int, nbytes: int, at: int, weight: Weight | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read bytes of a stored tensor, and check those of a weight."""
         data = self.plan.checkpoint.read(part, begin, nbytes)
-        values = data.view(HELD_AS[part.dtype])
-        self._check_part(entry, suffix, values, begin // values.itemsize)
+        if weight is not None:
+            values = data.view(HELD_AS[part.dtype])
+            self._check_part(weight, part, values, begin // values.itemsize)
         yield at, data
 
-    def _check_part(self, entry: Entry, suffix: str, stored: np.ndarray, begin: int) -> None:
+    def _check_part(self, weight: Weight, part: StoredTensor, stored: np.ndarray, begin: int) -> None:
         """Raise InputError where a part of a weight, flat from element `begin` on, is not finite, or scales that the
         artifact declares to be powers of two are not."""
-        part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
-        check_stored(checkpoint, entry.weight, part, stored, begin)
+        checkpoint = self.plan.checkpoint
+        check_stored(checkpoint, weight, part, stored, begin)
         declared = self.plan.config["quantization_config"].get("scale_fmt") == POWERS_OF_TWO
-        if declared and suffix == "weight_scale_inv" and (np.frexp(as_float32(stored))[0] != 0.5).any():
+        if declared and part is weight.parts.get("weight_scale_inv") and (np.frexp(as_float32(stored))[0] != 0.5).any():
             what = f"{part.name} is no power of two, as scale_fmt of quantization_config says: {POWERS_OF_TWO}"
             fix = "consumers would round it: take scale_fmt out of config.json, or get the checkpoint again"
             raise InputError(what, where=checkpoint.model, fix=fix)
@@ -213,7 +220,7 @@ class Folder(Sink):
         if len(encoded) != len(entries):
             raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
         return [
-            {entry.spec.part_name(suffix): array for suffix, array in parts.items()}
+            {self.plan.checkpoint.names.stored(entry.spec.part_name(suffix)): array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
 
@@ -221,7 +228,7 @@ class Folder(Sink):
         """The source's codes and scales in the scheme's layout."""
         arrays = self.plan.checkpoint.arrays(entry.weight)
         for suffix, stored in arrays.items():
-            self._check_part(entry, suffix, stored.reshape(-1), 0)
+            self._check_part(entry.weight, entry.weight.parts[suffix], stored.reshape(-1), 0)
         return CODECS[entry.scheme].kept(arrays)
 
     def _chosen(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
