@@ -33,7 +33,7 @@ from dsv2quant.checkpoint.weights import (
     without_missing_prediction,
 )
 from dsv2quant.errors import InputError, listing, printable
-from dsv2quant.formats.quant_config import readable_codecs
+from dsv2quant.formats.declared import readable_codecs
 from dsv2quant.formats.schemes import CODECS, DECODERS, SOURCES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
@@ -95,8 +95,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def as_source(self) -> HfCheckpoint:
-        """Itself, where it can be converted. Raises InputError for what is only measured: a GGUF file, or what is
-        quantized already in another scheme than those of SOURCES."""
+        """Itself, where it can be converted. Raises InputError for a GGUF file, and a scheme that is none of SOURCES."""
 
     @property
     @abstractmethod
@@ -206,8 +205,7 @@ class Checkpoint(ABC):
         return torch.cat(scales) if scales else None
 
     def not_finite(self, weight: Weight, index: Sequence[int], part: str | None = None) -> InputError:
-        """The error to raise where `weight`, or the part of it that is named, is NaN or infinite, or would be in
-        BF16."""
+        """The error to raise where a weight, or the part that is named, is NaN or infinite, or would be in BF16."""
         what = f"{part or weight.spec.name} is NaN, infinite or beyond BF16's range at {list(index)}"
         where, _ = self._path_and_start(weight.stored.file)
         return InputError(what, where=where, fix="the checkpoint is damaged: get it again")
@@ -297,9 +295,9 @@ class HfCheckpoint(Checkpoint):
             raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
         return self
 
-    def arrays(self, weight: Weight) -> dict[str, np.ndarray]:
-        """What is stored of a weight by suffix, as `HELD_AS` has its dtypes."""
-        return {suffix: self.array(part) for suffix, part in weight.parts.items()}
+    def arrays(self, weight: Weight, buffer: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """What is stored of a weight by suffix, as `HELD_AS` has its dtypes, its codes in `buffer` if one is given."""
+        return {s: self.array(part, buffer if part is weight.stored else None) for s, part in weight.parts.items()}
 
     def language_model(self) -> HfCheckpoint:
         """The language model of a multimodal one, alone and under the published names."""
@@ -312,13 +310,9 @@ class HfCheckpoint(Checkpoint):
     def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
         """A source's weight as codecs take it: BF16 bits (uint16), or float32 for every other scheme and dtype.
         `buffer` has the size of the weight's codes and may hold the result. Raises InputError as `decode`."""
-        stored = weight.stored
-        if weight.scheme not in DECODERS:
-            import torch
-
-            return self.decode(weight, torch.float32).numpy()
-        arrays = {s: self.array(part, buffer if part is stored else None) for s, part in weight.parts.items()}
-        return DECODERS[weight.scheme](arrays)
+        if weight.scheme in DECODERS:
+            return DECODERS[weight.scheme](self.arrays(weight, buffer))
+        return self.decode(weight, torch_dtype("F32")).numpy()
 
     @property
     def inputs(self) -> list[Path]:

@@ -21,9 +21,10 @@ from dsv2quant.arch.multimodal import Multimodal, Names
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import Codec
+from dsv2quant.formats.declared import contradiction, left_out, unread
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
-from dsv2quant.formats.quant_config import contradiction, kv_scale_parts, left_out, unread
+from dsv2quant.formats.quant_config import kv_scale_parts
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, Part, StoredTensor, stored_tensors
 
 BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]

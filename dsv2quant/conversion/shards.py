@@ -24,7 +24,8 @@ from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
 from dsv2quant.formats.codec import NonFiniteError, TooLargeError, as_float32, too_large
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.planning.plan import POWERS_OF_TWO, Entry, Plan, Step
+from dsv2quant.planning.kept import POWERS_OF_TWO
+from dsv2quant.planning.plan import Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress

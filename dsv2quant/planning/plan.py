@@ -23,13 +23,13 @@ from dsv2quant.formats.quant_config import Within, kv_scale_parts, one_method, q
 from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.kept import POWERS_OF_TWO, has_powers_of_two, mark_kept
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, StoredTensor, aligned
 from dsv2quant.version import __version__
 
 Choice = tuple[str, str, str | None]  # scheme, method, reason
-POWERS_OF_TWO = "ue8m0"  # `scale_fmt` of a quantization_config whose scales are
 SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ scales its neighbour
 
 
@@ -199,7 +199,7 @@ def make_plan(
     where = f"recipe {recipe.name}"
     stored = {weight.spec: weight.scheme for weight in checkpoint.weights}
     schemes = choose_schemes(stored, recipe, chosen, parallel, stored)
-    _mark_kept(checkpoint, schemes)
+    mark_kept(checkpoint.weights, schemes)
     _check_prediction(schemes, where)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
@@ -216,7 +216,8 @@ def make_plan(
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     entries = tuple(_line(weight, *schemes[weight.spec], kv_parts, checkpoint.names) for weight in checkpoint.weights)
-    if quantization is not None and _has_powers_of_two(checkpoint, entries):
+    blocks = [entry.is_kept for entry in entries if entry.scheme == "fp8-block"]
+    if quantization is not None and has_powers_of_two(checkpoint.config.quantization, blocks):
         quantization["scale_fmt"] = POWERS_OF_TWO
     steps, copies, shards = _lay_out(entries, checkpoint.others, chosen, max_shard_size)
     config = _out_config(checkpoint, quantization)
@@ -292,19 +293,6 @@ def choose_schemes(
     return decided
 
 
-def _mark_kept(checkpoint: Checkpoint, schemes: dict[TensorSpec, Choice]) -> None:
-    """Choose no codes where the source's are on the scheme's grid, whatever the method: none come nearer. Of the
-    matrices of a role in a layer all or none."""
-    alike: dict[tuple[str, int | None], list[Weight]] = defaultdict(list)
-    for weight in checkpoint.weights:
-        alike[weight.spec.role, weight.spec.layer].append(weight)
-    for weights in alike.values():
-        if all(CODECS[schemes[weight.spec][0]].keeps(weight.scheme, weight.parts) for weight in weights):
-            for weight in weights:
-                scheme, _, reason = schemes[weight.spec]
-                schemes[weight.spec] = scheme, "rtn", reason
-
-
 def _check_prediction(schemes: Mapping[TensorSpec, Choice], where: str) -> None:
     """Raise InputError where a layer that calibration does not see is to be calibrated."""
     for spec, (scheme, method, _) in schemes.items():
@@ -340,17 +328,6 @@ def _line(
         at = names.stored(spec.parent)
         outputs += tuple(Output(f"{at}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
-
-
-def _has_powers_of_two(checkpoint: Checkpoint, entries: Sequence[Entry]) -> bool:
-    """Whether the scales of all FP8 blocks are those of a source that declares powers of two, as DeepSeek-V3.1 does.
-
-    Consumers then round the scales of activations up to such (vLLM transformers_utils/config.py, for DeepGEMM), which
-    is what the model was trained with, and transformers holds those of weights in e8m0 (FineGrainedFP8Config).
-    """
-    blocks = [entry for entry in entries if entry.scheme == "fp8-block"]
-    declared = (checkpoint.config.quantization or {}).get("scale_fmt")
-    return declared == POWERS_OF_TWO and bool(blocks) and all(entry.is_kept for entry in blocks)
 
 
 def _lay_out(
