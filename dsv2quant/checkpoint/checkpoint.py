@@ -95,7 +95,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def as_source(self) -> HfCheckpoint:
-        """Itself, where it can be converted. Raises InputError for a GGUF file, and a scheme that is none of SOURCES."""
+        """Itself, where it can be converted. Raises InputError for a GGUF file and schemes that are no SOURCES."""
 
     @property
     @abstractmethod
