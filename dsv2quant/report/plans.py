@@ -318,7 +318,8 @@ def warnings(plan: Plan) -> list[str]:
         wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
         idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
     else:
-        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+        config = plan.checkpoint.config
+        idle = plan.recipe.idle_rules(specs, config.num_hidden_layers + config.num_nextn_predict_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
 
@@ -378,7 +379,7 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
         targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
         chosen = choose_schemes(specs, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel, config)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
