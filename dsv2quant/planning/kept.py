@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -34,3 +34,17 @@ def has_powers_of_two(quantization: Mapping[str, Any] | None, kept: Sequence[boo
     is what the model was trained with, and transformers holds those of weights in e8m0 (FineGrainedFP8Config).
     """
     return (quantization or {}).get("scale_fmt") == POWERS_OF_TWO and bool(kept) and all(kept)
+
+
+def kept_notes(planned: Iterable[tuple[Weight, str, bool]]) -> list[str]:
+    """Which matrices keep the codes of the source, and which of INT4 would with groups as large: of each weight with
+    its scheme, and whether it does."""
+    kept: Counter[str] = Counter()
+    sizes: set[int | None] = set()
+    for weight, scheme, is_kept in planned:
+        kept[scheme] += is_kept
+        stored, wanted = CODECS[weight.scheme].integers, CODECS[scheme].integers
+        if stored is not None and wanted is not None and stored.group_size != wanted.group_size:
+            sizes.add(stored.group_size)
+    found = [f"{n} matrices keep the codes and scales that the source has, as {name}" for name, n in kept.items() if n]
+    return found + [f"the source has INT4: --group-size {size or 'channel'} keeps its codes" for size in sizes]

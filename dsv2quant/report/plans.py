@@ -20,6 +20,7 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
+from dsv2quant.planning.kept import kept_notes
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
 from dsv2quant.planning.rules import NEEDS
@@ -115,7 +116,7 @@ def notes(plan: Plan) -> list[str]:
     for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
-    found += _kept(plan)
+    found += kept_notes((entry.weight, entry.scheme, entry.is_kept) for entry in plan.entries)
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
@@ -165,20 +166,6 @@ def _prediction_notes(plan: Plan) -> list[str]:
         # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
         found.append("sglang: it does not load such a layer beside AWQ: serve without speculative decoding")
     return found
-
-
-def _kept(plan: Plan) -> list[str]:
-    """Which matrices keep the codes of the source, and which of INT4 would with groups as large."""
-    kept = Counter(entry.scheme for entry in plan.entries if entry.is_kept)
-    found = [f"{n} matrices keep the codes and scales that the source has, as {name}" for name, n in kept.items()]
-    sizes = {
-        stored.group_size
-        for entry in plan.entries
-        if (stored := CODECS[entry.weight.scheme].integers) is not None
-        and (planned := CODECS[entry.scheme].integers) is not None
-        and stored.group_size != planned.group_size
-    }
-    return found + [f"the source has INT4: --group-size {size or 'channel'} keeps its codes" for size in sizes]
 
 
 def _finer_groups(plan: Plan) -> list[str]:
