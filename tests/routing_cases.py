@@ -71,11 +71,11 @@ def choices(tokens: int, k: int, experts: int, device: str = "cpu") -> torch.Ten
 
 
 def logits(tokens: int, experts: int, router: Router, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits, the last of several tokens' with ties, and for a router that has one a bias of some scores' size, which
-    puts a third of the experts below all others."""
+    """Logits, the last of several tokens' with ties, and for a router that has one a bias that puts most scores below
+    0, and a third of the experts below all others."""
     generator = torch.Generator().manual_seed(experts)
     x = torch.randn(tokens, experts, generator=generator) * 2
-    bias = torch.randn(experts, generator=generator) * 0.3
+    bias = torch.randn(experts, generator=generator) * 0.3 - 1
     bias[torch.rand(experts, generator=generator) < 1 / 3] -= 3
     if tokens > 1:
         x[-1, : experts // 2] = x[-1, 0]

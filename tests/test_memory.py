@@ -14,6 +14,8 @@ from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.errors import UsageError
 from dsv2quant.planning.allocator import LARGE_SEGMENT, SMALL_SEGMENT, Memory, OutOfMemory
+from dsv2quant.planning.eager import Eager
+from dsv2quant.planning.flash import Flash
 from dsv2quant.planning.memory import (
     GIB,
     MemoryPlan,
@@ -22,8 +24,10 @@ from dsv2quant.planning.memory import (
     cache_per_token,
     card_capacity,
     plan_memory,
+    shares_of,
     vllm_split,
 )
+from dsv2quant.planning.prefill import CUBLAS_WORKSPACE
 
 MIB = 1 << 20
 BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096)
@@ -61,6 +65,7 @@ V2 = tiny.V2 | {
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 160,
     "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
 }  # fmt: skip
+SHALLOW = V2 | {"num_hidden_layers": 2}
 
 
 def config_of(raw: dict[str, Any]) -> ModelConfig:
@@ -112,13 +117,46 @@ def test_flash_has_no_scores_and_the_last_tokens_logits() -> None:
     assert eager.fits is second.fits is None
 
 
+MOE = tiny.LITE | {
+    "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "num_key_value_heads": 2,
+    "rope_scaling": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [tiny.LITE, tiny.V2, MOE], ids=["lite", "v2", "moe"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_kind_of_layer_keeps_its_cache_alone(raw, batch) -> None:
+    config = config_of(raw)
+    stored = sum(2 * spec.size for spec in architecture(config).specs())
+    for prefill in ("flash", "eager"):
+        workload = Workload((batch,), (512,), prefill)
+        (share,) = shares_of(config, [(spec, 2 * spec.size) for spec in architecture(config).specs()], workload)
+        memory = Memory()
+        made = (Eager if prefill == "eager" else Flash)(memory, share, batch, 512)
+        made.run()
+        held = memory.used["cache"]
+        assert memory.used["logits"] == memory.used["weights"] == 0
+        assert memory.used["activations"] == CUBLAS_WORKSPACE
+        keys = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+        if prefill == "flash":
+            assert held == 0
+            assert memory.peak["cache"] == batch * 512 * cache_per_token(config, workload)
+        else:  # values are a view of what is made with the keys' first part
+            beside = config.num_attention_heads * config.qk_nope_head_dim if config.is_mla else 0
+            widths = keys + beside if config.is_mla else sum(config.cached_widths)
+            assert held == batch * 512 * config.num_hidden_layers * widths * 2
+        plan = planned(raw, workload)
+        assert plan.cells[0].weights == stored
+        assert plan.cells[0].unused > 0
+
+
 def test_an_fp8_cache_is_half_as_large() -> None:
-    plain, coded = (planned(V2, Workload((1,), (4096,), kv_cache=kind)) for kind in ("bf16", "fp8_e4m3"))
+    plain, coded = (planned(SHALLOW, Workload((1,), (4096,), kv_cache=kind)) for kind in ("bf16", "fp8_e4m3"))
     assert plain.cells[0].cache == 2 * coded.cells[0].cache == 4096 * plain.cache_per_token
 
 
 def test_tensor_parallel_gpus_share_matrices_and_heads_but_not_the_latent() -> None:
-    whole, shared = (planned(V2, Workload((1,), (1024,), tp=tp)).cells[0] for tp in (1, 8))
+    whole, shared = (planned(SHALLOW, Workload((1,), (1024,), tp=tp)).cells[0] for tp in (1, 8))
     assert shared.cache == whole.cache
     assert whole.weights / 8 < shared.weights < whole.weights / 7
     whole, shared = (planned(LLM_67B, Workload((1,), (1024,), tp=tp)).cells[0] for tp in (1, 16))

@@ -158,6 +158,8 @@ scheme_options = stack(
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
+    click.option("--language-only", is_flag=True,
+                 help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),
     click.option("--recipe", type=PATH, metavar="FILE", help="A YAML recipe of your own instead."),
     section="FP8, INT8 and INT4",
 )  # fmt: skip

@@ -70,7 +70,8 @@ class Memory:
         self.allocated = self.most_allocated = 0
         self.reserved = self.most_reserved = 0
         self._pools: tuple[list[Block], list[Block]] = ([], [])  # of small and of large blocks
-        # Where CUDA 12 puts segments: each below the one before. The address decides among blocks of one size.
+        # CUDA puts a large segment below the one before (seen on an H200); among free blocks of one
+        # size the lowest is taken.
         self._lowest = 1 << 47
 
     def __call__(self, nbytes: int, kind: str = "activations") -> Tensor:

@@ -79,7 +79,7 @@ class Eager(Pass):
         copies = self.batch > 1
         laid = [self.made(heads * width) for copied in (copies, copies and kv_heads == heads) if copied]
         scores = self.scores(laid)
-        laid = [self.made(heads * width) for copied in (copies and kv_heads == heads,) if copied]
+        laid = [self.made(heads * width)] if copies and kv_heads == heads else []
         return self.output(heads * width, laid)
 
     def rotated(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -137,9 +137,9 @@ class Eager(Pass):
         queries = self.made(heads * c.qk_head_dim)
         keys = self.made(heads * c.qk_head_dim, "cache")
         self._cache.append((keys, kv))
-        copies = [self.made(heads * c.v_head_dim)]
         scores = self.scores([])
-        out = self.output(heads * c.v_head_dim, copies)
+        laid = [self.made(heads * c.v_head_dim)] if self.batch > 1 else []
+        out = self.output(heads * c.v_head_dim, laid)
         del q
         return out
 

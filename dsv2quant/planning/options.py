@@ -52,9 +52,9 @@ class Options(HubOptions, total=False):
     Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 the `method` (gptq) and
     `group_size` (128); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
     tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
-    ("5GB"); `kv_scales` for an FP8 KV cache. What calibrates takes `samples` (512) windows of `length` tokens of
-    `calibration`, a text file (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
-    `figure` is a picture of tokens per expert to draw.
+    ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
+    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file (Python's library), in the
+    order of `seed` (0), or `statistics` that `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
     tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
@@ -67,6 +67,7 @@ class Options(HubOptions, total=False):
     group_size: int | Literal["channel"] | None
     layout: str | None
     kv_scales: bool
+    language_only: bool
     targets: Sequence[str]
     tp: int
     ep: int
@@ -89,7 +90,8 @@ class Options(HubOptions, total=False):
 
 # What shapes an artifact of each kind, in the order in which its card shows it; and what measures for one.
 FOLDER = (
-    "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "targets", "tp", "ep", "max_shard_size",
+    "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "language_only", "targets", "tp", "ep",
+    "max_shard_size",
 )  # fmt: skip
 GGUF = (
     "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
@@ -204,8 +206,13 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, A
         return _gguf_plan(checkpoint, given)
     from dsv2quant.planning.plan import make_plan
 
+    source = checkpoint.as_source()
+    if given.get("language_only"):
+        if source.whole is None:
+            raise UsageError(f"--language-only: {source.model} is a language model alone", fix="leave it out")
+        source = source.language_model()
     made = make_plan(
-        checkpoint,
+        source,
         recipe,
         for_targets=given.get("targets"),
         tp=given.get("tp", 1),

@@ -52,7 +52,8 @@ def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
         f"for {', '.join(plan.targets)}{plan.parallel}",
         roles_table(roles, before=True),
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
-        f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+        f"file{'s' * (len(plan.shards) > 1)}, {plan.bits_per_weight:.2f} bits per weight",
+        *_beside(plan),
     ]
     fallbacks: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in plan.entries:
@@ -67,6 +68,14 @@ def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
+
+
+def _beside(plan: Plan) -> list[str]:
+    """A line for what a multimodal model has beside its language model."""
+    if not plan.copies:
+        return []
+    tensors = f"{len(plan.copies)} tensor{'s' * (len(plan.copies) > 1)}"
+    return [f"of it {gigabytes(plan.bytes_copied)} in {tensors} beside the language model, copied as they are"]
 
 
 def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
@@ -114,6 +123,11 @@ def notes(plan: Plan) -> list[str]:
     if config.is_mla and any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
+    if whole := plan.checkpoint.whole:
+        unable = [target for target in plan.targets if target not in whole.loaded_by]
+        if unable:
+            what = f"{' and '.join(unable)} can't load this multimodal model quantized"
+            found.append(f"{what}: --language-only makes an artifact of its language model, which they load")
     if config.attention_bias and (config.is_mla or config.n_routed_experts) and set(plan.targets) & set(ENGINES):
         found.append("vLLM and SGLang build DeepSeek's attention without biases and can't load this model")
     found += _prediction_notes(plan)
@@ -179,9 +193,7 @@ def plan_json(plan: Plan | GgufPlan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "targets": list(plan.targets),
         **values_of(plan.parallel, "tp", "ep"),
-        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
-        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
-        "digest": plan.digest,
+        **values_of(plan, "parameters", "bytes_in", "bytes_out", "bytes_copied", "bits_per_weight", "digest"),
         "roles": [values_of(r, *SAID) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
@@ -254,8 +266,8 @@ def model_card(plan: Plan, command: str) -> str:
         else "Activations are not quantized.",
         *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
         f"```\n{command}\n```",
-        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
-        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",
+        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
+        *(f"{line[0].upper()}{line[1:]}." for line in _beside(plan)),
         sizes,
         f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
     ]
@@ -304,7 +316,7 @@ def _unquantized(plan: Plan) -> list[str]:
     for entry in plan.entries:
         if entry.reason and entry.scheme == "bf16":
             reasons[entry.reason] += entry.spec.size
-    bits = 8 * plan.bytes_out / plan.parameters
+    bits = plan.bits_per_weight
     said = f"{left:.0%} of what recipe {plan.recipe.name} quantizes stays in BF16, {bits:.2f} bits per weight in all"
     ways = [f"{words} (about {gigabytes(nbytes)})" for words, nbytes in _ways_out(plan).items()]
     instead = f". What quantizes most of it: {', '.join(ways)}" if ways else ""
