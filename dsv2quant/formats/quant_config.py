@@ -144,8 +144,13 @@ def _config_groups(schemes: Mapping[TensorSpec, str], *, is_whole: bool) -> dict
         return {"group_0": {"targets": ["Linear"], **CODECS[used.pop()].declared()}}
     routed = {s for spec, s in schemes.items() if s not in UNQUANTIZED and spec.expert is not None}
     root = r"model\." if is_whole else f"{ROOTS}+"
+    # vLLM deepseek_v2.py, DeepseekAttention: plain attention's modules have no name where there are experts.
+    nameless = {s for spec, s in schemes.items() if spec.role == "k_proj"} if routed else set()
     return {
-        f"group_{i}": {"targets": _targets(schemes, scheme, root), **CODECS[scheme].declared()}
+        f"group_{i}": {
+            "targets": [*_targets(schemes, scheme, root), *(["re:$"] if scheme in nameless else [])],
+            **CODECS[scheme].declared(),
+        }
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
     }
 

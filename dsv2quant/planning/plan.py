@@ -202,7 +202,8 @@ def make_plan(
         quantization = quantization_config(planned, kv_scales, _spelling(checkpoint))
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, chosen, parallel, checkpoint.config)
+    targets.check_unquantized(planned, chosen, parallel)
+    targets.check_nameless(planned, chosen, checkpoint.config)
     _check_listed(checkpoint, planned, quantization, chosen)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:

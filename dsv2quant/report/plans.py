@@ -363,7 +363,7 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
         targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
         chosen = choose_schemes(specs, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel, config)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
