@@ -23,8 +23,8 @@ from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_metadata import model_metadata
 from dsv2quant.storage.gguf import Value
-from dsv2quant.text import gguf_tokenizer as pretokenizer
 from dsv2quant.text import gguf_tokenizer as tokenizer
+from dsv2quant.text import pre_tokenizers as pretokenizer
 from dsv2quant.text.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 
 KNOWN = json.loads(GOLDEN_TOKENS.read_text())
