@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from dsv2quant import __version__
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.families import model_config
 from dsv2quant.bench.device import append
 from dsv2quant.storage.safetensors import Output, Shard
 
@@ -47,8 +48,7 @@ def make_checkpoint(folder: Path, layers: int, **changes: Any) -> int:
     raw = V2_LITE | {"num_hidden_layers": layers} | changes
     (folder / "config.json").write_text(json.dumps(raw))
     outputs = [
-        Output(s.name, "BF16", s.shape, 2 * s.size)
-        for s in architecture(ModelConfig.from_dict(raw, "config.json")).specs()
+        Output(s.name, "BF16", s.shape, 2 * s.size) for s in architecture(model_config(raw, "config.json")).specs()
     ]
     groups: list[list[Output]] = [[]]
     for output in outputs:

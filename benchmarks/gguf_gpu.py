@@ -20,7 +20,7 @@ import torch
 import triton
 
 from dsv2quant import __version__
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.bench.device import append
 from dsv2quant.bench.model import configuration
 from dsv2quant.kernels.gguf_encode import encode

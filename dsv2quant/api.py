@@ -332,7 +332,7 @@ def _load_options(device: str, dtype: str, backend: str, kv_cache: str, weight_o
     """How a model is loaded. Raises UsageError for a backend that can't be had."""
     import torch
 
-    from dsv2quant.model.attention import KV_DTYPES
+    from dsv2quant.model.cache import KV_DTYPES
     from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)

@@ -14,7 +14,8 @@ from gguf import GGUFWriter
 from gguf_cases import bell
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.storage.gguf import Container
 
@@ -53,7 +54,7 @@ CASES = [
 
 def config_of(model: str) -> ModelConfig:
     raw = gguf_tiny.CONFIGS.get(model) or json.loads((tiny.MINI / "config.json").read_text())
-    return ModelConfig.from_dict(raw, "config.json")
+    return model_config(raw, "config.json")
 
 
 class _NoArchitecture(GGUFWriter):

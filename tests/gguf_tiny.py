@@ -15,8 +15,8 @@ import tiny
 import torch
 from gguf_cases import bell
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import TensorSpec
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
@@ -81,7 +81,7 @@ def bfloat16(x: np.ndarray) -> torch.Tensor:
 
 def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Bell-shaped rows of different sizes, some outliers, a row and a stretch of zeros, a constant row."""
-    specs = architecture(ModelConfig.from_dict(config, "config.json")).specs()
+    specs = architecture(model_config(config, "config.json")).specs()
     return {spec.name: bfloat16(_weight(spec)) for spec in specs}
 
 

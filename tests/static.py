@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv2quant.calib.statistics import kv_scale
+from dsv2quant.calib.statistics import kv_scales
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.formats.codec import Inputs
@@ -82,7 +82,9 @@ def write(source: Path, out: Path, scheme: str, kv: float | None = None, **optio
         encoded = CODECS[step.entries[0].scheme].encode(weights, "cpu", "rtn", inputs)
         for line, parts in zip(step.entries, encoded, strict=True):
             arrays = list(parts.values())
-            arrays += [np.full(o.shape, kv_scale(kv or 0, kv or 0)) for o in line.outputs[len(arrays) :]]
+            arrays += [
+                np.full(o.shape, kv_scales(kv or 0, kv or 0, is_mla=True)[0]) for o in line.outputs[len(arrays) :]
+            ]
             tensors |= {o.name: array for o, array in zip(line.outputs, arrays, strict=True)}
     out.mkdir(parents=True)
     for shard in plan.shards:

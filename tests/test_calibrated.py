@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
 from test_convert import bits, tensors
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
 from dsv2quant.calib.streams import Spool

@@ -14,7 +14,7 @@ import tiny
 import torch
 from gguf_files import CONFIG, stacked, write_gguf
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 
 PROMPT = ("--prompt", "It was a dark night, and", "--max-new-tokens", "12")
 

@@ -9,13 +9,15 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig, Yarn
+from dsv2quant.arch.config import ModelConfig, Yarn
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.weights import check_quantization
 from dsv2quant.errors import InputError
 
 
 def parse(**changes: object) -> ModelConfig:
-    return ModelConfig.from_dict({k: v for k, v in (tiny.LITE | changes).items() if v != "absent"}, "config.json")
+    return model_config({k: v for k, v in (tiny.LITE | changes).items() if v != "absent"}, "config.json")
 
 
 def test_rope_scaling_and_rope_parameters_are_the_same():
@@ -44,7 +46,7 @@ def test_yarn_defaults_are_deepseeks():
 
 
 def test_absent_keys_take_deepseeks_defaults():
-    config = ModelConfig.from_dict({"architectures": [CAUSAL_LM]}, "config.json")
+    config = model_config({"architectures": [CAUSAL_LM]}, "config.json")
     assert (config.hidden_size, config.q_lora_rank, config.kv_lora_rank, config.num_hidden_layers) == (
         4096,
         1536,
@@ -83,7 +85,7 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in saved
     saved["architectures"] = [CAUSAL_LM]
-    ours, theirs = ModelConfig.from_dict(raw, ""), ModelConfig.from_dict(saved, "")
+    ours, theirs = model_config(raw, ""), model_config(saved, "")
     assert {k: v for k, v in vars(ours).items() if k != "dtype"} == {
         k: v for k, v in vars(theirs).items() if k != "dtype"
     }
@@ -92,11 +94,11 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "supported: DeepseekV2ForCausalLM"),
-        ({"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}, "DeepseekV3.*supported: Deep"),
+        ({"architectures": ["LlamaForCausalLM"]}, "model_type is 'deepseek_v2' .supported: llama"),
+        ({"architectures": ["DeepseekV4ForCausalLM"]}, "architectures.*supported: DeepseekV2ForCausalLM"),
         ({"architectures": ["VL2"], "language_config": {"use_mla": False}}, "language model of language_config"),
-        ({"use_mla": False, "qk_nope_head_dim": 0}, "use_mla is false: .*plain multi-head.*not supported yet"),
+        ({"use_mla": False, "num_key_value_heads": 3}, "num_key_value_heads is 3 .it must divide"),
+        ({"use_mla": False}, "rope type is 'yarn'"),
         ({"num_hidden_layers": 1024, "n_routed_experts": 4096}, "1,024 × 4,096 .*no model has more"),
         ({"id2label": 5}, "id2label is 5"),
         ({"routed_scaling_factor": 10**400}, "finite"),
@@ -109,7 +111,8 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
         ({"n_routed_experts": -1}, "n_routed_experts"),
         ({"hidden_act": "gelu"}, "supported: silu"),
         ({"scoring_func": "sigmoid"}, "supported: softmax"),
-        ({"topk_method": "noaux_tc"}, "topk_method"),
+        ({"topk_method": "noaux_tc"}, "scoring_func is 'softmax' .supported: sigmoid"),
+        ({"topk_method": "best"}, "topk_method"),
         ({"topk_method": "group_limited_greedy", "n_group": 3}, "divide the 8 routed experts"),
         ({"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 3}, "topk_group"),
         ({"num_experts_per_tok": 9}, "1 to 8"),
@@ -121,7 +124,7 @@ def test_what_transformers_saves_parses_the_same(tmp_path):
         ({"rope_theta": float("nan")}, "finite"),
         ({"rope_theta": 1.0}, "greater than 1"),
         ({"qk_rope_head_dim": 7}, "even"),
-        ({"mlp_bias": True}, "no FFN biases"),
+        ({"mlp_bias": True}, "FFN biases are not supported"),
         ({"norm_topk_prob": "no"}, "true or false"),
         ({"torch_dtype": "int8"}, "dtype"),
         ({"quantization_config": []}, "an object"),

@@ -221,7 +221,7 @@ def test_a_reference_with_another_vocabulary_is_refused(wide, lite, cli):
 
 
 def test_a_classifier_has_no_perplexity(tmp_path, cli):
-    from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+    from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 
     folder = tiny.write_checkpoint(tmp_path / "m", WIDE | {"architectures": [SEQUENCE_CLASSIFICATION]})
     ran = cli("eval-ppl", folder, *EVAL)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_fp8 import expected, weights
 
-from dsv2quant.calib.statistics import kv_scale
+from dsv2quant.calib.statistics import kv_scales
 from dsv2quant.formats.codec import Inputs, NonFiniteError
 from dsv2quant.formats.e4m3 import MIN_SCALE, scale_of, scales_of
 from dsv2quant.formats.schemes import CODECS
@@ -135,7 +135,7 @@ def test_the_kv_scale_holds_every_position_and_no_smaller_one_does():
     frequencies = 1e4 ** -(np.arange(32) / 32)
     pairs = rng.standard_normal((32, 2))
     radius = float(np.hypot(*pairs.T).max())
-    scale = float(kv_scale(0.5, radius))
+    scale = float(kv_scales(0.5, radius, is_mla=True)[0])
     near = largest_over_positions(pairs, np.arange(16), frequencies)
     ever = largest_over_positions(pairs, np.arange(160_000), frequencies)
     assert near < 0.999 * ever  # what a short calibration sees is not enough
@@ -146,7 +146,7 @@ def test_the_kv_scale_holds_every_position_and_no_smaller_one_does():
 
 @pytest.mark.parametrize(("latent", "radius"), [(3.0, 2.0), (2.0, 3.0), (0.0, 3.0), (3.0, 0.0)])
 def test_the_kv_scale_covers_latents_and_keys(latent, radius):
-    scale = kv_scale(latent, radius)
+    scale = kv_scales(latent, radius, is_mla=True)[0]
     assert scale == np.float32(3.0 / 448)
     assert scale.dtype == np.float32
     # Nothing within the bound is clipped: codes of the extremes are the largest.
@@ -155,7 +155,7 @@ def test_the_kv_scale_covers_latents_and_keys(latent, radius):
 
 
 def test_the_kv_scale_of_nothing_and_of_what_is_not_finite():
-    assert kv_scale(0.0, 0.0) == 1
+    assert kv_scales(0.0, 0.0, is_mla=True)[0] == 1
     for latent, radius in ((math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)):
         with pytest.raises(ValueError, match="no largest magnitude"):
-            kv_scale(latent, radius)
+            kv_scales(latent, radius, is_mla=True)[0]

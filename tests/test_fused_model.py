@@ -14,9 +14,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.model.attention import KV_DTYPES
+from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions

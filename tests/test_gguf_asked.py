@@ -13,8 +13,8 @@ import tiny
 from gguf_expected import write_imatrix
 from test_gguf_convert import one_line
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.errors import InputError
 from dsv2quant.formats.gguf import blocks, file_types, imatrix
 from dsv2quant.formats.gguf.imatrix import FileEntry, Imatrix, check_model
@@ -80,7 +80,7 @@ def test_tensors_without_importance_are_named(models, tmp_path, cli):
     assert "lacks 3 of 19" in ran.err
 
 
-TENSORS = architecture(ModelConfig.from_dict(gguf_tiny.ODD, "config.json")).gguf_tensors()
+TENSORS = architecture(model_config(gguf_tiny.ODD, "config.json")).gguf_tensors()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     ran = cli("plan", model, "--gguf", "Q2_K_S")
     assert ran.code == 2
     assert "Q2_K_S needs an importance matrix (give --imatrix" in ran.err
-    config = ModelConfig.from_dict(raw, "config.json")
+    config = model_config(raw, "config.json")
     matrices = [t for t in architecture(config).gguf_tensors() if t.layer is not None and len(t.shape) > 1]
     entries = {
         t.name: FileEntry(np.ones((1, t.matrices * t.shape[-1]), np.float32), np.ones(1, np.float32)) for t in matrices
@@ -176,7 +176,7 @@ def test_output_type_is_the_embedding_s_where_that_is_the_output(models, cli):
     """llama_tensor_get_type_impl: behind patterns, before the fallback of widths (rows of 96 are not whole blocks)."""
 
     def chosen(overrides: Overrides) -> str:
-        config = ModelConfig.from_dict(gguf_tiny.ODD, "config.json")
+        config = model_config(gguf_tiny.ODD, "config.json")
         kinds = choose(TENSORS, "Q4_K_M", config, overrides=overrides)
         return next(kind for tensor, (kind, _) in zip(TENSORS, kinds, strict=True) if tensor.kind == "token_embd")
 

@@ -17,7 +17,7 @@ from gguf_expected import write_imatrix
 from test_bad_input import config, edit_json, snapshot
 from test_gguf_convert import one_line
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError

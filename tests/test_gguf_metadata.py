@@ -19,8 +19,10 @@ from gguf_models import GOLDEN, MODELS, Q8_0, described, edit, lite, v2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.checkpoint.gguf import model_config
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.families import model_config
+from dsv2quant.checkpoint.gguf import config_json
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_metadata import check_loadable, model_metadata, warnings
@@ -31,7 +33,7 @@ LITE = tiny.LITE | {"num_hidden_layers": 27}
 
 
 def config(raw: dict[str, Any]) -> ModelConfig:
-    return ModelConfig.from_dict(raw, "config.json")
+    return model_config(raw, "config.json")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -78,8 +80,8 @@ def _packed(metadata: dict[str, Value], tmp_path: Path) -> dict[str, Value]:
 def test_config_survives_the_round_trip(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(MODELS[name](tmp_path))
     metadata = _packed(model_metadata(checkpoint, Q8_0), tmp_path)
-    back = model_config(metadata, "model.gguf", tied=checkpoint.config.tie_word_embeddings)
-    again = ModelConfig.from_dict(back | {"torch_dtype": checkpoint.config.dtype}, "model.gguf")
+    back = config_json(metadata, "model.gguf", tied=checkpoint.config.tie_word_embeddings)
+    again = model_config(back | {"torch_dtype": checkpoint.config.dtype}, "model.gguf")
     assert again == checkpoint.config
     assert back["bos_token_id"] == 0
 
@@ -98,7 +100,7 @@ def test_decimals_come_back_exactly(published: float, scale: Any, theta: int, ep
     }
     for key, number in pairs.items():
         metadata[f"deepseek2.{key}"] = Value(GGUFValueType.FLOAT32, float(np.float32(number)))
-    back = config(model_config(metadata, "model.gguf"))
+    back = config(config_json(metadata, "model.gguf"))
     assert (back.routed_scaling_factor, back.rope_theta, back.rms_norm_eps) == (float(scale), theta, eps)
     assert back.yarn is not None
     assert back.yarn.mscale == back.yarn.mscale_all_dim == published
@@ -236,4 +238,4 @@ def test_other_models_files_are_one_clear_line(tmp_path: Path, what: str) -> Non
     metadata = model_metadata(open_checkpoint(v2(tmp_path)), Q8_0)
     FOREIGN[what](metadata)
     with pytest.raises(InputError, match=re.escape(what)):
-        model_config(metadata, "model.gguf")
+        config_json(metadata, "model.gguf")

@@ -12,8 +12,8 @@ import torch
 from gguf import GGUFReader
 from gguf_tiny import PUBLISHED
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence
@@ -29,7 +29,7 @@ from dsv2quant.text import text
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
-CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in MODELS.items()}
+CONFIGS = {name: model_config(raw, "config.json") for name, raw in MODELS.items()}
 TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_model = pytest.mark.parametrize("model", CONFIGS)

@@ -17,8 +17,8 @@ import torch
 from gguf import GGUFReader
 from gguf_files import CONFIG, stacked
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion import convert as conversion
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 def fp8_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """DeepSeek's FP8: what is stored, and its float32 values; a scale for each 128×128 block."""
     stored, values = dict(tensors), {name: tensor.float() for name, tensor in tensors.items()}
-    for spec in architecture(ModelConfig.from_dict(RAW, "config.json")).specs():
+    for spec in architecture(model_config(RAW, "config.json")).specs():
         if spec.role in LINEAR_ROLES:
             codes = (tensors[spec.name].float() * 40).to(torch.float8_e4m3fn)
             rows, cols = (-(-n // 128) for n in spec.shape)

@@ -18,7 +18,7 @@ from gguf import GGUFValueType, SpecialVocab, TokenType
 from gguf_models import GOLDEN_TOKENS, MODELS, Q8_0, TEXTS, edit, v2, vocabulary
 from tokenizers import Tokenizer
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.planning.gguf_metadata import model_metadata
@@ -28,7 +28,7 @@ from dsv2quant.text import pre_tokenizers as pretokenizer
 from dsv2quant.text.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 
 KNOWN = json.loads(GOLDEN_TOKENS.read_text())
-CONFIG = ModelConfig.from_dict(tiny.V2 | {"vocab_size": 4100}, "config.json")
+CONFIG = model_config(tiny.V2 | {"vocab_size": 4100}, "config.json")
 # llama.cpp splits wide spaces otherwise.
 SAME_AS_THE_ORIGINAL = [text for text in TEXTS if "　" not in text]
 # Of dsv2-mini's vocabulary, as convert_hf_to_gguf.py reports it to be unknown.

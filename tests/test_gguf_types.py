@@ -14,13 +14,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_expected import OPTIONS
 from gguf_tiny import PUBLISHED
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.planning.gguf_types import Overrides, choose
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_types.json").read_text())
-CONFIGS = {name: ModelConfig.from_dict(raw, "config.json") for name, raw in PUBLISHED.items()}
+CONFIGS = {name: model_config(raw, "config.json") for name, raw in PUBLISHED.items()}
 TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 MIXES = sorted({key.split("-")[1] for key in GOLDEN})
 

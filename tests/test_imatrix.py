@@ -18,8 +18,8 @@ import tiny
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.calib.calibrate import statistics_bytes
 from dsv2quant.calib.statistics import Statistics
@@ -32,7 +32,7 @@ from dsv2quant.text.tokenizer import Tokenizer
 GOLDEN = Path(__file__).parent / "golden" / "fox.imatrix.gguf"
 # llama.cpp takes no checkpoint without latent queries but V2-Lite's depths, and scores groups otherwise.
 RAW = tiny.V2 | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "vocab_size": 4096, "num_hidden_layers": 2}
-CONFIG = ModelConfig.from_dict(RAW, "config.json")
+CONFIG = model_config(RAW, "config.json")
 TENSORS = {tensor.name: tensor for tensor in architecture(CONFIG).gguf_tensors()}
 WINDOWS = ("--protocol", "llama.cpp", "--max-seq-length", 64, "--num-calibration-samples", 4, "-q", "--calibration")
 TOKENS = 4 * 64
@@ -211,12 +211,12 @@ def test_another_model_s_imatrix_is_told():
     check_model(list(TENSORS.values()), found)
     some = dict(list(found.entries.items())[:3])
     check_model(list(TENSORS.values()), Imatrix(some, (), 0, 0))  # llama-quantize takes what there is
-    wider = architecture(ModelConfig.from_dict(RAW | {"hidden_size": 128}, "config.json")).gguf_tensors()
+    wider = architecture(model_config(RAW | {"hidden_size": 128}, "config.json")).gguf_tensors()
     with pytest.raises(
         InputError, match=r"fox.imatrix.gguf: of another model: blk.0.attn_kv_a_mqa.weight has 64 values"
     ):
         check_model(wider, found)
-    fewer = architecture(ModelConfig.from_dict(RAW | {"n_routed_experts": 8}, "config.json")).gguf_tensors()
+    fewer = architecture(model_config(RAW | {"n_routed_experts": 8}, "config.json")).gguf_tensors()
     with pytest.raises(InputError, match=r"of another model: blk.1.ffn_down_exps.weight has 768 values there, 384 in"):
         check_model(fewer, found)
     renamed = {f"model.{name}": entry for name, entry in found.entries.items()} | some

@@ -10,15 +10,15 @@ import static
 import tiny
 import torch
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.evaluation.divergence import batches_of, negative_log_likelihoods, run
-from dsv2quant.model.attention import KV_DTYPES, LatentCache
+from dsv2quant.model.cache import KV_DTYPES, KVCache
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 
-CONFIG = ModelConfig.from_dict(tiny.LITE, "config.json")
+CONFIG = model_config(tiny.LITE, "config.json")
 FP8 = {"fp8_e4m3": (4, 3), "fp8_e5m2": (5, 2)}  # bits of exponent and mantissa
 
 
@@ -41,9 +41,9 @@ def through_fp8(x: np.ndarray, kind: str, scale: np.float32) -> np.ndarray:
     return (np.copysign(table[code], x).astype(np.float32) * scale).astype(np.float32)
 
 
-def cache(kind: str, scale: float | None = None, capacity: int = 8) -> LatentCache:
+def cache(kind: str, scale: float | None = None, capacity: int = 8) -> KVCache:
     given = None if scale is None else torch.tensor([scale])
-    return LatentCache(CONFIG, 2, capacity, KV_DTYPES[kind], torch.device("cpu"), given)
+    return KVCache(CONFIG, 2, capacity, KV_DTYPES[kind], torch.device("cpu"), given)
 
 
 def some(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +118,7 @@ def test_each_layers_cache_has_the_artifacts_scale(kind, scaled):
     """As a model whose latents and keys are rounded before a float32 cache takes them."""
     tokens = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(0))
 
-    def decoded(model: Model, caches: list[LatentCache]) -> torch.Tensor:
+    def decoded(model: Model, caches: list[KVCache]) -> torch.Tensor:
         return torch.cat([model.forward(tokens[:, i : i + 1], caches, absorbed=True) for i in range(12)], 1)
 
     plain, quantized = (

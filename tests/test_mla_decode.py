@@ -9,10 +9,10 @@ import tiny
 import torch
 from triton_tools import interpreted, printed
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.families import model_config
 from dsv2quant.kernels import reference
 from dsv2quant.kernels.mla_decode import MAX_SPLITS, blocks_of, mla_decode
-from dsv2quant.model.attention import Attention, softmax_scale
+from dsv2quant.model.attention import LatentAttention, softmax_scale
 from dsv2quant.model.layers import Linear, RMSNorm
 
 
@@ -24,13 +24,13 @@ def test_interpreted_kernels_compute_what_the_twin_does() -> None:
 
 
 def test_the_twin_computes_what_the_model_does() -> None:
-    config = ModelConfig.from_dict(tiny.LITE, "config.json")
+    config = model_config(tiny.LITE, "config.json")
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     nope = config.qk_nope_head_dim
     torch.manual_seed(0)
     kv_b = torch.randn(heads * (nope + config.v_head_dim), rank, dtype=torch.float64)
     none = Linear(torch.empty(0))
-    attention = Attention(config, none, RMSNorm(torch.empty(0), 0.0), Linear(kv_b), none)
+    attention = LatentAttention(config, none, RMSNorm(torch.empty(0), 0.0), Linear(kv_b), none)
     q_nope, q_pe = torch.randn(3, heads, 1, nope + rope, dtype=torch.float64).split([nope, rope], -1)
     cache = torch.randn(3, 9, rank + rope, dtype=torch.float64)
     absorbed = torch.einsum("bhqn,hnl->bhl", q_nope, kv_b.unflatten(0, (heads, -1))[:, :nope])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import ROLES
 
 LITE_16B = tiny.LITE | {
@@ -17,7 +18,7 @@ LITE_16B = tiny.LITE | {
 
 
 def specs(raw):
-    return architecture(ModelConfig.from_dict(raw, "config.json")).specs()
+    return architecture(model_config(raw, "config.json")).specs()
 
 
 @pytest.mark.parametrize(

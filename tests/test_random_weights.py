@@ -9,15 +9,15 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.bench.model import MODELS, RandomWeights, configuration, matrices
 from dsv2quant.formats.int4 import Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 
-GROUPED = ModelConfig.from_dict(tiny.GROUPED_V2 | {"attention_bias": True}, "config.json")
+GROUPED = model_config(tiny.GROUPED_V2 | {"attention_bias": True}, "config.json")
 BITS = {"BF16": np.uint16, "F8_E4M3": np.uint8, "I8": np.int8, "I32": np.int32, "F32": np.float32, "I64": np.int64}
 
 
@@ -99,7 +99,7 @@ def test_schemes_that_need_more_than_a_weight_are_refused():
 
 
 def test_activations_keep_their_size():
-    source = RandomWeights(ModelConfig.from_dict(tiny.LITE, "config.json"), None, "cpu")
+    source = RandomWeights(model_config(tiny.LITE, "config.json"), None, "cpu")
     embedded = source.plain("model.embed_tokens.weight", torch.float32)
     x = embedded / embedded.pow(2).mean(-1, keepdim=True).sqrt()
     for module in ("gate_proj", "up_proj"):

@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.model.layers import route
 from dsv2quant.model.load import LoadOptions
@@ -146,7 +148,7 @@ def routed_in_float64(x: np.ndarray, router: np.ndarray, c: ModelConfig) -> np.n
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2), (8, 3)])
 def test_routing_equals_float64(normalised, per_token, groups):
     method = "group_limited_greedy" if groups[0] > 1 else "greedy"
-    config = ModelConfig.from_dict(
+    config = model_config(
         tiny.V2
         | {
             "n_routed_experts": 32,

@@ -11,7 +11,8 @@ import tiny
 from gguf import MODEL_ARCH, get_tensor_name_map
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import Router, TensorSpec
 from dsv2quant.planning.smoothing import smoothing_pairs
 
@@ -43,7 +44,7 @@ Weights = dict[str, np.ndarray]
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def config(request: pytest.FixtureRequest) -> ModelConfig:
-    return ModelConfig.from_dict(request.param, "config.json")
+    return model_config(request.param, "config.json")
 
 
 def linears(config: ModelConfig) -> list[TensorSpec]:
@@ -88,7 +89,7 @@ def test_what_vllm_packs_is_fused(config: ModelConfig) -> None:
                 group = [specs[f"{parent}.{member}"] for member in members]
                 name = f"{parent}.{module}" if spec.expert is None else f"model.layers.{spec.layer}.mlp.experts.w13"
                 assert [member.fused_as.names[0] for member in group] == [name, name]
-                assert [member.fused_as.is_first for member in group] == [True, False]
+                assert [member.fused_as.is_last for member in group] == [False, True]
                 assert {member.fused_as.rows for member in group} == {sum(member.shape[0] for member in group)}
                 together |= {member.module for member in group}
     for spec in specs.values():
@@ -115,9 +116,9 @@ def test_what_stays_is_all_but_the_linears_of_layers(config: ModelConfig) -> Non
 
 def test_the_router_is_the_configurations() -> None:
     wanted = Router(3, 4, 2, scale=16.0)
-    assert architecture(ModelConfig.from_dict(tiny.V2, "config.json")).router == wanted
+    assert architecture(model_config(tiny.V2, "config.json")).router == wanted
     dense = tiny.LITE | {"n_routed_experts": 0, "num_experts_per_tok": 0}
-    assert architecture(ModelConfig.from_dict(dense, "config.json")).router is None
+    assert architecture(model_config(dense, "config.json")).router is None
 
 
 def decoder_layer(c: ModelConfig, layer: int, weights: Weights, x: np.ndarray) -> dict[str, np.ndarray]:

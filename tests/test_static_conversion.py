@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from test_statistics import calibration
 
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.calib.calibrate import calibrate
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert

@@ -120,8 +120,8 @@ def test_the_radius_of_k_pe_bounds_it_at_every_position(measured, monkeypatch):
     rotated = defaultdict(list)
     rotate = Rope.rotate
 
-    def record(x, table):
-        out = rotate(x, table)
+    def record(x, table, halves):
+        out = rotate(x, table, halves)
         rotated[x.dim()].append(out)  # keys are [batch, new, ·], queries [batch, heads, new, ·]
         return out
 

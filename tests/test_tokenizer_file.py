@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.gguf import GgufCheckpoint
 from dsv2quant.errors import InputError
@@ -19,7 +19,7 @@ from dsv2quant.text.chat import Templates
 from dsv2quant.text.gguf_tokenizer import tokenizer_metadata
 from dsv2quant.text.tokenizer import Tokenizer, adds_bos, bos_note, check_tokenizer
 
-CONFIG = ModelConfig.from_dict(tiny.WORDY, "config.json")
+CONFIG = model_config(tiny.WORDY, "config.json")
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 3
@@ -119,7 +119,7 @@ def _unflagged(raw: dict[str, Any]) -> None:
     "text", ["<｜fim▁begin｜>def f():<｜fim▁hole｜><｜fim▁end｜>", "<|EOT|><｜User｜>hi", f"{BOS}<think><answer>x"]
 )
 def test_a_folder_and_its_gguf_file_give_the_same_tokens(folder: Path, text: str) -> None:
-    config = ModelConfig.from_dict(tiny.WORDY | {"vocab_size": 4098}, "config.json")
+    config = model_config(tiny.WORDY | {"vocab_size": 4098}, "config.json")
     flagged = Tokenizer.open(folder).encode(text, parse_special=True).tolist()
     edit(folder / "tokenizer.json", _unflagged)
     ours = Tokenizer.open(folder)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.bench.model import configuration
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert

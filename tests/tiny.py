@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.families import model_config
 
 MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 YARN = {
@@ -43,6 +44,40 @@ GROUPED = LITE | {"hidden_size": 128, "moe_intermediate_size": 64}
 GROUPED_V2 = V2 | {"hidden_size": 128, "moe_intermediate_size": 64, "q_lora_rank": 64}
 # Fits dsv2-mini's tokenizer; a dense layer and an MoE layer.
 WORDY = GROUPED | {"vocab_size": 4096, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
+# As DeepSeek-LLM 67B and DeepSeek-Coder: heads that share keys and values, linear RoPE scaling.
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 160,
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": {"type": "linear", "factor": 4.0}, "hidden_act": "silu", "attention_bias": False,
+    "max_position_embeddings": 1280, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+# As deepseek-moe-16b.
+DEEPSEEK_MOE = LLAMA | {
+    "architectures": ["DeepseekForCausalLM"], "model_type": "deepseek", "moe_intermediate_size": 64,
+    "num_key_value_heads": 4, "rope_scaling": None, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False,
+    "scoring_func": "softmax",
+}  # fmt: skip
+# As DeepSeek-V3: sigmoid scores, a correction bias, groups by their best two, a layer for multi-token prediction.
+V3 = GROUPED_V2 | {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_shared_experts": 1,
+    "num_experts_per_tok": 3, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+    "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
+# As GLM-4.7-Flash: its heads are wider in values than in keys that aren't rotated.
+GLM4 = V3 | {
+    "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32, "routed_scaling_factor": 1.8,
+    "rope_scaling": None, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+# As DeepSeek-OCR's language model: DeepSeek-V2's experts with plain attention.
+PLAIN_V2 = GROUPED | {
+    "use_mla": False, "rope_scaling": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0,
+    "kv_lora_rank": None,
+}  # fmt: skip
+FAMILY = {"llama": LLAMA, "deepseek-moe": DEEPSEEK_MOE, "v3": V3, "glm4": GLM4, "plain-v2": PLAIN_V2}
 # V2-Lite's true awkward widths (576 = 4.5 × 128, 1408, 2816, 10944 = 85.5 × 128) in a model that is small elsewhere.
 AWKWARD = LITE | {
     "hidden_size": 256, "intermediate_size": 10944, "moe_intermediate_size": 1408, "kv_lora_rank": 512,
@@ -57,15 +92,17 @@ def random_weights(
     """Every tensor of the model: norms near 1, matrices scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for spec in architecture(ModelConfig.from_dict(config, "config.json")).specs():
+    for spec in architecture(model_config(config, "config.json")).specs():
         noise = torch.randn(spec.shape, generator=generator)
         if spec.role == "norm":
             value = 1 + 0.1 * noise
         elif spec.role in ("embed", "bias"):
             value = noise
+        elif spec.role == "router_bias":
+            value = 0.1 * noise
         else:
             value = noise * spec.shape[-1] ** -0.5
-        tensors[spec.name] = value.to(dtype)
+        tensors[spec.name] = value if spec.role == "router_bias" else value.to(dtype)
     return tensors
 
 
@@ -116,8 +153,7 @@ def write_headers(folder: Path, config: dict[str, Any], shard_size: int = 8_600_
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     outputs = [
-        Output(s.name, "BF16", s.shape, 2 * s.size)
-        for s in architecture(ModelConfig.from_dict(config, "config.json")).specs()
+        Output(s.name, "BF16", s.shape, 2 * s.size) for s in architecture(model_config(config, "config.json")).specs()
     ]
     groups: list[list[Any]] = [[]]
     size = 0

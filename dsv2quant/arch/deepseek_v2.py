@@ -1,49 +1,62 @@
-"""DeepSeek-V2: latent attention in every layer, dense FFNs first and routed experts behind, between two norms each."""
+"""DeepSeek-V2: latent attention, dense FFNs first and routed experts behind.
+
+Keys and defaults are those of DeepSeek's own `configuration_deepseek.py` (published with the V2 checkpoints), not of
+transformers, whose class has other defaults. The language models of DeepSeek-VL2 and DeepSeek-OCR are of this family,
+too: the largest chooses experts as DeepSeek-V3 does, and the smallest have plain attention (`use_mla: false`, Llama's).
+"""
 
 from __future__ import annotations
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION, ModelConfig
-from dsv2quant.arch.parts import FFN, MLA, MoE, embedding, final_norm, language_head, layer_norm, score_head
-from dsv2quant.arch.spec import Architecture, Router, TensorSpec
+from typing import Any
 
-ARCHITECTURE = "deepseek2"  # what llama.cpp calls it
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.reading import (
+    Reader,
+    check_choice,
+    common,
+    corrected_choice,
+    groups,
+    latent_heads,
+    plain_heads,
+    rope,
+)  # fmt: skip
 
-
-def architecture(config: ModelConfig) -> Architecture:
-    """The model of a configuration."""
-    c, hidden = config, config.hidden_size
-    attention = MLA(
-        hidden, c.num_attention_heads, c.q_lora_rank, c.kv_lora_rank,
-        c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.attention_bias,
-    )  # fmt: skip
-    dense = FFN("dense", hidden, c.intermediate_size)
-    moe = _moe(c)
-
-    def layer(index: int) -> list[TensorSpec]:
-        at = f"model.layers.{index}"
-        first, second = f"{at}.input_layernorm", f"{at}.post_attention_layernorm"
-        ffn = moe if moe is not None and c.is_moe(index) else dense
-        return [
-            layer_norm(first, hidden, index, "attn_norm"),
-            *attention.specs(index, first),
-            layer_norm(second, hidden, index, "ffn_norm"),
-            *ffn.specs(index, second),
-        ]
-
-    behind = [final_norm(hidden)]
-    if c.architecture == SEQUENCE_CLASSIFICATION:
-        behind.append(score_head(c.num_labels, hidden))
-    elif not c.tie_word_embeddings:
-        behind.append(language_head(c.vocab_size, hidden))
-    before = (embedding(c.vocab_size, hidden),)
-    return Architecture(before, c.num_hidden_layers, layer, tuple(behind), None if moe is None else moe.router)
+FAMILY = "deepseek_v2"
+GGUF, GGUF_PLAIN = "deepseek2", "deepseek2-ocr"
+CAUSAL_LM = "DeepseekV2ForCausalLM"
+SEQUENCE_CLASSIFICATION = "DeepseekV2ForSequenceClassification"
+MODEL_TYPES = ("deepseek_v2", "deepseek")  # the latter in early revisions
+_DEFAULTS = {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30, "num_attention_heads": 32, "n_routed_experts": 0, "n_shared_experts": 0,
+    "num_experts_per_tok": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "first_k_dense_replace": 0,
+    "moe_layer_freq": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+}  # fmt: skip
+_LATENT = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
 
 
-def _moe(c: ModelConfig) -> MoE | None:
-    if not c.n_routed_experts:
-        return None
-    router = Router(
-        c.num_experts_per_tok, c.n_group, c.topk_group, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor
-    )
-    shared = FFN("shared", c.hidden_size, c.n_shared_experts * c.moe_intermediate_size) if c.n_shared_experts else None
-    return MoE(router, c.n_routed_experts, FFN("routed", c.hidden_size, c.moe_intermediate_size), shared)
+def read(raw: Reader, architecture: str) -> ModelConfig:
+    """The configuration. Raises InputError for a value of the wrong type or range, and for what is not supported."""
+    fields = common(raw, _DEFAULTS)
+    heads = fields["num_attention_heads"]
+    if raw.boolean("use_mla", True):
+        fields |= latent_heads(raw, _LATENT, heads) | rope(raw, ("yarn",))
+    else:
+        kv_heads = raw.integer("num_key_value_heads", None)
+        fields |= plain_heads(raw, fields["hidden_size"], heads, kv_heads) | rope(raw, ())
+    choice, gguf = _choice(raw, fields["n_routed_experts"]), GGUF if fields.get("kv_lora_rank") else GGUF_PLAIN
+    config = ModelConfig(family=FAMILY, gguf=gguf, architecture=architecture, **fields, **choice)
+    return check_choice(config, raw)
+
+
+def _choice(raw: Reader, n_routed: int) -> dict[str, Any]:
+    # 'gready' is the default's spelling in DeepSeek's configuration class.
+    method = raw.require("topk_method", "greedy", ("greedy", "gready", "group_limited_greedy", "noaux_tc"))
+    if method == "noaux_tc" and n_routed:  # DeepSeek-VL2's MoEGate
+        return corrected_choice(raw, n_routed, (1, 1))
+    raw.require("scoring_func", "softmax", ("softmax",))
+    if method != "group_limited_greedy" or not n_routed:
+        return {}
+    return dict(groups(raw, n_routed, raw.integer("n_group", None), raw.integer("topk_group", None)))

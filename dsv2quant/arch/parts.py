@@ -36,6 +36,60 @@ def layer_norm(module: str, size: int, layer: int, gguf: str) -> TensorSpec:
     return TensorSpec(f"{module}.weight", "norm", (size,), layer, gguf_name=f"blk.{layer}.{gguf}.weight")
 
 
+def prediction_ends(layer: int, vocabulary: int, hidden: int) -> Iterator[TensorSpec]:
+    """What a layer for multi-token prediction has beside a decoder layer (arXiv:2412.19437, section 2.2): the norms of
+    the embedding and of the hidden state that `eh_proj` joins, and a head; embedding and head may be the model's."""
+    at = f"model.layers.{layer}"
+    yield TensorSpec(
+        f"{at}.embed_tokens.weight", "embed", (vocabulary, hidden), layer, parallel="rows", is_optional=True
+    )
+    for norm in ("enorm", "hnorm"):
+        yield TensorSpec(f"{at}.{norm}.weight", "norm", (hidden,), layer)
+    yield TensorSpec(f"{at}.eh_proj.weight", "eh_proj", (hidden, 2 * hidden), layer)
+    yield TensorSpec(f"{at}.shared_head.norm.weight", "norm", (hidden,), layer)
+    yield TensorSpec(
+        f"{at}.shared_head.head.weight", "lm_head", (vocabulary, hidden), layer, parallel="rows", is_optional=True
+    )
+
+
+@dataclass(frozen=True)
+class GQA:
+    """Plain attention: each of `kv_heads` heads of keys and values serves as many heads of queries. `width` is that of
+    a head, and `bias` that of all projections."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    width: int
+    bias: bool
+
+    def specs(self, layer: int, norm: str) -> Iterator[TensorSpec]:
+        at = f"model.layers.{layer}.self_attn"
+        heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+        rows = sum(heads.values()) * self.width
+        for name, count in heads.items():
+            module, gguf, order = f"{at}.{name}_proj", f"blk.{layer}.attn_{name}", None if name == "v" else count
+            yield TensorSpec(
+                f"{module}.weight", f"{name}_proj", (count * self.width, self.hidden), layer, site=f"{at}.q_proj",
+                parallel="rows", fused_as=Fused((f"{at}.qkv_proj",), rows, name == "v"), producer=f"{norm}.weight",
+                gguf_name=f"{gguf}.weight", gguf_heads=order,
+            )  # fmt: skip
+            if self.bias:
+                yield TensorSpec(
+                    f"{module}.bias", "bias", (count * self.width,), layer, gguf_name=f"{gguf}.bias", gguf_heads=order
+                )
+        module = f"{at}.o_proj"
+        yield TensorSpec(
+            f"{module}.weight", "o_proj", (self.hidden, self.heads * self.width), layer, site=module,
+            parallel="columns",
+            # of several heads that share values, each has columns of its own for the same rows
+            producer=f"{at}.v_proj.weight" if self.kv_heads == self.heads else None,
+            gguf_name=f"blk.{layer}.attn_output.weight",
+        )  # fmt: skip
+        if self.bias:
+            yield TensorSpec(f"{module}.bias", "bias", (self.hidden,), layer, gguf_name=f"blk.{layer}.attn_output.bias")
+
+
 @dataclass(frozen=True)
 class MLA:
     """Multi-head latent attention: keys and values, and with `q_rank` queries too, come from normalised latents.
@@ -71,22 +125,22 @@ class MLA:
             if bias:
                 yield TensorSpec(f"{module}.bias", "bias", (rows,), layer, gguf_name=f"{name}.bias")
 
-        def fused(is_first: bool) -> Fused:
+        def fused(is_last: bool) -> Fused:
             # vLLM DeepSeekV2FusedQkvAProjLinear, SGLang fused_qkv_a_proj_with_mqa; without a query latent of kv_a alone
             names = f"{at}.fused_qkv_a_proj", f"{at}.fused_qkv_a_proj_with_mqa"
-            return Fused(names, kv_rows + (self.q_rank or 0), is_first)
+            return Fused(names, kv_rows + (self.q_rank or 0), is_last)
 
         if self.q_rank is None:
             yield from linear("q_proj", "attn_q", self.heads * head, self.hidden, norm, site=kv_a, parallel="rows")
         else:
             yield from linear(
-                "q_a_proj", "attn_q_a", self.q_rank, self.hidden, norm, site=kv_a, fused=fused(True), bias=self.bias
+                "q_a_proj", "attn_q_a", self.q_rank, self.hidden, norm, site=kv_a, fused=fused(False), bias=self.bias
             )
             yield layer_norm(q_norm, self.q_rank, layer, "attn_q_a_norm")
             yield from linear("q_b_proj", "attn_q_b", self.heads * head, self.q_rank, q_norm, parallel="rows")
         yield from linear(
             "kv_a_proj_with_mqa", "attn_kv_a_mqa", kv_rows, self.hidden, norm,
-            fused=fused(self.q_rank is None), bias=self.bias,
+            fused=fused(True), bias=self.bias,
         )  # fmt: skip
         yield layer_norm(kv_norm, self.kv_rank, layer, "attn_kv_a_norm")
         yield from linear(
@@ -117,7 +171,7 @@ class FFN:
             yield TensorSpec(
                 f"{at}.{name}_proj.weight", f"{self.kind}.{name}_proj", (self.width, self.hidden), layer, expert,
                 site=f"{mlp}.gate" if self.kind == "shared" else f"{at}.gate_proj",  # the router's own input
-                parallel="rows", fused_as=Fused((gate_up,), 2 * self.width, name == "gate"),
+                parallel="rows", fused_as=Fused((gate_up,), 2 * self.width, name == "up"),
                 producer=f"{norm}.weight", gguf_name=f"blk.{layer}.ffn_{name}{suffix}.weight",
             )  # fmt: skip
         yield TensorSpec(
@@ -143,6 +197,11 @@ class MoE:
             f"{module}.weight", "router", (self.count, self.routed.hidden), layer, site=module,
             producer=f"{norm}.weight", gguf_name=f"blk.{layer}.ffn_gate_inp.weight",
         )  # fmt: skip
+        if self.router.bias:
+            yield TensorSpec(
+                f"{module}.e_score_correction_bias", "router_bias", (self.count,), layer,
+                gguf_name=f"blk.{layer}.exp_probs_b.bias",
+            )  # fmt: skip
         for expert in range(self.count):
             yield from self.routed.specs(layer, norm, expert)
         if self.shared is not None:

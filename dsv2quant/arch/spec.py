@@ -1,6 +1,6 @@
 """What is said of a model: its tensors and what each is to the others, its router, and the object that holds them.
 
-Parts (parts.py) say it, a family (deepseek_v2.py) puts parts together, and all that needs to know asks `Architecture`.
+Parts (parts.py) say it, decoder.py puts parts together, and all that needs to know asks `Architecture`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from math import prod
 from typing import Literal
 
 LINEAR_ROLES = (
-    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+    "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
     *(f"{ffn}.{p}" for ffn in ("dense", "shared", "routed") for p in ("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
-ROLES = (*LINEAR_ROLES, "embed", "lm_head", "score", "router", "norm", "bias")
+ROLES = (*LINEAR_ROLES, "embed", "lm_head", "score", "router", "router_bias", "eh_proj", "norm", "bias")
+CACHING_ROLES = ("kv_a_proj_with_mqa", "k_proj")  # beside these a layer's KV-cache scales are stored
 
 KV_B, K_B, V_B = "attn_kv_b", "attn_k_b", "attn_v_b"  # kv_b_proj and its halves in GGUF
 
@@ -24,12 +25,12 @@ class Fused:
     """The matrix that engines make of linears with one input, whose rows follow one another there.
 
     `names` are those under which vLLM and SGLang know its module, vLLM's first; `rows` counts all members' rows, and
-    `is_first` says whether this member's come first. A member may be alone.
+    `is_last` says whether this member's come last. A member may be alone.
     """
 
     names: tuple[str, ...]
     rows: int
-    is_first: bool = True
+    is_last: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class TensorSpec:
                          may be scaled against the other. Of a producer with `heads` the rows of the values do
     `heads`              of the matrix whose halves absorbed attention takes apart
     `gguf_name`          its name in a GGUF file, where experts share a stack; None: no such file can hold it
+    `gguf_heads`         in a GGUF file the rows of each of so many heads are in another order: row i and row i + half,
+                         which RoPE turns together, side by side (llama.cpp conversion/llama.py, LlamaModel.permute)
+    `is_prediction`      whether it is of a layer for multi-token prediction, behind the model's own
+    `is_optional`        whether a checkpoint may lack it: then it is the model's own of that role
     """
 
     name: str
@@ -65,11 +70,23 @@ class TensorSpec:
     producer: str | None = field(default=None, compare=False)
     heads: Heads | None = field(default=None, compare=False)
     gguf_name: str | None = field(default=None, compare=False)
+    gguf_heads: int | None = field(default=None, compare=False)
+    is_prediction: bool = field(default=False, compare=False)
+    is_optional: bool = field(default=False, compare=False)
 
     @property
     def keep(self) -> bool:
         """Whether it stays as it is: no consumer loads it quantized."""
         return self.role not in LINEAR_ROLES
+
+    @property
+    def plain_scheme(self) -> str:
+        """The scheme that it has unquantized: its numbers must keep float32's digits, or not."""
+        return "f32" if self.role == "router_bias" else "bf16"
+
+    def part_name(self, suffix: str) -> str:
+        """The name of one of its parts, as formats/ calls them by suffix."""
+        return self.name if suffix == "weight" else f"{self.module}.{suffix}"
 
     @property
     def module(self) -> str:
@@ -92,8 +109,7 @@ class Router:
     """How a token's experts are chosen and weighted: of the `topk_group` best of `groups` groups the `k` best experts.
 
     `score` makes scores of logits, `group_score` a group's of its experts', `bias` says whether one is added for the
-    choice. Weights are the scores: `normalise` divides several by their sum, and else they are multiplied by `scale`
-    (DeepSeek-V2's `MoEGate`).
+    choice. Weights are the scores: `normalise` divides several by their sum; then they are multiplied by `scale`.
     """
 
     k: int
@@ -153,17 +169,20 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model: the tensors before and behind its layers, those of each layer, and its router, if it has any."""
+    """A model: the tensors before and behind its layers, those of each layer, its router, if it has any, and the
+    tensors of its layers for prediction."""
 
     before: tuple[TensorSpec, ...]
     layers: int
     layer: Callable[[int], list[TensorSpec]]
     behind: tuple[TensorSpec, ...]
     router: Router | None
+    prediction: Callable[[], list[TensorSpec]]
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor in reading order: embedding, layers, final norm, head."""
-        return [*self.before, *(spec for layer in range(self.layers) for spec in self.layer(layer)), *self.behind]
+        """Every tensor in reading order: embedding, layers, final norm, head, layers for prediction."""
+        layers = (spec for layer in range(self.layers) for spec in self.layer(layer))
+        return [*self.before, *layers, *self.behind, *self.prediction()]
 
     def gguf_tensors(self) -> list[GgufTensor]:
         """Every tensor of a GGUF file in llama-quantize's order (src/llama-model-loader.h, weight_name_comparer): those

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.bench.device import append, check_device, limits, measured_on
 from dsv2quant.checkpoint.open import open_checkpoint
@@ -48,7 +49,7 @@ DEVICE = "cuda"
 def configuration(model: str) -> ModelConfig:
     """Of one of MODELS: what its config.json says, without what does not concern the model."""
     text = resources.files("dsv2quant").joinpath("bench", "configs", f"{model}.json").read_text(encoding="utf-8")
-    return ModelConfig.from_dict(json.loads(text), f"{model}.json")
+    return model_config(json.loads(text), f"{model}.json")
 
 
 def matrices(config: ModelConfig, unit: int = 1) -> dict[str, tuple[int, int]]:
@@ -107,7 +108,7 @@ class RandomWeights:
 
     def _random(self, spec: TensorSpec) -> torch.Tensor:
         """In BF16."""
-        if spec.role in ("norm", "bias"):
+        if spec.role in ("norm", "bias", "router_bias"):
             return torch.full(spec.shape, float(spec.role == "norm"), dtype=torch.bfloat16, device=self.device)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(spec.name.encode(), self.seed))
         weight = torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device)

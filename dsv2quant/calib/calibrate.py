@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import K_B, V_B, GgufTensor
 from dsv2quant.calib.calibration import (
     Calibration,
@@ -49,7 +49,7 @@ _STATES = "dsv2quant.calibration/"  # schema of state files, in whichever versio
 def statistics_bytes(config: ModelConfig) -> int:
     """Size of a statistics file, its header aside: three vectors per routed expert's input, two per other one's."""
     expert = 3 * (config.hidden_size + config.moe_intermediate_size)
-    rest = 2 * (3 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank)
+    rest = 2 * (3 * config.hidden_size + (config.q_lora_rank or 0) + sum(config.cached_widths))
     rest += 2 * (config.num_attention_heads * config.v_head_dim + config.intermediate_size)
     rest += config.num_attention_heads * (config.qk_nope_head_dim + config.kv_lora_rank)  # if asked for
     return 4 * config.num_hidden_layers * (config.n_routed_experts * expert + rest)

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.calib.statistics import Statistics, kv_scale
+from dsv2quant.calib.statistics import Statistics, kv_scales
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.planning.consumers import input_group
@@ -213,13 +213,17 @@ class Prepared:
         return Inputs(importance, self._amax[self._group(entry)])
 
     def kv_scales(self, entry: Entry) -> dict[str, np.ndarray]:
-        """The values of `line.kv_scales` by name: one for keys and values."""
+        """The values of `entry.kv_scales` by name: of a latent cache one for keys and values."""
         if not entry.kv_scales:
             return {}
         assert self.statistics is not None
         assert entry.spec.layer is not None
-        value = kv_scale(*self.statistics.kv_ranges(entry.spec.layer))
-        return {output.name: np.full(output.shape, value, np.float32) for output in entry.kv_scales}
+        ranges = self.statistics.kv_ranges(entry.spec.layer)
+        scales = kv_scales(*ranges, is_mla=self._plan.checkpoint.config.is_mla)
+        return {
+            output.name: np.full(output.shape, scale, np.float32)
+            for output, scale in zip(entry.kv_scales, scales, strict=True)
+        }
 
     def _group(self, entry: Entry) -> str:
         return input_group(entry.spec, self._plan.targets)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import Calibration, layer_file
 from dsv2quant.calib.statistics import inputs
 from dsv2quant.calib.streams import Made, Spool, batches, through_layers
@@ -121,18 +122,27 @@ def _measured(
 
     With `halves` attention is absorbed: so kv_b_proj's halves have inputs of their own.
     """
-    out, _ = finish(layer.stages(x, rope, _Keys(f"{at}.self_attn", sums), absorbed=halves), sums.add)
+    keys = _Keys(f"{at}.self_attn", layer.attention.config, sums)
+    out, _ = finish(layer.stages(x, rope, keys, absorbed=halves), sums.add)
     return out
 
 
 @dataclass
 class _Keys:
-    """In the place of a layer's cache: measures the keys that it would take."""
+    """In the place of a layer's cache: measures the keys that it would take, and the values of plain attention."""
 
     at: str
+    config: ModelConfig
     sums: Sums
 
-    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = k_pe.flatten(0, 1).unflatten(1, (-1, 2))
-        self.sums.widen(f"{self.at}.k_pe_radius", pairs.square().sum(-1).sqrt())
-        return latent, k_pe
+    def append(
+        self, first: torch.Tensor, second: torch.Tensor, *, as_stored: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = second if self.config.is_mla else first
+        by_head = keys.flatten(0, 1).unflatten(1, (-1, self.config.qk_rope_head_dim))  # [tokens, heads, width]
+        shape = (2, -1) if self.config.rope_halves else (-1, 2)
+        pairs = by_head.unflatten(2, shape).square().sum(2 if self.config.rope_halves else 3)
+        self.sums.widen(f"{self.at}.k_pe_radius", pairs.sqrt().flatten(1))
+        if not self.config.is_mla:
+            self.sums.widen(f"{self.at}.v_amax", second.flatten(0, 1).abs())
+        return first, second

@@ -6,7 +6,9 @@ A safetensors file. Linears that share an input share its statistics, under the 
     <site>.amax              float32 [K]   largest magnitude of each channel
     <site>.square            float32 [K]   Σ x² over tokens
     <site>.weighted_square   float32 [K]   Σ g² x², g the routing weight; routed experts alone
-    <layer>.self_attn.k_pe_radius  float32 [qk_rope_head_dim / 2]   largest radius of each pair that RoPE rotates
+    <layer>.self_attn.k_pe_radius  float32 [heads · qk_rope_head_dim / 2]   largest radius of each pair that is rotated,
+                                   of each head of keys; a latent cache has one
+    <layer>.self_attn.v_amax       float32 [heads · width]   largest magnitude of each channel of plain attention's values
 
 and, where asked for, of kv_b_proj's halves, which absorbed attention applies to inputs of their own, head by head:
 
@@ -16,15 +18,13 @@ and, where asked for, of kv_b_proj's halves, which absorbed attention applies to
 `__metadata__.statistics` is JSON: the model (weights and configuration, as `checkpoint/identity.py` tells them apart),
 the calibration text and tokens, tokens per site, and a digest of all this and the vectors.
 
-The scale of an FP8 KV cache under MLA.
+The scales of an FP8 KV cache.
 
-An MLA cache holds one row per token: the normalised latent, then the rotated RoPE key, k_pe. vLLM stores both under one
-scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so it must cover both; transformers with
-compressed-tensors takes k_scale for the latent and v_scale for k_pe (compressed_tensors/modeling/kvcache.py). One value
-for both serves either. llm-compressor calibrates k_scale on the latent alone, and k_pe may then be clipped.
-
-A RoPE pair (a, b) turns with the position and keeps its length: √(a² + b²) bounds both elements at every position,
-those that calibration never reached included, and no smaller bound does.
+Plain attention has one for keys and one for values. An MLA cache holds one row per token: the normalised latent, then
+the rotated RoPE key, k_pe. vLLM stores both under one scale, k_scale (csrc/cache_kernels.cu, concat_and_cache_mla), so
+it must cover both; transformers with compressed-tensors takes k_scale for the latent and v_scale for k_pe
+(compressed_tensors/modeling/kvcache.py). One value for both serves either. llm-compressor calibrates k_scale on the
+latent alone, and k_pe may then be clipped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import configured, sampled
@@ -99,8 +99,11 @@ def vectors(config: ModelConfig, halves: bool) -> dict[str, int]:
             found[f"{name}.{suffix}"] = columns
     for layer in range(config.num_hidden_layers):
         at, heads = f"model.layers.{layer}.self_attn", config.num_attention_heads
-        found[f"{at}.k_pe_radius"] = config.qk_rope_head_dim // 2
-        if halves:
+        key_heads = 1 if config.is_mla else config.num_key_value_heads
+        found[f"{at}.k_pe_radius"] = key_heads * config.qk_rope_head_dim // 2
+        if not config.is_mla:
+            found[f"{at}.v_amax"] = config.cached_widths[1]
+        elif halves:
             found[f"{at}.{K_HALF}.square"] = heads * config.qk_nope_head_dim
             found[f"{at}.{V_HALF}.square"] = heads * config.kv_lora_rank
     return found
@@ -250,10 +253,10 @@ class Statistics:
         return self._read(f"model.layers.{layer}.self_attn.{half}.square")
 
     def kv_ranges(self, layer: int) -> tuple[float, float]:
-        """(largest magnitude of the cached latent, largest radius of k_pe's pairs) of a layer."""
+        """(largest magnitude of the cached latent, or of values; largest radius of pairs of keys) of a layer."""
         at = f"model.layers.{layer}.self_attn"
-        latent, radius = (self._read(f"{at}.{name}") for name in ("kv_b_proj.amax", "k_pe_radius"))
-        return float(latent.max()), float(radius.max())
+        values = f"{at}.v_amax" if f"{at}.v_amax" in self._names else f"{at}.kv_b_proj.amax"
+        return float(self._read(values).max()), float(self._read(f"{at}.k_pe_radius").max())
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of them."""
@@ -272,10 +275,14 @@ class Statistics:
         return found
 
 
-def kv_scale(latent_amax: float, k_pe_radius: float) -> np.float32:
-    """The KV-cache scale of a layer: the larger of the latent's largest magnitude and the longest RoPE pair, / 448.
+def kv_scales(amax: float, k_pe_radius: float, *, is_mla: bool) -> tuple[np.float32, np.float32]:
+    """The KV-cache scales of a layer, of keys and of values: the longest RoPE pair / 448, and the largest magnitude of
+    values / 448. A latent cache has one for both: that of the larger of its latent's largest magnitude and that pair.
 
-    The latent is `kv_a_layernorm`'s output; `k_pe_radius` is max √(a² + b²) over the pairs of k_pe as cached, that is
+    The latent is `kv_a_layernorm`'s output; `k_pe_radius` is max √(a² + b²) over the pairs of keys as cached, that is
     after YaRN's magnitude where that is not 1. Raises ValueError where either is NaN or beyond float32.
     """
-    return scale_of(float(np.maximum(latent_amax, k_pe_radius)))  # unlike max(), keeps a NaN
+    if not is_mla:
+        return scale_of(k_pe_radius), scale_of(amax)
+    scale = scale_of(float(np.maximum(amax, k_pe_radius)))  # unlike max(), keeps a NaN
+    return scale, scale

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.weights import (
     Weight,
     as_published,
@@ -27,6 +28,7 @@ from dsv2quant.checkpoint.weights import (
     index_tensors,
     match,
     take_kv_scales,
+    without_missing_prediction,
 )
 from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.quant_config import readable_codecs
@@ -63,7 +65,7 @@ class Checkpoint(ABC):
     """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached.
 
     `data` is where each file lies and where its data begins; empty where weights were not downloaded. `revision` is the
-    hub's commit. `kv_scales` holds the KV-cache scale of each layer's keys, where the checkpoint has them.
+    hub's commit. `kv_scales` holds the KV-cache scales of each layer, where the checkpoint has them.
     """
 
     model: str
@@ -73,7 +75,7 @@ class Checkpoint(ABC):
     files: list[str]
     data: Mapping[str, tuple[Path, int]]
     revision: str | None = None
-    kv_scales: Mapping[int, StoredTensor] = field(default_factory=dict)
+    kv_scales: Mapping[int, tuple[StoredTensor, ...]] = field(default_factory=dict)
 
     # Consumers multiply by weights of this dtype, as torch calls it.
     served_dtype = "bfloat16"
@@ -181,16 +183,16 @@ class Checkpoint(ABC):
         return torch.from_numpy(self.read(part)).to(device).view(torch_dtype(part.dtype)).view(part.shape)
 
     def kv_scale(self, layer: int, device: str) -> torch.Tensor | None:
-        """A layer's KV-cache scale, float32 [1]; None where there is none. Raises InputError for one that nothing can
-        be divided by."""
-        part = self.kv_scales.get(layer)
-        if part is None:
-            return None
-        scale = self.tensor(part, device).float().reshape(1)
-        if not 0 < scale.item() < float("inf"):
-            fix = "the checkpoint is damaged: get it again"
-            raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
-        return scale
+        """A layer's KV-cache scales, float32: [1] of a latent cache, [2] of keys and values; None where there are none.
+        Raises InputError for one that nothing can be divided by."""
+        import torch
+
+        scales = [self.tensor(part, device).float().reshape(1) for part in self.kv_scales.get(layer, ())]
+        for part, scale in zip(self.kv_scales.get(layer, ()), scales, strict=True):
+            if not 0 < scale.item() < float("inf"):
+                fix = "the checkpoint is damaged: get it again"
+                raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
+        return torch.cat(scales) if scales else None
 
     def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
         """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
@@ -224,7 +226,7 @@ class HfCheckpoint(Checkpoint):
     def of_folder(cls, folder: Path, model: str, revision: str | None = None) -> HfCheckpoint:
         """Open a folder that is called `model`."""
         raw_config = read_json(folder / "config.json")
-        ModelConfig.from_dict(raw_config, folder / "config.json")  # another model is not asked for its shards
+        model_config(raw_config, folder / "config.json")  # another model is not asked for its shards
         headers, data = {}, {}
         for file in shard_files(folder):
             headers[file], start = read_header(folder / file)
@@ -245,10 +247,11 @@ class HfCheckpoint(Checkpoint):
     ) -> HfCheckpoint:
         """Of the headers of its shards by file."""
         where = folder if folder is not None else model
-        config = ModelConfig.from_dict(raw_config, f"{where}/config.json")
+        config = model_config(raw_config, f"{where}/config.json")
         check_quantization(config.quantization, where)
         tensors = as_published(index_tensors(headers, where), config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
+        config = without_missing_prediction(config, tensors)
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from gguf import LlamaFileType
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
+from dsv2quant.arch.deepseek_v2 import GGUF as ARCHITECTURE
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.checkpoint.weights import BLOCKS, Weight
@@ -70,8 +73,8 @@ class GgufCheckpoint(Checkpoint):
         surplus, mis-shaped or of a type that can't be decoded."""
         files = _files(path)
         held, metadata, first = _index(files), files[0].metadata, files[0].path
-        raw_config = model_config(metadata, path, tied="output.weight" not in held)
-        config = ModelConfig.from_dict(raw_config, path)
+        raw_config = config_json(metadata, path, tied="output.weight" not in held)
+        config = model_config(raw_config, path)
         weights = _weights(config, held, path)
         data = {file.path.name: (file.path, file.data_start) for file in files}
         logger.info("%s: %d weights in %d files", first.name, len(weights), len(data))
@@ -254,8 +257,8 @@ def _scheme(parts: dict[str, StoredTensor]) -> str:
     return "bf16" if types.keys() <= set(PLAIN_DTYPES) else "+".join(types).lower()
 
 
-def model_config(metadata: Metadata, where: object, *, tied: bool = False) -> dict[str, Any]:
-    """The config.json, for ModelConfig.from_dict, that a file's deepseek2.* keys were made of. `tied` says
+def config_json(metadata: Metadata, where: object, *, tied: bool = False) -> dict[str, Any]:
+    """The config.json, for `model_config`, that a file's deepseek2.* keys were made of. `tied` says
     that the file has no output.weight.
 
     Numbers that GGUF rounded to float32 come back as the shortest decimal that rounds so: 1e-06 as it was.

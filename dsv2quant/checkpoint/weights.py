@@ -180,10 +180,21 @@ def _split(tensor: StoredTensor, config: ModelConfig, where: object) -> Iterator
         yield StoredTensor(name, tensor.dtype, (rows, cols), tensor.file, tensor.begin + i * nbytes, nbytes)
 
 
-def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where: object) -> dict[int, StoredTensor]:
-    """Take the KV-cache scales that the configuration declares out of `tensors`: every layer's, or none. Only the keys'
-    are kept: MLA caches no values."""
-    found: dict[int, StoredTensor] = {}
+def without_missing_prediction(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> ModelConfig:
+    """The configuration without layers for multi-token prediction, where a checkpoint that declares them has none of
+    their tensors: many programs drop them, and the model is the same."""
+    first = config.num_hidden_layers
+    indices = {int(match[1]) for match in map(_LAYER.match, tensors) if match}
+    held = indices & set(range(first, first + config.num_nextn_predict_layers))
+    return config if held else replace(config, num_nextn_predict_layers=0)
+
+
+def take_kv_scales(
+    config: ModelConfig, tensors: dict[str, StoredTensor], where: object
+) -> dict[int, tuple[StoredTensor, ...]]:
+    """Take the KV-cache scales that the configuration declares out of `tensors`: every layer's, or none. Of a latent
+    cache, which has no values, only the keys' are kept."""
+    found: dict[int, tuple[StoredTensor, ...]] = {}
     names = {
         f"model.layers.{layer}.self_attn.{part.suffix}": layer
         for part in kv_scale_parts(config.quantization)
@@ -198,7 +209,8 @@ def take_kv_scales(config: ModelConfig, tensors: dict[str, StoredTensor], where:
         if tensor.dtype not in PLAIN_DTYPES or tensor.shape not in ((), (1,)):
             what = f"{name} is {tensor.dtype} {list(tensor.shape)}"
             raise InputError(what, where=f"{where}/{tensor.file}", fix="a KV-cache scale is one plain number")
-        found.setdefault(layer, tensor)
+        if not (found.get(layer) and config.is_mla):
+            found[layer] = (*found.get(layer, ()), tensor)
     return found
 
 
@@ -210,7 +222,7 @@ def match(
 ) -> list[Weight]:
     """Pair every tensor of the model with its stored parts, in one of the codecs of its module; whatever is left over,
     missing or mis-shaped is an error."""
-    specs = list(specs)
+    specs = [spec for spec in specs if not spec.is_optional or _held(spec, tensors) is not None]
     # Old checkpoints store RoPE's frequencies, which follow from config.json.
     kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     missing = [spec.name for spec in specs if _held(spec, tensors) is None]
@@ -226,7 +238,8 @@ def match(
         fix = "without them the weights are others: give config.json as it was published, and remove nothing"
         raise InputError(what + listing(parts), where=where, fix=fix)
     if surplus:
-        raise _surplus(surplus, 1 + max(spec.layer for spec in specs if spec.layer is not None), where)
+        layers = 1 + max(spec.layer for spec in specs if spec.layer is not None)
+        raise _surplus(surplus, layers, where)
     return weights
 
 
@@ -244,7 +257,7 @@ def _surplus(surplus: list[str], layers: int, where: object) -> InputError:
     beyond = [name for name in surplus if (match := _LAYER.match(name)) and int(match[1]) >= layers]
     if any(_PREDICTION.search(name) for name in beyond):
         what = f"holds a multi-token prediction layer, {len(beyond)} tensors: {listing(beyond)}"
-        fix = "DeepSeek-V2 has none, and none is written: leave its tensors out of the shards"
+        fix = "config.json must declare it as num_nextn_predict_layers; of a model that can't, leave its tensors out"
     elif beyond:
         what = f"{len(beyond)} tensors beyond the {layers} layers of config.json: {listing(beyond)}"
         fix = "correct num_hidden_layers, or remove them"

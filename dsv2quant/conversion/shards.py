@@ -211,7 +211,7 @@ class Folder(Sink):
         if len(encoded) != len(entries):
             raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
         return [
-            {f"{entry.spec.module}.{suffix}": array for suffix, array in parts.items()}
+            {entry.spec.part_name(suffix): array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
 

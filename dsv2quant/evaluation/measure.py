@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dsv2quant.arch.config import CAUSAL_LM
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, NoiseFloor, Scored
-from dsv2quant.model.attention import KV_NAMES
+from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.load import LoadOptions, choose_backend
 from dsv2quant.progress import Progress
@@ -137,7 +136,7 @@ def _warn(checkpoint: Checkpoint, text: Text, settings: Settings) -> None:
 
 
 def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
-    if checkpoint.config.architecture != CAUSAL_LM:
+    if checkpoint.config.is_classifier:
         fix = "perplexity needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
     ctx = settings.ctx or min(2048, checkpoint.config.trained_context)

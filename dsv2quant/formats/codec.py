@@ -184,7 +184,7 @@ class Bf16(EveryShape):
     quant_method = None
     activation = None
     shares_scale = False
-    methods = ("rtn", "fit")
+    methods: tuple[str, ...] = ("rtn", "fit")
     runtime = "decoded"
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
@@ -217,6 +217,30 @@ class Bf16(EveryShape):
     ) -> torch.Tensor:
         """The weight in `dtype`; there are no scales."""
         return parts["weight"].to(dtype)
+
+
+class F32(Bf16):
+    """float32, for what must keep its digits: the correction bias of a router, whose scores may be closer to each other
+    than BF16 tells them apart."""
+
+    name = "f32"
+    methods = ("rtn",)
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (Part("weight", "F32", shape),)
+
+    def encode(
+        self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()
+    ) -> list[dict[str, np.ndarray]]:
+        """float32 arrays of BF16-bit or float32 ones. Raises NonFiniteError."""
+        encoded = []
+        for which, weight in enumerate(weights):
+            check_finite(weight, which)
+            encoded.append({"weight": widened(weight).copy()})
+        return encoded
+
+    def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"weight": x.float()}
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

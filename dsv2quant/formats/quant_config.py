@@ -20,7 +20,7 @@ from typing import Any
 from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.formats.codec import Codec, eight_bits
 from dsv2quant.formats.int4 import GROUP_INDEX, ZERO_POINT
-from dsv2quant.formats.schemes import CODECS
+from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.storage.safetensors import Part
 
 _FORMATS = ("pack-quantized", "float-quantized", "int-quantized")  # the first that is there names the whole
@@ -29,7 +29,7 @@ _FORMATS = ("pack-quantized", "float-quantized", "int-quantized")  # the first t
 def one_method(schemes: Iterable[str]) -> set[str]:
     """The quant method of an artifact with these schemes; empty where all are BF16. Raises ValueError where they have
     several: for `fp8`, with one weight layout and one activation scheme for all modules, schemes count."""
-    used = {s: CODECS[s].quant_method for s in schemes if s != "bf16"}
+    used = {s: CODECS[s].quant_method for s in schemes if s not in UNQUANTIZED}
     methods = {s if method == "fp8" else str(method) for s, method in used.items()}
     if len(methods) > 1:
         what = f"mixes the quant methods {' and '.join(sorted(methods))}: an artifact has one"
@@ -51,7 +51,7 @@ def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = Fal
         return None
     ignored = _ignored_modules(schemes)
     if methods != {"compressed-tensors"}:
-        used = sorted({scheme for scheme in schemes.values() if scheme != "bf16"})
+        used = sorted({*schemes.values()} - UNQUANTIZED)
         if len(used) > 1:
             raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
         codec = CODECS[used[0]]
@@ -87,7 +87,7 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
     """Every unquantized module that holds a matrix, with its fused aliases; experts by their stack's name alone."""
     names: dict[str, None] = {}
     for spec, scheme in schemes.items():
-        if scheme == "bf16" and spec.role not in ("embed", "norm", "bias"):
+        if scheme in UNQUANTIZED and spec.role not in ("embed", "norm", "bias", "router_bias"):
             aliases = () if spec.fused_as is None else spec.fused_as.names
             if spec.expert is not None:
                 aliases = (spec.parent.rpartition(".")[0],)
@@ -102,10 +102,10 @@ def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
     transformers takes the first group with "experts" in a pattern for the routed experts, and the first without for
     everything else: the group of the routed experts comes first, and no other pattern spells the word.
     """
-    used = {s for spec, s in schemes.items() if s != "bf16"}
+    used = {*schemes.values()} - UNQUANTIZED
     if len(used) == 1:
         return {"group_0": {"targets": ["Linear"], **CODECS[used.pop()].declared()}}
-    routed = {s for spec, s in schemes.items() if s != "bf16" and spec.expert is not None}
+    routed = {s for spec, s in schemes.items() if s not in UNQUANTIZED and spec.expert is not None}
     return {
         f"group_{i}": {"targets": _targets(schemes, scheme), **CODECS[scheme].declared()}
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dsv2quant.formats.codec import Bf16, Codec, widened
+from dsv2quant.formats.codec import F32, Bf16, Codec, widened
 from dsv2quant.formats.fp8 import Fp8, decode_block_to_float32
 from dsv2quant.formats.int4 import W4A8, Int4
 from dsv2quant.formats.int8 import Int8
@@ -16,11 +16,12 @@ from dsv2quant.formats.transposed import Awq, Gptq
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        Bf16(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
+        Bf16(), F32(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
         Int8(), W4A8(), Int4(128), Int4(64), Int4(32), Int4(None),
         Gptq(128), Gptq(64), Gptq(32), Gptq(None), Awq(128), Awq(64), Awq(32),
     )
 }  # fmt: skip
+UNQUANTIZED = frozenset(name for name, codec in CODECS.items() if codec.quant_method is None)
 
 
 def _plain(parts: Mapping[str, np.ndarray]) -> np.ndarray:

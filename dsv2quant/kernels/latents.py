@@ -136,7 +136,7 @@ def _rotated(x, turns):
 
 @triton.jit
 def _stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
-    """x as the cache holds it: model/cache.LatentCache._encoded."""
+    """x as the cache holds it: model/cache.KVCache._encoded."""
     if LARGEST is not None:
         x = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -197,7 +197,7 @@ def append_latents(
     q_out: torch.Tensor,
 ) -> None:
     """For one new token per sequence: its latent kv[:, :rank], normed, and its rotated key kv[:, rank:] go to
-    cache[t, positions[t]], as model/cache.LatentCache stores them; its queries' rotated parts to q_out[..., rank:].
+    cache[t, positions[t]], as model/cache.KVCache stores them; its queries' rotated parts to q_out[..., rank:].
 
     q [T, heads · (nope + rope)] and kv [T, rank + rope] of one dtype (bfloat16, float16 or float32), in rows of any
     stride; norm_weight [rank] of the same, and q_out [T, heads, rank + rope], contiguous, whose first `rank` columns

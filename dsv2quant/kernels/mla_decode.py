@@ -141,7 +141,7 @@ def mla_decode(
     dtype: torch.dtype = torch.float32,
     blocks: Blocks | None = None,
 ) -> torch.Tensor:
-    """The latents as each head weighs them: `Attention.mixed` for one new token, [batch, heads, rank] of `dtype`.
+    """The latents as each head weighs them: `LatentAttention.mixed` for one new token, [batch, heads, rank] of `dtype`.
 
     q [batch, heads, rank + rope] through kv_b's K half, then the rotated part; cache [batch, capacity, rank + rope]
     likewise: bfloat16 or float16 as q is, or float8 with its one factor `cache_scale`, float32 [1]. lengths int32

@@ -1,5 +1,6 @@
-"""Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode; its cache;
-and rotary position embedding, plain and by YaRN with DeepSeek's mscale.
+"""Multi-head latent attention (arXiv:2405.04434, section 2.1), expanded for prefill and absorbed for decode; plain
+attention, of heads that may share keys and values; and rotary position embedding, plain, by linear scaling, and by YaRN
+with DeepSeek's mscale.
 
 The cache holds one latent c [kv_lora_rank] and one rotated key k_pe [qk_rope_head_dim] per token, shared by all heads.
 Expanded: kv_b turns every cached latent into per-head keys and values. Absorbed: its K half moves into the query and
@@ -10,80 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig, Yarn
+from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import Linear, RMSNorm, Stage, Stages
-
-KV_DTYPES = {
-    "float32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
-}  # fmt: skip
-KV_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
-
-
-class Cache(Protocol):
-    """Where the latents and keys of a layer's tokens go."""
-
-    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take [batch, new, ·], and return everything taken so far, in the same dtype."""
-
-
-class LatentCache:
-    """The latents and rotated keys of one layer, side by side in `store` [batch, capacity, kv_lora_rank +
-    qk_rope_head_dim], of which the first `length` tokens are filled.
-
-    FP8 is what vLLM stores (csrc/cache_kernels.cu, concat_and_cache_mla): x / `scale` in float32, rounded to nearest
-    even and saturated, with one scale (float32 [1]; None is 1) for both parts; it is read back as code · scale in
-    float32, rounded to the dtype of what comes in. Other dtypes only round.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        scale: torch.Tensor | None = None,
-    ) -> None:
-        self._widths = [config.kv_lora_rank, config.qk_rope_head_dim]
-        self.store = torch.empty(batch, capacity, sum(self._widths), dtype=dtype, device=device)
-        self.scale = torch.ones(1, device=device) if scale is None else scale
-        self.length = 0
-
-    def append(self, latent: torch.Tensor, k_pe: torch.Tensor, *, as_stored: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add [batch, new, ·] and return everything cached, in the same dtype.
-
-        Decoding reads all of it `as_stored`. Prefill sees the new tokens as they were computed and only earlier ones
-        through the cache (vLLM v1/attention/backends/mla). Raises ValueError beyond the capacity.
-        """
-        end = self.length + latent.shape[1]
-        if end > self.store.shape[1]:
-            raise ValueError(f"the cache holds {self.store.shape[1]} tokens, {end} were asked for")
-        known = []
-        for store, new in zip(self.store.split(self._widths, -1), (latent, k_pe), strict=True):
-            store[:, self.length : end] = self._encoded(new)
-            if store.dtype == new.dtype:
-                known.append(store[:, :end])
-            elif as_stored:
-                known.append(self._decoded(store[:, :end], new.dtype))
-            else:
-                known.append(torch.cat([self._decoded(store[:, : self.length], new.dtype), new], 1))
-        self.length = end
-        return known[0], known[1]
-
-    def _encoded(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self.store.dtype
-        if dtype.itemsize > 1:
-            return x.to(dtype)
-        largest = torch.finfo(dtype).max
-        return (x.float() / self.scale).clamp(-largest, largest).to(dtype)
-
-    def _decoded(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return stored.to(dtype) if stored.dtype.itemsize > 1 else (stored.float() * self.scale).to(dtype)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -100,12 +34,13 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 class Rope:
-    """Rotates interleaved pairs (2i, 2i+1) of the last dimension, which has qk_rope_head_dim elements."""
+    """Rotates pairs of the last dimension, which has qk_rope_head_dim elements: (2i, 2i + 1), or by halves
+    (i, i + qk_rope_head_dim / 2), as Llama does."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         dim = config.qk_rope_head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        frequencies = 1.0 / config.rope_theta**exponents  # [dim/2], radians per position
+        frequencies = 1.0 / config.rope_theta**exponents / config.rope_linear  # [dim/2], radians per position
         self._magnitude = 1.0
         if config.yarn is not None:
             yarn = config.yarn
@@ -119,10 +54,12 @@ class Rope:
         return torch.polar(torch.full_like(angles, self._magnitude), angles)
 
     @staticmethod
-    def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor, table: torch.Tensor, halves: bool) -> torch.Tensor:
         """Rotate x [..., tokens, dim] in float32; back in x's dtype."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+        wide = x.float()
+        pairs = wide.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else wide.unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * table)
+        return (turned.transpose(-1, -2) if halves else turned).flatten(-2).to(x.dtype)
 
 
 def _yarn_frequencies(frequencies: torch.Tensor, yarn: Yarn, dim: int, theta: float) -> torch.Tensor:
@@ -140,7 +77,7 @@ def _yarn_frequencies(frequencies: torch.Tensor, yarn: Yarn, dim: int, theta: fl
 
 
 @dataclass
-class Attention:
+class LatentAttention:
     """One layer's attention. Exactly one of `q_proj` and the latent query path (`q_a_proj` … `q_b_proj`) is set."""
 
     config: ModelConfig
@@ -182,13 +119,13 @@ class Attention:
         else:
             yield Stage((q_linear, self.kv_a_proj_with_mqa), x)
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope)
+        latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe, as_stored=absorbed)  # [batch, all, ·]
         yield Stage((self.kv_b_proj,), latent)
         q = q_linear(q_input).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
-        q_pe = Rope.rotate(q_pe, rope)
+        q_pe = Rope.rotate(q_pe, rope, c.rope_halves)
         if not absorbed:
             return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
         yield Stage((self.kv_b_proj,), q_nope, half="k")
@@ -216,6 +153,53 @@ class Attention:
         return halves(self.config, self.kv_b_proj.weight.to(dtype))
 
 
+@dataclass
+class GroupedAttention:
+    """One layer's plain attention: each of num_key_value_heads heads of keys and values serves as many of queries."""
+
+    config: ModelConfig
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
+        """As LatentAttention's; nothing is absorbed, but everything is read as it is cached."""
+        return (yield from self.output((yield from self.context(x, rope, cache, absorbed))))
+
+    def output(self, context: torch.Tensor) -> Stages[torch.Tensor]:
+        """The last stage: what `context` returns → [..., hidden]."""
+        yield Stage((self.o_proj,), context)
+        return self.o_proj(context)
+
+    def context(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
+        """The stages before: x → the heads' weighted values, [batch, new, heads · width]."""
+        c = self.config
+        yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k = (_by_head(linear(x), c.qk_head_dim) for linear in (self.q_proj, self.k_proj))  # [batch, heads, new, ·]
+        q, k = Rope.rotate(q, rope, c.rope_halves), Rope.rotate(k, rope, c.rope_halves)
+        v = self.v_proj(x)
+        if cache is None:
+            return attended(c, q, k, _by_head(v, c.v_head_dim))
+        keys, values = cache.append(k.transpose(1, 2).flatten(2), v, as_stored=absorbed)  # [batch, all, heads · ·]
+        return attended(c, q, _by_head(keys, c.qk_head_dim), _by_head(values, c.v_head_dim))
+
+
+def attended(c: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The heads' weighted values [batch, new, heads · width], of queries [batch, heads, new, width] and of keys and
+    values [batch, kv heads, all, width]."""
+    return _attend(q, k, v, softmax_scale(c), is_grouped=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
+
+
+def _by_head(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[batch, tokens, heads · width] → [batch, heads, tokens, width]."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
 def expanded(
     c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor
 ) -> torch.Tensor:
@@ -235,11 +219,14 @@ def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return kv_b.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of the last tokens' queries [batch, heads, new, ·] to all [batch, heads, all, ·]."""
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, is_grouped: bool = False
+) -> torch.Tensor:
+    """Causal attention of the last tokens' queries [batch, heads, new, ·] to all [batch, heads, all, ·], of which
+    several heads of queries may share one."""
     causal = q.shape[2] == k.shape[2]  # said by flag where it is the usual one: no fast attention takes it as a mask
     mask = None if causal else _causal_mask(q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)
 
 
 def _causal_mask(new: int, total: int, device: torch.device) -> torch.Tensor:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dsv2quant.arch.config import CAUSAL_LM
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.model.attention import KV_NAMES
+from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.progress import Progress, no_progress
@@ -166,7 +165,7 @@ def complete(
     and UsageError for a prompt that is empty or fills the context.
     """
     started = time.perf_counter()
-    if checkpoint.config.architecture != CAUSAL_LM:
+    if checkpoint.config.is_classifier:
         fix = "generating needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
     tokenizer = checkpoint.tokenizer()

@@ -17,7 +17,8 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.activations import Normed
-from dsv2quant.model.attention import LatentCache, Rope, expanded, softmax_scale
+from dsv2quant.model.attention import Rope, expanded, softmax_scale
+from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
 from dsv2quant.model.quantized import Codes, Linear, Projections, Quantization
@@ -137,7 +138,7 @@ class FusedAttention:
             (q,) = self.q_b(n.normed, codes_of(n))
         return q, kv
 
-    def decode(self, x: Normed, cache: LatentCache, step: Step) -> torch.Tensor:
+    def decode(self, x: Normed, cache: KVCache, step: Step) -> torch.Tensor:
         c = self.config
         q, kv = self.queries(x)
         absorbed = q.new_empty(len(q), c.num_attention_heads, c.kv_lora_rank + c.qk_rope_head_dim)
@@ -157,7 +158,7 @@ class FusedAttention:
         (out,) = self.o(ops.absorb_v(mixed, self.w_v))
         return out
 
-    def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: LatentCache | None) -> torch.Tensor:
+    def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         c = self.config
         q, kv = (y.unflatten(0, (batch, -1)) for y in self.queries(x))  # [batch, new, ·]
         q_nope, q_pe = (
@@ -166,11 +167,11 @@ class FusedAttention:
             .split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         )
         latent, k_pe = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_norm(latent), Rope.rotate(k_pe, rope)
+        latent, k_pe = self.kv_norm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe, as_stored=False)
         values = self.kv_b(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
-        (out,) = self.o(expanded(c, values, q_nope, Rope.rotate(q_pe, rope), k_pe).flatten(0, 1))
+        (out,) = self.o(expanded(c, values, q_nope, Rope.rotate(q_pe, rope, c.rope_halves), k_pe).flatten(0, 1))
         return out
 
 
@@ -183,13 +184,13 @@ class FusedLayer:
     post_attention_norm: RMSNorm
     ffn: FusedFFN | FusedMoE
 
-    def decode(self, stream: Stream, cache: LatentCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
+    def decode(self, stream: Stream, cache: KVCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
         """One token of each sequence: (the stream behind this layer, chosen experts [T, k] or None)."""
         x = normed(stream, self.input_norm, self.attention.qkv_a.quantization)
         return self._feed_forward(x.residual, self.attention.decode(x, cache, step))
 
     def __call__(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache | None = None
+        self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
         rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.qkv_a.quantization)
@@ -197,9 +198,7 @@ class FusedLayer:
         stream, chosen = self._feed_forward(rows.residual, attended)
         return stream.settled().view_as(x), chosen
 
-    def decoded(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token by token: as DecoderLayer's."""
         angles = torch.view_as_real(rope)
         out, experts = [], []

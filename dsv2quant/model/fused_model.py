@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.kernels import ops
-from dsv2quant.model.attention import LatentCache, halves
+from dsv2quant.model.attention import halves
+from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import load_experts
 from dsv2quant.model.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Step, Stream
 from dsv2quant.model.layers import RMSNorm
@@ -111,7 +112,7 @@ class FusedModel(Runtime[FusedLayer]):
         super().__init__(FusedLoader(source), options, stream, loaded)
 
     @torch.inference_mode()
-    def next_logits(self, tokens: torch.Tensor, caches: Sequence[LatentCache]) -> torch.Tensor:
+    def next_logits(self, tokens: torch.Tensor, caches: Sequence[KVCache]) -> torch.Tensor:
         """The last logits [batch, vocab] of a prompt, tokens [batch, new], which continues what the caches hold."""
         x = self.ends.embed(tokens.to(self.options.device))
         rope = self.rope(caches[0].length, tokens.shape[1])
@@ -119,7 +120,7 @@ class FusedModel(Runtime[FusedLayer]):
             x, _ = layer(x, rope, cache)
         return self.ends.logits(x[:, -1])
 
-    def decoder(self, caches: Sequence[LatentCache]) -> Decode:
+    def decoder(self, caches: Sequence[KVCache]) -> Decode:
         """As Model's."""
         return Decoder(self, caches)
 
@@ -128,7 +129,7 @@ class Decoder:
     """A decoding step over caches; on a CUDA device a graph, recorded when this is made."""
 
     @torch.inference_mode()
-    def __init__(self, model: FusedModel, caches: Sequence[LatentCache]) -> None:
+    def __init__(self, model: FusedModel, caches: Sequence[KVCache]) -> None:
         batch, capacity, _ = caches[0].store.shape
         device = torch.device(model.options.device)
         self._caches, self._capacity = caches, capacity

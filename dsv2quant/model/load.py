@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.attention import Attention, Cache
+from dsv2quant.model.attention import GroupedAttention, LatentAttention
+from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
 
 Backend = Literal["torch", "kernels"]
@@ -67,7 +68,7 @@ class DecoderLayer:
     """Pre-norm attention and FFN, each added to the residual stream."""
 
     input_layernorm: RMSNorm
-    attention: Attention
+    attention: LatentAttention | GroupedAttention
     post_attention_layernorm: RMSNorm
     ffn: FFN | MoE
 
@@ -142,12 +143,15 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """A layer's KV-cache scale, float32 [1]; None where the checkpoint has none."""
+        """As the checkpoint's."""
         return self.checkpoint.kv_scale(layer, self.options.device)
 
-    def _attention(self, c: ModelConfig, at: str) -> Attention:
+    def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
+        if not c.is_mla:
+            q, k, v, o = (self._linear(f"{at}.{name}_proj") for name in "qkvo")
+            return GroupedAttention(c, q, k, v, o)
         latent_query = c.q_lora_rank is not None
-        return Attention(
+        return LatentAttention(
             config=c,
             kv_a_proj_with_mqa=self._linear(f"{at}.kv_a_proj_with_mqa"),
             kv_a_layernorm=self._norm(f"{at}.kv_a_layernorm", LATENT_NORM_EPS),

@@ -52,7 +52,7 @@ class Source(Protocol):
         """How the activations are quantized that meet a weight: 'token', 'group128', 'static' or None."""
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """A layer's KV-cache scale, float32 [1]."""
+        """A layer's KV-cache scales, as the checkpoint's."""
 
 
 class CheckpointSource:

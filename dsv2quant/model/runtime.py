@@ -9,7 +9,8 @@ import torch
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.model.attention import LatentCache, Rope
+from dsv2quant.model.attention import Rope
+from dsv2quant.model.cache import KVCache
 from dsv2quant.model.load import DecoderLayer, Ends, Hidden, Loader, LoadOptions
 
 
@@ -18,7 +19,7 @@ class Block(Protocol):
 
     def __call__(self, x: torch.Tensor, rope: torch.Tensor) -> Hidden: ...
 
-    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: LatentCache) -> Hidden: ...
+    def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache) -> Hidden: ...
 
 
 Layer = TypeVar("Layer", bound=Block, covariant=True)
@@ -70,15 +71,15 @@ class Runtime(Generic[Layer]):
         """The rotation table of positions first … first + count − 1."""
         return self._rope.table(torch.arange(first, first + count, device=self.options.device))
 
-    def caches(self, batch: int, capacity: int) -> list[LatentCache]:
+    def caches(self, batch: int, capacity: int) -> list[KVCache]:
         """An empty latent cache per layer for `capacity` tokens."""
         return [self.cache(layer, batch, capacity) for layer in range(self.config.num_hidden_layers)]
 
-    def cache(self, layer: int, batch: int, capacity: int) -> LatentCache:
+    def cache(self, layer: int, batch: int, capacity: int) -> KVCache:
         """An empty latent cache of one layer, in FP8 under the layer's own scale where the checkpoint has one."""
         dtype = self.options.kv_cache or self.options.dtype
         device = torch.device(self.options.device)
-        return LatentCache(self.config, batch, capacity, dtype, device, self._loader.kv_scale(layer))
+        return KVCache(self.config, batch, capacity, dtype, device, self._loader.kv_scale(layer))
 
 
 class Model(Runtime[DecoderLayer]):
@@ -97,7 +98,7 @@ class Model(Runtime[DecoderLayer]):
 
     @torch.inference_mode()
     def forward(
-        self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None = None, *, absorbed: bool = False
+        self, tokens: torch.Tensor, caches: Sequence[KVCache] | None = None, *, absorbed: bool = False
     ) -> torch.Tensor:
         """Logits [batch, new, vocab] of tokens [batch, new], which continue what the caches hold.
 
@@ -106,18 +107,16 @@ class Model(Runtime[DecoderLayer]):
         return self.ends.logits(self._hidden(tokens, caches, absorbed))
 
     @torch.inference_mode()
-    def next_logits(
-        self, tokens: torch.Tensor, caches: Sequence[LatentCache], *, absorbed: bool = False
-    ) -> torch.Tensor:
+    def next_logits(self, tokens: torch.Tensor, caches: Sequence[KVCache], *, absorbed: bool = False) -> torch.Tensor:
         """The last row of `forward`, [batch, vocab]: those of a whole prompt would not fit in memory."""
         return self.ends.logits(self._hidden(tokens, caches, absorbed)[:, -1])
 
-    def decoder(self, caches: Sequence[LatentCache]) -> Decode:
+    def decoder(self, caches: Sequence[KVCache]) -> Decode:
         """What takes the next token of each sequence, [batch], and gives its logits, [batch, vocab], by absorbed
         attention; the caches grow with it."""
         return lambda tokens: self.next_logits(tokens.unsqueeze(1), caches, absorbed=True)
 
-    def _hidden(self, tokens: torch.Tensor, caches: Sequence[LatentCache] | None, absorbed: bool) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, caches: Sequence[KVCache] | None, absorbed: bool) -> torch.Tensor:
         x = self.ends.embed(tokens.to(self.options.device))
         rope = self.rope(caches[0].length if caches else 0, tokens.shape[1])
         for index, layer in enumerate(self.layers()):

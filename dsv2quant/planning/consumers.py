@@ -17,7 +17,7 @@ from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import PER_WORD
-from dsv2quant.formats.schemes import CODECS
+from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 
 ENGINES = ("vllm", "sglang")
 TARGETS = (*ENGINES, "transformers")
@@ -75,7 +75,7 @@ def choose(asked: Sequence[str] | None, schemes: Iterable[str]) -> tuple[str, ..
 
     Raises UsageError where one asked for can't, and for an unknown scheme.
     """
-    used = sorted({*schemes} - {"bf16"})
+    used = sorted({*schemes} - UNQUANTIZED)
     if unknown := [scheme for scheme in used if scheme not in CODECS]:
         raise UsageError(f"unknown scheme {unknown[0]}", fix=f"schemes: {', '.join(CODECS)}")
     never = {target: scheme for target in TARGETS for scheme in used if scheme not in ROWS[target]}
@@ -99,7 +99,7 @@ def _no_row(target: str, scheme: str) -> UsageError:
 
 def refusal(spec: TensorSpec, scheme: str, targets: Iterable[str], parallel: Parallel) -> Refusal | None:
     """The first rule of `targets` that forbids `scheme` for this tensor, or None."""
-    if scheme == "bf16":
+    if scheme in UNQUANTIZED:
         return None
     if spec.keep:
         return Refusal(f"no consumer loads a quantized {spec.role}")
@@ -271,8 +271,8 @@ def _blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | No
         return _multiple(target, "rows", rows, tp)
     if tp > 1 and spec.parallel == "columns":
         return _multiple(target, "columns", cols, tp)
-    if spec.fused_as is not None and spec.fused_as.is_first and _is_joined(spec):
-        return _multiple(target, "rows of a fused matrix's first member", rows, 1)
+    if spec.fused_as is not None and not spec.fused_as.is_last:
+        return _multiple(target, "rows of a fused matrix's member", rows, 1)
     return None
 
 

@@ -22,8 +22,8 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, size_label
 from gguf import Metadata as Card
 from yaml import YAMLError
 
-from dsv2quant.arch.config import CAUSAL_LM, ModelConfig
-from dsv2quant.arch.deepseek_v2 import ARCHITECTURE, architecture
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.errors import InputError
@@ -75,7 +75,7 @@ def _general(checkpoint: HfCheckpoint, folder: Path) -> dict[str, Value]:
     path = folder / "generation_config.json"
     sampling = read_json(path) if path.exists() else {}
     where = f"{folder}/README.md or {path.name}"
-    writer = GGUFWriter(path=None, arch=ARCHITECTURE)
+    writer = GGUFWriter(path=None, arch=checkpoint.config.gguf)
     writer.add_type(GGUFType.MODEL)
     try:
         card = Card.apply_metadata_heuristic(Card(), _front_matter(folder), named, Path(checkpoint.model), total)
@@ -149,7 +149,7 @@ def _model(config: ModelConfig, raw: Mapping[str, Any], drop_expert_groups: bool
     if config.yarn is not None and _rope_settings(raw).get("mscale_all_dim") is not None:
         # llama.cpp divides by 0.1 again.
         keys["rope.scaling.yarn_log_multiplier"] = f32(0.1 * config.yarn.mscale_all_dim)
-    return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}
+    return {f"{config.gguf}.{key}": value for key, value in keys.items()}
 
 
 def _rope(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Value]:
@@ -184,8 +184,8 @@ def check_loadable(config: ModelConfig, where: object, *, drop_expert_groups: bo
         return InputError(what, where=where, fix=fix)
 
     layers = config.num_hidden_layers
-    if config.architecture != CAUSAL_LM:
-        raise refuse(f"is a {config.architecture}", f"llama.cpp runs {CAUSAL_LM} only")
+    if config.is_classifier:
+        raise refuse(f"is a {config.architecture}", "llama.cpp runs language models only")
     if config.attention_bias:
         raise refuse("has attention biases", "llama.cpp's deepseek2 model has none: use FP8 or INT4 instead of GGUF")
     if layers > _MAX_LAYERS:

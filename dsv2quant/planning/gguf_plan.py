@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType
 
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing

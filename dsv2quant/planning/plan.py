@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsv2quant.arch.spec import TensorSpec
+from dsv2quant.arch.spec import CACHING_ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError
 from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
-from dsv2quant.formats.schemes import CODECS
+from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
@@ -33,7 +33,7 @@ SMOOTHED = "fold"  # the method of a tensor that is only scaled, because AWQ sca
 @dataclass(frozen=True)
 class Entry:
     """One weight: what it is, what it becomes, and why where that is not what the recipe asked for. Behind the parts of
-    a kv_a_proj_with_mqa, `outputs` has its layer's KV-cache scales, if the plan has them."""
+    a kv_a_proj_with_mqa or k_proj, `outputs` has its layer's KV-cache scales, if the plan has them."""
 
     weight: Weight
     scheme: str
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def kv_scales(self) -> tuple[Output, ...]:
-        """The KV-cache scales that are stored beside kv_a_proj_with_mqa."""
+        """The layer's KV-cache scales that are stored beside it."""
         return tuple(output for output in self.outputs if not output.name.startswith(f"{self.spec.module}."))
 
     @property
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def schemes(self) -> set[str]:
-        return {entry.scheme for entry in self.entries} - {"bf16"}
+        return {entry.scheme for entry in self.entries} - UNQUANTIZED
 
     @cached_property
     def digest(self) -> str:
@@ -161,7 +161,9 @@ def make_plan(
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
-    schemes = choose_schemes((weight.spec for weight in checkpoint.weights), recipe, chosen, parallel)
+    stored = {weight.spec: weight.scheme for weight in checkpoint.weights}
+    schemes = choose_schemes(stored, recipe, chosen, parallel, stored)
+    _check_prediction(schemes, where)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
     try:
@@ -181,17 +183,23 @@ def make_plan(
 
 
 def choose_schemes(
-    specs: Iterable[TensorSpec], recipe: Recipe, chosen: Sequence[str], parallel: Parallel
+    specs: Iterable[TensorSpec],
+    recipe: Recipe,
+    chosen: Sequence[str],
+    parallel: Parallel,
+    stored: Mapping[TensorSpec, str] | None = None,
 ) -> dict[TensorSpec, Choice]:
     """What every tensor becomes: the recipe's wish, or what the targets leave of it.
 
-    Fused modules are decided as one: the first member that a target refuses takes the others along.
+    Fused modules are decided as one: the first member that a target refuses takes the others along. Layers for
+    multi-token prediction keep the scheme in which they are `stored` where it is one of the recipe's.
     """
     modules: dict[str, list[TensorSpec]] = defaultdict(list)
     assigned: dict[tuple[str, int | None], tuple[str, str]] = {}
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
-            assigned[spec.role, spec.layer] = recipe.assign(spec)
+            held = (stored or {}).get(spec, "") if spec.is_prediction else ""
+            assigned[spec.role, spec.layer] = (held, "rtn") if held in recipe.schemes else recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, Choice] = {}
     for members in modules.values():
@@ -203,7 +211,7 @@ def choose_schemes(
             decided |= {s: ("bf16", "rtn", reason if wishes[s][0] != "bf16" else None) for s in members}
             continue
         reasons: dict[TensorSpec, str] = {}
-        while scheme != "bf16":
+        while scheme not in UNQUANTIZED:
             refusals = {spec: targets.refusal(spec, scheme, chosen, parallel) for spec in members}
             first = next(((spec, r) for spec, r in refusals.items() if r is not None), None)
             if first is None:
@@ -217,6 +225,14 @@ def choose_schemes(
             wished = wishes[spec][1]
             decided[spec] = (scheme, wished if wished in possible else "rtn", reasons.get(spec))
     return decided
+
+
+def _check_prediction(schemes: Mapping[TensorSpec, Choice], where: str) -> None:
+    """Raise InputError where a layer that calibration does not see is to be calibrated."""
+    for spec, (scheme, method, _) in schemes.items():
+        if spec.is_prediction and (method != "rtn" or CODECS[scheme].activation == "static"):
+            what = f"layer {spec.layer} predicts further tokens: no calibration text goes through it"
+            raise InputError(what, where=where, fix="give it a scheme with the method rtn, or leave it out")
 
 
 def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpec, Choice]) -> None:
@@ -238,11 +254,9 @@ def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpe
 
 def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Entry:
     spec = weight.spec
-    outputs: tuple[Output, ...] = (Output(spec.name, "BF16", spec.shape, 2 * spec.size),)
-    if scheme != "bf16":
-        parts = CODECS[scheme].layout(spec.shape)
-        outputs = tuple(Output(f"{spec.module}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in parts)
-    if spec.role == "kv_a_proj_with_mqa":
+    parts = CODECS[scheme].layout(spec.shape)
+    outputs = tuple(Output(spec.part_name(p.suffix), p.dtype, p.shape, p.nbytes) for p in parts)
+    if spec.role in CACHING_ROLES:
         outputs += tuple(Output(f"{spec.parent}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
 
@@ -276,6 +290,8 @@ def _lay_out(
 def _out_config(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
     """config.json of the artifact: the source's, without remote code, in BF16, with the schemes declared."""
     config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization_config", "auto_map")}
+    if "num_nextn_predict_layers" in config:  # where their tensors were left out before, nothing must look for them
+        config["num_nextn_predict_layers"] = checkpoint.config.num_nextn_predict_layers
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     if quantization is not None:
         config["quantization_config"] = quantization

@@ -47,7 +47,8 @@ class Rule:
     method: str
 
     def matches(self, spec: TensorSpec) -> bool:
-        if self.layers is not None and spec.layer not in self.layers:
+        """Layers for multi-token prediction, which calibration never sees, are meant only where they are named."""
+        if spec.is_prediction if self.layers is None else spec.layer not in self.layers:
             return False
         return any(fnmatchcase(spec.role, pattern) for pattern in self.roles)
 
@@ -69,10 +70,11 @@ class Recipe:
 
     def assign(self, spec: TensorSpec) -> tuple[str, str]:
         """(scheme, method) of a tensor, by its role and layer alone."""
-        for rule in self.rules:
-            if rule.matches(spec):
-                return rule.scheme, rule.method
-        return "bf16", "rtn"
+        if spec.plain_scheme == "bf16":
+            for rule in self.rules:
+                if rule.matches(spec):
+                    return rule.scheme, rule.method
+        return spec.plain_scheme, "rtn"
 
     def idle_rules(self, specs: Iterable[TensorSpec], layers: int) -> list[str]:
         """What rules name in vain in a model of so many layers: one line each."""

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import widened

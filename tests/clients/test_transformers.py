@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from dsv2quant.arch.config import SEQUENCE_CLASSIFICATION
+from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert

@@ -15,7 +15,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import NonFiniteError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels.reference import quantize_activation
-from dsv2quant.model.attention import KV_DTYPES, LatentCache
+from dsv2quant.model.cache import KV_DTYPES, KVCache
 from dsv2quant.model.completion import Sampling, generate
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -103,7 +103,7 @@ def test_the_cache_holds_the_cpus_bytes(kind):
     found = []
     for device in ("cpu", "cuda"):
         scale = torch.tensor([0.0123], device=device)  # not a power of two: a reciprocal would round otherwise
-        cache = LatentCache(config, 2, 3, KV_DTYPES[kind], torch.device(device), scale)
+        cache = KVCache(config, 2, 3, KV_DTYPES[kind], torch.device(device), scale)
         found.append(cache.append(latent.to(device), k_pe.to(device), as_stored=True))
     for on_cpu, on_gpu in zip(*found, strict=True):
         assert torch.equal(on_gpu.cpu(), on_cpu)

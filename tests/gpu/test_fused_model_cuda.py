@@ -11,7 +11,7 @@ import torch
 
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, run
-from dsv2quant.model.attention import KV_DTYPES
+from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import Sampling, generate, open_model
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model

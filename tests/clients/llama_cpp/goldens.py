@@ -20,7 +20,8 @@ import llama_cpp_tools as llama
 from gguf_expected import CASES, OPTIONS, crc, keys_and_values, types_and_digests
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.deepseek_v2 import architecture
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.formats.gguf.blocks import nbytes
 from dsv2quant.storage import gguf as container
@@ -67,7 +68,7 @@ def types(folder: Path) -> dict[str, Any]:
     base = container.read(llama.convert(folder / "tiny-lite", folder / "tiny.gguf")).metadata
     found: dict[str, Any] = {}
     for model, raw in gguf_tiny.PUBLISHED.items():
-        config = ModelConfig.from_dict(raw, "config.json")
+        config = model_config(raw, "config.json")
         tensors = architecture(config).gguf_tensors()
         source = sparse(folder / f"{model}.gguf", config, dict(base), tensors)
         gguf_expected.write_imatrix(folder / "imatrix.gguf", "tiny-odd")
