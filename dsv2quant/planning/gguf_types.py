@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import GgufTensor
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
 from dsv2quant.storage.gguf import SIZES, padded
@@ -211,8 +212,14 @@ _PRESET_FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K":
 def choose_preset(
     tensors: Sequence[GgufTensor], preset: str, config: ModelConfig, overrides: Overrides
 ) -> list[Choice]:
-    """The same of a preset; `overrides` are not counted in the file's size."""
+    """The same of a preset; `overrides` are not counted in the file's size.
+
+    Raises UsageError for a model without latent attention or experts, for which presets are not made.
+    """
     stock, raised = PRESETS[preset]
+    if not config.is_mla or not config.n_routed_experts:
+        what = f"{preset} is a mix for latent attention and routed experts, and the model lacks one of them"
+        raise UsageError(what, fix=f"give {stock}")
     default = FILE_TYPES[stock].default
     chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.role == "lm_head" else default) for tensor in tensors}
     room = sum(map(_nbytes, tensors, choose(tensors, stock, config)))

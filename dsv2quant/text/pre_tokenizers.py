@@ -104,7 +104,7 @@ _BYTES = "bytes"
 
 
 def recognise(raw: Mapping[str, Any], backend: Tokenizer, bos: int | None) -> str | None:
-    """The name of a tokenizer.json's pre-tokenizer, by llama.cpp's hash or by its steps; None if it is not the family's.
+    """The name of a tokenizer.json's pre-tokenizer, by llama.cpp's hash or by its steps; None: it is not the family's.
 
     The hash includes BOS for some versions of transformers and not for others: both count. A vocabulary that was
     trained anew has another hash but the same steps.

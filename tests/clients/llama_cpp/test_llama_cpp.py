@@ -16,7 +16,7 @@ import llama_cpp_tools as llama
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_expected import FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
+from gguf_expected import FAMILY_TYPES, FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
 
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import NOT_WRITTEN
@@ -69,8 +69,10 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
-@pytest.mark.parametrize("file_type", FILE_TYPES)
-@pytest.mark.parametrize("model", gguf_tiny.MODELS)
+@pytest.mark.parametrize(
+    ("model", "file_type"),
+    [(m, t) for m in gguf_tiny.MODELS for t in (FAMILY_TYPES if m in gguf_tiny.FAMILY else FILE_TYPES)],
+)
 def test_a_file_is_llama_quantizes(model: str, file_type: str, weighted: bool, convert, sources) -> None:
     options = ["--imatrix", "imatrix.gguf"] * weighted
     theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", file_type, *options)
@@ -90,7 +92,10 @@ TIED = {"output": ("--output-type", "Q5_K"), "patterns": OPTIONS["patterns"]}  #
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [(m, o) for m in gguf_tiny.MODELS for o in (TIED if m == "tiny-odd" else OPTIONS)],
+    [
+        ("tiny-llama", "counted"),
+        *((m, o) for m in ("dsv2-mini", *gguf_tiny.DEEPSEEK_V2) for o in (TIED if m == "tiny-odd" else OPTIONS)),
+    ],
 )
 def test_overrides_are_those_of_llama_quantize(model: str, options: str, convert, sources) -> None:
     words = (TIED if model == "tiny-odd" else OPTIONS)[options]
