@@ -8,7 +8,8 @@ A safetensors file. Linears that share an input share its statistics, under the 
     <site>.weighted_square   float32 [K]   Σ g² x², g the routing weight; routed experts alone
     <layer>.self_attn.k_pe_radius  float32 [heads · qk_rope_head_dim / 2]   largest radius of each pair that is rotated,
                                    of each head of keys; a latent cache has one
-    <layer>.self_attn.v_amax       float32 [heads · width]   largest magnitude of each channel of plain attention's values
+    <layer>.self_attn.v_amax       float32 [heads · width]   largest magnitude of each channel of values, in plain
+                                   attention
 
 and, where asked for, of kv_b_proj's halves, which absorbed attention applies to inputs of their own, head by head:
 
