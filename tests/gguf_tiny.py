@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from gguf_cases import bell
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import TensorSpec
+from dsv2quant.storage import gguf as container
+from dsv2quant.storage.gguf import u32
 
 # As DeepSeek-V2-Lite. llama.cpp takes a model of 27 layers for it, and only then expects direct queries. Its rows of
 # 32 (experts) and 192 (dense FFN) stand for 1408 and 10944, which whole blocks of 256 don't fit either.
@@ -171,16 +174,26 @@ def _weight(spec: TensorSpec) -> np.ndarray:
     return x.reshape(spec.shape)
 
 
-def write(folder: Path) -> dict[str, Path]:
-    """Every model of MODELS, as a folder of its name; tiny-v2 in three shards, tiny-odd with a model card."""
-    paths = {"dsv2-mini": tiny.MINI}
-    for name, config in CONFIGS.items():
+def write(folder: Path, models: Iterable[str] = MODELS) -> dict[str, Path]:
+    """Models as folders of their names; tiny-v2 in three shards, tiny-odd with a model card."""
+    paths = {name: tiny.MINI for name in models if name not in CONFIGS}
+    for name, config in ((name, CONFIGS[name]) for name in models if name in CONFIGS):
         tensors = weights(config)
         paths[name] = tiny.write_checkpoint(folder / name, config, tensors, shards=3 if name == "tiny-v2" else 1)
-    (paths["tiny-odd"] / "README.md").write_text(CARD)
-    for name in PRE_TOKENIZERS:
+    if "tiny-odd" in paths:
+        (paths["tiny-odd"] / "README.md").write_text(CARD)
+    for name in PRE_TOKENIZERS.keys() & paths.keys():
         _use_glm_tokens(paths[name])
     return paths
+
+
+def with_keys(path: Path, numbers: Mapping[str, int]) -> Path:
+    """A file beside `path` with other numbers among its keys, and no more."""
+    opened, data = container.read(path), path.read_bytes()
+    metadata = dict(opened.metadata) | {key: u32(value) for key, value in numbers.items()}
+    changed = path.with_name(f"changed-{path.name}")
+    changed.write_bytes(container.pack_header(metadata, opened.tensors) + data[opened.data_start :])
+    return changed
 
 
 def _use_glm_tokens(folder: Path) -> None:
