@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compar
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
-from dsv2quant.planning.plan import make_plan
+from dsv2quant.planning.plan import Plan, make_plan
 from dsv2quant.text.calibration import standard_library, windows
 from dsv2quant.text.text import python_topics
 from dsv2quant.text.tokenizer import Tokenizer, cut
@@ -55,14 +56,15 @@ class Made(NamedTuple):
 
 
 class Evaluator:
-    """KLD from the BF16 checkpoint on windows of the default evaluation text."""
+    """KLD from a BF16 checkpoint on windows of the default evaluation text."""
 
-    def __init__(self) -> None:
-        tokenizer = Tokenizer.open(MODEL)
+    def __init__(self, model: Path = MODEL, *, weight_only: bool = True) -> None:
+        self._options = LoadOptions(weight_only=weight_only)
+        tokenizer = Tokenizer.open(model)
         stream = tokenizer.encode(python_topics().content)
         self._ids = cut(stream, CTX, tokenizer.bos_id, "default", "topics").ids[:EVALUATED]
         self.tokens = EVALUATED * (CTX - 1)
-        self._reference = self._pass(MODEL)
+        self._reference = self._pass(model)
 
     def compare(self, artifact: Path) -> Divergence:
         return compare(self._pass(artifact), self._reference, self._ids, 0)
@@ -78,17 +80,21 @@ class Evaluator:
         }
 
     def _pass(self, folder: Path) -> Pass:
-        model = Model(open_checkpoint(folder), LoadOptions(weight_only=True))
+        model = Model(open_checkpoint(folder), self._options)
         return run(model, self._ids, batches_of(EVALUATED, 8))
 
 
-def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> Made:
-    """One of our recipes."""
+def planned(name: str, **options: Any) -> Plan:
+    """One of our recipes for dsv2-mini."""
     chosen = recipe.builtin(name, **options)
     if options["group_size"] == 128:
         text = chosen.text.replace("rules:\n", "rules:\n  - {roles: [dense.down_proj], scheme: bf16}\n", 1)
         chosen = recipe.parse(text, name)
-    plan = make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
+    return make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
+
+
+def ours(plan: Plan, ids: np.ndarray, out: Path) -> Made:
+    """The plan's artifact, calibrated on token windows where it needs that."""
     calibrates = needs_calibration(plan) or needs_statistics(plan)
     calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
     result = convert(plan, out, command="", calibration=calibration)
@@ -97,18 +103,17 @@ def ours(name: str, ids: np.ndarray, out: Path, **options: Any) -> Made:
     return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
 
 
-def peers(python: str, method: str, group: int, tokens: Path, out: Path) -> Made:
+def peers(python: str, model: Path, method: str, group: int, tokens: Path, ignored: Iterable[str], out: Path) -> Made:
     """llm-compressor."""
-    script = Path(__file__).parent / "peers" / "llmcompressor_gptq.py"
-    ignored = [r"re:.*kv_b_proj$"] + ["model.layers.0.mlp.down_proj"] * (group == 128)
-    command = [python, str(script), str(MODEL), "--tokens", str(tokens), "--method", method]
+    script = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
+    command = [python, str(script), str(model), "--tokens", str(tokens), "--method", method]
     command += ["--group-size", str(group), "-o", str(out), *(f"--ignore={name}" for name in ignored)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     printed = json.loads(ran.stdout)
-    checkpoint = open_checkpoint(out)
     bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    size = sum(weight.spec.size for weight in open_checkpoint(model).weights)
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
-    return Made(printed["quantize_s"], bits / sum(w.spec.size for w in checkpoint.weights), "", versions)
+    return Made(printed["quantize_s"], bits / size, "", versions)
 
 
 def main() -> None:
@@ -137,13 +142,16 @@ def main() -> None:
         np.save(tokens, ids)
         for group in (64,) if options.starved else (64, 128):
             shutil.rmtree(out, ignore_errors=True)
+            ignored = [r"re:.*kv_b_proj$"] + ["model.layers.0.mlp.down_proj"] * (group == 128)
             for method in ("rtn", "gptq"):
-                record("llm-compressor", method, group, count, peers(options.peer, method, group, tokens, out), out)
+                made = peers(options.peer, MODEL, method, group, tokens, ignored, out)
+                record("llm-compressor", method, group, count, made, out)
             for method in ("rtn", "mse", "awq", "gptq"):
-                made = ours("int4-pure", ids, out, method=method, group_size=group)
+                made = ours(planned("int4-pure", method=method, group_size=group), ids, out)
                 record("dsv2quant pure", method, group, count, made, out)
             if not options.starved:
-                record("dsv2quant mixed", "gptq", group, count, ours("int4-mixed", ids, out, group_size=group), out)
+                made = ours(planned("int4-mixed", group_size=group), ids, out)
+                record("dsv2quant mixed", "gptq", group, count, made, out)
     append(options.results, rows)
 
 

@@ -8,8 +8,7 @@ import math
 import torch
 from fp8_cases import activations
 
-from dsv2quant.kernels import reference
-from dsv2quant.kernels import reference as reference_fused
+from dsv2quant.kernels import reference, reference_attention
 from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import Share, absorb_k, absorb_v, append_latents, choose
 
@@ -69,7 +68,7 @@ def norm_faults(
     scale = static(granularity, device)
     how = {"addend": addend, "pairs": routed, "quantize": granularity, "scale": scale}
     got = add_norm(x, weight, EPS, **how)
-    want = reference_fused.add_norm(x, weight, EPS, **how)
+    want = reference.add_norm(x, weight, EPS, **how)
     found = [] if added or pairs or got.residual is x else ["residual was copied"]
     found += ["residual"] if bytes_differ(got.residual, want.residual) else []
     # Both round what differs in float32's last places, twice.
@@ -89,7 +88,7 @@ def silu_faults(tokens: int, columns: int, up: int | None, granularity: str | No
     gate_up = (random(tokens, wide + 8, seed=4, device=device) * 4).to(dtype)[:, :wide]
     given = gate_up[:, :columns], gate_up[:, -columns:]
     plain = silu_mul(*given)
-    error = off(plain, reference_fused.silu_mul(*given))
+    error = off(plain, reference.silu_mul(*given))
     found = [] if error <= 2.0**-12 else [f"off by {error}"]
     if granularity:
         scale = static(granularity, device)
@@ -109,7 +108,7 @@ def latent_faults(
     where = torch.tensor(positions, dtype=torch.int32, device=device)
     scale = torch.tensor([0.037], device=device) if stored.itemsize == 1 else None
     results = []
-    for run in (append_latents, reference_fused.append_latents):
+    for run in (append_latents, reference_attention.append_latents):
         cache = torch.full((tokens, capacity, rank + rope), 2.0, device=device).to(stored)
         q_out = torch.full((tokens, heads, rank + rope), 3.0, device=device).to(dtype)
         run(q, kv, weight, EPS, table, where, cache, scale, q_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv2quant.kernels import reference
+from dsv2quant.kernels import reference_attention
 
 EMPTY = torch.Tensor.new_empty
 
@@ -32,7 +32,7 @@ def inputs(
 def off(got: torch.Tensor, given: tuple) -> float:
     """The largest relative Frobenius error of a sequence, against the reference in float64; infinite where a NaN is."""
     q, cache, *rest = given
-    expected = reference.mla_decode(q.double(), cache, *rest)
+    expected = reference_attention.mla_decode(q.double(), cache, *rest)
     errors = (got.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-30)
     return float(errors.nan_to_num(torch.inf).max())
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from triton_tools import compile_for_hopper
 
-from dsv2quant.kernels.mla_decode import _split_kernel, blocks_of, padded
+from dsv2quant.kernels.decoding import padded
+from dsv2quant.kernels.mla_decode import _split_kernel, blocks_of
 
 TYPES = {
     "lengths": "*i32", "cache_scale": "*fp32", "out": "*fp32", "lse": "*fp32", "scale": "fp32",

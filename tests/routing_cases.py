@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dsv2quant.arch.spec import Router
@@ -17,20 +19,26 @@ SORTED = (
     (70, 2, 3, 16),
     (33, 1, 1, 8),
 )
-# (tokens, experts, n_group, topk_group, k, norm, scale)
-ROUTED = (
-    (1, 64, 1, 1, 6, False, 1.0),
-    (5, 160, 8, 3, 6, False, 16.0),
-    (3, 16, 4, 2, 4, True, 2.0),
-    (2, 12, 3, 1, 4, False, 1.0),  # groups of 4, all of one taken
-    (2, 12, 3, 1, 6, True, 1.0),  # more than one group has: of score 0, lowest index first
-    (2, 8, 1, 1, 1, True, 3.0),  # a single choice is not normalised
+V2 = Router(6, 8, 3, scale=16.0)
+V3 = Router(8, 8, 4, normalise=True, scale=2.5, score="sigmoid", group_score="top2", bias=True)
+KIMI = replace(V3, groups=1, topk_group=1, scale=2.827)
+ROUTED = (  # (tokens, experts, router)
+    (1, 64, Router(6)),
+    (5, 160, V2),
+    (3, 16, Router(4, 4, 2, normalise=True)),
+    (2, 12, Router(4, 3, 1)),  # groups of 4, all of one taken
+    (2, 12, Router(6, 3, 1, normalise=True)),  # more than one group has: of score 0, lowest index first
+    (2, 8, Router(1, scale=3.0)),
+    (1, 256, V3),
+    (4, 256, V3),
+    (1, 384, KIMI),
+    (3, 384, KIMI),
+    (2, 12, replace(V3, k=4, groups=3, topk_group=1)),  # all of one group taken
+    (2, 10, replace(V3, k=1, groups=5, topk_group=2)),  # two experts a group; one weight, normalised
+    (3, 72, replace(V3, k=6, groups=1, topk_group=1, normalise=False)),
+    (3, 64, Router(6, 8, 3, score="sigmoid", group_score="top2")),
+    (3, 64, Router(6, 8, 3, normalise=True, scale=2.0, bias=True)),
 )
-
-
-def router_of(n_group: int, topk_group: int, k: int, norm: bool, scale: float) -> Router:
-    """The router of a case."""
-    return Router(k, n_group, topk_group, normalise=norm, scale=scale)
 
 
 # (tokens, experts, hidden): of ragged sizes
@@ -62,26 +70,33 @@ def choices(tokens: int, k: int, experts: int, device: str = "cpu") -> torch.Ten
     return chosen.contiguous().to(device)
 
 
-def logits(tokens: int, experts: int, device: str = "cpu") -> torch.Tensor:
+def logits(tokens: int, experts: int, router: Router, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits, the last of several tokens' with ties, and for a router that has one a bias of some scores' size, which
+    puts a third of the experts below all others."""
     generator = torch.Generator().manual_seed(experts)
     x = torch.randn(tokens, experts, generator=generator) * 2
-    x[-1, : experts // 2] = x[-1, 0]  # ties
-    return x.to(device)
+    bias = torch.randn(experts, generator=generator) * 0.3
+    bias[torch.rand(experts, generator=generator) < 1 / 3] -= 3
+    if tokens > 1:
+        x[-1, : experts // 2] = x[-1, 0]
+    bias[: experts // 4] = bias[0]
+    return x.to(device), bias.to(device) if router.bias else None
 
 
-def expected(
-    x: torch.Tensor, n_group: int, topk_group: int, k: int, norm: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As model.layers.route, with stable sorts for top-k."""
-    scores = x.softmax(-1)
-    best = scores.unflatten(-1, (n_group, -1)).amax(-1)
-    groups = best.argsort(dim=1, descending=True, stable=True)[:, :topk_group]
-    keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-    eligible = scores.masked_fill(~keep.repeat_interleave(x.shape[1] // n_group, -1), 0.0)
-    weights, chosen = (part[:, :k] for part in eligible.sort(dim=1, descending=True, stable=True))
-    if norm and k > 1:
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen
-    return weights * scale, chosen
+def expected(x: torch.Tensor, router: Router, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.route, with stable sorts for top-k."""
+    scores = x.softmax(-1) if router.score == "softmax" else 1 / (1 + torch.exp(-x))
+    grouped = (scores if bias is None else scores + bias).unflatten(-1, (router.groups, -1))
+    best = grouped.sort(dim=2, descending=True).values[..., : 1 if router.group_score == "max" else 2].sum(-1)
+    others = best.argsort(dim=1, descending=True, stable=True)[:, router.topk_group :]
+    others = torch.zeros_like(best, dtype=torch.bool).scatter_(1, others, True)
+    eligible = grouped.masked_fill(others[..., None], 0.0 if bias is None else -torch.inf).flatten(1)
+    weights, chosen = (part[:, : router.k] for part in eligible.sort(dim=1, descending=True, stable=True))
+    if bias is not None:
+        weights = scores.gather(1, chosen)
+    if router.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * router.scale, chosen
 
 
 def same(routes: Routes, want: Routes) -> bool:

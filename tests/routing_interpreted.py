@@ -19,7 +19,6 @@ from routing_cases import (
     expected,
     logits,
     logits_off,
-    router_of,
     router_operands,
     same,
 )
@@ -41,13 +40,13 @@ def sorted_as_the_twin() -> dict[str, bool]:
 def routed() -> dict[str, list[float]]:
     """Of each case, how many choices differ, and the largest relative error of weights."""
     found = {}
-    for tokens, experts, *rule in ROUTED:
-        x = logits(tokens, experts)
-        weights, chosen, routes = routing.route_and_sort(x, router_of(*rule))
-        want_weights, want = expected(x, *rule)
+    for tokens, experts, router in ROUTED:
+        x, bias = logits(tokens, experts, router)
+        weights, chosen, routes = routing.route_and_sort(x, router, bias)
+        want_weights, want = expected(x, router, bias)
         off = int((chosen != want).sum()) + (not same(routes, reference.sort_pairs(want, experts, routes.block)))
         error = (weights - want_weights).abs() / want_weights.clamp(min=1e-30)
-        found[str((tokens, experts, *rule))] = [off, float(error.max())]
+        found[str((tokens, experts, router))] = [off, float(error.max())]
     return found
 
 

@@ -222,7 +222,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         if not isinstance(ours.ffn, MoE):
             continue
         x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
-        weights, routed = route(x.float(), ours.ffn.router.weight, ours.ffn.routing)
+        weights, routed = route(x.float(), ours.ffn.router.weight, ours.ffn.routing, ours.ffn.router_bias)
         first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
             tokens, specs = (routed == e).nonzero(as_tuple=True)

@@ -33,6 +33,7 @@ CONFIGS = {
     "awkward": tiny.AWKWARD | {"first_k_dense_replace": 1}, "grouped": tiny.GROUPED, "blocks": BLOCKS,
     "no shared experts": tiny.LITE | {"n_shared_experts": None},
     "one expert a token": tiny.LITE | {"num_experts_per_tok": 1, "first_k_dense_replace": 0},
+    "v3": tiny.V3,
 }  # fmt: skip
 INT4 = ("--method", "rtn", "--group-size", "32")
 # Float32 roundings, and sums in another order: see test_runtime.TOLERANCE.

@@ -10,8 +10,9 @@ import torch
 from triton_tools import interpreted, printed
 
 from dsv2quant.arch.families import model_config
-from dsv2quant.kernels import reference
-from dsv2quant.kernels.mla_decode import MAX_SPLITS, blocks_of, mla_decode
+from dsv2quant.kernels import reference_attention
+from dsv2quant.kernels.decoding import MAX_SPLITS
+from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
 from dsv2quant.model.attention import LatentAttention, softmax_scale
 from dsv2quant.model.layers import Linear, RMSNorm
 
@@ -36,7 +37,7 @@ def test_the_twin_computes_what_the_model_does() -> None:
     absorbed = torch.einsum("bhqn,hnl->bhl", q_nope, kv_b.unflatten(0, (heads, -1))[:, :nope])
     q = torch.cat([absorbed, q_pe[:, :, 0]], -1)
     lengths = torch.tensor([9, 4, 1], dtype=torch.int32)
-    got = reference.mla_decode(q, cache, lengths, rank, softmax_scale(config))
+    got = reference_attention.mla_decode(q, cache, lengths, rank, softmax_scale(config))
     for row, length in enumerate(lengths):
         latent, k_pe = cache[row : row + 1, :length].split([rank, rope], -1)
         expected = attention.mixed(q_nope[row : row + 1], q_pe[row : row + 1], latent, k_pe)

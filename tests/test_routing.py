@@ -3,22 +3,25 @@ on a device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from routing_cases import ROUTED, ROUTERS, expected, logits, router_of
+from routing_cases import KIMI, ROUTED, ROUTERS, V3, expected, logits
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from triton_tools import compile_for_hopper, interpreted
 
 from dsv2quant.arch.spec import Router
-from dsv2quant.kernels import routing
-from dsv2quant.kernels import routing as router
+from dsv2quant.kernels import reference, routing
 from dsv2quant.model import layers as moe
 
 TYPES = {
-    "logits": "*fp32", "weights": "*fp32", "chosen": "*i32", "pairs": "*i32", "tile_experts": "*i32", "begins": "*i32",
-    "ends": "*i32", "scale": "fp32",
-}  # fmt: skip
+    **dict.fromkeys(("logits", "bias", "weights"), "*fp32"),
+    **dict.fromkeys(("chosen", "pairs", "tile_experts", "begins", "ends"), "*i32"),
+    "scale": "fp32",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +47,53 @@ def test_routes_are_those_of_the_cases(results: dict) -> None:
 
 
 @pytest.mark.parametrize("case", ROUTED)
-def test_the_cases_are_those_of_the_model(case: tuple) -> None:
-    tokens, experts, n_group, topk_group, k, norm, scale = case
-    x = logits(tokens, experts)[:1]  # the others' ties go anywhere there
-    weights, chosen = moe.route(x, torch.eye(experts), router_of(n_group, topk_group, k, norm, scale))
-    want_weights, want = expected(x, n_group, topk_group, k, norm, scale)
-    order = weights.argsort(dim=1, descending=True, stable=True)
-    torch.testing.assert_close(weights.gather(1, order), want_weights, rtol=1e-6, atol=0)
-    scored = want_weights[0] > 0
-    assert torch.equal(chosen.gather(1, order)[0][scored], want[0][scored])
+def test_the_cases_are_those_of_the_model(case: tuple[int, int, Router]) -> None:
+    tokens, experts, router = case
+    x, bias = logits(tokens, experts, router)
+    x = x[: max(1, tokens - 1)]  # the others' ties go anywhere there
+    weights, chosen = moe.route(x, torch.eye(experts), router, bias)
+    want_weights, want = expected(x, router, bias)
+    dense, wanted = (torch.zeros_like(x) for _ in range(2))
+    dense.scatter_(1, chosen, weights)
+    torch.testing.assert_close(dense, wanted.scatter_(1, want, want_weights), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("groups", "width", "kept"), [(1, 64, 1), (8, 32, 3)])
+@pytest.mark.parametrize(
+    ("experts", "router"),
+    [(256, V3), (384, KIMI), (64, replace(KIMI, k=6, normalise=False)), (16, replace(V3, k=1))],
+)
+def test_routes_are_those_of_transformers(experts: int, router: Router) -> None:
+    """Also of a single expert per token, whose weight both normalise."""
+    config = DeepseekV3Config(
+        hidden_size=32, n_routed_experts=experts, num_experts_per_tok=router.k, n_group=router.groups,
+        topk_group=router.topk_group, norm_topk_prob=router.normalise, routed_scaling_factor=router.scale,
+    )  # fmt: skip
+    theirs = DeepseekV3TopkRouter(config)
+    generator = torch.Generator().manual_seed(experts)
+    x, weight = torch.randn(500, 32, generator=generator), torch.randn(experts, 32, generator=generator) / 4
+    bias = torch.randn(experts, generator=generator) / 2
+    theirs.load_state_dict({"weight": weight, "e_score_correction_bias": bias})
+    _, want_weights, want = theirs(x)
+    weights, chosen = moe.route(x, weight, router, bias)
+    assert torch.equal(chosen.sort().values, want.sort().values)
+    torch.testing.assert_close(
+        weights.gather(1, chosen.argsort()), want_weights.gather(1, want.argsort()), rtol=1e-6, atol=0
+    )
+    _, unbiased = moe.route(x, weight, replace(router, bias=False), None)
+    assert (chosen.sort().values != unbiased.sort().values).any(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("router", "width"), [(Router(6), 64), (Router(6, 8, 3), 32), (V3, 32), (KIMI, 512), (replace(V3, bias=False), 32)]
+)
 @pytest.mark.parametrize("one", [True, False])
-def test_routing_compiles(groups: int, width: int, kept: int, one: bool, tmp_path: Path) -> None:
+def test_routing_compiles(router: Router, width: int, one: bool, tmp_path: Path) -> None:
     """By one warp, which needs no shared memory."""
-    constants = {"GROUPS": groups, "MANY_GROUPS": groups, "WIDTH": width, "KEPT": kept, "K": 6, "MANY": 8}
-    constants |= {"NORM": False, "SORTED": one}
+    groups, sigmoid = router.groups, router.score == "sigmoid"
+    constants = {"GROUPS": groups, "MANY_GROUPS": groups, "WIDTH": width, "KEPT": router.topk_group, "K": router.k}
+    constants |= {"MANY": 8, "SIGMOID": sigmoid, "TOP2": sigmoid, "NORM": router.normalise, "SORTED": one}
     constants |= {} if one else dict.fromkeys(("pairs", "tile_experts", "begins", "ends"))
+    constants |= {} if router.bias else {"bias": None}
     made = compile_for_hopper(routing._route_kernel, TYPES, constants, tmp_path / "k.cubin", ("EXPERTS",), num_warps=1)
     assert made.resources["STACK"] == made.resources["LOCAL"] == made.shared == 0
 
@@ -70,11 +102,11 @@ def test_routing_compiles(groups: int, width: int, kept: int, one: bool, tmp_pat
 @pytest.mark.parametrize("hidden", [2048, 5120])
 def test_logits_compile(hidden: int, tokens: int, tmp_path: Path) -> None:
     """To plain float32; all loads come first, in 16 bytes of the router."""
-    rows, wide, held = router.share(tokens, hidden)
+    rows, wide, held = routing.share(tokens, hidden)
     constants = {"COLUMNS": hidden, "ROWS": rows, "TOKENS": wide, "HELD": held}
     types = {"x": "*bf16", "router": "*fp32", "logits": "*fp32"}
     aligned = ("EXPERTS", "x_stride")
-    made = compile_for_hopper(router._router_kernel, types, constants, tmp_path / "k.cubin", aligned, num_warps=4)
+    made = compile_for_hopper(routing._router_kernel, types, constants, tmp_path / "k.cubin", aligned, num_warps=4)
     assert made.resources["STACK"] == made.resources["LOCAL"] == 0
     assert "tf32" not in made.ptx
     asked, used = made.ptx.split("bar.sync", 1)
@@ -97,12 +129,16 @@ def test_other_arguments_are_refused() -> None:
         ((x, Router(4, groups=3)), "4 of 16 experts, of 1 of 3 groups"),
         ((x, Router(4, groups=4, topk_group=5)), "of 5 of 4 groups"),
         ((x, Router(17)), "17 of 16 experts"),
-        ((x, Router(4, score="sigmoid")), "softmax's"),
-        ((x, Router(4, group_score="top2")), "softmax's"),
-        ((x, Router(4, bias=True)), "no bias"),
+        ((x, Router(2, groups=16, topk_group=4, group_score="top2")), "a group has one expert"),
+        ((x, Router(5, groups=4, bias=True), torch.zeros(16)), "those groups have fewer experts"),
+        ((x, Router(4, bias=True)), "the router has a bias: none given"),
+        ((x, Router(4), torch.zeros(16)), "the router has no bias: one given"),
+        ((x, Router(4, bias=True), torch.zeros(15)), r"bias has shape \(15,\); need \(16\)"),
+        ((x, Router(4, bias=True), torch.zeros(16).double()), "bias is torch.float64"),
     ):
-        with pytest.raises(ValueError, match=message):
-            routing.route(*given)
+        for route in (routing.route, reference.route):
+            with pytest.raises(ValueError, match=message):
+                route(*given)
     for given, message in (
         ((x, torch.zeros(4, 16).double()), "router is torch.float64"),
         ((x, torch.zeros(4, 15)), r"x has shape \(2, 16\); need \(any, 15\)"),
@@ -110,7 +146,7 @@ def test_other_arguments_are_refused() -> None:
         ((x, torch.zeros(4, 20)[:, :16]), "router must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            router.router_logits(*given)
+            routing.router_logits(*given)
     for chosen in (torch.zeros(2, 4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32).T):
         with pytest.raises(ValueError, match="need contiguous integers"):
             routing.sort_pairs(chosen, 16, 16)

@@ -162,7 +162,7 @@ def test_routing_equals_float64(normalised, per_token, groups):
     )
     generator = torch.Generator().manual_seed(per_token)
     x, router = torch.randn(200, 64, generator=generator), torch.randn(32, 64, generator=generator)
-    weights, experts = route(x, router, architecture(config).router)
+    weights, experts = route(x, router, architecture(config).router, None)
     dense = torch.zeros(200, 32).scatter_(1, experts, weights)
     want = routed_in_float64(x.numpy(), router.numpy(), config)
     np.testing.assert_array_equal(dense.numpy() > 0, want > 0)

@@ -78,8 +78,8 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
             seen[names[id(self.weight)]].append(x.flatten(0, -2))
         return linear(self, x)
 
-    def recorded_route(x, router, routing):
-        routes.append((x, *route(x, router, routing)))
+    def recorded_route(x, *router):
+        routes.append((x, *route(x, *router)))
         return routes[-1][1:]
 
     monkeypatch.setattr(Linear, "__call__", record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
 
@@ -67,8 +67,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     norm_topk_prob: bool = False
     scale_normalised: bool = False
-    scoring_func: str = "softmax"
-    group_score: str = "max"
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    group_score: Literal["max", "top2"] = "max"
     router_bias: bool = False
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1

@@ -77,11 +77,10 @@ def _moe(c: ModelConfig) -> MoE | None:
     if not c.n_routed_experts:
         return None
     # DeepSeek-V2's MoEGate does not scale what it normalises; it does that for several experts alone.
-    is_scaled = c.scale_normalised or not (c.norm_topk_prob and c.num_experts_per_tok > 1)
+    normalise = c.norm_topk_prob and (c.scale_normalised or c.num_experts_per_tok > 1)
+    scale = c.routed_scaling_factor if c.scale_normalised or not normalise else 1.0
     router = Router(
-        c.num_experts_per_tok, c.n_group, c.topk_group, normalise=c.norm_topk_prob,
-        scale=c.routed_scaling_factor if is_scaled else 1.0, score=c.scoring_func, group_score=c.group_score,
-        bias=c.router_bias,
-    )  # fmt: skip
+        c.num_experts_per_tok, c.n_group, c.topk_group, normalise, scale, c.scoring_func, c.group_score, c.router_bias
+    )
     shared = FFN("shared", c.hidden_size, c.n_shared_experts * c.moe_intermediate_size) if c.n_shared_experts else None
     return MoE(router, c.n_routed_experts, FFN("routed", c.hidden_size, c.moe_intermediate_size), shared)

@@ -108,8 +108,11 @@ class TensorSpec:
 class Router:
     """How a token's experts are chosen and weighted: of the `topk_group` best of `groups` groups the `k` best experts.
 
-    `score` makes scores of logits, `group_score` a group's of its experts', `bias` says whether one is added for the
-    choice. Weights are the scores: `normalise` divides several by their sum; then they are multiplied by `scale`.
+    `score`        makes scores of logits: 'softmax' over all experts, or each one's 'sigmoid'
+    `bias`         whether a correction bias of each expert is added to its score for the choice, and for it alone
+    `group_score`  what a group is chosen by: its experts' largest score ('max'), or the sum of the two largest ('top2')
+    `normalise`    whether the chosen experts' scores, which are their weights, are divided by their sum
+    `scale`        what weights are then multiplied by
     """
 
     k: int
@@ -117,17 +120,19 @@ class Router:
     topk_group: int = 1
     normalise: bool = False
     scale: float = 1.0
-    score: str = "softmax"
-    group_score: str = "max"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    group_score: Literal["max", "top2"] = "max"
     bias: bool = False
 
     def check(self, experts: int) -> None:
-        """Raise ValueError where there is no such choice among so many experts, or nothing here computes it."""
+        """Raise ValueError where there is no such choice among so many experts."""
+        what = f"{self.k} of {experts} experts, of {self.topk_group} of {self.groups} groups"
         if experts % self.groups or not 0 < self.topk_group <= self.groups or not 0 < self.k <= experts:
-            what = f"{self.k} of {experts} experts, of {self.topk_group} of {self.groups} groups"
             raise ValueError(f"{what}: no such choice")
-        if (self.score, self.group_score, self.bias) != ("softmax", "max", False):
-            raise ValueError(f"{self}: scores are softmax's, a group's is its largest, and there is no bias")
+        if self.bias and self.k > experts // self.groups * self.topk_group:
+            raise ValueError(f"{what}: those groups have fewer experts, and a bias chooses among no others")
+        if self.group_score == "top2" and 1 < self.groups == experts:
+            raise ValueError(f"{what}: a group has one expert, and is chosen by two")
 
 
 @dataclass(frozen=True)

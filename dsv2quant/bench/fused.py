@@ -19,7 +19,7 @@ import triton
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.bench.device import FLOOR, Limits, Measured, Row, Section, copies, frobenius, microseconds, random_bf16
 from dsv2quant.bench.model import MODELS, configuration
-from dsv2quant.kernels import reference
+from dsv2quant.kernels import reference, reference_attention
 from dsv2quant.kernels.activations import add_norm, silu_mul, silu_mul_codes
 from dsv2quant.kernels.latents import absorb_k, absorb_v, append_latents, choose
 from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
@@ -111,7 +111,7 @@ def _latents(config: ModelConfig, tokens: int) -> Iterator[Small]:
         out = random_bf16(tokens, c.num_attention_heads, width)
         calls = [
             partial(run, q, kv, weight, 1e-6, table, positions, store, scale, out)
-            for run, store in zip((append_latents, reference.append_latents), stores, strict=True)
+            for run, store in zip((append_latents, reference_attention.append_latents), stores, strict=True)
         ]
         for call in calls:
             call()
@@ -186,7 +186,7 @@ def measure_attention(limits: Limits) -> Iterator[Measured]:
         moved = batch * (length * WIDTH * STORED[stored].itemsize + heads * (WIDTH * 2 + RANK * 4))
         floor = limits.floor(moved, 2 * batch * heads * length * (WIDTH + RANK))
         q, cache, lengths, *rest = calls[0]
-        expected = reference.mla_decode(q[:CHECKED].double(), cache[:CHECKED], lengths[:CHECKED], *rest)
+        expected = reference_attention.mla_decode(q[:CHECKED].double(), cache[:CHECKED], lengths[:CHECKED], *rest)
         error = frobenius(mla_decode(*calls[0])[:CHECKED], expected)
         taken = microseconds([partial(mla_decode, *given) for given in calls])
         blocks = " ".join(map(str, blocks_of(batch, heads, length, processors)))

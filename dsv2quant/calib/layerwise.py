@@ -237,7 +237,7 @@ def _routed(job: Job, real: MoE, ideal: MoE, inputs: Inputs) -> None:
     routes, pool = [], Split.zeros(1, c.hidden_size, device)
     for rows in job.batches():
         x, y = (inputs(side, rows) for side in SIDES)
-        routes.append(route(x, real.router.weight, real.routing))
+        routes.append(route(x, real.router.weight, real.routing, real.router_bias))
         pool.add(0, job.held(torch.arange(rows.start, rows.stop, device=device)), x, y)
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
     stride = max(1, len(chosen) // (4 * c.moe_intermediate_size))

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.activations import nearest
+from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 
@@ -122,7 +122,6 @@ def _per_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, share: Share)
         )  # fmt: skip
 
 
-FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEADS = 16  # of one program
 
 
@@ -132,17 +131,6 @@ def _rotated(x, turns):
     a, b = tl.split(x.to(tl.float32))
     cosine, sine = tl.split(turns)
     return tl.join(a * cosine - b * sine, a * sine + b * cosine).to(x.dtype)
-
-
-@triton.jit
-def _stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr):
-    """x as the cache holds it: model/cache.KVCache._encoded."""
-    if LARGEST is not None:
-        x = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
-        x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND:  # before the cast, as in activations.encoded
-            x = nearest(x, STORED.is_fp8e5())
-    return x.to(STORED)
 
 
 @triton.jit
@@ -174,8 +162,8 @@ def _latents_kernel(
             normed = (unit * gain.to(tl.float32)).to(c.dtype)
             row = cache + (token * capacity + position) * WIDTH
             STORED: tl.constexpr = cache.dtype.element_ty
-            tl.store(row + latent, _stored(normed, divisor, STORED, LARGEST, ROUND), mask=latent < RANK)
-            key = _stored(_rotated(k, turn), divisor, STORED, LARGEST, ROUND)
+            tl.store(row + latent, as_stored(normed, divisor, STORED, LARGEST, ROUND), mask=latent < RANK)
+            key = as_stored(_rotated(k, turn), divisor, STORED, LARGEST, ROUND)
             tl.store(row + RANK + pair, key, mask=pair < ROPE)
     else:
         head = ((tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS))[:, None, None]
@@ -222,10 +210,7 @@ def append_latents(
     check_rows("positions", positions, (tokens,), torch.int32)
     check_rows("cache", cache, (tokens, None, width), cache.dtype)
     fp8 = cache.dtype in FLOATS_8
-    if fp8 != (cache_scale is not None):
-        raise ValueError("a float8 cache, and no other, takes a cache_scale")
-    if cache_scale is not None and (cache_scale.numel() != 1 or cache_scale.dtype != torch.float32):
-        raise ValueError(f"cache_scale is {cache_scale.dtype} {tuple(cache_scale.shape)}; it must be float32 (1,)")
+    check_scale(cache.dtype, cache_scale, 1)
     if not (q_out.is_contiguous() and cache.is_contiguous() and table.is_contiguous()):
         raise ValueError("q_out, cache and table must be contiguous")
     if tokens:

@@ -15,14 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.decoding import (
+    FLOATS_8,
+    LOG2_E,
+    MAX_SPLITS,
+    check_call,
+    join,
+    multiprocessors,
+    padded,
+    power_of_two,
+    share_of,
+    widened,
+)
 from dsv2quant.kernels.launch import PDL, wait
-
-FLOATS = (torch.bfloat16, torch.float16)
-FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-LOG2_E = 1.4426950408889634
-MAX_SPLITS = 128
-TINY: tl.constexpr = tl.constexpr(1e-30)
-COLUMNS = 64  # of one program of the joining kernel
 
 
 class Blocks(NamedTuple):
@@ -34,20 +39,6 @@ class Blocks(NamedTuple):
     splits: int
     warps: int
     stages: int
-
-
-@triton.jit
-def _share(length, splits, TOKENS: tl.constexpr):
-    """Tokens of each split, whole blocks; the last splits may get none."""
-    return tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
-
-
-@triton.jit
-def _widened(x):
-    """float8 → float16. Taken apart and joined again, which costs nothing but keeps the compiler from gathering single
-    bytes out of shared memory, in the order of the matrix unit, to convert them there, once for each use."""
-    even, odd = tl.split(tl.reshape(x.to(tl.float16), [x.shape[0], x.shape[1] // 2, 2]))
-    return tl.interleave(even, odd)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -62,7 +53,7 @@ def _split_kernel(
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     latent, turned = tl.arange(0, LATENTS), tl.arange(0, TURNED)
     length = tl.load(lengths + row)
-    share = _share(length, splits, TOKENS)
+    share = share_of(length, splits, TOKENS)
     begin = split * share
     end = tl.minimum(begin + share, length)
 
@@ -73,8 +64,7 @@ def _split_kernel(
     if FP8:  # is multiplied as float16, which holds every code; powers of two bring the queries into its range
         stored = tl.load(cache_scale)
         q_c, q_r = q_c.to(tl.float32), q_r.to(tl.float32)
-        size = tl.maximum(tl.maximum(tl.max(tl.abs(q_c), 1), tl.max(tl.abs(q_r), 1)), TINY)
-        size = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        size = power_of_two(tl.maximum(tl.max(tl.abs(q_c), 1), tl.max(tl.abs(q_r), 1)))
         gain *= size * stored
         q_c, q_r = (q_c / size[:, None]).to(tl.float16), (q_r / size[:, None]).to(tl.float16)
 
@@ -89,7 +79,7 @@ def _split_kernel(
         c = tl.load(key + latent[None, :], mask=inside[:, None] & (latent < RANK)[None, :], other=0.0)
         r = tl.load(key + RANK + turned[None, :], mask=inside[:, None] & (turned < ROPE)[None, :], other=0.0)
         if FP8:
-            c, r = _widened(c), _widened(r)
+            c, r = widened(c), widened(r)
         scores = tl.dot(q_r, tl.trans(r), tl.dot(q_c, tl.trans(c)))
         scores = tl.where(inside[None, :], scores * gain[:, None], float("-inf"))
         best = tl.maximum(top, tl.max(scores, 1))
@@ -107,27 +97,6 @@ def _split_kernel(
     kept = (head < heads)[:, None] & (latent < RANK)[None, :]
     tl.store(out + place[:, None] * RANK + latent[None, :], mixed.to(out.dtype.element_ty), mask=kept)
     tl.store(lse + place, top + tl.log2(total), mask=head < heads)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _join_kernel(
-    parts, lse, lengths, out, heads, splits,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    wait()
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    split, column = tl.arange(0, SPLITS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    length = tl.load(lengths + row)
-    filled = split * _share(length, splits, TOKENS) < length  # of the others nothing is defined
-    filled &= split < splits
-    place = (row * splits + split) * heads + head
-    sums = tl.load(lse + place, mask=filled, other=float("-inf"))
-    weights = tl.where(filled, tl.exp2(sums - tl.max(sums, 0)), 0.0)
-    part = tl.load(
-        parts + place[:, None] * RANK + column[None, :], mask=filled[:, None] & (column < RANK)[None, :], other=0.0
-    )
-    joined = tl.sum(part * weights[:, None], 0) / tl.maximum(tl.sum(weights, 0), 1.0)
-    tl.store(out + (row * heads + head) * RANK + column, joined.to(out.dtype.element_ty), mask=column < RANK)
 
 
 def mla_decode(
@@ -153,7 +122,7 @@ def mla_decode(
     (batch, heads, width), capacity = q.shape, cache.shape[1]
     fp8 = cache.dtype in FLOATS_8
     if blocks is None:
-        blocks = blocks_of(batch, heads, longest or capacity, _multiprocessors(q.device))
+        blocks = blocks_of(batch, heads, longest or capacity, multiprocessors(q.device))
     out = q.new_empty(batch, heads, rank, dtype=dtype)
     parts = out if blocks.splits == 1 else q.new_empty(batch, blocks.splits, heads, rank, dtype=torch.float32)
     lse = q.new_empty(batch, blocks.splits, heads, dtype=torch.float32)
@@ -164,11 +133,7 @@ def mla_decode(
         num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True, launch_pdl=PDL,
     )  # fmt: skip
     if blocks.splits > 1:
-        _join_kernel[(triton.cdiv(rank, COLUMNS), heads, batch)](
-            parts, lse, lengths, out, heads, blocks.splits,
-            RANK=rank, TOKENS=blocks.tokens, SPLITS=triton.next_power_of_2(blocks.splits), COLUMNS=COLUMNS,
-            num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
-        )  # fmt: skip
+        join(parts, lse, lengths, out, blocks.tokens)
     return out
 
 
@@ -183,16 +148,6 @@ def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int) -> Blo
     return cut._replace(splits=max(1, min(fitting, triton.cdiv(longest, cut.tokens), MAX_SPLITS)))
 
 
-def padded(width: int) -> int:
-    """Columns of a tile. Of bytes widened to float16 a thread takes 8 columns at once, four threads 32: Triton 3.6
-    multiplies tiles of fewer wrongly and says nothing."""
-    return max(32, triton.next_power_of_2(width))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _check(
     q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, rank: int, cache_scale: torch.Tensor | None
 ) -> None:
@@ -203,16 +158,4 @@ def _check(
         )
     if not 0 < rank < q.shape[2]:
         raise ValueError(f"of {q.shape[2]} columns {rank} cannot be latents")
-    if lengths.shape != q.shape[:1] or lengths.dtype != torch.int32:
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}; it must be int32 ({q.shape[0]},)")
-    if q.dtype not in FLOATS or cache.dtype not in (q.dtype, *FLOATS_8):
-        raise ValueError(f"q is {q.dtype} and the cache {cache.dtype}; both must be 16-bit floats, or the cache float8")
-    if (cache.dtype in FLOATS_8) != (cache_scale is not None):
-        raise ValueError("a float8 cache, and no other, takes a cache_scale")
-    if cache_scale is not None and (cache_scale.numel() != 1 or cache_scale.dtype != torch.float32):
-        raise ValueError(f"cache_scale is {cache_scale.dtype} {tuple(cache_scale.shape)}; it must be float32 (1,)")
-    tensors = [t for t in (q, cache, lengths, cache_scale) if t is not None]
-    if any(not t.is_contiguous() or t.device != q.device for t in tensors):
-        raise ValueError("q, cache, lengths and cache_scale must be contiguous and on one device")
-    if q.dtype == torch.bfloat16 and q.device.type != "cuda":
-        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float16, or a CUDA device")
+    check_call(q, cache, lengths, cache_scale, 1)

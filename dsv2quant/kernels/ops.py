@@ -16,9 +16,12 @@ from dsv2quant.kernels import (
     int4_gemm,
     latents,
     reference,
+    reference_attention,
     routing,
 )
-from dsv2quant.kernels import mla_decode as attention
+from dsv2quant.kernels import append_keys as keys
+from dsv2quant.kernels import gqa_decode as plain_attention
+from dsv2quant.kernels import mla_decode as latent_attention
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,10 +46,12 @@ gguf_linear = _either(gguf_gemm.linear, reference.linear_gguf)
 add_norm = _either(activations.add_norm, reference.add_norm)
 silu_mul = _either(activations.silu_mul, reference.silu_mul)
 silu_mul_codes = _either(activations.silu_mul_codes, reference.silu_mul_codes)
-append_latents = _either(latents.append_latents, reference.append_latents)
-absorb_k = _either(latents.absorb_k, reference.absorb_k)
-absorb_v = _either(latents.absorb_v, reference.absorb_v)
-mla_decode = _either(attention.mla_decode, reference.mla_decode)
+append_latents = _either(latents.append_latents, reference_attention.append_latents)
+absorb_k = _either(latents.absorb_k, reference_attention.absorb_k)
+absorb_v = _either(latents.absorb_v, reference_attention.absorb_v)
+mla_decode = _either(latent_attention.mla_decode, reference_attention.mla_decode)
+append_keys = _either(keys.append_keys, reference_attention.append_keys)
+gqa_decode = _either(plain_attention.gqa_decode, reference_attention.gqa_decode)
 
 router_logits = _either(routing.router_logits, reference.router_logits)
 route_and_sort = _either(routing.route_and_sort, reference.route_and_sort)

@@ -15,7 +15,7 @@ from dsv2quant.kernels import gguf_layout
 from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.gguf_layout import GgufWeight
 from dsv2quant.kernels.int4_layout import Int4Experts, Int4Weight, down_of, gate_up_of, unpack
-from dsv2quant.kernels.routing import Routes, choose_block, tiles_needed
+from dsv2quant.kernels.routing import Routes, check_router, choose_block, tiles_needed
 
 if TYPE_CHECKING:
     from dsv2quant.kernels.fp8_experts import Fp8Experts
@@ -105,45 +105,31 @@ def linear_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     return F.linear(x.double(), dequantize_int4(weight, torch.float32).double()).to(x.dtype)
 
 
-def route(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts].
+def route(logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts), both [tokens, k], of a router's logits, float32 [tokens, experts], and its correction
+    bias, float32 [experts], if it has one.
 
-    DeepSeek's `MoEGate`: softmax over all experts; with groups, only the topk_group groups whose best expert scores
-    highest stay eligible; then top-k. Normalised weights are *not* scaled, unlike in DeepSeek-V3.
-    Raises ValueError where the router is another.
+    DeepSeek-V2's `MoEGate` (modeling_deepseek.py) and DeepSeek-V3's `Gate` (inference/model.py). Experts of groups that
+    are not chosen score 0 without a bias, as in V2; with one, which may put others below 0, they score −inf, as in
+    `Gate` and vLLM's grouped_topk: modeling_deepseek.py of V3 has 0 there. And it leaves a single weight as it is,
+    which `Gate` normalises.
+    Raises ValueError where there is no such choice, or the bias is not what the router says.
     """
-    router.check(logits.shape[-1])
-    scores = logits.softmax(-1)
-    eligible = scores
+    check_router(logits, router, bias)
+    scores = logits.softmax(-1) if router.score == "softmax" else logits.sigmoid()
+    eligible = scores if bias is None else scores + bias
     if router.groups > 1:
-        best = scores.unflatten(-1, (router.groups, -1)).amax(-1)  # [tokens, groups]
+        grouped = eligible.unflatten(-1, (router.groups, -1))
+        best = grouped.amax(-1) if router.group_score == "max" else grouped.topk(2).values.sum(-1)  # [tokens, groups]
         groups = best.topk(router.topk_group, sorted=False).indices
-        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-        eligible = scores.masked_fill(~keep.repeat_interleave(scores.shape[-1] // router.groups, -1), 0.0)
+        others = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+        eligible = grouped.masked_fill(others.unsqueeze(-1), 0.0 if bias is None else -torch.inf).flatten(-2)
     weights, experts = eligible.topk(router.k, sorted=False)
-    if router.normalise and router.k > 1:
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20), experts
+    if bias is not None:
+        weights = scores.gather(1, experts)
+    if router.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * router.scale, experts
-
-
-def mla_decode(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    lengths: torch.Tensor,
-    rank: int,
-    scale: float,
-    cache_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Absorbed attention of one token per sequence: q [batch, heads, width] to the first lengths[i] rows of cache
-    [batch, capacity, width], of which the first `rank` columns are the values → [batch, heads, rank], in q's dtype
-    unless another is given."""
-    keys = cache.to(q.dtype) if cache_scale is None else cache.to(q.dtype) * cache_scale.to(q.dtype)
-    absent = torch.arange(cache.shape[1], device=q.device) >= lengths.unsqueeze(1)  # [batch, capacity]
-    keys = keys.masked_fill(absent.unsqueeze(2), 0)  # what lies there may be no number
-    scores = torch.einsum("bhw,btw->bht", q, keys) * scale
-    weights = scores.masked_fill(absent.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()  # no tokens: no weights
-    return torch.einsum("bht,btr->bhr", weights, keys[..., :rank]).to(dtype or q.dtype)
 
 
 def add_norm(
@@ -163,7 +149,7 @@ def add_norm(
         for rows in () if pairs is None else pairs.unbind(1):
             total = total + rows
         residual = total.to(x.dtype)
-    normed = _rms_norm(residual, weight, eps)
+    normed = rms_norm(residual, weight, eps)
     codes, scales = (None, None) if quantize is None else quantize_activation(normed, quantize, scale)
     return Normed(residual, normed, codes, scales)
 
@@ -180,53 +166,10 @@ def silu_mul_codes(
     return quantize_activation(silu_mul(gate, up), granularity, scale)
 
 
-def append_latents(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    table: torch.Tensor,
-    positions: torch.Tensor,
-    cache: torch.Tensor,
-    cache_scale: torch.Tensor | None,
-    q_out: torch.Tensor,
-) -> None:
-    """One token per sequence: its latent and rotated key to cache[t, positions[t]], its rotated queries to
-    q_out[..., rank:]; a position beyond the capacity stores nothing, one beyond the table turns as its last."""
-    tokens, heads, _ = q_out.shape
-    rank = norm_weight.shape[0]
-    rope = kv.shape[1] - rank
-    turns = torch.view_as_complex(table[positions.long().clamp(0, len(table) - 1)])  # [T, rope/2]
-    q_out[..., rank:] = _rotated(q.view(tokens, heads, -1)[..., -rope:], turns[:, None])
-    row = torch.cat([_rms_norm(kv[:, :rank], norm_weight, eps), _rotated(kv[:, rank:], turns)], -1)
-    if cache_scale is not None:
-        largest = torch.finfo(cache.dtype).max
-        row = (row.float() / cache_scale).clamp(-largest, largest)
-    token = ((positions >= 0) & (positions < cache.shape[1])).nonzero().squeeze(1)
-    cache[token, positions[token].long()] = row[token].to(cache.dtype)
-
-
-def absorb_k(q_nope: torch.Tensor, w_k: torch.Tensor, q_out: torch.Tensor) -> torch.Tensor:
-    """q_out[..., :rank] = q_nope [T, heads, nope] · w_k [heads, nope, rank]."""
-    q_out[..., : w_k.shape[2]] = torch.einsum("thn,hnr->thr", q_nope.double(), w_k.double())
-    return q_out
-
-
-def absorb_v(mixed: torch.Tensor, w_v: torch.Tensor) -> torch.Tensor:
-    """mixed [T, heads, rank] · w_v [heads, v, rank]ᵀ → [T, heads · v]."""
-    return torch.einsum("thr,hvr->thv", mixed.to(w_v.dtype).double(), w_v.double()).flatten(1).to(w_v.dtype)
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As model/layers.RMSNorm, which this package may not import."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """As model/attention.Rope.rotate."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
@@ -250,8 +193,10 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), router)
 
 
-def route_and_sort(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, Routes]:
-    weights, chosen = route(logits, router)
+def route_and_sort(
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+    weights, chosen = route(logits, router, bias)
     return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), router.k, logits.shape[1]))
 
 

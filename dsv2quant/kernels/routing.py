@@ -125,11 +125,32 @@ def choose_block(tokens: int, k: int, experts: int) -> int:
     return 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 256 else 128
 
 
+NEVER: tl.constexpr = tl.constexpr(-(1 << 63))  # below every key
+
+
+@triton.jit
+def _ordered(x):
+    """Bits of float32 that are ordered as the numbers are, and of such bits the number's."""
+    return x ^ ((x >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _key(score, number):
+    """int64, the larger the higher the score is, and of equal ones the lower the number."""
+    return (_ordered(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - number)
+
+
+@triton.jit
+def _score_of(key):
+    return _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
 @triton.jit
 def _route_kernel(
-    logits, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
+    logits, bias, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
     GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
-    K: tl.constexpr, MANY: tl.constexpr, NORM: tl.constexpr, SORTED: tl.constexpr,
+    K: tl.constexpr, MANY: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
     """One token, its experts as [MANY_GROUPS, WIDTH]. SORTED: also the routes, where there is no other token."""
     wait()
@@ -138,35 +159,50 @@ def _route_kernel(
     size = EXPERTS // GROUPS
     expert = group * size + column
     there = (group < GROUPS) & (column < size)
-    row = tl.load(logits + token * EXPERTS + expert, mask=there, other=float("-inf"))
-    powers = tl.where(there, tl.exp(row - tl.max(tl.max(row, 1), 0)), 0.0)
-    total = tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0)
-    scores = tl.where(there, tl.div_rn(tl.where(there, powers, total), total), 0.0)  # 0 / total takes a slow path
-    # The bits of what is not negative are ordered as it is. Below them: the lower the index, the larger.
-    bits = scores.to(tl.int32, bitcast=True)
+    row = tl.load(logits + token * EXPERTS + expert, mask=there, other=0.0 if SIGMOID else float("-inf"))
+    if SIGMOID:
+        scores = tl.div_rn(tl.full([MANY_GROUPS, WIDTH], 1.0, tl.float32), 1.0 + tl.exp(-row))
+    else:
+        powers = tl.where(there, tl.exp(row - tl.max(tl.max(row, 1), 0)), 0.0)
+        total = tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0)
+        scores = tl.div_rn(tl.where(there, powers, total), total)  # 0 / total takes a slow path
+    eligible = scores
+    if bias is not None:
+        eligible += tl.load(bias + expert, mask=there, other=0.0)
+    keys = tl.where(there, _key(eligible, expert), NEVER)
     if KEPT < GROUPS:
+        if TOP2:
+            first = tl.max(keys, 1)
+            second = tl.max(tl.where(keys == first[:, None], NEVER, keys), 1)
+            of_groups = _score_of(first) + _score_of(second)
+        else:
+            of_groups = tl.max(tl.where(there, eligible, float("-inf")), 1)
         number = tl.arange(0, MANY_GROUPS)
-        best = (tl.max(bits, 1).to(tl.int64) << 32) - number
-        best = tl.where(number < GROUPS, best, -(1 << 62))
+        best = tl.where(number < GROUPS, _key(of_groups, number), NEVER)
         kept = number < 0
         for _ in tl.static_range(KEPT):
             largest = best == tl.max(best, 0)
             kept = kept | largest
-            best = tl.where(largest, -(1 << 62), best)
-        bits = tl.where(kept[:, None], bits, 0)
-    keys = tl.where(there, (bits.to(tl.int64) << 32) | (0x7FFFFFFF - expert), -(1 << 62))
+            best = tl.where(largest, NEVER, best)
+        if bias is None:
+            keys = tl.where(kept[:, None] | ~there, keys, _key(tl.zeros_like(scores), expert))
+        else:
+            keys = tl.where(kept[:, None], keys, NEVER)
     choice = tl.arange(0, MANY)
     found = tl.zeros([MANY], tl.int64)
+    weight = tl.zeros([MANY], tl.float32)
     for i in tl.static_range(K):
         best = tl.max(tl.max(keys, 1), 0)
         found = tl.where(choice == i, best, found)
-        keys = tl.where(keys == best, -(1 << 62), keys)
-    weight = (found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        if bias is not None:
+            weight = tl.where(choice == i, tl.sum(tl.sum(tl.where(keys == best, scores, 0.0), 1), 0), weight)
+        keys = tl.where(keys == best, NEVER, keys)
     taken = 0x7FFFFFFF - (found & 0x7FFFFFFF).to(tl.int32)
+    if bias is None:
+        weight = _score_of(found)
     if NORM:
         weight = tl.div_rn(weight, tl.zeros_like(weight) + (tl.sum(weight, 0) + 1e-20))
-    else:
-        weight *= scale
+    weight *= scale
     tl.store(weights + token * K + choice, weight, mask=choice < K)
     tl.store(chosen + token * K + choice, taken, mask=choice < K)
     if SORTED:
@@ -225,39 +261,57 @@ def _sort_kernel(
         tl.store(pairs + place, pair, mask=pair < count)
 
 
-def route(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, experts int32), both [tokens, k], of `logits`, float32 [tokens, experts]: `reference.route`.
+def check_router(logits: torch.Tensor, router: Router, bias: torch.Tensor | None) -> None:
+    """Raises ValueError where logits are not float32 [tokens, experts], the router has no choice among so many, or
+    `bias` is not float32 [experts] where the router has one, and None where it has none."""
+    if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(f"logits are {logits.dtype}, {tuple(logits.shape)}: need contiguous float32 [tokens, experts]")
+    experts = logits.shape[1]
+    router.check(experts)
+    if (bias is not None) != router.bias:
+        has, given = "a" if router.bias else "no", "none" if bias is None else "one"
+        raise ValueError(f"the router has {has} bias: {given} given")
+    if bias is not None:
+        check_rows("bias", bias, (experts,), torch.float32)
 
-    Experts come by score, highest first; of equal ones the lowest index is taken, as it is of groups.
-    Raises ValueError where logits are others, or the router does not fit.
+
+def route(logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts int32), both [tokens, k], of `logits`, float32 [tokens, experts], and the correction
+    bias, float32 [experts], of a router that has one: `reference.route`.
+
+    Experts come by score, with its bias if there is one, highest first; of equal ones the lowest index is taken, as it
+    is of groups. Raises ValueError as `check_router`.
     """
-    weights, chosen, _ = _route(logits, router, None)
+    weights, chosen, _ = _route(logits, router, bias, None)
     return weights, chosen
 
 
-def route_and_sort(logits: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, Routes]:
+def route_and_sort(
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Routes]:
     """`route`, and `sort_pairs` of what it chose in tiles of `choose_block`: for one token by one launch."""
     block = choose_block(logits.shape[0], router.k, logits.shape[1])
-    weights, chosen, routes = _route(logits, router, block)
+    weights, chosen, routes = _route(logits, router, bias, block)
     return weights, chosen, routes or sort_pairs(chosen, logits.shape[1], block)
 
 
-def _route(logits: torch.Tensor, router: Router, block: int | None) -> tuple[torch.Tensor, torch.Tensor, Routes | None]:
+def _route(
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None, block: int | None
+) -> tuple[torch.Tensor, torch.Tensor, Routes | None]:
     """With a block, and routes if there is one token."""
-    if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
-        raise ValueError(f"logits are {logits.dtype}, {tuple(logits.shape)}: need contiguous float32 [tokens, experts]")
+    check_router(logits, router, bias)
     tokens, experts = logits.shape
-    router.check(experts)
     groups, k = router.groups, router.k
     weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
     routes = _empty(chosen, experts, block) if block and tokens == 1 else None
     if tokens:
         _route_kernel[(tokens,)](
-            logits, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
+            logits, bias, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
             GROUPS=groups, MANY_GROUPS=triton.next_power_of_2(groups),
             WIDTH=triton.next_power_of_2(experts // groups), KEPT=router.topk_group, K=k,
-            MANY=triton.next_power_of_2(k), NORM=router.normalise and k > 1, SORTED=routes is not None,
+            MANY=triton.next_power_of_2(k), SIGMOID=router.score == "sigmoid", TOP2=router.group_score == "top2",
+            NORM=router.normalise, SORTED=routes is not None,
             num_warps=1, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return weights, chosen, routes

@@ -70,10 +70,12 @@ class FusedFFN:
 
 @dataclass
 class FusedMoE:
-    """Routed experts and shared ones; `router` is float32 [experts, hidden]."""
+    """Routed experts and shared ones; `router` is float32 [experts, hidden], `router_bias` its correction bias, float32
+    [experts], if it has one."""
 
     routing: Router
     router: torch.Tensor
+    router_bias: torch.Tensor | None
     experts: Stack
     shared: FusedFFN | None
 
@@ -87,7 +89,8 @@ class FusedMoE:
         return addend, pairs, chosen
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, chosen, routes = ops.route_and_sort(ops.router_logits(x.normed, self.router), self.routing)
+        logits = ops.router_logits(x.normed, self.router)
+        weights, chosen, routes = ops.route_and_sort(logits, self.routing, self.router_bias)
         shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
             x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it

@@ -78,6 +78,7 @@ class FusedLoader:
         return FusedMoE(
             routing=routing,
             router=router,
+            router_bias=self.source.plain(f"{at}.gate.e_score_correction_bias", torch.float32),
             experts=load_experts(self.source, f"{at}.experts"),
             shared=self._ffn(f"{at}.shared_experts") if self.config.n_shared_experts else None,
         )

@@ -87,9 +87,12 @@ class FFN:
         return self.down_proj(x)
 
 
-def route(x: torch.Tensor, router: torch.Tensor, routing: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights float32, experts), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden]."""
-    return reference.route(F.linear(x.float(), router.float()), routing)
+def route(
+    x: torch.Tensor, router: torch.Tensor, routing: Router, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights float32, experts), both [tokens, k], of x [tokens, hidden]; `router` is [experts, hidden], and its
+    correction bias float32 [experts]."""
+    return reference.route(F.linear(x.float(), router.float()), routing, bias)
 
 
 def dispatch(
@@ -111,10 +114,11 @@ def add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> Non
 @dataclass
 class MoE:
     """Routed experts, each token weighted over its top k, plus the shared ones. `router` is float32 [experts,
-    hidden]."""
+    hidden], `router_bias` its correction bias, float32 [experts], if it has one."""
 
     routing: Router
     router: Linear
+    router_bias: torch.Tensor | None
     experts: list[FFN]
     shared: FFN | None
 
@@ -122,7 +126,7 @@ class MoE:
         """x [..., hidden] → (output of that shape, chosen experts [tokens, k])."""
         tokens = x.flatten(0, -2)
         yield Stage((self.router,), tokens)
-        weights, chosen = route(tokens, self.router.weight, self.routing)
+        weights, chosen = route(tokens, self.router.weight, self.routing, self.router_bias)
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
             made = yield from self.experts[expert].stages(tokens[rows], routed)

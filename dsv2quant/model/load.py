@@ -166,9 +166,11 @@ class Loader:
     def _moe(self, c: ModelConfig, at: str) -> MoE:
         routing = architecture(c).router
         assert routing is not None
+        bias = self._tensor(f"{at}.gate.e_score_correction_bias", torch.float32) if routing.bias else None
         return MoE(
             routing=routing,
             router=Linear(self._tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
+            router_bias=bias,
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
         )

@@ -6,18 +6,21 @@ import pytest
 import torch
 from experts_cases import Layer, given, off
 from routing_cases import (
+    KIMI,
     ROUTED,
     ROUTERS,
     SORTED,
+    V2,
+    V3,
     choices,
     expected,
     logits,
     logits_off,
-    router_of,
     router_operands,
     same,
 )
 
+from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import fp8_experts, reference, routing
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.routing import FEW, router_logits
@@ -67,12 +70,12 @@ def test_logits_are_those_of_float64(case: tuple[int, int, int]) -> None:
         assert logits_off(router_logits(*given), *given) <= (1 if case[0] <= FEW else 20)
 
 
-@pytest.mark.parametrize("case", [*ROUTED, (64, 160, 8, 3, 6, False, 16.0), (8192, 64, 1, 1, 6, False, 1.0)])
+@pytest.mark.parametrize("case", [*ROUTED, (64, 160, V2), (64, 256, V3), (4096, 384, KIMI), (8192, 64, Router(6))])
 def test_routes_are_those_of_the_model(case: tuple) -> None:
-    tokens, experts, *rule = case
-    x = logits(tokens, experts, "cuda")
-    weights, chosen, routes = routing.route_and_sort(x, router_of(*rule))
-    want_weights, want = expected(x, *rule)
+    tokens, experts, router = case
+    x, bias = logits(tokens, experts, router, "cuda")
+    weights, chosen, routes = routing.route_and_sort(x, router, bias)
+    want_weights, want = expected(x, router, bias)
     # Scores that differ in the last bit may change places; their weights tell.
     torch.testing.assert_close(weights, want_weights, rtol=2e-6, atol=0)
     assert (chosen != want).float().mean() < 1e-3

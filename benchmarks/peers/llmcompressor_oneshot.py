@@ -1,14 +1,15 @@
-"""W4A16 of DeepSeek-V2 by llm-compressor (round to nearest or GPTQ) on given calibration tokens, as a peer to compare.
+"""W4A16 (round to nearest or GPTQ, on given calibration tokens) or FP8 by llm-compressor, as a peer to compare.
 
     python -m venv peer/.venv && peer/.venv/bin/pip install -r benchmarks/peers/requirements-llmcompressor.txt
-    peer/.venv/bin/python benchmarks/peers/llmcompressor_gptq.py MODEL --tokens ids.npy --method gptq \\
+    peer/.venv/bin/python benchmarks/peers/llmcompressor_oneshot.py MODEL --tokens ids.npy --method gptq \\
         --group-size 64 --ignore 're:.*kv_b_proj$' -o OUT
 
 Runs in llm-compressor's own environment and imports nothing of dsv2quant. Apart from the options here all settings are
 llm-compressor's defaults: the model in the checkpoint's dtype, min-max scales, one window at a time, every expert
 calibrated on all tokens, block 128, dampening 0.01, and each layer calibrated on the outputs of the quantized layers
-before it. GPTQ orders columns by activation (`static`). The log goes to standard error, one JSON object to standard
-output. Loading the model and splitting its experts is in neither of the two times; compressing it is in `save_s`.
+before it. GPTQ orders columns by activation (`static`); FP8 is the presets FP8_DYNAMIC and FP8_BLOCK. The log goes to
+standard error, one JSON object to standard output. Loading the model and splitting its experts is in neither of the two
+times; compressing it is in `save_s`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 PACKAGES = [
     "torch", "llmcompressor", "compressed-tensors", "transformers", "datasets", "accelerate", "numpy", "safetensors",
 ]  # fmt: skip
+FP8 = {"fp8-channel": "FP8_DYNAMIC", "fp8-block": "FP8_BLOCK"}
 ALWAYS_IGNORED = ["lm_head", r"re:.*mlp\.gate$"]
 
 
@@ -47,6 +49,9 @@ def recipe(method: str, group_size: int, ignore: list[str]):
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    if method in FP8:
+        return QuantizationModifier(targets="Linear", scheme=FP8[method], ignore=ignore)
 
     weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=True)
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
@@ -100,8 +105,8 @@ def quantize(options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=Path, help=".npy of int64 [windows, ctx], complete windows; RTN uses none")
-    parser.add_argument("--method", required=True, choices=["rtn", "gptq"])
+    parser.add_argument("--tokens", type=Path, help=".npy of int64 [windows, ctx], complete windows, for GPTQ")
+    parser.add_argument("--method", required=True, choices=["rtn", "gptq", *FP8])
     parser.add_argument("--group-size", type=int, default=128, choices=[64, 128])
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="module name or `re:` pattern")
     parser.add_argument("-o", "--out", type=Path, required=True)
