@@ -15,7 +15,8 @@ from gguf_tiny import PRE_TOKENIZERS
 
 ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
 BIN = ROOT / "build" / "bin"
-# The converter knows the tokenizers of published models by a hash; of ours it is told the pre-tokenizer.
+# The converter knows the tokenizers of published models by a hash; of ours it is told the pre-tokenizer. It asks for
+# the package of SentencePiece before it finds that a model has no vocabulary of that kind: the package need not be there.
 CONVERTER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -23,6 +24,9 @@ import convert_hf_to_gguf
 from conversion.base import TextModel
 pre = sys.argv.pop(2)
 TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+def without(self):
+    raise FileNotFoundError
+TextModel._create_vocab_sentencepiece = without
 sys.argv = sys.argv[1:]
 convert_hf_to_gguf.main()
 """
