@@ -9,8 +9,7 @@ llm-compressor quantizes the modules that our plan for vLLM does, GPTQ on the sa
 text; llama-quantize starts from our BF16 file. KLD, perplexity and agreement are against BF16 in float32,
 on windows of the default evaluation text, with FP8's activations quantized as vLLM quantizes them. The column
 llama-perplexity is its own KLD of a file against that BF16 file, on its own windows of the text: BOS and 511 tokens, of
-which it scores the latter half. Seconds are of llm-compressor's `oneshot`, without loading and saving, and of whole
-conversions.
+which it scores the latter half.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from convert import processor
-from quality import CTX, EVALUATED, Evaluator, Made, ours, peers
+from quality import CTX, EVALUATED, Evaluator, ours, peers
 from safetensors.torch import load_file, save_file
 
 import dsv2quant
@@ -48,6 +46,7 @@ from dsv2quant.text.tokenizer import Tokenizer
 GROUP = 128
 # Our recipe, and the method of llm-compressor that makes the same scheme.
 RECIPES = {"fp8-channel": "fp8-channel", "fp8-block": "fp8-block", "int4-pure": "gptq"}
+LLAMA_CPP = "llama.cpp 0c1e57098, of llama-cpp-python 0.3.36"
 MIX, PRESET = "Q4_K_M", "DSV2_Q4_K_M"
 
 
@@ -61,10 +60,8 @@ class LlamaCpp:
         dsv2quant.convert(model, self._source, gguf="BF16", force=True)
         self._perplexity(self._source, "--kl-divergence-base", self._logits)
 
-    def quantize(self, out: Path) -> Made:
-        began = time.perf_counter()
+    def quantize(self, out: Path) -> None:
         self._run("quantize", self._source, out, MIX, os.cpu_count())
-        return Made(time.perf_counter() - began, 0.0, "", "llama.cpp of llama-cpp-python 0.3.36")
 
     def divergence(self, file: Path) -> str:
         printed = self._perplexity(file, "--kl-divergence", "--kl-divergence-base", self._logits)
@@ -104,12 +101,6 @@ def respell(folder: Path) -> None:
     file.write_text(json.dumps(config))
 
 
-def gguf(model: Path, out: Path, file_type: str) -> Made:
-    """Ours."""
-    result = dsv2quant.convert(model, out, gguf=file_type, force=True)
-    return Made(result.seconds, 0.0, "", f"dsv2quant {__version__}")
-
-
 class Table:
     """Rows of results on one model."""
 
@@ -119,7 +110,9 @@ class Table:
         self._evaluate = Evaluator(model, weight_only=False)
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, tool: str, artifact: str, made: Made, out: Path, theirs: str = "", calibrated: bool = False) -> None:
+    def add(
+        self, tool: str, artifact: str, versions: str, out: Path, theirs: str = "", calibrated: bool = False
+    ) -> None:
         found = self._evaluate.compare(out)
         distance = summarize(found)
         files = [out] if out.is_file() else out.glob("*.safetensors")
@@ -134,56 +127,63 @@ class Table:
             "ppl of BF16": f"{math.exp(found.reference_nll.mean()):.3f}",
             "same top-1": f"{distance.top1_agreement.value:.4f}",
             "llama-perplexity": theirs,
-            "seconds": f"{made.seconds:.1f}",
             "calibrated on": self._windows * CTX if calibrated else 0,
             "evaluated": self._evaluate.tokens,
             "hardware": f"{processor()}, {os.cpu_count()} cores",
-            "versions": made.versions,
+            "versions": versions,
         }
         print("  ".join(f"{key} {value}" for key, value in list(row.items())[:-2]), file=sys.stderr, flush=True)
         self.rows.append(row)
 
 
-def measure(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    checkpoint, out = open_checkpoint(model), options.scratch / "out"
-    table = Table(model, options.windows)
+def beside_llm_compressor(model: Path, table: Table, options: argparse.Namespace) -> None:
+    checkpoint, out, tokens = open_checkpoint(model), options.scratch / "out", options.scratch / "ids.npy"
     ids = windows(standard_library(), Tokenizer.open(model), options.windows, CTX, seed=0)
-    tokens = options.scratch / "ids.npy"
     np.save(tokens, ids)
     for name, method in RECIPES.items():
         plan = make_plan(checkpoint, recipe.builtin(name), for_targets=("vllm",))
         kept = [entry.spec.module for entry in plan.entries if entry.scheme in UNQUANTIZED]
         shutil.rmtree(out, ignore_errors=True)
-        table.add("dsv2quant", name, ours(plan, ids, out), out, calibrated=method == "gptq")
+        table.add("dsv2quant", name, ours(plan, ids, out).versions, out, calibrated=method == "gptq")
         shutil.rmtree(out)
         made = peers(options.peer, model, method, GROUP, tokens, kept, out)
         if name == "fp8-block":
             respell(out)
-        table.add("llm-compressor", name, made, out, calibrated=method == "gptq")
+        table.add("llm-compressor", name, made.versions, out, calibrated=method == "gptq")
         shutil.rmtree(out)
-    llama, file = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"
-    table.add("llama.cpp", MIX, llama.quantize(file), file, llama.divergence(file))
-    stock = file.read_bytes()
-    made = gguf(model, file, MIX)
-    table.add("dsv2quant, the same bytes" if file.read_bytes() == stock else "dsv2quant", MIX, made, file)
-    if checkpoint.config.is_mla:
-        made = gguf(model, file, PRESET)
-        table.add("dsv2quant", PRESET, made, file, llama.divergence(file))
-    return table.rows
+
+
+def beside_llama_cpp(model: Path, table: Table, options: argparse.Namespace) -> None:
+    llama, out = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"
+    llama.quantize(out)
+    table.add("llama.cpp", MIX, LLAMA_CPP, out, theirs=llama.divergence(out))
+    stock = out.read_bytes()
+    versions = f"dsv2quant {__version__}"
+    dsv2quant.convert(model, out, gguf=MIX, force=True)
+    same = out.read_bytes() == stock
+    table.add("dsv2quant, the same bytes" if same else "dsv2quant", MIX, versions, out)
+    if open_checkpoint(model).config.is_mla:
+        dsv2quant.convert(model, out, gguf=PRESET, force=True)
+        table.add("dsv2quant", PRESET, versions, out, theirs=llama.divergence(out))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--peer", required=True, help="Python of llm-compressor's environment")
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama.cpp's tools")
+    parser.add_argument("--peer", help="Python of llm-compressor's environment: compare FP8 and INT4")
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's tools: compare GGUF")
     parser.add_argument("--windows", type=int, default=128, help="of calibration")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
     for model in options.models:
-        append(options.results, measure(model, options))
+        table = Table(model, options.windows)
+        if options.peer:
+            beside_llm_compressor(model, table, options)
+        if options.llama_cpp:
+            beside_llama_cpp(model, table, options)
+        append(options.results, table.rows)
 
 
 if __name__ == "__main__":

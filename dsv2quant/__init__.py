@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, open, plan, verify
+    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify
 
-__all__ = ["calibrate", "convert", "evaluate", "generate", "inspect", "open", "plan", "verify"]
+__all__ = ["calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""The Python API, which the command line calls: open, plan, calibrate, convert, evaluate, verify, generate, inspect.
+"""The Python API, which the command line calls: open, plan, memory, calibrate, convert, evaluate, verify, generate,
+inspect.
 
     import dsv2quant as dq
     made = dq.convert("deepseek-ai/DeepSeek-V2-Lite", "LITE-FP8", scheme="fp8-block")
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dsv2quant.model.completion import Completion, Message
     from dsv2quant.model.load import LoadOptions
     from dsv2quant.planning.gguf_plan import GgufPlan
+    from dsv2quant.planning.memory import MemoryPlan
     from dsv2quant.planning.plan import Plan
     from dsv2quant.planning.recipe import Recipe
     from dsv2quant.report.calibration import Calibrated, Conversion
@@ -80,6 +82,31 @@ def plan(checkpoint: Model, **options: Unpack[Options]) -> Plan | GgufPlan:
     if recipe is not None:
         opened.as_source().check_tokenizer()
     return asked.plan_of(opened, recipe, given)
+
+
+def memory(
+    model: Model | Plan, *, batch: Sequence[int] = (1,), context: Sequence[int] = (2048,), prefill: str = "flash",
+    kv_cache: str = "bf16", tp: int = 1, pp: int = 1, gpu: str | None = None, **hub: Unpack[HubOptions],
+) -> MemoryPlan:  # fmt: skip
+    """What each pair of `batch` texts and `context` tokens takes of a GPU's memory, from headers alone: of a
+    checkpoint, artifact or GGUF file as it is stored, or of what a plan makes.
+
+    `prefill` "eager" is transformers of November 2023, "flash" this tool's runtime. `tp` GPUs split matrices and `pp`
+    times as many layers; figures are of the fullest one. `gpu`, a card's name or size ("H200", "40GB"), says what fits.
+    Raises UsageError for what can't be had of the model, else as `open` does.
+    """
+    asked.check_values({"prefill": prefill, "kv_cache": kv_cache, "tp": tp})
+    from dsv2quant.planning.memory import Workload, plan_memory
+    from dsv2quant.planning.plan import Plan
+
+    workload = Workload(tuple(batch), tuple(context), prefill, kv_cache, tp, pp)
+    made = model if isinstance(model, Plan) else open(model, headers_only=True, **hub)
+    if isinstance(made, Plan):
+        checkpoint: Checkpoint = made.checkpoint
+        stored = [(entry.spec, entry.nbytes) for entry in made.entries]
+    else:
+        checkpoint, stored = made, [(weight.spec, weight.nbytes) for weight in made.weights]
+    return plan_memory(checkpoint.model, checkpoint.config, stored, workload, gpu)
 
 
 def check_conversion(out: StrPath | None, device: str = "cpu", **options: Unpack[Options]) -> Recipe | None:

@@ -97,7 +97,7 @@ def silu_faults(tokens: int, columns: int, up: int | None, granularity: str | No
 
 
 def latent_faults(
-    positions: list[int], heads: int, nope: int, rope: int, rank: int, stored: torch.dtype, dtype, device
+    positions: list[int], heads: int, nope: int, rope: int, rank: int, halves: bool, stored: torch.dtype, dtype, device
 ) -> list[str]:
     tokens, capacity, fused = len(positions), 7, heads * (nope + rope)
     both = random(tokens, fused + rank + rope + 8, seed=5, device=device).to(dtype) * 3
@@ -111,7 +111,7 @@ def latent_faults(
     for run in (append_latents, reference_attention.append_latents):
         cache = torch.full((tokens, capacity, rank + rope), 2.0, device=device).to(stored)
         q_out = torch.full((tokens, heads, rank + rope), 3.0, device=device).to(dtype)
-        run(q, kv, weight, EPS, table, where, cache, scale, q_out)
+        run(q, kv, weight, EPS, table, where, cache, scale, q_out, halves)
         results.append((cache, q_out))
     (cache, q_out), (want_cache, want_q) = results
     found = ["q_out's latents"] if bytes_differ(q_out[..., :rank], want_q[..., :rank]) else []

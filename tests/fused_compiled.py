@@ -55,8 +55,8 @@ def kernels() -> Iterator[tuple[str, Any, dict, dict, dict]]:
         types = dict.fromkeys(("q", "kv", "weight", "q_out"), "*bf16") | {"table": "*fp32", "positions": "*i32"}
         types |= {"cache": f"*{stored}", "cache_scale": "*fp32", "eps": "fp32"}
         constants = {
-            "NOPE": 128, "RANK": 512, "ROPE": 64, "LATENTS": 512, "HALF": 32, "HEADS": HEADS, "LARGEST": largest,
-            "ROUND": False,
+            "NOPE": 128, "RANK": 512, "ROPE": 64, "LATENTS": 512, "HALF": 32, "HALVES": False, "HEADS": HEADS,
+            "LARGEST": largest, "ROUND": False,
         }  # fmt: skip
         yield f"latents {stored}", _latents_kernel, types, constants, {"num_warps": 4}
     for heads in (16, 128):

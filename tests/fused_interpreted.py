@@ -39,7 +39,7 @@ def main() -> None:
             found["silu_mul"][f"{case} {granularity} {dtype}"] = silu_faults(*case, granularity, dtype, "cpu")
     for dtype in DTYPES:
         for stored in (dtype, *STORED):
-            for case in (([0, 6, 3, 7, -1, 100], 20, 16, 8, 48), ([6], 2, 24, 12, 64)):
+            for case in (([0, 6, 3, 7, -1, 100], 20, 16, 8, 48, False), ([6], 2, 24, 12, 64, True)):
                 found["latents"][f"{case} {stored} {dtype}"] = latent_faults(*case, stored, dtype, "cpu")
         for case in ((1, 3, 32, 128, 64), (5, 2, 24, 40, 72), (33, 2, 16, 256, 160), (1, 2, 144, 24, 144)):
             found["absorb"][f"{case} {dtype}"] = absorb_faults(*case, dtype, "cpu")

@@ -35,7 +35,7 @@ ROUTED = (  # (tokens, experts, router)
     (3, 384, KIMI),
     (2, 12, replace(V3, k=4, groups=3, topk_group=1)),  # all of one group taken
     (2, 10, replace(V3, k=1, groups=5, topk_group=2)),  # two experts a group; one weight, normalised
-    (3, 72, replace(V3, k=6, groups=1, topk_group=1, normalise=False)),
+    (3, 72, replace(V3, k=6, groups=1, topk_group=1)),
     (3, 64, Router(6, 8, 3, score="sigmoid", group_score="top2")),
     (3, 64, Router(6, 8, 3, normalise=True, scale=2.0, bias=True)),
 )
@@ -71,11 +71,11 @@ def choices(tokens: int, k: int, experts: int, device: str = "cpu") -> torch.Ten
 
 
 def logits(tokens: int, experts: int, router: Router, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits, the last of several tokens' with ties, and for a router that has one a bias of some scores' size, which
-    puts a third of the experts below all others."""
+    """Logits, the last of several tokens' with ties, and for a router that has one a bias that puts most scores below
+    0, and a third of the experts below all others."""
     generator = torch.Generator().manual_seed(experts)
     x = torch.randn(tokens, experts, generator=generator) * 2
-    bias = torch.randn(experts, generator=generator) * 0.3
+    bias = torch.randn(experts, generator=generator) * 0.3 - 1
     bias[torch.rand(experts, generator=generator) < 1 / 3] -= 3
     if tokens > 1:
         x[-1, : experts // 2] = x[-1, 0]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.errors import UsageError
 from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
@@ -33,7 +34,9 @@ CONFIGS = {
     "awkward": tiny.AWKWARD | {"first_k_dense_replace": 1}, "grouped": tiny.GROUPED, "blocks": BLOCKS,
     "no shared experts": tiny.LITE | {"n_shared_experts": None},
     "one expert a token": tiny.LITE | {"num_experts_per_tok": 1, "first_k_dense_replace": 0},
-    "v3": tiny.V3,
+    "llama": tiny.LLAMA, "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
+    "deepseek-moe": tiny.DEEPSEEK_MOE, "plain v2": tiny.PLAIN_V2,
+    "v3": tiny.V3, "glm4 turned by halves": tiny.GLM4 | {"rope_interleave": False},
 }  # fmt: skip
 INT4 = ("--method", "rtn", "--group-size", "32")
 # Float32 roundings, and sums in another order: see test_runtime.TOLERANCE.
@@ -132,7 +135,7 @@ def test_plain_weights(name, sources):
     check_same(sources[name], *((1, 4) if name == "awkward" else ()))
 
 
-@pytest.mark.parametrize("source", ["grouped", "biases"])
+@pytest.mark.parametrize("source", ["grouped", "biases", "llama"])
 @pytest.mark.parametrize("format_", ["compressed-tensors", "gptq"])
 def test_int4(source, format_, converted):
     check_same(converted(source, "--int4=pure", *INT4, "--format", format_))
@@ -177,7 +180,7 @@ def test_gguf(scheme, converted):
 
 
 @pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
-@pytest.mark.parametrize("source", ["lite", "biases", "awkward"])
+@pytest.mark.parametrize("source", ["lite", "biases", "awkward", "llama"])
 def test_fp8(source, scheme, converted):
     check_near(converted(source, f"--fp8={scheme}"), length=3 if source == "awkward" else 9)
 
@@ -262,7 +265,7 @@ def test_layers_of_one_input_that_differ_are_not_joined(scheme, mixed):
 
 
 @pytest.mark.parametrize("kind", ["float32", "fp8_e4m3", "fp8_e5m2"])
-@pytest.mark.parametrize("name", ["lite", "biases"])
+@pytest.mark.parametrize("name", ["lite", "biases", "llama"])
 def test_generation(name, kind, sources):
     """A prompt in two parts, then steps, through a cache of another dtype, too."""
     models = opened(sources[name], kv_cache=KV_DTYPES[kind])
@@ -287,14 +290,30 @@ def test_generation(name, kind, sources):
     assert (error(rows[1], alone) < TOLERANCE) is (kind == "float32")
 
 
-def test_a_cache_has_the_scale_of_its_layer(sources, tmp_path):
-    static.write(sources["biases"], tmp_path / "out", "fp8-static", kv=5.0)
-    theirs, ours = opened(tmp_path / "out", kv_cache=torch.float8_e4m3fn)
-    assert ours.caches(1, 1)[0].scale.item() == theirs.caches(1, 1)[0].scale.item() != 1
+@pytest.mark.parametrize("name", ["biases", "llama"])
+def test_a_cache_has_the_scales_of_its_layer(name, sources, tmp_path):
+    static.write(sources[name], tmp_path / "out", "fp8-static", kv=5.0)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for scale in tensors:
+            if scale.endswith("v_scale"):
+                tensors[scale] = tensors[scale] * 3
+
+    theirs, ours = opened(edit(tmp_path / "out", change), kv_cache=torch.float8_e4m3fn)
+    scales = [model.caches(1, 1)[0].scale.tolist() for model in (theirs, ours)]
+    assert scales[0] == scales[1]
+    assert scales[0] != [1.0]
+    assert len(set(scales[0])) == (2 if name == "llama" else 1)
     tokens = tokens_for(theirs)
     want, got = (through(model, tokens, True)[0] for model in (theirs, ours))
     scaled = through(opened(tmp_path / "out")[0], tokens, True)[0]
     assert divergence(want, got) < TIES * divergence(scaled, want)
+
+
+@pytest.mark.parametrize("heads", [{"num_attention_heads": 32, "num_key_value_heads": 1}, {"head_dim": 272}])
+def test_heads_that_no_kernel_takes_are_refused(heads, tmp_path):
+    with pytest.raises(UsageError, match=r"heads of .* share keys and values: no kernel takes that"):
+        opened(tiny.write_checkpoint(tmp_path / "m", tiny.LLAMA | heads))
 
 
 def test_streaming_is_the_same(sources):

@@ -120,8 +120,9 @@ def test_everything_is_int8_for_vllm_and_experts_are_fp8_for_transformers(artifa
 
 
 def test_default_targets_load_all_of_it():
-    assert consumers.choose(None, {"bf16", "int8-channel"}) == ("vllm",)
-    assert consumers.choose(("transformers", "vllm"), {"int8-channel"}) == ("vllm", "transformers")
+    config = open_checkpoint(tiny.MINI).config
+    assert consumers.choose(None, {"bf16", "int8-channel"}, config) == ("vllm",)
+    assert consumers.choose(("transformers", "vllm"), {"int8-channel"}, config) == ("vllm", "transformers")
 
 
 def test_verify_and_eval_ppl(artifacts, cli, tmp_path):

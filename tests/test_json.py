@@ -66,6 +66,7 @@ def check(cli) -> Callable[..., dict[str, Any]]:
 def test_plans(check, lite):
     digest = check("plan", "plan", lite, "--fp8", "--target", "vllm")["digest"]
     assert len(digest) == 64
+    check("memory", "memory", lite, "--gpu", "H200")
     check("plan --gguf", "plan", tiny.MINI, "--gguf", "Q4_K_M")
 
 

@@ -61,8 +61,8 @@ def test_without_targets_a_plan_is_for_those_that_load_the_layout(family, loadin
 @pytest.mark.parametrize(
     ("family", "target", "why"),
     [
-        ("gptq", "transformers", "keeps DeepSeek-V2's experts in 3-D parameters"),
-        ("awq", "transformers", "keeps DeepSeek-V2's experts in 3-D parameters"),
+        ("gptq", "transformers", "keeps routed experts in 3-D parameters"),
+        ("awq", "transformers", "keeps routed experts in 3-D parameters"),
         ("gptq", "sglang", "computes GPTQ experts in float16, in which DeepSeek-V2 overflows"),
     ],
 )

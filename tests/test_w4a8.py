@@ -15,13 +15,14 @@ from dsv2quant.bench.model import configuration
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import UsageError
-from dsv2quant.formats.schemes import CODECS
+from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import consumers, recipe
 from dsv2quant.planning.consumers import ROWS, TARGETS, Parallel
 from dsv2quant.planning.plan import choose_schemes, make_plan
+from dsv2quant.planning.rules import Refusal
 from dsv2quant.storage.safetensors import read_header
 
 
@@ -120,7 +121,7 @@ def test_the_plan_says_what_it_needs(cli):
 
 def test_every_scheme_has_a_row_somewhere_and_every_row_a_scheme():
     rows = {scheme for target in TARGETS for scheme in ROWS[target]}
-    assert rows == CODECS.keys() - {"bf16"}
+    assert rows == CODECS.keys() - UNQUANTIZED
     for scheme in rows:
         assert CODECS[scheme].finer in CODECS
         assert CODECS[CODECS[scheme].variant()].name == scheme
@@ -130,13 +131,13 @@ def test_every_scheme_has_a_row_somewhere_and_every_row_a_scheme():
 def test_a_scheme_without_a_row_is_refused_by_each_consumer(target, monkeypatch):
     """In a recipe it is an error, and where a fallback meets it, a reason."""
     monkeypatch.delitem(ROWS[target], "int4-g64")
-    with pytest.raises(UsageError, match=f"{target}: no rule for scheme int4-g64"):
-        consumers.choose([target], {"int4-g64"})
-    assert target not in consumers.choose(None, {"int4-g64"})
     checkpoint = open_checkpoint(tiny.MINI)
+    with pytest.raises(UsageError, match=f"{target}: no rule for scheme int4-g64"):
+        consumers.choose([target], {"int4-g64"}, checkpoint.config)
+    assert target not in consumers.choose(None, {"int4-g64"}, checkpoint.config)
     spec = next(w.spec for w in checkpoint.weights if w.spec.role == "o_proj")
     found = consumers.refusal(spec, "int4-g64", [target], Parallel())
-    assert found == consumers.Refusal(f"{target}: no rule for scheme int4-g64")
+    assert found == Refusal(f"{target}: no rule for scheme int4-g64")
 
 
 UNKNOWN = "name: mine\nrules:\n  - {roles: ['*'], scheme: mxfp4}\n"

@@ -63,12 +63,12 @@ def recipe(method: str, group_size: int, ignore: list[str]):
 def quantize(options: argparse.Namespace) -> dict[str, object]:
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modeling.moe.linearize import linearize_moe
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Without this context the routed experts are one 3-D parameter, not the `Linear`s which the recipe targets.
-    with load_quantizable_moe():
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    # The routed experts are 3-D parameters, and the recipe targets `Linear`s. (`load_quantizable_moe` would need
+    # torchvision, to import all of transformers.)
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(options.model, dtype="auto"))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = {}
     if options.method == "gptq":

@@ -97,6 +97,11 @@ class ModelConfig:
         return self.num_key_value_heads * self.qk_head_dim, self.num_key_value_heads * self.v_head_dim
 
     @property
+    def overflows_float16(self) -> bool:
+        """Whether hidden states are known to leave float16's range (vLLM pull 13232: DeepSeek-V2's, not V3's)."""
+        return self.family == "deepseek_v2"
+
+    @property
     def trained_context(self) -> int:
         """The longest sequence of the pre-YaRN training, in tokens."""
         return self.yarn.original_max_position_embeddings if self.yarn else self.max_position_embeddings

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dsv2quant.arch import deepseek_moe, deepseek_v2, deepseek_v3, glm4_moe_lite, llama
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.multimodal import language_config
 from dsv2quant.arch.reading import Reader
 
 
@@ -29,11 +30,12 @@ CLASSES = {name: family for family in FAMILIES for name in family.classes}
 
 
 def model_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
-    """The configuration of a parsed `config.json`; `where` names it in errors.
+    """The configuration of a parsed `config.json`, of a multimodal model that of its language model; `where` names it
+    in errors.
 
     Raises InputError for another architecture, a value of the wrong type or range, or an unknown RoPE key.
     """
-    read = Reader(raw, where)
+    read = Reader(language_config(raw, where), where)
     name = _class(read)
     family = CLASSES[name]
     read.require("model_type", family.model_types[0], family.model_types)

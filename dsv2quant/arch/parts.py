@@ -74,8 +74,8 @@ class GQA:
             order = count if self.gguf_pairs and name != "v" else None
             yield TensorSpec(
                 f"{module}.weight", f"{name}_proj", (count * self.width, self.hidden), layer, site=f"{at}.q_proj",
-                parallel="rows", fused_as=Fused((f"{at}.qkv_proj",), rows, name == "v"), producer=f"{norm}.weight",
-                gguf_name=f"{gguf}.weight", gguf_heads=order,
+                parallel="rows", parts=count, fused_as=Fused((f"{at}.qkv_proj",), rows, name == "v"),
+                producer=f"{norm}.weight", gguf_name=f"{gguf}.weight", gguf_heads=order,
             )  # fmt: skip
             if self.bias:
                 yield TensorSpec(

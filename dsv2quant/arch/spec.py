@@ -48,6 +48,7 @@ class TensorSpec:
     `layer`, `expert`    None where there is none
     `site`               the module under whose name its input is measured: linears that share an input share it
     `parallel`           what tensor parallelism cuts (vLLM's layer classes); None: each GPU has all of it
+    `parts`              into how many at most: several of more GPUs have the same one then
     `fused_as`           what engines fuse it into
     `producer`           the tensor whose rows, or a norm's elements, make its input channels one by one, so that either
                          may be scaled against the other. Of a producer with `heads` the rows of the values do
@@ -66,6 +67,7 @@ class TensorSpec:
     expert: int | None = None
     site: str | None = field(default=None, compare=False)
     parallel: Literal["rows", "columns"] | None = field(default=None, compare=False)
+    parts: int | None = field(default=None, compare=False)
     fused_as: Fused | None = field(default=None, compare=False)
     producer: str | None = field(default=None, compare=False)
     heads: Heads | None = field(default=None, compare=False)

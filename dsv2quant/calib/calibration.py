@@ -200,8 +200,8 @@ class Prepared:
     def encoded_parts(self, entry: Entry) -> dict[str, np.ndarray]:
         """The parts of a matrix that is encoded already, by name."""
         assert self.encoded is not None
-        names = [output.name for output in entry.outputs if output not in entry.kv_scales]
-        return {name: self.encoded.part(name) for name in names}
+        suffixes = {o.name: o.name.removeprefix(entry.module) for o in entry.outputs if o not in entry.kv_scales}
+        return {name: self.encoded.part(f"{entry.spec.module}{suffix}") for name, suffix in suffixes.items()}
 
     def inputs(self, entry: Entry) -> Inputs:
         """What the inputs of a weight that needs them were in calibration, behind the smoothing. The largest magnitude

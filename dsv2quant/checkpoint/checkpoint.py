@@ -11,7 +11,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
+from dsv2quant.arch.multimodal import PUBLISHED, Multimodal, Names, multimodal
 from dsv2quant.checkpoint.weights import (
     Weight,
     as_published,
@@ -27,6 +28,7 @@ from dsv2quant.checkpoint.weights import (
     check_quantization,
     index_tensors,
     match,
+    split_off,
     take_kv_scales,
     without_missing_prediction,
 )
@@ -65,7 +67,8 @@ class Checkpoint(ABC):
     """An opened checkpoint. Reads are thread-safe and go to the file system each time: nothing is cached.
 
     `data` is where each file lies and where its data begins; empty where weights were not downloaded. `revision` is the
-    hub's commit. `kv_scales` holds the KV-cache scales of each layer, where the checkpoint has them.
+    hub's commit. `kv_scales` holds the KV-cache scales of each layer, where the checkpoint has them. Of a multimodal
+    model the weights are those of its language model, and `others` the stored tensors of all else.
     """
 
     model: str
@@ -76,6 +79,7 @@ class Checkpoint(ABC):
     data: Mapping[str, tuple[Path, int]]
     revision: str | None = None
     kv_scales: Mapping[int, tuple[StoredTensor, ...]] = field(default_factory=dict)
+    others: Sequence[StoredTensor] = ()
 
     # Consumers multiply by weights of this dtype, as torch calls it.
     served_dtype = "bfloat16"
@@ -218,9 +222,15 @@ class Checkpoint(ABC):
 
 @dataclass(eq=False)
 class HfCheckpoint(Checkpoint):
-    """A checkpoint in Hugging Face layout. `folder` is where it lies; None where only headers were read."""
+    """A checkpoint in Hugging Face layout. `folder` is where it lies; None where only headers were read.
+
+    Of a multimodal model `whole` says what is around the language model, and `names` how that is spelled, there and in
+    artifacts; `raw_config` is the whole's.
+    """
 
     folder: Path | None = None
+    whole: Multimodal | None = None
+    names: Names = PUBLISHED
 
     @classmethod
     def of_folder(cls, folder: Path, model: str, revision: str | None = None) -> HfCheckpoint:
@@ -247,16 +257,23 @@ class HfCheckpoint(Checkpoint):
     ) -> HfCheckpoint:
         """Of the headers of its shards by file."""
         where = folder if folder is not None else model
-        config = model_config(raw_config, f"{where}/config.json")
+        config, whole = model_config(raw_config, f"{where}/config.json"), multimodal(raw_config)
         check_quantization(config.quantization, where)
-        tensors = as_published(index_tensors(headers, where), config, where)
+        stored = index_tensors(headers, where)
+        others = split_off(stored, whole, where)
+        for tensor in others:
+            del stored[tensor.name]
+        tensors, names = as_published(stored, config, where)
         logger.info("%s: %d tensors in %d files", model, len(tensors), len(headers))
         config = without_missing_prediction(config, tensors)
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)
         files = sorted(headers)
-        return cls(printable(model), raw_config, config, weights, files, data or {}, revision, kv_scales, folder)
+        return cls(
+            printable(model), raw_config, config, weights, files, data or {}, revision, kv_scales, others, folder,
+            whole, PUBLISHED if whole is None else names,
+        )  # fmt: skip
 
     @property
     def downloaded(self) -> Path:
@@ -271,6 +288,14 @@ class HfCheckpoint(Checkpoint):
             what = f"already quantized: {listing(quantized, 1)}"
             raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
         return self
+
+    def language_model(self) -> HfCheckpoint:
+        """The language model of a multimodal one, alone and under the published names."""
+        if self.whole is None:
+            return self
+        raw_config = self.whole.language_config(self.raw_config, self.model)
+        raw_config |= {"architectures": [self.config.architecture]}
+        return replace(self, raw_config=raw_config, whole=None, names=PUBLISHED, others=())
 
     def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
         """A source's weight as codecs take it: BF16 bits (uint16), or float32 for every other scheme and dtype.
@@ -289,7 +314,7 @@ class HfCheckpoint(Checkpoint):
 
     def carried_files(self) -> dict[str, bytes]:
         """{name: content} of the files that an artifact carries along."""
-        return {} if self.folder is None else carried_files(self.folder)
+        return {} if self.folder is None else carried_files(self.folder, processors=self.whole is not None)
 
     def parts(self, weight: Weight, device: str = "cpu") -> dict[str, torch.Tensor]:
         return {suffix: self.tensor(part, device) for suffix, part in weight.parts.items()}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, listing
+from dsv2quant.storage.safetensors import StoredTensor
 
 SAMPLE = 4096  # bytes
 _SAMPLES = 1 << 15  # of a model, about
@@ -75,16 +76,17 @@ def configured(config: ModelConfig) -> str:
 def sampled(checkpoint: Checkpoint) -> str:
     """sha256 of names, dtypes, shapes and samples of all stored tensors; how they are spread over shards is the same
     to it."""
-    tensors = sum(len(weight.parts) for weight in checkpoint.weights)
-    count = max(2, min(_MOST, _SAMPLES // max(1, tensors)))
+    tensors = [[*weight.parts.values()] for weight in checkpoint.weights]
+    tensors += [[tensor] for tensor in checkpoint.others]
+    count = max(2, min(_MOST, _SAMPLES // max(1, sum(map(len, tensors)))))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
-        digests = workers.map(partial(_sampled, checkpoint, count), checkpoint.weights)
+        digests = workers.map(partial(_sampled, checkpoint, count), tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _sampled(checkpoint: Checkpoint, count: int, weight: Weight) -> bytes:
+def _sampled(checkpoint: Checkpoint, count: int, parts: Iterable[StoredTensor]) -> bytes:
     digest = hashlib.sha256()
-    for part in weight.parts.values():
+    for part in parts:
         digest.update(json.dumps([part.name, part.dtype, part.shape]).encode())
         if part.nbytes <= count * SAMPLE:
             digest.update(checkpoint.read(part).data)

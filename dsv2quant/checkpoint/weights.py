@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.multimodal import Multimodal, Names
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import Codec
@@ -34,7 +35,9 @@ _QUANTIZED = (
     "scale", "scale_inv", "scale_2", "global_scale", "zero_point", "zeros", "qzeros", "scales", "g_idx", "packed",
     "shape", "absmax", "compressed", "bitmask", "k_scale", "v_scale",
 )  # fmt: skip
+_CODES = ("F8_E4M3", "F8_E5M2", "I8")  # dtypes that none but quantized weights have
 _EMBEDDING = "embed_tokens.weight"
+_HEADS = {"lm_head.weight", "score.weight"}
 _ROOT = re.compile(r"((?:(?:model|language_model|language|base_model|module|_orig_mod)\.)*)embed_tokens\.weight")
 _BODY = re.compile(r"(embed_tokens|layers|norm)\.")
 _HEAD = re.compile(r"((?:\w+\.)*)((?:lm_head|score)\..+)")
@@ -114,8 +117,21 @@ def index_tensors(headers: Mapping[str, Mapping[str, Any]], where: object) -> di
     return tensors
 
 
-def as_published(tensors: Mapping[str, StoredTensor], config: ModelConfig, where: object) -> dict[str, StoredTensor]:
-    """The tensors under their published names, a stack as one tensor per expert; what is not recognised stays.
+def split_off(tensors: Mapping[str, StoredTensor], whole: Multimodal | None, where: object) -> list[StoredTensor]:
+    """What of a multimodal model is not its language model, in order of names. Raises InputError where that is
+    quantized: it is only copied, and a new quantization_config would not declare it."""
+    others = [tensors[name] for name in sorted(tensors) if whole is not None and name.startswith(whole.others)]
+    if codes := [t.name for t in others if t.dtype in _CODES or t.name.endswith(_PACKED)]:
+        what = f"{len(codes)} tensors beside the language model's are quantized: {listing(codes)}"
+        raise InputError(what, where=where, fix="give a checkpoint in which only the language model is")
+    return others
+
+
+def as_published(
+    tensors: Mapping[str, StoredTensor], config: ModelConfig, where: object
+) -> tuple[dict[str, StoredTensor], Names]:
+    """The tensors under their published names, a stack as one tensor per expert, and how they were spelled; what is
+    not recognised stays.
 
     Raises InputError for two models or a LoRA adapter among the tensors, two spellings of one name, and a stack that
     does not have the configuration's shape.
@@ -133,7 +149,8 @@ def as_published(tensors: Mapping[str, StoredTensor], config: ModelConfig, where
                 what = f"{origin[split.name]} and {name} are both {split.name}"
                 raise InputError(what, where=where, fix="remove the one that is not the model's")
             found[split.name], origin[split.name] = split, name
-    return found
+    heads = [match[1] for name in found.keys() & _HEADS if (match := _HEAD.fullmatch(origin[name]))]
+    return found, Names(root, *heads[:1])
 
 
 def _root(names: Iterable[str], where: object) -> str:

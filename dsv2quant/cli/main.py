@@ -29,6 +29,7 @@ VERBS = {
     "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),
     "generate": ("dsv2quant.cli.generate", "Continue a text, or answer a question."),
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
+    "memory": ("dsv2quant.cli.memory", "Show what fits on a GPU, from headers alone."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 

@@ -142,7 +142,7 @@ def _whole(context: click.Context, param: click.Parameter, value: str | None) ->
     return int(value) if value is not None and value.isdigit() else value
 
 
-_scheme_options = stack(
+scheme_options = stack(
     click.option("--fp8", "fp8", type=Kind(FP8_GRIDS), metavar="[=block|channel|tensor|static]",
                  help="FP8 weights with one scale per 128×128 block (the default), output channel or tensor; static: "
                  "per tensor, and activations with calibrated scales."),
@@ -158,6 +158,8 @@ _scheme_options = stack(
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
+    click.option("--language-only", is_flag=True,
+                 help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),
     click.option("--recipe", type=PATH, metavar="FILE", help="A YAML recipe of your own instead."),
     section="FP8, INT8 and INT4",
 )  # fmt: skip
@@ -186,7 +188,7 @@ _gguf_options = stack(
     click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
     section="GGUF",
 )  # fmt: skip
-plan_options = stack(_scheme_options, _consumer_options, _gguf_options)
+plan_options = stack(scheme_options, _consumer_options, _gguf_options)
 
 
 def calibration_options(text: str) -> Callable[[F], F]:

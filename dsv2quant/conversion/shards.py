@@ -18,6 +18,7 @@ import numpy as np
 from dsv2quant.calib.calibrate import prepare
 from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
 from dsv2quant.calib.statistics import Statistics
+from dsv2quant.checkpoint.checkpoint import Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
@@ -34,7 +35,7 @@ from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_F
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
-from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE
+from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
 from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
@@ -150,27 +151,35 @@ class Folder(Sink):
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
         for step in self.plan.steps:
             if all(entry.is_copy for entry in step.entries):
-                yield from (job for entry in step.entries for job in self._copies(entry, step.shard, places))
+                for entry in step.entries:
+                    for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
+                        yield from self._copies(part, step.shard, places[output.name], entry.weight)
                 continue
             outputs = [output for entry in step.entries for output in entry.outputs if output.nbytes]
             spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
             encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
+        for copy in self.plan.copies:
+            yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
 
-    def _copies(self, entry: Entry, shard: int, places: Mapping[str, int]) -> Iterator[Job]:
-        for (suffix, part), output in zip(entry.weight.parts.items(), entry.outputs, strict=True):
-            for begin in range(0, part.nbytes, CHUNK):
-                nbytes, at = min(CHUNK, part.nbytes - begin), places[output.name] + begin
-                copy = partial(self._copy, entry, suffix, begin, nbytes, at)
-                yield Job(shard, output.name, ((at, at + nbytes),), nbytes, nbytes, copy)
+    def _copies(self, part: StoredTensor, shard: int, begin: int, weight: Weight | None = None) -> Iterator[Job]:
+        """The jobs that write a tensor's bytes from `begin` on."""
+        for offset in range(0, part.nbytes, CHUNK):
+            nbytes, at = min(CHUNK, part.nbytes - offset), begin + offset
+            copy = partial(self._copy, part, offset, nbytes, at, weight)
+            yield Job(shard, part.name, ((at, at + nbytes),), nbytes, nbytes, copy)
 
-    def _copy(self, entry: Entry, suffix: str, begin: int, nbytes: int, at: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Read bytes of a stored tensor, and check that they are finite."""
-        part, checkpoint = entry.weight.parts[suffix], self.plan.checkpoint
+    def _copy(
+        self, part: StoredTensor, begin: int, nbytes: int, at: int, weight: Weight | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read bytes of a stored tensor, and check that those of a weight are finite."""
+        checkpoint = self.plan.checkpoint
         data = checkpoint.read(part, begin, nbytes)
-        values = data.view(HELD_AS[part.dtype])
-        first = begin // values.itemsize
-        check_stored(checkpoint, entry.weight, part, E4M3_VALUES[values] if part.dtype == "F8_E4M3" else values, first)
+        if weight is not None:
+            values = data.view(HELD_AS[part.dtype])
+            first = begin // values.itemsize
+            values = E4M3_VALUES[values] if part.dtype == "F8_E4M3" else values
+            check_stored(checkpoint, weight, part, values, first)
         yield at, data
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -211,7 +220,7 @@ class Folder(Sink):
         if len(encoded) != len(entries):
             raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
         return [
-            {entry.spec.part_name(suffix): array for suffix, array in parts.items()}
+            {checkpoint.names.stored(entry.spec.part_name(suffix)): array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
 

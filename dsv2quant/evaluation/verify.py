@@ -34,11 +34,12 @@ from dsv2quant.storage.manifest import check_regular, is_text, read_manifest
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
 PIECE = {"cpu": 1 << 18}  # weights of a piece
 PIECE_OF_DEVICE = 1 << 24
+AT_ONCE = 8 << 20  # bytes of a tensor beside the language model
 
 
 def verify(artifact: Checkpoint, source: Checkpoint | None, device: str, progress: Progress) -> Verification:
     """Check an artifact's files and, with the checkpoint it was made from, measure its tensors' errors on `device`.
-    Raises InputError as `check_layout`, `check` and `compare_tensors` do."""
+    Raises InputError as `check_layout`, `check`, `compare_tensors` and `compare_others` do."""
     if source is not None:
         check_layout(artifact, source)
     checked = check(artifact, progress, has_source=source is not None)
@@ -46,6 +47,7 @@ def verify(artifact: Checkpoint, source: Checkpoint | None, device: str, progres
     if source is not None:
         with progress(bytes_compared(artifact, source), "B", "errors") as advance:
             errors = summarize(artifact, compare_tensors(artifact, source, advance, device))
+            compare_others(artifact, source, advance)
     return Verification(artifact.model, checked, len(artifact.weights), errors)
 
 
@@ -53,6 +55,9 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
     """Raise InputError where artifact and source are not the same model."""
     ours = {w.spec.name: w.spec.shape for w in artifact.weights}
     theirs = {w.spec.name: w.spec.shape for w in source.weights}
+    if artifact.others:
+        ours |= {tensor.name: tensor.shape for tensor in artifact.others}
+        theirs |= {tensor.name: tensor.shape for tensor in source.others}
     differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if differing:
         what = f"{source.model} is another model: {listing(sorted(differing))}"
@@ -60,8 +65,24 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
 
 
 def bytes_compared(artifact: Checkpoint, source: Checkpoint) -> int:
-    """What `compare_tensors` reads."""
-    return sum(weight.nbytes for checkpoint in (artifact, source) for weight in checkpoint.weights)
+    """What `compare_tensors` and `compare_others` read."""
+    read = sum(weight.nbytes for checkpoint in (artifact, source) for weight in checkpoint.weights)
+    return read + 2 * sum(tensor.nbytes for tensor in artifact.others)
+
+
+def compare_others(artifact: Checkpoint, source: Checkpoint, progress: Callable[[int], object]) -> None:
+    """Raise InputError where what an artifact has beside its language model is not the source's, byte for byte."""
+    theirs = {tensor.name: tensor for tensor in source.others}
+    for tensor in artifact.others:
+        exact = theirs[tensor.name]
+        same = tensor.dtype == exact.dtype
+        for begin in range(0, tensor.nbytes if same else 0, AT_ONCE):
+            nbytes = min(AT_ONCE, tensor.nbytes - begin)
+            same = same and np.array_equal(artifact.read(tensor, begin, nbytes), source.read(exact, begin, nbytes))
+            progress(2 * nbytes)
+        if not same:
+            what = f"{tensor.name} is not as it is in {source.model}, though it is no weight of the language model"
+            raise InputError(what, where=artifact.model, fix="give the checkpoint it was made from, or convert again")
 
 
 def compare_tensors(

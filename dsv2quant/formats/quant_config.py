@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from dsv2quant.arch.multimodal import ROOTS, Names
 from dsv2quant.arch.spec import LINEAR_ROLES, TensorSpec
 from dsv2quant.formats.codec import Codec, eight_bits
 from dsv2quant.formats.int4 import GROUP_INDEX, ZERO_POINT
@@ -24,6 +26,15 @@ from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.storage.safetensors import Part
 
 _FORMATS = ("pack-quantized", "float-quantized", "int-quantized")  # the first that is there names the whole
+
+
+@dataclass(frozen=True)
+class Within:
+    """A language model within a multimodal one: how the checkpoint spells its names, and the modules of all else that
+    hold a matrix."""
+
+    names: Names
+    others: tuple[str, ...]
 
 
 def one_method(schemes: Iterable[str]) -> set[str]:
@@ -39,9 +50,15 @@ def one_method(schemes: Iterable[str]) -> set[str]:
     return methods
 
 
-def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = False) -> dict[str, Any] | None:
+def quantization_config(
+    schemes: Mapping[TensorSpec, str], kv_scales: bool = False, within: Within | None = None
+) -> dict[str, Any] | None:
     """The configuration of a model whose tensors have these schemes; None where nothing is quantized. `kv_scales`
     declares KV-cache scales where the quant method has a word for them.
+
+    `within` a multimodal model the others are listed as unquantized, under the names that they have, and so are the
+    language model's own in the layouts whose lists are of plain names. compressed-tensors has patterns, which find its
+    modules under the name that each consumer gives them: vLLM maps plain names alone to its own.
 
     Raises ValueError, with what to do, where the schemes don't go together: an artifact has one quant method, and one
     group size in GPTQ's and AWQ's layouts.
@@ -51,13 +68,17 @@ def quantization_config(schemes: Mapping[TensorSpec, str], kv_scales: bool = Fal
         return None
     ignored = _ignored_modules(schemes)
     if methods != {"compressed-tensors"}:
+        if within is not None:
+            ignored = [*map(within.names.stored, ignored), *within.others]
         used = sorted({*schemes.values()} - UNQUANTIZED)
         if len(used) > 1:
             raise ValueError(f"mixes {' and '.join(used)}: in these layouts an artifact has one group size")
         codec = CODECS[used[0]]
         words = {"kv_cache_scheme": "static"} if kv_scales and codec.activation == "static" else {}
         return codec.declared(ignored) | words
-    groups = _config_groups(schemes)
+    if within is not None:
+        ignored = [*(f"re:{_anywhere(name)}$" for name in ignored), *within.others]
+    groups = _config_groups(schemes, is_whole=within is None)
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -91,36 +112,57 @@ def _ignored_modules(schemes: Mapping[TensorSpec, str]) -> list[str]:
             aliases = () if spec.fused_as is None else spec.fused_as.names
             if spec.expert is not None:
                 aliases = (spec.parent.rpartition(".")[0],)
-            names |= dict.fromkeys((*aliases, spec.module))
+            members = (*aliases, spec.module)
+            names |= dict.fromkeys((*members, *(map(_in_nextn, members) if spec.is_prediction else ())))
     return list(names)
 
 
-def _config_groups(schemes: Mapping[TensorSpec, str]) -> dict[str, Any]:
-    """One group per scheme. With one scheme the target is every `Linear`; with several, each role is spelled out.
+def _anywhere(name: str) -> str:
+    """A pattern for a module, given its published name, in any model that a program builds around this one."""
+    body = name.removeprefix("model.")
+    return f"{ROOTS}{'*' if body == name else '+'}{re.escape(body)}"
+
+
+def _in_nextn(name: str) -> str:
+    """SGLang's name of a module of a layer for multi-token prediction, which is a model of its own there
+    (deepseek_nextn.py): its decoder layer is `model.decoder`, and what is around that is `model`'s."""
+    return re.sub(
+        r"^model\.layers\.\d+\.((self_attn|mlp)\.)?", lambda at: f"model.decoder.{at[1]}" if at[1] else "model.", name
+    )
+
+
+def _config_groups(schemes: Mapping[TensorSpec, str], *, is_whole: bool) -> dict[str, Any]:
+    """One group per scheme. With one scheme the target is every `Linear`; with several, or where the model is not the
+    whole, each role is spelled out.
 
     SGLang looks at class names before it unfuses, so "Linear" beside another group would swallow fused modules.
     transformers takes the first group with "experts" in a pattern for the routed experts, and the first without for
     everything else: the group of the routed experts comes first, and no other pattern spells the word.
     """
     used = {*schemes.values()} - UNQUANTIZED
-    if len(used) == 1:
+    if len(used) == 1 and is_whole:
         return {"group_0": {"targets": ["Linear"], **CODECS[used.pop()].declared()}}
     routed = {s for spec, s in schemes.items() if s not in UNQUANTIZED and spec.expert is not None}
+    root = r"model\." if is_whole else f"{ROOTS}+"
     return {
-        f"group_{i}": {"targets": _targets(schemes, scheme), **CODECS[scheme].declared()}
+        f"group_{i}": {"targets": _targets(schemes, scheme, root), **CODECS[scheme].declared()}
         for i, scheme in enumerate(sorted(used, key=lambda s: (s not in routed, s)))
     }
 
 
-def _targets(schemes: Mapping[TensorSpec, str], scheme: str) -> list[str]:
-    """Regular expressions for the modules of one scheme: one per role, naming layers only where it must."""
+def _targets(schemes: Mapping[TensorSpec, str], scheme: str, root: str) -> list[str]:
+    """Regular expressions for the modules of one scheme: one per role, naming layers only where it must. `root` is for
+    what stands before `layers`."""
     patterns = []
     for role in LINEAR_ROLES:
         everywhere = {spec.layer: spec for spec in schemes if spec.role == role}
         layers = [layer for layer, spec in everywhere.items() if schemes[spec] == scheme]
         if layers:
             at = r"\d+" if len(layers) == len(everywhere) else f"({'|'.join(map(str, layers))})"
-            patterns.append(rf"re:model\.layers\.{at}\.{_module_pattern(everywhere[layers[0]])}$")
+            parent = rf"layers\.{at}"
+            if any(everywhere[layer].is_prediction for layer in layers):
+                parent = rf"({parent}|decoder)"  # as SGLang calls the layer for multi-token prediction
+            patterns.append(rf"re:{root}{parent}\.{_module_pattern(everywhere[layers[0]])}$")
     return patterns
 
 

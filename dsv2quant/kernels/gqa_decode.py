@@ -111,8 +111,8 @@ def gqa_decode(
     q [batch, heads, width], rotated; cache [batch, capacity, 2 · groups · width], of each token the rotated keys of all
     groups and then their values, where a group's heads follow one another: bfloat16 or float16 as q is, or float8 with
     the factors of keys and of values, `cache_scale`, float32 [2]. lengths int32 [batch], at most `longest` (by default
-    the capacity); a length of 0 gives zeros. All contiguous, on one device. Widths are multiples of 16 to MAX_WIDTH,
-    groups of at most MAX_GROUP heads.
+    the capacity); a length of 0 gives zeros. All contiguous, on one device. Heads are of at most
+    MAX_WIDTH elements, groups of at most MAX_GROUP heads.
     `longest` and `blocks` decide the speed alone; nothing is read back, so that a CUDA graph may record the call.
     Raises ValueError where a shape or dtype does not fit.
     """
@@ -154,6 +154,6 @@ def _groups(q: torch.Tensor, cache: torch.Tensor) -> int:
     groups = cache.shape[2] // (2 * width)
     if heads % groups or heads // groups > MAX_GROUP:
         raise ValueError(f"{heads} heads share {groups} keys; a key serves 1 to {MAX_GROUP} heads")
-    if width % 16 or width > MAX_WIDTH:
-        raise ValueError(f"a head has {width} columns; need a multiple of 16 to {MAX_WIDTH}")
+    if width > MAX_WIDTH:
+        raise ValueError(f"a head has {width} columns; at most {MAX_WIDTH} are computed")
     return groups

@@ -137,7 +137,7 @@ def _rotated(x, turns):
 def _latents_kernel(
     q, kv, weight, table, positions, cache, cache_scale, q_out, q_stride, kv_stride, heads, capacity, turns, eps,
     NOPE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr,
+    HALVES: tl.constexpr, HEADS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Program (token, part): part 0 fills the cache, the others turn the queries of HEADS heads each. `turns`: rows of
     the table."""
@@ -146,13 +146,14 @@ def _latents_kernel(
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
     pair = tl.arange(0, HALF)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    at = tl.arange(0, HALF)[:, None] + tl.arange(0, 2)[None, :] * (ROPE // 2) if HALVES else pair
     known = tl.minimum(tl.maximum(position, 0), turns - 1).to(tl.int64)
     turn = tl.load(table + known * ROPE + pair, mask=pair < ROPE, other=0.0)
     if tl.program_id(1) == 0:
         latent = tl.arange(0, LATENTS)
         source = kv + token * kv_stride
         c = tl.load(source + latent, mask=latent < RANK, other=0.0)
-        k = tl.load(source + RANK + pair, mask=pair < ROPE, other=0.0)
+        k = tl.load(source + RANK + at, mask=pair < ROPE, other=0.0)
         gain = tl.load(weight + latent, mask=latent < RANK, other=0.0)
         divisor = 1.0 if LARGEST is None else tl.load(cache_scale)
         tl.debug_barrier()  # and a branch, so that all loads are under way before the first is used: as in add_norm
@@ -164,13 +165,13 @@ def _latents_kernel(
             STORED: tl.constexpr = cache.dtype.element_ty
             tl.store(row + latent, as_stored(normed, divisor, STORED, LARGEST, ROUND), mask=latent < RANK)
             key = as_stored(_rotated(k, turn), divisor, STORED, LARGEST, ROUND)
-            tl.store(row + RANK + pair, key, mask=pair < ROPE)
+            tl.store(row + RANK + at, key, mask=pair < ROPE)
     else:
         head = ((tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS))[:, None, None]
         inside = (head < heads) & (pair < ROPE)[None, :, :]
-        x = tl.load(q + token * q_stride + head * (NOPE + ROPE) + NOPE + pair[None, :, :], mask=inside, other=0.0)
+        x = tl.load(q + token * q_stride + head * (NOPE + ROPE) + NOPE + at[None, :, :], mask=inside, other=0.0)
         turned = _rotated(x, tl.broadcast_to(turn[None, :, :], x.shape))
-        tl.store(q_out + (token * heads + head) * WIDTH + RANK + pair[None, :, :], turned, mask=inside)
+        tl.store(q_out + (token * heads + head) * WIDTH + RANK + at[None, :, :], turned, mask=inside)
 
 
 def append_latents(
@@ -183,16 +184,17 @@ def append_latents(
     cache: torch.Tensor,
     cache_scale: torch.Tensor | None,
     q_out: torch.Tensor,
+    halves: bool = False,
 ) -> None:
     """For one new token per sequence: its latent kv[:, :rank], normed, and its rotated key kv[:, rank:] go to
     cache[t, positions[t]], as model/cache.KVCache stores them; its queries' rotated parts to q_out[..., rank:].
 
     q [T, heads · (nope + rope)] and kv [T, rank + rope] of one dtype (bfloat16, float16 or float32), in rows of any
     stride; norm_weight [rank] of the same, and q_out [T, heads, rank + rope], contiguous, whose first `rank` columns
-    stay. table float32 [·, rope / 2, 2]: cosine and sine of each position, `torch.view_as_real(Rope.table(…))`;
-    positions int32 [T]. cache [T, capacity, rank + rope], contiguous, of a 16- or 32-bit float, or float8 with its
-    `cache_scale`, float32 [1]. What has a position beyond the capacity is not stored; beyond the table it turns as the
-    table's last.
+    stay. RoPE turns neighbours together, or with `halves` elements i and i + rope / 2; table float32 [·, rope / 2, 2]:
+    cosine and sine of each position, `torch.view_as_real(Rope.table(…))`; positions int32 [T]. cache [T, capacity,
+    rank + rope], contiguous, of a 16- or 32-bit float, or float8 with its `cache_scale`, float32 [1]. What has a
+    position beyond the capacity is not stored; beyond the table it turns as the table's last.
     Raises ValueError where shapes, dtypes or layouts are others.
     """
     check_rows("kv", kv, (None, None))
@@ -218,7 +220,7 @@ def append_latents(
             q, kv, norm_weight, table, positions, cache, cache_scale, q_out, q.stride(0), kv.stride(0),
             heads, cache.shape[1], table.shape[0], eps,
             NOPE=q.shape[1] // heads - rope, RANK=rank, ROPE=rope, LATENTS=triton.next_power_of_2(rank),
-            HALF=triton.next_power_of_2(rope // 2), HEADS=HEADS,
+            HALF=triton.next_power_of_2(rope // 2), HALVES=halves, HEADS=HEADS,
             LARGEST=torch.finfo(cache.dtype).max if fp8 else None, ROUND=INTERPRETED,
             num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip

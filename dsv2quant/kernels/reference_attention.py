@@ -37,6 +37,7 @@ def append_latents(
     cache: torch.Tensor,
     cache_scale: torch.Tensor | None,
     q_out: torch.Tensor,
+    halves: bool = False,
 ) -> None:
     """One token per sequence: its latent and rotated key to cache[t, positions[t]], its rotated queries to
     q_out[..., rank:]; a position beyond the capacity stores nothing, one beyond the table turns as its last."""
@@ -44,8 +45,8 @@ def append_latents(
     rank = norm_weight.shape[0]
     rope = kv.shape[1] - rank
     turns = torch.view_as_complex(table[positions.long().clamp(0, len(table) - 1)])  # [T, rope/2]
-    q_out[..., rank:] = _rotated(q.view(tokens, heads, -1)[..., -rope:], turns[:, None])
-    row = torch.cat([rms_norm(kv[:, :rank], norm_weight, eps), _rotated(kv[:, rank:], turns)], -1)
+    q_out[..., rank:] = _rotated(q.view(tokens, heads, -1)[..., -rope:], turns[:, None], halves)
+    row = torch.cat([rms_norm(kv[:, :rank], norm_weight, eps), _rotated(kv[:, rank:], turns, halves)], -1)
     _store(row if cache_scale is None else row.float() / cache_scale, positions, cache)
 
 
@@ -62,7 +63,7 @@ def append_keys(
     """One token per sequence: its rotated keys, and then its values, to cache[t, positions[t]]; its rotated queries [T,
     heads, width]. Positions beyond the capacity or the table are as in `append_latents`."""
     turns = torch.view_as_complex(table[positions.long().clamp(0, len(table) - 1)])[:, None]  # [T, 1, width/2]
-    queries, keys = (_rotated_halves(x.unflatten(1, (-1, width)), turns) for x in (q, k))
+    queries, keys = (_rotated(x.unflatten(1, (-1, width)), turns, halves=True) for x in (q, k))
     parts = [keys.flatten(1), v]
     if cache_scale is not None:
         parts = [part.float() / scale for part, scale in zip(parts, cache_scale, strict=True)]
@@ -110,14 +111,9 @@ def _store(rows: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor) -> 
     cache[token, positions[token].long()] = rows[token].to(cache.dtype)
 
 
-def _rotated_halves(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """As `_rotated`, where pairs are (i, i + half)."""
-    low, high = x.float().chunk(2, -1)
-    pairs = torch.complex(low, high) * turns
-    return torch.cat([pairs.real, pairs.imag], -1).to(x.dtype)
-
-
-def _rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, turns: torch.Tensor, halves: bool) -> torch.Tensor:
     """As model/attention.Rope.rotate."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    wide = x.float()
+    pairs = wide.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else wide.unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+    return (turned.transpose(-1, -2) if halves else turned).flatten(-2).to(x.dtype)

@@ -146,6 +146,11 @@ def _score_of(key):
 
 
 @triton.jit
+def _sigmoid(x):
+    return tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _route_kernel(
     logits, bias, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
     GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
@@ -161,11 +166,13 @@ def _route_kernel(
     there = (group < GROUPS) & (column < size)
     row = tl.load(logits + token * EXPERTS + expert, mask=there, other=0.0 if SIGMOID else float("-inf"))
     if SIGMOID:
-        scores = tl.div_rn(tl.full([MANY_GROUPS, WIDTH], 1.0, tl.float32), 1.0 + tl.exp(-row))
+        scores = _sigmoid(row)
     else:
-        powers = tl.where(there, tl.exp(row - tl.max(tl.max(row, 1), 0)), 0.0)
-        total = tl.zeros_like(powers) + tl.sum(tl.sum(powers, 1), 0)
-        scores = tl.div_rn(tl.where(there, powers, total), total)  # 0 / total takes a slow path
+        peak = tl.max(tl.max(row, 1), 0)
+        powers = tl.where(there, tl.exp(row - peak), 0.0)
+        total = tl.sum(tl.sum(powers, 1), 0)
+        powers = tl.where(there, powers, total)  # 0 / total takes a slow path
+        scores = tl.div_rn(powers, tl.zeros_like(powers) + total)
     eligible = scores
     if bias is not None:
         eligible += tl.load(bias + expert, mask=there, other=0.0)
@@ -190,16 +197,16 @@ def _route_kernel(
             keys = tl.where(kept[:, None], keys, NEVER)
     choice = tl.arange(0, MANY)
     found = tl.zeros([MANY], tl.int64)
-    weight = tl.zeros([MANY], tl.float32)
     for i in tl.static_range(K):
         best = tl.max(tl.max(keys, 1), 0)
         found = tl.where(choice == i, best, found)
-        if bias is not None:
-            weight = tl.where(choice == i, tl.sum(tl.sum(tl.where(keys == best, scores, 0.0), 1), 0), weight)
         keys = tl.where(keys == best, NEVER, keys)
     taken = 0x7FFFFFFF - (found & 0x7FFFFFFF).to(tl.int32)
     if bias is None:
         weight = _score_of(found)
+    else:  # Scores are computed again: to look for them, too, takes 5.2 µs instead of 3.2 on an H200, of 256 experts.
+        row = tl.load(logits + token * EXPERTS + taken, mask=choice < K, other=float("-inf"))
+        weight = _sigmoid(row) if SIGMOID else tl.div_rn(tl.exp(row - peak), tl.zeros_like(row) + total)
     if NORM:
         weight = tl.div_rn(weight, tl.zeros_like(weight) + (tl.sum(weight, 0) + 1e-20))
     weight *= scale

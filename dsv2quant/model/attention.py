@@ -178,20 +178,22 @@ class GroupedAttention:
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
     ) -> Stages[torch.Tensor]:
         """The stages before: x → the heads' weighted values, [batch, new, heads · width]."""
-        c = self.config
         yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k = (_by_head(linear(x), c.qk_head_dim) for linear in (self.q_proj, self.k_proj))  # [batch, heads, new, ·]
-        q, k = Rope.rotate(q, rope, c.rope_halves), Rope.rotate(k, rope, c.rope_halves)
-        v = self.v_proj(x)
-        if cache is None:
-            return attended(c, q, k, _by_head(v, c.v_head_dim))
-        keys, values = cache.append(k.transpose(1, 2).flatten(2), v, as_stored=absorbed)  # [batch, all, heads · ·]
-        return attended(c, q, _by_head(keys, c.qk_head_dim), _by_head(values, c.v_head_dim))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed)
 
 
-def attended(c: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The heads' weighted values [batch, new, heads · width], of queries [batch, heads, new, width] and of keys and
-    values [batch, kv heads, all, width]."""
+def grouped(
+    c: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor, cache: Cache | None,
+    *, as_stored: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The heads' weighted values [batch, new, heads · width], of queries in that shape and of keys and values [batch,
+    new, kv heads · width], before rotation; those of earlier tokens are the cache's."""
+    q, k = (Rope.rotate(_by_head(x, c.qk_head_dim), rope, c.rope_halves) for x in (q, k))  # [batch, heads, new, ·]
+    v = _by_head(v, c.v_head_dim)
+    if cache is not None:
+        known = cache.append(*(x.transpose(1, 2).flatten(2) for x in (k, v)), as_stored=as_stored)
+        k, v = (_by_head(x, c.v_head_dim) for x in known)  # [batch, kv heads, all, width]
     return _attend(q, k, v, softmax_scale(c), is_grouped=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
 
 

@@ -29,8 +29,8 @@ class KVCache:
     (`ModelConfig.cached_widths`).
 
     FP8 is what vLLM stores (csrc/cache_kernels.cu, concat_and_cache_mla): x / `scale` in float32, rounded to nearest
-    even and saturated, with one scale for both parts, or one for each (float32 [1] or [2]; None is 1); it is read back
-    as code · scale in float32, rounded to the dtype of what comes in. Other dtypes only round.
+    even and saturated; it is read back as code · scale in float32, rounded to the dtype of what comes in. Both parts of
+    a latent cache have one scale, float32 [1], keys and values one each, [2]; None is 1. Other dtypes only round.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class KVCache:
     ) -> None:
         self._widths = config.cached_widths
         self.store = torch.empty(batch, capacity, sum(self._widths), dtype=dtype, device=device)
-        self.scale = torch.ones(1, device=device) if scale is None else scale
+        self.scale = torch.ones(1 if config.is_mla else 2, device=device) if scale is None else scale
         self.length = 0
 
     def append(

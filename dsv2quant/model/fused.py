@@ -1,7 +1,7 @@
 """Layers for the kernels: weights stay quantized, and what lies between matrix products is fused around them.
 
-Prefill runs through expanded attention, decoding one token of each sequence through absorbed attention; see
-attention.py. What a layer's FFN adds to the residual stream the next layer's norm adds: until then it is pending.
+Latent attention is expanded for prefill, and absorbed to decode one token of each sequence; see attention.py. What a
+layer's FFN adds to the residual stream the next layer's norm adds: until then it is pending.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.activations import Normed
-from dsv2quant.model.attention import Rope, expanded, softmax_scale
+from dsv2quant.model.attention import Rope, expanded, grouped, softmax_scale
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
@@ -117,9 +117,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @dataclass
-class FusedAttention:
-    """One layer's attention: `qkv_a` makes the queries, or their latent, and the latent with the key; `w_k` [heads,
-    qk_nope_head_dim, kv_lora_rank] and `w_v` [heads, v_head_dim, kv_lora_rank] are kv_b's halves in BF16."""
+class FusedLatentAttention:
+    """One layer's latent attention: `qkv_a` makes the queries, or their latent, and the latent with the key; `w_k`
+    [heads, qk_nope_head_dim, kv_lora_rank] and `w_v` [heads, v_head_dim, kv_lora_rank] are kv_b's halves in BF16."""
 
     config: ModelConfig
     qkv_a: Projections
@@ -130,6 +130,11 @@ class FusedAttention:
     w_k: torch.Tensor
     w_v: torch.Tensor
     o: Projections
+
+    @property
+    def quantization(self) -> Quantization:
+        """That of the input."""
+        return self.qkv_a.quantization
 
     def queries(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, heads · qk_head_dim] before rotation, and latent and key [T, kv_lora_rank + qk_rope_head_dim] before norm
@@ -146,12 +151,20 @@ class FusedAttention:
         q, kv = self.queries(x)
         absorbed = q.new_empty(len(q), c.num_attention_heads, c.kv_lora_rank + c.qk_rope_head_dim)
         nope = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))[..., : c.qk_nope_head_dim]
-        scale = cache.scale if cache.store.dtype.itemsize == 1 else None
-        norm = self.kv_norm
+        scale, norm = scale_of(cache), self.kv_norm
         beside(
             lambda: ops.absorb_k(nope, self.w_k, absorbed),
             lambda: ops.append_latents(
-                q, kv, norm.weight, norm.eps, step.angles, step.positions, cache.store, scale, absorbed
+                q,
+                kv,
+                norm.weight,
+                norm.eps,
+                step.angles,
+                step.positions,
+                cache.store,
+                scale,
+                absorbed,
+                c.rope_halves,
             ),
             q.device,
         )
@@ -179,24 +192,55 @@ class FusedAttention:
 
 
 @dataclass
+class FusedGroupedAttention:
+    """One layer's plain attention: `qkv` makes queries, keys and values."""
+
+    config: ModelConfig
+    qkv: Projections
+    o: Projections
+
+    @property
+    def quantization(self) -> Quantization:
+        """That of the input."""
+        return self.qkv.quantization
+
+    def decode(self, x: Normed, cache: KVCache, step: Step) -> torch.Tensor:
+        c, scale = self.config, scale_of(cache)
+        q, k, v = self.qkv(x.normed, codes_of(x))
+        q = ops.append_keys(q, k, v, step.angles, step.positions, cache.store, scale, c.qk_head_dim)
+        (out,) = self.o(ops.gqa_decode(q, cache.store, step.lengths, softmax_scale(c), scale).flatten(1))
+        return out
+
+    def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        q, k, v = (y.unflatten(0, (batch, -1)) for y in self.qkv(x.normed, codes_of(x)))  # [batch, new, ·]
+        (out,) = self.o(grouped(self.config, q, k, v, rope, cache, as_stored=False).flatten(0, 1))
+        return out
+
+
+def scale_of(cache: KVCache) -> torch.Tensor | None:
+    """As kernels take it: of a float8 cache."""
+    return cache.scale if cache.store.dtype.itemsize == 1 else None
+
+
+@dataclass
 class FusedLayer:
     """A decoder layer."""
 
     input_norm: RMSNorm
-    attention: FusedAttention
+    attention: FusedLatentAttention | FusedGroupedAttention
     post_attention_norm: RMSNorm
     ffn: FusedFFN | FusedMoE
 
     def decode(self, stream: Stream, cache: KVCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
         """One token of each sequence: (the stream behind this layer, chosen experts [T, k] or None)."""
-        x = normed(stream, self.input_norm, self.attention.qkv_a.quantization)
+        x = normed(stream, self.input_norm, self.attention.quantization)
         return self._feed_forward(x.residual, self.attention.decode(x, cache, step))
 
     def __call__(
         self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
-        rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.qkv_a.quantization)
+        rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.quantization)
         attended = self.attention.prefill(rows, len(x), rope, cache)
         stream, chosen = self._feed_forward(rows.residual, attended)
         return stream.settled().view_as(x), chosen

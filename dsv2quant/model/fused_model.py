@@ -11,13 +11,30 @@ import torch
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.kernels import ops
+from dsv2quant.kernels.gqa_decode import MAX_GROUP, MAX_WIDTH
 from dsv2quant.model.attention import halves
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import load_experts
-from dsv2quant.model.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Step, Stream
+from dsv2quant.model.fused import (
+    FusedFFN,
+    FusedGroupedAttention,
+    FusedLatentAttention,
+    FusedLayer,
+    FusedMoE,
+    Step,
+    Stream,
+)
 from dsv2quant.model.layers import RMSNorm
 from dsv2quant.model.load import LATENT_NORM_EPS, Ends, LoadOptions
-from dsv2quant.model.quantized import PlainLinear, Projections, Source, dequantized, load_linear, load_projections
+from dsv2quant.model.quantized import (
+    PlainLinear,
+    Projections,
+    Source,
+    dequantized,
+    load_linear,
+    load_projections,
+    unsupported,
+)
 from dsv2quant.model.runtime import Decode, Runtime
 
 
@@ -45,7 +62,7 @@ class FusedLoader:
         c, at = self.config, f"model.layers.{index}"
         return FusedLayer(
             input_norm=self._norm(f"{at}.input_layernorm", c.rms_norm_eps),
-            attention=self._attention(f"{at}.self_attn"),
+            attention=(self._latent if c.is_mla else self._grouped)(f"{at}.self_attn"),
             post_attention_norm=self._norm(f"{at}.post_attention_layernorm", c.rms_norm_eps),
             ffn=self._moe(f"{at}.mlp") if c.is_moe(index) else self._ffn(f"{at}.mlp"),
         )
@@ -53,13 +70,19 @@ class FusedLoader:
     def kv_scale(self, layer: int) -> torch.Tensor | None:
         return self.source.kv_scale(layer)
 
-    def _attention(self, at: str) -> FusedAttention:
+    def _grouped(self, at: str) -> FusedGroupedAttention:
+        c, group = self.config, self.config.num_attention_heads // self.config.num_key_value_heads
+        if group > MAX_GROUP or c.v_head_dim > MAX_WIDTH:
+            raise unsupported(self.source, f"{group} heads of {c.v_head_dim} share keys and values")
+        return FusedGroupedAttention(c, self._projections(f"{at}.q_proj"), self._projections(f"{at}.o_proj"))
+
+    def _latent(self, at: str) -> FusedLatentAttention:
         c = self.config
         latent_query = c.q_lora_rank is not None
         kv_b = load_linear(self.source, f"{at}.kv_b_proj")
         plain = kv_b.weight if isinstance(kv_b, PlainLinear) else dequantized(self.source, f"{at}.kv_b_proj")
         w_k, w_v = halves(c, plain)
-        return FusedAttention(
+        return FusedLatentAttention(
             config=c,
             qkv_a=self._projections(f"{at}.kv_a_proj_with_mqa"),
             q_norm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,

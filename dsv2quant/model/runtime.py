@@ -72,11 +72,11 @@ class Runtime(Generic[Layer]):
         return self._rope.table(torch.arange(first, first + count, device=self.options.device))
 
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """An empty latent cache per layer for `capacity` tokens."""
+        """An empty cache per layer for `capacity` tokens."""
         return [self.cache(layer, batch, capacity) for layer in range(self.config.num_hidden_layers)]
 
     def cache(self, layer: int, batch: int, capacity: int) -> KVCache:
-        """An empty latent cache of one layer, in FP8 under the layer's own scale where the checkpoint has one."""
+        """An empty cache of one layer, in FP8 under the layer's own scales where the checkpoint has one."""
         dtype = self.options.kv_cache or self.options.dtype
         device = torch.device(self.options.device)
         return KVCache(self.config, batch, capacity, dtype, device, self._loader.kv_scale(layer))

@@ -111,7 +111,7 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     rows don't fit it."""
     config = checkpoint.config
     check_loadable(config, checkpoint.model, drop_expert_groups=options.drop_expert_groups)
-    checkpoint = checkpoint.as_source()
+    checkpoint = checkpoint.as_source().language_model()
     tensors = architecture(config).gguf_tensors()
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)

@@ -33,6 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "torch", "kernels")
 PROTOCOLS = ("default", "llama.cpp")
 DATASETS = ("wikitext2",)
+PREFILLS = ("flash", "eager")
 KV_CACHES = ("auto", "float32", "bf16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -51,9 +52,9 @@ class Options(HubOptions, total=False):
     Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 the `method` (gptq) and
     `group_size` (128); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
     tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
-    ("5GB"); `kv_scales` for an FP8 KV cache. What calibrates takes `samples` (512) windows of `length` tokens of
-    `calibration`, a text file (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
-    `figure` is a picture of tokens per expert to draw.
+    ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
+    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file (Python's library), in the
+    order of `seed` (0), or `statistics` that `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
     tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
@@ -66,6 +67,7 @@ class Options(HubOptions, total=False):
     group_size: int | Literal["channel"] | None
     layout: str | None
     kv_scales: bool
+    language_only: bool
     targets: Sequence[str]
     tp: int
     ep: int
@@ -88,12 +90,14 @@ class Options(HubOptions, total=False):
 
 # What shapes an artifact of each kind, in the order in which its card shows it; and what measures for one.
 FOLDER = (
-    "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "targets", "tp", "ep", "max_shard_size",
+    "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "language_only", "targets", "tp", "ep",
+    "max_shard_size",
 )  # fmt: skip
 GGUF = (
     "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
     "drop_expert_groups",
 )  # fmt: skip
+WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of `memory`
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
@@ -103,6 +107,7 @@ _USUAL = {"tp": 1, "ep": 1, "max_shard_size": "5GB"}
 _CHOICES: dict[str, Sequence[object]] = {
     "scheme": SCHEMES, "method": METHODS, "group_size": GROUP_SIZES, "layout": tuple(LAYOUTS), "targets": CONSUMERS,
     "dtype": DTYPES, "backend": BACKENDS, "kv_cache": KV_CACHES, "protocol": PROTOCOLS, "dataset": DATASETS,
+    "prefill": PREFILLS,
 }  # fmt: skip
 _LEAST = {
     "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
@@ -201,8 +206,13 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, A
         return _gguf_plan(checkpoint, given)
     from dsv2quant.planning.plan import make_plan
 
+    source = checkpoint.as_source()
+    if given.get("language_only"):
+        if source.whole is None:
+            raise UsageError(f"--language-only: {source.model} is a language model alone", fix="leave it out")
+        source = source.language_model()
     made = make_plan(
-        checkpoint,
+        source,
         recipe,
         for_targets=given.get("targets"),
         tp=given.get("tp", 1),

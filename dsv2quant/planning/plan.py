@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.multimodal import Names
 from dsv2quant.arch.spec import CACHING_ROLES, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
-from dsv2quant.errors import InputError
-from dsv2quant.formats.quant_config import kv_scale_parts, one_method, quantization_config
+from dsv2quant.errors import InputError, listing
+from dsv2quant.formats.quant_config import Within, kv_scale_parts, one_method, quantization_config
 from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
-from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, aligned
+from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, StoredTensor, aligned
 from dsv2quant.version import __version__
 
 Choice = tuple[str, str, str | None]  # scheme, method, reason
@@ -57,7 +59,12 @@ class Entry:
     @property
     def kv_scales(self) -> tuple[Output, ...]:
         """The layer's KV-cache scales that are stored beside it."""
-        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.spec.module}."))
+        return tuple(output for output in self.outputs if not output.name.startswith(f"{self.module}."))
+
+    @property
+    def module(self) -> str:
+        """The module that holds the weight, as the artifact names it."""
+        return self.outputs[0].name.rpartition(".")[0]
 
     @property
     def encoding(self) -> str:
@@ -89,8 +96,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A tensor beside the language model, whose bytes pass through as they are."""
+
+    stored: StoredTensor
+    shard: int
+
+    @property
+    def output(self) -> Output:
+        return Output(self.stored.name, self.stored.dtype, self.stored.shape, self.stored.nbytes)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A whole conversion. `asked` are the options it was made with, as the command line spells them."""
+    """A whole conversion. `asked` are the options it was made with, as the command line spells them; `copies` are what
+    a multimodal model has beside its language model, which all else is said of."""
 
     checkpoint: HfCheckpoint
     recipe: Recipe
@@ -100,11 +120,16 @@ class Plan:
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
     config: dict[str, Any]
+    copies: tuple[Copy, ...] = ()
     asked: tuple[str, ...] = ()
 
     @property
     def bytes_in(self) -> int:
-        return sum(step.bytes_in for step in self.steps)
+        return sum(step.bytes_in for step in self.steps) + self.bytes_copied
+
+    @property
+    def bytes_copied(self) -> int:
+        return sum(copy.stored.nbytes for copy in self.copies)
 
     @property
     def bytes_out(self) -> int:
@@ -113,6 +138,11 @@ class Plan:
     @property
     def parameters(self) -> int:
         return sum(entry.spec.size for entry in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the language model."""
+        return 8 * (self.bytes_out - self.bytes_copied) / self.parameters
 
     @property
     def schemes(self) -> set[str]:
@@ -157,7 +187,7 @@ def make_plan(
     `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
     checkpoint = checkpoint.as_source()
-    chosen, parallel = targets.choose(for_targets, recipe.schemes), Parallel(tp, ep)
+    chosen, parallel = targets.choose(for_targets, recipe.schemes, checkpoint.config), Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
@@ -169,17 +199,42 @@ def make_plan(
     try:
         kinds = {(spec.role, spec.layer): spec for spec in planned}.values()
         one_method(recipe.assign(spec)[0] for spec in kinds)  # what falls back must not hide it
-        quantization = quantization_config(planned, kv_scales)
+        quantization = quantization_config(planned, kv_scales, _spelling(checkpoint))
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, chosen, parallel)
+    targets.check_unquantized(planned, chosen, parallel, checkpoint.config)
+    _check_listed(checkpoint, planned, quantization, chosen)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
-    entries = tuple(_line(weight, *schemes[weight.spec], kv_parts) for weight in checkpoint.weights)
-    steps, shards = _lay_out(entries, chosen, max_shard_size)
-    return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, _out_config(checkpoint, quantization))
+    entries = tuple(_line(weight, *schemes[weight.spec], kv_parts, checkpoint.names) for weight in checkpoint.weights)
+    steps, copies, shards = _lay_out(entries, checkpoint.others, chosen, max_shard_size)
+    config = _out_config(checkpoint, quantization)
+    return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, config, copies)
+
+
+def _spelling(checkpoint: HfCheckpoint) -> Within | None:
+    """What a quantization_config must know of a multimodal model."""
+    if checkpoint.whole is None:
+        return None
+    matrices = (tensor.name.rpartition(".") for tensor in checkpoint.others if len(tensor.shape) == 2)
+    return Within(checkpoint.names, tuple(module for module, _, suffix in matrices if suffix == "weight"))
+
+
+def _check_listed(
+    checkpoint: HfCheckpoint,
+    planned: Mapping[TensorSpec, str],
+    quantization: Mapping[str, Any] | None,
+    chosen: Sequence[str],
+) -> None:
+    """Raise InputError where a target would take a BF16 linear for a quantized one, because it looks for other names
+    in this layout's list."""
+    lost = [] if checkpoint.whole is None else [t for t in checkpoint.whole.unlisted if t in chosen]
+    plain = [spec for spec, scheme in planned.items() if scheme == "bf16" and not spec.keep]
+    if lost and plain and quantization is not None and quantization["quant_method"] in ("fp8", "awq"):
+        what = f"{lost[0]} would not find {listing([spec.module for spec in plain])} among what is unquantized"
+        raise InputError(what, where=checkpoint.model, fix="take a recipe in the compressed-tensors layout")
 
 
 def choose_schemes(
@@ -199,7 +254,8 @@ def choose_schemes(
     for spec in specs:
         if (spec.role, spec.layer) not in assigned:
             held = (stored or {}).get(spec, "") if spec.is_prediction else ""
-            assigned[spec.role, spec.layer] = (held, "rtn") if held in recipe.schemes else recipe.assign(spec)
+            kept = held in recipe.schemes - UNQUANTIZED
+            assigned[spec.role, spec.layer] = (held, "rtn") if kept else recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, Choice] = {}
     for members in modules.values():
@@ -252,47 +308,67 @@ def _mark_folded(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[TensorSpe
                         schemes[spec] = scheme, SMOOTHED, reason
 
 
-def _line(weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part] = ()) -> Entry:
+def _line(
+    weight: Weight, scheme: str, method: str, reason: str | None, kv_parts: Sequence[Part], names: Names
+) -> Entry:
     spec = weight.spec
     parts = CODECS[scheme].layout(spec.shape)
-    outputs = tuple(Output(spec.part_name(p.suffix), p.dtype, p.shape, p.nbytes) for p in parts)
+    outputs = tuple(Output(names.stored(spec.part_name(p.suffix)), p.dtype, p.shape, p.nbytes) for p in parts)
     if spec.role in CACHING_ROLES:
-        outputs += tuple(Output(f"{spec.parent}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
+        at = names.stored(spec.parent)
+        outputs += tuple(Output(f"{at}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
 
 
 def _lay_out(
-    entries: Sequence[Entry], chosen: Sequence[str], max_shard_size: int
-) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
-    """Group lines into steps and fill shards in order; a step never spans two shards."""
+    entries: Sequence[Entry], others: Sequence[StoredTensor], chosen: Sequence[str], max_shard_size: int
+) -> tuple[tuple[Step, ...], tuple[Copy, ...], tuple[Shard, ...]]:
+    """Group lines into steps and fill shards in order, with the others behind; a step never spans two shards."""
     grouped: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         group = targets.scale_group(entry.spec, chosen) if CODECS[entry.scheme].shares_scale else None
         grouped[group or entry.spec.name].append(entry)
-    steps: list[Step] = []
     filled: list[list[Output]] = [[]]
     size = 0
-    for members in grouped.values():
-        nbytes = sum(entry.nbytes for entry in members)
+
+    def place(outputs: Sequence[Output]) -> int:
+        """The shard that has room for these."""
+        nonlocal size
+        nbytes = sum(output.nbytes for output in outputs)
         if filled[-1] and size + nbytes > max_shard_size:
             filled.append([])
             size = 0
         size += nbytes
-        filled[-1] += [output for entry in members for output in entry.outputs]
-        steps.append(Step(tuple(members), len(filled) - 1))
+        filled[-1] += outputs
+        return len(filled) - 1
+
+    steps = tuple(
+        Step(tuple(members), place([output for entry in members for output in entry.outputs]))
+        for members in grouped.values()
+    )
+    copies = tuple(Copy(tensor, place([Copy(tensor, 0).output])) for tensor in others)
     if len(filled) == 1:
-        return tuple(steps), (Shard(SINGLE_FILE, aligned(filled[0])),)
+        return steps, copies, (Shard(SINGLE_FILE, aligned(filled[0])),)
     name = SINGLE_FILE.replace(".safetensors", "")
     files = [f"{name}-{i:05d}-of-{len(filled):05d}.safetensors" for i in range(1, len(filled) + 1)]
-    return tuple(steps), tuple(Shard(f, aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
+    return steps, copies, tuple(Shard(f, aligned(outputs)) for f, outputs in zip(files, filled, strict=True))
 
 
-def _out_config(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """config.json of the artifact: the source's, without remote code, in BF16, with the schemes declared."""
-    config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization_config", "auto_map")}
-    if "num_nextn_predict_layers" in config:  # where their tensors were left out before, nothing must look for them
-        config["num_nextn_predict_layers"] = checkpoint.config.num_nextn_predict_layers
-    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+def _out_config(checkpoint: HfCheckpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """config.json of the artifact: the source's, without remote code, in BF16, with the schemes declared: of a
+    multimodal model in the whole's, where vLLM (config/model.py), SGLang (checkpoint_quantization.py) and transformers
+    look first."""
+    config = _plain_config(checkpoint.raw_config, checkpoint.config)
+    if checkpoint.whole is not None:
+        config[checkpoint.whole.key] = _plain_config(config[checkpoint.whole.key], checkpoint.config)
     if quantization is not None:
         config["quantization_config"] = quantization
+    return config
+
+
+def _plain_config(raw: Mapping[str, Any], read: ModelConfig) -> dict[str, Any]:
+    config = {k: v for k, v in raw.items() if k not in ("quantization_config", "auto_map")}
+    if "num_nextn_predict_layers" in config:  # where their tensors were left out before, nothing must look for them
+        config["num_nextn_predict_layers"] = read.num_nextn_predict_layers
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     return config

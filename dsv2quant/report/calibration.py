@@ -160,7 +160,8 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes_out / self.plan.parameters
+        copied = self.plan.bytes_copied if isinstance(self.plan, Plan) else 0
+        return 8 * (self.bytes_out - copied) / self.plan.parameters
 
 
 def conversion_json(c: Conversion) -> dict[str, Any]:

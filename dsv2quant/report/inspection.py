@@ -16,7 +16,8 @@ from dsv2quant.report.tables import SAID, RoleSummary, count, gigabytes, roles_t
 class Inspection:
     """What a checkpoint or artifact holds. `files` are sizes in bytes, None where only headers were read;
     `configuration` is in the terms of the paper; `kv_scales` counts layers that have one; `gguf` is a GGUF file's
-    "file_type" and "tensor_types", counts by block type."""
+    "file_type" and "tensor_types", counts by block type. Of a multimodal model `others` counts the tensors beside its
+    language model, and `other_bytes` theirs; all else is the language model's."""
 
     model: str
     revision: str | None
@@ -27,6 +28,8 @@ class Inspection:
     roles: list[RoleSummary]
     configuration: dict[str, Any]
     kv_scales: int
+    others: int
+    other_bytes: int
     quantization_config: Mapping[str, Any] | None
     gguf: dict[str, Any] | None
 
@@ -49,6 +52,8 @@ def inspection(checkpoint: Checkpoint) -> Inspection:
         roles=roles,
         configuration=_describe(checkpoint.config),
         kv_scales=len(checkpoint.kv_scales),
+        others=len(checkpoint.others),
+        other_bytes=sum(tensor.nbytes for tensor in checkpoint.others),
         quantization_config=checkpoint.config.quantization,
         gguf=checkpoint.file_summary(),
     )
@@ -63,6 +68,8 @@ def inspection_text(i: Inspection) -> str:
         roles_table(i.roles, before=False),
         *(f"{key}: {value}" for key, value in i.configuration.items()),
     ]
+    if i.others:
+        lines.append(f"beside the language model: {i.others} tensors, {gigabytes(i.other_bytes)}")
     lines += ["KV-cache scales: one per layer"] * (i.kv_scales > 0)
     if i.gguf is not None:
         types = ", ".join(f"{number} {name}" for name, number in i.gguf["tensor_types"].items())
@@ -80,7 +87,7 @@ def inspection_json(i: Inspection) -> dict[str, Any]:
         "bits_per_weight": i.bits_per_weight,
         "files": {file: {"size": size} for file, size in i.files.items()},
         "roles": [values_of(r, *SAID) | {"bytes": r.bytes_after} for r in i.roles],
-        **values_of(i, "configuration", "kv_scales", "quantization_config", "gguf"),
+        **values_of(i, "configuration", "kv_scales", "others", "other_bytes", "quantization_config", "gguf"),
     }
 
 

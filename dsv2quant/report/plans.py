@@ -22,6 +22,7 @@ from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
+from dsv2quant.planning.rules import NEEDS
 from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.storage.files import read_bytes
 from dsv2quant.version import __version__
@@ -51,7 +52,8 @@ def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
         f"for {', '.join(plan.targets)}{plan.parallel}",
         roles_table(roles, before=True),
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
-        f"file{'s' * (len(plan.shards) > 1)}, {8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+        f"file{'s' * (len(plan.shards) > 1)}, {plan.bits_per_weight:.2f} bits per weight",
+        *_beside(plan),
     ]
     fallbacks: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in plan.entries:
@@ -66,6 +68,14 @@ def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
+
+
+def _beside(plan: Plan) -> list[str]:
+    """A line for what a multimodal model has beside its language model."""
+    if not plan.copies:
+        return []
+    tensors = f"{len(plan.copies)} tensor{'s' * (len(plan.copies) > 1)}"
+    return [f"of it {gigabytes(plan.bytes_copied)} in {tensors} beside the language model, copied as they are"]
 
 
 def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
@@ -102,7 +112,7 @@ def notes(plan: Plan) -> list[str]:
     if needs_calibration(plan):
         found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of memory on the device")
     found += serving_notes(plan)
-    for (target, scheme), needed in targets.NEEDS.items():
+    for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
     found += _finer_groups(plan)
@@ -110,11 +120,19 @@ def notes(plan: Plan) -> list[str]:
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
     if blocks and "vllm" in plan.targets and share % BLOCK:
         found.append(f"vllm: FP8 blocks of experts' shares of {share} need vLLM 0.30 or newer")
-    if any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
+    if config.is_mla and any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
         # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
         found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
-    if config.attention_bias and set(plan.targets) & set(ENGINES):
-        found.append("vLLM and SGLang build DeepSeek-V2 without attention biases and can't load this model")
+    if whole := plan.checkpoint.whole:
+        unable = [target for target in plan.targets if target not in whole.loaded_by]
+        if unable:
+            what = f"{' and '.join(unable)} can't load this multimodal model quantized"
+            found.append(f"{what}: --language-only makes an artifact of its language model, which they load")
+    if config.attention_bias and (config.is_mla or config.n_routed_experts) and set(plan.targets) & set(ENGINES):
+        found.append("vLLM and SGLang build DeepSeek's attention without biases and can't load this model")
+    found += _prediction_notes(plan)
+    if config.scale_normalised:
+        return found
     if config.norm_topk_prob and config.routed_scaling_factor != 1 and plan.targets:
         found.append(
             "norm_topk_prob with a routed_scaling_factor: DeepSeek-V2's own code does not scale normalised weights; "
@@ -127,7 +145,25 @@ def notes(plan: Plan) -> list[str]:
 
 def serving_notes(plan: Plan) -> list[str]:
     """What whoever serves the artifact must know."""
-    return [_FLOAT16] if any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs) else []
+    has_float16 = any(output.dtype == "F16" for entry in plan.entries for output in entry.outputs)
+    return [_FLOAT16] if has_float16 and plan.checkpoint.config.overflows_float16 else []
+
+
+def _prediction_notes(plan: Plan) -> list[str]:
+    """What becomes of the layers for multi-token prediction."""
+    mine = [entry for entry in plan.entries if entry.spec.is_prediction and not entry.spec.keep]
+    left = [entry for entry in mine if entry.scheme == "bf16"]
+    if not left or not plan.schemes:
+        return []
+    layers = ", ".join(sorted({str(entry.spec.layer) for entry in left}, key=int))
+    size = gigabytes(sum(entry.nbytes for entry in left))
+    found = [
+        f"the layer for multi-token prediction, {layers}, stays in BF16, {size}: a rule that names it quantizes it"
+    ]
+    if "sglang" in plan.targets and any(CODECS[scheme].quant_method == "awq" for scheme in plan.schemes):
+        # deepseek_weight_loader.py concatenates q_a and kv_a along AWQ's output dimension, in whatever scheme they are.
+        found.append("sglang: it does not load such a layer beside AWQ: serve without speculative decoding")
+    return found
 
 
 def _finer_groups(plan: Plan) -> list[str]:
@@ -157,9 +193,7 @@ def plan_json(plan: Plan | GgufPlan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "targets": list(plan.targets),
         **values_of(plan.parallel, "tp", "ep"),
-        **values_of(plan, "parameters", "bytes_in", "bytes_out"),
-        "bits_per_weight": 8 * plan.bytes_out / plan.parameters,
-        "digest": plan.digest,
+        **values_of(plan, "parameters", "bytes_in", "bytes_out", "bytes_copied", "bits_per_weight", "digest"),
         "roles": [values_of(r, *SAID) | {"bytes_in": r.bytes_before, "bytes_out": r.bytes_after} for r in roles],
         "fallbacks": [
             {"tensor": x.spec.name, "shape": list(x.spec.shape), "scheme": x.scheme, "reason": x.reason}
@@ -232,8 +266,8 @@ def model_card(plan: Plan, command: str) -> str:
         else "Activations are not quantized.",
         *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
         f"```\n{command}\n```",
-        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: "
-        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight.",
+        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
+        *(f"{line[0].upper()}{line[1:]}." for line in _beside(plan)),
         sizes,
         f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
     ]
@@ -264,9 +298,11 @@ def _is_text(value: object) -> bool:
 
 def warnings(plan: Plan) -> list[str]:
     """One line each, the gravest first."""
-    idle: list[str] = []
-    if not plan.recipe.builtin:
-        specs = (entry.spec for entry in plan.entries)
+    specs = [entry.spec for entry in plan.entries]
+    if plan.recipe.builtin:
+        wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
+        idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
+    else:
         idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
@@ -280,7 +316,7 @@ def _unquantized(plan: Plan) -> list[str]:
     for entry in plan.entries:
         if entry.reason and entry.scheme == "bf16":
             reasons[entry.reason] += entry.spec.size
-    bits = 8 * plan.bytes_out / plan.parameters
+    bits = plan.bits_per_weight
     said = f"{left:.0%} of what recipe {plan.recipe.name} quantizes stays in BF16, {bits:.2f} bits per weight in all"
     ways = [f"{words} (about {gigabytes(nbytes)})" for words, nbytes in _ways_out(plan).items()]
     instead = f". What quantizes most of it: {', '.join(ways)}" if ways else ""
@@ -324,10 +360,10 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
     config = plan.checkpoint.config
     specs = [entry.spec for entry in plan.entries if not entry.spec.expert]
     try:
-        targets.choose(plan.targets, recipe.schemes)
+        targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
         chosen = choose_schemes(specs, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel, config)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:

@@ -27,6 +27,8 @@ _CARRIED = (
     "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "generation_config.json", "chat_template.*", "LICENSE*",
 )  # fmt: skip
+# How images become inputs, as JSON (transformers' processors).
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 MAX_CARRIED_BYTES = 256 << 20
 TEMPLATES = "additional_chat_templates"  # where transformers 5 keeps all but the default one
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -93,11 +95,13 @@ def check_pointer(content: bytes, path: Path) -> None:
         raise InputError("is a git-lfs pointer, not the file", where=path, fix=fix)
 
 
-def carried_files(folder: Path) -> dict[str, bytes]:
-    """{path below the folder: content} of a checkpoint's files that an artifact carries along. Raises InputError where
-    one can't be read by the rules of `read_bytes`, or has a name that no artifact may hold."""
+def carried_files(folder: Path, *, processors: bool = False) -> dict[str, bytes]:
+    """{path below the folder: content} of a checkpoint's files that an artifact carries along, with the `processors` of
+    a multimodal one. Raises InputError where one can't be read by the rules of `read_bytes`, or has a name that no
+    artifact may hold."""
+    wanted = (*_CARRIED, *(_PROCESSORS if processors else ()))
     names = [path.name for path in folder.iterdir() if not path.is_dir()]
-    names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _CARRIED)]
+    names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
     names += [f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja")]
     for name in names:
         if not is_artifact_path(name):

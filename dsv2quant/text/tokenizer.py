@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
+from dsv2quant.arch.multimodal import language_config
 from dsv2quant.errors import InputError
 from dsv2quant.storage.safetensors import AGAIN, read_json
 
@@ -190,10 +191,17 @@ def _find_bos(backend: Any, settings: Mapping[str, Any], folder: Path) -> int:
     bos = token_of(settings, "bos_token")
     found = None if bos is None else backend.token_to_id(bos)
     if found is None:
-        found = read_json(folder / "config.json").get("bos_token_id")
+        found = _configured(folder, "bos_token_id")
     if not isinstance(found, int):
         raise InputError("no BOS token is named", where=folder / SETTINGS, fix="set bos_token, as the base model does")
     return found
+
+
+def _configured(folder: Path, key: str) -> Any:
+    """What config.json says of the language model, or else of the multimodal one around it."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    return language_config(raw, path).get(key, raw.get(key))
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
@@ -207,7 +215,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
         found = None if token is None else tokenizer.id_of(token)
     if found is None:
         path = folder / "config.json"
-        found = read_json(path).get("eos_token_id")
+        found = _configured(folder, "eos_token_id")
     return checked_stop_ids(found, path)
 
 

@@ -44,8 +44,8 @@ def test_silu_mul(columns: int, up: int | None, granularity: str | None) -> None
 def test_latents(heads: int, stored: torch.dtype) -> None:
     for positions in ([0], [6, 0, 7, -1, 100, 3], [row % 8 for row in range(64)]):
         for dtype in DTYPES[:2] if stored.itemsize == 1 else (stored,):
-            assert latent_faults(positions, heads, 128, 64, 512, stored, dtype, "cuda") == [], (positions, dtype)
-    assert latent_faults([2, 5], heads, 24, 12, 72, stored, torch.bfloat16, "cuda") == []
+            assert latent_faults(positions, heads, 128, 64, 512, False, stored, dtype, "cuda") == [], (positions, dtype)
+    assert latent_faults([2, 5], heads, 24, 12, 72, True, stored, torch.bfloat16, "cuda") == []
 
 
 @pytest.mark.parametrize(
