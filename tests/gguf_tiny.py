@@ -203,6 +203,11 @@ def _use_glm_tokens(folder: Path) -> None:
     raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [GLM_SPLIT, BYTES]}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     raw["added_tokens"] += [plain | {"id": 4096 + i, "content": token} for i, token in enumerate(GLM_TOKENS)]
+    first, after = ({"SpecialToken": {"id": token, "type_id": 0}} for token in GLM_TOKENS[1:3])
+    known = {token: {"id": token, "ids": [4096 + GLM_TOKENS.index(token)], "tokens": [token]} for token in GLM_TOKENS}
+    single = [first, after, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    raw["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known}
     for key in ("bos_token", "add_bos_token", "chat_template"):
         said.pop(key, None)
     path.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")

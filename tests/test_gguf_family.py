@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import gguf_tiny
 import numpy as np
 import pytest
-import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.checkpoint.weights import BLOCKS
@@ -65,6 +67,35 @@ def test_rows_of_heads_come_as_blocks_in_the_models_order(model: str, convert) -
 def test_a_file_is_verified_against_its_source(cli, convert, folders) -> None:
     ran = cli("verify", convert("tiny-llama", "Q4_K_M"), "--source", folders["tiny-llama"], "-q")
     assert ran.code == 0, ran.err
+
+
+def test_glms_texts_begin_as_its_post_processor_says(convert, folders) -> None:
+    """Its settings name no BOS."""
+    for opened in (open_checkpoint(folders["tiny-glm4"]), open_checkpoint(convert("tiny-glm4", "Q4_0"))):
+        tokenizer = opened.tokenizer()
+        assert tokenizer.bos_id == 4096 + gguf_tiny.GLM_TOKENS.index("[gMASK]")
+        assert tokenizer.add_bos
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [("tiny-llama", "MultiModalityCausalLM"), ("tiny-ocr", "DeepseekOCRForCausalLM")]
+)
+def test_of_a_multimodal_model_the_file_is_the_language_models(
+    model: str, kind: str, cli, convert, folders, tmp_path
+) -> None:
+    alone = convert(model, "Q4_K_M")
+    whole = tmp_path / "whole" / model
+    shutil.copytree(folders[model], whole)
+    config = json.loads((whole / "config.json").read_text())
+    tensors = load_file(whole / "model.safetensors")
+    if kind == "MultiModalityCausalLM":
+        tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    tensors["model.vision_model.x" if kind != "MultiModalityCausalLM" else "vision_model.x"] = torch.ones(3)
+    save_file(tensors, whole / "model.safetensors")
+    (whole / "config.json").write_text(json.dumps({"architectures": [kind], "language_config": config}))
+    ran = cli("convert", whole, "--gguf", "Q4_K_M", "-q", "-o", tmp_path / "tower.gguf")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "tower.gguf").read_bytes() == alone.read_bytes()
 
 
 def test_layers_for_prediction_in_others_files_are_left_alone(convert) -> None:

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.deepseek_v2 import GGUF_PLAIN
+from dsv2quant.arch.multimodal import language_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.errors import InputError
@@ -45,11 +46,12 @@ def model_metadata(checkpoint: HfCheckpoint, file_type: int, *, drop_expert_grou
     Raises InputError for what llama.cpp can't load, and for a damaged tokenizer, model card or generation config.
     """
     folder = checkpoint.downloaded
+    raw = language_config(checkpoint.raw_config, folder)
     check_loadable(checkpoint.config, folder, drop_expert_groups=drop_expert_groups)
     values = {
         **_first(checkpoint.config),
         **_general(checkpoint, folder),
-        **model_keys(checkpoint.config, checkpoint.raw_config, drop_expert_groups=drop_expert_groups),
+        **model_keys(checkpoint.config, raw, drop_expert_groups=drop_expert_groups),
         **tokenizer_metadata(folder, checkpoint.config),
         "general.quantization_version": u32(GGML_QUANT_VERSION),
         "general.file_type": u32(file_type),

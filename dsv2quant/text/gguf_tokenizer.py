@@ -23,7 +23,17 @@ from dsv2quant.storage.gguf import Metadata, Value, array, string, written
 from dsv2quant.text import tokenizer as own
 from dsv2quant.text.chat import template_source
 from dsv2quant.text.pre_tokenizers import NAMES, ignores_merges, llama_cpp_splits, recognise
-from dsv2quant.text.tokenizer import FILE, SETTINGS, adds_bos, is_control, no_panic, read_settings, read_tokenizer
+from dsv2quant.text.tokenizer import (
+    FILE,
+    SETTINGS,
+    adds_bos,
+    is_control,
+    leading_token,
+    no_panic,
+    read_settings,
+    read_tokenizer,
+    token_of,
+)
 
 _TIKTOKEN = "tiktoken.model"  # Moonlight's and Kimi's
 _OURS = "use the tokenizer of this model"
@@ -40,7 +50,7 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     carried_files(folder)  # gguf-py opens them unchecked
     path, settings_path = folder / FILE, folder / SETTINGS
     raw, backend = _load(path)
-    special = _special(folder, raw, settings_path)
+    special = _special(folder, raw, backend, settings_path)
     pre = _pre_tokenizer(raw, backend, special.special_token_ids.get("bos"), path)
     for kind, token in _NAMED.get(pre, {}).items():
         special._set_special_token(kind, backend.token_to_id(token))
@@ -93,11 +103,13 @@ def _pre_tokenizer(raw: Mapping[str, Any], backend: Tokenizer, bos: int | None, 
     return pre
 
 
-def _special(folder: Path, raw: Mapping[str, Any], where: Path) -> SpecialVocab:
+def _special(folder: Path, raw: Mapping[str, Any], backend: Tokenizer, where: Path) -> SpecialVocab:
     """Merges, ids of special tokens, chat templates, and which tokens are added to a text."""
     settings = read_settings(folder)
     with _checked(where):
         special = SpecialVocab(folder, load_merges=True)
+    if token_of(settings, "bos_token") is None and (bos := backend.token_to_id(leading_token(raw) or "")) is not None:
+        special.special_token_ids = {"bos": bos} | special.special_token_ids | {"bos": bos}
     special.chat_template = template_source(folder, settings)
     said = {"bos": adds_bos(raw, settings), "eos": settings.get("add_eos_token")}
     special.add_special_token |= {name: value for name, value in said.items() if isinstance(value, bool)}

@@ -15,8 +15,8 @@ from gguf_tiny import PRE_TOKENIZERS
 
 ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
 BIN = ROOT / "build" / "bin"
-# The converter knows the tokenizers of published models by a hash; of ours it is told the pre-tokenizer. It asks for
-# the package of SentencePiece before it finds that a model has no vocabulary of that kind: the package need not be there.
+# The converter knows the tokenizers of published models by a hash; of ours it is told which. SentencePiece's
+# package, which it imports before it finds that a model has no vocabulary of that kind, need not be there.
 CONVERTER = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -16,7 +16,15 @@ import llama_cpp_tools as llama
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf_expected import FAMILY_TYPES, FILE_TYPES, OPTIONS, SPLIT_MODELS, SPLIT_SIZE, keys_and_values, types_and_digests
+from gguf_expected import (
+    FAMILY_TYPES,
+    FILE_TYPES,
+    OPTIONS,
+    SPLIT_MODELS,
+    SPLIT_SIZE,
+    keys_and_values,
+    types_and_digests,
+)
 
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import NOT_WRITTEN
