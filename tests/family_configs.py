@@ -244,7 +244,7 @@ def small(config: Config) -> Config:
     """The same model with a dense layer and one of experts, few heads and experts, and the vocabulary of dsv2-mini.
 
     What makes a row what it is stays: the widths of heads and latents, the routing, RoPE, and what every width leaves
-    behind blocks and groups of up to 512.
+    behind blocks and groups of up to 256.
     """
     inner = language(config)
     c = model_config(inner, "config.json")
@@ -264,5 +264,5 @@ def small(config: Config) -> Config:
 
 
 def _narrow(width: int) -> int:
-    """A width below 1024 that leaves the same behind a division by 512."""
-    return width if width < 1024 else 512 + width % 512
+    """A width below 512 that leaves the same behind a division by 256."""
+    return width if width < 512 else 256 + width % 256

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 from family_configs import ROWS, language
@@ -124,7 +126,7 @@ def test_int4_for_experts_alone_is_no_int4_of_a_dense_model(tmp_path):
     assert warnings(made) == ["recipe int4-mixed: no weight here becomes int4-g128: take --int4=pure"]
 
 
-def test_experts_beside_plain_attention_are_vllms_alone_and_in_one_scheme(tmp_path):
+def test_experts_beside_plain_attention_are_vllms_alone_and_attention_in_one_scheme(tmp_path):
     checkpoint = opened("deepseek-moe-16b", tmp_path)
     for name in ("fp8-channel", "fp8-block", "int4-pure"):
         assert plan(checkpoint, name).targets == ("vllm",)
@@ -134,10 +136,13 @@ def test_experts_beside_plain_attention_are_vllms_alone_and_in_one_scheme(tmp_pa
     ):
         with pytest.raises(UsageError, match=f"--target {target}: {why}"):
             plan(checkpoint, "fp8-channel", for_targets=[target])
-    with pytest.raises(UsageError, match="mixes fp8-channel and int4-g128, and vLLM gives the attention"):
-        plan(checkpoint, "int4-mixed")
-    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj.*stays in BF16, and vLLM gives the attention"):
+    # vLLM makes attention's modules without names: one scheme, whose group takes a module without one.
+    with pytest.raises(InputError, match="vllm: attention is in bf16, and it has no names there to find that by"):
         plan(checkpoint, "int4-experts")
+    for name, scheme in (("int4-mixed", 8), ("int4-pure", 4)):
+        groups = plan(checkpoint, name).config["quantization_config"]["config_groups"].values()
+        taking = [group for group in groups if any(re.match(target[3:], "") for target in group["targets"])]
+        assert [group["weights"]["num_bits"] for group in taking] == [scheme]
 
 
 @pytest.fixture(scope="module")

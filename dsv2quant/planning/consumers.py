@@ -42,8 +42,6 @@ _NOT_PLAIN_EXPERTS = {
     "sglang": "computes the experts of models without latent attention from plain weights alone",
     "transformers": "has no class for experts beside plain attention",
 }
-# deepseek_v2.py, DeepseekAttention: qkv_proj and o_proj are made without a prefix
-_NAMELESS = "vLLM gives the attention of such models no names to tell one scheme from another by"
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,8 @@ def _refused(target: str, schemes: Sequence[str], config: ModelConfig) -> UsageE
         if scheme not in ROWS[target]:
             known = ", ".join(other for other in TARGETS if scheme in ROWS[other])
             return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")
-    if schemes and config.n_routed_experts and not config.is_mla:
-        if target in _NOT_PLAIN_EXPERTS:
-            return UsageError(f"--target {target}: it {_NOT_PLAIN_EXPERTS[target]}", fix="take --target vllm")
-        if len(schemes) > 1:
-            what = f"mixes {' and '.join(schemes)}, and {_NAMELESS}"
-            return UsageError(f"--target {target}: {what}", fix="take one scheme, as --fp8 and --int4=pure do")
+    if schemes and config.n_routed_experts and not config.is_mla and target in _NOT_PLAIN_EXPERTS:
+        return UsageError(f"--target {target}: it {_NOT_PLAIN_EXPERTS[target]}", fix="take --target vllm")
     return None
 
 
@@ -136,12 +130,9 @@ def refusal(spec: TensorSpec, scheme: str, targets: Iterable[str], parallel: Par
     return None
 
 
-def check_unquantized(
-    schemes: Mapping[TensorSpec, str], targets: Iterable[str], parallel: Parallel, config: ModelConfig
-) -> None:
+def check_unquantized(schemes: Mapping[TensorSpec, str], targets: Iterable[str], parallel: Parallel) -> None:
     """Raise InputError where a target can't load what an artifact of these schemes leaves in BF16."""
     used = {CODECS[scheme].quant_method: scheme for scheme in schemes.values() if scheme not in UNQUANTIZED}
-    plain_experts = config.n_routed_experts and not config.is_mla
     for spec in (spec for spec, scheme in schemes.items() if scheme == "bf16" and not spec.keep):
         # auto_gptq.py: experts that Marlin can't take become MoeWNA16Method before `dynamic` is looked at.
         if "gptq" in used and "vllm" in targets and spec.expert is not None:
@@ -157,9 +148,18 @@ def check_unquantized(
         if "gptq" in used and "transformers" in targets:
             what = "transformers: a GPTQ artifact has no linear of a layer in BF16"
             raise InputError(what, where=spec.module, fix="take --int4=pure, compressed-tensors, or --target vllm")
-        if used and plain_experts and "vllm" in targets and spec.parent.endswith(".self_attn"):
-            what = f"stays in BF16, and {_NAMELESS}"
-            raise InputError(what, where=spec.module, fix="take --fp8 or --int4=pure, in a group size that fits it")
+
+
+def check_nameless(schemes: Mapping[TensorSpec, str], targets: Iterable[str], config: ModelConfig) -> None:
+    """Raise InputError where vLLM can't tell what scheme attention has: beside experts it makes plain attention's
+    modules without a prefix (deepseek_v2.py, DeepseekAttention), and so in one scheme, never in BF16."""
+    if "vllm" not in targets or config.is_mla or not config.n_routed_experts:
+        return
+    found = {s for spec, s in schemes.items() if spec.parent.endswith(".self_attn") and not spec.keep}
+    if {*schemes.values()} - UNQUANTIZED and (len(found) > 1 or found & UNQUANTIZED):
+        what = f"vllm: attention is in {' and '.join(sorted(found))}, and it has no names there to find that by"
+        fix = "give q_proj, k_proj, v_proj and o_proj of all layers one scheme, as --fp8 and --int4=pure do"
+        raise InputError(what, fix=fix)
 
 
 def fused_module(spec: TensorSpec, targets: Iterable[str]) -> str | None:

@@ -23,6 +23,7 @@ from dsv2quant.formats.quant_config import Within, kv_scale_parts, one_method, q
 from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.kept import POWERS_OF_TWO, has_powers_of_two, mark_kept
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, StoredTensor, aligned
@@ -77,6 +78,11 @@ class Entry:
         stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
         same = self.scheme == self.weight.scheme and self.method == "rtn"
         return same and stored == [(o.dtype, o.shape) for o in self.outputs]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the source's codes and scales stay, be it in another layout: it has them on the scheme's grid."""
+        return self.method == "rtn" and CODECS[self.scheme].keeps(self.weight.scheme, self.weight.parts)
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,7 @@ def make_plan(
     where = f"recipe {recipe.name}"
     stored = {weight.spec: weight.scheme for weight in checkpoint.weights}
     schemes = choose_schemes(stored, recipe, chosen, parallel, stored)
+    mark_kept(checkpoint.weights, schemes)
     _check_prediction(schemes, where)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
@@ -202,13 +209,17 @@ def make_plan(
         quantization = quantization_config(planned, kv_scales, _spelling(checkpoint))
     except ValueError as error:
         raise InputError(str(error), where=where) from None
-    targets.check_unquantized(planned, chosen, parallel, checkpoint.config)
+    targets.check_unquantized(planned, chosen, parallel)
+    targets.check_nameless(planned, chosen, checkpoint.config)
     _check_listed(checkpoint, planned, quantization, chosen)
     kv_parts = kv_scale_parts(quantization)
     if kv_scales and not kv_parts:
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     entries = tuple(_line(weight, *schemes[weight.spec], kv_parts, checkpoint.names) for weight in checkpoint.weights)
+    blocks = [entry.is_kept for entry in entries if entry.scheme == "fp8-block"]
+    if quantization is not None and has_powers_of_two(checkpoint.config.quantization, blocks):
+        quantization["scale_fmt"] = POWERS_OF_TWO
     steps, copies, shards = _lay_out(entries, checkpoint.others, chosen, max_shard_size)
     config = _out_config(checkpoint, quantization)
     return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, config, copies)
@@ -314,7 +325,7 @@ def _line(
     spec = weight.spec
     parts = CODECS[scheme].layout(spec.shape)
     outputs = tuple(Output(names.stored(spec.part_name(p.suffix)), p.dtype, p.shape, p.nbytes) for p in parts)
-    if spec.role in CACHING_ROLES:
+    if spec.role in CACHING_ROLES and not spec.is_prediction:  # calibration sees no cache of such a layer
         at = names.stored(spec.parent)
         outputs += tuple(Output(f"{at}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)

@@ -20,6 +20,7 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
+from dsv2quant.planning.kept import kept_notes
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
 from dsv2quant.planning.rules import NEEDS
@@ -115,6 +116,7 @@ def notes(plan: Plan) -> list[str]:
     for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
+    found += kept_notes((entry.weight, entry.scheme, entry.is_kept) for entry in plan.entries)
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
@@ -303,7 +305,8 @@ def warnings(plan: Plan) -> list[str]:
         wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
         idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
     else:
-        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+        config = plan.checkpoint.config
+        idle = plan.recipe.idle_rules(specs, config.num_hidden_layers + config.num_nextn_predict_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
 
@@ -363,7 +366,7 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
         targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
         chosen = choose_schemes(specs, recipe, plan.targets, parallel)
-        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel, config)
+        targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
     except Dsv2quantError:
         return None
     if _left(((spec, scheme, reason) for spec, (scheme, _, reason) in chosen.items()), config.n_routed_experts) > 0.5:
