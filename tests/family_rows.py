@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
-from family_configs import ROWS, Config, language, small
+from family_configs import ROWS, Config, as_deep, language, small
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
@@ -70,7 +70,8 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
     """By column, '' where all went well and otherwise what was said; artifacts are left in `folder`."""
     model, text = folder / "model", folder / "fox.txt"
     text.write_text("".join(f"The quick brown fox jumps over {i} lazy dogs, once more.\n" for i in range(40)))
-    write(model, small(ROWS[name].config))
+    config = ROWS[name].config
+    write(model, small(config))
     said = dict.fromkeys(COLUMNS, "")
 
     def run(column: str, *words: object) -> None:
@@ -84,6 +85,8 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
         if "--gguf" in options:
             out.mkdir()
             out = out / "model.gguf"
+            if as_deep(config) != small(config):
+                model = write(folder / "deep", as_deep(config))
         calibrated = ("--calibration", text) if CALIBRATION[0] in options else ()
         run(column, "convert", model, *options, *calibrated, "-q", "-o", out)
         run("verify", "verify", out, "--source", model, "-q")
