@@ -74,7 +74,7 @@ KINDS = {
         },
         "language_model.{}".format, _vl,
         {
-            "hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 16384, "model_type": "llama",
+            "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 16384, "model_type": "llama",
             "num_attention_heads": 4, "num_hidden_layers": 2, "torch_dtype": "float16", "vocab_size": 4096,
         },
     ),
@@ -104,7 +104,7 @@ KINDS = {
             "auto_map": {"AutoModel": "modeling_deepseekocr.DeepseekOCRForCausalLM"}, "language_config": inner,
             "vision_config": {"width": {"clip-l-14-224": {"layers": 1}}}, "hidden_size": 128,
         },
-        "{}".format, _ocr, V2,
+        "{}".format, _ocr, tiny.PLAIN_V2 | {key: tiny.WORDY[key] for key in ("vocab_size", "num_hidden_layers")},
     ),
 }  # fmt: skip
 

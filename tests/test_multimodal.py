@@ -68,6 +68,7 @@ def test_the_language_model_is_read(kind, models):
     assert checkpoint.stop_ids(checkpoint.tokenizer()) == plain.stop_ids(plain.tokenizer())
 
 
+CALIBRATION = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
 INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
 
 
@@ -76,12 +77,14 @@ INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
     [
         ("deepseek-vl", ["--int4=pure", *INT4[1:], "--format", "gptq"]),
         ("deepseek-vl2", ["--fp8=channel"]),
-        ("deepseek-ocr", INT4),
+        ("deepseek-vl", ["--int4=pure", "--group-size", "32", "--kv-scales", *CALIBRATION]),
+        ("deepseek-ocr", ["--int4=pure", *INT4[1:]]),
         ("kimi-vl", ["--fp8=block", "--target", "sglang"]),
     ],
 )
-def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, tmp_path, cli):
+def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, fox, tmp_path, cli):
     folder, others, alone = models(kind)
+    options = [*options, *(["--calibration", fox] if CALIBRATION[0] in options else [])]
     ran = cli("convert", folder, *options, "--max-shard-size", "400KB", "-o", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert cli("convert", alone, *options, "-o", tmp_path / "plain", "-q").code == 0
@@ -154,7 +157,7 @@ MODULES = ["model.{}", "language.model.{}", "language_model.model.{}", "model.la
 
 @pytest.mark.parametrize("recipe", [["--fp8=channel"], INT4])
 def test_patterns_find_modules_under_each_consumers_names(recipe, models, tmp_path, cli):
-    folder, others, _ = models("deepseek-ocr")
+    folder, others, _ = models("deepseek-vl2")
     config = json.loads(cli("plan", folder, *recipe, "--json").out)["quantization_config"]
     targets = [t for group in config["config_groups"].values() for t in group["targets"]]
     assert all(target.startswith("re:") for target in targets)

@@ -303,7 +303,8 @@ def warnings(plan: Plan) -> list[str]:
         wished = {plan.recipe.assign(spec)[0] for spec in {(spec.role, spec.layer): spec for spec in specs}.values()}
         idle = [f"no weight here becomes {scheme}: take --int4=pure" for scheme in plan.recipe.schemes - wished]
     else:
-        idle = plan.recipe.idle_rules(specs, plan.checkpoint.config.num_hidden_layers)
+        config = plan.checkpoint.config
+        idle = plan.recipe.idle_rules(specs, config.num_hidden_layers + config.num_nextn_predict_layers)
     return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
 
 
