@@ -79,9 +79,11 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
         if ran.code:
             said[column] = said[column] or f"{words[0]}: {ran.err.strip().splitlines()[-1]}"
 
-    run("plan", "plan", model)
+    run("plan", "plan", model, "--fp8=channel")
     for column, options in ARTIFACTS.items():
         out = folder / column.replace(" ", "-")
+        if column == "FP8 block" and config["architectures"] == ["DeepseekVLV2ForCausalLM"]:
+            options = (*options, "--language-only")  # vLLM would not find what is unquantized of the whole
         if "--gguf" in options:
             out.mkdir()
             out = out / "model.gguf"
