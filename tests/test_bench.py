@@ -181,7 +181,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch, timed):
     [
         ((), "there is no CUDA device to measure"),
         (("--tune",), "there is no CUDA device to measure"),
-        (("--only", "fp8,int3"), "--only int3: it takes fp8, int4, gguf, experts, mla, fused"),
+        (("--only", "fp8,int3"), "--only int3: it takes fp8, int4, gguf, experts, mla, gqa, fused"),
         (("--tune", "--only", "mla"), "--only mla: it takes fp8, int4"),
         (("--tune", "--results", "x.csv"), "--tables goes with --tune"),
         (("--tables", "."), "--tables goes with --tune"),

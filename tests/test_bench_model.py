@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
+from dsv2quant.arch.families import model_config
 from dsv2quant.bench import model as measure
 from dsv2quant.bench.device import Limits
 from dsv2quant.bench.model import Subject, bytes_per_step
@@ -58,6 +60,27 @@ def test_v2_with_int4_experts_and_fp8_elsewhere_reads_17_gb():
     halved = lambda spec: subject.nbytes(spec) // (2 if spec.role == "kv_b_proj" else 1)  # noqa: E731
     assert bytes_per_step(subject.config, halved, 1, 0) / 1e9 == pytest.approx(17.4, abs=0.05)
     assert bytes_per_step(subject.config, halved, 1, 4096) / 1e9 == pytest.approx(17.7, abs=0.05)
+
+
+LLM_67B = tiny.LLAMA | {
+    "vocab_size": 102400, "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 95,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_the_bytes_of_a_step_of_plain_attention():
+    """DeepSeek-LLM 67B: 67.4 B parameters, of which a step reads one row of the embedding; 389,120 bytes a token."""
+    config = model_config(LLM_67B, "config.json")
+    two = lambda spec: 2 * spec.size  # noqa: E731
+    assert bytes_per_step(config, two, 1, 0) == pytest.approx(2 * (67.42e9 - 102400 * 8192), rel=1e-3)
+    assert bytes_per_step(config, two, 3, 1000) - bytes_per_step(config, two, 3, 0) == 3 * 1000 * 95 * 2 * 8 * 128 * 2
+
+
+def test_layers_for_prediction_are_not_read():
+    alone = model_config(tiny.V3 | {"num_nextn_predict_layers": 0}, "config.json")
+    assert bytes_per_step(model_config(tiny.V3, "config.json"), lambda spec: spec.size, 2, 5) == bytes_per_step(
+        alone, lambda spec: spec.size, 2, 5
+    )
 
 
 class Stub:

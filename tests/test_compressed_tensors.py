@@ -290,7 +290,7 @@ def test_what_is_not_read_is_refused_by_name(name, written, tmp_path, cli):
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "W8A8", "W4AFP8"])
 def test_presets_that_are_read(scheme):
-    from dsv2quant.formats.quant_config import unread
+    from dsv2quant.formats.declared import unread
 
     kind = {"W4": "pack-quantized", "W8": "int-quantized"}.get(scheme[:2], "float-quantized")
     assert unread({"format": kind, "config_groups": {"group_0": group_of(scheme)}, "sparsity_config": {}}) is None

@@ -146,9 +146,9 @@ def test_block_fp8_is_copied_where_it_may_stay_and_decoded_where_it_may_not(tmp_
     parts = {"weight": first[ragged], "weight_scale_inv": first[f"{ragged}_scale_inv"]}
     assert torch.equal(second[ragged], CODECS["fp8-block"].decode(parts, torch.bfloat16))
     assert f"{ragged}_scale_inv" not in second
-    run(awkward, tmp_path / "channel", "fp8-channel")
+    run(awkward, tmp_path / "tensor", "fp8-tensor")
     with pytest.raises(InputError, match="already quantized"):
-        run(tmp_path / "channel", tmp_path / "again", "fp8-channel")
+        run(tmp_path / "tensor", tmp_path / "again", "fp8-channel")
 
 
 def test_a_classifiers_head_stays_as_it_is(tmp_path):

@@ -34,7 +34,8 @@ CONFIGS = {
     "awkward": tiny.AWKWARD | {"first_k_dense_replace": 1}, "grouped": tiny.GROUPED, "blocks": BLOCKS,
     "no shared experts": tiny.LITE | {"n_shared_experts": None},
     "one expert a token": tiny.LITE | {"num_experts_per_tok": 1, "first_k_dense_replace": 0},
-    "llama": tiny.LLAMA, "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
+    "llama": tiny.LLAMA | {"intermediate_size": 256},
+    "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
     "deepseek-moe": tiny.DEEPSEEK_MOE, "plain v2": tiny.PLAIN_V2,
     "v3": tiny.V3, "glm4 turned by halves": tiny.GLM4 | {"rope_interleave": False},
 }  # fmt: skip

@@ -46,12 +46,12 @@ def set_weight(name: str, index: tuple[int, ...], value: float, dtype: torch.dty
 
 
 def quantized(folder: Path) -> None:
-    """FP8 with a scale per channel, which is not decoded for another conversion."""
+    """FP8 with a scale per tensor, which is not decoded for another conversion."""
     tensors = gguf_tiny.weights(gguf_tiny.ODD)
     for name in [name for name in tensors if "self_attn" in name and name.endswith("_proj.weight")]:
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale"] = torch.ones(len(tensors[name]), 1)
-    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        tensors[f"{name}_scale"] = torch.ones(1)
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     group = {"targets": ["Linear"], "weights": weights}
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": group}}
     tiny.write_checkpoint(folder, gguf_tiny.ODD | {"quantization_config": quantization}, tensors)

@@ -193,7 +193,7 @@ def test_what_was_written_is_read(scheme, artifacts, cli):
     assert {w.spec.name: w.scheme for w in checkpoint.weights} == {x.spec.name: x.scheme for x in made.entries}
     assert scheme in made.schemes
     assert list(checkpoint.kv_scales) == [0, 1, 2]
-    for layer, stored in checkpoint.kv_scales.items():
+    for layer, (stored,) in checkpoint.kv_scales.items():
         assert stored.name == f"model.layers.{layer}.self_attn.k_scale"
         assert checkpoint.array(stored) == np.float32(4.5 / 448)
     shown = cli("inspect", folder)

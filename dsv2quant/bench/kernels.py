@@ -25,7 +25,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from dsv2quant.bench import experts, fp8, fused, weight_only
+from dsv2quant.bench import attention, experts, fp8, fused, weight_only
 from dsv2quant.bench.device import (
     Measured,
     append,
@@ -44,7 +44,7 @@ from dsv2quant.kernels.int4_held import Held
 
 SECTIONS = {
     "fp8": fp8.SECTION, "int4": weight_only.INT4, "gguf": weight_only.GGUF, "experts": experts.SECTION,
-    "mla": fused.MLA, "fused": fused.FUSED,
+    "mla": attention.MLA, "gqa": attention.GQA, "fused": fused.FUSED,
 }  # fmt: skip
 PEERS = list(dict.fromkeys(peer for section in SECTIONS.values() for peer in section.peers))
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)

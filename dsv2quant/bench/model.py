@@ -153,14 +153,16 @@ def _fused(source: Source) -> FusedModel:
 def bytes_per_step(config: ModelConfig, nbytes: Callable[[TensorSpec], int], batch: int, context: int) -> int:
     """What decoding one token of each of `batch` sequences must read, behind `context` tokens of each.
 
-    All weights once, of the embedding one row a sequence, of the routed experts as many as are expected where each
-    token chooses any with the same probability; and the cache, in BF16.
+    All weights once but those of layers for prediction, of the embedding one row a sequence, of the routed experts as
+    many as are expected where each token chooses any with the same probability; and the cache, in BF16.
     """
     c = config
     active = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch if c.n_routed_experts else 0.0
-    total = batch * context * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * CACHE_BYTES
+    total = batch * context * c.num_hidden_layers * sum(c.cached_widths) * CACHE_BYTES
     experts = 0
     for spec in architecture(c).specs():
+        if spec.is_prediction:
+            continue
         if spec.role.startswith("routed."):
             experts += nbytes(spec)
         elif spec.role == "embed" and not c.tie_word_embeddings:
@@ -220,7 +222,7 @@ def prefill(model: FusedModel, subject: Subject) -> dict[str, Any]:
 
 
 def decode(model: FusedModel, subject: Subject, batch: int, context: int, read: float) -> dict[str, Any]:
-    """Of a batch whose cache is filled with random latents, as large as their norm makes them."""
+    """Of a batch whose cache is filled with random numbers, as large as their norm makes latents."""
     caches = model.caches(batch, context + WINDOWS * STEPS + 1)
     for cache in caches:
         cache.store.normal_()

@@ -34,7 +34,7 @@ from dsv2quant.calib.gptq import Split
 from dsv2quant.calib.streams import Made, Spool, batches, through_layers
 from dsv2quant.checkpoint.checkpoint import torch_dtype
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import Integers, to_bf16, too_large
+from dsv2quant.formats.codec import Integers, TooLargeError, to_bf16, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
@@ -97,12 +97,20 @@ def _planned(plan: Plan, index: int, layer: DecoderLayer, device: str, prepared:
         choices |= {entry.spec.module: (entry.spec.role, entry.scheme, entry.method) for entry in entries}
         for entry in entries:
             _check_finite(plan, entry, linears[entry.spec.module].weight)
-        if not entries or entries[0].is_copy or entries[0].method in CALIBRATED:
+        if not entries or entries[0].method in CALIBRATED or (entries[0].is_copy and entries[0].scheme == "bf16"):
             continue
         codec = CODECS[entries[0].scheme]
-        weights = [plan.checkpoint.encodable(entry.weight) for entry in entries]
-        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
-        for entry, parts in zip(entries, codec.encode(weights, device, entries[0].encoding, inputs), strict=True):
+        try:
+            if entries[0].is_kept:
+                encoded = [codec.kept(plan.checkpoint.arrays(entry.weight)) for entry in entries]
+            else:
+                weights = [plan.checkpoint.encodable(entry.weight) for entry in entries]
+                inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
+                encoded = codec.encode(weights, device, entries[0].encoding, inputs)
+        except TooLargeError as error:
+            entry = entries[error.which]
+            raise too_large(entry.spec.module, entry.scheme) from None
+        for entry, parts in zip(entries, encoded, strict=True):
             tensors = {
                 part.suffix: torch.from_numpy(parts[part.suffix]).view(torch_dtype(part.dtype)).to(device)
                 for part in codec.layout(entry.spec.shape)

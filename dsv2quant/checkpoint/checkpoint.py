@@ -33,13 +33,21 @@ from dsv2quant.checkpoint.weights import (
     without_missing_prediction,
 )
 from dsv2quant.errors import InputError, listing, printable
-from dsv2quant.formats.quant_config import readable_codecs
-from dsv2quant.formats.schemes import CODECS, SOURCES
+from dsv2quant.formats.declared import readable_codecs
+from dsv2quant.formats.schemes import CODECS, DECODERS, SOURCES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
 from dsv2quant.storage.files import AGAIN, carried_files, reading
 from dsv2quant.storage.manifest import beside
-from dsv2quant.storage.safetensors import INDEX_FILE, StoredTensor, check_index, read_header, read_json, shard_files
+from dsv2quant.storage.safetensors import (
+    HELD_AS,
+    INDEX_FILE,
+    StoredTensor,
+    check_index,
+    read_header,
+    read_json,
+    shard_files,
+)
 from dsv2quant.text.chat import Templates
 from dsv2quant.text.tokenizer import Tokenizer, bos_note, check_tokenizer, stop_ids
 
@@ -47,10 +55,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8}
 _TORCH = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8", "I32": "int32",
-    "I64": "int64",
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "I8": "int8", "I32": "int32", "I64": "int64",
 }  # fmt: skip
 
 
@@ -88,8 +95,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def as_source(self) -> HfCheckpoint:
-        """Itself, where it can be converted. Raises InputError for what is only measured: a GGUF file, or what is
-        quantized already, save by DeepSeek's own FP8 blocks."""
+        """Itself, where it can be converted. Raises InputError for a GGUF file and schemes that are no SOURCES."""
 
     @property
     @abstractmethod
@@ -177,8 +183,8 @@ class Checkpoint(ABC):
         return buffer
 
     def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
-        """A whole tensor in its shape: BF16 as its bits (uint16), F8_E4M3 as its codes (uint8)."""
-        return self.read(tensor, buffer=buffer).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
+        """A whole tensor in its shape, as `HELD_AS` has its dtype: BF16 as its bits (uint16), FP8 as its codes."""
+        return self.read(tensor, buffer=buffer).view(HELD_AS[tensor.dtype]).reshape(tensor.shape)
 
     def tensor(self, part: StoredTensor, device: str = "cpu") -> torch.Tensor:
         """A part with its bytes unchanged, in its own dtype."""
@@ -198,9 +204,9 @@ class Checkpoint(ABC):
                 raise InputError(f"{part.name} is {scale.item()}", where=self.model, fix=fix)
         return torch.cat(scales) if scales else None
 
-    def not_finite(self, weight: Weight, index: Sequence[int]) -> InputError:
-        """The error to raise where `weight` is NaN or infinite, or would be in BF16."""
-        what = f"{weight.stored.name} is NaN, infinite or beyond BF16's range at {list(index)}"
+    def not_finite(self, weight: Weight, index: Sequence[int], part: str | None = None) -> InputError:
+        """The error to raise where a weight, or the part that is named, is NaN or infinite, or would be in BF16."""
+        what = f"{part or weight.spec.name} is NaN, infinite or beyond BF16's range at {list(index)}"
         where, _ = self._path_and_start(weight.stored.file)
         return InputError(what, where=where, fix="the checkpoint is damaged: get it again")
 
@@ -289,6 +295,10 @@ class HfCheckpoint(Checkpoint):
             raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
         return self
 
+    def arrays(self, weight: Weight, buffer: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """What is stored of a weight by suffix, as `HELD_AS` has its dtypes, its codes in `buffer` if one is given."""
+        return {s: self.array(part, buffer if part is weight.stored else None) for s, part in weight.parts.items()}
+
     def language_model(self) -> HfCheckpoint:
         """The language model of a multimodal one, alone and under the published names."""
         if self.whole is None:
@@ -299,10 +309,10 @@ class HfCheckpoint(Checkpoint):
 
     def encodable(self, weight: Weight, buffer: np.ndarray | None = None) -> np.ndarray:
         """A source's weight as codecs take it: BF16 bits (uint16), or float32 for every other scheme and dtype.
-        `buffer` has the stored weight's size and may hold the result."""
-        stored = weight.stored
-        arrays = {s: self.array(part, buffer if part is stored else None) for s, part in weight.parts.items()}
-        return SOURCES[weight.scheme](arrays)
+        `buffer` has the size of the weight's codes and may hold the result. Raises InputError as `decode`."""
+        if weight.scheme in DECODERS:
+            return DECODERS[weight.scheme](self.arrays(weight, buffer))
+        return self.decode(weight, torch_dtype("F32")).numpy()
 
     @property
     def inputs(self) -> list[Path]:

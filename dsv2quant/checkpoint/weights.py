@@ -21,8 +21,10 @@ from dsv2quant.arch.multimodal import Multimodal, Names
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.errors import InputError, listing
 from dsv2quant.formats.codec import Codec
+from dsv2quant.formats.declared import contradiction, left_out, unread
+from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.int4 import GROUP_INDEX, PACKED, ZERO_POINT
-from dsv2quant.formats.quant_config import contradiction, kv_scale_parts, unread
+from dsv2quant.formats.quant_config import kv_scale_parts
 from dsv2quant.storage.safetensors import PLAIN_DTYPES, Part, StoredTensor, stored_tensors
 
 BLOCKS = "blocks"  # the suffix of a GGUF weight's bytes, uint8 [rows, bytes]
@@ -92,6 +94,10 @@ def check_quantization(quantization: Mapping[str, Any] | None, where: object) ->
     if method not in ("fp8", "compressed-tensors", "gptq", "awq"):
         what = f"is quantized with {method!r}"
         raise InputError(what, where=where, fix="give the unquantized checkpoint, or a block-FP8 one")
+    blocks = quantization.get("weight_block_size")
+    if method == "fp8" and blocks not in (None, [BLOCK, BLOCK]):
+        what = f"is FP8 in blocks of {blocks!r}"
+        raise InputError(what, where=where, fix=f"only {[BLOCK, BLOCK]} is read: give the unquantized checkpoint")
     if method == "compressed-tensors" and (unknown := unread(quantization)):
         fix = "it is not read: give the checkpoint it was made from"
         raise InputError(f"quantization_config has {unknown}", where=f"{where}/config.json", fix=fix)
@@ -290,14 +296,19 @@ def _is_quantization(name: str) -> bool:
 
 
 def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | None, where: object) -> None:
-    """Raise InputError where compressed-tensors' configuration contradicts an INT4 weight."""
-    if quantization is None or quantization.get("quant_method") != "compressed-tensors":
+    """Raise InputError where the configuration contradicts a quantized weight."""
+    if quantization is None:
         return
+    is_left_out = left_out(quantization)
     for weight in weights:
-        if PACKED not in weight.parts:
+        if weight.scheme == "bf16":
             continue
-        groups = weight.parts["weight_scale"].shape[1]
-        wrong = contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
+        wrong = None
+        if is_left_out(weight.spec.module):
+            wrong = "is quantized, but quantization_config lists it as left out"
+        elif PACKED in weight.parts:
+            groups = weight.parts["weight_scale"].shape[1]
+            wrong = contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
         if wrong is not None:
             fix = "weights and config.json must be of one publication: get both again"
             raise InputError(f"{weight.spec.module} {wrong}", where=where, fix=fix)
@@ -350,7 +361,10 @@ def _weight(spec: TensorSpec, tensors: Mapping[str, StoredTensor], codecs: Seque
 
 
 def _fits(part: Part, stored: StoredTensor) -> bool:
-    """Whether a stored tensor is this part; scales may have any plain dtype."""
-    return stored.shape == part.shape and (
-        stored.dtype == part.dtype or (stored.dtype in PLAIN_DTYPES and part.dtype in PLAIN_DTYPES)
-    )
+    """Whether a stored tensor is this part; scales may have any plain dtype, those of FP8 e8m0 as well."""
+    dtypes: tuple[str, ...] = (part.dtype,)
+    if part.dtype in PLAIN_DTYPES:
+        dtypes = (*PLAIN_DTYPES, "F8_E8M0") if part.dtype == "F32" else PLAIN_DTYPES
+    elif part.suffix == "weight_shape":
+        dtypes = ("I64", "I32")  # the latter in Kimi-K2-Thinking
+    return stored.shape == part.shape and stored.dtype in dtypes

@@ -10,7 +10,7 @@ import click
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
 
-SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "fused")
+SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "gqa", "fused")
 TUNED = ("fp8", "int4")
 RANDOM = ("v2", "v2-lite")  # models of random weights
 SCHEMES = ("int4-mixed", "fp8-block", "bf16")

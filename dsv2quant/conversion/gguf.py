@@ -22,11 +22,13 @@ import numpy as np
 from dsv2quant.arch.spec import K_B, V_B
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
-from dsv2quant.conversion.sink import Sink, check_stored
+from dsv2quant.conversion.sink import Sink, check_decoded, check_stored
 from dsv2quant.errors import InputError, PlanViolation
+from dsv2quant.formats.codec import as_float32
 from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
+from dsv2quant.formats.int4 import PACKED, unpack_codes
 from dsv2quant.planning.gguf_metadata import model_metadata
 from dsv2quant.planning.gguf_plan import Entry, GgufPlan, lay_out
 from dsv2quant.progress import Progress
@@ -144,18 +146,31 @@ class GgufFiles(Sink):
         """Read a piece and encode it, to be written from byte `begin` on; with what fills the tensor up behind it."""
         entry = piece.entry
         row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
-        for rows in read_rows(self.plan.checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
-            data = _encode_rows(piece, rows, importance, self._device)
-            if data.dtype != np.uint8 or data.shape != (len(rows), row_bytes):
-                what = f"{data.dtype} {list(data.shape)} came, uint8 {[len(rows), row_bytes]} was planned"
+        for count, data, is_held in self._blocks(piece, importance):
+            if data.dtype != np.uint8 or data.shape != (count, row_bytes):
+                what = f"{data.dtype} {list(data.shape)} came, uint8 {[count, row_bytes]} was planned"
                 raise PlanViolation(f"{self.out}: {entry.name} as {entry.type}: {what}")
-            if not blocks.holds(entry.type, rows, data):
+            if not is_held:
                 what = f"{piece.weight.spec.name} has values too large for {entry.type}"
                 raise InputError(what, where=self.plan.checkpoint.model, fix="give it a wider type by --tensor-type")
             yield begin, data.reshape(-1)
             begin += data.nbytes
         if padding:
             yield begin, np.zeros(padding, np.uint8)
+
+    def _blocks(self, piece: Piece, importance: np.ndarray | None) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """(rows, their blocks, whether these hold all values) of a piece, a part after the other."""
+        kind, checkpoint = piece.entry.type, self.plan.checkpoint
+        if self.plan.keeps(piece.entry, piece.weight):
+            arrays = checkpoint.arrays(piece.weight)
+            for suffix, stored in arrays.items():
+                check_stored(checkpoint, piece.weight, piece.weight.parts[suffix], stored.reshape(-1), 0)
+            data = blocks.of_int4(unpack_codes(arrays[PACKED]), as_float32(arrays["weight_scale"]))
+            yield len(data), data, blocks.first_bad_block(kind, data) is None
+            return
+        for rows in read_rows(checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
+            data = _encode_rows(piece, rows, importance, self._device)
+            yield len(rows), data, blocks.holds(kind, rows, data)
 
 
 def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:
@@ -260,7 +275,7 @@ def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, we
     cols, part = weight.spec.shape[-1], weight.stored
     if weight.scheme != "bf16":
         values = checkpoint.encodable(weight)
-        check_stored(checkpoint, weight, part, values.reshape(-1), 0)
+        check_decoded(checkpoint, weight, values)
         yield values
         return
     width = part.nbytes // weight.spec.size

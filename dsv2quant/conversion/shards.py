@@ -22,9 +22,9 @@ from dsv2quant.checkpoint.checkpoint import Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink, check_stored
 from dsv2quant.errors import InputError, PlanViolation, listing
-from dsv2quant.formats.codec import NonFiniteError, TooLargeError, too_large
-from dsv2quant.formats.e4m3 import E4M3_VALUES
+from dsv2quant.formats.codec import NonFiniteError, TooLargeError, as_float32, too_large
 from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning.kept import POWERS_OF_TWO
 from dsv2quant.planning.plan import Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
@@ -157,7 +157,8 @@ class Folder(Sink):
                 continue
             outputs = [output for entry in step.entries for output in entry.outputs if output.nbytes]
             spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
-            encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out
+            decoded = sum(2 * 4 * entry.spec.size for entry in step.entries if entry.weight.scheme != "bf16")
+            encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out + decoded
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
         for copy in self.plan.copies:
             yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
@@ -172,15 +173,23 @@ class Folder(Sink):
     def _copy(
         self, part: StoredTensor, begin: int, nbytes: int, at: int, weight: Weight | None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Read bytes of a stored tensor, and check that those of a weight are finite."""
-        checkpoint = self.plan.checkpoint
-        data = checkpoint.read(part, begin, nbytes)
+        """Read bytes of a stored tensor, and check those of a weight."""
+        data = self.plan.checkpoint.read(part, begin, nbytes)
         if weight is not None:
             values = data.view(HELD_AS[part.dtype])
-            first = begin // values.itemsize
-            values = E4M3_VALUES[values] if part.dtype == "F8_E4M3" else values
-            check_stored(checkpoint, weight, part, values, first)
+            self._check_part(weight, part, values, begin // values.itemsize)
         yield at, data
+
+    def _check_part(self, weight: Weight, part: StoredTensor, stored: np.ndarray, begin: int) -> None:
+        """Raise InputError where a part of a weight, flat from element `begin` on, is not finite, or scales that the
+        artifact declares to be powers of two are not."""
+        checkpoint = self.plan.checkpoint
+        check_stored(checkpoint, weight, part, stored, begin)
+        declared = self.plan.config["quantization_config"].get("scale_fmt") == POWERS_OF_TWO
+        if declared and part is weight.parts.get("weight_scale_inv") and (np.frexp(as_float32(stored))[0] != 0.5).any():
+            what = f"{part.name} is no power of two, as scale_fmt of quantization_config says: {POWERS_OF_TWO}"
+            fix = "consumers would round it: take scale_fmt out of config.json, or get the checkpoint again"
+            raise InputError(what, where=checkpoint.model, fix=fix)
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read and encode, or fetch what calibration encoded."""
@@ -202,27 +211,38 @@ class Folder(Sink):
                 yield places[output.name], array.reshape(-1).view(np.uint8)
 
     def _encoded(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
-        checkpoint, prepared = self.plan.checkpoint, self._prepared
-        sizes = [entry.weight.stored.nbytes for entry in entries]
-        buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
-        weights = [
-            prepared.smoothing.apply(entry.spec, checkpoint.encodable(entry.weight, buffer))
-            for entry, buffer in zip(entries, buffers, strict=True)
-        ]
-        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
         try:
-            encoded = CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
+            encoded = [self._kept(entry) for entry in entries] if entries[0].is_kept else self._chosen(entries)
         except NonFiniteError as error:
-            raise checkpoint.not_finite(entries[error.which].weight, error.index) from None
+            raise self.plan.checkpoint.not_finite(entries[error.which].weight, error.index) from None
         except TooLargeError as error:
             entry = entries[error.which]
             raise too_large(entry.spec.module, entry.scheme) from None
         if len(encoded) != len(entries):
             raise PlanViolation(f"{entries[0].spec.name}: {len(encoded)} weights came, {len(entries)} were planned")
         return [
-            {checkpoint.names.stored(entry.spec.part_name(suffix)): array for suffix, array in parts.items()}
+            {self.plan.checkpoint.names.stored(entry.spec.part_name(suffix)): array for suffix, array in parts.items()}
             for entry, parts in zip(entries, encoded, strict=True)
         ]
+
+    def _kept(self, entry: Entry) -> dict[str, np.ndarray]:
+        """The source's codes and scales in the scheme's layout."""
+        arrays = self.plan.checkpoint.arrays(entry.weight)
+        for suffix, stored in arrays.items():
+            self._check_part(entry.weight, entry.weight.parts[suffix], stored.reshape(-1), 0)
+        return CODECS[entry.scheme].kept(arrays)
+
+    def _chosen(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
+        """The codes that the method chooses."""
+        prepared = self._prepared
+        sizes = [entry.weight.stored.nbytes for entry in entries]
+        buffers = np.split(_scratch.take(sum(sizes)), np.cumsum(sizes)[:-1])
+        weights = [
+            prepared.smoothing.apply(entry.spec, self.plan.checkpoint.encodable(entry.weight, buffer))
+            for entry, buffer in zip(entries, buffers, strict=True)
+        ]
+        inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
+        return CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
 
 
 def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: Statistics | None) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.errors import InputError, listing
-from dsv2quant.formats.codec import NonFiniteError, check_finite
+from dsv2quant.formats.codec import NonFiniteError, as_float32, check_finite
+from dsv2quant.formats.e4m3 import E4M3_VALUES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import (
     HASHED_AT_ONCE,
@@ -252,13 +253,26 @@ class Sink(ABC):
         return self._is_refused
 
 
-def check_stored(checkpoint: Checkpoint, weight: Weight, part: StoredTensor, values: np.ndarray, begin: int) -> None:
-    """Raise InputError where `values`, flat, which begin at element `begin` of a weight's part, are not finite."""
+def check_decoded(checkpoint: Checkpoint, weight: Weight, values: np.ndarray) -> None:
+    """Raise InputError where a weight's float32 values are not finite."""
     try:
         check_finite(values)
     except NonFiniteError as error:
+        raise checkpoint.not_finite(weight, error.index) from None
+
+
+def check_stored(checkpoint: Checkpoint, weight: Weight, part: StoredTensor, stored: np.ndarray, begin: int) -> None:
+    """Raise InputError where `stored`, flat, as `HELD_AS` has its dtype, which begins at element `begin` of a weight's
+    part, holds what is not finite."""
+    if part.dtype in ("I8", "I32", "I64"):
+        return
+    if part.dtype == "F8_E4M3":
+        stored = E4M3_VALUES[stored]
+    try:
+        check_finite(stored if part.dtype == "BF16" else as_float32(stored))
+    except NonFiniteError as error:
         index = np.unravel_index(begin + error.index[0], part.shape)
-        raise checkpoint.not_finite(weight, [int(i) for i in index]) from None
+        raise checkpoint.not_finite(weight, [int(i) for i in index], part.name) from None
 
 
 def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:

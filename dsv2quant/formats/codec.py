@@ -7,13 +7,14 @@ the scheme's rows in the consumers' table (planning/consumers.py). Nobody else a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dsv2quant.errors import InputError
+from dsv2quant.formats.e4m3 import E8M0_VALUES
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -148,6 +149,14 @@ class Codec(Protocol):
         Raises NonFiniteError, and TooLargeError where the scheme's scales have a narrower range than BF16.
         """
 
+    def keeps(self, scheme: str, suffixes: Collection[str]) -> bool:
+        """Whether a weight that has these parts in a scheme is on this one's grid, so that `kept` is without loss but
+        for scales of a wider dtype."""
+
+    def kept(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The codes and scales of such a weight, which is finite, in this layout; scales are rounded to the dtype that
+        they are stored in here. Raises TooLargeError."""
+
     def encode_tensor(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What `encode` makes by `rtn` of a finite weight [out, in], BF16 or float32, which shares no scale, on its
         device. Raises ValueError where it can't."""
@@ -161,7 +170,7 @@ class Codec(Protocol):
 
 class EveryShape:
     """What codecs have alike that take weights of every shape, in no groups of columns, layouts or parts but their
-    own."""
+    own, and know no other scheme of their grid."""
 
     name: str
     integers = None
@@ -175,6 +184,12 @@ class EveryShape:
 
     def others(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return ()
+
+    def keeps(self, scheme: str, suffixes: Collection[str]) -> bool:
+        return False
+
+    def kept(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise ValueError(f"{self.name} keeps nothing")
 
 
 class Bf16(EveryShape):
@@ -253,6 +268,13 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 def widened(weight: np.ndarray) -> np.ndarray:
     """BF16 bits (uint16) or float32 → float32."""
     return weight if weight.dtype == np.float32 else (weight.astype(np.uint32) << 16).view(np.float32)
+
+
+def as_float32(numbers: np.ndarray) -> np.ndarray:
+    """Numbers as they are stored, BF16 bits (uint16), e8m0 codes (uint8), float16 or float32 → float32."""
+    if numbers.dtype == np.uint16:
+        return widened(numbers)
+    return E8M0_VALUES[numbers] if numbers.dtype == np.uint8 else numbers.astype(np.float32, copy=False)
 
 
 def loaded(scales: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The numbers of FP8 (e4m3): values, scales and blocks."""
+"""The numbers of FP8 (e4m3): values, scales and blocks; and e8m0, which some store block scales in."""
 
 from __future__ import annotations
 
@@ -59,4 +59,11 @@ def _e4m3_values() -> np.ndarray:
     return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
 
 
+def _e8m0_values() -> np.ndarray:
+    """The 256 values of e8m0 (OCP microscaling formats; 'ue8m0' in DeepSeek's configurations): 2^(code − 127), a
+    subnormal number for 0; 255 is NaN."""
+    return np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)).astype(np.float32)
+
+
 E4M3_VALUES = _e4m3_values()
+E8M0_VALUES = _e8m0_values()

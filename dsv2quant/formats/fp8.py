@@ -15,12 +15,12 @@ from the largest magnitude that calibration saw. `static` is compressed-tensors'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dsv2quant.formats.codec import EveryShape, Inputs, check_finite, config_group, eight_bits, loaded
+from dsv2quant.formats.codec import EveryShape, Inputs, as_float32, check_finite, config_group, eight_bits, loaded
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, E4M3_VALUES, Grid, decode_e4m3, expand_blocks, scale_of, scales_of
 from dsv2quant.storage.safetensors import Part
 
@@ -81,6 +81,13 @@ class Fp8(EveryShape):
         elif self.grid == "channel":
             scales = scales[begin:end]
         return {"weight": parts["weight"][begin:end], self.scale_suffix: scales}
+
+    def keeps(self, scheme: str, suffixes: Collection[str]) -> bool:
+        """Its own, where no others share its scale: the scales of others may be BF16, float16 or e8m0."""
+        return scheme == self.name and not self.shares_scale
+
+    def kept(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"weight": parts["weight"], self.scale_suffix: as_float32(parts[self.scale_suffix])}
 
     def encode(
         self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()

@@ -18,7 +18,7 @@ Files of others are read with what ours never have:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from dsv2quant.formats.codec import (
     Inputs,
     Integers,
     TooLargeError,
+    as_float32,
     check_finite,
     config_group,
     eight_bits,
@@ -50,6 +51,15 @@ def pack_words(nibbles: np.ndarray) -> np.ndarray:
     """uint8 [rows, cols], 0 … 15 → int32 [rows, cols / 8], the first of eight in the lowest bits."""
     nibbles = np.ascontiguousarray(nibbles)
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(np.int32)
+
+
+def unpack_codes(packed: np.ndarray) -> np.ndarray:
+    """int32 [rows, cols / 8] of `weight_packed` → codes, int8 [rows, cols], −8 … 7."""
+    pairs = np.ascontiguousarray(packed).view(np.int8)
+    codes = np.empty((len(pairs), 2 * pairs.shape[1]), np.int8)
+    codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4 & 15
+    codes -= OFFSET
+    return codes
 
 
 def unpack_words(words: torch.Tensor, nibbles: Sequence[int] = range(PER_WORD)) -> torch.Tensor:
@@ -140,6 +150,16 @@ class Int4:
         words = slice(begin // PER_WORD, -(-end // PER_WORD))
         cut = {PACKED: slice(begin, end), "weight_scale": slice(begin, end), ZERO_POINT: words}
         return {suffix: part[cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
+
+    def keeps(self, scheme: str, suffixes: Collection[str]) -> bool:
+        """The symmetric weights of `int4-*` with groups as large, in order."""
+        return scheme == Int4(self.group_size).name and not {ZERO_POINT, GROUP_INDEX} & set(suffixes)
+
+    def kept(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        scales = as_float32(parts["weight_scale"])
+        if not self.holds(np.abs(scales)):
+            raise TooLargeError(0)
+        return self.pack(unpack_codes(parts[PACKED]), np.copysign(self.storable(np.abs(scales)), scales))
 
     def encode(
         self, weights: Sequence[np.ndarray], device: str = "cpu", method: str = "rtn", inputs: Sequence[Inputs] = ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dsv2quant.formats.codec import F32, Bf16, Codec, widened
+from dsv2quant.formats.codec import F32, Bf16, Codec, as_float32
 from dsv2quant.formats.fp8 import Fp8, decode_block_to_float32
 from dsv2quant.formats.int4 import W4A8, Int4
 from dsv2quant.formats.int8 import Int8
@@ -24,17 +24,17 @@ CODECS: dict[str, Codec] = {
 UNQUANTIZED = frozenset(name for name, codec in CODECS.items() if codec.quant_method is None)
 
 
+def _blocks(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    return decode_block_to_float32(parts["weight"], as_float32(parts["weight_scale_inv"]))
+
+
 def _plain(parts: Mapping[str, np.ndarray]) -> np.ndarray:
     (stored,) = parts.values()
-    return stored if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
+    return stored if stored.dtype == np.uint16 else as_float32(stored)
 
 
-def _blocks(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    scales = parts["weight_scale_inv"]
-    wide = widened(scales) if scales.dtype == np.uint16 else scales.astype(np.float32, copy=False)
-    return decode_block_to_float32(parts["weight"], wide)
-
-
-# The schemes of a source: stored parts by suffix (BF16 as bits, F8_E4M3 as codes) → the weight as codecs take it, BF16
-# bits (uint16) or float32, without torch.
-SOURCES: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {"bf16": _plain, "fp8-block": _blocks}
+# The schemes that a weight can be quantized from.
+SOURCES = frozenset({"bf16", "fp8-block", "fp8-channel", "int4-g128", "int4-g64", "int4-g32", "int4-channel"})
+# Of those that are decoded without torch: stored parts by suffix, as `HELD_AS` has them → the weight as codecs take it,
+# BF16 bits (uint16) or float32.
+DECODERS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {"bf16": _plain, "fp8-block": _blocks}

@@ -14,8 +14,8 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
+from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
-from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
 from dsv2quant.model.cache import Cache

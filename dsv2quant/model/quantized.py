@@ -17,9 +17,9 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.fp8 import INPUT_SCALE
-from dsv2quant.formats.quant_config import activations_quantized
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import gguf_layout, int4_layout, ops, reference
 from dsv2quant.kernels.gguf_layout import GgufWeight

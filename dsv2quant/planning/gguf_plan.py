@@ -6,8 +6,9 @@ Whether what a plan was asked for takes effect: types for tensors, and an import
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from dsv2quant.arch.decoder import architecture
-from dsv2quant.arch.spec import GgufTensor
+from dsv2quant.arch.spec import K_B, V_B, GgufTensor
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
@@ -89,6 +90,11 @@ class GgufPlan:
     def parameters(self) -> int:
         return sum(weight.spec.size for weight in self.checkpoint.weights)
 
+    def keeps(self, entry: Entry, weight: Weight) -> bool:
+        """Whether the codes and scales of a weight of this tensor stay as the source has them, on the type's grid."""
+        as_stored = entry.tensor.kind not in (K_B, V_B) and weight.spec.gguf_heads is None
+        return as_stored and blocks.keeps(entry.type, weight.scheme, weight.parts)
+
     def importance(self, tensor: GgufTensor) -> np.ndarray | None:
         """float32 [matrices, cols], or None without an importance matrix of this tensor."""
         found = self.options.imatrix
@@ -126,7 +132,10 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
             what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
             raise UsageError(what, fix="give another type")
     notes = [*warnings(checkpoint), *importance_notes(entries, options.file_type, options.imatrix)]
-    return GgufPlan(checkpoint, options, entries, tuple(notes))
+    plan = GgufPlan(checkpoint, options, entries, tuple(notes))
+    kept = Counter(x.type for x in entries for spec in x.tensor.specs if plan.keeps(x, plan.weights[spec.name]))
+    notes += [f"{n} matrices keep the codes and scales that the source has, as {kind}" for kind, n in kept.items()]
+    return replace(plan, notes=tuple(notes))
 
 
 def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int | None = None) -> list[File]:

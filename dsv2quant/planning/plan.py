@@ -23,6 +23,7 @@ from dsv2quant.formats.quant_config import Within, kv_scale_parts, one_method, q
 from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import Parallel
+from dsv2quant.planning.kept import POWERS_OF_TWO, has_powers_of_two, mark_kept
 from dsv2quant.planning.recipe import CALIBRATED, MEASURED, Recipe
 from dsv2quant.planning.smoothing import smoothing_pairs
 from dsv2quant.storage.safetensors import DEFAULT_SHARD_SIZE, SINGLE_FILE, Output, Part, Shard, StoredTensor, aligned
@@ -77,6 +78,11 @@ class Entry:
         stored = [(part.dtype, part.shape) for part in self.weight.parts.values()]
         same = self.scheme == self.weight.scheme and self.method == "rtn"
         return same and stored == [(o.dtype, o.shape) for o in self.outputs]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the source's codes and scales stay, be it in another layout: it has them on the scheme's grid."""
+        return self.method == "rtn" and CODECS[self.scheme].keeps(self.weight.scheme, self.weight.parts)
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,7 @@ def make_plan(
     where = f"recipe {recipe.name}"
     stored = {weight.spec: weight.scheme for weight in checkpoint.weights}
     schemes = choose_schemes(stored, recipe, chosen, parallel, stored)
+    mark_kept(checkpoint.weights, schemes)
     _check_prediction(schemes, where)
     _mark_folded(checkpoint, recipe, schemes)
     planned = {weight.spec: schemes[weight.spec][0] for weight in checkpoint.weights}
@@ -210,6 +217,9 @@ def make_plan(
         what = "its artifact can't declare KV-cache scales"
         raise InputError(what, where=where, fix="take a recipe in the compressed-tensors or AutoFP8 layout")
     entries = tuple(_line(weight, *schemes[weight.spec], kv_parts, checkpoint.names) for weight in checkpoint.weights)
+    blocks = [entry.is_kept for entry in entries if entry.scheme == "fp8-block"]
+    if quantization is not None and has_powers_of_two(checkpoint.config.quantization, blocks):
+        quantization["scale_fmt"] = POWERS_OF_TWO
     steps, copies, shards = _lay_out(entries, checkpoint.others, chosen, max_shard_size)
     config = _out_config(checkpoint, quantization)
     return Plan(checkpoint, recipe, chosen, parallel, entries, steps, shards, config, copies)

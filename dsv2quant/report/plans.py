@@ -20,6 +20,7 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning import recipe as recipes
 from dsv2quant.planning.consumers import ENGINES, Parallel
+from dsv2quant.planning.kept import kept_notes
 from dsv2quant.planning.plan import Entry, Plan, choose_schemes
 from dsv2quant.planning.recipe import Recipe, spelled
 from dsv2quant.planning.rules import NEEDS
@@ -115,6 +116,7 @@ def notes(plan: Plan) -> list[str]:
     for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
             found.append(f"{target}: {scheme} needs {needed}")
+    found += kept_notes((entry.weight, entry.scheme, entry.is_kept) for entry in plan.entries)
     found += _finer_groups(plan)
     share = config.moe_intermediate_size // plan.parallel.experts_over
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)

@@ -314,10 +314,10 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-# How encoded parts hold the bits of those that occur in artifacts.
+# How arrays hold the bits of those that weights' parts may have.
 HELD_AS = {
-    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "I8": np.int8, "I32": np.int32,
-    "I64": np.int64,
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8, "I8": np.int8,
+    "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 

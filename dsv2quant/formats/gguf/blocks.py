@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 import numpy as np
@@ -9,6 +10,7 @@ from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.cpu import amax_bits
 from dsv2quant.formats.gguf import kquants, legacy
+from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
 # What can be encoded. ggml/src/ggml-common.h: the static_asserts beside each block's struct.
@@ -107,6 +109,22 @@ def decode(name: str, data: np.ndarray) -> np.ndarray:
     for first in range(0, len(data), _ROWS):  # the library would hold everything twice
         out[first : first + _ROWS] = dequantize(name, data[first : first + _ROWS])
     return out
+
+
+def keeps(name: str, scheme: str, suffixes: Collection[str]) -> bool:
+    """Whether a weight that has these parts in a scheme is on a type's grid, so that `of_int4` is without loss."""
+    return name == "Q4_0" and CODECS["int4-g32"].keeps(scheme, suffixes)
+
+
+def of_int4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Q4_0 of codes (int8 [rows, cols], −8 … 7) and scales (float32 [rows, cols / 32]), which are rounded to float16:
+    those in BF16 are float16's from 2^-17 to 65504."""
+    nibbles = (codes + np.int8(8)).view(np.uint8).reshape(*scales.shape, 2, 16)
+    data = np.empty((*scales.shape, SIZES["Q4_0"].bytes), np.uint8)
+    with np.errstate(over="ignore"):  # `first_bad_block` finds infinity
+        data[..., :2] = scales.astype(np.float16)[..., None].view(np.uint8)
+    data[..., 2:] = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
+    return data.reshape(len(codes), -1)
 
 
 def holds(name: str, x: np.ndarray, data: np.ndarray) -> bool:
