@@ -325,7 +325,7 @@ def _line(
     spec = weight.spec
     parts = CODECS[scheme].layout(spec.shape)
     outputs = tuple(Output(names.stored(spec.part_name(p.suffix)), p.dtype, p.shape, p.nbytes) for p in parts)
-    if spec.role in CACHING_ROLES:
+    if spec.role in CACHING_ROLES and not spec.is_prediction:  # calibration sees no cache of such a layer
         at = names.stored(spec.parent)
         outputs += tuple(Output(f"{at}.{p.suffix}", p.dtype, p.shape, p.nbytes) for p in kv_parts)
     return Entry(weight, scheme, method, reason, outputs)
