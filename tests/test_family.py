@@ -199,3 +199,13 @@ def test_what_is_said_of_biases_is_not_said_of_llama(tmp_path):
 def test_reasons_name_the_share(tmp_path):
     made = plan(opened("deepseek-llm-67b", tmp_path), "fp8-block", for_targets=["vllm"], tp=8)
     assert reasons(made, "dense.down_proj") == {"vllm: columns, 22016 / tp 8 = 2752, must be a multiple of 128"}
+
+
+def test_a_gguf_file_is_verified_without_the_layers_for_prediction(tmp_path, cli):
+    model = tiny.write_checkpoint(tmp_path / "model", tiny.V3 | {"vocab_size": 4096, "num_hidden_layers": 2})
+    assert cli("convert", model, "--gguf", "Q8_0", "-q", "-o", tmp_path / "model.gguf").code == 0
+    ran = cli("verify", tmp_path / "model.gguf", "--source", model, "-q")
+    assert ran.code == 0, ran.err
+    # An artifact in the same layout has them.
+    assert cli("convert", model, "--fp8=channel", "-q", "-o", tmp_path / "out").code == 0
+    assert cli("verify", tmp_path / "out", "--source", model, "-q").code == 0
