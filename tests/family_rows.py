@@ -74,10 +74,11 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
     write(model, small(config))
     said = dict.fromkeys(COLUMNS, "")
 
-    def run(column: str, *words: object) -> None:
+    def run(column: str, *words: object) -> bool:
         ran = cli(*words)
         if ran.code:
             said[column] = said[column] or f"{words[0]}: {ran.err.strip().splitlines()[-1]}"
+        return not ran.code
 
     run("plan", "plan", model, "--fp8=channel")
     for column, options in ARTIFACTS.items():
@@ -90,7 +91,8 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
             if as_deep(config) != small(config):
                 model = write(folder / "deep", as_deep(config))
         calibrated = ("--calibration", text) if CALIBRATION[0] in options else ()
-        run(column, "convert", model, *options, *calibrated, "-q", "-o", out)
+        if not run(column, "convert", model, *options, *calibrated, "-q", "-o", out):
+            continue
         run("verify", "verify", out, "--source", model, "-q")
         run("eval-ppl", "eval-ppl", out, "--text", text, "--ctx", "32", "--limit", "2", "-q")
         run("generate", "generate", out, "--prompt", "The", "--max-new-tokens", "4", "-q")
@@ -105,6 +107,7 @@ def ticks(said: Mapping[str, str]) -> list[str]:
 def with_rows(page: str, rows: Mapping[str, list[str]]) -> str:
     """The page with these rows of its table."""
     for name, cells in rows.items():
-        page, found = re.subn(rf"(?m)^\| {re.escape(name)} \|.*$", f"| {name} | {' | '.join(cells)} |", page)
+        line = rf"(?m)^\| {re.escape(name)} \|(?:[^|\n]*\|){{{len(COLUMNS)}}}$"
+        page, found = re.subn(line, f"| {name} | {' | '.join(cells)} |", page)
         assert found == 1, f"docs/family.md has no row {name}"
     return page
