@@ -76,10 +76,11 @@ class LlamaCpp:
 
     def _run(self, tool: str, *words: object) -> str:
         command = [str(self._tools / f"llama-{tool}"), *map(str, words)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        printed = ran.stdout.decode(errors="replace")  # it cuts long values within characters
         if ran.returncode:
-            sys.exit(f"llama-{tool} failed:\n{ran.stdout[-2000:]}")
-        return ran.stdout
+            sys.exit(f"llama-{tool} failed:\n{printed[-2000:]}")
+        return printed
 
 
 def respell(folder: Path) -> None:
@@ -154,17 +155,18 @@ def beside_llm_compressor(model: Path, table: Table, options: argparse.Namespace
 
 
 def beside_llama_cpp(model: Path, table: Table, options: argparse.Namespace) -> None:
-    llama, out = LlamaCpp(options.llama_cpp, model, options.scratch), options.scratch / "out.gguf"
-    llama.quantize(out)
-    table.add("llama.cpp", MIX, LLAMA_CPP, out, theirs=llama.divergence(out))
-    stock = out.read_bytes()
+    llama = LlamaCpp(options.llama_cpp, model, options.scratch)
+    out, own = options.scratch / "out.gguf", options.scratch / "own.gguf"
     versions = f"dsv2quant {__version__}"
-    dsv2quant.convert(model, out, gguf=MIX, force=True)
-    same = out.read_bytes() == stock
-    table.add("dsv2quant, the same bytes" if same else "dsv2quant", MIX, versions, out)
+    llama.quantize(out)
+    dsv2quant.convert(model, own, gguf=MIX, force=True)
+    same = own.read_bytes() == out.read_bytes()
+    table.add("either, the same bytes" if same else "llama.cpp", MIX, LLAMA_CPP, out, theirs=llama.divergence(out))
+    if not same:
+        table.add("dsv2quant", MIX, versions, own, theirs=llama.divergence(own))
     if open_checkpoint(model).config.is_mla:
-        dsv2quant.convert(model, out, gguf=PRESET, force=True)
-        table.add("dsv2quant", PRESET, versions, out, theirs=llama.divergence(out))
+        dsv2quant.convert(model, own, gguf=PRESET, force=True)
+        table.add("dsv2quant", PRESET, versions, own, theirs=llama.divergence(own))
 
 
 def main() -> None:

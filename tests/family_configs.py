@@ -263,6 +263,21 @@ def small(config: Config) -> Config:
     return config | {"language_config": inner | changes} if "language_config" in config else config | changes
 
 
+def as_deep(config: Config) -> Config:
+    """The small model with all of its layers where llama.cpp tells by them, and once by the vocabulary, that a model
+    has no latents of queries."""
+    inner = language(config)
+    c, made = model_config(inner, "config.json"), small(config)
+    if not c.is_mla or c.q_lora_rank is not None:
+        return made
+    changes: Config = {"num_hidden_layers": c.num_hidden_layers}
+    if c.num_hidden_layers == 48:
+        changes["vocab_size"] = c.vocab_size
+    return (
+        made | {"language_config": made["language_config"] | changes} if "language_config" in made else made | changes
+    )
+
+
 def _narrow(width: int) -> int:
     """A width below 512 that leaves the same behind a division by 256."""
     return width if width < 512 else 256 + width % 256

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
-from family_configs import ROWS, Config, language, small
+from family_configs import ROWS, Config, as_deep, language, small
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
@@ -70,22 +70,29 @@ def tried(name: str, folder: Path, cli: Cli) -> dict[str, str]:
     """By column, '' where all went well and otherwise what was said; artifacts are left in `folder`."""
     model, text = folder / "model", folder / "fox.txt"
     text.write_text("".join(f"The quick brown fox jumps over {i} lazy dogs, once more.\n" for i in range(40)))
-    write(model, small(ROWS[name].config))
+    config = ROWS[name].config
+    write(model, small(config))
     said = dict.fromkeys(COLUMNS, "")
 
-    def run(column: str, *words: object) -> None:
+    def run(column: str, *words: object) -> bool:
         ran = cli(*words)
         if ran.code:
             said[column] = said[column] or f"{words[0]}: {ran.err.strip().splitlines()[-1]}"
+        return not ran.code
 
-    run("plan", "plan", model)
+    run("plan", "plan", model, "--fp8=channel")
     for column, options in ARTIFACTS.items():
         out = folder / column.replace(" ", "-")
+        if column == "FP8 block" and config["architectures"] == ["DeepseekVLV2ForCausalLM"]:
+            options = (*options, "--language-only")  # vLLM would not find what is unquantized of the whole
         if "--gguf" in options:
             out.mkdir()
             out = out / "model.gguf"
+            if as_deep(config) != small(config):
+                model = write(folder / "deep", as_deep(config))
         calibrated = ("--calibration", text) if CALIBRATION[0] in options else ()
-        run(column, "convert", model, *options, *calibrated, "-q", "-o", out)
+        if not run(column, "convert", model, *options, *calibrated, "-q", "-o", out):
+            continue
         run("verify", "verify", out, "--source", model, "-q")
         run("eval-ppl", "eval-ppl", out, "--text", text, "--ctx", "32", "--limit", "2", "-q")
         run("generate", "generate", out, "--prompt", "The", "--max-new-tokens", "4", "-q")
@@ -100,6 +107,7 @@ def ticks(said: Mapping[str, str]) -> list[str]:
 def with_rows(page: str, rows: Mapping[str, list[str]]) -> str:
     """The page with these rows of its table."""
     for name, cells in rows.items():
-        page, found = re.subn(rf"(?m)^\| {re.escape(name)} \|.*$", f"| {name} | {' | '.join(cells)} |", page)
+        line = rf"(?m)^\| {re.escape(name)} \|(?:[^|\n]*\|){{{len(COLUMNS)}}}$"
+        page, found = re.subn(line, f"| {name} | {' | '.join(cells)} |", page)
         assert found == 1, f"docs/family.md has no row {name}"
     return page

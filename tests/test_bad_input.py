@@ -146,7 +146,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
     ("deeply nested config", write_bytes("config.json", b"[" * 100_000), CONVERT, 3, "config.json: not valid JSON"),
     (
         "another architecture",
-        config(architectures=["LlamaForCausalLM"]),
+        config(architectures=["MixtralForCausalLM"]),
         CONVERT,
         3,
         "architectures is",

@@ -11,8 +11,10 @@ from test_plan import fallen, reasons, schemes
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
+from dsv2quant.checkpoint.gguf import GgufCheckpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.evaluation.verify import bytes_compared, check_layout
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.report.plans import notes, warnings
@@ -199,3 +201,14 @@ def test_what_is_said_of_biases_is_not_said_of_llama(tmp_path):
 def test_reasons_name_the_share(tmp_path):
     made = plan(opened("deepseek-llm-67b", tmp_path), "fp8-block", for_targets=["vllm"], tp=8)
     assert reasons(made, "dense.down_proj") == {"vllm: columns, 22016 / tp 8 = 2752, must be a multiple of 128"}
+
+
+def test_verify_misses_no_layer_for_prediction_where_it_has_no_place(tmp_path, monkeypatch):
+    folder = tiny.write_checkpoint(tmp_path / "whole", tiny.V3)
+    without = tiny.random_weights(tiny.V3 | {"num_nextn_predict_layers": 0})
+    lost = open_checkpoint(tiny.write_checkpoint(tmp_path / "lost", tiny.V3, without))
+    with pytest.raises(InputError, match=r"is another model: model.layers.3.eh_proj.weight"):
+        check_layout(lost, open_checkpoint(folder))
+    monkeypatch.setattr(type(lost), "leaves_out_prediction", GgufCheckpoint.leaves_out_prediction)
+    check_layout(lost, open_checkpoint(folder))
+    assert bytes_compared(lost, open_checkpoint(folder)) == bytes_compared(lost, lost)

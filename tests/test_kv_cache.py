@@ -106,7 +106,7 @@ def scaled(lite, tmp_path_factory):
 
 def set_scale(folder, value: float) -> None:
     """Overwrite layer 0's scale of keys."""
-    stored = open_checkpoint(folder).kv_scales[0]
+    (stored,) = open_checkpoint(folder).kv_scales[0]
     path, start = open_checkpoint(folder).data[stored.file]
     with path.open("r+b") as file:
         file.seek(start + stored.begin)

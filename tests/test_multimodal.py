@@ -17,6 +17,8 @@ from multimodal_models import KINDS, Tensors, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dsv2quant.arch.decoder import architecture
+from dsv2quant.arch.families import model_config
 from dsv2quant.arch.multimodal import Names
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.identity import sampled
@@ -69,6 +71,36 @@ def test_the_language_model_is_read(kind, models):
 
 
 CALIBRATION = ["--num-calibration-samples", "4", "--max-seq-length", "32"]
+# Published language models' configurations; of the 7B's these are all keys: LlamaConfig's defaults count.
+VL_7B = {"max_position_embeddings": 16384, "model_type": "llama", "num_hidden_layers": 30, "vocab_size": 102400}
+VL_1_3B = VL_7B | {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 24}
+VL2 = {
+    "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 129280, "hidden_size": 2560, "num_hidden_layers": 30,
+    "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 72, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "first_k_dense_replace": 1, "num_attention_heads": 32, "q_lora_rank": None,
+    "kv_lora_rank": 512, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.0,
+}  # fmt: skip
+OCR = VL2 | {
+    "hidden_size": 1280, "num_hidden_layers": 12, "intermediate_size": 6848, "moe_intermediate_size": 896,
+    "n_routed_experts": 64, "num_attention_heads": 10, "use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0, "v_head_dim": 0, "scoring_func": "softmax", "topk_method": "greedy",
+    "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("around", "inner", "billions"),
+    [
+        ("deepseek-vl", VL_7B, 6.91), ("deepseek-vl", VL_1_3B, 1.65), ("deepseek-vl2", VL2, 27.03),
+        ("deepseek-ocr", OCR, 2.93),
+    ],
+)  # fmt: skip
+def test_published_configurations_have_their_parameters(around, inner, billions):
+    config = model_config(KINDS[around].around(inner), "config.json")
+    assert sum(spec.size for spec in architecture(config).specs()) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
 INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
 
 

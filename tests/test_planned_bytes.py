@@ -58,8 +58,9 @@ def plan_of_one(model: Path, scheme: str, method: str) -> Plan:
     """A matrix in a scheme, whatever consumers say to it, and one in fp8-channel before it."""
     checkpoint = open_checkpoint(model)
     weights = [w for w in checkpoint.weights if w.spec.role == "routed.down_proj"][:2]
-    lines = (_line(weights[0], "fp8-channel", "rtn", None), _line(weights[1], scheme, method, None))
-    steps, shards = _lay_out(lines, ("vllm",), 10**9)
+    planned = ((weights[0], "fp8-channel", "rtn"), (weights[1], scheme, method))
+    lines = tuple(_line(*choice, None, (), checkpoint.names) for choice in planned)
+    steps, _, shards = _lay_out(lines, (), ("vllm",), 10**9)
     return Plan(
         checkpoint, recipe.builtin("fp8-channel"), ("vllm",), Parallel(), lines, steps, shards, checkpoint.raw_config
     )

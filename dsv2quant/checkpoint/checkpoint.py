@@ -92,6 +92,8 @@ class Checkpoint(ABC):
     served_dtype = "bfloat16"
     # Whether activations stay as they are, whatever a consumer does to them.
     is_weight_only = False
+    # Whether layers for multi-token prediction have no place in it.
+    leaves_out_prediction = False
 
     @abstractmethod
     def as_source(self) -> HfCheckpoint:

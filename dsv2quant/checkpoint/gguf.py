@@ -55,6 +55,7 @@ class GgufCheckpoint(Checkpoint):
     # only weights are measured.
     served_dtype = "float32"
     is_weight_only = True
+    leaves_out_prediction = True
 
     @classmethod
     def of_file(cls, path: Path) -> GgufCheckpoint:

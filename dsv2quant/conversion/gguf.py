@@ -145,33 +145,32 @@ class GgufFiles(Sink):
         self, piece: Piece, importance: np.ndarray | None, begin: int, padding: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Read a piece and encode it, to be written from byte `begin` on; with what fills the tensor up behind it."""
-        entry = piece.entry
-        row_bytes = blocks.nbytes(entry.type, entry.tensor.shape[-1:])
-        for count, data, is_held in self._blocks(piece, importance):
-            if data.dtype != np.uint8 or data.shape != (count, row_bytes):
-                what = f"{data.dtype} {list(data.shape)} came, uint8 {[count, row_bytes]} was planned"
-                raise PlanViolation(f"{self.out}: {entry.name} as {entry.type}: {what}")
+        for data, is_held in self._blocks(piece, importance):
             if not is_held:
-                what = f"{piece.weight.spec.name} has values too large for {entry.type}"
+                what = f"{piece.weight.spec.name} has values too large for {piece.entry.type}"
                 raise InputError(what, where=self.plan.checkpoint.model, fix="give it a wider type by --tensor-type")
             yield begin, data.reshape(-1)
             begin += data.nbytes
         if padding:
             yield begin, np.zeros(padding, np.uint8)
 
-    def _blocks(self, piece: Piece, importance: np.ndarray | None) -> Iterator[tuple[int, np.ndarray, bool]]:
-        """(rows, their blocks, whether these hold all values) of a piece, a part after the other."""
+    def _blocks(self, piece: Piece, importance: np.ndarray | None) -> Iterator[tuple[np.ndarray, bool]]:
+        """(blocks of some rows, whether they hold all values) of a piece, a part after the other."""
         kind, checkpoint = piece.entry.type, self.plan.checkpoint
         if self.plan.keeps(piece.entry, piece.weight):
             arrays = checkpoint.arrays(piece.weight)
             for suffix, stored in arrays.items():
                 check_stored(checkpoint, piece.weight, piece.weight.parts[suffix], stored.reshape(-1), 0)
             data = blocks.of_int4(unpack_codes(arrays[PACKED]), as_float32(arrays["weight_scale"]))
-            yield len(data), data, blocks.first_bad_block(kind, data) is None
+            yield data, blocks.first_bad_block(kind, data) is None
             return
         for rows in read_rows(checkpoint, piece, CACHED if self._device == "cpu" else PIECE):
             data = _encode_rows(piece, rows, importance, self._device)
-            yield len(rows), data, blocks.holds(kind, rows, data)
+            row_bytes = blocks.nbytes(kind, rows.shape[-1:])
+            if data.dtype != np.uint8 or data.shape != (len(rows), row_bytes):
+                what = f"{data.dtype} {list(data.shape)} came, uint8 {[len(rows), row_bytes]} was planned"
+                raise PlanViolation(f"{self.out}: {piece.entry.name} as {kind}: {what}")
+            yield data, blocks.holds(kind, rows, data)
 
 
 def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, device: str) -> np.ndarray:

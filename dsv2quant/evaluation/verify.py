@@ -54,7 +54,7 @@ def verify(artifact: Checkpoint, source: Checkpoint | None, device: str, progres
 def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
     """Raise InputError where artifact and source are not the same model."""
     ours = {w.spec.name: w.spec.shape for w in artifact.weights}
-    theirs = {w.spec.name: w.spec.shape for w in source.weights}
+    theirs = {w.spec.name: w.spec.shape for w in _held(source, artifact)}
     if artifact.others:
         ours |= {tensor.name: tensor.shape for tensor in artifact.others}
         theirs |= {tensor.name: tensor.shape for tensor in source.others}
@@ -64,9 +64,14 @@ def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:
         raise InputError(what, where=artifact.model, fix="give the checkpoint it was made from")
 
 
+def _held(source: Checkpoint, artifact: Checkpoint) -> list[Weight]:
+    """The source's weights that such an artifact has."""
+    return [w for w in source.weights if not (w.spec.is_prediction and artifact.leaves_out_prediction)]
+
+
 def bytes_compared(artifact: Checkpoint, source: Checkpoint) -> int:
     """What `compare_tensors` and `compare_others` read."""
-    read = sum(weight.nbytes for checkpoint in (artifact, source) for weight in checkpoint.weights)
+    read = sum(weight.nbytes for weight in (*artifact.weights, *_held(source, artifact)))
     return read + 2 * sum(tensor.nbytes for tensor in artifact.others)
 
 
