@@ -131,7 +131,7 @@ REFUSED = {
     "rope_interleave is false": tiny.V3 | {"rope_interleave": False},
     "has 4 heads of 16": tiny.DEEPSEEK_MOE | {"head_dim": 16},
     "scales RoPE": tiny.DEEPSEEK_MOE | {"rope_scaling": tiny.LLAMA["rope_scaling"]},
-    "norm_topk_prob: llama.cpp's deepseek": tiny.DEEPSEEK_MOE | {"norm_topk_prob": True},
+    "norm_topk_prob (llama.cpp's deepseek model": tiny.DEEPSEEK_MOE | {"norm_topk_prob": True},
     "2 heads of keys for 4 of queries": tiny.PLAIN_V2 | {"num_key_value_heads": 2},
     "rope_theta is 5000.0": tiny.PLAIN_V2 | {"rope_theta": 5000.0},
     "mscale_all_dim 0.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}},
