@@ -19,6 +19,8 @@ from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.storage.gguf import Container
 
+# Of the other families' models, whose types gguf_types.json has.
+FAMILY_TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS")
 OTHER_TYPES = ("BF16", "F16", "Q5_0", "Q5_1", "Q4_1", "Q5_K_S", "Q3_K_L", "Q3_K_S", "IQ4_NL")
 # Our options, and llama-quantize's where they differ.
@@ -26,6 +28,8 @@ OPTIONS = {
     "output": ("--output-type", "Q5_K", "--token-embedding-type", "q4_0"),
     "patterns": ("--tensor-type", "ffn_down_exps=Q8_0", "--tensor-type", r"blk\.[02]\.ffn_(gate|up)=q6_k",
                  "--tensor-type", "ATTN_Q=q5_1", "--tensor-type", "ffn_down=q2_k"),
+    # A model without experts counts the tensors that are left to the mix.
+    "counted": ("--tensor-type", r"blk\.0\.(ffn_down|attn_v)=q8_0"),
     "everything": ("--tensor-type", "attn_k_b=q8_0", "--tensor-type", "output=q8_0", "--tensor-type", "weight=iq4_xs",
                    "--output-type", "f16"),
 }  # fmt: skip
@@ -45,10 +49,16 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(m, t, weighted) for m in gguf_tiny.MODELS for t in FILE_TYPES for weighted in (False, True)),
+    *(
+        Case(m, t, weighted)
+        for m in gguf_tiny.MODELS
+        for t in (FAMILY_TYPES if m in gguf_tiny.FAMILY else FILE_TYPES)
+        for weighted in (False, True)
+    ),
     *(Case("tiny-v2", t, weighted) for t in OTHER_TYPES for weighted in (False, True)),
     *(Case("tiny-v2", "Q4_K_M", False, options) for options in OPTIONS),
     *(Case("tiny-lite", "Q3_K_M", True, options) for options in OPTIONS),
+    Case("tiny-llama", "Q4_K_M", False, "counted"),
 ]
 
 

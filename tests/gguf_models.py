@@ -24,7 +24,7 @@ from tiny import LITE, MINI, V2, YARN, write_headers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dsv2quant.storage.gguf import Metadata, Value, array, pack_header, read, string
-from dsv2quant.text.gguf_tokenizer import NAMES
+from dsv2quant.text.pre_tokenizers import NAMES
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf_metadata.json"
 GOLDEN_TOKENS = Path(__file__).parent / "golden" / "gguf_tokens.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from hypothesis import strategies as st
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.arch.families import model_config
-from dsv2quant.checkpoint.gguf import config_json
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.checkpoint.gguf_config import config_json
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
-from dsv2quant.planning.gguf_metadata import check_loadable, model_metadata, warnings
+from dsv2quant.planning.gguf_keys import model_keys
+from dsv2quant.planning.gguf_loadable import check_loadable
+from dsv2quant.planning.gguf_metadata import model_metadata, warnings
 from dsv2quant.storage.gguf import Value, array, check_numbers, f32, pack_header, read, string, u32
 
 KNOWN = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -124,6 +128,12 @@ REFUSED = {
     | {"rope_scaling": tiny.YARN | {"original_max_position_embeddings": 2**40}},
     "beyond float32's range": tiny.V2 | {"routed_scaling_factor": 1e39},
     "mscale is 1.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 1.0}},
+    "rope_interleave is false": tiny.V3 | {"rope_interleave": False},
+    "has 4 heads of 16": tiny.DEEPSEEK_MOE | {"head_dim": 16},
+    "scales RoPE": tiny.DEEPSEEK_MOE | {"rope_scaling": tiny.LLAMA["rope_scaling"]},
+    "norm_topk_prob (llama.cpp's deepseek model": tiny.DEEPSEEK_MOE | {"norm_topk_prob": True},
+    "2 heads of keys for 4 of queries": tiny.PLAIN_V2 | {"num_key_value_heads": 2},
+    "rope_theta is 5000.0": tiny.PLAIN_V2 | {"rope_theta": 5000.0},
     "mscale_all_dim 0.0": tiny.V2 | {"rope_scaling": tiny.YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}},
 }
 
@@ -141,6 +151,10 @@ LOADABLE = {
     "a factor of 1 scales nothing": tiny.V2 | {"rope_scaling": tiny.YARN | {"factor": 1, "mscale": 3}},
     "normalised": tiny.V2 | {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
     "tied": tiny.V2 | {"tie_word_embeddings": True},
+    **tiny.FAMILY,
+    "normalised, and scaled": tiny.V3 | {"routed_scaling_factor": 2.5},
+    "biases": tiny.LLAMA | {"attention_bias": True},
+    "heads that are not hidden_size together": tiny.LLAMA | {"head_dim": 16},
     "48 layers with that vocabulary": tiny.LITE | {"num_hidden_layers": 48, "vocab_size": 128256},
 }
 
@@ -148,6 +162,35 @@ LOADABLE = {
 @pytest.mark.parametrize("name", LOADABLE)
 def test_what_llama_cpp_runs_is_taken(name: str) -> None:
     check_loadable(config(LOADABLE[name]), "model")
+
+
+def test_groups_that_llama_cpp_routes_by_as_the_model_does_are_not_dropped() -> None:
+    with pytest.raises(InputError, match="leave it out"):
+        check_loadable(config(tiny.V3), "model", drop_expert_groups=True)
+
+
+SAID = {"v3": {"family": "deepseek_v3"}, "glm4": {"family": "deepseek_v3", "architecture": "DeepseekV3ForCausalLM"}}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["gating said", "gating not said"])
+@pytest.mark.parametrize("name", tiny.FAMILY)
+def test_configs_of_the_family_survive_the_round_trip(name: str, said: bool) -> None:
+    """But for layers for prediction, and for the names of what has DeepSeek-V3's arithmetic."""
+    raw = {key: value for key, value in tiny.FAMILY[name].items() if said or key != "scoring_func"}
+    wanted = config(raw)
+    keys = model_keys(wanted, raw, drop_expert_groups=False) | {"general.architecture": string(wanted.gguf)}
+    found = config(config_json(keys, "model.gguf") | {"torch_dtype": "bfloat16"})
+    assert found == replace(wanted, num_nextn_predict_layers=0, **SAID.get(name, {}))
+
+
+def test_glm_routes_by_sigmoid_where_its_file_does_not_say_so() -> None:
+    """As llama.cpp takes it, by its layers and vocabulary."""
+    raw = {key: value for key, value in tiny.GLM4.items() if key != "scoring_func"}
+    raw |= {"num_hidden_layers": 47, "vocab_size": 154880}
+    keys = model_keys(config(raw), raw, drop_expert_groups=False)
+    assert "deepseek2.expert_gating_func" not in keys
+    keys["general.architecture"] = string("deepseek2")
+    assert config(config_json(keys, "model.gguf")).scoring_func == "sigmoid"
 
 
 def test_groups_that_limit_nothing_may_be_dropped() -> None:
@@ -162,10 +205,15 @@ def test_numbers_that_their_types_do_not_hold() -> None:
     check_numbers({"a": u32(2**32 - 1), "b": f32(3e38), "c": array([1, 2])}, "model")
 
 
+def _v3(folder: Path) -> HfCheckpoint:
+    return HfCheckpoint.of_folder(tiny.write_headers(folder / "v3", tiny.V3), "v3")
+
+
 def test_warnings(tmp_path: Path) -> None:
     assert warnings(open_checkpoint(MODELS["dsv2-mini"](tmp_path))) == []
     folder = v2(tmp_path)
     assert ["--drop-expert-groups" in line for line in warnings(open_checkpoint(folder))] == [True]
+    assert ["multi-token prediction" in line for line in warnings(_v3(tmp_path))] == [True]
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(template + "{{ ' ' }}")
     assert ["after 'Assistant:'" in line for line in warnings(open_checkpoint(folder))] == [False, True]
@@ -220,12 +268,12 @@ def _with(key: str, value: Any) -> Any:
 
 
 FOREIGN = {
-    "its architecture is 'llama'": _with("general.architecture", "llama"),
+    "its architecture is 'qwen2'": _with("general.architecture", "qwen2"),
     "its architecture is None": _without("general.architecture"),
     "has no deepseek2.attention.key_length_mla": _without("deepseek2.attention.key_length_mla"),
     "has no deepseek2.rope.scaling.yarn_log_multiplier": _without("deepseek2.rope.scaling.yarn_log_multiplier"),
-    "as in DeepSeek-V3": _with("deepseek2.expert_gating_func", 2),
-    "RoPE is scaled by 'linear'": _with("deepseek2.rope.scaling.type", "linear"),
+    "expert_gating_func is 3": _with("deepseek2.expert_gating_func", 3),
+    "RoPE is scaled by 'longrope'": _with("deepseek2.rope.scaling.type", "longrope"),
     "key_length_mla is 8": _with("deepseek2.attention.key_length_mla", 8),
     "expert_feed_forward_length is [1, 2]": _with("deepseek2.expert_feed_forward_length", [1, 2]),
     "rope.freq_base is 'x'": _with("deepseek2.rope.freq_base", "x"),

@@ -16,6 +16,7 @@ from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
+from dsv2quant.errors import UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.formats.gguf import blocks
@@ -29,7 +30,7 @@ from dsv2quant.text import text
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODELS = {"mini": json.loads((tiny.MINI / "config.json").read_text()), **PUBLISHED}
-CONFIGS = {name: model_config(raw, "config.json") for name, raw in MODELS.items()}
+CONFIGS = {n: c for n, raw in MODELS.items() if (c := model_config(raw, "config.json")).is_mla}
 TENSORS = {name: architecture(config).gguf_tensors() for name, config in CONFIGS.items()}
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_model = pytest.mark.parametrize("model", CONFIGS)
@@ -50,6 +51,13 @@ def test_a_preset_is_never_larger_than_its_stock_mix(preset, model):
     theirs = sum(blocks.nbytes(kind, tensor.shape) for tensor, (kind, _) in zip(tensors, stock, strict=True))
     ours = sum(blocks.nbytes(kind, t.shape) for t, kind in zip(tensors, chosen(model, preset).values(), strict=True))
     assert 0.9 * theirs < ours <= theirs
+
+
+@pytest.mark.parametrize("raw", [tiny.LLAMA, tiny.DEEPSEEK_MOE])
+def test_presets_are_for_latent_attention_and_experts(raw) -> None:
+    config = model_config(raw, "config.json")
+    with pytest.raises(UsageError, match=r"DSV2_Q4_K_M is a mix for latent attention .* \(give Q4_K_M\)"):
+        choose_preset(architecture(config).gguf_tensors(), "DSV2_Q4_K_M", config, Overrides())
 
 
 @every_model

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.arch.deepseek_v2 import GGUF_PLAIN
 from dsv2quant.arch.parts import (
     FFN,
     GQA,
@@ -63,7 +64,9 @@ def architecture(config: ModelConfig) -> Architecture:
 def _attention(c: ModelConfig) -> MLA | GQA:
     hidden, heads = c.hidden_size, c.num_attention_heads
     if not c.is_mla:
-        return GQA(hidden, heads, c.num_key_value_heads, c.v_head_dim, c.attention_bias)
+        # Of llama.cpp's models with plain attention deepseek2-ocr alone turns halves (src/models/deepseek2.cpp).
+        is_paired = c.gguf != GGUF_PLAIN
+        return GQA(hidden, heads, c.num_key_value_heads, c.v_head_dim, c.attention_bias, is_paired)
     return MLA(
         hidden, heads, c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim,
         c.attention_bias,

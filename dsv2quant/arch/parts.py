@@ -55,20 +55,23 @@ def prediction_ends(layer: int, vocabulary: int, hidden: int) -> Iterator[Tensor
 @dataclass(frozen=True)
 class GQA:
     """Plain attention: each of `kv_heads` heads of keys and values serves as many heads of queries. `width` is that of
-    a head, and `bias` that of all projections."""
+    a head, and `bias` that of all projections. `gguf_pairs` says whether a GGUF file has a head's rows of queries and
+    keys in another order (`TensorSpec.gguf_heads`)."""
 
     hidden: int
     heads: int
     kv_heads: int
     width: int
     bias: bool
+    gguf_pairs: bool
 
     def specs(self, layer: int, norm: str) -> Iterator[TensorSpec]:
         at = f"model.layers.{layer}.self_attn"
         heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
         rows = sum(heads.values()) * self.width
         for name, count in heads.items():
-            module, gguf, order = f"{at}.{name}_proj", f"blk.{layer}.attn_{name}", None if name == "v" else count
+            module, gguf = f"{at}.{name}_proj", f"blk.{layer}.attn_{name}"
+            order = count if self.gguf_pairs and name != "v" else None
             yield TensorSpec(
                 f"{module}.weight", f"{name}_proj", (count * self.width, self.hidden), layer, site=f"{at}.q_proj",
                 parallel="rows", parts=count, fused_as=Fused((f"{at}.qkv_proj",), rows, name == "v"),

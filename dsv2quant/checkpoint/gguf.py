@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +20,14 @@ from gguf import LlamaFileType
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
-from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
-from dsv2quant.arch.deepseek_v2 import GGUF as ARCHITECTURE
 from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor, TensorSpec
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.checkpoint.gguf_config import config_json
 from dsv2quant.checkpoint.weights import BLOCKS, Weight
 from dsv2quant.errors import InputError, listing, printable
 from dsv2quant.formats.gguf import blocks
+from dsv2quant.formats.gguf.heads import as_halves
 from dsv2quant.progress import Progress
 from dsv2quant.storage.gguf import Container, Metadata, read
 from dsv2quant.storage.manifest import gguf_manifest
@@ -43,16 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _AGAIN = "get the file again"
-_SOFTMAX = (0, 1)  # not said, or said
-_INTEGERS = {
-    "vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
-    "moe_intermediate_size": "expert_feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "kv_lora_rank": "attention.kv_lora_rank",
-    "qk_rope_head_dim": "rope.dimension_count", "v_head_dim": "attention.value_length_mla",
-    "n_routed_experts": "expert_count", "n_shared_experts": "expert_shared_count",
-    "num_experts_per_tok": "expert_used_count", "first_k_dense_replace": "leading_dense_block_count",
-    "max_position_embeddings": "context_length",
-}  # fmt: skip
 _LATER = {"41": "Q2_0"}  # what the library doesn't know yet
 
 
@@ -74,7 +63,8 @@ class GgufCheckpoint(Checkpoint):
         surplus, mis-shaped or of a type that can't be decoded."""
         files = _files(path)
         held, metadata, first = _index(files), files[0].metadata, files[0].path
-        raw_config = config_json(metadata, path, tied="output.weight" not in held)
+        biased = any(name.endswith("attn_q.bias") for name in held)
+        raw_config = config_json(metadata, path, tied="output.weight" not in held, biased=biased)
         config = model_config(raw_config, path)
         weights = _weights(config, held, path)
         data = {file.path.name: (file.path, file.data_start) for file in files}
@@ -93,8 +83,7 @@ class GgufCheckpoint(Checkpoint):
         """The bytes of its blocks, uint8 [rows, bytes], of a weight that is one tensor or slice."""
         import torch
 
-        data = torch.from_numpy(self.read(weight.stored)).to(device)
-        return {BLOCKS: data.view(weight.stored.shape[0], -1)}
+        return {BLOCKS: torch.from_numpy(self._blocks(weight.spec, weight.stored)).to(device)}
 
     def decode(
         self, weight: Weight, dtype: torch.dtype, device: str = "cpu", scale_dtype: torch.dtype | None = None
@@ -106,20 +95,25 @@ class GgufCheckpoint(Checkpoint):
         """
         import torch
 
-        values = [self._values(part) for part in weight.parts.values()]
+        values = [self._values(weight.spec, part) for part in weight.parts.values()]
         if len(values) == 1:
             return torch.from_numpy(values[0]).to(device, dtype)
         k_b, v_b = values
         whole = np.concatenate([k_b.swapaxes(1, 2), v_b], 1).reshape(-1, v_b.shape[-1])
         return torch.from_numpy(whole).to(device, dtype)
 
-    def _values(self, part: StoredTensor) -> np.ndarray:
+    def _values(self, spec: TensorSpec, part: StoredTensor) -> np.ndarray:
         """float32, in the part's shape."""
-        data = self.read(part).reshape(-1, blocks.nbytes(part.dtype, part.shape[-1:]))
-        return blocks.decode(part.dtype, data).reshape(part.shape)
+        return blocks.decode(part.dtype, self._blocks(spec, part)).reshape(part.shape)
+
+    def _blocks(self, spec: TensorSpec, part: StoredTensor) -> np.ndarray:
+        """uint8 [rows, bytes of a row], rows in the model's order; a vector's elements are rows."""
+        columns = part.shape[-1:] if len(part.shape) > 1 or spec.gguf_heads is None else (1,)
+        rows = self.read(part).reshape(-1, blocks.nbytes(part.dtype, columns))
+        return rows if spec.gguf_heads is None else as_halves(rows, spec.gguf_heads)
 
     def row_decoder(self, weight: Weight, dtype: torch.dtype, device: str) -> Callable[[int, int], torch.Tensor]:
-        if len(weight.parts) == 1:
+        if len(weight.parts) == 1 and weight.spec.gguf_heads is None:
             return lambda begin, end: self.decode(weight.rows(begin, end), dtype, device)
         whole = self.decode(weight, dtype, device)
         return lambda begin, end: whole[begin:end]
@@ -131,7 +125,7 @@ class GgufCheckpoint(Checkpoint):
         return Templates.of_gguf(self.metadata, self.model)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         return checked_stop_ids([self.metadata[key].value for key in keys if key in self.metadata], self.model)
 
     @property
@@ -222,7 +216,8 @@ def _index(files: list[Container]) -> dict[str, StoredTensor]:
 
 
 def _weights(config: ModelConfig, held: dict[str, StoredTensor], where: Path) -> list[Weight]:
-    """Every weight of the model with its parts by kind of tensor ('ffn_up_exps'); the file must hold these alone."""
+    """Every weight of the model with its parts by kind of tensor ('ffn_up_exps'); beside them the file may only hold
+    layers for multi-token prediction."""
     tensors = architecture(config).gguf_tensors()
     expected = {tensor.name: tensor for tensor in tensors}
     for names, what in (
@@ -256,93 +251,3 @@ def _parts(tensor: GgufTensor, stored: StoredTensor) -> list[tuple[TensorSpec, S
 def _scheme(parts: dict[str, StoredTensor]) -> str:
     types = dict.fromkeys(part.dtype for part in parts.values())
     return "bf16" if types.keys() <= set(PLAIN_DTYPES) else "+".join(types).lower()
-
-
-def config_json(metadata: Metadata, where: object, *, tied: bool = False) -> dict[str, Any]:
-    """The config.json, for `model_config`, that a file's deepseek2.* keys were made of. `tied` says
-    that the file has no output.weight.
-
-    Numbers that GGUF rounded to float32 come back as the shortest decimal that rounds so: 1e-06 as it was.
-    Raises InputError for another architecture, another routing than DeepSeek-V2's, or a missing key.
-    """
-    found = metadata["general.architecture"].value if "general.architecture" in metadata else None
-    if found != ARCHITECTURE:
-        raise InputError(f"its architecture is {found!r}", where=where, fix=f"only {ARCHITECTURE} files are read")
-    read = _Reader(metadata, where)
-    if read.integer("expert_gating_func", _SOFTMAX[0]) not in _SOFTMAX:
-        raise InputError("its experts are chosen as in DeepSeek-V3", where=where, fix="only DeepSeek-V2 is read")
-    n_group = read.integer("expert_group_count", 1)
-    config: dict[str, Any] = {key: read.integer(name) for key, name in _INTEGERS.items()}
-    key_length = read.integer("attention.key_length_mla")
-    if key_length <= config["qk_rope_head_dim"]:
-        raise InputError(f"key_length_mla is {key_length}", where=where, fix="it must exceed rope.dimension_count")
-    config |= {
-        "architectures": [CAUSAL_LM],
-        "model_type": "deepseek_v2",
-        "q_lora_rank": read.integer("attention.q_lora_rank", 0) or None,
-        "qk_nope_head_dim": key_length - config["qk_rope_head_dim"],
-        "n_group": n_group,
-        "topk_group": read.integer("expert_group_used_count", 1),
-        "topk_method": "group_limited_greedy" if n_group > 1 else "greedy",
-        "routed_scaling_factor": read.number("expert_weights_scale", 1.0),
-        "norm_topk_prob": bool(read.value("expert_weights_norm", False)),
-        "scoring_func": "softmax",
-        "moe_layer_freq": 1,
-        "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": read.number("rope.freq_base", 10000.0),
-        "rope_scaling": _yarn(read),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": tied,
-    }
-    for name in ("bos", "eos"):
-        if f"tokenizer.ggml.{name}_token_id" in metadata:
-            config[f"{name}_token_id"] = metadata[f"tokenizer.ggml.{name}_token_id"].value
-    return config
-
-
-def _yarn(read: _Reader) -> dict[str, Any] | None:
-    kind, factor = read.value("rope.scaling.type", "none"), read.number("rope.scaling.factor", 1.0)
-    if kind != "yarn":
-        if factor != 1:
-            raise InputError(f"RoPE is scaled by {kind!r}", where=read.where, fix="only YaRN is read")
-        return None
-    # llama.cpp takes mscale to be mscale_all_dim, and so does every file that this package writes.
-    mscale = read.number("rope.scaling.yarn_log_multiplier", 0.0 if factor == 1 else None, times=10)
-    return {
-        "type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": read.integer("rope.scaling.original_context_length"),
-        "beta_fast": read.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": read.number("rope.scaling.yarn_beta_slow", 1.0),
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-    }
-
-
-class _Reader:
-    """Typed access to the deepseek2.* keys; one without a default must be there."""
-
-    def __init__(self, metadata: Metadata, where: object) -> None:
-        self.metadata, self.where = metadata, where
-
-    def value(self, key: str, default: Any = None) -> Any:
-        name = f"{ARCHITECTURE}.{key}"
-        if name in self.metadata:
-            return self.metadata[name].value
-        if default is None:
-            fix = "it was made by an old llama.cpp: convert the checkpoint again"
-            raise InputError(f"has no {name}", where=self.where, fix=fix)
-        return default
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{ARCHITECTURE}.{key} is {value!r}", where=self.where, fix="it must be an integer")
-        return value
-
-    def number(self, key: str, default: float | None = None, times: int = 1) -> float:
-        value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-            raise InputError(f"{ARCHITECTURE}.{key} is {value!r}", where=self.where, fix="it must be a finite number")
-        return float(Decimal(str(np.float32(value))) * times)

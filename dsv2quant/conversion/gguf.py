@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv2quant.arch.spec import K_B, V_B
+from dsv2quant.arch.spec import K_B, V_B, TensorSpec
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint, Weight
 from dsv2quant.checkpoint.identity import Source
 from dsv2quant.conversion.sink import Sink, check_decoded, check_stored
@@ -27,6 +27,7 @@ from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.formats.codec import as_float32
 from dsv2quant.formats.cpu import widen
 from dsv2quant.formats.gguf import blocks
+from dsv2quant.formats.gguf.heads import as_pairs
 from dsv2quant.formats.gguf.imatrix import metadata as imatrix_metadata
 from dsv2quant.formats.int4 import PACKED, unpack_codes
 from dsv2quant.planning.gguf_metadata import model_metadata
@@ -242,7 +243,7 @@ def pieces(plan: GgufPlan, entry: Entry) -> Iterator[Piece]:
         return
     rows, cols = tensor.shape[-2:]
     for matrix, weight in enumerate(weights):
-        step = max(1, PIECE // cols) if weight.scheme == "bf16" else rows
+        step = _whole_heads(weight.spec, PIECE // cols) if weight.scheme == "bf16" else rows
         for first in range(0, rows, step):
             yield Piece(entry, weight, matrix, first, min(step, rows - first))
 
@@ -254,11 +255,26 @@ def read_rows(checkpoint: HfCheckpoint, piece: Piece, weights: int = CACHED) -> 
     Raises InputError naming the weight and index where it is NaN or infinite.
     """
     tensor, weight = piece.entry.tensor, piece.weight
+    step = _whole_heads(weight.spec, weights // tensor.shape[-1])
     if tensor.kind in (K_B, V_B):
-        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.spec.shape[0], CACHED)])
+        whole = np.concatenate([rows.copy() for rows in _floats(checkpoint, weight, 0, weight.spec.shape[0], step)])
         yield _half(tensor.kind, tensor.shape, whole)
-    else:
-        yield from _floats(checkpoint, weight, piece.first, piece.count, weights)
+        return
+    for rows in _floats(checkpoint, weight, piece.first, piece.count, step):
+        yield rows if weight.spec.gguf_heads is None else _paired(weight.spec, rows)
+
+
+def _whole_heads(spec: TensorSpec, rows: int) -> int:
+    """About so many rows, at least one; of heads whose rows are put in another order, those of whole heads."""
+    width = 1 if spec.gguf_heads is None else spec.shape[0] // spec.gguf_heads
+    return max(1, rows // width) * width
+
+
+def _paired(spec: TensorSpec, rows: np.ndarray) -> np.ndarray:
+    """Whole heads' rows of a matrix, or a vector, in a GGUF file's order."""
+    assert spec.gguf_heads is not None
+    elements = rows.reshape(-1, *spec.shape[1:])
+    return as_pairs(elements, len(elements) * spec.gguf_heads // spec.shape[0]).reshape(rows.shape)
 
 
 def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
@@ -269,8 +285,8 @@ def _half(kind: str, shape: tuple[int, ...], kv_b: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(per_head[:, -shape[1] :]).reshape(-1, shape[2])
 
 
-def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, weights: int) -> Iterator[np.ndarray]:
-    """`count` rows of a weight from row `first`; a vector is one row."""
+def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, step: int) -> Iterator[np.ndarray]:
+    """`count` rows of a weight from row `first`, `step` at a time; a vector is one row."""
     cols, part = weight.spec.shape[-1], weight.stored
     if weight.scheme != "bf16":
         values = checkpoint.encodable(weight)
@@ -280,7 +296,6 @@ def _floats(checkpoint: HfCheckpoint, weight: Weight, first: int, count: int, we
     width = part.nbytes // weight.spec.size
     buffer = _stored.take(count * cols * width)
     stored = checkpoint.read(part, first * cols * width, count * cols * width, buffer).reshape(count, -1)
-    step = max(1, weights // cols)
     for row in range(0, count, step):
         some = stored[row : row + step].reshape(-1)
         bits = some.view(HELD_AS[part.dtype])

@@ -23,7 +23,8 @@ from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
 from dsv2quant.planning import gguf_types as types
-from dsv2quant.planning.gguf_metadata import check_loadable, warnings
+from dsv2quant.planning.gguf_loadable import check_loadable
+from dsv2quant.planning.gguf_metadata import warnings
 from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
 from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
 

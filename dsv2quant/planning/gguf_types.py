@@ -1,6 +1,6 @@
 """Which type each tensor gets: llama-quantize's choice (src/llama-quant.cpp: llama_tensor_get_type and _impl).
 
-What is there for other architectures or for models without experts is left out. The order of the rules is llama.cpp's.
+What is there for other architectures is left out. The order of the rules is llama.cpp's.
 
 And presets, mixes of our own: no more bytes than llama-quantize's, spent first on what every token passes through.
 Its mixes were made for models without latent attention. They leave attn_kv_a_mqa, which makes all that is cached of a
@@ -13,11 +13,13 @@ than the stock mix's. Any llama.cpp loads the result.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import GgufTensor
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
 from dsv2quant.storage.gguf import SIZES, padded
@@ -79,12 +81,15 @@ def choose(
     """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
     tied = is_tied(tensors)
     mix = _Mix(file_type, config, has_imatrix, tied)
-    return [
-        (overrides.of(tensor, tied=tied) or fall_back(tensor, mix.type_of(tensor)))
-        if quantizable(tensor)
-        else ("F32", None)
-        for tensor in tensors
-    ]
+    decided: Counter[str] = Counter()  # by role: an override leaves a tensor out of llama-quantize's count
+    choices: list[Choice] = []
+    for tensor in tensors:
+        choice = overrides.of(tensor, tied=tied) if quantizable(tensor) else ("F32", None)
+        if choice is None:
+            choice = fall_back(tensor, mix.type_of(tensor, decided[tensor.role]))
+            decided[tensor.role] += 1
+        choices.append(choice)
+    return choices
 
 
 def is_tied(tensors: Sequence[GgufTensor]) -> bool:
@@ -118,9 +123,11 @@ class _Mix:
     def __init__(self, file_type: str, config: ModelConfig, has_imatrix: bool, tied: bool) -> None:
         self.name, self.default = file_type, FILE_TYPES[file_type].default
         self.layers, self.experts = config.num_hidden_layers, config.n_routed_experts
+        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         self.has_imatrix, self.tied = has_imatrix, tied
 
-    def type_of(self, tensor: GgufTensor) -> str:
+    def type_of(self, tensor: GgufTensor, number: int) -> str:
+        """`number` counts the tensors of its role that came before."""
         role = tensor.role
         if self.default in PLAIN:
             return self.default
@@ -128,7 +135,11 @@ class _Mix:
             return self._output(tensor.shape[-1])
         if role.endswith("down_proj"):
             assert tensor.layer is not None
-            return self._down(tensor.layer)
+            return self._down(tensor.layer if self.experts > 1 else number)
+        if role == "v_proj":
+            return "Q8_0" if self.experts == 8 else self._values(number)
+        if role == "k_proj" and self.experts == 8:
+            return "Q8_0"
         if role == "o_proj":
             if self.experts == 8:
                 return "Q5_K" if self.name in _RAISED_OF_8 else self.default
@@ -139,6 +150,27 @@ class _Mix:
         if self.name == "Q8_0" or columns % _block(self.default):
             return "Q8_0"
         return "Q6_K"
+
+    def _values(self, layer: int) -> str:
+        is_small = self.queries_per_key >= 4
+        found = self.default
+        match self.name:
+            case "Q2_K":
+                found = "Q4_K" if is_small else "Q3_K"
+            case "Q2_K_S" if is_small:
+                found = "Q4_K"
+            case "Q3_K_M":
+                found = "Q5_K" if layer < 2 else "Q4_K"
+            case "Q3_K_L":
+                found = "Q5_K"
+            case "IQ4_NL" | "IQ4_XS" if is_small:
+                found = "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if self._more_bits(layer):
+                found = "Q6_K"
+            case "Q4_K_S" if layer < 4:
+                found = "Q5_K"
+        is_70b = self.layers == 80 and self.queries_per_key > 1 and not self.experts  # Llama 2's, by its depth
+        return "Q5_K" if is_70b and found in ("Q3_K", "Q4_K") else found
 
     def _down(self, layer: int) -> str:
         eighth = layer < self.layers // 8
@@ -180,8 +212,14 @@ _PRESET_FALLBACKS = {"Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_1", "Q6_K":
 def choose_preset(
     tensors: Sequence[GgufTensor], preset: str, config: ModelConfig, overrides: Overrides
 ) -> list[Choice]:
-    """The same of a preset; `overrides` are not counted in the file's size."""
+    """The same of a preset; `overrides` are not counted in the file's size.
+
+    Raises UsageError for a model without latent attention or experts, for which presets are not made.
+    """
     stock, raised = PRESETS[preset]
+    if not config.is_mla or not config.n_routed_experts:
+        what = f"{preset} is a mix for latent attention and routed experts, and the model lacks one of them"
+        raise UsageError(what, fix=f"give {stock}")
     default = FILE_TYPES[stock].default
     chosen = {tensor.name: _fit(tensor, "Q6_K" if tensor.role == "lm_head" else default) for tensor in tensors}
     room = sum(map(_nbytes, tensors, choose(tensors, stock, config)))

@@ -1,8 +1,4 @@
-"""DeepSeek's three pre-tokenizers: which one a tokenizer.json has, and the one that llama.cpp runs under its name.
-
-Names and patterns: llama.cpp src/llama-vocab.cpp (llm_tokenizer_bpe) and conversion/base.py (get_vocab_base_pre).
-
-tokenizer.json as a GGUF file's tokenizer keys, and a GGUF file's tokenizer as llama.cpp runs it.
+"""tokenizer.json as a GGUF file's tokenizer keys, and a GGUF file's tokenizer as llama.cpp runs it.
 
 Sources: llama.cpp conversion/base.py (get_vocab_base, _set_vocab_gpt2), gguf-py's SpecialVocab, which is used as it
 is, and src/llama-vocab.cpp.
@@ -11,15 +7,14 @@ is, and src/llama-vocab.cpp.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.errors import InputError, listing
@@ -27,104 +22,20 @@ from dsv2quant.storage.files import carried_files
 from dsv2quant.storage.gguf import Metadata, Value, array, string, written
 from dsv2quant.text import tokenizer as own
 from dsv2quant.text.chat import template_source
-from dsv2quant.text.tokenizer import FILE, SETTINGS, adds_bos, is_control, no_panic, read_settings, read_tokenizer
-
-_LETTERS = (
-    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
-    "\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
-    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
-    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d"
-    "\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
-    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139"
-    "\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d"
-    "\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a"
-    "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
-    "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+from dsv2quant.text.pre_tokenizers import NAMES, ignores_merges, llama_cpp_splits, recognise
+from dsv2quant.text.tokenizer import (
+    FILE,
+    SETTINGS,
+    adds_bos,
+    is_control,
+    leading_token,
+    no_panic,
+    read_settings,
+    read_tokenizer,
+    token_of,
 )
-_CJK = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"
-_PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
-_WORDS = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What a tokenizer.json splits at, step by step; its last step turns bytes into characters.
-_PATTERNS = {
-    "deepseek-llm": (
-        "[\r\n]", rf"\s?[{_LETTERS}]+", rf"\s?[{_PUNCTUATION}]+", r"\s+$", f"[{_CJK}]+", r"\p{N}",
-    ),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_CJK}]+", r"\p{N}"),
-    "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _WORDS),
-}  # fmt: skip
-# llama.cpp's own: numbers stay whole for deepseek-llm, and in a class of ranges (not of categories) it never finds a
-# space, because it turns all spaces beyond ASCII into one (src/unicode.cpp, unicode_regex_split).
-_LLAMA_CPP = {
-    "deepseek-llm": (
-        "[\r\n]", rf"\s?[{_LETTERS}]+", rf"\s?[{_PUNCTUATION}&&\S]+", r"\s+$", rf"[{_CJK}&&\S]+", r"\p{N}+",
-    ),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"[{_CJK}&&\S]+", r"\p{N}"),
-    "deepseek-v3": _PATTERNS["deepseek-v3"],
-}  # fmt: skip
-# llama.cpp knows published tokenizers by the ids of one text, as sha256(str(ids)).
-_HASHES = {
-    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
-    "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
-    "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
-}
-_CHECK_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f (multiple "
-    "emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
-    "\u1780\u17b6\u1793\u17cb\u178f\u17c2\u1796\u17b7\u179f\u17c1\u179f\u17a2\u17b6\u1785\U0001f601 ?\u6211\u60f3"
-    "\u5728apple\u5de5\u4f5c1314151\u5929\uff5e ------======= \u043d\u0435\u0449\u043e \u043d\u0430 \u0411\u044a"
-    "\u043b\u0433\u0430\u0440\u0441\u043a\u0438 ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, '"
-    "RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-NAMES = tuple(_PATTERNS)
-_BYTES = "bytes"
 
-
-def recognise(raw: Mapping[str, Any], backend: Tokenizer, bos: int | None) -> str | None:
-    """The name of a tokenizer.json's pre-tokenizer, by llama.cpp's hash or by its steps; None if it is not DeepSeek's.
-
-    The hash includes BOS for some versions of transformers and not for others: both count. A vocabulary that was
-    trained anew has another hash but the same steps.
-    """
-    ids = backend.encode(_CHECK_TEXT, add_special_tokens=False).ids
-    for candidate in (ids, [bos, *ids]):
-        name = _HASHES.get(sha256(str(candidate).encode()).hexdigest())
-        if name is not None:
-            return name
-    steps = tuple(_steps(raw.get("pre_tokenizer") or {}))
-    known = {(*map(_spelled, patterns), _BYTES): name for name, patterns in _PATTERNS.items()}
-    return known.get(steps)
-
-
-def llama_cpp_splits(name: str) -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp does to a text before it merges bytes."""
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _LLAMA_CPP[name]]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _spelled(pattern: str) -> str:
-    """A regex with its line breaks as themselves; a pair of backslashes does not escape what follows."""
-    return re.sub(r"\\(.)", lambda found: {"r": "\r", "n": "\n"}.get(found[1], found[0]), pattern)
-
-
-def _steps(step: Mapping[str, Any]) -> Iterator[str]:
-    """Each step as its pattern, nested sequences flattened; what DeepSeek's tokenizers don't use as its JSON."""
-    match step:
-        case {"type": "Sequence", "pretokenizers": [*members]}:
-            for member in members:
-                yield from _steps(member)
-        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            yield _spelled(pattern)
-        case {"type": "Digits", "individual_digits": True}:
-            yield r"\p{N}"
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-            yield _BYTES
-        case _:
-            yield repr(step)
-
-
+_TIKTOKEN = "tiktoken.model"  # Moonlight's and Kimi's
 _OURS = "use the tokenizer of this model"
 
 
@@ -137,10 +48,12 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     ids beyond the vocabulary.
     """
     carried_files(folder)  # gguf-py opens them unchecked
-    path = folder / FILE
+    path, settings_path = folder / FILE, folder / SETTINGS
     raw, backend = _load(path)
-    settings_path, settings = folder / SETTINGS, read_settings(folder)
-    special, found = _special(folder, raw, settings, settings_path)
+    special = _special(folder, raw, backend, settings_path)
+    pre = _pre_tokenizer(raw, backend, special.special_token_ids.get("bos"), path)
+    for kind, token in _NAMED.get(pre, {}).items():
+        special._set_special_token(kind, backend.token_to_id(token))
     for name, number in special.special_token_ids.items():
         if number >= config.vocab_size:
             what = f"{name}'s id {number} is beyond vocab_size, {config.vocab_size}"
@@ -149,21 +62,24 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
         if special.add_special_token.get(name) and name not in special.special_token_ids:
             fix = f"name a token of tokenizer.json as {name}_token"
             raise InputError(f"add_{name}_token without such a token", where=settings_path, fix=fix)
-    pre = recognise(raw, backend, special.special_token_ids.get("bos"))
-    if pre is None:
-        what = "its pre-tokenizer is none of DeepSeek's"
-        raise InputError(what, where=path, fix=f"llama.cpp would split text otherwise: it knows {', '.join(NAMES)}")
     tokens, types = _vocabulary(backend, config.vocab_size, path)
     return {
         "tokenizer.ggml.model": string("gpt2"),
         "tokenizer.ggml.pre": string(pre),
         "tokenizer.ggml.tokens": array(tokens),
         "tokenizer.ggml.token_type": array(types),
-        **found,
+        **_keys(special, settings_path),
     }
 
 
+# Tokens that llama.cpp's converter names itself for GLM, whose files don't (conversion/base.py, _set_vocab_glm).
+_NAMED = {"glm4": {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}}
+
+
 def _load(path: Path) -> tuple[dict[str, Any], Tokenizer]:
+    if not path.exists() and path.with_name(_TIKTOKEN).exists():
+        fix = f"save it as {FILE}, as transformers' TikTokenConverter does"
+        raise InputError(f"missing, and {_TIKTOKEN} is there, which takes code of its own", where=path, fix=fix)
     raw, backend = read_tokenizer(path)
     model = raw["model"]
     if not isinstance(backend.model, models.BPE) or not model.get("merges"):
@@ -171,30 +87,53 @@ def _load(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     normalizer = raw.get("normalizer")
     if normalizer is not None and normalizer != {"type": "Sequence", "normalizers": []}:
         raise InputError(f"has a normalizer, {normalizer!r:.60}", where=path, fix=f"DeepSeek's have none: {_OURS}")
-    for option in ("byte_fallback", "ignore_merges"):
-        if model.get(option):
-            raise InputError(f"its BPE model has {option}", where=path, fix=f"llama.cpp has it not: {_OURS}")
     return raw, backend
 
 
-def _special(
-    folder: Path, raw: dict[str, Any], settings: dict[str, Any], where: Path
-) -> tuple[SpecialVocab, dict[str, Value]]:
-    """Merges, ids of special tokens, chat templates, and which tokens are added to a text; and their keys."""
-    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
-    writer = GGUFWriter(path=None, arch="deepseek2")
-    try:
+def _pre_tokenizer(raw: Mapping[str, Any], backend: Tokenizer, bos: int | None, path: Path) -> str:
+    """What llama.cpp calls it. Raises InputError where it has none that does the same."""
+    pre = recognise(raw, backend, bos)
+    if pre is None:
+        what = "its pre-tokenizer is none of DeepSeek's, nor of its relatives'"
+        raise InputError(what, where=path, fix=f"llama.cpp would split text otherwise: it knows {', '.join(NAMES)}")
+    model = raw["model"]
+    for option, is_known in (("byte_fallback", False), ("ignore_merges", ignores_merges(pre))):
+        if model.get(option) and not is_known:
+            raise InputError(f"its BPE model has {option}", where=path, fix=f"llama.cpp has it not: {_OURS}")
+    return pre
+
+
+def _special(folder: Path, raw: Mapping[str, Any], backend: Tokenizer, where: Path) -> SpecialVocab:
+    """Merges, ids of special tokens, chat templates, and which tokens are added to a text."""
+    settings = read_settings(folder)
+    with _checked(where):
         special = SpecialVocab(folder, load_merges=True)
-        special.chat_template = template_source(folder, settings)
-        said = {"bos": adds_bos(raw, settings), "eos": settings.get("add_eos_token")}
-        special.add_special_token |= {name: value for name, value in said.items() if isinstance(value, bool)}
+    if token_of(settings, "bos_token") is None and (bos := backend.token_to_id(leading_token(raw) or "")) is not None:
+        special.special_token_ids = {"bos": bos} | special.special_token_ids | {"bos": bos}
+    special.chat_template = template_source(folder, settings)
+    said = {"bos": adds_bos(raw, settings), "eos": settings.get("add_eos_token")}
+    special.add_special_token |= {name: value for name, value in said.items() if isinstance(value, bool)}
+    return special
+
+
+def _keys(special: SpecialVocab, where: Path) -> dict[str, Value]:
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
+    writer = GGUFWriter(path=None, arch="")
+    with _checked(where):
         special.add_to_gguf(writer, quiet=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"not a tokenizer's settings: {error}", where=where, fix="download it again") from None
     keys = {key: value for key, value in written(writer, where).items() if key.startswith("tokenizer.")}
     if "tokenizer.chat_templates" in keys:  # a set in gguf-py: its order is not the same twice
         keys["tokenizer.chat_templates"] = array(sorted(keys["tokenizer.chat_templates"].value))
-    return special, keys
+    return keys
+
+
+@contextmanager
+def _checked(where: Path) -> Iterator[None]:
+    """What gguf-py, which checks no type, stumbles over as InputError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"not a tokenizer's settings: {error}", where=where, fix="download it again") from None
 
 
 def _vocabulary(backend: Tokenizer, size: int, path: Path) -> tuple[list[str], list[int]]:
@@ -235,7 +174,7 @@ def gguf_tokenizer(metadata: Metadata, where: object) -> Tokenizer:
     def value(key: str, default: Any = None) -> Any:
         return metadata[f"tokenizer.ggml.{key}"].value if f"tokenizer.ggml.{key}" in metadata else default
 
-    fix = "its tokenizer is not one of DeepSeek-V2's: convert the checkpoint again"
+    fix = "its tokenizer is not one of the family's: convert the checkpoint again"
     model, pre = value("model"), value("pre")
     tokens, types, merges = value("tokens"), value("token_type"), value("merges")
     if model != "gpt2" or pre not in NAMES:
@@ -246,7 +185,9 @@ def gguf_tokenizer(metadata: Metadata, where: object) -> Tokenizer:
         raise InputError("tokens or merges are not text", where=where, fix=fix)
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     with no_panic(where):
-        backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, pairs))
+        backend = Tokenizer(
+            models.BPE({token: number for number, token in enumerate(tokens)}, pairs, ignore_merges=ignores_merges(pre))
+        )
     backend.pre_tokenizer = llama_cpp_splits(pre)
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):

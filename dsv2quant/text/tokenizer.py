@@ -91,13 +91,20 @@ def adds_bos(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool | None
     said = settings.get("add_bos_token")
     if isinstance(said, bool):
         return said
+    first = leading_token(raw)
+    return None if first is None else first == (token_of(settings, "bos_token") or first)
+
+
+def leading_token(raw: Mapping[str, Any]) -> str | None:
+    """What tokenizer.json's post-processor puts before a text: BOS, also where tokenizer_config.json names none, as
+    GLM's does."""
     pending = [raw.get("post_processor")]
     while pending:
         match pending.pop(0):
             case {"type": "Sequence", "processors": [*steps]}:
                 pending = [*steps, *pending]
-            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first}}, *_]}:
-                return bool(first == token_of(settings, "bos_token"))
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(first)}}, *_]}:
+                return first
     return None
 
 
@@ -129,7 +136,7 @@ class Tokenizer:
         """A folder's. Raises InputError for a missing or damaged file, and where no BOS is named."""
         path, settings = folder / FILE, read_settings(folder)
         raw, backend = read_tokenizer(path)
-        return cls(backend, _find_bos(backend, settings, folder), path, bool(adds_bos(raw, settings)))
+        return cls(backend, _find_bos(backend, raw, settings, folder), path, bool(adds_bos(raw, settings)))
 
     def encode(self, text: str, *, parse_special: bool = False) -> np.ndarray:
         """Token ids (int64) without any that the tokenizer adds. With `parse_special` control tokens that are spelled
@@ -187,8 +194,8 @@ class Detokenizer:
         return self._tokenizer.decode(self._shown + self._held)[len(shown) :]
 
 
-def _find_bos(backend: Any, settings: Mapping[str, Any], folder: Path) -> int:
-    bos = token_of(settings, "bos_token")
+def _find_bos(backend: Any, raw: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> int:
+    bos = token_of(settings, "bos_token") or leading_token(raw)
     found = None if bos is None else backend.token_to_id(bos)
     if found is None:
         found = _configured(folder, "bos_token_id")

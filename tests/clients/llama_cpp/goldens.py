@@ -24,8 +24,9 @@ from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.formats.gguf.blocks import nbytes
+from dsv2quant.planning.gguf_keys import model_keys
 from dsv2quant.storage import gguf as container
-from dsv2quant.storage.gguf import TensorHeader, Value
+from dsv2quant.storage.gguf import TensorHeader, Value, string
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MIXES = (
@@ -84,12 +85,9 @@ def types(folder: Path) -> dict[str, Any]:
 
 
 def sparse(path: Path, config: ModelConfig, metadata: dict[str, Value], tensors: list[GgufTensor]) -> Path:
-    """A model of any size: no data, and of the metadata only what llama-quantize looks at is its own."""
-    own = {"block_count": config.num_hidden_layers, "expert_count": config.n_routed_experts}
-    if config.q_lora_rank is not None:
-        own["attention.q_lora_rank"] = config.q_lora_rank
-    for key, value in own.items():
-        metadata[f"deepseek2.{key}"] = Value(metadata["deepseek2.block_count"].type, value)
+    """A model of any size: no data, and the tokenizer of another."""
+    keys = {key: value for key, value in metadata.items() if not key.startswith("deepseek2.")}
+    metadata = keys | {"general.architecture": string(config.gguf)} | model_keys(config, {}, drop_expert_groups=False)
     headers, begin = [], 0
     for tensor in tensors:
         kind = "F32" if len(tensor.shape) == 1 or tensor.kind == "ffn_gate_inp" else "BF16"

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from gguf_tiny import PRE_TOKENIZERS
 
 ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
 BIN = ROOT / "build" / "bin"
-# The converter knows the tokenizers of published models by a hash; dsv2-mini's has the pre-tokenizer of DeepSeek's.
+# The converter knows the tokenizers of published models by a hash; of ours it is told which. SentencePiece's
+# package, which it imports before it finds that a model has no vocabulary of that kind, need not be there.
 CONVERTER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import convert_hf_to_gguf
 from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-llm"
+pre = sys.argv.pop(2)
+TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+def without(self):
+    raise FileNotFoundError
+TextModel._create_vocab_sentencepiece = without
 sys.argv = sys.argv[1:]
 convert_hf_to_gguf.main()
 """
@@ -45,9 +55,22 @@ def tool(name: str, *args: object, cwd: Path | None = None) -> subprocess.Comple
 
 
 def convert(model: Path, out: Path) -> Path:
-    """The model as a GGUF file in BF16."""
-    run(sys.executable, "-c", CONVERTER, ROOT, model, "--outfile", out, "--outtype", "bf16")
+    """The model as a GGUF file in BF16; one with plain attention as DeepSeek-OCR's, which the converter knows it by."""
+    raw = json.loads((model / "config.json").read_text())
+    if raw.get("use_mla") is False:
+        model = _as_ocr(model, raw, out.with_suffix(".ocr"))
+    pre = PRE_TOKENIZERS.get(model.name, "deepseek-llm")
+    run(sys.executable, "-c", CONVERTER, ROOT, pre, model, "--outfile", out, "--outtype", "bf16")
     return out
+
+
+def _as_ocr(model: Path, raw: dict[str, Any], folder: Path) -> Path:
+    """The same files with the configuration of DeepSeek-OCR, in a folder of the same name."""
+    copy = folder / model.name
+    shutil.copytree(model, copy)
+    whole = {"architectures": ["DeepseekOCRForCausalLM"], "model_type": "deepseek_vl_v2", "language_config": raw}
+    (copy / "config.json").write_text(json.dumps(whole))
+    return copy
 
 
 def quantize(source: Path, out: Path, file_type: str, *options: str) -> Path:
