@@ -277,10 +277,9 @@ class HfCheckpoint(Checkpoint):
         kv_scales = take_kv_scales(config, tensors, where)
         weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)
-        files = sorted(headers)
         return cls(
-            printable(model), raw_config, config, weights, files, data or {}, revision, kv_scales, others, folder,
-            whole, PUBLISHED if whole is None else names,
+            printable(model), raw_config, config, weights, sorted(headers), data or {}, revision, kv_scales, others,
+            folder, whole, PUBLISHED if whole is None else names,
         )  # fmt: skip
 
     @property
