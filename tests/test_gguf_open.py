@@ -167,12 +167,12 @@ def test_tensors_are_those_that_the_metadata_implies(change, message, arrays, tm
 
 
 def test_other_kinds_of_files(tmp_path, arrays, model):
-    writer = GGUFWriter(tmp_path / "llama.gguf", "llama")
+    writer = GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InputError, match=r"llama\.gguf: its architecture is 'llama'"):
-        open_checkpoint(tmp_path / "llama.gguf")
+    with pytest.raises(InputError, match=r"qwen2\.gguf: its architecture is 'qwen2'"):
+        open_checkpoint(tmp_path / "qwen2.gguf")
     with pytest.raises(InputError, match=r"no.gguf: no such file"):
         open_checkpoint(tmp_path / "no.gguf")
     (tmp_path / "text.gguf").write_text("This is a text, not a GGUF file.")
