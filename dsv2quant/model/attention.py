@@ -10,6 +10,7 @@ its V half behind the weighted sum of latents, so that no key or value is ever f
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +77,33 @@ def _yarn_frequencies(frequencies: torch.Tensor, yarn: Yarn, dim: int, theta: fl
     return frequencies / yarn.factor * interpolated + frequencies * (1 - interpolated)
 
 
+class Attention(ABC):
+    """One layer's attention: the stages before its output, `context`, and the last one."""
+
+    o_proj: Linear
+
+    @abstractmethod
+    def context(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
+        """The stages before: x → the heads' weighted values, [batch, new, heads · v_head_dim]. What `absorbed` reads of
+        the cache it reads as it is stored."""
+
+    def output(self, context: torch.Tensor) -> Stages[torch.Tensor]:
+        """The last stage: what `context` returns → [..., hidden]."""
+        yield Stage((self.o_proj,), context)
+        return self.o_proj(context)
+
+    def stages(
+        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
+    ) -> Stages[torch.Tensor]:
+        """x [batch, new, hidden] → the same shape; `rope` [new, ·] is the table of the new positions."""
+        return (yield from self.output((yield from self.context(x, rope, cache, absorbed))))
+
+
 @dataclass
-class LatentAttention:
-    """One layer's attention. Exactly one of `q_proj` and the latent query path (`q_a_proj` … `q_b_proj`) is set."""
+class LatentAttention(Attention):
+    """Latent attention. Exactly one of `q_proj` and the latent query path (`q_a_proj` … `q_b_proj`) is set."""
 
     config: ModelConfig
     kv_a_proj_with_mqa: Linear
@@ -90,24 +115,10 @@ class LatentAttention:
     q_a_layernorm: RMSNorm | None = None
     q_b_proj: Linear | None = None
 
-    def stages(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
-    ) -> Stages[torch.Tensor]:
-        """x [batch, new, hidden] → the same shape; `rope` [new, ·] is the table of the new positions."""
-        return (yield from self.output((yield from self.context(x, rope, cache, absorbed))))
-
-    def output(self, context: torch.Tensor) -> Stages[torch.Tensor]:
-        """The last stage: what `context` returns → [..., hidden]."""
-        yield Stage((self.o_proj,), context)
-        return self.o_proj(context)
-
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
     ) -> Stages[torch.Tensor]:
-        """The stages before: x → the heads' weighted values, [batch, new, heads · v_head_dim].
-
-        kv_b_proj comes once more for each of its halves where attention is absorbed.
-        """
+        """kv_b_proj comes once more for each of its halves where attention is absorbed."""
         c, q_linear, q_input = self.config, self.q_proj, x
         if q_linear is None:
             assert self.q_a_proj is not None
@@ -154,8 +165,8 @@ class LatentAttention:
 
 
 @dataclass
-class GroupedAttention:
-    """One layer's plain attention: each of num_key_value_heads heads of keys and values serves as many of queries."""
+class GroupedAttention(Attention):
+    """Plain attention: each of num_key_value_heads heads of keys and values serves as many of queries."""
 
     config: ModelConfig
     q_proj: Linear
@@ -163,21 +174,9 @@ class GroupedAttention:
     v_proj: Linear
     o_proj: Linear
 
-    def stages(
-        self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
-    ) -> Stages[torch.Tensor]:
-        """As LatentAttention's; nothing is absorbed, but everything is read as it is cached."""
-        return (yield from self.output((yield from self.context(x, rope, cache, absorbed))))
-
-    def output(self, context: torch.Tensor) -> Stages[torch.Tensor]:
-        """The last stage: what `context` returns → [..., hidden]."""
-        yield Stage((self.o_proj,), context)
-        return self.o_proj(context)
-
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
     ) -> Stages[torch.Tensor]:
-        """The stages before: x → the heads' weighted values, [batch, new, heads · width]."""
         yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed)
