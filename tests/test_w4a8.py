@@ -92,7 +92,7 @@ def test_vllms_conditions(model, role, shape, tp, scheme):
     specs = (*architecture(config).layer(0), *architecture(config).layer(1))
     spec = next(spec for spec in specs if spec.role == role)
     assert spec.shape == shape
-    chosen = choose_schemes([spec], everything, ("vllm",), Parallel(tp))
+    chosen = choose_schemes({spec: "bf16"}, everything, ("vllm",), Parallel(tp))
     assert chosen[spec][0] == scheme
     assert (chosen[spec][2] is None) == (scheme == "w4a8-g128")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -198,7 +198,7 @@ def make_plan(
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"
     stored = {weight.spec: weight.scheme for weight in checkpoint.weights}
-    schemes = choose_schemes(stored, recipe, chosen, parallel, stored)
+    schemes = choose_schemes(stored, recipe, chosen, parallel)
     mark_kept(checkpoint.weights, schemes)
     _check_prediction(schemes, where)
     _mark_folded(checkpoint, recipe, schemes)
@@ -249,23 +249,18 @@ def _check_listed(
 
 
 def choose_schemes(
-    specs: Iterable[TensorSpec],
-    recipe: Recipe,
-    chosen: Sequence[str],
-    parallel: Parallel,
-    stored: Mapping[TensorSpec, str] | None = None,
+    stored: Mapping[TensorSpec, str], recipe: Recipe, chosen: Sequence[str], parallel: Parallel
 ) -> dict[TensorSpec, Choice]:
-    """What every tensor becomes: the recipe's wish, or what the targets leave of it.
+    """What every tensor becomes, of those `stored` in schemes: the recipe's wish, or what the targets leave of it.
 
     Fused modules are decided as one: the first member that a target refuses takes the others along. Layers for
-    multi-token prediction keep the scheme in which they are `stored` where it is one of the recipe's.
+    multi-token prediction keep the scheme that they are in where it is one of the recipe's.
     """
     modules: dict[str, list[TensorSpec]] = defaultdict(list)
     assigned: dict[tuple[str, int | None], tuple[str, str]] = {}
-    for spec in specs:
+    for spec, held in stored.items():
         if (spec.role, spec.layer) not in assigned:
-            held = (stored or {}).get(spec, "") if spec.is_prediction else ""
-            kept = held in recipe.schemes - UNQUANTIZED
+            kept = spec.is_prediction and held in recipe.schemes - UNQUANTIZED
             assigned[spec.role, spec.layer] = (held, "rtn") if kept else recipe.assign(spec)
         modules[targets.fused_module(spec, chosen) or spec.name].append(spec)
     decided: dict[TensorSpec, Choice] = {}

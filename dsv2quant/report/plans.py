@@ -361,11 +361,11 @@ def _planned(plan: Plan, recipe: Recipe, parallel: Parallel) -> int | None:
     """Bytes of the weights that a recipe gives at a parallel size; None where most of it falls back too, or it has no
     artifact. Looks at one expert of each layer: all of them are treated alike."""
     config = plan.checkpoint.config
-    specs = [entry.spec for entry in plan.entries if not entry.spec.expert]
+    stored = {entry.spec: entry.weight.scheme for entry in plan.entries if not entry.spec.expert}
     try:
         targets.choose(plan.targets, recipe.schemes, config)
         targets.check_parallel(config, parallel, plan.targets)
-        chosen = choose_schemes(specs, recipe, plan.targets, parallel)
+        chosen = choose_schemes(stored, recipe, plan.targets, parallel)
         targets.check_unquantized({s: scheme for s, (scheme, _, _) in chosen.items()}, plan.targets, parallel)
     except Dsv2quantError:
         return None
