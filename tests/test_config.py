@@ -135,6 +135,20 @@ def test_what_is_not_understood_is_an_error(changes, message):
         parse(**changes)
 
 
+@pytest.mark.parametrize("name", ["v3", "glm4"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_nextn_predict_layers": 65}, "num_nextn_predict_layers is 65 .*from 0 to 64"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
+        ({"num_hidden_layers": 12, "num_nextn_predict_layers": 5, "n_routed_experts": 4096}, "17 × 4,096 .*no model"),
+    ],
+)
+def test_layers_for_prediction_are_counted(name, changes, message):
+    with pytest.raises(InputError, match=message):
+        model_config(tiny.FAMILY[name] | changes, "config.json")
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from([10**400, -(10**400), 1 << 31, 1e308, "yarn", "default", "silu", [["silu"]]]),

@@ -21,7 +21,7 @@ from dsv2quant.arch.parts import (
     layer_norm,
     prediction_ends,
     score_head,
-)  # fmt: skip
+)
 from dsv2quant.arch.spec import Architecture, Router, TensorSpec
 
 

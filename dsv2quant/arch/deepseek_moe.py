@@ -24,6 +24,5 @@ def read(raw: Reader, architecture: str) -> ModelConfig:
     """The configuration. Raises InputError for a value of the wrong type or range, and for what is not supported."""
     raw.require("scoring_func", "softmax", ("softmax",))
     fields = common(raw, _DEFAULTS) | rope(raw, ("linear",))
-    kv_heads = raw.integer("num_key_value_heads", None)
-    fields |= plain_heads(raw, fields["hidden_size"], fields["num_attention_heads"], kv_heads)
+    fields |= plain_heads(raw, fields["hidden_size"], fields["num_attention_heads"])
     return check_choice(ModelConfig(family=FAMILY, gguf="deepseek", architecture=architecture, **fields), raw)

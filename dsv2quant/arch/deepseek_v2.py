@@ -11,6 +11,7 @@ from typing import Any
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.reading import (
+    LATENT,
     Reader,
     check_choice,
     common,
@@ -19,7 +20,7 @@ from dsv2quant.arch.reading import (
     latent_heads,
     plain_heads,
     rope,
-)  # fmt: skip
+)
 
 FAMILY = "deepseek_v2"
 GGUF, GGUF_PLAIN = "deepseek2", "deepseek2-ocr"
@@ -32,9 +33,6 @@ _DEFAULTS = {
     "num_experts_per_tok": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "first_k_dense_replace": 0,
     "moe_layer_freq": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
 }  # fmt: skip
-_LATENT = {
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-}  # fmt: skip
 
 
 def read(raw: Reader, architecture: str) -> ModelConfig:
@@ -42,10 +40,9 @@ def read(raw: Reader, architecture: str) -> ModelConfig:
     fields = common(raw, _DEFAULTS)
     heads = fields["num_attention_heads"]
     if raw.boolean("use_mla", True):
-        fields |= latent_heads(raw, _LATENT, heads) | rope(raw, ("yarn",))
+        fields |= latent_heads(raw, LATENT, heads) | rope(raw, ("yarn",))
     else:
-        kv_heads = raw.integer("num_key_value_heads", None)
-        fields |= plain_heads(raw, fields["hidden_size"], heads, kv_heads) | rope(raw, ())
+        fields |= plain_heads(raw, fields["hidden_size"], heads) | rope(raw, ())
     choice, gguf = _choice(raw, fields["n_routed_experts"]), GGUF if fields.get("kv_lora_rank") else GGUF_PLAIN
     config = ModelConfig(family=FAMILY, gguf=gguf, architecture=architecture, **fields, **choice)
     return check_choice(config, raw)

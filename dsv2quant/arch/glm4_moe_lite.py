@@ -15,6 +15,7 @@ _DEFAULTS = {
     "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "moe_intermediate_size": 1536,
     "num_hidden_layers": 47, "num_attention_heads": 20, "n_routed_experts": 64, "num_experts_per_tok": 4,
     "routed_scaling_factor": 1.8, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 202752,
+    "num_nextn_predict_layers": 0,
 }  # fmt: skip
 _LATENT = {
     "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
@@ -29,7 +30,6 @@ def read(raw: Reader, architecture: str) -> ModelConfig:
     fields |= {
         "first_k_dense_replace": _first_dense(raw, fields["num_hidden_layers"]),
         "n_shared_experts": raw.integer("n_shared_experts", 1, 0),
-        "num_nextn_predict_layers": raw.integer("num_nextn_predict_layers", 0, 0, 64),
     }
     return check_choice(ModelConfig(family=FAMILY, gguf="deepseek2", architecture=architecture, **fields), raw)
 

@@ -22,6 +22,5 @@ _DEFAULTS = {
 def read(raw: Reader, architecture: str) -> ModelConfig:
     """The configuration. Raises InputError for a value of the wrong type or range, and for what is not supported."""
     fields = common(raw, _DEFAULTS) | rope(raw, ("linear",))
-    kv_heads = raw.integer("num_key_value_heads", None)
-    fields |= plain_heads(raw, fields["hidden_size"], fields["num_attention_heads"], kv_heads)
+    fields |= plain_heads(raw, fields["hidden_size"], fields["num_attention_heads"])
     return ModelConfig(family=FAMILY, gguf="llama", architecture=architecture, **fields)

@@ -17,6 +17,10 @@ from dsv2quant.errors import InputError
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_EXPERTS = 1 << 16  # of all layers: the largest models have some 25,000, and each is listed
 _LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 4096, "num_nextn_predict_layers": 64}
+# Of latent attention in DeepSeek's own classes.
+LATENT = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
 _LINEAR_KEYS = {"type", "rope_type", "rope_theta", "factor"}
 _YARN_KEYS = {"type", "rope_type", "rope_theta", *(field.name for field in fields(Yarn))}
 _CALLED = {"linear": "the linear scaling's", "yarn": "YaRN's"}
@@ -87,9 +91,10 @@ def common(read: Reader, defaults: Mapping[str, Any]) -> dict[str, Any]:
     if read.boolean("mlp_bias", False):
         raise read.error("mlp_bias", "true", "FFN biases are not supported")
     fields = {key: read.plain(key, default) for key, default in defaults.items()}
-    layers, n_routed = fields["num_hidden_layers"], fields.get("n_routed_experts", 0)
+    layers = fields["num_hidden_layers"] + fields.get("num_nextn_predict_layers", 0)
+    n_routed = fields.get("n_routed_experts", 0)
     if layers * n_routed > MAX_EXPERTS:
-        what = f"num_hidden_layers × n_routed_experts is {layers:,} × {n_routed:,}"
+        what = f"layers × n_routed_experts is {layers:,} × {n_routed:,}"
         raise InputError(what, where=read.where, fix=f"no model has more than {MAX_EXPERTS:,} experts")
     return fields | {
         "num_labels": len(read.mapping("id2label") or ()) or read.integer("num_labels", 2),
@@ -100,12 +105,9 @@ def common(read: Reader, defaults: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plain_heads(read: Reader, hidden: int, heads: int, kv_heads: int | None) -> dict[str, Any]:
-    """The fields of plain attention, as Llama's: `kv_heads` None, as many as of queries.
-
-    Raises InputError where heads don't go together.
-    """
-    width, kv = read.integer("head_dim", None), kv_heads or heads
+def plain_heads(read: Reader, hidden: int, heads: int) -> dict[str, Any]:
+    """The fields of plain attention, as Llama's. Raises InputError where heads don't go together."""
+    width, kv = read.integer("head_dim", None), read.integer("num_key_value_heads", heads)
     if heads % kv:
         raise read.error("num_key_value_heads", kv, f"it must divide num_attention_heads, {heads}")
     if width is None:
