@@ -122,12 +122,11 @@ class Flash(Pass):
         logits = self.wide(c.n_routed_experts)
         del scores, logits
         summed = self.wide(c.hidden_size)
-        tokens = -(-self.tokens * c.num_experts_per_tok // c.n_routed_experts)
-        rows = self.new(2 * tokens * c.hidden_size)
+        rows = self.new(2 * self.routed * c.hidden_size)
         made = self.expert()
-        wide, weighted = (self.new(4 * tokens * c.hidden_size) for _ in range(2))
+        wide, weighted = (self.new(4 * self.routed * c.hidden_size) for _ in range(2))
         del wide
-        before = self.new(4 * tokens * c.hidden_size)
+        before = self.new(4 * self.routed * c.hidden_size)
         del rows, made, weighted, before
         out = self.made(c.hidden_size)
         del summed

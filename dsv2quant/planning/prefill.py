@@ -75,6 +75,11 @@ class Pass:
     def tokens(self) -> int:
         return self.batch * self.length
 
+    @property
+    def routed(self) -> int:
+        """Tokens of a routed expert, where all have equally many."""
+        return -(-self.tokens * self.c.num_experts_per_tok // self.c.n_routed_experts)
+
     def made(self, width: int, kind: str = "activations") -> Tensor:
         """A tensor of so many BF16 numbers per token."""
         return self.new(2 * self.tokens * width, kind)
@@ -104,10 +109,8 @@ class Pass:
         return self.gated(self.tokens, width)
 
     def expert(self) -> Tensor:
-        """The same of one routed expert's tokens, of which all experts have equally many."""
-        c = self.c
-        tokens = -(-self.tokens * c.num_experts_per_tok // c.n_routed_experts)
-        return self.gated(tokens, c.moe_intermediate_size // self.share.tp)
+        """The same of one routed expert's tokens."""
+        return self.gated(self.routed, self.c.moe_intermediate_size // self.share.tp)
 
     def gated(self, tokens: int, width: int) -> Tensor:
         """What gate gives goes once its silu is there."""
