@@ -17,7 +17,7 @@ from dsv2quant.storage.gguf import Metadata
 
 Config = dict[str, Any]
 _SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func; 0 says as little as nothing
-_SIGMOID_IMPLIED = ((47, 154880), (48, 154880))  # layers and vocabulary: GLM-4.7-Flash's
+SIGMOID_IMPLIED = ((47, 154880), (48, 154880))  # layers and vocabulary: GLM-4.7-Flash's (src/models/deepseek2.cpp)
 _INTEGERS = {
     "vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
@@ -100,7 +100,7 @@ def _deepseek2_ocr(read: _Reader, config: Config) -> Config:
 
 def _chosen(read: _Reader, config: Config) -> Config:
     """Experts, and the class that chooses them so."""
-    implied = (config["num_hidden_layers"], config["vocab_size"]) in _SIGMOID_IMPLIED
+    implied = (config["num_hidden_layers"], config["vocab_size"]) in SIGMOID_IMPLIED
     gating = read.integer("expert_gating_func", 0) or (_SIGMOID if implied else _SOFTMAX)
     if gating not in (_SOFTMAX, _SIGMOID):
         fix = f"read are {_SOFTMAX}, softmax, and {_SIGMOID}, sigmoid"

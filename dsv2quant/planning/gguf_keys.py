@@ -13,11 +13,11 @@ from typing import Any
 from gguf import ExpertGatingFuncType, RopeScalingType
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.checkpoint.gguf_config import SIGMOID_IMPLIED
 from dsv2quant.storage.gguf import Value, boolean, f32, string, u32
 
 Keys = dict[str, Value]
 GATING = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
-SIGMOID_IMPLIED = ((47, 154880), (48, 154880))  # layers and vocabulary: GLM-4.7-Flash's (src/models/deepseek2.cpp)
 # Of the others transformers' class states a head's width, which the converter writes first, and then overwrites.
 _WITHOUT_WIDTH = ("glm4_moe_lite", "kimi_k2")
 
