@@ -120,7 +120,7 @@ class FusedLoader:
 
 
 class FusedModel(Runtime[FusedLayer]):
-    """A DeepSeek-V2 forward pass in BF16 over weights as they are stored, by kernels on a CUDA device.
+    """A forward pass in BF16 over weights as they are stored, by kernels on a CUDA device.
 
     On the CPU their torch references take their place, which are slow, and right.
     """

@@ -83,7 +83,7 @@ class Runtime(Generic[Layer]):
 
 
 class Model(Runtime[DecoderLayer]):
-    """A DeepSeek-V2 forward pass over a checkpoint, quantized or not, in plain torch: the reference."""
+    """A forward pass over a checkpoint, quantized or not, in plain torch: the reference."""
 
     def __init__(
         self,
