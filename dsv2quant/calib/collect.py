@@ -140,9 +140,8 @@ class _Keys:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = second if self.config.is_mla else first
         by_head = keys.flatten(0, 1).unflatten(1, (-1, self.config.qk_rope_head_dim))  # [tokens, heads, width]
-        shape = (2, -1) if self.config.rope_halves else (-1, 2)
-        pairs = by_head.unflatten(2, shape).square().sum(2 if self.config.rope_halves else 3)
-        self.sums.widen(f"{self.at}.k_pe_radius", pairs.sqrt().flatten(1))
+        radii = Rope.pairs(by_head, self.config.rope_halves).square().sum(-1).sqrt()
+        self.sums.widen(f"{self.at}.k_pe_radius", radii.flatten(1))
         if not self.config.is_mla:
             self.sums.widen(f"{self.at}.v_amax", second.flatten(0, 1).abs())
         return first, second

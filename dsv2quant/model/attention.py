@@ -55,10 +55,14 @@ class Rope:
         return torch.polar(torch.full_like(angles, self._magnitude), angles)
 
     @staticmethod
+    def pairs(x: torch.Tensor, halves: bool) -> torch.Tensor:
+        """What turns together of x [..., dim], side by side: [..., dim / 2, 2]."""
+        return x.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.unflatten(-1, (-1, 2))
+
+    @staticmethod
     def rotate(x: torch.Tensor, table: torch.Tensor, halves: bool) -> torch.Tensor:
         """Rotate x [..., tokens, dim] in float32; back in x's dtype."""
-        wide = x.float()
-        pairs = wide.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else wide.unflatten(-1, (-1, 2))
+        pairs = Rope.pairs(x.float(), halves)
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * table)
         return (turned.transpose(-1, -2) if halves else turned).flatten(-2).to(x.dtype)
 
