@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+from family_configs import LLM_7B, LLM_67B, MOE_16B
 from gguf_cases import bell
 
 from dsv2quant.arch.decoder import architecture
@@ -95,19 +96,6 @@ V2_236B = tiny.V2 | {
     "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 160,
     "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
-}  # fmt: skip
-LLM_7B = tiny.LLAMA | {
-    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "rope_scaling": None,
-}  # fmt: skip
-LLM_67B = LLM_7B | {
-    "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 95, "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}  # fmt: skip
-MOE_16B = tiny.DEEPSEEK_MOE | {
-    "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
 }  # fmt: skip
 # Not published: llama.cpp takes a model of 80 layers for Llama 2 70B, and one of 8 experts for Mixtral 8x7B.
 LLAMA_80 = LLM_7B | {"num_hidden_layers": 80, "num_key_value_heads": 16}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from family_configs import LLM_7B, LLM_67B, V2
 
 import dsv2quant as dq
 from dsv2quant.arch.config import ModelConfig
@@ -47,24 +48,6 @@ PUBLISHED_67B = (
     (17.59, 19.25, 25.69, OOM, OOM),
     (18.17, 21.69, 34.54, OOM, OOM),
 )
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 102400, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
-}  # fmt: skip
-LLM_7B = LLAMA | {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30, "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}  # fmt: skip
-LLM_67B = LLAMA | {
-    "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 95, "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}  # fmt: skip
-V2 = tiny.V2 | {
-    "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
-    "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 160,
-    "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
-}  # fmt: skip
 SHALLOW = V2 | {"num_hidden_layers": 2}
 
 
