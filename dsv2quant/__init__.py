@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify
+    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify, verify_engine
 
-__all__ = ["calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify"]
+__all__ = [
+    "calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify", "verify_engine",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""The Python API, which the command line calls: open, plan, memory, calibrate, convert, evaluate, verify, generate,
-inspect.
+"""The Python API, which the command line calls: open, plan, memory, calibrate, convert, evaluate, verify,
+verify_engine, generate, inspect.
 
     import dsv2quant as dq
     made = dq.convert("deepseek-ai/DeepSeek-V2-Lite", "LITE-FP8", scheme="fp8-block")
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
     from dsv2quant.calib.statistics import Statistics
     from dsv2quant.checkpoint.checkpoint import Checkpoint
+    from dsv2quant.engines.results import Verdict
     from dsv2quant.evaluation.results import Evaluation, Verification
     from dsv2quant.model.completion import Completion, Message
     from dsv2quant.model.load import LoadOptions
@@ -279,6 +280,40 @@ def verify(
     with progress(0, "", "starting"):
         from dsv2quant.evaluation.verify import verify as run
     return run(opened, original, device, progress)
+
+
+def verify_engine(
+    artifact: Model, engine: str, source: Model | None = None, *, engine_python: StrPath | None = None,
+    engine_url: str | None = None, tp: int = 1, engine_dtype: str = "bfloat16", kv_cache: str = "auto",
+    text: StrPath | None = None, windows: int = 8, ctx: int | None = None, generate: bool = False,
+    max_kld: float | None = None, device: str = "cpu", progress: Progress = no_progress, **hub: Unpack[HubOptions],
+) -> Verdict:  # fmt: skip
+    """Run an engine ("vllm", "sglang", "transformers", "llama.cpp") on an artifact and compare what it computes with
+    this tool's runtime, which computes the same artifact on `device`: in the Python at `engine_python`, or by a server.
+
+    `windows` of `ctx` tokens of a `text` are scored; `generate` also continues prompts. What may lie between both is
+    twice the noise that the engine has on the `source`, and the runtime in `engine_dtype`, unless `max_kld` is given.
+    `Verdict.check` raises for what is wrong. Raises UsageError where options contradict each other, and InputError
+    where the artifact is damaged or the engine can't be run.
+    """
+    asked.check_values(
+        {"engine": engine, "tp": tp, "engine_dtype": engine_dtype, "kv_cache": kv_cache, "windows": windows, "ctx": ctx}
+    )
+    asked.check_engine(engine, engine_python, engine_url, tp, kv_cache)
+    asked.check_device(device)
+    from dsv2quant.text.text import from_file, python_topics
+
+    scored = python_topics() if text is None else from_file(text)
+    opened = open(artifact, **hub)
+    original = None if source is None else open(source, **hub | {"revision": None})
+    with progress(0, "", "starting"):
+        from dsv2quant.engines.verify import Settings
+        from dsv2quant.engines.verify import verify as run
+    settings = Settings(
+        engine, None if engine_python is None else os.fspath(engine_python), engine_url, tp, windows, ctx,  # type: ignore[arg-type]
+        engine_dtype, kv_cache, generate, max_kld, device,
+    )  # fmt: skip
+    return run(opened, original, scored, settings, progress)
 
 
 def generate(

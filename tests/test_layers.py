@@ -25,6 +25,7 @@ ORDER = [
     "report",
     "conversion",
     "evaluation",
+    "engines",
     "bench",
     "api",
     "__init__",

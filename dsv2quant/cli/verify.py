@@ -9,6 +9,25 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.planning.options import ENGINE_DTYPES, ENGINES, KV_CACHES, check_engine
+
+_engine_options = shared.stack(
+    click.option("--engine", type=click.Choice(ENGINES), help="Run it there and compare with the runtime."),
+    click.option("--engine-python", type=shared.PATH, metavar="PYTHON", help="The Python that has the engine."),
+    click.option("--engine-url", metavar="URL", help="A server that runs it, instead of a process of its own."),
+    click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs that it is split over."),
+    click.option("--dtype", "engine_dtype", type=click.Choice(ENGINE_DTYPES), default="bfloat16", show_default=True,
+                 help="What the engine computes in."),
+    click.option("--kv-cache", type=click.Choice(KV_CACHES[:1] + KV_CACHES[-2:]), default="auto", show_default=True,
+                 help="What its KV cache stores. Over FP8, decoded tokens are compared."),
+    click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score. Default: Python's topics."),
+    click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows to score."),
+    click.option("--ctx", type=click.IntRange(min=8), help="Their length. Default: 512, or the trained context."),
+    click.option("--generate", is_flag=True, help="Also continue prompts: tokenizer, chat template, end of text."),
+    click.option("--max-kld", type=float, metavar="K",
+                 help="Fail (exit 4) if mean KLD from the runtime exceeds K nats, not twice the noise floor."),
+    section="In an engine",
+)  # fmt: skip
 
 
 @click.command(cls=shared.Command)
@@ -17,9 +36,10 @@ from dsv2quant.cli import terminal
     "--source",
     type=shared.PATH,
     metavar="MODEL",
-    help="The checkpoint it was made from: measures each role's error too.",
+    help="The checkpoint it was made from: measures each role's error too, and in an engine the noise floor.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where --source is compared: cpu, cuda, cuda:1.")
+@_engine_options
 @shared.hub_options
 @shared.output_options
 def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
@@ -29,12 +49,30 @@ def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: 
 
     Prints per role the signal-to-noise ratio (SQNR) and the largest error, and names the worst tensors.
 
+    With --engine the engine is run on it: what it computes must be what this tool's runtime computes of the same
+    artifact, up to twice the noise that both have anyway.
+
     \b
-    Example:
+    Examples:
       dsv2quant verify DeepSeek-V2-Lite-FP8-BLOCK --source deepseek-ai/DeepSeek-V2-Lite
+      dsv2quant verify OUT --engine vllm --engine-python ~/vllm/bin/python --source BF16 --generate --device cuda
+      dsv2quant verify OUT-Q4_K_M.gguf --engine llama.cpp --source OUT-BF16.gguf
     """
     terminal.set_verbosity(verbose, quiet)
-    found = dq.verify(artifact, progress=terminal.progress(quiet), **shared.asked(options))
-    from dsv2quant.evaluation.results import verification_json, verification_text
+    given, progress = shared.asked(options), terminal.progress(quiet)
+    in_engine = {param.name for param in command.params if getattr(param, "section", "") == "In an engine"}
+    if "engine" not in given and (useless := shared.given(*in_engine)):
+        raise click.UsageError(f"{useless[0]} goes with --engine")
+    of_engine = {name: given.pop(name) for name in in_engine & given.keys()}
+    if of_engine:
+        names = ("engine", "engine_python", "engine_url", "tp", "kv_cache")
+        check_engine(*(options[name] for name in names))
+    found = dq.verify(artifact, progress=progress, **given)
+    verdict = dq.verify_engine(artifact, progress=progress, **given, **of_engine) if of_engine else None
 
-    terminal.show(found, verification_json, verification_text, as_json)
+    from dsv2quant.engines.results import report_json, report_text
+
+    terminal.show((found, verdict), report_json, report_text, as_json)
+    found.check()
+    if verdict is not None:
+        verdict.check()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dsv2quant.errors import GateError
+from dsv2quant.errors import GateError, listing
 from dsv2quant.report.tables import table, values_of
 
 
@@ -191,9 +191,14 @@ def _percent(share: Estimate) -> str:
     return f"{100 * share.value:.2f}% ± {100 * share.stderr:.2f}"
 
 
+LEAST_SQNR = 3.0  # dB: noise of half the signal; one bit a weight leaves more
+MOST_OF_SCALES = 0.4  # of the noise: see evaluation/verify.py
+
+
 @dataclass(frozen=True)
 class TensorError:
-    """Error of one decoded weight against its source: signal and noise are sums of squares."""
+    """Error of one decoded weight against its source: signal and noise are sums of squares. `scale_share` is the share
+    of the noise that other scales would take away."""
 
     name: str
     role: str
@@ -201,6 +206,12 @@ class TensorError:
     signal: float
     noise: float
     max_error: float
+    scale_share: float = 0.0
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether no method of quantizing leaves such an error: these are other weights, or their scales are."""
+        return self.sqnr < LEAST_SQNR or self.scale_share > MOST_OF_SCALES
 
     @property
     def sqnr(self) -> float:
@@ -228,12 +239,13 @@ class RoleErrors:
 
 @dataclass(frozen=True)
 class SourceErrors:
-    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`; of single tensors the
-    worst."""
+    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`; of single tensors the worst,
+    and those that can't be right."""
 
     decoded_dtype: str
     roles: list[RoleErrors]
     worst: list[TensorError]
+    wrong: list[TensorError] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,12 @@ class Verification:
     tensors: int
     errors: SourceErrors | None
 
+    def check(self) -> None:
+        """Raise GateError where a weight can't be what its source was quantized to."""
+        if self.errors is not None and self.errors.wrong:
+            names = listing([f"{e.name} ({_db(e.sqnr)} dB)" for e in self.errors.wrong])
+            raise GateError(f"{self.model}: other weights than the source's, or wrong scales: {names}")
+
 
 def verification_json(v: Verification) -> dict[str, Any]:
     """The object of `dsv2quant verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
@@ -274,6 +292,7 @@ def verification_json(v: Verification) -> dict[str, Any]:
         result["worst"] = [
             {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in v.errors.worst
         ]
+        result["wrong"] = [e.name for e in v.errors.wrong]
     return result
 
 

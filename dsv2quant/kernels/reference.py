@@ -29,9 +29,12 @@ def quantize_activation(
     'token' has one scale per row, [..., 1]; 'group128' one per 128 columns, [..., ⌈K/128⌉] (DeepSeek-V3
     `inference/kernel.py`, act_quant); both are amax / 448 in float32. 'static' is given its one `scale`, float32 [1],
     and clips what lies beyond 448 of it. 'token-int8' is amax / 127 per row, to nearest even (vLLM csrc,
-    dynamic_scaled_int8_quant).
+    dynamic_scaled_int8_quant). 'sequence' and 'sequence-int8' are the same over all rows of a batch's entry.
     """
     x = x.float()
+    if granularity.startswith("sequence"):
+        codes, scales = quantize_activation(x.flatten(1), granularity.replace("sequence", "token"))
+        return codes.view_as(x), scales.view(-1, *(1,) * (x.ndim - 1))
     if granularity == "token-int8":
         scales = scales_of(x.abs().amax(-1, keepdim=True), INT8_MAX)
         return (x / scales).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales

@@ -169,7 +169,7 @@ def complete(
         fix = "generating needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
     tokenizer = checkpoint.tokenizer()
-    prompt = prompt_ids(checkpoint, tokenizer, request)
+    prompt = prompt_ids(checkpoint, tokenizer, request.prompt, request.special)
     check_prompt(len(prompt), checkpoint.config.max_position_embeddings)
     if isinstance(request.prompt, str):
         for note in checkpoint.bos_note():
@@ -229,15 +229,17 @@ def completion_json(c: Completion) -> dict[str, Any]:
     }
 
 
-def prompt_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, request: Request) -> list[int]:
-    """The tokens of a prompt. A BOS that it spells out as a special token is not put before it again, and a chat
-    template spells out all that it wants."""
-    if is_chat := not isinstance(request.prompt, str):
-        chat = Chat([dict(message) for message in request.prompt], checkpoint.model)
+def prompt_ids(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: str | Sequence[Message], special: bool = False
+) -> list[int]:
+    """The tokens of a prompt, as `Request` has it. A BOS that it spells out as a special token is not put before it
+    again, and a chat template spells out all that it wants."""
+    if is_chat := not isinstance(prompt, str):
+        chat = Chat([dict(message) for message in prompt], checkpoint.model)
         (text,) = checkpoint.templates().render([chat], generation_prompt=True)
     else:
-        text = request.prompt
-    ids = tokenizer.encode(text, parse_special=is_chat or request.special)
+        text = prompt
+    ids = tokenizer.encode(text, parse_special=is_chat or special)
     tokenizer.check_ids(ids, checkpoint.config.vocab_size)
     wanted = tokenizer.add_bos and not is_chat and ids[:1].tolist() != [tokenizer.bos_id]
     return [*[tokenizer.bos_id] * wanted, *ids.tolist()]

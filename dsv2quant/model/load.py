@@ -16,10 +16,10 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
-from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
 from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
+from dsv2quant.model.serving import Serving, activation
 
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
@@ -30,7 +30,8 @@ class LoadOptions:
     """Where and how to compute. `weight_only` leaves activations unquantized. `scale_dtype` rounds the scales of all
     but the routed experts first, as transformers' default load of compressed-tensors does. `kv_cache` is the dtype of
     the latent cache, `dtype` where it is None. `backend` is 'torch', the reference, which decodes weights, or
-    'kernels', Triton's, which take them as they are stored: see fused_model.py."""
+    'kernels', Triton's, which take them as they are stored: see fused_model.py. `serving` names the consumer whose
+    departures from what an artifact says the torch backend makes, too: see serving.py."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -38,6 +39,7 @@ class LoadOptions:
     scale_dtype: torch.dtype | None = None
     kv_cache: torch.dtype | None = None
     backend: Backend = "torch"
+    serving: Serving | None = None
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -180,15 +182,16 @@ class Loader:
 
     def _linear(self, module: str) -> Linear:
         weight = self._by_name[f"{module}.weight"]
-        activation = CODECS[weight.scheme].activation if self._activations else None
+        o = self.options
+        granularity = activation(weight, o.serving, o.device != "cpu") if self._activations else None
         # Where activations are quantized the product is taken in float32: see `reference.linear`.
-        dtype = self.options.dtype if activation is None else torch.float32
+        dtype = o.dtype if granularity is None else torch.float32
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
         input_scale = None
-        if activation == "static":
-            stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], self.options.device)
-            input_scale = stored.to(self.options.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, activation, input_scale, module)
+        if granularity == "static":
+            stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], o.device)
+            input_scale = stored.to(o.scale_dtype or torch.float32).float().reshape(1)
+        return Linear(self._tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)

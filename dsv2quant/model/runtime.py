@@ -104,19 +104,23 @@ class Model(Runtime[DecoderLayer]):
 
         `absorbed` attends over latents without expanding them, as decoding does; the default expands, as prefill does.
         """
-        return self.ends.logits(self._hidden(tokens, caches, absorbed))
+        return self.ends.logits(self.hidden(tokens, caches, absorbed))
 
     @torch.inference_mode()
     def next_logits(self, tokens: torch.Tensor, caches: Sequence[KVCache], *, absorbed: bool = False) -> torch.Tensor:
         """The last row of `forward`, [batch, vocab]: those of a whole prompt would not fit in memory."""
-        return self.ends.logits(self._hidden(tokens, caches, absorbed)[:, -1])
+        return self.ends.logits(self.hidden(tokens, caches, absorbed)[:, -1])
 
     def decoder(self, caches: Sequence[KVCache]) -> Decode:
         """What takes the next token of each sequence, [batch], and gives its logits, [batch, vocab], by absorbed
         attention; the caches grow with it."""
         return lambda tokens: self.next_logits(tokens.unsqueeze(1), caches, absorbed=True)
 
-    def _hidden(self, tokens: torch.Tensor, caches: Sequence[KVCache] | None, absorbed: bool) -> torch.Tensor:
+    @torch.inference_mode()
+    def hidden(
+        self, tokens: torch.Tensor, caches: Sequence[KVCache] | None = None, absorbed: bool = False
+    ) -> torch.Tensor:
+        """Hidden states [batch, new, hidden] behind the last layer, of tokens as `forward` takes them."""
         x = self.ends.embed(tokens.to(self.options.device))
         rope = self.rope(caches[0].length if caches else 0, tokens.shape[1])
         for index, layer in enumerate(self.layers()):

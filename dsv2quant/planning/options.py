@@ -29,6 +29,8 @@ METHODS = ("rtn", "mse", "awq", "gptq")
 GROUP_SIZES = (128, 64, 32, "channel")
 LAYOUTS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
 CONSUMERS = ("vllm", "sglang", "transformers")
+ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
+ENGINE_DTYPES = ("bfloat16", "float16", "float32")
 DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "torch", "kernels")
 PROTOCOLS = ("default", "llama.cpp")
@@ -101,16 +103,17 @@ WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of 
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
-    "samples": "--num-calibration-samples", "length": "--max-seq-length",
+    "samples": "--num-calibration-samples", "length": "--max-seq-length", "engine_dtype": "--dtype",
 }  # fmt: skip
 _USUAL = {"tp": 1, "ep": 1, "max_shard_size": "5GB"}
 _CHOICES: dict[str, Sequence[object]] = {
     "scheme": SCHEMES, "method": METHODS, "group_size": GROUP_SIZES, "layout": tuple(LAYOUTS), "targets": CONSUMERS,
     "dtype": DTYPES, "backend": BACKENDS, "kv_cache": KV_CACHES, "protocol": PROTOCOLS, "dataset": DATASETS,
-    "prefill": PREFILLS,
+    "prefill": PREFILLS, "engine": ENGINES, "engine_dtype": ENGINE_DTYPES,
 }  # fmt: skip
 _LEAST = {
     "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
+    "windows": 1,
 }  # fmt: skip
 
 
@@ -302,6 +305,23 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from None
+
+
+def check_engine(engine: str, python: StrPath | None, url: str | None, tp: int, kv_cache: str) -> None:
+    """Raise UsageError for what an engine can't be asked."""
+    serves = engine in ("vllm", "sglang")
+    if python is not None and url is not None:
+        raise UsageError("--engine-python and --engine-url exclude each other")
+    if url is not None and not serves:
+        raise UsageError(f"--engine-url: {engine} has no server that gives a prompt's log-probabilities")
+    if python is not None and engine == "llama.cpp":
+        raise UsageError("--engine-python: llama.cpp's programs are found on PATH")
+    if url is not None and (tp > 1 or kv_cache != "auto"):
+        raise UsageError("--tp and --kv-cache go with an engine that is started: a server has its own")
+    if not serves and tp > 1:
+        raise UsageError(f"--tp {tp} goes with vllm and sglang")
+    if not serves and kv_cache != "auto":
+        raise UsageError(f"--kv-cache {kv_cache} goes with vllm and sglang")
 
 
 def _has_driver() -> bool:

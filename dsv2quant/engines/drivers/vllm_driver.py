@@ -107,7 +107,8 @@ def share_of_memory(exchange: Exchange) -> float:
 
 def keep_logits(worker: Any) -> None:
     """From now on, have the first worker keep what its model's `compute_logits` returns, float32 [rows, vocabulary]."""
-    model, kept = worker.get_model(), []
+    model = worker.get_model()
+    kept: list[np.ndarray] = []
     compute = model.compute_logits
     worker.kept_logits = kept
 

@@ -1,0 +1,96 @@
+"""transformers, as it loads an artifact by default: compressed-tensors fake-quantizes activations of linear modules;
+block FP8 is decoded first where no GPU has FP8."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import transformers
+from exchange import Exchange
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    exchange = Exchange.opened()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(exchange, device)
+    decoded = []
+    with torch.inference_mode():
+        for window, row in enumerate(torch.from_numpy(exchange.windows).to(device)):
+            if exchange.decode:
+                logits, ids = decode(model, row[None], exchange.decode)
+                decoded.append(ids)
+            else:
+                logits = model(row[None], use_cache=False).logits[0, exchange.first : -1]
+            exchange.put_logits(window, logits)
+            exchange.advance()
+        exchange.put("generated", generated(exchange, model))
+    if exchange.decode:
+        exchange.put_decoded(decoded)
+    exchange.put("report", report(model, device))
+
+
+def load(exchange: Exchange, device: str) -> Any:
+    dtype = getattr(torch, exchange.request["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(exchange.model, dtype=dtype, local_files_only=True).eval().to(device)
+    # What block FP8 leaves unquantized stays in BF16 whatever dtype is asked for.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if dtype == torch.float32 and type(quantizer).__name__ == "FineGrainedFP8HfQuantizer" and device == "cpu":
+        torch.nn.Module.float(model)
+    return model
+
+
+def decode(model: Any, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[int]]:
+    """The logits [count, vocabulary] that the next tokens were greedily chosen from, and the tokens."""
+    given, cache, rows, ids = prompt, None, [], []
+    for _ in range(count):
+        made = model(given, past_key_values=cache, use_cache=True)
+        cache = made.past_key_values
+        rows.append(made.logits[0, -1])
+        ids.append(int(rows[-1].argmax()))
+        given = torch.tensor([[ids[-1]]], device=prompt.device)
+    return torch.stack(rows), ids
+
+
+def generated(exchange: Exchange, model: Any) -> list[dict[str, object]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(exchange.model, local_files_only=True) if exchange.prompts else None
+    found: list[dict[str, object]] = []
+    for prompt in exchange.prompts:
+        if "text" in prompt:
+            ids = tokenizer(prompt["text"])["input_ids"]
+        else:
+            chat = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, return_dict=True)
+            ids = chat["input_ids"]
+        given = torch.tensor([ids], device=model.device)
+        limit = exchange.request["max_new_tokens"]
+        made = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=limit, do_sample=False)
+        new = made[0, len(ids) :].tolist()
+        ends = model.generation_config.eos_token_id
+        stopped = new[-1] in (ends if isinstance(ends, list) else [ends])
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        reason = "stop" if stopped else "length"
+        found.append({"prompt_ids": list(ids), "ids": new, "text": text, "finish_reason": reason})
+        exchange.advance()
+    return found
+
+
+def report(model: Any, device: str) -> dict[str, object]:
+    kernels = Counter(
+        type(module).__name__
+        for module in model.modules()
+        if "Linear" in type(module).__name__ or "Experts" in type(module).__name__
+    )
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    if "compressed_tensors" in sys.modules:
+        versions["compressed-tensors"] = sys.modules["compressed_tensors"].__version__
+    return {
+        "versions": versions, "kernels": dict(kernels), "attention": model.config._attn_implementation,
+        "kv_cache": None, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

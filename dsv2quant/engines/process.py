@@ -1,0 +1,167 @@
+"""An engine as a subprocess of its own Python, which runs a driver; drivers/exchange.py says what is exchanged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant.engines.answers import Answer, Generated, Report, Request, Scores, asked_of, largest
+from dsv2quant.errors import InputError
+from dsv2quant.progress import Progress
+from dsv2quant.text.tokenizer import Windows
+
+logger = logging.getLogger(__name__)
+DRIVERS = Path(__file__).with_name("drivers")
+PYTHON_ENGINES = tuple(sorted(path.name.removesuffix("_driver.py") for path in DRIVERS.glob("*_driver.py")))
+POLL = 0.1  # seconds
+LAST_LINES = 40  # of the log, where the cause is looked for
+
+
+def ask(engine: str, python: str | None, model: Path, request: Request, progress: Progress) -> Answer:
+    """Have an engine answer in the Python at `python`, or in this one's. Raises InputError where it fails, or answers
+    what was not asked."""
+    with exchange(engine, asked_of(model, request), request.windows.ids) as folder:
+        ids, count = request.windows.ids, len(request.windows.ids)
+        _check_space(folder, largest(count, request.scored, request.vocabulary))
+        run(engine, python, folder, len(ids) + len(request.prompts), progress)
+        windows = request.windows
+        if request.decode:
+            decoded = _array(engine, folder / "decoded.npy", np.int64, (count, request.decode))
+            windows = Windows(np.concatenate([ids, decoded], 1), ids.shape[1] - 1)
+        scores = _scores(engine, folder, (count, request.scored), request.vocabulary)
+        return Answer(windows, scores, _report(engine, folder), _generated(engine, folder, len(request.prompts)))
+
+
+@contextmanager
+def exchange(engine: str, asked: dict[str, Any], windows: np.ndarray) -> Iterator[Path]:
+    """A folder with a driver's request. It is deleted afterwards; what is mapped of it stays readable."""
+    with tempfile.TemporaryDirectory(prefix=f"dsv2quant-{engine}-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(asked))
+        np.save(folder / "windows.npy", np.ascontiguousarray(windows, np.int64))
+        yield folder
+
+
+def run(engine: str, python: str | None, folder: Path, steps: int, progress: Progress) -> None:
+    """Run a driver until it ends, and whatever it started with it. Raises InputError where it fails."""
+    command = [python or sys.executable, str(DRIVERS / f"{engine}_driver.py"), str(folder)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    log = folder / "log"
+    try:
+        with log.open("wb") as out:
+            started = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        fix = f"name the Python that {engine} is installed in"
+        raise InputError(f"can't be run: {error.strerror}", where=f"--engine-python {python}", fix=fix) from None
+    try:
+        with progress(steps, "steps", engine) as advance:
+            _wait(started, folder / "progress", advance)
+    finally:
+        _end(started)
+    said = log.read_text(errors="replace")
+    logger.debug("%s", said)
+    if started.returncode:
+        raise _failed(engine, python, said, started.returncode)
+
+
+def _wait(started: subprocess.Popen[bytes], path: Path, advance: Any) -> None:
+    done = 0
+    while started.poll() is None:
+        time.sleep(POLL)
+        now = path.stat().st_size if path.exists() else 0
+        if now > done:
+            advance(now - done)
+            done = now
+
+
+def _end(started: subprocess.Popen[bytes]) -> None:
+    """Kill the driver's session: an engine's workers outlive a driver that dies."""
+    with suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+def _failed(engine: str, python: str | None, said: str, code: int) -> InputError:
+    lines = [line.strip() for line in said.splitlines() if line.strip()][-LAST_LINES:]
+    last = lines[-1] if lines else f"exit code {code}"
+    if f"No module named '{engine}'" in last:
+        what = f"{python or sys.executable} has no {engine}"
+        return InputError(what, fix="give --engine-python, the Python that it is installed in")
+    if code < 0:
+        last = f"was ended by {signal.Signals(-code).name}: {last}"
+    return InputError(f"{engine} failed: {last[:300]}", fix="-vv shows all that it said")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        what = f"{needed:,} bytes of distributions don't fit, {free:,} are free"
+        raise InputError(what, where=folder.parent, fix="score fewer --windows, or set TMPDIR to a larger disk")
+
+
+def _scores(engine: str, folder: Path, shape: tuple[int, int], vocabulary: int) -> Scores:
+    if (path := folder / "logprobs.npy").exists():
+        return Scores(_array(engine, path, np.float32, (*shape, vocabulary)))
+    if not shape[0]:
+        return Scores(np.empty((*shape, vocabulary), np.float32))
+    top = np.load(folder / "top_ids.npy", mmap_mode="r").shape[-1] if (folder / "top_ids.npy").exists() else 0
+    ids = _array(engine, folder / "top_ids.npy", np.int32, (*shape, top))
+    if not top or ids.min() < 0 or ids.max() >= vocabulary:
+        raise _unasked(engine, "token ids beyond the vocabulary")
+    logprobs = _array(engine, folder / "top_logprobs.npy", np.float32, (*shape, top))
+    return Scores(logprobs, ids, _array(engine, folder / "target_logprobs.npy", np.float32, shape))
+
+
+def _array(engine: str, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    """An array that must be so, memory-mapped, without NaN."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _unasked(engine, f"{path.name} can't be read: {error}") from None
+    if found.dtype != dtype or found.shape != shape:
+        raise _unasked(engine, f"{path.name} is {found.dtype} {list(found.shape)}, not {dtype.__name__} {list(shape)}")
+    if any(np.isnan(window).any() for window in found):
+        raise InputError(f"{engine}'s log-probabilities are NaN", fix="it overflows: try another --dtype")
+    return found
+
+
+def _report(engine: str, folder: Path) -> Report:
+    match _json(engine, folder, "report"):
+        case {"versions": dict(versions), "kernels": dict(kernels), "attention": attention, "kv_cache": cache,
+              "device": str(device)}:  # fmt: skip
+            return Report(versions, kernels, attention, cache, device)
+    raise _unasked(engine, "report.json lacks a key")
+
+
+def _generated(engine: str, folder: Path, count: int) -> list[Generated]:
+    found = _json(engine, folder, "generated") if count else []
+    if len(found) != count:
+        raise _unasked(engine, f"{len(found)} completions of {count} prompts")
+    return [Generated(**each) for each in found]
+
+
+def _json(engine: str, folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unasked(engine, f"{name}.json: {error}") from None
+
+
+def _unasked(engine: str, what: str) -> InputError:
+    return InputError(f"{engine}'s driver answered what was not asked: {what}", fix="-vv shows all that it said")

@@ -1,0 +1,213 @@
+"""Running an engine on an artifact and saying whether it computes what the artifact says.
+
+The engine's distributions are compared with the runtime's of the same artifact, in float32 and under the engine's
+departures from it. How far they may be apart is measured, too: by the engine on the unquantized source, and by the
+runtime on the artifact in the engine's own dtype, since activations in FP8 make more of the same rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.engines import compare, generation
+from dsv2quant.engines.answers import Answer, Request
+from dsv2quant.engines.compare import Apart
+from dsv2quant.engines.process import PYTHON_ENGINES, ask
+from dsv2quant.engines.results import Floor, Verdict
+from dsv2quant.errors import InputError, UsageError
+from dsv2quant.evaluation import divergence
+from dsv2quant.evaluation.divergence import Pass, batches_of, run
+from dsv2quant.model.cache import KV_DTYPES
+from dsv2quant.model.completion import open_model
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
+from dsv2quant.model.serving import Serving
+from dsv2quant.progress import Progress
+from dsv2quant.text.text import Text
+from dsv2quant.text.tokenizer import Protocol, Windows, cut
+
+OWN_WINDOWS = 2  # that the runtime's own rounding is measured on
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run an engine, and on what. `python` is its interpreter, or `url` the address of a server. `ctx` of None
+    is 512, or the trained context where that is shorter. Over a `kv_cache` in FP8 `DECODED` tokens are decoded behind
+    each window and compared: prefill need not read the cache. `max_kld`, in nats, stands in for the noise floor."""
+
+    engine: Serving
+    python: str | None
+    url: str | None
+    tp: int
+    windows: int
+    ctx: int | None
+    dtype: str
+    kv_cache: str
+    generate: bool
+    max_kld: float | None
+    device: str
+
+
+DECODED = 32
+
+
+def verify(
+    artifact: Checkpoint, source: Checkpoint | None, text: Text, settings: Settings, progress: Progress
+) -> Verdict:
+    """Run the engine on `artifact`, and on `source` for its noise floor. What is wrong is among the verdict's faults.
+    Raises InputError where the engine can't be run or fails, and UsageError for what it can't be asked."""
+    started = time.perf_counter()
+    with progress(0, "", "tokenize"):
+        windows = _windows(artifact, text, settings)
+        tokenizer_faults = [] if source is None else _other_tokens(artifact, source, text)
+    decode = DECODED if settings.kv_cache.startswith("fp8") else 0
+    prompts = generation.prompts_of(artifact) if settings.generate else []
+    request = Request(
+        windows, artifact.config.vocab_size, prompts, dtype=settings.dtype, kv_cache=settings.kv_cache, tp=settings.tp,
+        decode=decode,
+    )  # fmt: skip
+    answer = _ask(artifact, text, request, settings, progress)
+    passed, own = _runtime(artifact, answer, settings, progress)
+    apart = _apart(answer, passed, progress)
+    floor = None if source is None else _floor(answer, passed, source, text, request, settings, progress)
+    continued = []
+    if prompts:
+        most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
+        model = open_model(artifact, _options(settings, torch.float32), stream=True, progress=progress)
+        continued = generation.check(model, source or artifact, prompts, answer.generated, most)
+    return Verdict(
+        model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own, floor=floor,
+        max_kld=settings.max_kld, continued=continued,
+        token_faults=[*tokenizer_faults, *_token_faults(answer, request)],
+        windows=len(windows.ids), ctx=int(windows.ids.shape[1]), decoded=decode,
+        tokens=len(windows.ids) * request.scored, likeliest=answer.scores.likeliest,
+        storage_error=answer.scores.error, text=text.source, text_sha256=text.sha256, dtype=settings.dtype,
+        kv_cache=settings.kv_cache, tp=settings.tp, device=settings.device, torch=torch.__version__,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _floor(
+    answer: Answer, passed: Pass, source: Checkpoint, text: Text, request: Request, settings: Settings,
+    progress: Progress,
+) -> Floor:  # fmt: skip
+    """The engine beside the runtime on the source, and both on the artifact beside that."""
+    unquantized = replace(settings, kv_cache="auto")
+    plain = _ask(source, text, replace(request, kv_cache="auto", prompts=()), unquantized, progress)
+    theirs = _pass(source, plain.windows, unquantized, progress, torch.float32)
+    apart = _apart(plain, theirs, progress)
+    if request.decode:  # the engine chose other tokens there
+        return Floor(source.model, apart)
+    windows = answer.windows
+    with progress(2 * windows.ids.shape[0] * windows.scored, "tok", "cost") as advance:
+        cost = divergence.compare(passed, theirs, windows.ids, windows.first, advance)
+        engines = compare.compare(answer, theirs, advance)
+    return Floor(source.model, apart, divergence.summarize(cost), compare.extra_cost(engines.kld, cost.kld))
+
+
+def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
+    config = checkpoint.config
+    if config.is_classifier:
+        what = f"is a {config.architecture}"
+        raise InputError(what, where=checkpoint.model, fix="engines are compared on language models")
+    ctx = settings.ctx or min(512, config.trained_context)
+    if ctx + DECODED > config.max_position_embeddings:
+        most = config.max_position_embeddings - DECODED
+        raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {most} here")
+    tokenizer = checkpoint.tokenizer()
+    stream = tokenizer.encode(text.content)
+    tokenizer.check_ids(stream, config.vocab_size)
+    protocol: Protocol = "llama.cpp" if settings.engine == "llama.cpp" else "default"
+    found = cut(stream, ctx, tokenizer.bos_id, protocol, text.source, add_bos=tokenizer.add_bos)
+    return Windows(found.ids[: settings.windows], found.first)
+
+
+def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Settings, progress: Progress) -> Answer:
+    model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
+    if settings.engine in PYTHON_ENGINES:
+        return ask(settings.engine, settings.python, Path(model), request, progress)
+    raise UsageError(f"--engine {settings.engine} can't be run")
+
+
+def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:
+    """Of the runtime in a dtype, under the engine's departures."""
+    in_bf16 = settings.engine == "transformers" and settings.dtype == "bfloat16"
+    return LoadOptions(
+        dtype, settings.device, kv_cache=KV_DTYPES.get(settings.kv_cache), serving=settings.engine,
+        scale_dtype=torch.bfloat16 if in_bf16 else None,
+    )  # fmt: skip
+
+
+def _runtime(artifact: Checkpoint, answer: Answer, settings: Settings, progress: Progress) -> tuple[Pass, float]:
+    """The runtime's pass over what the engine scored, and its own noise: the KLD from it of a pass in the engine's
+    dtype, or where that is float32 too, of one window at a time."""
+    windows = answer.windows
+    passed = _pass(artifact, windows, settings, progress, torch.float32)
+    few = Windows(windows.ids[:OWN_WINDOWS], windows.first)
+    again = _pass(artifact, few, settings, progress, getattr(torch, settings.dtype), 1)
+    with progress(len(few.ids) * few.scored, "tok", "own noise") as advance:
+        both = divergence.compare(again, passed.part(slice(0, len(few.ids))), few.ids, few.first, advance)
+    return passed, float(both.kld.mean())
+
+
+def _pass(
+    checkpoint: Checkpoint, windows: Windows, settings: Settings, progress: Progress, dtype: torch.dtype,
+    batch: int | None = None,
+) -> Pass:  # fmt: skip
+    options, ids = _options(settings, dtype), windows.ids
+    decodes = settings.kv_cache.startswith("fp8")
+    model = open_model(checkpoint, options, stream=not decodes, progress=progress)
+    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
+        if decodes:
+            assert isinstance(model, Model)
+            return _decoded(model, windows, advance)
+        return run(model, ids, batches_of(len(ids), batch or max(1, TOKENS_PER_BATCH // ids.shape[1])), advance)
+
+
+@torch.inference_mode()
+def _decoded(model: Model, windows: Windows, advance: Callable[[int], object]) -> Pass:
+    """The windows' scored tokens decoded one by one over the cache, behind a prefill of those before."""
+    tokens, prompt = torch.from_numpy(windows.ids), windows.first + 1
+    caches = model.caches(*tokens.shape)
+    states = [model.hidden(tokens[:, :prompt], caches)]
+    for place in range(prompt, tokens.shape[1]):
+        states.append(model.hidden(tokens[:, place : place + 1], caches, absorbed=True))
+        advance(len(tokens))
+    return Pass(model, torch.cat(states, 1), [])
+
+
+def _apart(answer: Answer, runtime: Pass, progress: Progress) -> Apart:
+    windows = answer.windows
+    with progress(len(windows.ids) * windows.scored, "tok", "compare") as advance:
+        return compare.summarize(compare.compare(answer, runtime, advance))
+
+
+def _token_faults(answer: Answer, request: Request) -> list[str]:
+    """What an engine that cuts the text itself took it for."""
+    ours = request.windows.ids
+    theirs = answer.windows.ids[:, : ours.shape[1]]
+    if theirs.shape == ours.shape and np.array_equal(theirs, ours):
+        return []
+    apart = np.argwhere(theirs != ours)[0] if theirs.shape == ours.shape else [0, 0]
+    return [f"takes the text for other tokens: the first at {int(apart[1])} in window {int(apart[0])}"]
+
+
+def _other_tokens(artifact: Checkpoint, source: Checkpoint, text: Text) -> list[str]:
+    """Where an artifact's tokenizer, ends of text and chat template are not its source's."""
+    ours, theirs = artifact.tokenizer(), source.tokenizer()
+    pairs: Sequence[tuple[str, object, object]] = (
+        ("BOS", ours.bos_id, theirs.bos_id),
+        ("whether a text begins with BOS", ours.add_bos, theirs.add_bos),
+        ("the tokens of the text", ours.encode(text.content).tolist(), theirs.encode(text.content).tolist()),
+        ("what ends a text", artifact.stop_ids(ours), source.stop_ids(theirs)),
+        ("the chat template", dict(artifact.templates().named), dict(source.templates().named)),
+    )  # fmt: skip
+    return [f"{what} is not the source's" for what, a, b in pairs if a != b]
