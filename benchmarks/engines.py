@@ -48,7 +48,7 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "awq pure": ("--int4=pure", *RTN, "--format", "awq"),
     "awq experts": ("--int4=experts", *RTN, "--format", "awq"),
     "int8": ("--int8",),
-    "w4a8": ("--w4a8",),
+    "w4a8": ("--w4a8", *RTN),
     "fp8-channel, KV scales": ("--fp8=channel", "--kv-scales"),
 }
 FIRST = "fp8-channel"  # that the floor is measured with
