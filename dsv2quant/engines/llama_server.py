@@ -9,6 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from dsv2quant.engines.answers import Generated, Prompt
 from dsv2quant.errors import InputError
 
 PATIENCE = 600  # seconds that an answer may take
@@ -28,8 +29,8 @@ class LlamaServer:
         except (urllib.error.URLError, ConnectionError, http.client.HTTPException):
             return False  # HTTPError is one of these: 503 while it loads
 
-    def complete(self, prompt: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
-        """Continue {"text"} or {"messages"} greedily: {"prompt_ids", "ids", "text", "finish_reason"} of generated.json.
+    def complete(self, prompt: Prompt, max_new_tokens: int) -> Generated:
+        """Continue a prompt greedily.
 
         Messages go through the model's chat template. The server tokenizes, as it does for its users: BOS comes first
         where the file says so, and control tokens that are spelled out become themselves.
@@ -44,7 +45,7 @@ class LlamaServer:
         if found["tokens_evaluated"] != len(ids):
             raise InputError(f"read {found['tokens_evaluated']} tokens of a prompt of {len(ids)}", where=self.url)
         reason = "stop" if found["stop_type"] == "eos" else "length"
-        return {"prompt_ids": ids, "ids": found["tokens"], "text": found["content"], "finish_reason": reason}
+        return Generated(ids, found["tokens"], found["content"], reason)
 
     def _post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}

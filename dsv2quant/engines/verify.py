@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.engines import compare, generation
+from dsv2quant.engines import compare, generation, llama_cpp
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.process import PYTHON_ENGINES, ask
@@ -134,7 +134,7 @@ def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Setting
     model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
     if settings.engine in PYTHON_ENGINES:
         return ask(settings.engine, settings.python, Path(model), request, progress)
-    raise UsageError(f"--engine {settings.engine} can't be run")
+    return llama_cpp.ask(Path(model), text.content, request, progress)
 
 
 def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:
