@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.engines import compare, generation
+from dsv2quant.engines import compare, generation, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.process import PYTHON_ENGINES, ask
@@ -77,7 +77,9 @@ def verify(
     answer = _ask(artifact, text, request, settings, progress)
     passed, own = _runtime(artifact, answer, settings, progress)
     apart = _apart(answer, passed, progress)
-    floor = None if source is None else _floor(answer, passed, source, text, request, settings, progress)
+    floor = None
+    if source is not None and settings.url is None:  # a server has the artifact alone
+        floor = _floor(answer, passed, source, text, request, settings, progress)
     continued = []
     if prompts:
         most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
@@ -132,6 +134,8 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
 
 def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Settings, progress: Progress) -> Answer:
     model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
+    if settings.url is not None:
+        return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
         return ask(settings.engine, settings.python, Path(model), request, progress)
     raise UsageError(f"--engine {settings.engine} can't be run")
