@@ -10,13 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.engines import compare, generation, llama_cpp
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.engines import compare, generation, llama_cpp, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.process import PYTHON_ENGINES, ask
@@ -77,7 +76,9 @@ def verify(
     answer = _ask(artifact, text, request, settings, progress)
     passed, own = _runtime(artifact, answer, settings, progress)
     apart = _apart(answer, passed, progress)
-    floor = None if source is None else _floor(answer, passed, source, text, request, settings, progress)
+    floor = None
+    if source is not None and settings.url is None:  # a server has the artifact alone
+        floor = _floor(answer, passed, source, text, request, settings, progress)
     continued = []
     if prompts:
         most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
@@ -131,10 +132,13 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
 
 
 def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Settings, progress: Progress) -> Answer:
-    model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
+    if settings.url is not None:
+        return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
-        return ask(settings.engine, settings.python, Path(model), request, progress)
-    return llama_cpp.ask(Path(model), text.content, request, progress)
+        if not isinstance(checkpoint, HfCheckpoint):
+            raise InputError("is a GGUF file", where=checkpoint.model, fix="those are llama.cpp's: --engine llama.cpp")
+        return ask(settings.engine, settings.python, checkpoint.downloaded, request, progress)
+    return llama_cpp.ask(Path(checkpoint.inputs[0]), text.content, request, progress)
 
 
 def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:
