@@ -38,8 +38,6 @@ def ask(model: Path, text: str, request: Request, progress: Progress) -> Answer:
 
     Raises UsageError where a program is missing, and InputError where one fails, with what it says.
     """
-    if model.suffix != ".gguf":
-        raise UsageError("llama.cpp runs GGUF files", where=model, fix="make one: dsv2quant convert --gguf BF16")
     with tempfile.TemporaryDirectory(prefix="dsv2quant-llama.cpp-") as name:
         folder = Path(name)
         windows, scores = score(model, text, request, folder, progress)

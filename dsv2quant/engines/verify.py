@@ -138,7 +138,10 @@ def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Setting
         if not isinstance(checkpoint, HfCheckpoint):
             raise InputError("is a GGUF file", where=checkpoint.model, fix="those are llama.cpp's: --engine llama.cpp")
         return ask(settings.engine, settings.python, checkpoint.downloaded, request, progress)
-    return llama_cpp.ask(Path(checkpoint.inputs[0]), text.content, request, progress)
+    if isinstance(checkpoint, HfCheckpoint):
+        fix = "llama.cpp runs those alone: make one with convert --gguf"
+        raise InputError("is no GGUF file", where=checkpoint.model, fix=fix)
+    return llama_cpp.ask(checkpoint.inputs[0], text.content, request, progress)
 
 
 def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:
