@@ -296,9 +296,7 @@ def verify_engine(
     `Verdict.check` raises for what is wrong. Raises UsageError where options contradict each other, and InputError
     where the artifact is damaged or the engine can't be run.
     """
-    asked.check_values(
-        {"engine": engine, "tp": tp, "engine_dtype": engine_dtype, "kv_cache": kv_cache, "windows": windows, "ctx": ctx}
-    )
+    asked.check_values({"engine_dtype": engine_dtype, "windows": windows, "ctx": ctx})
     asked.check_engine(engine, engine_python, engine_url, tp, kv_cache)
     asked.check_device(device)
     from dsv2quant.text.text import from_file, python_topics

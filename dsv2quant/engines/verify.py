@@ -10,12 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.engines import compare, generation, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
@@ -133,11 +132,12 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
 
 
 def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Settings, progress: Progress) -> Answer:
-    model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
     if settings.url is not None:
         return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
-        return ask(settings.engine, settings.python, Path(model), request, progress)
+        if not isinstance(checkpoint, HfCheckpoint):
+            raise InputError("is a GGUF file", where=checkpoint.model, fix="those are llama.cpp's: --engine llama.cpp")
+        return ask(settings.engine, settings.python, checkpoint.downloaded, request, progress)
     raise UsageError(f"--engine {settings.engine} can't be run")
 
 

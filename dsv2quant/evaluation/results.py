@@ -270,10 +270,15 @@ class Verification:
     tensors: int
     errors: SourceErrors | None
 
+    @property
+    def wrong(self) -> list[TensorError]:
+        """Weights that can't be what the source's were quantized to."""
+        return self.errors.wrong if self.errors is not None else []
+
     def check(self) -> None:
-        """Raise GateError where a weight can't be what its source was quantized to."""
-        if self.errors is not None and self.errors.wrong:
-            names = listing([f"{e.name} ({_db(e.sqnr)} dB)" for e in self.errors.wrong])
+        """Raise GateError where a weight is wrong."""
+        if self.wrong:
+            names = listing([f"{e.name} ({_db(e.sqnr)} dB)" for e in self.wrong])
             raise GateError(f"{self.model}: other weights than the source's, or wrong scales: {names}")
 
 

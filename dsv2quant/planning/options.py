@@ -309,6 +309,7 @@ def check_device(device: str) -> None:
 
 def check_engine(engine: str, python: StrPath | None, url: str | None, tp: int, kv_cache: str) -> None:
     """Raise UsageError for what an engine can't be asked."""
+    check_values({"engine": engine, "tp": tp, "kv_cache": kv_cache})
     serves = engine in ("vllm", "sglang")
     if python is not None and url is not None:
         raise UsageError("--engine-python and --engine-url exclude each other")
