@@ -142,10 +142,10 @@ def _array(engine: str, path: Path, dtype: type[np.generic], shape: tuple[int, .
 
 
 def _report(engine: str, folder: Path) -> Report:
-    match _json(engine, folder, "report"):
+    match found := _json(engine, folder, "report"):
         case {"versions": dict(versions), "kernels": dict(kernels), "attention": attention, "kv_cache": cache,
               "device": str(device)}:  # fmt: skip
-            return Report(versions, kernels, attention, cache, device)
+            return Report(versions, kernels, attention, cache, device, found.get("settings", {}))
     raise _unasked(engine, "report.json lacks a key")
 
 
