@@ -17,7 +17,6 @@ from dsv2quant.errors import InputError
 
 MAGIC = b"_logits_"
 AGAIN = "the program that writes it was stopped, or the disk is full: run it again"
-REACH = 16  # nats below the likeliest token, which codes go down to; what is less likely has code 0 as well
 HEAD = 4  # uint16 before the codes: the two float32
 
 
@@ -42,9 +41,9 @@ class LogitsFile:
         """ln p of a window, float32 [scored, vocabulary], and how far a rounded one may be from what the program had.
 
         ln p = scale · code + minimum, of scale = range / 65535, is rounded by half a scale at most: 16 / 65535 / 2 =
-        1.2e-4 nats. That what was rounded sums to 1 again takes out what the errors have in common: a mean KLD is then
-        wrong in the second order, by 1e-8. A token of code 0 has its minimum: it is as likely as that or less, so that
-        the sum of the others is known as far as the sum of these goes.
+        1.2e-4 nats. What was rounded is made to sum to 1 again: a mean KLD then has the errors in the second order.
+        A token of code 0 gets the minimum, and is as likely as that or less: the sum of the others is known as far as
+        that of these goes, and a mean KLD is too low by what they have less (1.6e-5 nats on dsv2-mini).
         """
         width = HEAD + self.vocabulary + self.vocabulary % 2
         begin = _before(*self.ids.shape) + index * _window_bytes(self.ids.shape[1], self.vocabulary)
