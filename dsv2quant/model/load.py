@@ -19,7 +19,7 @@ from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
 from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
-from dsv2quant.model.serving import Serving, activation
+from dsv2quant.model.serving import Serving, activation, decode, takes_cache_scales
 
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
@@ -47,12 +47,12 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def choose_backend(asked: str, device: str, dtype: torch.dtype, weight_only: bool = False) -> Backend:
-    """'torch' or 'kernels', for 'auto' the latter where they can be had. Raises UsageError where they can't and are
-    asked for."""
-    able = dtype == torch.bfloat16 and not weight_only and runs_kernels(device)
+def choose_backend(asked: str, device: str, dtype: torch.dtype, departs: bool = False) -> Backend:
+    """'torch' or 'kernels', for 'auto' the latter where they can be had: not where what is computed `departs` from what
+    the artifact says. Raises UsageError where they can't and are asked for."""
+    able = dtype == torch.bfloat16 and not departs and runs_kernels(device)
     if asked == "kernels" and not able:
-        fix = "they need a Hopper GPU as --device, bfloat16 and no --weight-only: take --backend torch"
+        fix = "they need a Hopper GPU as --device, bfloat16, and neither --weight-only nor --as: take --backend torch"
         raise UsageError("--backend kernels can't be had", fix=fix)
     return "kernels" if able and asked != "torch" else "torch"
 
@@ -145,7 +145,9 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """As the checkpoint's."""
+        """As the checkpoint's, where it is served with them."""
+        if not takes_cache_scales(self.options.serving, self.config):
+            return None
         return self.checkpoint.kv_scale(layer, self.options.device)
 
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
@@ -199,4 +201,4 @@ class Loader:
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
         scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
-        return self.checkpoint.decode(weight, dtype or o.dtype, o.device, scale_dtype)
+        return decode(self.checkpoint, weight, o.serving, dtype or o.dtype, o.device, scale_dtype)
