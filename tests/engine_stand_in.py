@@ -39,6 +39,10 @@ def main(folder: Path) -> None:
     tokenizer = checkpoint.tokenizer()
     dtype = getattr(torch, request["dtype"])
     model = Model(checkpoint, LoadOptions(dtype, kv_cache=KV_DTYPES.get(request["kv_cache"])))
+    if bench := request.get("bench"):
+        from dsv2quant.bench.beside import own
+
+        exchange.put("bench", [*own(model, np.load(folder / "bench.npy"), bench["batches"])])
     decoded = []
     for window, row in enumerate(torch.from_numpy(exchange.windows)):
         if not exchange.decode:

@@ -18,7 +18,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.engines import compare, generation, llama_cpp, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
-from dsv2quant.engines.process import PYTHON_ENGINES, ask
+from dsv2quant.engines.process import PYTHON_ENGINES, ask, folder_of
 from dsv2quant.engines.results import Floor, Verdict
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
@@ -135,9 +135,7 @@ def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Setting
     if settings.url is not None:
         return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
-        if not isinstance(checkpoint, HfCheckpoint):
-            raise InputError("is a GGUF file", where=checkpoint.model, fix="those are llama.cpp's: --engine llama.cpp")
-        return ask(settings.engine, settings.python, checkpoint.downloaded, request, progress)
+        return ask(settings.engine, settings.python, folder_of(checkpoint), request, progress)
     if isinstance(checkpoint, HfCheckpoint):
         fix = "llama.cpp runs those alone: make one with convert --gguf"
         raise InputError("is no GGUF file", where=checkpoint.model, fix=fix)
