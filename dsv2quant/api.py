@@ -25,8 +25,6 @@ from dsv2quant.planning.options import HubOptions, Options, StrPath
 from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from dsv2quant.calib.calibration import Calibration
-    from dsv2quant.calib.statistics import Statistics
     from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.engines.results import Verdict
     from dsv2quant.evaluation.results import Evaluation, Verification
@@ -161,7 +159,9 @@ def convert(
         _tell(made, (f"note: {note}" for note in made.notes))
     else:
         _tell(made, (f"warning: {warning}" for warning in warnings(made)))
-        calibration, statistics, words = _calibrated(made, given, progress)
+        from dsv2quant.calib.calibration import calibrated_on
+
+        calibration, statistics, words = calibrated_on(made, given, progress)
     size = given.get("split_max_size")
     found = run(
         made, out, command=" ".join(["dsv2quant convert", checkpoint.model, *made.asked, *words]),
@@ -224,8 +224,9 @@ def evaluate(
     model: Model, *, reference: Model | None = None, text: StrPath | None = None, dataset: str | None = None,
     ctx: int | None = None, limit: int | None = None, protocol: Protocol = "default", batch: int | None = None,
     stream: bool = False, device: str = "cpu", dtype: str = "auto", backend: str = "auto", weight_only: bool = False,
-    decode_path: bool = False, kv_cache: str = "auto", max_ppl_increase: float | None = None,
-    max_kld: float | None = None, progress: Progress = no_progress, **hub: Unpack[HubOptions],
+    decode_path: bool = False, kv_cache: str = "auto", serving: str | None = None,
+    max_ppl_increase: float | None = None, max_kld: float | None = None, progress: Progress = no_progress,
+    **hub: Unpack[HubOptions],
 ) -> Evaluation:  # fmt: skip
     """A model's perplexity and, with `reference`, its divergence from that, on a `text` file, a `dataset`
     ("wikitext2"), or Python's own help topics.
@@ -233,13 +234,16 @@ def evaluate(
     `ctx` tokens are in a window (2048, or the trained context), `limit` windows are scored, `batch` of them go through
     a layer together; `stream` holds one layer's weights at a time. `max_ppl_increase`, in percent, and `max_kld`, in
     nats, set gates: `Evaluation.check_gates` raises for what failed. `decode_path` scores token by token, over a cache
-    that stores `kv_cache`. Raises UsageError where options contradict each other or can't be had, and InputError where
-    model, reference and text don't go together.
+    that stores `kv_cache`; `serving` computes as that consumer does where it departs from what the artifact says.
+    Raises UsageError where options contradict each other or can't be had, and InputError where model, reference and
+    text don't go together.
     """
     asked.check_values(
         {"ctx": ctx, "limit": limit, "batch": batch, "protocol": protocol, "dataset": dataset, "dtype": dtype,
-         "backend": backend, "kv_cache": kv_cache}
+         "backend": backend, "kv_cache": kv_cache, "serving": serving}
     )  # fmt: skip
+    if serving is not None and weight_only:
+        raise UsageError("--as and --weight-only exclude each other: a consumer does as it does")
     if reference is None and (max_ppl_increase is not None or max_kld is not None):
         raise UsageError("--max-ppl-increase and --max-kld need --reference")
     if text is not None and dataset is not None:
@@ -258,7 +262,7 @@ def evaluate(
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
 
-    options = _load_options(device, dtype, backend, kv_cache, weight_only)
+    options = _load_options(device, dtype, backend, kv_cache, weight_only, serving)
     settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
     return measure.evaluate(opened, against, scored, settings, progress)
 
@@ -296,9 +300,7 @@ def verify_engine(
     `Verdict.check` raises for what is wrong. Raises UsageError where options contradict each other, and InputError
     where the artifact is damaged or the engine can't be run.
     """
-    asked.check_values(
-        {"engine": engine, "tp": tp, "engine_dtype": engine_dtype, "kv_cache": kv_cache, "windows": windows, "ctx": ctx}
-    )
+    asked.check_values({"engine_dtype": engine_dtype, "windows": windows, "ctx": ctx})
     asked.check_engine(engine, engine_python, engine_url, tp, kv_cache)
     asked.check_device(device)
     from dsv2quant.text.text import from_file, python_topics
@@ -352,33 +354,6 @@ def _hub(given: Mapping[str, Any]) -> HubOptions:
     return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
 
 
-def _calibrated(
-    plan: Plan, given: Mapping[str, Any], progress: Progress
-) -> tuple[Calibration | None, Statistics | None, list[str]]:
-    """What a plan is calibrated on, as far as it needs it, statistics that are given, and both as options. Raises
-    UsageError for options that nothing uses."""
-    from dsv2quant.calib.calibration import needs_calibration, needs_statistics, read_calibration
-    from dsv2quant.calib.statistics import Statistics
-
-    if "statistics" in given and not needs_statistics(plan):
-        raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
-    words = []
-    calibration = None
-    if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
-        text, samples = given.get("calibration"), given.get("samples")
-        with progress(0, "", "tokenize"):
-            calibration = read_calibration(plan.checkpoint, text, samples, given.get("length"), given.get("seed"))
-        words += [f"--calibration {calibration.source}"] * (text is not None)
-        words.append(f"--num-calibration-samples {samples or 512} --max-seq-length {calibration.ids.shape[1]}")
-        words.append(f"--seed {calibration.seed}")
-    elif useless := [name for name in asked.CALIBRATION if name in given]:
-        raise UsageError(f"{asked.spelled(useless[0], given)}: nothing of this recipe calibrates here")
-    statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
-    if statistics is not None:
-        words.append(f"--statistics {statistics.path.name}")
-    return calibration, statistics, words
-
-
 def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
     """Log what a plan warns of; where more is wanted, the plan, which says that too."""
     from dsv2quant.report.plans import plan_text
@@ -390,7 +365,9 @@ def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
             logger.warning("%s", line)
 
 
-def _load_options(device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False) -> LoadOptions:
+def _load_options(
+    device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False, serving: str | None = None
+) -> LoadOptions:
     """How a model is loaded. Raises UsageError for a backend that can't be had."""
     import torch
 
@@ -398,5 +375,8 @@ def _load_options(device: str, dtype: str, backend: str, kv_cache: str, weight_o
     from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
 
     computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    chosen = choose_backend(backend, device, computed, weight_only)
-    return LoadOptions(computed, device, weight_only, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen)
+    chosen = choose_backend(backend, device, computed, weight_only or serving is not None)
+    return LoadOptions(
+        computed, device, weight_only, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen,
+        serving=serving,  # type: ignore[arg-type]
+    )  # fmt: skip

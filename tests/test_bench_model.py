@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from engine_stand_in import program
 
 from dsv2quant.arch.families import model_config
+from dsv2quant.bench import beside
 from dsv2quant.bench import model as measure
 from dsv2quant.bench.device import Limits
 from dsv2quant.bench.model import Subject, bytes_per_step
+from dsv2quant.model.runtime import Model
 
 
 def exact(v2: bool, expert: float, other: float, kv_b: float, batch: int, context: int) -> float:
@@ -191,6 +194,8 @@ def test_a_model_that_does_not_fit_is_a_usage_error(stubbed, cli, monkeypatch):
         (("--batch", "1,x"), "--batch 1,x: it takes numbers from 1"),
         (("--batch", "0"), "--batch 0: it takes numbers from 1"),
         (("somewhere", "--scheme", "bf16"), "a checkpoint has its own"),
+        (("v2", "--engine", "vllm"), "--engine takes a checkpoint"),
+        (("somewhere", "--engine-python", "python"), "--engine-python goes with --engine"),
         (("--scheme", "int3"), "'int3' is not one of"),
     ],
 )
@@ -215,3 +220,43 @@ def test_a_checkpoint_is_measured_by_what_it_stores(lite, monkeypatch):
     assert (subject.name, subject.scheme) == ("lite", "bf16")
     spec = next(iter(s for s in measure.architecture(subject.config).specs() if s.role == "kv_b_proj"))
     assert subject.nbytes(spec) == 2 * spec.size
+
+
+def test_an_engine_is_timed_beside_the_runtime_on_one_text(wordy, cli, tmp_path, monkeypatch):
+    """Both are the torch runtime here."""
+    monkeypatch.setattr("dsv2quant.bench.device.check_device", lambda: None)
+    monkeypatch.setattr(beside, "check_device", lambda: None)
+    monkeypatch.setattr(beside, "measured_on", lambda: {"GPU": "none"})
+    monkeypatch.setattr(beside, "NEW_TOKENS", 5)
+    seen = []
+
+    def opened(checkpoint, options, progress):
+        model = Model(checkpoint)
+        original = model.next_logits
+        monkeypatch.setattr(model, "next_logits", lambda t, c, **k: seen.append(t.clone()) or original(t, c, **k))
+        return model
+
+    monkeypatch.setattr(beside, "open_model", opened)
+    python = program(tmp_path / "python")
+    words = ("--engine", "vllm", "--engine-python", python, "--batch", "1,3", "--context", 16)
+    ran = cli("bench", "model", wordy, *words, "--results", tmp_path / "rows.csv", "--json")
+    assert ran.code == 0, ran.err
+    rows = json.loads(ran.out)["rows"]
+    assert [(row["program"], row["batch"], row["context"]) for row in rows] == [
+        ("vllm", 1, 16), ("vllm", 3, 16), ("dsv2quant", 1, 16), ("dsv2quant", 3, 16),
+    ]  # fmt: skip
+    assert all(row["step_ms"] > 0 and row["prefill_tokens_s"] > 0 for row in rows)
+    assert all(row["decode_tokens_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"]) for row in rows)
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 5
+    given = [tokens for tokens in seen if tokens.shape[1] == 16]
+    assert [tuple(tokens.shape) for tokens in given] == [(1, 16)] * 3 + [(3, 16)] * 3
+    assert given[-1][:, 0].tolist() == [0, 0, 0]  # BOS
+    assert len({tuple(row) for row in given[-1].tolist()}) == 3
+    assert sum(tokens.shape == (3, 1) for tokens in seen) == 3 + 2 * 4  # decoded: 4 − 1, then 5 − 1 twice
+
+
+def test_a_context_beside_an_engine_leaves_room(wordy, cli, monkeypatch):
+    monkeypatch.setattr("dsv2quant.bench.device.check_device", lambda: None)
+    monkeypatch.setattr(beside, "check_device", lambda: None)
+    ran = cli("bench", "model", wordy, "--engine", "vllm", "--context", 1200)
+    assert (ran.code, "--context 1200 is out of range (wordy takes 8 to 1152 here)" in ran.err) == (2, True)

@@ -15,7 +15,7 @@ from dsv2quant.bench.model import configuration
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import UsageError
-from dsv2quant.formats.schemes import CODECS, UNQUANTIZED
+from dsv2quant.formats.schemes import CODECS, SERVED, UNQUANTIZED
 from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -176,3 +176,32 @@ def test_a_checkpoint_in_an_unknown_scheme_is_refused(verb, declared, artifact, 
     assert (ran.code, ran.out) == (3, "")
     assert "is quantized with 'mxfp4'" in ran.err or "quantization_config has weights with num_bits 4" in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_what_vllm_multiplies_with_is_rounded_as_its_scales_and_products_are():
+    """By hand, in float64: convert_bf16_scales_to_fp8 and cutlass_pack_scale_fp8 of vLLM 0.26."""
+    table = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()  # all that are positive
+
+    def to_e4m3(x: np.ndarray) -> np.ndarray:
+        """The nearest, of two the even one."""
+        low = np.searchsorted(table, np.abs(x), "right") - 1
+        high = np.minimum(low + 1, 126)
+        below, above = np.abs(x) - table[low], table[high] - np.abs(x)
+        nearest = np.where((above < below) | ((above == below) & (high % 2 == 0)), high, low)
+        return np.sign(x) * table[nearest]
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((6, 384)) * rng.uniform(0.2, 3, (6, 3)).repeat(128, 1)
+    codec = CODECS["w4a8-g128"]
+    (parts,) = codec.encode([weight.astype(np.float32)])
+    held = {name: torch.from_numpy(x) for name, x in parts.items()}
+    held["weight_scale"] = held["weight_scale"].view(torch.bfloat16)
+    plain = codec.decode(held, torch.float32).double().numpy()
+    scales = held["weight_scale"].float().numpy()
+    codes = np.rint(plain.reshape(6, 3, 128) / scales[..., None])
+    of_channel = np.abs(scales).max(1, keepdims=True) / np.float32(448)
+    rounded = to_e4m3(to_e4m3((scales / of_channel).astype(float)) / 8)
+    expected = to_e4m3(codes * rounded[..., None]).reshape(6, 384) * (of_channel * 8)
+    got = SERVED["vllm", "w4a8-g128"](held, torch.float32).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert np.abs(expected - plain).max() > 0.02 * np.abs(plain).max()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from safetensors import safe_open
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.statistics import Statistics, kv_scales
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import Inputs
+from dsv2quant.planning import options
 from dsv2quant.planning.consumers import input_group
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import Smoothing
+from dsv2quant.progress import Progress
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, windows, windows_in_order
 from dsv2quant.text.text import StrPath, python_topics
 from dsv2quant.text.tokenizer import Protocol
@@ -227,3 +231,27 @@ class Prepared:
 
     def _group(self, entry: Entry) -> str:
         return input_group(entry.spec, self._plan.targets)
+
+
+def calibrated_on(
+    plan: Plan, given: Mapping[str, Any], progress: Progress
+) -> tuple[Calibration | None, Statistics | None, list[str]]:
+    """What a plan is calibrated on, as far as it needs it, statistics that are given, and both as options. Raises
+    UsageError for options that nothing uses."""
+    if "statistics" in given and not needs_statistics(plan):
+        raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
+    words = []
+    calibration = None
+    if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
+        text, samples = given.get("calibration"), given.get("samples")
+        with progress(0, "", "tokenize"):
+            calibration = read_calibration(plan.checkpoint, text, samples, given.get("length"), given.get("seed"))
+        words += [f"--calibration {calibration.source}"] * (text is not None)
+        words.append(f"--num-calibration-samples {samples or 512} --max-seq-length {calibration.ids.shape[1]}")
+        words.append(f"--seed {calibration.seed}")
+    elif useless := [name for name in options.CALIBRATION if name in given]:
+        raise UsageError(f"{options.spelled(useless[0], given)}: nothing of this recipe calibrates here")
+    statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
+    if statistics is not None:
+        words.append(f"--statistics {statistics.path.name}")
+    return calibration, statistics, words

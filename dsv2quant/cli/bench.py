@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
 
@@ -88,6 +90,8 @@ def kernels(
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
+@click.option("--engine", type=click.Choice(("vllm", "sglang")), help="Time this engine beside it, on one text.")
+@click.option("--engine-python", type=shared.PATH, metavar="PYTHON", help="The Python that has the engine.")
 @results_option
 @shared.hub_options
 @shared.output_options
@@ -96,6 +100,8 @@ def model(
     scheme: str | None,
     batch: str,
     context: int,
+    engine: str | None,
+    engine_python: str | None,
     results: Path | None,
     as_json: bool,
     verbose: int,
@@ -112,6 +118,7 @@ def model(
       dsv2quant bench model v2-lite --results model.csv
       dsv2quant bench model v2 --batch 1,16
       dsv2quant bench model DeepSeek-V2-Lite-FP8-BLOCK --context 1024
+      dsv2quant bench model DeepSeek-V2-Lite-INT4 --engine vllm --engine-python ~/vllm/bin/python
     """
     terminal.set_verbosity(verbose, quiet)
     try:
@@ -124,12 +131,25 @@ def model(
         raise click.UsageError(f"--scheme goes with {' and '.join(RANDOM)}; a checkpoint has its own")
     if model in RANDOM and (useless := shared.given(*hub)):
         raise click.UsageError(f"{useless[0]} goes with a hub id: {model}'s weights are random")
+    if model in RANDOM and engine:
+        raise click.UsageError(f"--engine takes a checkpoint: {model}'s are random, and don't route as text does")
+    if engine_python and not engine:
+        raise click.UsageError("--engine-python goes with --engine")
 
     from dsv2quant.bench import model as measure
     from dsv2quant.bench.device import check_device
 
     check_device()
+    say = partial(print, flush=True) if not (as_json or quiet) else lambda line: None
+    if engine:
+        from dsv2quant.bench import beside
+
+        checkpoint = dq.open(model, **hub)
+        rows = beside.run(checkpoint, engine, engine_python, batches, context, results, say, terminal.progress(quiet))
+        if as_json:
+            terminal.print_json({"schema": "dsv2quant.bench-beside/1", "rows": rows})
+        return
     subject = measure.random(model, scheme or SCHEMES[0]) if model in RANDOM else measure.stored(model, **hub)
-    found = measure.run(subject, batches, context, results, lambda line: None if as_json or quiet else print(line))
+    found = measure.run(subject, batches, context, results, say)
     if as_json:
         terminal.print_json({"schema": "dsv2quant.bench-model/1", **found})

@@ -9,7 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.planning.options import DATASETS, PROTOCOLS
+from dsv2quant.planning.options import DATASETS, ENGINES, PROTOCOLS
 
 
 @click.command(cls=shared.Command)
@@ -38,6 +38,8 @@ from dsv2quant.planning.options import DATASETS, PROTOCOLS
 @shared.compute_options
 @shared.stack(
     click.option("--weight-only", is_flag=True, help="Leave activations unquantized, whatever the scheme."),
+    click.option("--as", "serving", type=click.Choice(ENGINES),
+                 help="Compute as this consumer does, where it departs from what the artifact says."),
     click.option("--decode-path", is_flag=True,
                  help="Score as decoding computes: token by token. Slow: for small models."),
     section="Computing",

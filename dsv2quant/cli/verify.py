@@ -68,7 +68,8 @@ def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: 
         names = ("engine", "engine_python", "engine_url", "tp", "kv_cache")
         check_engine(*(options[name] for name in names))
     found = dq.verify(artifact, progress=progress, **given)
-    verdict = dq.verify_engine(artifact, progress=progress, **given, **of_engine) if of_engine else None
+    runs = of_engine and not found.wrong  # what is wrong already needs no engine
+    verdict = dq.verify_engine(artifact, progress=progress, **given, **of_engine) if runs else None
 
     from dsv2quant.engines.results import report_json, report_text
 

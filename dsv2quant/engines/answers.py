@@ -49,13 +49,14 @@ class Generated:
 @dataclass(frozen=True)
 class Report:
     """What an engine says of itself: its version and those of what it runs on, by name; how often it chose which
-    implementation; its attention backend and KV cache."""
+    implementation; its attention backend and KV cache; and what was set that changes what it chooses, by name."""
 
     versions: Mapping[str, str]
     kernels: Mapping[str, int]
     attention: str | None
     kv_cache: str | None
     device: str
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.engines.answers import Answer, Generated, Report, Request, Scores, asked_of, largest
 from dsv2quant.errors import InputError
 from dsv2quant.progress import Progress
@@ -43,6 +44,24 @@ def ask(engine: str, python: str | None, model: Path, request: Request, progress
             windows = Windows(np.concatenate([ids, decoded], 1), ids.shape[1] - 1)
         scores = _scores(engine, folder, (count, request.scored), request.vocabulary)
         return Answer(windows, scores, _report(engine, folder), _generated(engine, folder, len(request.prompts)))
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """What an engine of Python's loads. Raises InputError for a GGUF file."""
+    if not isinstance(checkpoint, HfCheckpoint):
+        raise InputError("is a GGUF file", where=checkpoint.model, fix="those are llama.cpp's: --engine llama.cpp")
+    return checkpoint.downloaded
+
+
+def bench(
+    engine: str, python: str | None, asked: dict[str, Any], prompts: np.ndarray, progress: Progress
+) -> tuple[list[dict[str, Any]], Report]:
+    """What an engine measures of itself, as request.json's `bench` asks, over prompts [batch, context], and its report.
+    Raises as `ask`."""
+    with exchange(engine, asked, prompts[:0]) as folder:
+        np.save(folder / "bench.npy", np.ascontiguousarray(prompts, np.int64))
+        run(engine, python, folder, 1, progress)
+        return _json(engine, folder, "bench"), _report(engine, folder)
 
 
 @contextmanager
@@ -142,10 +161,10 @@ def _array(engine: str, path: Path, dtype: type[np.generic], shape: tuple[int, .
 
 
 def _report(engine: str, folder: Path) -> Report:
-    match _json(engine, folder, "report"):
+    match found := _json(engine, folder, "report"):
         case {"versions": dict(versions), "kernels": dict(kernels), "attention": attention, "kv_cache": cache,
               "device": str(device)}:  # fmt: skip
-            return Report(versions, kernels, attention, cache, device)
+            return Report(versions, kernels, attention, cache, device, found.get("settings", {}))
     raise _unasked(engine, "report.json lacks a key")
 
 

@@ -143,6 +143,8 @@ def _lines(v: Verdict) -> Iterator[str]:
         yield f"attention  {r.attention}, KV cache {r.kv_cache or v.kv_cache}"
     if r.kernels:
         yield f"kernels    {', '.join(f'{name} × {count}' for name, count in r.kernels.items())}"
+    if r.settings:
+        yield f"set        {', '.join(f'{name}={value}' for name, value in r.settings.items())}"
     yield from _apart_lines(v.apart)
     noise = f"the runtime in {v.dtype} from itself in float32 {v.own_noise:.2e}"
     if v.floor is not None:

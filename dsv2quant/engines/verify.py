@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.engines import compare, generation
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.engines import compare, generation, llama_cpp, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
-from dsv2quant.engines.process import PYTHON_ENGINES, ask
+from dsv2quant.engines.process import PYTHON_ENGINES, ask, folder_of
 from dsv2quant.engines.results import Floor, Verdict
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
@@ -77,7 +76,9 @@ def verify(
     answer = _ask(artifact, text, request, settings, progress)
     passed, own = _runtime(artifact, answer, settings, progress)
     apart = _apart(answer, passed, progress)
-    floor = None if source is None else _floor(answer, passed, source, text, request, settings, progress)
+    floor = None
+    if source is not None and settings.url is None:  # a server has the artifact alone
+        floor = _floor(answer, passed, source, text, request, settings, progress)
     continued = []
     if prompts:
         most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
@@ -131,10 +132,14 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
 
 
 def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Settings, progress: Progress) -> Answer:
-    model = checkpoint.inputs[0] if settings.engine == "llama.cpp" else checkpoint.as_source().downloaded
+    if settings.url is not None:
+        return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
-        return ask(settings.engine, settings.python, Path(model), request, progress)
-    raise UsageError(f"--engine {settings.engine} can't be run")
+        return ask(settings.engine, settings.python, folder_of(checkpoint), request, progress)
+    if isinstance(checkpoint, HfCheckpoint):
+        fix = "llama.cpp runs those alone: make one with convert --gguf"
+        raise InputError("is no GGUF file", where=checkpoint.model, fix=fix)
+    return llama_cpp.ask(checkpoint.inputs[0], text.content, request, progress)
 
 
 def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:

@@ -84,6 +84,7 @@ def evaluate(
         text_sha256=text.sha256,
         dtype=str(options.dtype).removeprefix("torch."),
         weight_only=options.weight_only or checkpoint.is_weight_only,
+        serving=options.serving,
         decode_path=settings.decode_path,
         kv_cache=KV_NAMES[options.kv_cache or options.dtype] if settings.decode_path else None,
         device=device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
@@ -173,7 +174,7 @@ def _noise_floor(
     baseline, again = referred.part(slice(0, count)), referred.part(slice(-count, None))
     options = settings.options
     other = torch.bfloat16 if options.dtype == torch.float32 else torch.float32
-    backend = choose_backend("auto", options.device, other, options.weight_only)
+    backend = choose_backend("auto", options.device, other, options.weight_only or options.serving is not None)
     in_other = replace(settings, options=replace(options, dtype=other, backend=backend))
     rerun = _run(reference, ids, batches_of(count, batch), in_other, progress, "noise floor")
     with progress(2 * count * (ids.shape[1] - 1 - first), "tok", "compare noise") as advance:

@@ -101,6 +101,7 @@ class Evaluation:
     text_sha256: str
     dtype: str
     weight_only: bool
+    serving: str | None
     decode_path: bool
     kv_cache: str | None
     device: str
@@ -145,8 +146,8 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
             result["router_agreement_stderr"] = c.router_agreement.stderr
             result["router_agreement_by_layer"] = {str(k): v for k, v in c.router_agreement_by_layer.items()}
     as_they_are = (
-        "tokens", "windows", "ctx", "protocol", "dtype", "weight_only", "decode_path", "kv_cache", "device", "backend",
-        "stream", "seconds",
+        "tokens", "windows", "ctx", "protocol", "dtype", "weight_only", "serving", "decode_path", "kv_cache", "device",
+        "backend", "stream", "seconds",
     )  # fmt: skip
     return result | values_of(e, *as_they_are) | {
         "text": {"source": e.text, "sha256": e.text_sha256},
@@ -174,7 +175,7 @@ def evaluation_text(e: Evaluation) -> str:
             )
         others = f"other batch {floor.kld_other_batch:.1e}, {floor.dtype} {floor.kld_other_dtype:.1e}"
         lines.append(f"noise floor, KLD     of the reference against itself, {floor.windows} windows: {others}")
-    activations = "unquantized" if e.weight_only else "as served"
+    activations = "unquantized" if e.weight_only else f"as {e.serving} has them" if e.serving else "as served"
     path = f", token by token with a KV cache in {e.kv_cache}" if e.decode_path else ""
     lines.append(
         f"{e.tokens:,} tokens in {e.windows} windows of {e.ctx} of {e.text} (sha256 {e.text_sha256[:12]}), "
@@ -270,10 +271,15 @@ class Verification:
     tensors: int
     errors: SourceErrors | None
 
+    @property
+    def wrong(self) -> list[TensorError]:
+        """Weights that can't be what the source's were quantized to."""
+        return self.errors.wrong if self.errors is not None else []
+
     def check(self) -> None:
-        """Raise GateError where a weight can't be what its source was quantized to."""
-        if self.errors is not None and self.errors.wrong:
-            names = listing([f"{e.name} ({_db(e.sqnr)} dB)" for e in self.errors.wrong])
+        """Raise GateError where a weight is wrong."""
+        if self.wrong:
+            names = listing([f"{e.name} ({_db(e.sqnr)} dB)" for e in self.wrong])
             raise GateError(f"{self.model}: other weights than the source's, or wrong scales: {names}")
 
 

@@ -35,6 +35,7 @@ from dsv2quant.formats.codec import (
     to_bf16,
     widened,
 )
+from dsv2quant.formats.e4m3 import E4M3_MAX
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -253,3 +254,16 @@ class W4A8(Int4):
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
         return super().declared() | {"input_activations": eight_bits("float", "token", dynamic=True)}
+
+    @staticmethod
+    def decode_as_vllm(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] that vLLM multiplies with: code × scale in e4m3, times the channel's float32 scale."""
+        import torch
+
+        scales = parts["weight_scale"].float()  # [out, groups]
+        of_channel = scales.abs().amax(1, keepdim=True) / E4M3_MAX
+        in_e4m3 = (scales / of_channel).to(torch.float8_e4m3fn).float() / 8
+        in_e4m3 = in_e4m3.to(torch.float8_e4m3fn).float()
+        codes = unpack_words(parts[PACKED]).float().sub_(OFFSET).unflatten(1, (scales.shape[1], -1))
+        products = (codes * in_e4m3.unsqueeze(-1)).to(torch.float8_e4m3fn).float()
+        return (products.flatten(1) * (of_channel * 8)).to(dtype)

@@ -38,3 +38,5 @@ SOURCES = frozenset({"bf16", "fp8-block", "fp8-channel", "int4-g128", "int4-g64"
 # Of those that are decoded without torch: stored parts by suffix, as `HELD_AS` has them → the weight as codecs take it,
 # BF16 bits (uint16) or float32.
 DECODERS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {"bf16": _plain, "fp8-block": _blocks}
+# What a consumer multiplies with in place of what `decode` gives, by consumer and scheme: parts, dtype → weight.
+SERVED = {("vllm", "w4a8-g128"): W4A8.decode_as_vllm}

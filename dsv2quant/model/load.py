@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.weights import Weight
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
 from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
-from dsv2quant.model.serving import Serving, activation
+from dsv2quant.model.serving import Serving, activation, decode, takes_cache_scales
 
 Backend = Literal["torch", "kernels"]
 LATENT_NORM_EPS = 1e-6  # DeepSeek gives the latents' norms the class default, whatever rms_norm_eps says
@@ -47,12 +48,12 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def choose_backend(asked: str, device: str, dtype: torch.dtype, weight_only: bool = False) -> Backend:
-    """'torch' or 'kernels', for 'auto' the latter where they can be had. Raises UsageError where they can't and are
-    asked for."""
-    able = dtype == torch.bfloat16 and not weight_only and runs_kernels(device)
+def choose_backend(asked: str, device: str, dtype: torch.dtype, departs: bool = False) -> Backend:
+    """'torch' or 'kernels', for 'auto' the latter where they can be had: not where what is computed `departs` from what
+    the artifact says. Raises UsageError where they can't and are asked for."""
+    able = dtype == torch.bfloat16 and not departs and runs_kernels(device)
     if asked == "kernels" and not able:
-        fix = "they need a Hopper GPU as --device, bfloat16 and no --weight-only: take --backend torch"
+        fix = "they need a Hopper GPU as --device, bfloat16, and neither --weight-only nor --as: take --backend torch"
         raise UsageError("--backend kernels can't be had", fix=fix)
     return "kernels" if able and asked != "torch" else "torch"
 
@@ -126,13 +127,16 @@ class Loader:
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.checkpoint, self.options, self.config = checkpoint, options, checkpoint.config
         self._by_name = {weight.spec.name: weight for weight in checkpoint.weights}
-        self._activations = activations_quantized(checkpoint.config.quantization) and not options.weight_only
+        quantized = activations_quantized(checkpoint.config.quantization) or options.serving == "llama.cpp"
+        self._activations = quantized and not options.weight_only
 
     def ends(self) -> Ends:
         c = self.checkpoint.config
         embedding = self._tensor("model.embed_tokens.weight")
-        head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), None)
-        projection = Linear(self._tensor(head) if head else embedding)
+        tied = "model.embed_tokens.weight"
+        head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), tied)
+        matrix = embedding if head == tied else self._tensor(head)
+        projection = Linear(matrix, activation=self._activation(self._by_name[head]))
         return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), projection)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -145,7 +149,9 @@ class Loader:
         )
 
     def kv_scale(self, layer: int) -> torch.Tensor | None:
-        """As the checkpoint's."""
+        """As the checkpoint's, where it is served with them."""
+        if not takes_cache_scales(self.options.serving, self.config):
+            return None
         return self.checkpoint.kv_scale(layer, self.options.device)
 
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
@@ -183,7 +189,7 @@ class Loader:
     def _linear(self, module: str) -> Linear:
         weight = self._by_name[f"{module}.weight"]
         o = self.options
-        granularity = activation(weight, o.serving, o.device != "cpu") if self._activations else None
+        granularity = self._activation(weight)
         # Where activations are quantized the product is taken in float32: see `reference.linear`.
         dtype = o.dtype if granularity is None else torch.float32
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
@@ -193,10 +199,14 @@ class Loader:
             input_scale = stored.to(o.scale_dtype or torch.float32).float().reshape(1)
         return Linear(self._tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
 
+    def _activation(self, weight: Weight) -> str | None:
+        o = self.options
+        return activation(weight, o.serving, o.device != "cpu") if self._activations else None
+
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)
 
     def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
         scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
-        return self.checkpoint.decode(weight, dtype or o.dtype, o.device, scale_dtype)
+        return decode(self.checkpoint, weight, o.serving, dtype or o.dtype, o.device, scale_dtype)

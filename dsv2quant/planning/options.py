@@ -103,13 +103,13 @@ WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of 
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
-    "samples": "--num-calibration-samples", "length": "--max-seq-length", "engine_dtype": "--dtype",
+    "samples": "--num-calibration-samples", "length": "--max-seq-length", "engine_dtype": "--dtype", "serving": "--as",
 }  # fmt: skip
 _USUAL = {"tp": 1, "ep": 1, "max_shard_size": "5GB"}
 _CHOICES: dict[str, Sequence[object]] = {
     "scheme": SCHEMES, "method": METHODS, "group_size": GROUP_SIZES, "layout": tuple(LAYOUTS), "targets": CONSUMERS,
     "dtype": DTYPES, "backend": BACKENDS, "kv_cache": KV_CACHES, "protocol": PROTOCOLS, "dataset": DATASETS,
-    "prefill": PREFILLS, "engine": ENGINES, "engine_dtype": ENGINE_DTYPES,
+    "prefill": PREFILLS, "engine": ENGINES, "serving": ENGINES, "engine_dtype": ENGINE_DTYPES,
 }  # fmt: skip
 _LEAST = {
     "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
@@ -309,6 +309,7 @@ def check_device(device: str) -> None:
 
 def check_engine(engine: str, python: StrPath | None, url: str | None, tp: int, kv_cache: str) -> None:
     """Raise UsageError for what an engine can't be asked."""
+    check_values({"engine": engine, "tp": tp, "kv_cache": kv_cache})
     serves = engine in ("vllm", "sglang")
     if python is not None and url is not None:
         raise UsageError("--engine-python and --engine-url exclude each other")

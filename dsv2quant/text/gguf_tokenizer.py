@@ -106,6 +106,7 @@ def _pre_tokenizer(raw: Mapping[str, Any], backend: Tokenizer, bos: int | None, 
 def _special(folder: Path, raw: Mapping[str, Any], backend: Tokenizer, where: Path) -> SpecialVocab:
     """Merges, ids of special tokens, chat templates, and which tokens are added to a text."""
     settings = read_settings(folder)
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
     with _checked(where):
         special = SpecialVocab(folder, load_merges=True)
     if token_of(settings, "bos_token") is None and (bos := backend.token_to_id(leading_token(raw) or "")) is not None:
@@ -117,7 +118,6 @@ def _special(folder: Path, raw: Mapping[str, Any], backend: Tokenizer, where: Pa
 
 
 def _keys(special: SpecialVocab, where: Path) -> dict[str, Value]:
-    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of DeepSeek's templates for pairs of texts
     writer = GGUFWriter(path=None, arch="")
     with _checked(where):
         special.add_to_gguf(writer, quiet=True)

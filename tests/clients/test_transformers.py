@@ -8,6 +8,7 @@ FP8 GPU; in float32 it must be loaded and then cast, because its unquantized mod
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch
 from safetensors import safe_open
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
+from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, negative_log_likelihoods, perplexity, run
-from dsv2quant.kernels.reference import quantize_activation
 from dsv2quant.model.layers import Linear, MoE, add_rows, dispatch, finish
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -108,7 +109,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
 
     served = name != "block" and not dequantize
     options = LoadOptions(torch_dtype, "cpu", not served, torch.bfloat16 if rounds_scales else None)
-    got = like_transformers(Model(checkpoint, options)).forward(tokens).double()
+    got = like_transformers(checkpoint, options).forward(tokens).double()
     error = float((got - want).norm() / want.norm())
     if torch_dtype == torch.float32:
         # Weight-only: float32 sums in another order. Quantized activations: a last-place difference moves about one
@@ -116,31 +117,13 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
         # and a moved router choice where scores are that close.
         assert error < (1e-2 if served else 1e-5)
     else:
-        exact = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens).double()
+        exact = like_transformers(checkpoint, LoadOptions(weight_only=not served)).forward(tokens).double()
         assert error < 2 * float((want - exact).norm() / exact.norm())
 
 
-def like_transformers(model: Model) -> Model:
-    """The runtime with transformers' departures from what engines do: activations of routed experts are not quantized,
-    and those of kv_b_proj with one scale per sequence, because its input has four dimensions there."""
-    for layer in model.layers():
-        if layer.attention.kv_b_proj.activation is not None:
-            layer.attention.kv_b_proj = PerSequence(layer.attention.kv_b_proj)
-        for expert in layer.ffn.experts if isinstance(layer.ffn, MoE) else []:
-            for linear in (expert.gate_proj, expert.up_proj, expert.down_proj):
-                linear.activation = None
-    return model
-
-
-class PerSequence(Linear):
-    """A linear layer whose input [batch, tokens, ·] is quantized with one scale per batch entry."""
-
-    def __init__(self, linear: Linear) -> None:
-        super().__init__(linear.weight, linear.bias, linear.activation)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scales = quantize_activation(x.flatten(1), "token")
-        return Linear(self.weight)((codes.float() * scales).view_as(x)).to(x.dtype)
+def like_transformers(checkpoint: Checkpoint, options: LoadOptions | None = None) -> Model:
+    """The runtime with transformers' departures from what engines do."""
+    return Model(checkpoint, replace(options or LoadOptions(), serving="transformers"))
 
 
 class TheirLogits:
@@ -192,7 +175,7 @@ def test_weight_only_kld_is_transformers(name, scored, artifacts):
 def test_given_transformers_inputs_every_module_quantizes_and_sums_as_transformers(name, scored, artifacts):
     """Each module is given the very input that transformers' had, so that no code differs and float32 sums alone do."""
     folder = artifacts["mini", name]
-    theirs, model = load(folder, torch.float32, False), like_transformers(Model(open_checkpoint(folder)))
+    theirs, model = load(folder, torch.float32, False), like_transformers(open_checkpoint(folder))
     inputs, outputs, handles = {}, {}, []
     for path, module in theirs.named_modules():
 
@@ -237,7 +220,7 @@ def routed(moe: MoE, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tenso
 def test_kld_with_quantized_activations_is_transformers(name, scored, artifacts):
     ids, ours, theirs = scored
     folder = artifacts["mini", name]
-    served = run(like_transformers(Model(open_checkpoint(folder))), ids, batches_of(WINDOWS, 4))
+    served = run(like_transformers(open_checkpoint(folder)), ids, batches_of(WINDOWS, 4))
     everywhere = run(Model(open_checkpoint(folder)), ids, batches_of(WINDOWS, 4))
     their_own = their_pass(load(folder, torch.float32, False), ids)
     got = compare(served, ours, ids, 0).kld.mean(1)  # by window

@@ -113,8 +113,8 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
         assert torch.equal(got, ours.to(got.dtype)), weight.spec.name
 
     options = LoadOptions(torch_dtype, "cpu", not served, scale_dtype)
-    got = experts_in_bf16(like_transformers(Model(checkpoint, options))).forward(tokens)
-    exact = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens)  # in float32
+    got = experts_in_bf16(like_transformers(checkpoint, options)).forward(tokens)
+    exact = like_transformers(checkpoint, LoadOptions(weight_only=not served)).forward(tokens)  # in float32
     if torch_dtype == torch.bfloat16:  # sums of any order are rounded: each side moves as far as the rounding does
         assert apart(got, want).median() < 2 * apart(want, exact).median()
     elif not dequantize:
@@ -128,7 +128,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
         return their_weight(state, weight.spec.name).to(dtype)
 
     monkeypatch.setattr(HfCheckpoint, "decode", same)
-    ours = like_transformers(Model(checkpoint, LoadOptions(weight_only=not served))).forward(tokens)
+    ours = like_transformers(checkpoint, LoadOptions(weight_only=not served)).forward(tokens)
     with torch.inference_mode():
         float32 = torch.nn.Module.float(theirs)(tokens).logits  # transformers' own .float() refuses quantized models
     different = apart(ours, float32)

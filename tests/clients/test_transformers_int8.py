@@ -16,7 +16,7 @@ from test_transformers import DTYPES, like_transformers, load, their_weight
 from test_transformers_int4 import apart, their_logits
 
 from dsv2quant.arch.spec import LINEAR_ROLES
-from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear
@@ -63,14 +63,15 @@ class TheirInt8(Linear):
         return Linear(self.weight.to(x.dtype), self.bias)(served)
 
 
-def served_as_theirs(model: Model) -> Model:
+def served_as_theirs(checkpoint: Checkpoint, options: LoadOptions) -> Model:
     """The runtime with transformers' activations."""
+    model = like_transformers(checkpoint, options)
     for layer in model.layers():
         for holder in (layer.attention, getattr(layer.ffn, "shared", layer.ffn)):
             for name, linear in list(vars(holder).items()):
-                if isinstance(linear, Linear) and linear.activation == "token-int8":
-                    setattr(holder, name, TheirInt8(linear, name == "kv_b_proj"))
-    return like_transformers(model)
+                if isinstance(linear, Linear) and (linear.activation or "").endswith("-int8"):
+                    setattr(holder, name, TheirInt8(linear, linear.activation == "sequence-int8"))
+    return model
 
 
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES)
@@ -90,8 +91,8 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
         assert torch.equal(got, ours.to(got.dtype)), weight.spec.name
 
     if torch_dtype == torch.bfloat16:  # sums of any order are rounded: each side moves as far as the rounding does
-        got = served_as_theirs(Model(checkpoint, LoadOptions(torch_dtype, "cpu", dequantize))).forward(tokens)
-        exact = served_as_theirs(Model(checkpoint, LoadOptions(weight_only=dequantize))).forward(tokens)
+        got = served_as_theirs(checkpoint, LoadOptions(torch_dtype, "cpu", dequantize)).forward(tokens)
+        exact = served_as_theirs(checkpoint, LoadOptions(weight_only=dequantize)).forward(tokens)
         assert apart(got, want).median() < 2 * apart(want, exact).median()
 
     # The same weights in float32, theirs and ours: now sums in another order are all that differs. Quantized
@@ -100,7 +101,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize,
         return their_weight(state, weight.spec.name).to(dtype)
 
     monkeypatch.setattr(HfCheckpoint, "decode", same)
-    ours = served_as_theirs(Model(checkpoint, LoadOptions(weight_only=dequantize))).forward(tokens)
+    ours = served_as_theirs(checkpoint, LoadOptions(weight_only=dequantize)).forward(tokens)
     with torch.inference_mode():
         float32 = torch.nn.Module.float(theirs)(tokens).logits  # transformers' own .float() refuses quantized models
     different = apart(ours, float32)

@@ -52,7 +52,7 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
     options = LoadOptions(torch_dtype, "cpu", dequantize, rounding)
     model = Model(checkpoint, options)
     assert all(torch.equal(static.watch(model)[module].input_scale, scale.float()) for module, scale in given.items())
-    got = like_transformers(model).forward(tokens).double()
+    got = like_transformers(checkpoint, options).forward(tokens).double()
     error = float((got - want).norm() / want.norm())
     if torch_dtype == torch.float32:
         assert error < (1e-5 if dequantize else 1e-2)  # as for the other schemes: see test_transformers.py
@@ -60,7 +60,7 @@ def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequan
             served = Model(checkpoint, options).forward(tokens).double()
             assert float((served - want).norm() / want.norm()) > 2 * error
     else:
-        exact = like_transformers(Model(checkpoint, LoadOptions(weight_only=dequantize))).forward(tokens).double()
+        exact = like_transformers(checkpoint, LoadOptions(weight_only=dequantize)).forward(tokens).double()
         assert error < 2 * float((want - exact).norm() / exact.norm())
 
 
