@@ -2,8 +2,8 @@
 
     TVM_FFI_CACHE_DIR=FOLDER python tools/engines/sglang_kernels.py
 
-needs no GPU. FOLDER then stands in for SGLang's cache on a machine with Hopper GPUs: its names hold hashes of sources, of
-the architecture and of tvm-ffi. What is missing there is compiled there.
+needs no GPU. FOLDER then stands in for SGLang's cache on a machine with Hopper GPUs: its names hold hashes of sources,
+of the architecture and of tvm-ffi. What is missing there is compiled there.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import torch
 from sglang.jit_kernel.utils import override_jit_cuda_arch
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-# By module of sglang.jit_kernel: its functions that load a kernel, and the arguments for BF16 and for DeepSeek's widths.
+# By module of sglang.jit_kernel: a function that loads a kernel, and its arguments for BF16 and DeepSeek's widths.
 KERNELS = [
     ("activation", "_jit_activation_module", BF16),
     ("clamp_position", "_jit_clamp_position_module", torch.int32),
