@@ -1,7 +1,7 @@
 # `make demo`: set up and quantize the shipped checkpoint. `make test`: set up and pass the tests.
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
 # `make test-clients`: build llama.cpp's tools in build/ (10 minutes, with cmake) and compare files with theirs.
-# `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
+# `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 20 minutes.
 # `make check-install`: what pip would download from PyPI alone, or why it can't.
 #
 # TORCH_INDEX=URL   another index, for torch: https://download.pytorch.org/whl/cpu has it without CUDA packages.
