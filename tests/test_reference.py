@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,9 +38,27 @@ def test_scales_and_codes(granularity, width, dtype):
         assert torch.equal((got - y).abs(), nearest)
 
 
-@pytest.mark.parametrize("granularity", ["token", "group128"])
+@pytest.mark.parametrize(("granularity", "width"), [("q8_0", 32), ("q8_k", 256)])
+def test_ggmls_codes_of_activations(granularity, width):
+    """Against quantize_row_q8_0 (arch/x86/quants.c) and quantize_row_q8_K_ref (ggml-quants.c), step by step."""
+    x = activations(2, 5, 512)
+    codes, scales = quantize_activation(x, granularity)
+    assert (codes.dtype, codes.shape, scales.shape) == (torch.int8, x.shape, x.shape)
+    for block, got in zip(x.view(-1, width).numpy(), dequantize_activation(codes, scales).view(-1, width), strict=True):
+        extreme = block[np.abs(block).argmax()]
+        if granularity == "q8_0":
+            inverse = np.float32(127) / abs(extreme) if extreme else np.float32(0)
+            step = np.float32(np.float16(abs(extreme) / np.float32(127)))
+        else:  # its largest value has code −127, whatever its sign
+            inverse = np.float32(-127) / extreme if extreme else np.float32(0)
+            step = 1 / inverse if extreme else np.float32(0)
+        np.testing.assert_allclose(got.numpy(), np.rint(block * inverse) * step, rtol=2e-7)
+
+
+@pytest.mark.parametrize("granularity", ["token", "group128", "q8_0", "q8_k"])
 def test_the_linear_layer_equals_float64_on_the_quantized_operands(granularity):
-    x, weight, bias = activations(7, 300), torch.randn(40, 300), torch.randn(40)
+    columns = 512 if granularity.startswith("q8") else 300
+    x, weight, bias = activations(7, columns), torch.randn(40, columns), torch.randn(40)
     served = dequantize_activation(*quantize_activation(x, granularity)).double()
     want = served @ weight.double().T + bias.double()
     got = linear(x, weight, bias, granularity)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.engines import compare, generation, server
+from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
+from dsv2quant.engines import compare, generation, llama_cpp, server
 from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.process import PYTHON_ENGINES, ask, folder_of
@@ -136,7 +136,10 @@ def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Setting
         return server.ask(settings.engine, settings.url, request, progress)
     if settings.engine in PYTHON_ENGINES:
         return ask(settings.engine, settings.python, folder_of(checkpoint), request, progress)
-    raise UsageError(f"--engine {settings.engine} can't be run")
+    if isinstance(checkpoint, HfCheckpoint):
+        fix = "llama.cpp runs those alone: make one with convert --gguf"
+        raise InputError("is no GGUF file", where=checkpoint.model, fix=fix)
+    return llama_cpp.ask(checkpoint.inputs[0], text.content, request, progress)
 
 
 def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:

@@ -20,6 +20,8 @@ from dsv2quant.kernels.routing import Routes, check_router, choose_block, tiles_
 if TYPE_CHECKING:
     from dsv2quant.kernels.fp8_experts import Fp8Experts
 
+GGML_GROUPS = {"q8_0": 32, "q8_k": 256}  # columns under one scale
+
 
 def quantize_activation(
     x: torch.Tensor, granularity: str, scale: torch.Tensor | None = None
@@ -29,9 +31,18 @@ def quantize_activation(
     'token' has one scale per row, [..., 1]; 'group128' one per 128 columns, [..., ⌈K/128⌉] (DeepSeek-V3
     `inference/kernel.py`, act_quant); both are amax / 448 in float32. 'static' is given its one `scale`, float32 [1],
     and clips what lies beyond 448 of it. 'token-int8' is amax / 127 per row, to nearest even (vLLM csrc,
-    dynamic_scaled_int8_quant). 'sequence' and 'sequence-int8' are the same over all rows of a batch's entry.
+    dynamic_scaled_int8_quant). 'sequence' and 'sequence-int8' are the same over all rows of a batch's entry. 'q8_0' and
+    'q8_k' are amax / 127 of each 32 and 256 columns, the former in float16, repeated for each column, [..., K] (ggml,
+    arch/x86/quants.c, quantize_row_q8_0; ggml-quants.c, quantize_row_q8_K_ref, whose negative scales change no value).
     """
     x = x.float()
+    if granularity in GGML_GROUPS:
+        groups = x.unflatten(-1, (-1, GGML_GROUPS[granularity]))
+        amax = groups.abs().amax(-1, keepdim=True)
+        codes = (groups * torch.where(amax > 0, INT8_MAX / amax, 0.0)).round().to(torch.int8)
+        scales = amax / INT8_MAX
+        scales = scales.half().float() if granularity == "q8_0" else scales
+        return codes.flatten(-2), scales.expand_as(groups).flatten(-2)
     if granularity.startswith("sequence"):
         codes, scales = quantize_activation(x.flatten(1), granularity.replace("sequence", "token"))
         return codes.view_as(x), scales.view(-1, *(1,) * (x.ndim - 1))
@@ -52,7 +63,7 @@ def quantize_activation(
 def dequantize_activation(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """code × scale in float32; the inverse of `quantize_activation` up to its rounding."""
     columns = codes.shape[-1]
-    per_column = scales if scales.shape[-1] == 1 else scales.repeat_interleave(BLOCK, -1)[..., :columns]
+    per_column = scales if scales.shape[-1] in (1, columns) else scales.repeat_interleave(BLOCK, -1)[..., :columns]
     return codes.float() * per_column
 
 

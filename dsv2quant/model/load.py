@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.checkpoint.weights import Weight
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
@@ -126,13 +127,16 @@ class Loader:
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.checkpoint, self.options, self.config = checkpoint, options, checkpoint.config
         self._by_name = {weight.spec.name: weight for weight in checkpoint.weights}
-        self._activations = activations_quantized(checkpoint.config.quantization) and not options.weight_only
+        quantized = activations_quantized(checkpoint.config.quantization) or options.serving == "llama.cpp"
+        self._activations = quantized and not options.weight_only
 
     def ends(self) -> Ends:
         c = self.checkpoint.config
         embedding = self._tensor("model.embed_tokens.weight")
-        head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), None)
-        projection = Linear(self._tensor(head) if head else embedding)
+        tied = "model.embed_tokens.weight"
+        head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), tied)
+        matrix = embedding if head == tied else self._tensor(head)
+        projection = Linear(matrix, activation=self._activation(self._by_name[head]))
         return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), projection)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -185,7 +189,7 @@ class Loader:
     def _linear(self, module: str) -> Linear:
         weight = self._by_name[f"{module}.weight"]
         o = self.options
-        granularity = activation(weight, o.serving, o.device != "cpu") if self._activations else None
+        granularity = self._activation(weight)
         # Where activations are quantized the product is taken in float32: see `reference.linear`.
         dtype = o.dtype if granularity is None else torch.float32
         bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
@@ -194,6 +198,10 @@ class Loader:
             stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], o.device)
             input_scale = stored.to(o.scale_dtype or torch.float32).float().reshape(1)
         return Linear(self._tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
+
+    def _activation(self, weight: Weight) -> str | None:
+        o = self.options
+        return activation(weight, o.serving, o.device != "cpu") if self._activations else None
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
         return RMSNorm(self._tensor(f"{module}.weight"), eps)

@@ -7,6 +7,10 @@ quant_method fp8 is decoded (finegrained_fp8.py), where no GPU multiplies FP8.
 
 vLLM 0.26: W4A8 is multiplied in FP8 (`W4A8.decode_as_vllm`); of a latent KV cache it drops the scales, because its
 quantization methods make some for `Attention` and not for `MLAAttention` (compressed_tensors.py, get_quant_method).
+
+llama.cpp 0c1e57098: on CPUs ggml quantizes what meets a quantized weight to Q8_K, where that has blocks of 256, else to
+Q8_0 (ggml-cpu.c, `vec_dot_type`); so do the kernels that reorder blocks (repack.cpp). What meets kv_b_proj's halves is
+an input of absorbed attention, by which prompts are not computed here.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.formats.schemes import CODECS, SERVED
+from dsv2quant.storage.gguf import SIZES
 
 Serving = Literal["vllm", "sglang", "transformers", "llama.cpp"]
 
@@ -25,6 +30,10 @@ Serving = Literal["vllm", "sglang", "transformers", "llama.cpp"]
 def activation(weight: Weight, serving: Serving | None, on_gpu: bool) -> str | None:
     """The granularity, as `reference.quantize_activation` has it, at which a consumer quantizes what meets a weight;
     None: not at all. Without one it is what the scheme says."""
+    if serving == "llama.cpp" and (block := SIZES.get(weight.scheme.upper())) is not None:
+        if block.values == 1 or weight.spec.role == "kv_b_proj":
+            return None
+        return "q8_k" if block.values == 256 else "q8_0"
     codec = CODECS.get(weight.scheme)
     if codec is None:
         return None

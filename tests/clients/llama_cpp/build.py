@@ -1,6 +1,6 @@
 """Build llama.cpp's tools in build/llama.cpp, from the source that llama-cpp-python's release carries.
 
-It takes the package index that pip is set up with, cmake and a C++ compiler; some 10 minutes on two cores.
+It takes the package index that pip is set up with, cmake and a C++ compiler; some 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3] / "build"
 RELEASE = "llama-cpp-python==0.3.36"  # holds ggml-org/llama.cpp@0c1e57098
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-TOOLS = ("quantize", "imatrix", "perplexity", "completion", "gguf-split", "tokenize")
-# Without examples, tests and the server, which need more than a compiler. ggml-base keeps its own flags: there is no
-# -march on it, so that the quantizers round as on any x86-64.
+TOOLS = ("quantize", "imatrix", "perplexity", "completion", "gguf-split", "tokenize", "server")
+# Without examples and tests, and a server without web pages and HTTPS, which need more than a compiler. ggml-base keeps
+# its own flags: there is no -march on it, so that the quantizers round as on any x86-64.
 OPTIONS = ("CMAKE_BUILD_TYPE=Release", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF",
-           "LLAMA_BUILD_SERVER=OFF")  # fmt: skip
+           "LLAMA_BUILD_SERVER=ON", "LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF")  # fmt: skip
 
 
 def fetch(folder: Path) -> None:
