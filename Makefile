@@ -2,6 +2,8 @@
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
 # `make test-clients`: build llama.cpp's tools in build/ (10 minutes, with cmake) and compare files with theirs.
 # `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
+# `make verify-engine`: install ENGINE (vllm or sglang, on a GPU machine) in build/ and verify ARTIFACT, which was made
+# of SOURCE, in it; without them dsv2-mini in FP8 blocks, of `make demo`.
 # `make check-install`: what pip would download from PyPI alone, or why it can't.
 #
 # TORCH_INDEX=URL   another index, for torch: https://download.pytorch.org/whl/cpu has it without CUDA packages.
@@ -16,7 +18,7 @@ BIN := .venv/bin
 VARIANT := $(if $(TORCH_INDEX)$(SYSTEM_TORCH),-$(shell echo '$(TORCH_INDEX) $(SYSTEM_TORCH)' | cksum | cut -d ' ' -f 1))
 STAMP := .venv/.ready$(VARIANT)
 
-.PHONY: demo test test-clients test-vllm check-install lint clean
+.PHONY: demo test test-clients test-vllm verify-engine check-install lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -32,6 +34,15 @@ test-clients: $(STAMP)
 test-vllm: $(STAMP)
 	@$(BIN)/python tests/clients/vllm/install.py $(TORCH_INDEX)
 	@$(BIN)/python -m pytest tests/clients/vllm
+
+ENGINE ?= vllm
+ARTIFACT ?= demo/dsv2-mini-FP8-BLOCK
+SOURCE ?= examples/dsv2-mini
+verify-engine: $(STAMP)
+	@test -e build/engines/$(ENGINE)/.ready || { $(PYTHON) -m venv --clear build/engines/$(ENGINE) \
+		&& build/engines/$(ENGINE)/bin/python -m pip install --quiet $(ENGINE) && touch build/engines/$(ENGINE)/.ready; }
+	@$(BIN)/dsv2quant verify $(ARTIFACT) --engine $(ENGINE) --engine-python build/engines/$(ENGINE)/bin/python \
+		--source $(SOURCE) --generate --device cuda
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
