@@ -43,8 +43,8 @@ def make(kind: str, out: Path, seed: int = 0) -> Path:
     draw = torch.Generator().manual_seed(seed)
     config, weights = llama(draw) if kind == "llama" else widened(kind, draw)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "generation_config.json"):
-        shutil.copy(MINI / name, out)
+    for path in (*MINI.glob("tokenizer*.json"), MINI / "generation_config.json"):
+        shutil.copy(path, out)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     save_file({name: weight.bfloat16().contiguous() for name, weight in weights.items()}, out / "model.safetensors")
     return out

@@ -272,7 +272,13 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
     print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
+def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End with the reason: behind it SGLang would log how it ends its processes."""
+    tell(kind, error, trace)
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    sys.excepthook = tell
+    sys.excepthook = fail
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
     main()
