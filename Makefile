@@ -1,8 +1,10 @@
 # `make demo`: set up and quantize the shipped checkpoint. `make test`: set up and pass the tests.
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
-# `make test-clients`: build llama.cpp's tools in build/ (10 minutes, with cmake) and compare files with theirs.
+# `make test-clients`: build llama.cpp's tools in build/ (15 minutes, with cmake) and compare files with theirs.
 # `make test-lm-eval`: install lm_eval in .venv and compare with its own models, 2 minutes.
 # `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
+# `make verify-engine`: install ENGINE (vllm or sglang, on a GPU machine) in build/ and verify ARTIFACT, which was made
+# of SOURCE, in it; without them dsv2-mini in FP8 blocks, of `make demo`.
 # `make check-install`: what pip would download from PyPI alone, or why it can't.
 #
 # TORCH_INDEX=URL   another index, for torch: https://download.pytorch.org/whl/cpu has it without CUDA packages.
@@ -17,7 +19,7 @@ BIN := .venv/bin
 VARIANT := $(if $(TORCH_INDEX)$(SYSTEM_TORCH),-$(shell echo '$(TORCH_INDEX) $(SYSTEM_TORCH)' | cksum | cut -d ' ' -f 1))
 STAMP := .venv/.ready$(VARIANT)
 
-.PHONY: demo test test-clients test-vllm test-lm-eval check-install lint clean
+.PHONY: demo test test-clients test-vllm test-lm-eval verify-engine check-install lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -37,6 +39,15 @@ test-vllm: $(STAMP)
 test-lm-eval: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[lm-eval]'
 	@$(BIN)/python -m pytest tests/clients/lm_eval
+
+ENGINE ?= vllm
+ARTIFACT ?= demo/dsv2-mini-FP8-BLOCK
+SOURCE ?= examples/dsv2-mini
+verify-engine: $(STAMP)
+	@test -e build/engines/$(ENGINE)/.ready || { $(PYTHON) -m venv --clear build/engines/$(ENGINE) \
+		&& build/engines/$(ENGINE)/bin/python -m pip install --quiet $(ENGINE) && touch build/engines/$(ENGINE)/.ready; }
+	@$(BIN)/dsv2quant verify $(ARTIFACT) --engine $(ENGINE) --engine-python build/engines/$(ENGINE)/bin/python \
+		--source $(SOURCE) --generate --device cuda
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

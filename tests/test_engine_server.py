@@ -109,6 +109,7 @@ FAULTS = {
     "few logprobs": ("vllm", of_vllm(0, "prompt_logprobs", to=[None] * 3), "a list of 12 belongs"),
     "null row": ("vllm", row(to=[1]), "[1] where an object belongs"),
     "no target": ("vllm", row(to={"3": {"logprob": -1}}), "among 20 belongs"),
+    "target alone": ("vllm", row(to={str(IDS[0, 5]): {"logprob": -1}}), f"token {IDS[0, 5]} among 20 belongs"),
     "token beyond": ("vllm", row(to={"50": {"logprob": -1}}), "tokens below 50"),
     "token of words": ("vllm", row(to={"²": {"logprob": -1}}), "tokens below 50"),
     "positive": ("vllm", row(to={"3": {"logprob": 2}}), "2 where a log-prob"),

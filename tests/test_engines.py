@@ -16,9 +16,11 @@ from pathlib import Path
 import faults
 import numpy as np
 import pytest
+import tiny
 import torch
 from engine_stand_in import program
 
+from dsv2quant.api import convert
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.engines.answers import Answer, Report, Scores
 from dsv2quant.engines.compare import compare
@@ -32,17 +34,17 @@ ASKED = ("--windows", 3, "--ctx", 32, "-q")
 
 @pytest.fixture(scope="module")
 def artifact(wordy, tmp_path_factory) -> Path:
-    """INT4 in one file, with scales of a KV cache."""
-    from dsv2quant.api import convert
+    """INT4 in one file."""
+    return made(wordy, tmp_path_factory.mktemp("artifact"))
 
-    out = tmp_path_factory.mktemp("artifact") / "out"
-    text = tmp_path_factory.mktemp("text") / "text.txt"
+
+def made(source: Path, folder: Path) -> Path:
+    """An artifact in INT4, with scales of a KV cache."""
+    text = folder / "text.txt"
     text.write_text("".join(f"The {i} quick brown foxes jump over lazy dogs.\n" for i in range(200)))
-    convert(
-        wordy, out, scheme="int4-pure", method="rtn", group_size=32, targets=["transformers"], kv_scales=True,
-        calibration=text, samples=8, length=32,
-    )  # fmt: skip
-    return out
+    asked = {"method": "rtn", "group_size": 32, "targets": ["transformers"]}
+    convert(source, folder / "out", scheme="int4-pure", kv_scales=True, calibration=text, samples=8, length=32, **asked)
+    return folder / "out"
 
 
 @pytest.fixture
@@ -118,7 +120,10 @@ def test_another_end_of_text_is_seen(artifact, wordy, verify, tmp_path, monkeypa
     assert (ran.code, f"ends with [{int(ids[0])}], which ends no text" in ran.err) == (4, True)
 
 
-def test_tokens_are_decoded_over_an_fp8_cache(artifact, verify, tmp_path):
+def test_tokens_are_decoded_over_an_fp8_cache(verify, tmp_path):
+    """A model of Llama's kind: of a latent cache, the engines drop the scales."""
+    source = tiny.write_checkpoint(tmp_path / "llama", tiny.LLAMA | {"vocab_size": 4096})
+    artifact = made(source, tmp_path)
     ran = verify(artifact, "--kv-cache", "fp8_e4m3", "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)["engine"]
@@ -129,6 +134,17 @@ def test_tokens_are_decoded_over_an_fp8_cache(artifact, verify, tmp_path):
     bad = faults.copy(artifact, tmp_path / "bad", faults.cache_scales_halved)
     ran = verify(artifact, "--kv-cache", "fp8_e4m3", model=bad)
     assert (ran.code, "mean KLD from the runtime is" in ran.err) == (4, True)
+    ran = verify(bad, "--kv-cache", "fp8_e4m3", "--source", source)  # in the artifact they are seen by what they clip
+    assert (ran.code, "the KV cache of layer 0 clips " in ran.err) == (4, True)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_of_a_latent_cache_scales_are_as_the_engines_have_them(engine, artifact, wordy, verify, tmp_path):
+    """1, whatever the artifact says."""
+    bad = faults.copy(artifact, tmp_path / "bad", faults.cache_scales_halved)
+    words = ("--kv-cache", "fp8_e4m3", "--source", wordy, "--json")
+    found = [json.loads(verify(each, *words, engine=engine).out)["engine"] for each in (artifact, bad)]
+    assert not any("KV cache" in fault for each in found for fault in each["artifact_faults"])
 
 
 # Engines that fail

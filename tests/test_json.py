@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from engine_stand_in import program
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "json.md"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,12 +50,12 @@ def folder(tmp_path_factory) -> Path:
 def check(cli) -> Callable[..., dict[str, Any]]:
     """Run a verb and compare its keys with the table of that title."""
 
-    def run(title: str, *args: object, code: int = 0) -> dict[str, Any]:
+    def run(title: str, *args: object, code: int = 0, also: str | None = None) -> dict[str, Any]:
         ran = cli(*args, "--json", "-q")
         assert ran.code == code, ran.err
         assert ran.out.count("\n") == 1
         result = json.loads(ran.out)
-        known = documented(title)
+        known = documented(title) | (documented(also) if also else set())
         assert known
         assert set(keys(result, known)) == known
         assert result["schema"] in DOCUMENT.read_text()
@@ -79,6 +80,8 @@ def test_convert_and_what_reads_its_artifact(check, wordy, fox, folder):
     held = check("inspect", "inspect", out)
     assert held["files"]["model.safetensors"]["size"] == made["files"]["model.safetensors"]["size"]
     check("verify", "verify", out, "--source", wordy)
+    words = ("--engine", "vllm", "--engine-python", program(folder / "python"), "--windows", 1, "--generate")
+    check("verify", "verify", out, "--source", wordy, *words, also="verify --engine")
     scored = ("--text", fox, "--ctx", "16", "--limit", "1", "--reference", wordy)
     found = check("eval-ppl", "eval-ppl", out, *scored, "--max-kld", "1e-9", "--max-ppl-increase", "1000", code=4)
     assert found["digest"] == made["digest"]

@@ -38,7 +38,8 @@ class Verdict:
     """An engine beside the runtime on one artifact: `apart`, in `tokens` of `windows` of `ctx`, or `decoded` behind
     each. `own_noise` is the mean KLD in nats of the runtime in the engine's dtype from itself in float32. `likeliest`
     is k where the engine gave the k likeliest tokens alone, `storage_error` what a file of distributions rounded, in
-    nats. `token_faults` and those of `continued` are about tokenizers and ends of text."""
+    nats. `artifact_faults` are about the artifact's tokenizer and cache scales, those of `continued` about what was
+    generated."""
 
     model: str
     engine: str
@@ -48,7 +49,7 @@ class Verdict:
     floor: Floor | None
     max_kld: float | None
     continued: list[Continued]
-    token_faults: list[str]
+    artifact_faults: list[str]
     windows: int
     ctx: int
     decoded: int
@@ -80,7 +81,7 @@ class Verdict:
         if self.floor is not None and self.floor.extra is not None and self.floor.extra.value > self.floor.most_extra:
             more, most = self.floor.extra.value, self.floor.most_extra
             found.append(f"it is {more:.3g} nats further from the source than the runtime is, beyond {most:.3g}")
-        found += self.token_faults
+        found += self.artifact_faults
         return found + [f"of {_shown(c)} it {fault}" for c in self.continued for fault in c.faults]
 
     def check(self) -> None:
@@ -110,7 +111,7 @@ def report_text(found: tuple[Verification, Verdict | None]) -> str:
 def verdict_json(v: Verdict) -> dict[str, Any]:
     """What `dsv2quant verify --engine --json` has under `engine`."""
     as_they_are = (
-        "engine", "own_noise", "limit", "max_kld", "token_faults", "windows", "ctx", "decoded", "tokens",
+        "engine", "own_noise", "limit", "max_kld", "artifact_faults", "windows", "ctx", "decoded", "tokens",
         "likeliest", "storage_error", "dtype", "kv_cache", "tp", "device", "seconds", "faults",
     )  # fmt: skip
     floor = None

@@ -8,7 +8,7 @@ runtime on the artifact in the engine's own dtype, since activations in FP8 make
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,20 +20,16 @@ from dsv2quant.engines.answers import Answer, Request
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.process import PYTHON_ENGINES, ask, folder_of
 from dsv2quant.engines.results import Floor, Verdict
+from dsv2quant.engines.runtime import Runtime
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
-from dsv2quant.evaluation.divergence import Pass, batches_of, run
-from dsv2quant.model.cache import KV_DTYPES
-from dsv2quant.model.completion import open_model
-from dsv2quant.model.load import LoadOptions
-from dsv2quant.model.runtime import Model
+from dsv2quant.evaluation.divergence import Pass
 from dsv2quant.model.serving import Serving
 from dsv2quant.progress import Progress
 from dsv2quant.text.text import Text
 from dsv2quant.text.tokenizer import Protocol, Windows, cut
 
-OWN_WINDOWS = 2  # that the runtime's own rounding is measured on
-TOKENS_PER_BATCH = 4096
+DECODED = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -55,26 +51,24 @@ class Settings:
     device: str
 
 
-DECODED = 32
-
-
 def verify(
     artifact: Checkpoint, source: Checkpoint | None, text: Text, settings: Settings, progress: Progress
 ) -> Verdict:
     """Run the engine on `artifact`, and on `source` for its noise floor. What is wrong is among the verdict's faults.
     Raises InputError where the engine can't be run or fails, and UsageError for what it can't be asked."""
     started = time.perf_counter()
+    runtime = Runtime(settings.engine, settings.dtype, settings.kv_cache, settings.device, progress)
     with progress(0, "", "tokenize"):
         windows = _windows(artifact, text, settings)
         tokenizer_faults = [] if source is None else _other_tokens(artifact, source, text)
-    decode = DECODED if settings.kv_cache.startswith("fp8") else 0
+    decode = DECODED if runtime.decodes else 0
     prompts = generation.prompts_of(artifact) if settings.generate else []
     request = Request(
         windows, artifact.config.vocab_size, prompts, dtype=settings.dtype, kv_cache=settings.kv_cache, tp=settings.tp,
         decode=decode,
     )  # fmt: skip
     answer = _ask(artifact, text, request, settings, progress)
-    passed, own = _runtime(artifact, answer, settings, progress)
+    passed, own, cache_faults = runtime.passes(artifact, answer.windows)
     apart = _apart(answer, passed, progress)
     floor = None
     if source is not None and settings.url is None:  # a server has the artifact alone
@@ -82,12 +76,11 @@ def verify(
     continued = []
     if prompts:
         most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
-        model = open_model(artifact, _options(settings, torch.float32), stream=True, progress=progress)
-        continued = generation.check(model, source or artifact, prompts, answer.generated, most)
+        continued = generation.check(runtime.model(artifact), source or artifact, prompts, answer.generated, most)
     return Verdict(
         model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own, floor=floor,
         max_kld=settings.max_kld, continued=continued,
-        token_faults=[*tokenizer_faults, *_token_faults(answer, request)],
+        artifact_faults=[*tokenizer_faults, *cache_faults, *_token_faults(answer, request)],
         windows=len(windows.ids), ctx=int(windows.ids.shape[1]), decoded=decode,
         tokens=len(windows.ids) * request.scored, likeliest=answer.scores.likeliest,
         storage_error=answer.scores.error, text=text.source, text_sha256=text.sha256, dtype=settings.dtype,
@@ -101,9 +94,8 @@ def _floor(
     progress: Progress,
 ) -> Floor:  # fmt: skip
     """The engine beside the runtime on the source, and both on the artifact beside that."""
-    unquantized = replace(settings, kv_cache="auto")
-    plain = _ask(source, text, replace(request, kv_cache="auto", prompts=()), unquantized, progress)
-    theirs = _pass(source, plain.windows, unquantized, progress, torch.float32)
+    plain = _ask(source, text, replace(request, kv_cache="auto", prompts=()), settings, progress)
+    theirs, _ = Runtime(settings.engine, settings.dtype, "auto", settings.device, progress).one(source, plain.windows)
     apart = _apart(plain, theirs, progress)
     if request.decode:  # the engine chose other tokens there
         return Floor(source.model, apart)
@@ -140,53 +132,6 @@ def _ask(checkpoint: Checkpoint, text: Text, request: Request, settings: Setting
         fix = "llama.cpp runs those alone: make one with convert --gguf"
         raise InputError("is no GGUF file", where=checkpoint.model, fix=fix)
     return llama_cpp.ask(checkpoint.inputs[0], text.content, request, progress)
-
-
-def _options(settings: Settings, dtype: torch.dtype) -> LoadOptions:
-    """Of the runtime in a dtype, under the engine's departures."""
-    in_bf16 = settings.engine == "transformers" and settings.dtype == "bfloat16"
-    return LoadOptions(
-        dtype, settings.device, kv_cache=KV_DTYPES.get(settings.kv_cache), serving=settings.engine,
-        scale_dtype=torch.bfloat16 if in_bf16 else None,
-    )  # fmt: skip
-
-
-def _runtime(artifact: Checkpoint, answer: Answer, settings: Settings, progress: Progress) -> tuple[Pass, float]:
-    """The runtime's pass over what the engine scored, and its own noise: the KLD from it of a pass in the engine's
-    dtype, or where that is float32 too, of one window at a time."""
-    windows = answer.windows
-    passed = _pass(artifact, windows, settings, progress, torch.float32)
-    few = Windows(windows.ids[:OWN_WINDOWS], windows.first)
-    again = _pass(artifact, few, settings, progress, getattr(torch, settings.dtype), 1)
-    with progress(len(few.ids) * few.scored, "tok", "own noise") as advance:
-        both = divergence.compare(again, passed.part(slice(0, len(few.ids))), few.ids, few.first, advance)
-    return passed, float(both.kld.mean())
-
-
-def _pass(
-    checkpoint: Checkpoint, windows: Windows, settings: Settings, progress: Progress, dtype: torch.dtype,
-    batch: int | None = None,
-) -> Pass:  # fmt: skip
-    options, ids = _options(settings, dtype), windows.ids
-    decodes = settings.kv_cache.startswith("fp8")
-    model = open_model(checkpoint, options, stream=not decodes, progress=progress)
-    with progress(ids.size * checkpoint.config.num_hidden_layers, "tok·layer", checkpoint.model) as advance:
-        if decodes:
-            assert isinstance(model, Model)
-            return _decoded(model, windows, advance)
-        return run(model, ids, batches_of(len(ids), batch or max(1, TOKENS_PER_BATCH // ids.shape[1])), advance)
-
-
-@torch.inference_mode()
-def _decoded(model: Model, windows: Windows, advance: Callable[[int], object]) -> Pass:
-    """The windows' scored tokens decoded one by one over the cache, behind a prefill of those before."""
-    tokens, prompt = torch.from_numpy(windows.ids), windows.first + 1
-    caches = model.caches(*tokens.shape)
-    states = [model.hidden(tokens[:, :prompt], caches)]
-    for place in range(prompt, tokens.shape[1]):
-        states.append(model.hidden(tokens[:, place : place + 1], caches, absorbed=True))
-        advance(len(tokens))
-    return Pass(model, torch.cat(states, 1), [])
 
 
 def _apart(answer: Answer, runtime: Pass, progress: Progress) -> Apart:

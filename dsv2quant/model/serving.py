@@ -1,5 +1,5 @@
 """Where consumers depart from what an artifact says: how each quantizes the activations that meet a weight, what it
-makes of a weight, and whether it takes the scales of a KV cache. SGLang does as the artifact says.
+makes of a weight, and whether it takes the scales of a KV cache.
 
 transformers 5.23: integrations/compressed_tensors.py fake-quantizes inputs of `Linear` modules alone, which routed
 experts are not, and of kv_b_proj, whose input has four dimensions there, with one scale for each sequence; what has
@@ -7,10 +7,7 @@ quant_method fp8 is decoded (finegrained_fp8.py), where no GPU multiplies FP8.
 
 vLLM 0.26: W4A8 is multiplied in FP8 (`W4A8.decode_as_vllm`); of a latent KV cache it drops the scales, because its
 quantization methods make some for `Attention` and not for `MLAAttention` (compressed_tensors.py, get_quant_method).
-
-llama.cpp 0c1e57098: on CPUs ggml quantizes what meets a quantized weight to Q8_K, where that has blocks of 256, else to
-Q8_0 (ggml-cpu.c, `vec_dot_type`); so do the kernels that reorder blocks (repack.cpp). What meets kv_b_proj's halves is
-an input of absorbed attention, by which prompts are not computed here.
+SGLang 0.5.23 drops them, too.
 """
 
 from __future__ import annotations
@@ -57,4 +54,4 @@ def decode(
 
 def takes_cache_scales(serving: Serving | None, config: ModelConfig) -> bool:
     """Whether a consumer's FP8 cache has the artifact's scales, and not 1."""
-    return not (serving == "vllm" and config.is_mla)
+    return not (serving in ("vllm", "sglang") and config.is_mla)

@@ -247,9 +247,10 @@ def path_of(module: Any) -> Iterator[str]:
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The last line of what goes to stderr is the reason: messages of vLLM's own have many."""
+    """End with the reason as the last line: vLLM's messages have many, and what shuts down behind adds to them."""
     traceback.print_exception(kind, error, trace)
     print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def test_long_texts_are_cut_into_the_same_windows(answers) -> None:
 def test_a_gguf_file_and_the_command(tasks, answers, tmp_path) -> None:
     path = tmp_path / "mini.gguf"
     convert(tiny.MINI, path, gguf="Q8_0")
-    words = ["--model", "dsv2quant", "--model_args", f"pretrained={path}", "--tasks", "mini_choice", "--include_path",
-             tasks, "--output_path", tmp_path / "out", "--log_samples", "--device", "cpu", "--batch_size", "auto"]  # fmt: skip
+    words = [
+        "--model", "dsv2quant", "--model_args", f"pretrained={path}", "--tasks", "mini_choice", "--include_path", tasks,
+        "--output_path", tmp_path / "out", "--log_samples", "--device", "cpu", "--batch_size", "auto",
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "dsv2quant.lm_eval", *map(str, words)], capture_output=True, encoding="utf-8"
     )
