@@ -19,6 +19,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
+from dsv2quant.planning.rules import RAN, ROWS, evidence
 from dsv2quant.report.plans import notes, plan_text
 
 SERVE = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
@@ -337,3 +338,13 @@ def test_a_damaged_g_idx_is_one_line(artifacts, tmp_path, cli):
     assert ran.code == 3
     assert f"{O_PROJ}: g_idx names groups beyond its 4" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_every_row_says_what_it_stands_on():
+    stands = {target: {scheme: evidence(target, scheme) for scheme in rows} for target, rows in ROWS.items()}
+    assert all(RAN[target].keys() <= rows.keys() for target, rows in stands.items())
+    assert {scheme for scheme, on in stands["vllm"].items() if on.startswith("read")} == {
+        "gptq-g32", "gptq-channel", "awq-g32",
+    }  # fmt: skip
+    assert set(stands["sglang"].values()) == {"read, SGLang 0.5.23"}
+    assert stands["transformers"]["fp8-block"] == "run, transformers 5.23.0 on a CPU"

@@ -220,3 +220,25 @@ ROWS: dict[str, dict[str, Rule]] = {
         "int8-channel": _no_int8_experts,
     },
 }
+READ = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23", "transformers": "transformers 5.23.0"}
+# Beside ROWS: which consumer ran artifacts of a scheme, and computed what they say (docs/consumers.md, What was run). A
+# GPU ran its kernels; a CPU its choice of schemes and its loaders.
+_ON_GPU, _ON_CPU = "run, vLLM 0.26 on a GPU and 0.32 on a CPU", "run, vLLM 0.32 on a CPU"
+RAN: dict[str, dict[str, str]] = {
+    "vllm": {
+        **dict.fromkeys(("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-autofp8"), _ON_GPU),
+        **dict.fromkeys(("int4-g128", "int4-g64", "int8-channel", "w4a8-g128"), _ON_GPU),
+        **dict.fromkeys(("gptq-g128", "gptq-g64", "awq-g128", "awq-g64"), _ON_GPU),
+        **dict.fromkeys(("int4-g32", "int4-channel"), _ON_CPU),
+    },
+    "sglang": {},
+    "transformers": dict.fromkeys(
+        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "int8-channel", "w4a8-g128"),
+        "run, transformers 5.23.0 on a CPU",
+    ),
+}
+
+
+def evidence(target: str, scheme: str) -> str:
+    """What a row of ROWS stands on: "run, …" and where, or "read, …", the version whose sources it was read from."""
+    return RAN[target].get(scheme, f"read, {READ[target]}")

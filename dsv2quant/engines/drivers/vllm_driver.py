@@ -31,6 +31,8 @@ OTHERS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default a share of the whole machine
 }
+# Bytes: of the cache at least, and for each token, which takes 0.4 MB of DeepSeek-LLM 67B.
+CACHE, CACHE_OF_TOKEN = 1 << 30, 1 << 20
 TEMPLATE = 256  # tokens that a chat template may add to a prompt
 SAME = 1e-3  # nats between vLLM's log-probabilities and those of its logits: both are made in float32
 
@@ -69,19 +71,21 @@ def environment(model: str) -> dict[str, str]:
 
 
 def start(exchange: Exchange) -> Any:
-    """vLLM's `LLM`, with room for the longest sequence and, where speed is asked for, the largest batch."""
+    """vLLM's `LLM`, with a cache for one sequence and no more, so that several fit on a GPU; where speed is asked for,
+    with all of its memory."""
     from vllm import LLM
 
     request, bench = exchange.request, exchange.request.get("bench")
     tokens = longest(exchange)
-    options = {"enforce_eager": True, "max_num_seqs": 1, "max_num_batched_tokens": tokens}
+    options = {"enforce_eager": True, "max_num_seqs": 1, "max_num_batched_tokens": tokens,
+               "kv_cache_memory_bytes": CACHE + tokens * CACHE_OF_TOKEN, "gpu_memory_utilization": 0.05}  # fmt: skip
     if bench:
         tokens = max(tokens, max(bench["contexts"]) + bench["new_tokens"])
         options = {"max_num_seqs": max(bench["batches"]), "max_num_batched_tokens": tokens,
-                   "cudagraph_capture_sizes": bench["batches"]}  # fmt: skip
+                   "cudagraph_capture_sizes": bench["batches"], "gpu_memory_utilization": 0.95}  # fmt: skip
     return LLM(
         exchange.model, dtype=request["dtype"], tensor_parallel_size=request["tp"], kv_cache_dtype=request["kv_cache"],
-        max_model_len=tokens, enable_prefix_caching=False, gpu_memory_utilization=share_of_memory(exchange), **options,
+        max_model_len=tokens, enable_prefix_caching=False, **options,
     )  # fmt: skip
 
 
@@ -94,15 +98,6 @@ def longest(exchange: Exchange) -> int:
 
 def written(prompt: dict[str, Any]) -> str:
     return str(prompt["text"]) if "text" in prompt else "".join(m["role"] + m["content"] for m in prompt["messages"])
-
-
-def share_of_memory(exchange: Exchange) -> float:
-    """What of a GPU's memory vLLM may plan with: a window's logits must fit beside, in two bytes, and three times in
-    four."""
-    from vllm.platforms import current_platform
-
-    logits = 14 * exchange.windows.shape[1] * exchange.vocabulary
-    return max(0.5, 0.95 - logits / current_platform.get_device_total_memory())
 
 
 def keep_logits(worker: Any) -> None:
