@@ -301,7 +301,7 @@ def verify_engine(
     where the artifact is damaged or the engine can't be run.
     """
     asked.check_values({"engine_dtype": engine_dtype, "windows": windows, "ctx": ctx})
-    asked.check_engine(engine, engine_python, engine_url, tp, kv_cache)
+    asked.check_engine(engine, engine_python, engine_url, tp, kv_cache, engine_dtype)
     asked.check_device(device)
     from dsv2quant.text.text import from_file, python_topics
 

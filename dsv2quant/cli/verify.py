@@ -65,7 +65,7 @@ def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: 
         raise click.UsageError(f"{useless[0]} goes with --engine")
     of_engine = {name: given.pop(name) for name in in_engine & given.keys()}
     if of_engine:
-        names = ("engine", "engine_python", "engine_url", "tp", "kv_cache")
+        names = ("engine", "engine_python", "engine_url", "tp", "kv_cache", "engine_dtype")
         check_engine(*(options[name] for name in names))
     found = dq.verify(artifact, progress=progress, **given)
     runs = of_engine and not found.wrong  # what is wrong already needs no engine
