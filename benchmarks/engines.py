@@ -143,7 +143,7 @@ def verify(case: Case, python: str, args: argparse.Namespace) -> Found:
     v = json.loads(ran.stdout)["engine"]
     floor, report = v["floor"] or {}, v["report"]
     versions = {"dsv2quant": __version__, **v["versions"]}
-    faults = [*v["token_faults"], *(fault for each in v["generated"] for fault in each["faults"])]
+    faults = [*v["artifact_faults"], *(fault for each in v["generated"] for fault in each["faults"])]
     return Found(
         ln_ppl=math.log(v["perplexity"]["value"]), ln_ppl_runtime=math.log(v["runtime_perplexity"]["value"]),
         kld=v["kld"]["mean"], stderr=v["kld"]["stderr"], top1=v["top1_agreement"]["value"],

@@ -262,7 +262,7 @@ def evaluate(
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
 
-    options = _load_options(device, dtype, backend, kv_cache, weight_only, serving)
+    options = load_options(device, dtype, backend, kv_cache, weight_only, serving)
     settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
     return measure.evaluate(opened, against, scored, settings, progress)
 
@@ -301,7 +301,7 @@ def verify_engine(
     where the artifact is damaged or the engine can't be run.
     """
     asked.check_values({"engine_dtype": engine_dtype, "windows": windows, "ctx": ctx})
-    asked.check_engine(engine, engine_python, engine_url, tp, kv_cache)
+    asked.check_engine(engine, engine_python, engine_url, tp, kv_cache, engine_dtype)
     asked.check_device(device)
     from dsv2quant.text.text import from_file, python_topics
 
@@ -343,7 +343,7 @@ def generate(
     with progress(0, "", "starting"):
         from dsv2quant.model.completion import Request, Sampling, complete
 
-    loading = _load_options(device, dtype, backend, kv_cache)
+    loading = load_options(device, dtype, backend, kv_cache)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
     return complete(checkpoint, Request(prompt, max_new_tokens, sampling, loading, special), emit, progress)
 
@@ -365,7 +365,7 @@ def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
             logger.warning("%s", line)
 
 
-def _load_options(
+def load_options(
     device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False, serving: str | None = None
 ) -> LoadOptions:
     """How a model is loaded. Raises UsageError for a backend that can't be had."""

@@ -29,6 +29,7 @@ ORDER = [
     "bench",
     "api",
     "__init__",
+    "lm_eval",
     "cli",
     "__main__",
 ]

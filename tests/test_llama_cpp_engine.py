@@ -107,6 +107,11 @@ def test_programs_that_are_not_there_or_fail_are_one_line(tmp_path, monkeypatch)
     assert (missing.value.exit_code, failed.value.exit_code) == (2, 3)
 
 
+def test_a_dtype_is_not_what_llama_cpp_computes_in(cli):
+    ran = cli("verify", "model.gguf", "--engine", "llama.cpp", "--dtype", "float32")
+    assert (ran.code, "llama.cpp computes as its file's types have it" in ran.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("asked", "theirs", "wanted"),
     [

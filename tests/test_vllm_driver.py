@@ -115,7 +115,7 @@ def test_tokens_are_decoded(driver, exchange, tmp_path) -> None:
 def test_logits_that_vllm_does_not_answer_from_are_an_error(decode: int, driver, exchange) -> None:
     engine, given = Engine("V1", wrong=0.01), exchange(decode)
     engine.collective_rpc(driver.keep_logits)
-    with pytest.raises(ValueError, match=r"0\.01 nats from those of its logits"):
+    with pytest.raises(ValueError, match=r"0\.01 nats from those of the logits"):
         (driver.decode if decode else driver.score)(given, engine, 0, WINDOWS[0].tolist())
 
 

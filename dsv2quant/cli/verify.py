@@ -65,15 +65,19 @@ def command(artifact: str, as_json: bool, verbose: int, quiet: bool, **options: 
         raise click.UsageError(f"{useless[0]} goes with --engine")
     of_engine = {name: given.pop(name) for name in in_engine & given.keys()}
     if of_engine:
-        names = ("engine", "engine_python", "engine_url", "tp", "kv_cache")
+        names = ("engine", "engine_python", "engine_url", "tp", "kv_cache", "engine_dtype")
         check_engine(*(options[name] for name in names))
-    found = dq.verify(artifact, progress=progress, **given)
-    runs = of_engine and not found.wrong  # what is wrong already needs no engine
-    verdict = dq.verify_engine(artifact, progress=progress, **given, **of_engine) if runs else None
+    hub = {name: given[name] for name in given if name not in ("source", "device")}
+    opened = dq.open(artifact, **hub)
+    # Of a checkpoint that isn't ours there is nothing to check but what an engine makes of it.
+    bare = bool(of_engine) and "source" not in given and opened.inputs[0].is_dir() and not opened.manifest.exists()
+    found = None if bare else dq.verify(opened, progress=progress, **given)
+    runs = of_engine and not (found and found.wrong)  # what is wrong already needs no engine
+    verdict = dq.verify_engine(opened, progress=progress, **given, **of_engine) if runs else None
 
     from dsv2quant.engines.results import report_json, report_text
 
     terminal.show((found, verdict), report_json, report_text, as_json)
-    found.check()
-    if verdict is not None:
-        verdict.check()
+    for each in (found, verdict):
+        if each is not None:
+            each.check()

@@ -10,7 +10,14 @@ from dsv2quant.engines.answers import Report
 from dsv2quant.engines.compare import Apart
 from dsv2quant.engines.generation import Continued
 from dsv2quant.errors import GateError, listing
-from dsv2quant.evaluation.results import Distance, Estimate, Verification, verification_json, verification_text
+from dsv2quant.evaluation.results import (
+    VERIFY_SCHEMA,
+    Distance,
+    Estimate,
+    Verification,
+    verification_json,
+    verification_text,
+)
 from dsv2quant.report.tables import values_of
 
 BEYOND = 2  # times the noise floor is what may lie between engine and runtime
@@ -95,17 +102,21 @@ def _shown(c: Continued) -> str:
     return repr(prompt[:24]) if isinstance(prompt, str) else "the chat"
 
 
-def report_json(found: tuple[Verification, Verdict | None]) -> dict[str, Any]:
-    """The object of `dsv2quant verify --json`."""
+Found = tuple[Verification | None, Verdict | None]
+
+
+def report_json(found: Found) -> dict[str, Any]:
+    """The object of `dsv2quant verify --json`: of a checkpoint that isn't ours, what an engine made of it alone."""
     verification, verdict = found
-    return verification_json(verification) | ({} if verdict is None else {"engine": verdict_json(verdict)})
+    result = {"schema": VERIFY_SCHEMA} if verification is None else verification_json(verification)
+    return result | ({} if verdict is None else {"model": verdict.model, "engine": verdict_json(verdict)})
 
 
-def report_text(found: tuple[Verification, Verdict | None]) -> str:
+def report_text(found: Found) -> str:
     """What `dsv2quant verify` prints without --json."""
     verification, verdict = found
-    lines = [verification_text(verification), *([] if verdict is None else _lines(verdict))]
-    return "\n".join(lines)
+    lines = [] if verification is None else [verification_text(verification)]
+    return "\n".join([*lines, *([] if verdict is None else _lines(verdict))])
 
 
 def verdict_json(v: Verdict) -> dict[str, Any]:

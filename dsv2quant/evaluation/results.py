@@ -283,10 +283,13 @@ class Verification:
             raise GateError(f"{self.model}: other weights than the source's, or wrong scales: {names}")
 
 
+VERIFY_SCHEMA = "dsv2quant.verify/2"
+
+
 def verification_json(v: Verification) -> dict[str, Any]:
     """The object of `dsv2quant verify --json`. What is `exact` has infinite SQNR, which JSON shows as null."""
     result: dict[str, Any] = {
-        "schema": "dsv2quant.verify/2",
+        "schema": VERIFY_SCHEMA,
         "model": v.model,
         "checked": v.checked.by,
         **values_of(v.checked, "digest", "files", "edited", "added"),

@@ -307,7 +307,9 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from None
 
 
-def check_engine(engine: str, python: StrPath | None, url: str | None, tp: int, kv_cache: str) -> None:
+def check_engine(
+    engine: str, python: StrPath | None, url: str | None, tp: int, kv_cache: str, dtype: str
+) -> None:  # fmt: skip
     """Raise UsageError for what an engine can't be asked."""
     check_values({"engine": engine, "tp": tp, "kv_cache": kv_cache})
     serves = engine in ("vllm", "sglang")
@@ -317,6 +319,8 @@ def check_engine(engine: str, python: StrPath | None, url: str | None, tp: int, 
         raise UsageError(f"--engine-url: {engine} has no server that gives a prompt's log-probabilities")
     if python is not None and engine == "llama.cpp":
         raise UsageError("--engine-python: llama.cpp's programs are found on PATH")
+    if dtype != "bfloat16" and engine == "llama.cpp":
+        raise UsageError(f"--dtype {dtype}: llama.cpp computes as its file's types have it", fix="leave it out")
     if url is not None and (tp > 1 or kv_cache != "auto"):
         raise UsageError("--tp and --kv-cache go with an engine that is started: a server has its own")
     if not serves and tp > 1:

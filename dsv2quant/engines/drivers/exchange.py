@@ -14,10 +14,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+TEMPLATE = 256  # tokens that a chat template may add to a prompt
+SAME = 1e-3  # nats between an engine's log-probabilities and those of its logits: both are made in float32
 
 
 class Exchange:
@@ -39,6 +46,13 @@ class Exchange:
     def opened(cls) -> Exchange:
         """The folder that the command line names."""
         return cls(Path(sys.argv[1]))
+
+    def longest(self) -> int:
+        """Tokens of the longest window or prompt with what is to follow it. A prompt has at most as many tokens as
+        bytes."""
+        windows = self.windows.shape[1] + self.decode if len(self.windows) else 0
+        new = int(self.request["max_new_tokens"])
+        return max([windows, *(len(_written(prompt).encode()) + TEMPLATE + new for prompt in self.prompts)])
 
     def put_logits(self, window: int, logits: Any) -> None:
         """Keep a window's logits [scored, at least vocabulary], a torch tensor, as log-probabilities of the whole
@@ -70,3 +84,42 @@ class Exchange:
         """Say that one more window or prompt is done."""
         with (self.folder / "progress").open("ab") as file:
             file.write(b".")
+
+    def timed(self, seconds: Callable[[list[list[int]], int], float]) -> Iterator[dict[str, Any]]:
+        """Rates of prompts and of decoding, in tokens a second of the whole batch, at each batch and context: the best
+        of two after a warm-up. `seconds` says how long prompts take, and so many tokens behind each."""
+        bench, tokens = self.request["bench"], np.load(self.folder / "bench.npy")
+        for batch in bench["batches"]:
+            for context in bench["contexts"]:
+                prompts, new = tokens[:batch, :context].tolist(), int(bench["new_tokens"])
+                seconds(prompts, 4)
+                first, whole = (min(seconds(prompts, count) for _ in range(2)) for count in (1, new))
+                step = (whole - first) / (new - 1)
+                yield {
+                    "batch": batch, "context": context, "prefill_tokens_s": batch * context / first,
+                    "decode_tokens_s": batch / step, "step_ms": 1e3 * step,
+                }  # fmt: skip
+
+
+def _written(prompt: dict[str, Any]) -> str:
+    return str(prompt["text"]) if "text" in prompt else "".join(m["role"] + m["content"] for m in prompt["messages"])
+
+
+def check(found: Sequence[float] | np.ndarray, said: Sequence[float]) -> None:
+    """Raise ValueError where what an engine says of some tokens is not what its logits say, both in nats."""
+    furthest = float(np.abs(np.asarray(found) - np.asarray(said)).max())
+    if not furthest < SAME:
+        raise ValueError(f"the log-probabilities are {furthest:.3g} nats from those of the logits, not below {SAME}")
+
+
+def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write an error to stderr with the reason as the last line."""
+    traceback.print_exception(kind, error, trace)
+    print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def clocked(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

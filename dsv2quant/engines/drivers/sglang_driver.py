@@ -11,11 +11,10 @@ import json
 import os
 import signal
 import sys
-import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,14 +22,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from exchange import Exchange
+from exchange import Exchange, check, clocked, tell
 
 # Logits of a window in one call; DeepGEMM compiles its kernels at the first use of each shape.
 NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0"}
 PREFERRED = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
 LATENT = 512  # kv_lora_rank that MLA's kernels are made for; Triton's take others
-TEMPLATE = 256  # tokens that a chat template may add to a prompt
-SAME = 1e-3  # nats that SGLang's answer may be from the logits it was made of: it rounds in float32
 SPARE = 4096  # tokens of cache beyond what is asked
 
 
@@ -51,7 +48,7 @@ def main() -> None:
         exchange.put_decoded(decoded)
     exchange.put("generated", [*generated(exchange, engine)])
     if exchange.request.get("bench"):
-        exchange.put("bench", [*bench(exchange, engine)])
+        exchange.put("bench", [*exchange.timed(partial(seconds, engine))])
     engine.shutdown()
 
 
@@ -79,10 +76,7 @@ def sizes(exchange: Exchange) -> dict[str, Any]:
         return {
             "max_running_requests": batch, "cuda_graph_bs_decode": speed["batches"], "max_total_tokens": SPARE + cache,
         }  # fmt: skip
-    longest = exchange.windows.shape[1] + exchange.decode if len(exchange.windows) else 0
-    new = exchange.request["max_new_tokens"]
-    # A prompt has at most as many tokens as bytes.
-    longest = max([longest, *(len(written(prompt).encode()) + TEMPLATE + new for prompt in exchange.prompts)])
+    longest = exchange.longest()
     return {
         "max_running_requests": 1, "max_total_tokens": SPARE + longest, "max_prefill_tokens": SPARE + longest,
         "chunked_prefill_size": -1, "disable_cuda_graph": True, "disable_overlap_schedule": True,
@@ -104,10 +98,6 @@ def attention_backend(model: str) -> str | None:
     library = found and found.origin and Path(found.origin).with_name("flash_ops.abi3.so")
     usual = config.get("kv_lora_rank", LATENT) == LATENT
     return None if usual and library and library.exists() else "triton"
-
-
-def written(prompt: dict[str, Any]) -> str:
-    return str(prompt["text"]) if "text" in prompt else "".join(m["role"] + m["content"] for m in prompt["messages"])
 
 
 def watched_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *others: Any, **more: Any) -> None:
@@ -187,25 +177,21 @@ def score(exchange: Exchange, engine: Any, window: int, ids: list[int]) -> None:
     """Have the distributions behind a window's tokens but the last kept."""
     answer = asked(engine, {"max_new_tokens": 1, "ignore_eos": True}, input_ids=ids, logprob_start_len=0)
     said = answer["meta_info"]["input_token_logprobs"][exchange.first + 1 :]
-    check(exchange, window, [row[1] for row in said], [row[0] for row in said])
+    agree(exchange, window, [row[1] for row in said], [row[0] for row in said])
 
 
 def decode(exchange: Exchange, engine: Any, window: int, ids: list[int]) -> list[int]:
     """Have the distributions of tokens that are decoded behind a window kept, and return the tokens."""
     answer = asked(engine, {"max_new_tokens": exchange.decode, "ignore_eos": True}, input_ids=ids)
     said = answer["meta_info"]["output_token_logprobs"]
-    check(exchange, window, [row[1] for row in said], [row[0] for row in said])
+    agree(exchange, window, [row[1] for row in said], [row[0] for row in said])
     return [row[1] for row in said]
 
 
-def check(exchange: Exchange, window: int, tokens: list[int], said: list[float]) -> None:
+def agree(exchange: Exchange, window: int, tokens: list[int], said: list[float]) -> None:
     """Raise ValueError where SGLang's own log-probabilities of some tokens are not those that were kept."""
     kept = np.load(exchange.folder / "logprobs.npy", mmap_mode="r")[window]
-    furthest = float(np.abs(kept[np.arange(exchange.scored), tokens] - np.array(said)).max())
-    if not furthest < SAME:
-        raise ValueError(
-            f"SGLang's log-probabilities are {furthest:.3g} nats from those of its logits, not below {SAME}"
-        )
+    check(kept[np.arange(exchange.scored), tokens], said)
 
 
 def generated(exchange: Exchange, engine: Any) -> Iterator[dict[str, Any]]:
@@ -232,25 +218,10 @@ def chat(engine: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(made) if not isinstance(made, str) else list(engine.tokenizer_manager.tokenizer.encode(made))
 
 
-def bench(exchange: Exchange, engine: Any) -> Iterator[dict[str, Any]]:
-    """Seconds of prompts of real tokens, and of decoding behind them, the best of two after a warm-up."""
-    speed, tokens = exchange.request["bench"], np.load(exchange.folder / "bench.npy").tolist()
-    for batch in speed["batches"]:
-        for context in speed["contexts"]:
-            prompts = [row[:context] for row in tokens[:batch]]
-            seconds(engine, prompts, 4)
-            prefill, whole = (min(seconds(engine, prompts, new) for _ in range(2)) for new in (1, speed["new_tokens"]))
-            steps = speed["new_tokens"] - 1
-            yield {
-                "batch": batch, "context": context, "prefill_tokens_s": batch * context / prefill,
-                "decode_tokens_s": batch * steps / (whole - prefill), "step_ms": 1e3 * (whole - prefill) / steps,
-            }  # fmt: skip
-
-
 def seconds(engine: Any, prompts: list[list[int]], new: int) -> float:
-    begin = time.perf_counter()
-    engine.generate(input_ids=prompts, sampling_params={"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True})
-    return time.perf_counter() - begin
+    """How long it takes to prefill prompts and decode so many tokens behind each."""
+    sampling = {"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True}
+    return clocked(lambda: engine.generate(input_ids=prompts, sampling_params=sampling))
 
 
 class Told:
@@ -264,12 +235,6 @@ class Told:
             tell(type(error), error, trace)
             os.kill(os.getppid(), signal.SIGUSR1)
             os._exit(1)
-
-
-def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The last line of what goes to stderr is the reason."""
-    traceback.print_exception(kind, error, trace)
-    print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from exchange import Exchange
+from exchange import Exchange, check, clocked, tell
 
 # Where the user has not set them: FlashInfer's sampler needs its package, and DeepGEMM compiles hundreds of kernels.
 PREFERRED = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}
@@ -31,8 +30,8 @@ OTHERS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default a share of the whole machine
 }
-TEMPLATE = 256  # tokens that a chat template may add to a prompt
-SAME = 1e-3  # nats between vLLM's log-probabilities and those of its logits: both are made in float32
+# Bytes: of the cache at least, and for each token, which takes 0.4 MB of DeepSeek-LLM 67B.
+CACHE, CACHE_OF_TOKEN = 1 << 30, 1 << 20
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     settings = environment(exchange.model)
     engine = start(exchange)
     if exchange.request.get("bench"):
-        exchange.put("bench", [*timed(exchange, engine)])
+        exchange.put("bench", [*exchange.timed(partial(seconds, engine))])
     exchange.put("generated", [*generated(exchange, engine)])
     engine.collective_rpc(keep_logits)
     decoded = []
@@ -69,40 +68,22 @@ def environment(model: str) -> dict[str, str]:
 
 
 def start(exchange: Exchange) -> Any:
-    """vLLM's `LLM`, with room for the longest sequence and, where speed is asked for, the largest batch."""
+    """vLLM's `LLM`, with a cache for one sequence and no more, so that several fit on a GPU; where speed is asked for,
+    with all of its memory."""
     from vllm import LLM
 
     request, bench = exchange.request, exchange.request.get("bench")
-    tokens = longest(exchange)
-    options = {"enforce_eager": True, "max_num_seqs": 1, "max_num_batched_tokens": tokens}
+    tokens = exchange.longest()
+    options = {"enforce_eager": True, "max_num_seqs": 1, "max_num_batched_tokens": tokens,
+               "kv_cache_memory_bytes": CACHE + tokens * CACHE_OF_TOKEN, "gpu_memory_utilization": 0.05}  # fmt: skip
     if bench:
         tokens = max(tokens, max(bench["contexts"]) + bench["new_tokens"])
         options = {"max_num_seqs": max(bench["batches"]), "max_num_batched_tokens": tokens,
-                   "cudagraph_capture_sizes": bench["batches"]}  # fmt: skip
+                   "cudagraph_capture_sizes": bench["batches"], "gpu_memory_utilization": 0.95}  # fmt: skip
     return LLM(
         exchange.model, dtype=request["dtype"], tensor_parallel_size=request["tp"], kv_cache_dtype=request["kv_cache"],
-        max_model_len=tokens, enable_prefix_caching=False, gpu_memory_utilization=share_of_memory(exchange), **options,
+        max_model_len=tokens, enable_prefix_caching=False, **options,
     )  # fmt: skip
-
-
-def longest(exchange: Exchange) -> int:
-    """Tokens of the longest window or prompt with its continuation. A prompt has at most as many tokens as bytes."""
-    of_windows = exchange.windows.shape[1] + exchange.decode
-    new = int(exchange.request["max_new_tokens"])
-    return max([of_windows, *(len(written(prompt).encode()) + TEMPLATE + new for prompt in exchange.prompts)])
-
-
-def written(prompt: dict[str, Any]) -> str:
-    return str(prompt["text"]) if "text" in prompt else "".join(m["role"] + m["content"] for m in prompt["messages"])
-
-
-def share_of_memory(exchange: Exchange) -> float:
-    """What of a GPU's memory vLLM may plan with: a window's logits must fit beside, in two bytes, and three times in
-    four."""
-    from vllm.platforms import current_platform
-
-    logits = 14 * exchange.windows.shape[1] * exchange.vocabulary
-    return max(0.5, 0.95 - logits / current_platform.get_device_total_memory())
 
 
 def keep_logits(worker: Any) -> None:
@@ -135,7 +116,7 @@ def score(exchange: Exchange, engine: Any, window: int, ids: list[int]) -> None:
     logits = np.concatenate([np.concatenate(calls[1:])[: len(ids) - 2], calls[0]])
     exchange.put_logits(window, torch.from_numpy(logits[exchange.first :]))
     said = [row[token].logprob for row, token in zip(answer.prompt_logprobs[1:], ids[1:-1], strict=True)]
-    check(logits, [*ids[1:-1], *answer.outputs[0].token_ids], [*said, *chosen(answer)])
+    agree(logits, [*ids[1:-1], *answer.outputs[0].token_ids], [*said, *chosen(answer)])
 
 
 def decode(exchange: Exchange, engine: Any, window: int, ids: list[int]) -> list[int]:
@@ -143,7 +124,7 @@ def decode(exchange: Exchange, engine: Any, window: int, ids: list[int]) -> list
     answer, calls = answered(engine, ids, max_tokens=exchange.decode, ignore_eos=True, logprobs=0)
     logits = np.concatenate(calls[: exchange.decode])
     exchange.put_logits(window, torch.from_numpy(logits))
-    check(logits, answer.outputs[0].token_ids, chosen(answer))
+    agree(logits, answer.outputs[0].token_ids, chosen(answer))
     return list(answer.outputs[0].token_ids)
 
 
@@ -163,28 +144,10 @@ def answered(engine: Any, ids: list[int], **sampling: Any) -> tuple[Any, list[np
     return answer, engine.collective_rpc(take_logits)[0]
 
 
-def check(logits: np.ndarray, tokens: list[int], said: list[float]) -> None:
+def agree(logits: np.ndarray, tokens: list[int], said: list[float]) -> None:
     """Raise ValueError where what vLLM says of tokens does not come from these logits [tokens, vocabulary]."""
     rows = torch.from_numpy(logits)
-    found = rows[torch.arange(len(tokens)), list(tokens)] - rows.logsumexp(-1)
-    furthest = float((found - torch.tensor(said)).abs().max())
-    if not furthest < SAME:
-        raise ValueError(f"vLLM's log-probabilities are {furthest:.3g} nats from those of its logits, not below {SAME}")
-
-
-def timed(exchange: Exchange, engine: Any) -> Iterator[dict[str, Any]]:
-    """Rates of prompts and of decoding, in tokens a second of the whole batch, at each batch and context."""
-    bench, ids = exchange.request["bench"], np.load(exchange.folder / "bench.npy")
-    for batch in bench["batches"]:
-        for context in bench["contexts"]:
-            prompts, new = ids[:batch, :context].tolist(), bench["new_tokens"]
-            seconds(engine, prompts, 4)
-            first, whole = (min(seconds(engine, prompts, count) for _ in range(2)) for count in (1, new))
-            step = (whole - first) / (new - 1)
-            yield {
-                "batch": batch, "context": context, "prefill_tokens_s": batch * context / first,
-                "decode_tokens_s": batch / step, "step_ms": 1e3 * step,
-            }  # fmt: skip
+    check((rows[torch.arange(len(tokens)), list(tokens)] - rows.logsumexp(-1)).numpy(), said)
 
 
 def seconds(engine: Any, prompts: list[list[int]], new: int) -> float:
@@ -192,9 +155,8 @@ def seconds(engine: Any, prompts: list[list[int]], new: int) -> float:
     from vllm import SamplingParams, TokensPrompt
 
     sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    begin = time.perf_counter()
-    engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
-    return time.perf_counter() - begin
+    given = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+    return clocked(lambda: engine.generate(given, sampling, use_tqdm=False))
 
 
 def generated(exchange: Exchange, engine: Any) -> Iterator[dict[str, Any]]:
@@ -246,13 +208,12 @@ def path_of(module: Any) -> Iterator[str]:
         yield from (type(kernel).__name__ for kernel in (*kernels, experts) if kernel is not None)
 
 
-def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End with the reason as the last line: vLLM's messages have many, and what shuts down behind adds to them."""
-    traceback.print_exception(kind, error, trace)
-    print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    tell(kind, error, trace)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.excepthook = tell
+    sys.excepthook = fail
     main()

@@ -36,7 +36,7 @@ def on_path(monkeypatch) -> None:
 def made(tmp_path_factory) -> Callable[[str, str], Path]:
     """A model's GGUF file of a type, made once."""
     folder = tmp_path_factory.mktemp("files")
-    models = gguf_tiny.write(tmp_path_factory.mktemp("models"), ("dsv2-mini", "tiny-v3", "tiny-llama"))
+    models = gguf_tiny.write(tmp_path_factory.mktemp("models"), ("dsv2-mini", "tiny-v2", "tiny-v3", "tiny-llama"))
 
     def file(model: str, file_type: str) -> Path:
         out = folder / f"{model}-{file_type}.gguf"
@@ -99,6 +99,12 @@ def test_it_computes_what_the_runtime_computes(file_type, made, verify) -> None:
 def test_it_does_on_the_family(model, made, verify) -> None:
     ran = verify(made(model, "Q4_K_M"))
     assert ran.code == 0, ran.err
+
+
+def test_that_it_routes_groups_of_experts_otherwise_is_seen(made, verify) -> None:
+    """llama.cpp goes by a group's two best experts, DeepSeek-V2 by the best."""
+    ran = verify(made("tiny-v2", "BF16"))
+    assert (ran.code, "in llama.cpp: mean KLD from the runtime is" in ran.err) == (4, True)
 
 
 def test_beside_its_source_and_from_text_to_text(made, verify) -> None:
