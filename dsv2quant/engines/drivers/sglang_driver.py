@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exchange import Exchange, check, clocked, tell
+from exchange import Exchange, check, clocked, fail, tell
 
 # Logits of a window in one call; DeepGEMM compiles its kernels at the first use of each shape.
 NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0"}
@@ -237,6 +237,6 @@ class Told:
 
 
 if __name__ == "__main__":
-    sys.excepthook = tell
+    sys.excepthook = fail
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
     main()
