@@ -57,7 +57,7 @@ def test_kernels_that_can_not_be_had(device, dtype, weight_only, monkeypatch):
     monkeypatch.setattr(load, "runs_kernels", lambda name: name != "cpu")
     said = (
         "--backend kernels can't be had "
-        "(they need a Hopper GPU as --device, bfloat16 and no --weight-only: take --backend torch)"
+        "(they need a Hopper GPU as --device, bfloat16, and neither --weight-only nor --as: take --backend torch)"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
         choose_backend("kernels", device, dtype, weight_only)

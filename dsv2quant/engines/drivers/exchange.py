@@ -13,6 +13,7 @@ From it, of n windows and s scored positions each:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -116,6 +117,12 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
     """Write an error to stderr with the reason as the last line."""
     traceback.print_exception(kind, error, trace)
     print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End as `tell` does: what an engine prints while it shuts down would come behind the reason."""
+    tell(kind, error, trace)
+    os._exit(1)
 
 
 def clocked(work: Callable[[], object]) -> float:

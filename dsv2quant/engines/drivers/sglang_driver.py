@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from exchange import Exchange, check, clocked, tell
+from exchange import Exchange, check, clocked, fail, tell
 
 # Logits of a window in one call; DeepGEMM compiles its kernels at the first use of each shape.
 NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0"}

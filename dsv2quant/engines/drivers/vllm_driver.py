@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from exchange import Exchange, check, clocked, tell
+from exchange import Exchange, check, clocked, fail
 
 # Where the user has not set them: FlashInfer's sampler needs its package, and DeepGEMM compiles hundreds of kernels.
 PREFERRED = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}
@@ -206,12 +205,6 @@ def path_of(module: Any) -> Iterator[str]:
         kernels = [getattr(part, name, None) for name in ("kernel", "fp8_linear")]
         experts = getattr(getattr(part, "moe_kernel", None), "fused_experts", None)
         yield from (type(kernel).__name__ for kernel in (*kernels, experts) if kernel is not None)
-
-
-def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End with the reason as the last line: vLLM's messages have many, and what shuts down behind adds to them."""
-    tell(kind, error, trace)
-    os._exit(1)
 
 
 if __name__ == "__main__":
