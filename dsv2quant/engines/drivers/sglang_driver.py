@@ -18,7 +18,6 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -235,12 +234,6 @@ class Told:
             tell(type(error), error, trace)
             os.kill(os.getppid(), signal.SIGUSR1)
             os._exit(1)
-
-
-def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End with the reason: behind it SGLang would log how it ends its processes."""
-    tell(kind, error, trace)
-    os._exit(1)
 
 
 if __name__ == "__main__":
