@@ -307,7 +307,17 @@ def warnings(plan: Plan) -> list[str]:
     else:
         config = plan.checkpoint.config
         idle = plan.recipe.idle_rules(specs, config.num_hidden_layers + config.num_nextn_predict_layers)
-    return _unquantized(plan) + [f"recipe {plan.recipe.name}: {entry}" for entry in idle]
+    return [*_unquantized(plan), *_unknown(plan), *(f"recipe {plan.recipe.name}: {entry}" for entry in idle)]
+
+
+def _unknown(plan: Plan) -> list[str]:
+    """What vLLM can't read of a model: 0.32 was run."""
+    if "vllm" not in plan.targets or plan.checkpoint.raw_config.get("model_type") != "deepseek":
+        return []
+    return [
+        "vLLM knows model_type deepseek by the model's own code alone, which no artifact carries: copy "
+        "configuration_deepseek.py beside it, name it in its auto_map, and start vLLM with --trust-remote-code"
+    ]
 
 
 def _unquantized(plan: Plan) -> list[str]:

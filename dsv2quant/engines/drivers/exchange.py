@@ -119,10 +119,14 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
     print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End as `tell` does: what an engine prints while it shuts down would come behind the reason."""
-    tell(kind, error, trace)
-    os._exit(1)
+def run(main: Callable[[], object]) -> None:
+    """Run a driver. What ends it is the last line: what an engine prints while it shuts down would come behind. Not by
+    sys.excepthook, for which torch.distributed has a function of its own."""
+    try:
+        main()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the reason
+        tell(type(error), error, error.__traceback__)
+        os._exit(1)
 
 
 def clocked(work: Callable[[], object]) -> float:

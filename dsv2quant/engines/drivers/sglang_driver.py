@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exchange import Exchange, check, clocked, fail, tell
+from exchange import Exchange, check, clocked, run, tell
 
 # Logits of a window in one call; DeepGEMM compiles its kernels at the first use of each shape.
 NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0"}
@@ -237,6 +236,5 @@ class Told:
 
 
 if __name__ == "__main__":
-    sys.excepthook = fail
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
-    main()
+    run(main)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from exchange import Exchange
+from exchange import Exchange, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -93,4 +93,4 @@ def report(model: Any, device: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

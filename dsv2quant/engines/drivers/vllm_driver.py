@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from exchange import Exchange, check, clocked, fail
+from exchange import Exchange, check, clocked, run
 
 # Where the user has not set them: FlashInfer's sampler needs its package, and DeepGEMM compiles hundreds of kernels.
 PREFERRED = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}
@@ -208,5 +207,4 @@ def path_of(module: Any) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.excepthook = fail
-    main()
+    run(main)
