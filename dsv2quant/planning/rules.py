@@ -93,6 +93,14 @@ def _unmerged(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | 
     return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
 
 
+def _packed_a(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
+    # deepseek_v2.py, prepare_qkv_latent, asks fused_qkv_a_proj_with_mqa.weight for its dtype, which AWQ is spared, and
+    # packed layers of compressed-tensors have none: the first forward pass fails (0.5.16, run on a CPU: its start).
+    if spec.parallel is not None or not is_joined(spec):
+        return None
+    return Refusal(f"{target}: the fused q_a_proj and kv_a_proj_with_mqa are read as a plain matrix")
+
+
 def _blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     # validate_fp8_block_shape, validate_fp8_block_shape_moe (vLLM fp8_utils.py; SGLang fp8_utils.py, fp8.py)
     rows, cols = spec.shape
@@ -211,7 +219,7 @@ ROWS: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(("fp8-channel", "fp8-autofp8"), _any),
         "fp8-tensor": _all(_tensor_experts, _unmerged),
         "fp8-static": _unmerged,
-        **dict.fromkeys(_PACKED, _marlin),
+        **dict.fromkeys(_PACKED, _all(_marlin, _packed_a)),
         **dict.fromkeys(_GPTQ + _AWQ, _marlin_words),
     },
     "transformers": {
@@ -231,7 +239,10 @@ RAN: dict[str, dict[str, str]] = {
         **dict.fromkeys(("gptq-g128", "gptq-g64", "awq-g128", "awq-g64"), _ON_GPU),
         **dict.fromkeys(("int4-g32", "int4-channel"), _ON_CPU),
     },
-    "sglang": {},
+    "sglang": dict.fromkeys(
+        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-autofp8", "int4-g128", "int4-channel"),
+        "run, SGLang 0.5.16 on a CPU",
+    ),
     "transformers": dict.fromkeys(
         ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "int8-channel", "w4a8-g128"),
         "run, transformers 5.23.0 on a CPU",
