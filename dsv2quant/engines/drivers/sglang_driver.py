@@ -141,7 +141,7 @@ def report(runner: Any) -> dict[str, Any]:
     """Of rank 0's `ModelRunner`: what its modules compute with, counted."""
     import torch
 
-    versions = {name: os.environ[name] for name in PREFERRED} | {"torch": torch.__version__}
+    versions = {"torch": torch.__version__}
     for package in ("sglang", "sglang-kernel", "transformers", "compressed-tensors"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
@@ -151,6 +151,7 @@ def report(runner: Any) -> dict[str, Any]:
         "versions": versions, "kernels": dict(kernels), "attention": type(runner.attn_backend).__name__,
         "kv_cache": str(runner.kv_cache_dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
+        "settings": {name: os.environ[name] for name in PREFERRED},
     }  # fmt: skip
 
 
