@@ -55,6 +55,21 @@ class Exchange:
         new = int(self.request["max_new_tokens"])
         return max([windows, *(len(_written(prompt).encode()) + TEMPLATE + new for prompt in self.prompts)])
 
+    def each_window(
+        self, score: Callable[[int, list[int]], object], decode: Callable[[int, list[int]], list[int]] | None = None
+    ) -> None:
+        """Have every window scored, or with `decode`, where the engine can be asked to, tokens decoded behind it, which
+        are kept; either takes a window's number and tokens."""
+        decoded = []
+        for window, ids in enumerate(self.windows.tolist()):
+            if self.decode and decode is not None:
+                decoded.append(decode(window, ids))
+            else:
+                score(window, ids)
+            self.advance()
+        if decoded:
+            self.put_decoded(decoded)
+
     def put_logits(self, window: int, logits: Any) -> None:
         """Keep a window's logits [scored, at least vocabulary], a torch tensor, as log-probabilities of the whole
         vocabulary; rows of padding are cut off."""

@@ -35,15 +35,7 @@ def main() -> None:
     for name, value in PREFERRED.items():
         os.environ.setdefault(name, value)
     engine = started(exchange)
-    decoded = []
-    for window, ids in enumerate(exchange.windows.tolist()):
-        if exchange.decode:
-            decoded.append(decode(exchange, engine, window, ids))
-        else:
-            score(exchange, engine, window, ids)
-        exchange.advance()
-    if exchange.decode:
-        exchange.put_decoded(decoded)
+    exchange.each_window(partial(score, exchange, engine), partial(decode, exchange, engine))
     exchange.put("generated", [*generated(exchange, engine)])
     if exchange.request.get("bench"):
         exchange.put("bench", [*exchange.timed(partial(seconds, engine))])
@@ -141,7 +133,7 @@ def report(runner: Any) -> dict[str, Any]:
     """Of rank 0's `ModelRunner`: what its modules compute with, counted."""
     import torch
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for package in ("sglang", "sglang-kernel", "transformers", "compressed-tensors"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,9 @@ def main() -> None:
     exchange = Exchange.opened()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(exchange, device)
-    decoded = []
     with torch.inference_mode():
-        for window, row in enumerate(torch.from_numpy(exchange.windows).to(device)):
-            if exchange.decode:
-                logits, ids = decode(model, row[None], exchange.decode)
-                decoded.append(ids)
-            else:
-                logits = model(row[None], use_cache=False).logits[0, exchange.first : -1]
-            exchange.put_logits(window, logits)
-            exchange.advance()
+        exchange.each_window(partial(score, exchange, model))
         exchange.put("generated", generated(exchange, model))
-    if exchange.decode:
-        exchange.put_decoded(decoded)
     exchange.put("report", report(model, device))
 
 
@@ -43,16 +34,10 @@ def load(exchange: Exchange, device: str) -> Any:
     return model
 
 
-def decode(model: Any, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[int]]:
-    """The logits [count, vocabulary] that the next tokens were greedily chosen from, and the tokens."""
-    given, cache, rows, ids = prompt, None, [], []
-    for _ in range(count):
-        made = model(given, past_key_values=cache, use_cache=True)
-        cache = made.past_key_values
-        rows.append(made.logits[0, -1])
-        ids.append(int(rows[-1].argmax()))
-        given = torch.tensor([[ids[-1]]], device=prompt.device)
-    return torch.stack(rows), ids
+def score(exchange: Exchange, model: Any, window: int, ids: list[int]) -> None:
+    """Keep the distributions behind a window's tokens."""
+    logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits
+    exchange.put_logits(window, logits[0, exchange.first : -1])
 
 
 def generated(exchange: Exchange, model: Any) -> list[dict[str, object]]:

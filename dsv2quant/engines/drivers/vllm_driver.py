@@ -40,15 +40,7 @@ def main() -> None:
         exchange.put("bench", [*exchange.timed(partial(seconds, engine))])
     exchange.put("generated", [*generated(exchange, engine)])
     engine.collective_rpc(keep_logits)
-    decoded = []
-    for window, ids in enumerate(exchange.windows.tolist()):
-        if exchange.decode:
-            decoded.append(decode(exchange, engine, window, ids))
-        else:
-            score(exchange, engine, window, ids)
-        exchange.advance()
-    if exchange.decode:
-        exchange.put_decoded(decoded)
+    exchange.each_window(partial(score, exchange, engine), partial(decode, exchange, engine))
     exchange.put("report", report(engine) | {"settings": settings})
 
 
