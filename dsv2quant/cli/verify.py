@@ -38,7 +38,7 @@ _engine_options = shared.stack(
     metavar="MODEL",
     help="The checkpoint it was made from: measures each role's error too, and in an engine the noise floor.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where --source is compared: cpu, cuda, cuda:1.")
+@click.option("--device", default="cpu", show_default=True, help="Where the runtime computes: cpu, cuda, cuda:1.")
 @_engine_options
 @shared.hub_options
 @shared.output_options
