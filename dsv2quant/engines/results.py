@@ -43,7 +43,7 @@ class Floor:
 @dataclass(frozen=True)
 class Verdict:
     """An engine beside the runtime on one artifact: `apart`, in `tokens` of `windows` of `ctx`, or `decoded` behind
-    each. `own_noise` is the mean KLD in nats of the runtime in the engine's dtype from itself in float32. `likeliest`
+    each. `own_noise` is the mean KLD in nats of the runtime in `own_dtype` from itself in float32. `likeliest`
     is k where the engine gave the k likeliest tokens alone, `storage_error` what a file of distributions rounded, in
     nats. `artifact_faults` are about the artifact's tokenizer and cache scales, those of `continued` about what was
     generated."""
@@ -53,6 +53,7 @@ class Verdict:
     report: Report
     apart: Apart
     own_noise: float
+    own_dtype: str
     floor: Floor | None
     max_kld: float | None
     continued: list[Continued]
@@ -122,8 +123,8 @@ def report_text(found: Found) -> str:
 def verdict_json(v: Verdict) -> dict[str, Any]:
     """What `dsv2quant verify --engine --json` has under `engine`."""
     as_they_are = (
-        "engine", "own_noise", "limit", "max_kld", "artifact_faults", "windows", "ctx", "decoded", "tokens",
-        "likeliest", "storage_error", "dtype", "kv_cache", "tp", "device", "seconds", "faults",
+        "engine", "own_noise", "own_dtype", "limit", "max_kld", "artifact_faults", "windows", "ctx", "decoded",
+        "tokens", "likeliest", "storage_error", "dtype", "kv_cache", "tp", "device", "seconds", "faults",
     )  # fmt: skip
     floor = None
     if v.floor is not None:
@@ -158,7 +159,7 @@ def _lines(v: Verdict) -> Iterator[str]:
     if r.settings:
         yield f"set        {', '.join(f'{name}={value}' for name, value in r.settings.items())}"
     yield from _apart_lines(v.apart)
-    noise = f"the runtime in {v.dtype} from itself in float32 {v.own_noise:.2e}"
+    noise = f"the runtime in {v.own_dtype} from itself in float32 {v.own_noise:.2e}"
     if v.floor is not None:
         kld = v.floor.apart.distance.kld
         noise = f"{v.engine} on {v.floor.source} {kld.mean:.2e} ± {kld.stderr:.1e}; {noise}"

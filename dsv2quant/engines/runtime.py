@@ -10,6 +10,7 @@ import torch
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass, batches_of, run
+from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.model.cache import KV_DTYPES, KVCache
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.fused_model import FusedModel
@@ -50,12 +51,18 @@ class Runtime:
         )  # fmt: skip
         return open_model(checkpoint, options, stream=not self.decodes, progress=self.progress)
 
+    def own_dtype(self, checkpoint: Checkpoint) -> str:
+        """What the runtime's own noise is measured in: the engine's dtype, but BF16 where activations are quantized. A
+        code that falls the other way, be it in float32, has others fall so behind it, until most tokens are as far
+        apart as BF16 makes them."""
+        return "bfloat16" if activations_quantized(checkpoint.config.quantization) else self.dtype
+
     def passes(self, checkpoint: Checkpoint, windows: Windows) -> tuple[Pass, float, list[str]]:
         """The pass in float32 over windows; the runtime's own noise, the mean KLD in nats from it of a pass in the
-        engine's dtype, or where that is float32 too, of one window at a time; and what is wrong with the cache."""
+        `own_dtype`, one window at a time; and what is wrong with the cache."""
         passed, faults = self.one(checkpoint, windows)
         few = Windows(windows.ids[:OWN_WINDOWS], windows.first)
-        again, _ = self.one(checkpoint, few, getattr(torch, self.dtype), batch=1)
+        again, _ = self.one(checkpoint, few, getattr(torch, self.own_dtype(checkpoint)), batch=1)
         with self.progress(len(few.ids) * few.scored, "tok", "own noise") as advance:
             both = divergence.compare(again, passed.part(slice(0, len(few.ids))), few.ids, few.first, advance)
         return passed, float(both.kld.mean()), faults

@@ -78,7 +78,8 @@ def verify(
         most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
         continued = generation.check(runtime.model(artifact), source or artifact, prompts, answer.generated, most)
     return Verdict(
-        model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own, floor=floor,
+        model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own,
+        own_dtype=runtime.own_dtype(artifact), floor=floor,
         max_kld=settings.max_kld, continued=continued,
         artifact_faults=[*tokenizer_faults, *cache_faults, *_token_faults(answer, request)],
         windows=len(windows.ids), ctx=int(windows.ids.shape[1]), decoded=decode,

@@ -72,3 +72,11 @@ def test_where_it_reads_something_else_it_is_seen(fault, sources, verify, tmp_pa
     bad = faults.copy(artifact, tmp_path / "bad", fault)
     ran = verify(artifact, "--engine-python", program(tmp_path / "python", model=bad, real=True))
     assert (ran.code, "out in transformers: mean KLD from the runtime is" in ran.err) == (4, True)
+
+
+def test_in_float32_codes_fall_either_way_too(sources, verify, tmp_path):
+    """The limit knows, though nothing but the order of sums differs."""
+    ran = verify(made(sources["v2-lite"], tmp_path / "out", "fp8-channel"), "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)["engine"]
+    assert (found["own_dtype"], found["floor"]) == ("bfloat16", None)
