@@ -137,7 +137,7 @@ def convert(
         from dsv2quant.planning.gguf_plan import GgufPlan
         from dsv2quant.planning.plan import Plan
         from dsv2quant.report.calibration import draw
-        from dsv2quant.report.plans import warnings
+        from dsv2quant.report.warnings import warnings
         from dsv2quant.storage.safetensors import parse_size
 
     given = asked.given_of(options)

@@ -17,7 +17,8 @@ from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.verify import bytes_compared, check_layout
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import notes, warnings
+from dsv2quant.report.plans import notes
+from dsv2quant.report.warnings import warnings
 
 DENSE = {f"dense.{name}_proj" for name in ("gate", "up", "down")}
 SHARED = {f"shared.{name}_proj" for name in ("gate", "up", "down")}

@@ -14,7 +14,8 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import plan_text, warnings
+from dsv2quant.report.plans import plan_text
+from dsv2quant.report.warnings import warnings
 
 RECIPES = ("int4-mixed", "int4-pure", "int4-experts")
 ROUTED = {"routed.gate_proj", "routed.up_proj", "routed.down_proj"}

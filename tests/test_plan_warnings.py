@@ -16,7 +16,8 @@ from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
-from dsv2quant.report.plans import plan_text, warnings
+from dsv2quant.report.plans import plan_text
+from dsv2quant.report.warnings import warnings
 from dsv2quant.storage.safetensors import parse_size
 
 NARROW = "vllm: the experts' width, 1408 / tp 8 = 176, must be a multiple of 32"

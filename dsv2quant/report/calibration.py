@@ -17,8 +17,8 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import listing
 from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.plan import Plan
-from dsv2quant.report.plans import warnings
 from dsv2quant.report.tables import gigabytes, table
+from dsv2quant.report.warnings import warnings
 from dsv2quant.storage.durable import FileEntry
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.gate_proj")
