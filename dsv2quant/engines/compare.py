@@ -59,12 +59,13 @@ def _against(
 @dataclass(frozen=True)
 class Apart:
     """How far an engine is from the runtime: the distance, perplexity by each, and what 99.9% of the differences of
-    ln p of true tokens keep to, in nats."""
+    ln p of true tokens keep to, in nats; `kld_error` is the mean KLD's standard error over stretches of tokens."""
 
     distance: Distance
     engine: Estimate
     runtime: Estimate
     p999: float
+    kld_error: float
 
 
 def summarize(found: Divergence) -> Apart:
@@ -74,14 +75,20 @@ def summarize(found: Divergence) -> Apart:
         divergence.perplexity(found.nll),
         divergence.perplexity(found.reference_nll),
         float(np.quantile(np.abs(found.nll - found.reference_nll), 0.999)),
+        _error(found.kld),
     )
 
 
 def extra_cost(engine: np.ndarray, runtime: np.ndarray) -> Estimate:
     """By how much further the engine is from the unquantized source than the runtime is: KLD over the same tokens
-    [windows, scored], in nats. Noise, which moves both alike, is not in it. The error is over stretches of STRETCH
-    tokens: differences last no longer, and windows may be few."""
+    [windows, scored], in nats, with its error over stretches. Noise, which moves both alike, is not in it."""
     more = engine - runtime
-    count = max(more.shape[1] // STRETCH, 1)
-    stretches = np.stack([part.mean(1) for part in np.array_split(more, count, axis=1)], 1)
-    return Estimate(float(more.mean()), divergence.bootstrap(stretches.ravel()))
+    return Estimate(float(more.mean()), _error(more))
+
+
+def _error(values: np.ndarray) -> float:
+    """The standard error of the mean of [windows, scored], over stretches of STRETCH tokens: what rounding does lasts
+    no longer, and windows may be few."""
+    count = max(values.shape[1] // STRETCH, 1)
+    stretches = [part.mean(1) for part in np.array_split(values, count, axis=1)]  # [windows] each
+    return divergence.bootstrap(np.concatenate(stretches))

@@ -20,7 +20,8 @@ from dsv2quant.evaluation.results import (
 )
 from dsv2quant.report.tables import values_of
 
-BEYOND = 2  # times the noise floor is what may lie between engine and runtime
+BEYOND = 2  # times the noise floor is what may lie between engine and runtime,
+ERRORS = 3  # and standard errors of what is measured
 LEAST = 1e-6  # nats: where both compute in float32 the floor is rounding alone, and codes near a tie flip beyond it
 
 
@@ -37,7 +38,7 @@ class Floor:
     @property
     def most_extra(self) -> float:
         """What the extra cost may be: what the engine's noise is on the source, beside its own error."""
-        return BEYOND * max(self.apart.distance.kld.mean, LEAST) + 3 * (self.extra.stderr if self.extra else 0.0)
+        return BEYOND * max(self.apart.distance.kld.mean, LEAST) + ERRORS * (self.extra.stderr if self.extra else 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Verdict:
         if self.max_kld is not None:
             return self.max_kld
         source = self.floor.apart.distance.kld.mean if self.floor else 0.0
-        return BEYOND * max(source, self.own_noise, LEAST) + self.storage_error
+        return BEYOND * max(source, self.own_noise, LEAST) + ERRORS * self.apart.kld_error + self.storage_error
 
     @property
     def faults(self) -> list[str]:
@@ -145,6 +146,7 @@ def _apart_json(a: Apart) -> dict[str, Any]:
     return {
         "perplexity": asdict(a.engine), "runtime_perplexity": asdict(a.runtime), "ln_ratio": asdict(d.ln_ratio),
         "kld": asdict(d.kld), "top1_agreement": asdict(d.top1_agreement), "p999_difference": a.p999,
+        "kld_error": a.kld_error,
     }  # fmt: skip
 
 

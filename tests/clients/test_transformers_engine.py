@@ -74,9 +74,10 @@ def test_where_it_reads_something_else_it_is_seen(fault, sources, verify, tmp_pa
     assert (ran.code, "out in transformers: mean KLD from the runtime is" in ran.err) == (4, True)
 
 
-def test_in_float32_codes_fall_either_way_too(sources, verify, tmp_path):
+@pytest.mark.parametrize("scheme", ["fp8-channel", "fp8-block"])
+def test_in_float32_codes_fall_either_way_too(scheme, sources, verify, tmp_path):
     """The limit knows, though nothing but the order of sums differs."""
-    ran = verify(made(sources["v2-lite"], tmp_path / "out", "fp8-channel"), "--dtype", "float32")
+    ran = verify(made(sources["v2-lite"], tmp_path / "out", scheme), "--dtype", "float32")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)["engine"]
     assert (found["own_dtype"], found["floor"]) == ("bfloat16", None)

@@ -3,9 +3,11 @@ block FP8 is decoded first where no GPU has FP8."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ def load(exchange: Exchange, device: str) -> Any:
     dtype = getattr(torch, exchange.request["dtype"])
     model = AutoModelForCausalLM.from_pretrained(exchange.model, dtype=dtype, local_files_only=True).eval().to(device)
     # What block FP8 leaves unquantized stays in BF16 whatever dtype is asked for.
-    quantizer = getattr(model, "hf_quantizer", None)
-    if dtype == torch.float32 and type(quantizer).__name__ == "FineGrainedFP8HfQuantizer" and device == "cpu":
+    declared = json.loads((Path(exchange.model) / "config.json").read_text()).get("quantization_config") or {}
+    if dtype == torch.float32 and declared.get("quant_method") == "fp8" and device == "cpu":
         torch.nn.Module.float(model)
     return model
 
