@@ -13,7 +13,7 @@ from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Divergence, Pass, log_probabilities
 from dsv2quant.evaluation.results import Distance, Estimate
 
-STRETCH = 32
+STRETCH = 16
 
 
 @torch.inference_mode()
