@@ -45,6 +45,14 @@ def ask(model: Path, text: str, request: Request, progress: Progress) -> Answer:
         return Answer(windows, scores, report(folder / "perplexity.log"), generated)
 
 
+def check_length(tokens: int, ctx: int, where: str) -> None:
+    """Raise InputError for a text that llama-perplexity refuses (tools/perplexity/perplexity.cpp), whose reason its log
+    may lack."""
+    if tokens < 2 * ctx:
+        what = f"has {tokens} tokens, and llama-perplexity wants twice a window, {2 * ctx}"
+        raise InputError(what, where=where, fix="give a longer text or a smaller --ctx")
+
+
 def command(name: str, model: Path, *words: object) -> list[str]:
     """A program's command line. Raises UsageError where PATH has none of this name."""
     found = shutil.which(name)

@@ -120,6 +120,8 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
     stream = tokenizer.encode(text.content)
     tokenizer.check_ids(stream, config.vocab_size)
     protocol: Protocol = "llama.cpp" if settings.engine == "llama.cpp" else "default"
+    if settings.engine == "llama.cpp":
+        llama_cpp.check_length(len(stream) + tokenizer.add_bos, ctx, text.source)
     found = cut(stream, ctx, tokenizer.bos_id, protocol, text.source, add_bos=tokenizer.add_bos)
     return Windows(found.ids[: settings.windows], found.first)
 

@@ -210,4 +210,4 @@ def test_a_text_that_is_too_short_is_said_so(made, cli, tmp_path) -> None:
     text.write_text("".join(f"The {i} quick brown foxes jump over lazy dogs.\n" for i in range(40)))
     words = ("--engine", "llama.cpp", "--text", text, "--ctx", 400, "-q")
     ran = cli("verify", made("dsv2-mini", "Q8_0"), *words)
-    assert (ran.code, "you need at least 800 tokens" in ran.err or ran.err) == (3, True)
+    assert (ran.code, "llama-perplexity wants twice a window, 800" in ran.err or ran.err) == (3, True)
