@@ -165,7 +165,7 @@ BROKEN = {
     "exit": ("raise SystemExit('no such luck')", "vllm failed: no such luck (-vv shows all that it said)"),
     "killed": ("import os; os.kill(os.getpid(), 9)", "vllm failed: was ended by SIGKILL"),
     "module": ("import vllm", "has no vllm (give --engine-python"),
-    "nothing": ("", "vllm's driver answered what was not asked: top_ids.npy can't be read"),
+    "nothing": ("", "vllm's driver answered what was not asked: logprobs.npy can't be read"),
     "shape": (f"{ANSWER}np.save(folder + '/logprobs.npy', np.zeros((3, 31, 7), 'f4'))",
               "logprobs.npy is float32 [3, 31, 7], not float32 [3, 31, 4096]"),
     "NaN": (f"{ANSWER}np.save(folder + '/logprobs.npy', np.full((3, 31, 4096), np.nan, 'f4'))",

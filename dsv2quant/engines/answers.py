@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,6 @@ class Answer:
     scores: Scores
     report: Report
     generated: list[Generated] = field(default_factory=list)
-
-
-def largest(windows: int, scored: int, vocabulary: int) -> int:
-    """Bytes of whole distributions."""
-    return 4 * windows * scored * vocabulary
-
-
-def blocks(scored: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` positions."""
-    for begin in range(0, scored, rows):
-        yield slice(begin, min(begin + rows, scored))
 
 
 def asked_of(model: Path, request: Request) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
-from dsv2quant.engines.answers import Answer, Generated, Report, Request, Scores, asked_of, largest
+from dsv2quant.engines.answers import Answer, Generated, Report, Request, Scores, asked_of
 from dsv2quant.errors import InputError
 from dsv2quant.progress import Progress
 from dsv2quant.text.tokenizer import Windows
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 DRIVERS = Path(__file__).with_name("drivers")
 PYTHON_ENGINES = tuple(sorted(path.name.removesuffix("_driver.py") for path in DRIVERS.glob("*_driver.py")))
 POLL = 0.1  # seconds
-LAST_LINES = 40  # of the log, where the cause is looked for
 
 
 def ask(engine: str, python: str | None, model: Path, request: Request, progress: Progress) -> Answer:
@@ -36,14 +35,16 @@ def ask(engine: str, python: str | None, model: Path, request: Request, progress
     what was not asked."""
     with exchange(engine, asked_of(model, request), request.windows.ids) as folder:
         ids, count = request.windows.ids, len(request.windows.ids)
-        _check_space(folder, largest(count, request.scored, request.vocabulary))
+        _check_space(folder, 4 * count * request.scored * request.vocabulary)
         run(engine, python, folder, len(ids) + len(request.prompts), progress)
         windows = request.windows
         if request.decode:
             decoded = _array(engine, folder / "decoded.npy", np.int64, (count, request.decode))
             windows = Windows(np.concatenate([ids, decoded], 1), ids.shape[1] - 1)
-        scores = _scores(engine, folder, (count, request.scored), request.vocabulary)
-        return Answer(windows, scores, _report(engine, folder), _generated(engine, folder, len(request.prompts)))
+        logprobs = _array(engine, folder / "logprobs.npy", np.float32, (count, request.scored, request.vocabulary))
+        return Answer(
+            windows, Scores(logprobs), _report(engine, folder), _generated(engine, folder, len(request.prompts))
+        )
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
@@ -117,8 +118,7 @@ def _end(started: subprocess.Popen[bytes]) -> None:
 
 
 def _failed(engine: str, python: str | None, said: str, code: int) -> InputError:
-    lines = [line.strip() for line in said.splitlines() if line.strip()][-LAST_LINES:]
-    last = lines[-1] if lines else f"exit code {code}"
+    *_, last = (f"exit code {code}", *(line.strip() for line in said.splitlines() if line.strip()))
     if f"No module named '{engine}'" in last:
         what = f"{python or sys.executable} has no {engine}"
         return InputError(what, fix="give --engine-python, the Python that it is installed in")
@@ -132,19 +132,6 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed > free:
         what = f"{needed:,} bytes of distributions don't fit, {free:,} are free"
         raise InputError(what, where=folder.parent, fix="score fewer --windows, or set TMPDIR to a larger disk")
-
-
-def _scores(engine: str, folder: Path, shape: tuple[int, int], vocabulary: int) -> Scores:
-    if (path := folder / "logprobs.npy").exists():
-        return Scores(_array(engine, path, np.float32, (*shape, vocabulary)))
-    if not shape[0]:
-        return Scores(np.empty((*shape, vocabulary), np.float32))
-    top = np.load(folder / "top_ids.npy", mmap_mode="r").shape[-1] if (folder / "top_ids.npy").exists() else 0
-    ids = _array(engine, folder / "top_ids.npy", np.int32, (*shape, top))
-    if not top or ids.min() < 0 or ids.max() >= vocabulary:
-        raise _unasked(engine, "token ids beyond the vocabulary")
-    logprobs = _array(engine, folder / "top_logprobs.npy", np.float32, (*shape, top))
-    return Scores(logprobs, ids, _array(engine, folder / "target_logprobs.npy", np.float32, shape))
 
 
 def _array(engine: str, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:

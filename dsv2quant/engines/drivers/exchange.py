@@ -3,8 +3,7 @@
 To the driver: request.json, `Request`'s fields; windows.npy, int64 [windows, ctx]; bench.npy where speed is asked for.
 From it, of n windows and s scored positions each:
 
-- logprobs.npy, float32 [n, s, vocabulary], natural logarithms; or where an engine gives only the likeliest k,
-  top_ids.npy, int32 [n, s, k], top_logprobs.npy, float32 [n, s, k], and target_logprobs.npy, float32 [n, s]
+- logprobs.npy, float32 [n, s, vocabulary], natural logarithms
 - decoded.npy, int64 [n, s], where tokens were decoded behind the windows
 - generated.json, one object for each prompt; report.json; bench.json
 - progress, a byte for each window and prompt that is done
@@ -81,12 +80,6 @@ class Exchange:
             path = self.folder / "logprobs.npy"
             self._logprobs = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         self._logprobs[window] = found
-
-    def put_tops(self, ids: np.ndarray, logprobs: np.ndarray, targets: np.ndarray) -> None:
-        """Keep the likeliest k [windows, scored, k] and the true tokens' log-probabilities [windows, scored]."""
-        np.save(self.folder / "top_ids.npy", ids.astype(np.int32))
-        np.save(self.folder / "top_logprobs.npy", logprobs.astype(np.float32))
-        np.save(self.folder / "target_logprobs.npy", targets.astype(np.float32))
 
     def put_decoded(self, tokens: Any) -> None:
         """Keep the tokens decoded behind each window, [windows, decode]."""
