@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 from dsv2quant import api
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.evaluation.divergence import run
+from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, run
 from dsv2quant.model.completion import Sampling, generate, open_model
 from dsv2quant.text.chat import Chat
 from dsv2quant.text.tokenizer import Detokenizer
 
-TOKENS_PER_BATCH = 4096  # of batches that are not told
 MOST_NEW = 256  # tokens, where a task doesn't say: as `hf`
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens of the context, of the continuation
 
@@ -125,7 +124,7 @@ class Dsv2quantLM(TemplateLM):
         """Indices of requests that go together, the longest first."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         while order:
-            count = self._batch or max(1, TOKENS_PER_BATCH // lengths[order[0]])
+            count = self._batch or max(1, TOKENS_TOGETHER // lengths[order[0]])
             count = min(count, self._most or count)
             yield order[:count]
             order = order[count:]

@@ -11,6 +11,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.planning.options import SERVERS
 
 SECTIONS = ("fp8", "int4", "gguf", "experts", "mla", "gqa", "fused")
 TUNED = ("fp8", "int4")
@@ -90,7 +91,7 @@ def kernels(
 @click.option("--scheme", type=click.Choice(SCHEMES), help=f"Of {' and '.join(RANDOM)}. Default: {SCHEMES[0]}.")
 @click.option("--batch", default="1,8,64", show_default=True, metavar="N,…", help="Sequences that decode together.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens before decoding.")
-@click.option("--engine", type=click.Choice(("vllm", "sglang")), help="Time this engine beside it, on one text.")
+@click.option("--engine", type=click.Choice(SERVERS), help="Time this engine beside it, on one text.")
 @click.option("--engine-python", type=shared.PATH, metavar="PYTHON", help="The Python that has the engine.")
 @results_option
 @shared.hub_options

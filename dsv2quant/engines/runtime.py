@@ -9,7 +9,7 @@ import torch
 
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.evaluation import divergence
-from dsv2quant.evaluation.divergence import Pass, batches_of, run
+from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, Pass, batches_of, run
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.model.cache import KV_DTYPES, KVCache
 from dsv2quant.model.completion import open_model
@@ -21,7 +21,6 @@ from dsv2quant.progress import Progress
 from dsv2quant.text.tokenizer import Windows
 
 OWN_WINDOWS = 4  # that the runtime's own rounding is measured on
-TOKENS_PER_BATCH = 4096
 # Of what an FP8 cache holds, clipped. On other text than was calibrated on, right scales clip 3e-4 at most (of an
 # untrained model, calibrated on 2,048 tokens; of dsv2-mini 7e-6), scales halved 5e-3 at least.
 MOST_CLIPPED = 1e-3
@@ -76,7 +75,7 @@ class Runtime:
             if self.decodes:
                 assert isinstance(model, Model)
                 return _decoded(model, windows, advance)
-            together = batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
+            together = batch or max(1, TOKENS_TOGETHER // ids.shape[1])
             return run(model, ids, batches_of(len(ids), together), advance), []
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 ROWS = 256  # positions whose logits are held at a time, in float64
+TOKENS_TOGETHER = 4096  # that go through a layer together, where nothing else is asked for
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
-from dsv2quant.evaluation.divergence import Pass, batches_of, negative_log_likelihoods, run
+from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, Pass, batches_of, negative_log_likelihoods, run
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, NoiseFloor, Scored
 from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.model.completion import open_model
@@ -28,7 +28,6 @@ from dsv2quant.text.tokenizer import Protocol, Windows, cut
 
 logger = logging.getLogger(__name__)
 FLOOR_WINDOWS = 8
-TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def evaluate(
         raise InputError(what, where=reference.model, fix="give the model it was made from")
     options, device = settings.options, settings.options.device
     ids, first = windows.ids, windows.first
-    batch = settings.batch or max(1, TOKENS_PER_BATCH // ids.shape[1])
+    batch = settings.batch or max(1, TOKENS_TOGETHER // ids.shape[1])
     passed = _run(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
     scored = len(ids) * windows.scored
     comparison = None

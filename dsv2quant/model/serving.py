@@ -19,6 +19,7 @@ import torch
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint, Weight
 from dsv2quant.formats.schemes import CODECS, SERVED
+from dsv2quant.planning.options import SERVERS
 from dsv2quant.storage.gguf import SIZES
 
 Serving = Literal["vllm", "sglang", "transformers", "llama.cpp"]
@@ -54,4 +55,4 @@ def decode(
 
 def takes_cache_scales(serving: Serving | None, config: ModelConfig) -> bool:
     """Whether a consumer's FP8 cache has the artifact's scales, and not 1."""
-    return not (serving in ("vllm", "sglang") and config.is_mla)
+    return not (serving in SERVERS and config.is_mla)

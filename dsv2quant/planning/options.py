@@ -28,8 +28,9 @@ SCHEMES = (
 METHODS = ("rtn", "mse", "awq", "gptq")
 GROUP_SIZES = (128, 64, 32, "channel")
 LAYOUTS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
-CONSUMERS = ("vllm", "sglang", "transformers")
-ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
+SERVERS = ("vllm", "sglang")
+CONSUMERS = (*SERVERS, "transformers")
+ENGINES = (*CONSUMERS, "llama.cpp")
 ENGINE_DTYPES = ("bfloat16", "float16", "float32")
 DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "torch", "kernels")
@@ -312,7 +313,7 @@ def check_engine(
 ) -> None:  # fmt: skip
     """Raise UsageError for what an engine can't be asked."""
     check_values({"engine": engine, "tp": tp, "kv_cache": kv_cache})
-    serves = engine in ("vllm", "sglang")
+    serves = engine in SERVERS
     if python is not None and url is not None:
         raise UsageError("--engine-python and --engine-url exclude each other")
     if url is not None and not serves:
