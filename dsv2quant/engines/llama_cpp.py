@@ -12,20 +12,19 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from dsv2quant.engines.answers import Answer, Generated, Report, Request, Scores
+from dsv2quant.engines.http import Server
 from dsv2quant.engines.llama_logits import LogitsFile, windows_written
 from dsv2quant.engines.llama_server import LlamaServer
+from dsv2quant.engines.process import POLL, started, wait
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.progress import Progress
 from dsv2quant.text.tokenizer import Windows
 
-POLL = 0.2  # seconds between looks at how far a program is
 CONTEXT = 4096  # of the server: prompts and what follows them fit into it
 # The cache and attention in float32, so that the weights and what meets them alone differ from the runtime's; and a log
 # that says where weights lie, and which types they have.
@@ -71,10 +70,7 @@ def score(model: Path, text: str, request: Request, folder: Path, progress: Prog
         "llama-perplexity", model, "-f", given, "-c", ctx, "--chunks", count, "--kl-divergence-base", logits
     )
     with progress(count, "windows", "llama-perplexity") as advance, started(words, log) as process:
-        done = 0
-        while process.poll() is None:
-            time.sleep(POLL)
-            advance(-done + (done := windows_written(logits)))
+        wait(process, lambda: windows_written(logits), advance)
     if process.returncode or not windows_written(logits):
         raise failed("llama-perplexity", process.returncode, log)
     found = LogitsFile.opened(logits)
@@ -105,28 +101,16 @@ def generate(model: Path, request: Request, folder: Path, progress: Progress) ->
         port = free.getsockname()[1]
     words = command("llama-server", model, "-c", CONTEXT, "-np", 1, "--host", "127.0.0.1", "--port", port)
     with progress(len(request.prompts), "prompts", "llama-server") as advance, started(words, log) as process:
-        server = LlamaServer(f"http://127.0.0.1:{port}")
+        server = LlamaServer(Server("llama.cpp", f"http://127.0.0.1:{port}"))
         while not server.is_ready():
             if process.poll() is not None:
                 raise failed("llama-server", process.returncode, log)
             time.sleep(POLL)
         found = []
         for prompt in request.prompts:
-            found.append(server.complete(prompt, request.max_new_tokens))
+            found.append(server.complete(prompt, request.max_new_tokens, request.vocabulary))
             advance(1)
     return found
-
-
-@contextmanager
-def started(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A program whose output goes to `log`, and which doesn't outlive the block."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def failed(name: str, code: int, log: Path) -> InputError:

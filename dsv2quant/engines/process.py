@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dsv2quant.text.tokenizer import Windows
 logger = logging.getLogger(__name__)
 DRIVERS = Path(__file__).with_name("drivers")
 PYTHON_ENGINES = tuple(sorted(path.name.removesuffix("_driver.py") for path in DRIVERS.glob("*_driver.py")))
-POLL = 0.1  # seconds
+POLL = 0.1  # seconds between looks at how far a program is
 
 
 def ask(engine: str, python: str | None, model: Path, request: Request, progress: Progress) -> Answer:
@@ -76,45 +76,52 @@ def exchange(engine: str, asked: dict[str, Any], windows: np.ndarray) -> Iterato
 
 
 def run(engine: str, python: str | None, folder: Path, steps: int, progress: Progress) -> None:
-    """Run a driver until it ends, and whatever it started with it. Raises InputError where it fails."""
+    """Run a driver until it ends. Raises InputError where it fails."""
     command = [python or sys.executable, str(DRIVERS / f"{engine}_driver.py"), str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    log = folder / "log"
-    try:
-        with log.open("wb") as out:
-            started = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-    except OSError as error:
-        fix = f"name the Python that {engine} is installed in"
-        raise InputError(f"can't be run: {error.strerror}", where=f"--engine-python {python}", fix=fix) from None
-    try:
-        with progress(steps, "steps", engine) as advance:
-            _wait(started, folder / "progress", advance)
-    finally:
-        _end(started)
+    log, done = folder / "log", folder / "progress"
+    with ExitStack() as stack:
+        try:
+            process = stack.enter_context(started(command, log, environment))
+        except OSError as error:
+            fix = f"name the Python that {engine} is installed in"
+            raise InputError(f"can't be run: {error.strerror}", where=f"--engine-python {python}", fix=fix) from None
+        advance = stack.enter_context(progress(steps, "steps", engine))
+        wait(process, lambda: done.stat().st_size if done.exists() else 0, advance)
     said = log.read_text(errors="replace")
     logger.debug("%s", said)
-    if started.returncode:
-        raise _failed(engine, python, said, started.returncode)
+    if process.returncode:
+        raise _failed(engine, python, said, process.returncode)
 
 
-def _wait(started: subprocess.Popen[bytes], path: Path, advance: Any) -> None:
+@contextmanager
+def started(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program whose output goes to `log`. Neither it nor what it started outlives the block: an engine's workers
+    would outlive a driver that dies."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait(process: subprocess.Popen[bytes], steps: Callable[[], int], advance: Callable[[int], object]) -> None:
+    """Wait for a program's end; `steps` says how many are done."""
     done = 0
-    while started.poll() is None:
+    while process.poll() is None:
         time.sleep(POLL)
-        now = path.stat().st_size if path.exists() else 0
+        now = steps()
         if now > done:
             advance(now - done)
             done = now
-
-
-def _end(started: subprocess.Popen[bytes]) -> None:
-    """Kill the driver's session: an engine's workers outlive a driver that dies."""
-    with suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
 
 
 def _failed(engine: str, python: str | None, said: str, code: int) -> InputError:
