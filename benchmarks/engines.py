@@ -50,11 +50,12 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "int8": ("--int8",),
     "w4a8": ("--w4a8", *RTN),
     "fp8-channel, KV scales": ("--fp8=channel", "--kv-scales"),
+    "fp8-block, KV scales": ("--fp8=block", "--kv-scales"),
 }
 FIRST = "fp8-channel"  # that the floor is measured with
 SPLIT = ("fp8-channel", "fp8-block", "int4-mixed")  # over two GPUs
-SCALED = "fp8-channel, KV scales"
-CALIBRATED = ("fp8-static", "autofp8", SCALED)
+SCALED = ("fp8-channel, KV scales", "fp8-block, KV scales")  # over caches in FP8
+CALIBRATED = ("fp8-static", "autofp8", *SCALED)
 FEW = ("--num-calibration-samples", "32", "--max-seq-length", "256")
 CACHES = ("fp8_e4m3", "fp8_e5m2")
 BEYOND = 2  # times the floor is what may lie between engine and runtime, as `verify` has it
@@ -103,12 +104,12 @@ def cases(engines: Iterable[str], models: Iterable[str], tp: int) -> list[Case]:
     rows = [Case(model, FIRST, engine, "auto", tp) for engine in engines for model in models]
     for engine in engines:
         for model in models:
-            names = [name for name in (SPLIT if tp > 1 else ARTIFACTS) if name not in (FIRST, SCALED)]
+            names = [name for name in (SPLIT if tp > 1 else ARTIFACTS) if name not in (FIRST, *SCALED)]
             rows += [
                 Case(model, name, engine, "auto", tp) for name in names if model != "llama" or "experts" not in name
             ]
             if tp == 1 and engine != "transformers":
-                rows += [Case(model, name, engine, cache, tp) for name in (FIRST, SCALED) for cache in CACHES]
+                rows += [Case(model, name, engine, cache, tp) for name in (FIRST, *SCALED) for cache in CACHES]
     return rows
 
 

@@ -12,12 +12,12 @@ STAND_IN = Path(__file__)
 DRIVERS = STAND_IN.parent.parent / "dsv2quant" / "engines" / "drivers"
 
 
-def program(path: Path, *, model: Path | None = None, real: bool = False) -> Path:
-    """An executable at `path` to give as --engine-python: the stand-in, or a `real` engine's Python. It reads `model`
-    where that is given."""
+def program(path: Path, *, model: Path | None = None, python: str | None = None) -> Path:
+    """An executable at `path` to give as --engine-python: the stand-in, or the `python` that has a real engine. It
+    reads `model` where that is given."""
     other = "" if model is None else f"'{sys.executable}' '{STAND_IN}' --model '{model}' \"$2\"\n"
-    driver = '"$1"' if real else f"'{STAND_IN}'"
-    path.write_text(f"#!/bin/sh\n{other}exec '{sys.executable}' {driver} \"$2\"\n")
+    driver = '"$1"' if python else f"'{STAND_IN}'"
+    path.write_text(f"#!/bin/sh\n{other}exec '{python or sys.executable}' {driver} \"$2\"\n")
     path.chmod(0o755)
     return path
 

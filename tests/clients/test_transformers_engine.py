@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import faults
@@ -70,7 +71,7 @@ def test_beside_its_source_and_from_text_to_text(sources, verify, tmp_path):
 def test_where_it_reads_something_else_it_is_seen(fault, sources, verify, tmp_path):
     artifact = made(sources["v2-lite"], tmp_path / "out", "int4-pure")
     bad = faults.copy(artifact, tmp_path / "bad", fault)
-    ran = verify(artifact, "--engine-python", program(tmp_path / "python", model=bad, real=True))
+    ran = verify(artifact, "--engine-python", program(tmp_path / "python", model=bad, python=sys.executable))
     assert (ran.code, "out in transformers: mean KLD from the runtime is" in ran.err) == (4, True)
 
 
