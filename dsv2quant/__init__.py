@@ -12,10 +12,23 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify, verify_engine
+    from dsv2quant.api import (
+        calibrate,
+        convert,
+        evaluate,
+        generate,
+        inspect,
+        memory,
+        open,
+        plan,
+        push,
+        verify,
+        verify_engine,
+    )  # fmt: skip
 
 __all__ = [
-    "calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify", "verify_engine",
+    "calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "verify",
+    "verify_engine",
 ]  # fmt: skip
 
 
