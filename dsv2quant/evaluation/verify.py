@@ -161,7 +161,10 @@ def _tensor_error(
             of_scales, of_all = _of_scales(x[::SAMPLED_ROWS], difference[::SAMPLED_ROWS])
             scales, sampled = scales + of_scales, sampled + of_all
     share = scales / sampled if sampled else 0.0
-    return TensorError(weight.spec.name, weight.spec.role, weight.stored_scheme, signal, noise, largest, share)
+    spec, bits = weight.spec, 8 * weight.nbytes / weight.spec.size
+    return TensorError(
+        spec.name, spec.role, spec.layer, weight.stored_scheme, bits, signal, noise, largest, share
+    )  # fmt: skip
 
 
 def _of_scales(x: torch.Tensor, difference: torch.Tensor) -> tuple[float, float]:
@@ -244,7 +247,7 @@ def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable
 
 
 def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:
-    """Errors by role and scheme, and the worst tensors."""
+    """Errors by role and scheme, of all tensors, and the worst."""
     groups: dict[tuple[str, str], list[TensorError]] = {}
     for error in errors:
         groups.setdefault((error.role, error.scheme), []).append(error)
@@ -262,4 +265,5 @@ def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErro
         for (role, scheme), members in ordered
     ]
     noisy = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)
-    return SourceErrors(artifact.served_dtype, roles, noisy[:WORST], [e for e in noisy if e.is_wrong])
+    wrong = [e for e in noisy if e.is_wrong]
+    return SourceErrors(artifact.served_dtype, roles, list(errors), noisy[:WORST], wrong)
