@@ -75,14 +75,15 @@ def test_pure_plans_fall_back_where_sglang_pads_nothing(models):
     # DeepSeek-V2's widths are all fine. Lite's first layer is 85.5 × 128 wide, dsv2-mini's 5.5 × 128.
     assert fallen(plan(models["v2"], "int4-pure", for_targets=["vllm"])) == set()
     v2 = plan(models["v2"], "int4-pure")
-    assert fallen(v2) == {"q_a_proj", "kv_a_proj_with_mqa"}
+    assert fallen(v2) == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"}
+    assert reasons(v2, "q_b_proj") == {"sglang: q_b_proj is read as a plain matrix"}
     plain = "sglang: the fused q_a_proj and kv_a_proj_with_mqa are read as a plain matrix"
     assert plain in reasons(v2, "q_a_proj") | reasons(v2, "kv_a_proj_with_mqa")
     lite = plan(models["lite"], "int4-pure")
     assert fallen(lite) == {"dense.down_proj"}
     assert reasons(lite, "dense.down_proj") == {"sglang: columns, 10944, must be a multiple of 128"}
     mini = plan(models["mini"], "int4-pure")
-    assert fallen(mini) == ROUTED | {"q_a_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
+    assert fallen(mini) == ROUTED | {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
     assert reasons(mini, "kv_a_proj_with_mqa") == {"sglang: rows, 144, must be a multiple of 64"}
     assert reasons(mini, "q_a_proj") == {plain}
     assert "dense.down_proj [2048, 10944], 1 tensor in layer 0 → bf16: sglang: columns, 10944" in plan_text(lite)
