@@ -8,15 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError, listing
+from dsv2quant.report.measured import Estimate, Stretch
 from dsv2quant.report.tables import table, values_of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error."""
-
-    value: float
-    stderr: float
 
 
 @dataclass(frozen=True)
@@ -54,15 +47,6 @@ class NoiseFloor:
     kld_other_batch: float
     dtype: str
     kld_other_dtype: float
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Mean KLD, in nats, of the scored tokens `first` to `last` of every window, counted from 0."""
-
-    first: int
-    last: int
-    kld: Estimate
 
 
 @dataclass(frozen=True)
