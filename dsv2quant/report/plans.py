@@ -104,9 +104,12 @@ def notes(plan: Plan) -> list[str]:
     blocks = any(entry.scheme == "fp8-block" and entry.spec.role.startswith("routed.") for entry in plan.entries)
     if blocks and "vllm" in plan.targets and share % BLOCK:
         found.append(f"vllm: FP8 blocks of experts' shares of {share} need vLLM 0.30 or newer")
-    if config.is_mla and any(entry.kv_scales for entry in plan.entries) and set(plan.targets) & set(ENGINES):
-        # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
-        found.append("vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1")
+    channels = any(entry.scheme == "int4-channel" and entry.spec.expert is not None for entry in plan.entries)
+    if channels and "vllm" in plan.targets:
+        # int_wna16.py, _process_weights_marlin: a TypeError, while it loads
+        found.append("vllm: vLLM 0.26 loads no experts in int4-channel; 0.32 does")
+    if any(entry.kv_scales for entry in plan.entries):
+        found += _dropped_scales(plan)
     if whole := plan.checkpoint.whole:
         unable = [target for target in plan.targets if target not in whole.loaded_by]
         if unable:
@@ -125,6 +128,17 @@ def notes(plan: Plan) -> list[str]:
     elif config.norm_topk_prob and "transformers" in plan.targets:
         found.append("transformers ignores norm_topk_prob: its logits differ")
     return found
+
+
+def _dropped_scales(plan: Plan) -> list[str]:
+    """Where an FP8 cache has scale 1, whatever the artifact says: as serving.py's `takes_cache_scales`."""
+    if plan.checkpoint.config.is_mla and set(plan.targets) & set(ENGINES):
+        # vLLM weight_utils.py, maybe_remap_kv_scale_name; SGLang deepseek_weight_loader.py
+        return ["vLLM and SGLang load no KV-cache scales for MLA: they warn, and an FP8 cache then has scale 1"]
+    layouts = {CODECS[scheme].quant_method for scheme in plan.schemes if scheme in CODECS}
+    if "sglang" in plan.targets and "compressed-tensors" in layouts:
+        return ["sglang: loads no KV-cache scales of compressed-tensors (of --format autofp8 it does)"]
+    return []
 
 
 def serving_notes(plan: Plan) -> list[str]:
