@@ -14,7 +14,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import plan_text
+from dsv2quant.report.plans import notes, plan_text
 from dsv2quant.report.warnings import warnings
 
 RECIPES = ("int4-mixed", "int4-pure", "int4-experts")
@@ -131,6 +131,7 @@ def test_channels_have_no_group_to_fit(models):
     made = plan(models["lite"], "int4-pure", group_size=0, for_targets=["vllm"], tp=8)
     assert not fallen(made)
     assert made.schemes == {"int4-channel"}
+    assert "vllm: vLLM 0.26 loads no experts in int4-channel; 0.32 does" in notes(made)
 
 
 def test_sglangs_experts_need_64_columns_a_share_whatever_the_group(models):

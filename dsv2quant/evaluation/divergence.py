@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from dsv2quant.evaluation.results import Distance, Estimate, Kld
+from dsv2quant.evaluation.results import Distance, Estimate, Kld, Stretch
 from dsv2quant.model.runtime import Block, Model
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def negative_log_likelihoods(
 
 
 RESAMPLES = 2000
+STRETCHES = 16  # that windows are cut into, to tell distances by position
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,15 @@ def summarize(d: Divergence) -> Distance:
         Estimate(float(d.same_top1.mean(1).mean()), bootstrap(d.same_top1.mean(1))),
         agreement,
         {layer: float(windows.mean()) for layer, windows in d.router.items()},
+        _by_position(d.kld),
     )
+
+
+def _by_position(kld: np.ndarray) -> list[Stretch]:
+    """Of KLD [windows, tokens]: stretches that are as long as each other, to a token."""
+    tokens = kld.shape[1]
+    cuts = np.linspace(0, tokens, min(STRETCHES, tokens) + 1).astype(int).tolist()
+    return [Stretch(a, b - 1, Estimate(*_estimate(kld[:, a:b]))) for a, b in pairwise(cuts)]
 
 
 def _estimate(values: np.ndarray) -> tuple[float, float]:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError, listing
+from dsv2quant.report.measured import Estimate, Stretch
 from dsv2quant.report.tables import gigabytes, table, values_of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error."""
-
-    value: float
-    stderr: float
 
 
 @dataclass(frozen=True)
@@ -59,13 +52,15 @@ class NoiseFloor:
 @dataclass(frozen=True)
 class Distance:
     """How far a model is from another. `ln_ratio` is the natural logarithm of the ratio of perplexities; agreements are
-    shares, of tokens whose likeliest next one is the same and of routed experts, None without any."""
+    shares, of tokens whose likeliest next one is the same and of routed experts, None without any. `by_position` cuts
+    windows into stretches: whether the distance grows with the context."""
 
     ln_ratio: Estimate
     kld: Kld
     top1_agreement: Estimate
     router_agreement: Estimate | None
     router_agreement_by_layer: Mapping[int, float]
+    by_position: Sequence[Stretch]
 
 
 @dataclass(frozen=True)
@@ -143,6 +138,9 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
             "reference": asdict(c.reference),
             "delta": {"ln_ratio": c.ln_ratio.value, "stderr": c.ln_ratio.stderr},
             "kld": asdict(c.kld),
+            "kld_by_position": [
+                {"first": s.first, "last": s.last, "mean": s.kld.value, "stderr": s.kld.stderr} for s in c.by_position
+            ],
             "top1_agreement": c.top1_agreement.value,
             "top1_agreement_stderr": c.top1_agreement.stderr,
             "router_agreement": None if c.router_agreement is None else c.router_agreement.value,
@@ -215,15 +213,17 @@ ROUNDED = 49.0
 @dataclass(frozen=True)
 class TensorError:
     """Error of one decoded weight against its source: signal and noise are sums of squares. `scale_share` is the share
-    of the noise that other scales would take away."""
+    of the noise that other scales would take away. `bits` are those of an element as it is stored."""
 
     name: str
     role: str
+    layer: int | None
     scheme: str
+    bits: float
     signal: float
     noise: float
     max_error: float
-    scale_share: float = 0.0
+    scale_share: float
 
     @property
     def is_wrong(self) -> bool:
@@ -256,13 +256,14 @@ class RoleErrors:
 
 @dataclass(frozen=True)
 class SourceErrors:
-    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`; of single tensors the worst,
-    and those that can't be right."""
+    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`: of roles, of every weight, in
+    the model's order, of the worst, and of those that can't be right."""
 
     decoded_dtype: str
     roles: list[RoleErrors]
+    weights: list[TensorError]
     worst: list[TensorError]
-    wrong: list[TensorError] = field(default_factory=list)
+    wrong: list[TensorError]
 
 
 @dataclass(frozen=True)
@@ -314,8 +315,12 @@ def verification_json(v: Verification) -> dict[str, Any]:
     if v.errors is not None:
         result["decoded_dtype"] = v.errors.decoded_dtype
         result["roles"] = [asdict(role) for role in v.errors.roles]
+        result["weights"] = [
+            {"tensor": e.name, "sqnr_db": e.sqnr} | values_of(e, "role", "layer", "scheme", "bits", "max_error")
+            for e in v.errors.weights
+        ]
         result["worst"] = [
-            {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in v.errors.worst
+            {"tensor": e.name, "sqnr_db": e.sqnr} | values_of(e, "scheme", "max_error") for e in v.errors.worst
         ]
         result["wrong"] = [e.name for e in v.errors.wrong]
     return result
