@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from engine_models import KINDS, make
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
+from dsv2quant.engines.results import BEYOND, ERRORS
 
 RTN = ("--method", "rtn")
 ARTIFACTS: dict[str, tuple[str, ...]] = {
@@ -50,15 +51,14 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "int8": ("--int8",),
     "w4a8": ("--w4a8", *RTN),
     "fp8-channel, KV scales": ("--fp8=channel", "--kv-scales"),
-    "fp8-block, KV scales": ("--fp8=block", "--kv-scales"),
+    "autofp8, KV scales": ("--fp8=static", "--format", "autofp8", "--kv-scales"),
 }
 FIRST = "fp8-channel"  # that the floor is measured with
 SPLIT = ("fp8-channel", "fp8-block", "int4-mixed")  # over two GPUs
-SCALED = ("fp8-channel, KV scales", "fp8-block, KV scales")  # over caches in FP8
+SCALED = ("fp8-channel, KV scales", "autofp8, KV scales")  # over caches in FP8
 CALIBRATED = ("fp8-static", "autofp8", *SCALED)
 FEW = ("--num-calibration-samples", "32", "--max-seq-length", "256")
 CACHES = ("fp8_e4m3", "fp8_e5m2")
-BEYOND = 2  # times the floor is what may lie between engine and runtime, as `verify` has it
 HERE = [sys.executable, "-m", "dsv2quant"]
 
 
@@ -79,9 +79,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What `verify` measured: mean KLD from the runtime in nats and its standard error, of the source in the engine
-    too (`floor`, where it was measured here), and of the runtime in BF16 from itself (`own`)."""
+    """What `verify` measured: mean KLD from the runtime in nats and its standard error; of the source in the engine
+    (`floor`, measured in the first row of each model); and of the runtime in BF16 from itself (`own`). `verdict` is
+    `verify`'s: "as the runtime", or "beyond" twice the larger of these and three standard errors."""
 
+    verdict: str = ""
     ln_ppl: float | None = None
     ln_ppl_runtime: float | None = None
     kld: float | None = None
@@ -193,24 +195,42 @@ def main() -> None:
         found = Found(failed=f"convert: {refusal}") if refusal else verify(case, pythons[case.engine], args)
         done[case] = found
         if args.results:
-            append(args.results, [asdict(case) | {k: "" if v is None else v for k, v in asdict(found).items()}])
-        print(line(case, found, done), flush=True)
+            append(args.results, [written(case, found)])
+        print(line(case, judged(case, done)), flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, left))
-    print("\n".join(["", *(line(case, done[case], done) for case in rows if case in done)]))
+    if args.results:
+        args.results.unlink(missing_ok=True)
+        append(args.results, [written(case, judged(case, done)) for case in sorted(done, key=order)])
+    print("\n".join(["", *(line(case, judged(case, done)) for case in rows if case in done)]))
 
 
-def line(case: Case, found: Found, done: dict[Case, Found]) -> str:
+def order(case: Case) -> tuple[Any, ...]:
+    return case.engine, case.tp, KINDS.index(case.model), case.kv_cache, [*ARTIFACTS].index(case.artifact)
+
+
+def written(case: Case, found: Found) -> dict[str, Any]:
+    return asdict(case) | {key: "" if value is None else value for key, value in asdict(found).items()}
+
+
+def judged(case: Case, done: dict[Case, Found]) -> Found:
+    """A row with the floor of its model, and the verdict."""
+    found, first = done[case], done.get(replace(case, artifact=FIRST, kv_cache="auto"), Found())
+    if found.kld is None:
+        return found
+    floor = first.floor or 0.0
+    limit = BEYOND * max(floor, found.own or 0.0) + ERRORS * (found.stderr or 0.0)
+    return replace(found, floor=first.floor, verdict="beyond" if found.kld > limit else "as the runtime")
+
+
+def line(case: Case, found: Found) -> str:
     if found.kld is None:
         return f"{case!s:56} {found.failed[:140]}"
-    floor = done.get(Case(case.model, FIRST, case.engine, "auto", case.tp), Found()).floor
-    limit = BEYOND * max(floor or 0.0, found.own or 0.0)
-    verdict = "beyond" if found.kld > limit else "ok"
     return (
         f"{case!s:56} ln ppl {found.ln_ppl:.4f}, runtime {found.ln_ppl_runtime:.4f}  KLD {found.kld:.2e} ± "
-        f"{found.stderr:.0e}, floor {floor or math.nan:.1e}, own {found.own:.1e}  top-1 {found.top1:.4f}  {verdict}  "
-        f"{found.failed[:60]}"
+        f"{found.stderr:.0e}, floor {found.floor or math.nan:.1e}, own {found.own:.1e}  top-1 {found.top1:.4f}  "
+        f"{found.verdict}  {found.failed[:60]}"
     )
 
 

@@ -11,9 +11,8 @@ takes long tells `progress` (progress.py); warnings are logged. torch is importe
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from dsv2quant.text.tokenizer import Protocol
 
     Model = Checkpoint | str | os.PathLike[str]
-
-logger = logging.getLogger(__name__)
 
 
 def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions]) -> Checkpoint:
@@ -141,7 +138,7 @@ def convert(
         from dsv2quant.planning.gguf_plan import GgufPlan
         from dsv2quant.planning.plan import Plan
         from dsv2quant.report.calibration import draw
-        from dsv2quant.report.warnings import warnings
+        from dsv2quant.report.plans import tell
         from dsv2quant.storage.safetensors import parse_size
 
     given = asked.given_of(options)
@@ -165,11 +162,9 @@ def convert(
     inputs = [Path(given[name]) for name in ("calibration", "recipe") if name in given]
     if figure is not None:
         asked.check_outputs([Path(out), Path(figure)], [*checkpoint.inputs, *inputs])
+    tell(made)
     calibration, statistics, words = None, None, list[str]()
-    if isinstance(made, GgufPlan):
-        _tell(made, (f"note: {note}" for note in made.notes))
-    else:
-        _tell(made, (f"warning: {warning}" for warning in warnings(made)))
+    if isinstance(made, Plan):
         from dsv2quant.calib.calibration import calibrated_on
 
         calibration, statistics, words = calibrated_on(made, given, progress)
@@ -232,7 +227,8 @@ def calibrate(
 
 
 def evaluate(
-    model: Model, *, reference: Model | None = None, text: StrPath | None = None, dataset: str | None = None,
+    model: Model, *, reference: Model | None = None, save_reference: StrPath | None = None,
+    text: StrPath | None = None, dataset: str | None = None,
     ctx: int | None = None, limit: int | None = None, protocol: Protocol = "default", batch: int | None = None,
     stream: bool = False, device: str = "cpu", dtype: str = "auto", backend: str = "auto", weight_only: bool = False,
     decode_path: bool = False, kv_cache: str = "auto", serving: str | None = None,
@@ -242,12 +238,14 @@ def evaluate(
     """A model's perplexity and, with `reference`, its divergence from that, on a `text` file, a `dataset`
     ("wikitext2"), or Python's own help topics.
 
+    `save_reference` keeps the model as a reference in a file, which `reference` takes in its place for the same text,
+    protocol and dtype; a run that was killed continues.
     `ctx` tokens are in a window (2048, or the trained context), `limit` windows are scored, `batch` of them go through
     a layer together; `stream` holds one layer's weights at a time. `max_ppl_increase`, in percent, and `max_kld`, in
     nats, set gates: `Evaluation.check_gates` raises for what failed. `decode_path` scores token by token, over a cache
     that stores `kv_cache`; `serving` computes as that consumer does where it departs from what the artifact says.
     Raises UsageError where options contradict each other or can't be had, and InputError where model, reference and
-    text don't go together.
+    text don't go together, or the file of a reference can't be read or written.
     """
     asked.check_values(
         {"ctx": ctx, "limit": limit, "batch": batch, "protocol": protocol, "dataset": dataset, "dtype": dtype,
@@ -257,6 +255,10 @@ def evaluate(
         raise UsageError("--as and --weight-only exclude each other: a consumer does as it does")
     if reference is None and (max_ppl_increase is not None or max_kld is not None):
         raise UsageError("--max-ppl-increase and --max-kld need --reference")
+    if save_reference is not None and reference is not None:
+        raise UsageError("--save-reference and --reference exclude each other: what is kept is MODEL itself")
+    if save_reference is not None and kv_cache != "auto":
+        raise UsageError(f"--kv-cache {kv_cache}: a reference that is kept has the compute dtype in its cache")
     if text is not None and dataset is not None:
         raise UsageError("--text and --dataset exclude each other")
     if kv_cache != "auto" and not decode_path:
@@ -269,13 +271,20 @@ def evaluate(
         scored = from_dataset(dataset, hub.get("cache_dir"), hub.get("offline", False)) if dataset else python_topics()
     asked.check_device(device)
     opened = open(model, **hub)
-    against = None if reference is None else open(reference, **hub | {"revision": None})
+    save = None if save_reference is None else Path(save_reference)
+    read = [*opened.inputs, *([] if text is None else [Path(text)])]
+    asked.check_outputs([] if save is None else [save], read)
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
+        from dsv2quant.evaluation.reference import kept_at
         from dsv2quant.model.load import load_options
 
     options = load_options(device, dtype, backend, kv_cache, weight_only, serving)
-    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
+    gates = (max_ppl_increase, max_kld)
+    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, *gates, save)
+    with progress(0, "", "reference"):
+        kept = kept_at(reference)
+    against = kept if kept or reference is None else open(reference, **hub | {"revision": None})
     return measure.evaluate(opened, against, scored, settings, progress)
 
 
@@ -387,14 +396,3 @@ def _hub(given: Mapping[str, Any]) -> HubOptions:
     """Those of all options."""
     revision, cache_dir, offline = map(given.get, ("revision", "cache_dir", "offline"))
     return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
-
-
-def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
-    """Log what a plan warns of; where more is wanted, the plan, which says that too."""
-    from dsv2quant.report.plans import plan_text
-
-    if logger.isEnabledFor(logging.INFO):
-        logger.info("%s", plan_text(plan, every_tensor=logger.isEnabledFor(logging.DEBUG)))
-    else:
-        for line in warned:
-            logger.warning("%s", line)

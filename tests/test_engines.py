@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from engine_stand_in import program
+from engine_stand_in import DRIVERS, program
 
 from dsv2quant.api import convert
 from dsv2quant.checkpoint.open import open_checkpoint
@@ -136,6 +136,9 @@ def test_tokens_are_decoded_over_an_fp8_cache(verify, tmp_path):
     assert (ran.code, "mean KLD from the runtime is" in ran.err) == (4, True)
     ran = verify(bad, "--kv-cache", "fp8_e4m3", "--source", source)  # in the artifact they are seen by what they clip
     assert (ran.code, "the KV cache of layer 0 clips " in ran.err) == (4, True)
+    # SGLang has no scales of compressed-tensors.
+    found = json.loads(verify(bad, "--kv-cache", "fp8_e4m3", "--source", source, "--json", engine="sglang").out)
+    assert found["engine"]["artifact_faults"] == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -161,7 +164,18 @@ import json, numpy as np
 open(folder + "/report.json", "w").write(json.dumps(
     {"versions": {}, "kernels": {}, "attention": None, "kv_cache": None, "device": "cpu"}))
 """
+# A driver that fails, and an engine that prints more behind it.
+DRIVER = f"""
+import os
+sys.argv[1:], leave = [folder], os._exit
+sys.path.append({str(DRIVERS)!r})
+os._exit = lambda code: (print("a warning", flush=True), leave(code))
+from exchange import run
+"""
 BROKEN = {
+    "reason": (f"{DRIVER}run(lambda: 1 // 0)", "ZeroDivisionError: integer division or modulo by zero (-vv"),
+    "assertion": (f"{DRIVER}def main():\n    assert folder == 'x'\nrun(main)",
+                  "vllm failed: AssertionError: assert folder == 'x' (-vv"),
     "exit": ("raise SystemExit('no such luck')", "vllm failed: no such luck (-vv shows all that it said)"),
     "killed": ("import os; os.kill(os.getpid(), 9)", "vllm failed: was ended by SIGKILL"),
     "module": ("import vllm", "has no vllm (give --engine-python"),

@@ -98,6 +98,11 @@ def test_nll_and_kld_equal_float64_from_the_logits(wide, quantized, ids):
     summary = summarize(got)
     assert summary.kld.mean == pytest.approx(got.kld.mean())
     assert summary.ln_ratio.value == pytest.approx((got.nll - got.reference_nll).mean())
+    stretches = summary.by_position
+    covered = [token for s in stretches for token in range(s.first, s.last + 1)]
+    assert (covered, len(stretches)) == ([*range(got.kld.shape[1])], min(16, got.kld.shape[1]))
+    assert stretches[-1].kld.value == pytest.approx(got.kld[:, stretches[-1].first :].mean())
+    assert 0 < stretches[-1].kld.stderr < stretches[-1].kld.value
 
 
 def test_a_model_does_not_diverge_from_itself(wide, ids):

@@ -129,6 +129,14 @@ def test_int4_for_experts_alone_is_no_int4_of_a_dense_model(tmp_path):
     assert warnings(made) == ["recipe int4-mixed: no weight here becomes int4-g128: take --int4=pure"]
 
 
+def test_sglang_finds_no_block_scales_of_a_llama(tmp_path):
+    checkpoint = opened("deepseek-llm-7b", tmp_path)
+    assert plan(checkpoint, "fp8-block").targets == ("vllm", "transformers")
+    assert "sglang" in plan(checkpoint, "fp8-channel").targets
+    with pytest.raises(UsageError, match="no fp8-block for --target sglang: it loads no block scales of a Llama"):
+        plan(checkpoint, "fp8-block", for_targets=["sglang"])
+
+
 def test_experts_beside_plain_attention_are_vllms_alone_and_attention_in_one_scheme(tmp_path):
     checkpoint = opened("deepseek-moe-16b", tmp_path)
     for name in ("fp8-channel", "fp8-block", "int4-pure"):

@@ -91,8 +91,11 @@ def test_dsv2_mini_falls_back_on_144_rows_and_704_columns():
 
 def test_vllm_alone_takes_a_ragged_last_member(published):
     assert not fallen(plan(published["v2"], for_targets=["vllm"]))
-    # In Lite's 10944-wide FFN, gate comes first in the fused matrix and up would start inside a block.
-    assert fallen(plan(published["lite"], for_targets=["vllm"])) == {"dense.gate_proj", "dense.up_proj"}
+    # In Lite's 10944-wide FFN, gate comes first in the fused matrix and up would start inside a block; what comes into
+    # down is quantized in whole groups of 128.
+    lite = plan(published["lite"], for_targets=["vllm"])
+    assert fallen(lite) == {"dense.gate_proj", "dense.up_proj", "dense.down_proj"}
+    assert reasons(lite, "dense.down_proj") == {"vllm: columns, 10944, must be a multiple of 128"}
 
 
 def test_transformers_alone_fuses_nothing_but_experts(published):

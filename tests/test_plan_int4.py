@@ -14,7 +14,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import plan_text
+from dsv2quant.report.plans import notes, plan_text
 from dsv2quant.report.warnings import warnings
 
 RECIPES = ("int4-mixed", "int4-pure", "int4-experts")
@@ -75,14 +75,15 @@ def test_pure_plans_fall_back_where_sglang_pads_nothing(models):
     # DeepSeek-V2's widths are all fine. Lite's first layer is 85.5 × 128 wide, dsv2-mini's 5.5 × 128.
     assert fallen(plan(models["v2"], "int4-pure", for_targets=["vllm"])) == set()
     v2 = plan(models["v2"], "int4-pure")
-    assert fallen(v2) == {"q_a_proj", "kv_a_proj_with_mqa"}
+    assert fallen(v2) == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"}
+    assert reasons(v2, "q_b_proj") == {"sglang: q_b_proj is read as a plain matrix"}
     plain = "sglang: the fused q_a_proj and kv_a_proj_with_mqa are read as a plain matrix"
     assert plain in reasons(v2, "q_a_proj") | reasons(v2, "kv_a_proj_with_mqa")
     lite = plan(models["lite"], "int4-pure")
     assert fallen(lite) == {"dense.down_proj"}
     assert reasons(lite, "dense.down_proj") == {"sglang: columns, 10944, must be a multiple of 128"}
     mini = plan(models["mini"], "int4-pure")
-    assert fallen(mini) == ROUTED | {"q_a_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
+    assert fallen(mini) == ROUTED | {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "dense.down_proj"}
     assert reasons(mini, "kv_a_proj_with_mqa") == {"sglang: rows, 144, must be a multiple of 64"}
     assert reasons(mini, "q_a_proj") == {plain}
     assert "dense.down_proj [2048, 10944], 1 tensor in layer 0 → bf16: sglang: columns, 10944" in plan_text(lite)
@@ -130,6 +131,7 @@ def test_channels_have_no_group_to_fit(models):
     made = plan(models["lite"], "int4-pure", group_size=0, for_targets=["vllm"], tp=8)
     assert not fallen(made)
     assert made.schemes == {"int4-channel"}
+    assert "vllm: vLLM 0.26 loads no experts in int4-channel; 0.32 does" in notes(made)
 
 
 def test_sglangs_experts_need_64_columns_a_share_whatever_the_group(models):

@@ -48,7 +48,7 @@ def test_without_targets_a_plan_is_for_those_that_load_the_layout(family, loadin
     for name in ("lite", "v2", "mini"):
         made = plan(models[name], family=family, group_size=64)
         assert made.targets == loading
-        assert not fallen(made)
+        assert fallen(made) == ({"q_b_proj"} if family == "awq" and name != "lite" else set())  # SGLang's
         assert made.schemes == {f"{family}-g64"}
         assert all(schemes(made)[role] == {"bf16"} for role in UNTOUCHED)
         assert notes(made) == [SERVE]
@@ -249,7 +249,7 @@ def test_configurations_are_those_that_the_engines_parse(models):
     }  # fmt: skip
     assert set(names) == {
         "lm_head",
-        *(f"model.layers.{i}.self_attn.kv_b_proj" for i in range(4)),
+        *(f"model.layers.{i}.self_attn.{name}" for i in range(4) for name in ("q_b_proj", "kv_b_proj")),
         *(f"model.layers.{i}.mlp.gate" for i in range(1, 4)),
     }
     assert gptq["torch_dtype"] == awq["torch_dtype"] == "bfloat16"
@@ -346,6 +346,6 @@ def test_every_row_says_what_it_stands_on():
     assert {scheme for scheme, on in stands["vllm"].items() if on.startswith("read")} == {
         "gptq-g32", "gptq-channel", "awq-g32",
     }  # fmt: skip
-    assert stands["sglang"]["int4-g128"] == "run, SGLang 0.5.16 on a CPU"
-    assert stands["sglang"]["awq-g128"] == "read, SGLang 0.5.23"
+    assert stands["sglang"]["int4-g128"] == "run, SGLang 0.5.16 on a GPU"
+    assert stands["sglang"]["awq-g64"] == "read, SGLang 0.5.23"
     assert stands["transformers"]["fp8-block"] == "run, transformers 5.23.0 on a CPU"

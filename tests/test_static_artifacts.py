@@ -183,6 +183,16 @@ def test_the_plan_says_what_engines_make_of_kv_scales(published):
     assert not notes(plan(published["lite"], "fp8-static"))
 
 
+def test_sglang_drops_a_llamas_kv_scales_of_compressed_tensors(tmp_path):
+    from dsv2quant.report.plans import notes
+
+    llama = open_checkpoint(tiny.write_headers(tmp_path / "llama", tiny.LLAMA))
+    dropped = "sglang: loads no KV-cache scales of compressed-tensors (of --format autofp8 it does)"
+    for layout, told in ((None, [dropped]), ("autofp8", [])):
+        made = make_plan(llama, recipe.builtin("fp8-static", layout=layout), kv_scales=True)
+        assert [note for note in notes(made) if "KV-cache" in note] == told
+
+
 # --- reading ---
 
 

@@ -70,6 +70,15 @@ def test_verify_measures_what_consumers_decode(lite, artifact, cli):
     assert (result["checked"], result["edited"], result["added"]) == ("manifest", [], [])
     assert len(result["worst"]) == 5
     assert result["worst"][0]["sqnr_db"] <= result["worst"][-1]["sqnr_db"]
+    rows = {row["tensor"]: row for row in result["weights"]}
+    assert list(rows) == [weight.spec.name for weight in open_checkpoint(artifact).weights]
+    back = (decoded.double() - source[name].double()).square().sum()
+    assert rows[name] == {
+        "tensor": name, "role": "o_proj", "layer": 1, "scheme": "fp8-channel", "max_error": rows[name]["max_error"],
+        "bits": 8 + 8 * written[name.replace(".weight", ".weight_scale")].nbytes / source[name].numel(),
+        "sqnr_db": pytest.approx(10 * np.log10(float(source[name].double().square().sum() / back)), rel=1e-5),
+    }  # fmt: skip
+    assert (rows["model.embed_tokens.weight"]["layer"], rows["model.embed_tokens.weight"]["sqnr_db"]) == (None, None)
     text = cli("verify", artifact, "--source", lite, "-q").out
     assert "files match the manifest" in text
     assert "worst tensors:" in text

@@ -91,7 +91,8 @@ def run(engine: str, python: str | None, folder: Path, steps: int, progress: Pro
     said = log.read_text(errors="replace")
     logger.debug("%s", said)
     if process.returncode:
-        raise _failed(engine, python, said, process.returncode)
+        reason = folder / "reason"
+        raise _failed(engine, python, reason.read_text() if reason.exists() else said, process.returncode)
 
 
 @contextmanager

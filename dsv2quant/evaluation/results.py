@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError, listing
-from dsv2quant.report.tables import table, values_of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error."""
-
-    value: float
-    stderr: float
+from dsv2quant.report.measured import Estimate, Stretch
+from dsv2quant.report.tables import gigabytes, table, values_of
 
 
 @dataclass(frozen=True)
@@ -59,13 +52,15 @@ class NoiseFloor:
 @dataclass(frozen=True)
 class Distance:
     """How far a model is from another. `ln_ratio` is the natural logarithm of the ratio of perplexities; agreements are
-    shares, of tokens whose likeliest next one is the same and of routed experts, None without any."""
+    shares, of tokens whose likeliest next one is the same and of routed experts, None without any. `by_position` cuts
+    windows into stretches: whether the distance grows with the context."""
 
     ln_ratio: Estimate
     kld: Kld
     top1_agreement: Estimate
     router_agreement: Estimate | None
     router_agreement_by_layer: Mapping[int, float]
+    by_position: Sequence[Stretch]
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,18 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A file that was written, and its size in bytes."""
+
+    file: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model's perplexity and, with a reference, its distance from that, with all they rest on: `tokens` in `windows`
-    of `ctx`, the text by its hash, and how it was computed. `kv_cache` is what the cache stored on the decode path."""
+    of `ctx`, the text by its hash, and how it was computed. `kv_cache` is what the cache stored on the decode path.
+    `saved` is the reference that was kept of the model."""
 
     scored: Scored
     comparison: Comparison | None
@@ -110,6 +114,7 @@ class Evaluation:
     torch: str
     seconds: float
     gates: Mapping[str, Gate]
+    saved: Saved | None
 
     @property
     def perplexity(self) -> Estimate:
@@ -133,6 +138,9 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
             "reference": asdict(c.reference),
             "delta": {"ln_ratio": c.ln_ratio.value, "stderr": c.ln_ratio.stderr},
             "kld": asdict(c.kld),
+            "kld_by_position": [
+                {"first": s.first, "last": s.last, "mean": s.kld.value, "stderr": s.kld.stderr} for s in c.by_position
+            ],
             "top1_agreement": c.top1_agreement.value,
             "top1_agreement_stderr": c.top1_agreement.stderr,
             "router_agreement": None if c.router_agreement is None else c.router_agreement.value,
@@ -153,6 +161,7 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
         "text": {"source": e.text, "sha256": e.text_sha256},
         "versions": {"torch": e.torch},
         "gates": {name: asdict(gate) for name, gate in e.gates.items()},
+        "saved": None if e.saved is None else asdict(e.saved),
     }  # fmt: skip
 
 
@@ -181,6 +190,9 @@ def evaluation_text(e: Evaluation) -> str:
         f"{e.tokens:,} tokens in {e.windows} windows of {e.ctx} of {e.text} (sha256 {e.text_sha256[:12]}), "
         f"{e.protocol} protocol, {e.dtype} on {e.device}, activations {activations}{path}, {e.seconds:.1f} s"
     )
+    if e.saved is not None:
+        a_token = f"{e.saved.size / e.tokens:,.0f} bytes a token"
+        lines.append(f"kept as a reference in {e.saved.file}: {gigabytes(e.saved.size)}, {a_token}")
     return "\n".join(lines)
 
 
@@ -201,15 +213,17 @@ ROUNDED = 49.0
 @dataclass(frozen=True)
 class TensorError:
     """Error of one decoded weight against its source: signal and noise are sums of squares. `scale_share` is the share
-    of the noise that other scales would take away."""
+    of the noise that other scales would take away. `bits` are those of an element as it is stored."""
 
     name: str
     role: str
+    layer: int | None
     scheme: str
+    bits: float
     signal: float
     noise: float
     max_error: float
-    scale_share: float = 0.0
+    scale_share: float
 
     @property
     def is_wrong(self) -> bool:
@@ -242,13 +256,14 @@ class RoleErrors:
 
 @dataclass(frozen=True)
 class SourceErrors:
-    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`; of single tensors the worst,
-    and those that can't be right."""
+    """An artifact's errors against its source, as consumers decode it to `decoded_dtype`: of roles, of every weight, in
+    the model's order, of the worst, and of those that can't be right."""
 
     decoded_dtype: str
     roles: list[RoleErrors]
+    weights: list[TensorError]
     worst: list[TensorError]
-    wrong: list[TensorError] = field(default_factory=list)
+    wrong: list[TensorError]
 
 
 @dataclass(frozen=True)
@@ -300,8 +315,12 @@ def verification_json(v: Verification) -> dict[str, Any]:
     if v.errors is not None:
         result["decoded_dtype"] = v.errors.decoded_dtype
         result["roles"] = [asdict(role) for role in v.errors.roles]
+        result["weights"] = [
+            {"tensor": e.name, "sqnr_db": e.sqnr} | values_of(e, "role", "layer", "scheme", "bits", "max_error")
+            for e in v.errors.weights
+        ]
         result["worst"] = [
-            {"tensor": e.name, "scheme": e.scheme, "sqnr_db": e.sqnr, "max_error": e.max_error} for e in v.errors.worst
+            {"tensor": e.name, "sqnr_db": e.sqnr} | values_of(e, "scheme", "max_error") for e in v.errors.worst
         ]
         result["wrong"] = [e.name for e in v.errors.wrong]
     return result

@@ -28,8 +28,9 @@ from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, Tens
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
+from dsv2quant.report.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
-from dsv2quant.storage.manifest import check_regular, is_text, read_manifest
+from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, read_manifest
 from dsv2quant.storage.verified import record
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
@@ -170,7 +171,10 @@ def _tensor_error(
             of_scales, of_all = _of_scales(x[::SAMPLED_ROWS], difference[::SAMPLED_ROWS])
             scales, sampled = scales + of_scales, sampled + of_all
     share = scales / sampled if sampled else 0.0
-    return TensorError(weight.spec.name, weight.spec.role, weight.stored_scheme, signal, noise, largest, share)
+    spec, bits = weight.spec, 8 * weight.nbytes / weight.spec.size
+    return TensorError(
+        spec.name, spec.role, spec.layer, weight.stored_scheme, bits, signal, noise, largest, share
+    )  # fmt: skip
 
 
 def _of_scales(x: torch.Tensor, difference: torch.Tensor) -> tuple[float, float]:
@@ -249,11 +253,12 @@ def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable
         raise InputError(f"can't be read: {error.strerror}", where=folder / name, fix="get it again") from None
     if not same and not is_text(name):
         raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
-    return None if same else name
+    # A card with measurements is written when the artifact is whole already.
+    return None if same or (name == CARD_FILE and not is_persons(folder / name)) else name
 
 
 def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:
-    """Errors by role and scheme, and the worst tensors."""
+    """Errors by role and scheme, of all tensors, and the worst."""
     groups: dict[tuple[str, str], list[TensorError]] = {}
     for error in errors:
         groups.setdefault((error.role, error.scheme), []).append(error)
@@ -271,4 +276,5 @@ def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErro
         for (role, scheme), members in ordered
     ]
     noisy = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)
-    return SourceErrors(artifact.served_dtype, roles, noisy[:WORST], [e for e in noisy if e.is_wrong])
+    wrong = [e for e in noisy if e.is_wrong]
+    return SourceErrors(artifact.served_dtype, roles, list(errors), noisy[:WORST], wrong)

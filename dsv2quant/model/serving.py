@@ -7,7 +7,8 @@ quant_method fp8 is decoded (finegrained_fp8.py), where no GPU multiplies FP8.
 
 vLLM 0.26: W4A8 is multiplied in FP8 (`W4A8.decode_as_vllm`); of a latent KV cache it drops the scales, because its
 quantization methods make some for `Attention` and not for `MLAAttention` (compressed_tensors.py, get_quant_method).
-SGLang 0.5.23 drops them, too.
+SGLang drops them, too, and all of compressed-tensors, whose `get_quant_method` knows no attention (0.5.16, run: the
+same log-probabilities with them and without; 0.5.23, read).
 """
 
 from __future__ import annotations
@@ -55,4 +56,6 @@ def decode(
 
 def takes_cache_scales(serving: Serving | None, config: ModelConfig) -> bool:
     """Whether a consumer's FP8 cache has the artifact's scales, and not 1."""
+    if serving == "sglang" and (config.quantization or {}).get("quant_method") == "compressed-tensors":
+        return False
     return not (serving in SERVERS and config.is_mla)

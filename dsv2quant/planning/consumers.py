@@ -35,6 +35,11 @@ _NOT_EXPERTS = {
     # gptq/schemes/gptq_moe.py makes the experts' scales float16; fused_marlin_moe.py asserts that inputs are alike.
     ("sglang", "gptq"): "computes GPTQ experts in float16, in which DeepSeek-V2 overflows",
 }
+# Why a target loads no model of plain attention and a dense FFN in a scheme.
+_NOT_DENSE = {
+    # models/llama.py, load_weights: no layer of block FP8 has its names (0.5.16, run: it computes zeros; 0.5.23, read)
+    ("sglang", "fp8-block"): "loads no block scales of a Llama: it looks for them as `weight_scale`",
+}
 # Why a target loads no quantized model of plain attention and routed experts: deepseek-moe-16b, and the language models
 # of DeepSeek-VL2-tiny and DeepSeek-OCR.
 _NOT_PLAIN_EXPERTS = {
@@ -103,6 +108,9 @@ def _refused(target: str, schemes: Sequence[str], config: ModelConfig) -> UsageE
         for name, reason in reasons.items():
             if reason is not None:
                 return UsageError(f"no {name} for --target {target}: it {reason}", fix=fix)
+        if not config.is_mla and not config.n_routed_experts and (target, scheme) in _NOT_DENSE:
+            reason = _NOT_DENSE[target, scheme]
+            return UsageError(f"no {scheme} for --target {target}: it {reason}", fix="take --fp8=channel")
         if scheme not in ROWS[target]:
             known = ", ".join(other for other in TARGETS if scheme in ROWS[other])
             return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")

@@ -93,6 +93,12 @@ def _unmerged(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | 
     return Refusal(f"{target}: q_a_proj and kv_a_proj_with_mqa are fused without merging scales", "fp8-channel")
 
 
+def _packed_q_b(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
+    # deepseek_v2.py, DeepseekV2AttentionMLA asks q_b_proj.weight for its shape, which packed layers of any layout lack:
+    # its start fails (0.5.16, run; 0.5.23 takes them).
+    return Refusal(f"{target}: q_b_proj is read as a plain matrix") if spec.role == "q_b_proj" else None
+
+
 def _packed_a(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
     # deepseek_v2.py, prepare_qkv_latent, asks fused_qkv_a_proj_with_mqa.weight for its dtype, which AWQ is spared, and
     # packed layers of compressed-tensors have none: the first forward pass fails (0.5.16, run on a CPU: its start).
@@ -108,10 +114,13 @@ def _blocks(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | No
         width, hidden = _expert(spec)
         unit = _refined_block(width, hidden) if target == "vllm" else BLOCK
         return _multiple(target, "the experts' width", width, tp, unit)
+    # What comes in is quantized in groups of 128 columns, too, of which none may be ragged: SGLang fp8_kernel.py,
+    # sglang_per_token_group_quant_fp8; vLLM fp8_utils.py, per_token_group_quant_fp8, where it runs eagerly (both run).
+    found = _multiple(target, "columns", cols, tp if spec.parallel == "columns" else 1)
+    if found is not None:
+        return found
     if tp > 1 and spec.parallel == "rows":
         return _multiple(target, "rows", rows, tp)
-    if tp > 1 and spec.parallel == "columns":
-        return _multiple(target, "columns", cols, tp)
     if spec.fused_as is not None and not spec.fused_as.is_last:
         return _multiple(target, "rows of a fused matrix's member", rows, 1)
     return None
@@ -219,8 +228,8 @@ ROWS: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(("fp8-channel", "fp8-autofp8"), _any),
         "fp8-tensor": _all(_tensor_experts, _unmerged),
         "fp8-static": _unmerged,
-        **dict.fromkeys(_PACKED, _all(_marlin, _packed_a)),
-        **dict.fromkeys(_GPTQ + _AWQ, _marlin_words),
+        **dict.fromkeys(_PACKED, _all(_marlin, _packed_a, _packed_q_b)),
+        **dict.fromkeys(_GPTQ + _AWQ, _all(_marlin_words, _packed_q_b)),
     },
     "transformers": {
         "fp8-block": _whole_blocks,
@@ -231,18 +240,15 @@ ROWS: dict[str, dict[str, Rule]] = {
 READ = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23", "transformers": "transformers 5.23.0"}
 # Beside ROWS: which consumer ran artifacts of a scheme, and computed what they say (docs/consumers.md, What was run). A
 # GPU ran its kernels; a CPU its choice of schemes and its loaders.
+_FP8 = ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-autofp8")
 _ON_GPU, _ON_CPU = "run, vLLM 0.26 on a GPU and 0.32 on a CPU", "run, vLLM 0.32 on a CPU"
+_SGLANG = "run, SGLang 0.5.16 on a GPU"
 RAN: dict[str, dict[str, str]] = {
     "vllm": {
-        **dict.fromkeys(("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-autofp8"), _ON_GPU),
-        **dict.fromkeys(("int4-g128", "int4-g64", "int8-channel", "w4a8-g128"), _ON_GPU),
-        **dict.fromkeys(("gptq-g128", "gptq-g64", "awq-g128", "awq-g64"), _ON_GPU),
-        **dict.fromkeys(("int4-g32", "int4-channel"), _ON_CPU),
+        **dict.fromkeys((*_FP8, *_PACKED, "int8-channel", "w4a8-g128", "gptq-g128", "awq-g128"), _ON_GPU),
+        **dict.fromkeys(("gptq-g64", "awq-g64"), _ON_CPU),
     },
-    "sglang": dict.fromkeys(
-        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "fp8-autofp8", "int4-g128", "int4-channel"),
-        "run, SGLang 0.5.16 on a CPU",
-    ),
+    "sglang": dict.fromkeys((*_FP8, *_PACKED, "gptq-g128", "awq-g128"), _SGLANG),
     "transformers": dict.fromkeys(
         ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "int8-channel", "w4a8-g128"),
         "run, transformers 5.23.0 on a CPU",

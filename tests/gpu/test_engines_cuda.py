@@ -76,14 +76,19 @@ def test_a_tokenizer_without_bos_is_seen(int4, verify, tmp_path):
     assert (ran.code, "takes the prompt for tokens" in ran.err) == (4, True), ran.err
 
 
+@pytest.mark.skipif(PYTHONS["vllm"] is None, reason="needs VLLM_PYTHON")
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
 def test_cache_scales_are_seen(verify, tmp_path_factory, tmp_path):
-    """Half of what they should be, they clip. Of a latent cache the engines have none: Llama's."""
+    """Half of what they should be, they clip. Of a latent cache engines have none, and SGLang of no INT4: Llama's in
+    vLLM, whose activations stay as they are, so that little else is between engine and runtime."""
     source = make("llama", tmp_path_factory.mktemp("source") / "llama")
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {i} quick brown foxes jump over lazy dogs.\n" for i in range(200)))
-    artifact, asked = tmp_path / "out", {"targets": ["vllm", "sglang"], "device": "cuda"}
-    convert(source, artifact, scheme="fp8-block", kv_scales=True, calibration=text, samples=8, length=256, **asked)
-    assert verify(artifact, artifact, "--kv-cache", "fp8_e4m3").code == 0
+    artifact, asked = tmp_path / "out", {"method": "rtn", "kv_scales": True, "targets": ["vllm"]}
+    convert(source, artifact, scheme="int4-pure", calibration=text, samples=8, length=256, **asked)
+    ran = verify(artifact, artifact, "--kv-cache", "fp8_e4m3")
+    assert ran.code == 0, ran.err
     bad = faults.copy(artifact, tmp_path / "bad", faults.cache_scales_halved)
     ran = verify(artifact, bad, "--kv-cache", "fp8_e4m3")
-    assert (ran.code, "mean KLD from the runtime is" in ran.err) == (4, True), ran.err
+    print(ran.err)
+    assert (ran.code, "mean KLD from the runtime is" in ran.err) == (4, True)

@@ -31,6 +31,7 @@ stub() {  # MODULE TEXT: what is imported whatever is served, and not called her
   printf '%s\n' "$2" > "$work/all/$1"
 }
 
+[ -x "${CUDA_HOME:-}/bin/nvcc" ] || { echo 'set CUDA_HOME to the folder of CUDA 13, which has bin/nvcc' >&2; exit 2; }
 here=$(dirname "$(realpath "$0")") dest=$(realpath -m "$1") python=$2 size=${3:-39}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -27,6 +27,7 @@ KERNELS = [
     ("norm", "_jit_fused_add_rmsnorm_module", BF16, False),
     ("per_tensor_quant_fp8", "_jit_per_tensor_quant_fp8_module", False, BF16),
     ("per_tensor_quant_fp8", "_jit_per_tensor_quant_fp8_module", True, BF16),
+    ("per_tensor_quant_fp8", "_jit_per_tensor_quant_fp8_module", False, torch.float32),
     ("per_tensor_quant_fp8", "_jit_per_tensor_absmax_fp8_module", BF16),
     ("per_token_group_quant_8bit", "_jit_per_token_group_quant_8bit_module", BF16, E4M3, 128),
     ("per_token_group_quant_8bit_v2", "_jit_module", BF16, E4M3, True),

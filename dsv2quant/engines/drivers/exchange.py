@@ -7,6 +7,7 @@ From it, of n windows and s scored positions each:
 - decoded.npy, int64 [n, s], where tokens were decoded behind the windows
 - generated.json, one object for each prompt; report.json; bench.json
 - progress, a byte for each window and prompt that is done
+- reason, a line, where the driver fails
 """
 
 from __future__ import annotations
@@ -122,14 +123,16 @@ def check(found: Sequence[float] | np.ndarray, said: Sequence[float]) -> None:
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Write an error to stderr with the reason as the last line."""
+    """Write an error to stderr, and to the folder why: what an engine prints while it ends comes behind it. An error
+    without words is told by its line."""
     traceback.print_exception(kind, error, trace)
-    print(f"{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    said = " ".join(str(error).split()) or (traceback.extract_tb(trace)[-1].line if trace else "")
+    (Path(sys.argv[1]) / "reason").write_text(f"{kind.__name__}: {said}")
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a driver. What ends it is the last line: what an engine prints while it shuts down would come behind. Not by
-    sys.excepthook, for which torch.distributed has a function of its own."""
+    """Run a driver, and tell what ends it. Not by sys.excepthook, for which torch.distributed has a function of its
+    own."""
     try:
         main()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the reason

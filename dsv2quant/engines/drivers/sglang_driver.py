@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from exchange import Exchange, check, clocked, run, tell
 
-# Logits of a window in one call; DeepGEMM compiles its kernels at the first use of each shape.
-NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0"}
-PREFERRED = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
+# A window's logits in one call; GPUs that others use, too.
+NEEDED = {"SGLANG_ENABLE_LOGPROB_CHUNK": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+PREFERRED = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}  # it compiles its kernels at the first use of each shape
 LATENT = 512  # kv_lora_rank that MLA's kernels are made for; Triton's take others
 SPARE = 4096  # tokens of cache beyond what is asked
 

@@ -68,8 +68,8 @@ def start(exchange: Exchange) -> Any:
                "kv_cache_memory_bytes": CACHE + tokens * CACHE_OF_TOKEN, "gpu_memory_utilization": 0.05}  # fmt: skip
     if bench:
         tokens = max(tokens, max(bench["contexts"]) + bench["new_tokens"])
-        options = {"max_num_seqs": max(bench["batches"]), "max_num_batched_tokens": tokens,
-                   "cudagraph_capture_sizes": bench["batches"], "gpu_memory_utilization": 0.95}  # fmt: skip
+        options = {"max_num_seqs": max(bench["batches"]), "cudagraph_capture_sizes": bench["batches"],
+                   "gpu_memory_utilization": 0.95}  # fmt: skip
     return LLM(
         exchange.model, dtype=request["dtype"], tensor_parallel_size=request["tp"], kv_cache_dtype=request["kv_cache"],
         max_model_len=tokens, enable_prefix_caching=False, **options,
