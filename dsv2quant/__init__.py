@@ -13,12 +13,24 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify, verify_engine
+    from dsv2quant.api import (
+        calibrate,
+        convert,
+        evaluate,
+        generate,
+        inspect,
+        memory,
+        open,
+        plan,
+        push,
+        verify,
+        verify_engine,
+    )
     from dsv2quant.release.compare import compare
 
 _ELSEWHERE = {"compare": "dsv2quant.release.compare"}
 __all__ = [
-    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify",
+    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "verify",
     "verify_engine",
 ]  # fmt: skip
 

@@ -221,6 +221,6 @@ def test_warnings_are_logged(wordy, fox, tmp_path, caplog):
     dq.convert(wordy, tmp_path / "out", scheme="int4-experts", targets=("transformers",), group_size=32, **FEW,
                calibration=fox)  # fmt: skip
     assert caplog.messages == []
-    with caplog.at_level(logging.INFO, "dsv2quant.api"):
+    with caplog.at_level(logging.INFO, "dsv2quant.report.plans"):
         dq.convert(wordy, tmp_path / "again")
     assert any("recipe fp8-block, for vllm" in message for message in caplog.messages)
