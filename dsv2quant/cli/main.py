@@ -25,6 +25,7 @@ VERBS = {
     "plan": ("dsv2quant.cli.plan", "Show what a conversion would do, from headers alone."),
     "bench": ("dsv2quant.cli.bench", "Measure kernels, or a model, on this GPU."),
     "calibrate": ("dsv2quant.cli.calibrate", "Measure activations, for many conversions."),
+    "compare": ("dsv2quant.cli.compare", "Show artifacts beside each other, whoever made them."),
     "convert": ("dsv2quant.cli.convert", "Quantize a checkpoint."),
     "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),
     "generate": ("dsv2quant.cli.generate", "Continue a text, or answer a question."),
