@@ -174,6 +174,8 @@ def test_a_card_tells_what_was_measured(small):
         "as the runtime computes it",
     ]  # fmt: skip
     assert "eval-ppl ARTIFACT --reference a/b --ctx 512 --limit 60" in card
+    drawn = folder_card(plan, "", origin(checkpoint), figures={"figures/sqnr.svg": "Signal to noise"}).decode()
+    assert "\n![Signal to noise](figures/sqnr.svg)\n" in drawn
 
 
 def test_the_calibration_and_its_coverage_are_told(wordy, fox, tmp_path, cli):
