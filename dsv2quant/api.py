@@ -188,9 +188,10 @@ def calibrate(
     """Run text through a model and write statistics of every linear's inputs to `out`, a safetensors file that many
     conversions take; with `imatrix` also an importance matrix for llama-quantize, a GGUF file.
 
-    `text`, `samples`, `length`, `seed` and `figure` are as in `Options`; `protocol` "llama.cpp" cuts windows in order,
-    as llama-imatrix does. A run that was killed continues, unless `force` starts over. Raises UsageError for a text or
-    seed that the protocol can't have, and InputError where an output is an input or holds something else.
+    `text` is the `calibration` of `Options`, and `samples`, `length`, `seed` and `figure` are as there; `protocol`
+    "llama.cpp" cuts windows in order, as llama-imatrix does. A run that was killed continues, unless `force` starts
+    over. Raises UsageError for a text or seed that the protocol can't have, and InputError where an output is an input
+    or holds something else.
     """
     asked.check_values({"samples": samples, "length": length, "seed": seed, "protocol": protocol})
     if protocol == "llama.cpp" and (text is None or os.fspath(text).lower().endswith((".jsonl", ".json"))):
@@ -212,7 +213,8 @@ def calibrate(
     inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
     asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
     with progress(0, "", "tokenize"):
-        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol)
+        where = hub.get("cache_dir"), hub.get("offline", False)
+        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol, *where)
     with tell_kept(out, partial(calib.is_begun, out)):
         found = calib.calibrate(
             checkpoint, out, calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,

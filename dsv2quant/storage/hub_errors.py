@@ -25,9 +25,11 @@ def near(path: str) -> str | None:
 
 
 @contextmanager
-def hub_errors(repo: str, cache_dir: str | None, *, writes: bool = False) -> Iterator[None]:
-    """Raise InputError for what huggingface_hub raises within, be it reading or, if so said, writing. Nothing else
-    belongs inside: an answer that is not the hub's fails in its parsing, in any way."""
+def hub_errors(
+    repo: str, cache_dir: str | None, *, writes: bool = False, is_dataset: bool = False
+) -> Iterator[None]:  # fmt: skip
+    """Raise InputError for what huggingface_hub raises within, reading a model or, as is said, a data set, or writing.
+    Nothing else belongs inside: an answer that is not the hub's fails in its parsing, in any way."""
     from huggingface_hub import constants, errors
 
     try:
@@ -35,12 +37,15 @@ def hub_errors(repo: str, cache_dir: str | None, *, writes: bool = False) -> Ite
     except errors.GatedRepoError:
         raise InputError("the hub refuses access", where=repo, fix="accept its licence and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
+        if is_dataset:
+            fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local file must exist"
+            raise InputError("no such data set on the hub and no such file", where=repo, fix=fix) from None
         if writes:
             raise InputError("the hub shows no such repository", where=repo, fix=_WRITE_TOKEN) from None
         fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local folder must exist"
         raise InputError("no such model on the hub and no such folder", where=repo, fix=fix) from None
     except errors.RevisionNotFoundError:
-        raise InputError("no such revision", where=repo, fix="give a branch, tag or commit of the model") from None
+        raise InputError("no such revision", where=repo, fix="give a branch, tag or commit of it") from None
     except errors.LocalEntryNotFoundError as error:  # the cache was its last resort
         raise _unreachable(error.__cause__ or error, repo, writes) from None
     except errors.EntryNotFoundError as error:
