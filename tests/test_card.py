@@ -22,7 +22,7 @@ from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.planning.sizes import tensor_parallel_sizes
-from dsv2quant.report.card import GgufFile, folder_card, gguf_card, is_persons, write_card
+from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, is_persons, write_card
 from dsv2quant.report.origin import origin
 
 MIT = {"license": "mit", "language": ["en", "no"]}
@@ -121,6 +121,15 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path, fox, cli):
     assert cli("convert", source, "--fp8", "--base-model", "DeepSeek-V2", "-o", tmp_path / "no").code == 2
     with pytest.raises(UsageError, match="--base-model does not go with --gguf"):
         dq.plan(source, gguf="Q8_0", base_model="deepseek-ai/DeepSeek-V2")
+
+
+def test_a_data_set_that_calibrated_is_named_by_its_id(small):
+    checkpoint = open_checkpoint(small)
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    for source, expected in (("org/chats@0123abcd:train#messages", ["org/chats"]), ("my chats.jsonl", None)):
+        card = folder_card(plan, "", origin(checkpoint), calibrated=CalibratedOn(source, "0" * 64, 8, 512))
+        assert front_of(card).get("datasets") == expected
+        assert f"On 4,096 tokens, 8 windows of 512, of {source} (sha256 {'0' * 64})." in card.decode()
 
 
 def test_without_a_base_model_none_is_named(small):
