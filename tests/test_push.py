@@ -15,6 +15,7 @@ from hub_server import Repo, Served, serve, use
 
 import dsv2quant as dq
 from dsv2quant.errors import InputError
+from dsv2quant.storage import push
 
 SHARD = "model.safetensors"
 
@@ -194,6 +195,14 @@ def test_weights_of_another_artifact_in_the_repository_are_told(hub, verified, c
     dq.push(verified, "me/lite")
     assert "me/lite also holds model-00001-of-00002.safetensors, which programs may load" in caplog.text
     assert on_the_hub(hub)["notes.md"] == b"mine"
+
+
+def test_a_file_that_few_clients_can_download_is_told(hub, verified, caplog, monkeypatch):
+    dq.push(verified, "me/lite")
+    assert caplog.messages == []
+    monkeypatch.setattr(push, "LARGE", 100_000)
+    dq.push(verified, "me/lite")
+    assert "model.safetensors has more than 50 GB: clients without hf_xet can't download it" in caplog.text
 
 
 def test_a_gguf_file_goes_with_its_manifest_and_the_card_that_names_it(hub, tmp_path):

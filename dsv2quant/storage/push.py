@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 logger = logging.getLogger(__name__)
+LARGE = 50_000_000_000  # bytes; what is larger is downloaded by hf_xet alone (huggingface_hub/constants.py 2.4)
 _PICTURE = re.compile(rf"\]\(({PICTURES}/\w[\w.-]*\.svg)\)")
 
 
@@ -76,6 +77,9 @@ def push(
     with progress(sum(entry["size"] for entry in entries.values()), "B", "checksums") as advance:
         hashed = partial(_checked, manifest.parent)
         found = dict(zip(entries, hash_together(hashed, entries.items(), advance), strict=True))
+    if large := [name for name, entry in found.items() if entry["size"] > LARGE]:
+        fix = "`convert` cuts it by --max-shard-size, or of a GGUF file --split-max-size"
+        logger.warning("%s has more than 50 GB: clients without hf_xet can't download it (%s)", listing(large), fix)
     added = [path.name for path in (manifest, record_path(manifest)) if is_regular(path)]
     if CARD_FILE not in entries and _is_card(manifest.with_name(CARD_FILE), entries):
         added.append(CARD_FILE)

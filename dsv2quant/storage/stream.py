@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,9 @@ class Stream:
 
     def _downloaded(self, file: str) -> Path:
         from huggingface_hub import errors, hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars
 
         logger.info("%s: fetching %s, %s bytes", self.repo, file, f"{self.files[file].size:,}")
-        disable_progress_bars()  # the conversion's own is open
-        with hub_errors(self.repo, os.fspath(self.folder)):
+        with hub_errors(self.repo, os.fspath(self.folder)), _without_bars():
             for wait in range(TRIES):
                 try:
                     return Path(hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
@@ -145,6 +143,21 @@ class Stream:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep huggingface_hub's own bars down in here: the conversion's is open."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _places(header: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
