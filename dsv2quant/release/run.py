@@ -1,0 +1,160 @@
+"""A release, start to end: every artifact converted, checked, measured against a reference that is scored once, and run
+in engines; then cards, checksums and a report. What is done is kept: a run that was killed goes on from there.
+
+    OUT/MODEL-FP8-BLOCK/, OUT/MODEL-Q4_K_M.gguf, …    the artifacts
+    OUT/report.html, report.json, SHA256SUMS, release.yaml
+    OUT/.release.state, .reference.safetensors         what a later run goes on from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dsv2quant.api as dq
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import GateError, listing
+from dsv2quant.progress import Progress, no_progress
+from dsv2quant.release.wanted import Gates, Release, Wanted
+from dsv2quant.report.measured import Measured, measured_from, measured_json
+from dsv2quant.storage.durable import StateLog, disk_errors, dump_json, write_whole
+
+logger = logging.getLogger(__name__)
+STATE, REFERENCE, SUMS = ".release.state", ".reference.safetensors", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact of a release, and what was measured of it; `failed` are gates that it doesn't keep to, a line
+    each."""
+
+    wanted: Wanted
+    conversion: Any  # Conversion: its module imports much
+    measured: Measured
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release of `model` in folder `out`."""
+
+    out: Path
+    model: str
+    made: tuple[Made, ...]
+
+    def check(self) -> None:
+        """Raise GateError where an artifact doesn't keep to a gate."""
+        failed = [f"{each.wanted.name}: {what}" for each in self.made for what in each.failed]
+        if failed:
+            raise GateError(listing(failed))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a release has in common."""
+
+    checkpoint: Checkpoint
+    out: Path
+    release: Release
+    device: str
+    progress: Progress
+
+    def conversion(self, wanted: Wanted) -> dict[str, Any]:
+        """Options of `convert`: the calibration goes to those that calibrate."""
+        from dsv2quant.calib.calibration import needs_calibration
+
+        options = dict(wanted.options)
+        if wanted.into_gguf or not needs_calibration(dq.plan(self.checkpoint, **options)):  # type: ignore[arg-type]
+            return options
+        return options | dict(self.release.calibration)
+
+    def reference(self) -> Path:
+        """The file of the model's own distributions, made where it is not there."""
+        path = self.out / REFERENCE
+        dq.evaluate(
+            self.checkpoint, save_reference=path, device=self.device, progress=self.progress, **self.release.evaluation
+        )
+        return path
+
+    def make(self, wanted: Wanted, reference: Path, log: StateLog) -> Made:
+        """Make an artifact, or find it made; measure it, or take what was measured of these very files."""
+        options = self.conversion(wanted)
+        made = dq.convert(
+            self.checkpoint, self.out / wanted.name, device=self.device, progress=self.progress, **options
+        )
+        key = self.key(made.files)
+        known = [line for line in log.lines if line["name"] == wanted.name and line["key"] == key]
+        if known:
+            measured = measured_from(known[-1]["measured"])
+        else:
+            measured = self.measure(wanted, made.plan, reference)
+            log.append({"name": wanted.name, "key": key, "measured": measured_json(measured)})
+        return Made(wanted, made, measured, tuple(_failed(measured, wanted.gates)))
+
+    def key(self, files: Mapping[str, Any]) -> str:
+        """Of what was measured: an artifact's files, on what text, and in which engines."""
+        asked = [sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")]
+        rest = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
+        return hashlib.sha256(json.dumps([asked, rest]).encode()).hexdigest()
+
+    def measure(self, wanted: Wanted, plan: Any, reference: Path) -> Measured:
+        from dsv2quant.engines.results import engine_run
+        from dsv2quant.evaluation.cells import cells
+        from dsv2quant.evaluation.results import scores_of
+
+        path, where = self.out / wanted.name, {"device": self.device, "progress": self.progress}
+        checked = dq.verify(path, self.checkpoint, **where)
+        evaluated = dq.evaluate(path, reference=reference, **where, **self.release.evaluation)
+        runs = tuple(
+            engine_run(dq.verify_engine(path, source=self.checkpoint, **where, **dict(engine)))
+            for engine in self.release.engines
+            if _takes(engine["engine"], wanted, plan)
+        )
+        return Measured(scores_of(evaluated), runs, cells(dq.open(path), checked.errors))
+
+
+def release(
+    model: dq.Model, out: Path, wanted: Release, *, device: str = "cpu", progress: Progress = no_progress,
+    **hub: Any,
+) -> Released:  # fmt: skip
+    """Make a release of a model in folder `out`. All that is asked is planned before anything is written. A gate that
+    fails leaves the other artifacts done: `Released.check` raises for it. Raises as `plan`, `convert`, `verify`,
+    `evaluate` and `verify_engine` do, and InputError where another run works in `out`."""
+    run = _Run(dq.open(model, **hub), out, wanted, device, progress)
+    for each in wanted.artifacts:
+        dq.check_conversion(out / each.name, device, **run.conversion(each))
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with closing(StateLog(out / STATE, out)) as log:
+        reference = run.reference()
+        made = tuple(run.make(each, reference, log) for each in wanted.artifacts)
+        released = Released(out, run.checkpoint.model, made)
+        _finish(released, wanted)
+    return released
+
+
+def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:
+    """Whether an engine runs an artifact."""
+    return engine == "llama.cpp" if wanted.into_gguf else engine in plan.targets
+
+
+def _failed(measured: Measured, gates: Gates) -> Iterator[str]:
+    """What is wrong with an artifact, a line each."""
+    scores = measured.scores
+    if scores is not None:
+        growth = 100 * (scores.perplexity.value / scores.reference_perplexity.value - 1)
+        # A number that is none keeps to nothing.
+        if gates.max_kld is not None and not scores.kld.value <= gates.max_kld:
+            yield f"mean KLD is {scores.kld.value:.5f} nats, more than {gates.max_kld:g}"
+        if gates.max_ppl_increase is not None and not growth <= gates.max_ppl_increase:
+            yield f"perplexity grew by {growth:.3f}%, more than {gates.max_ppl_increase:g}%"
+        if gates.min_top1 is not None and not scores.top1.value >= gates.min_top1:
+            yield f"the likeliest token is the same for {scores.top1.value:.2%}, less than {gates.min_top1:.2%}"
+    for engine in measured.engines:
+        yield from (f"in {engine.engine}: {fault}" for fault in engine.faults)
