@@ -221,7 +221,8 @@ def calibrate(
 
 
 def evaluate(
-    model: Model, *, reference: Model | None = None, text: StrPath | None = None, dataset: str | None = None,
+    model: Model, *, reference: Model | None = None, save_reference: StrPath | None = None,
+    text: StrPath | None = None, dataset: str | None = None,
     ctx: int | None = None, limit: int | None = None, protocol: Protocol = "default", batch: int | None = None,
     stream: bool = False, device: str = "cpu", dtype: str = "auto", backend: str = "auto", weight_only: bool = False,
     decode_path: bool = False, kv_cache: str = "auto", serving: str | None = None,
@@ -231,12 +232,14 @@ def evaluate(
     """A model's perplexity and, with `reference`, its divergence from that, on a `text` file, a `dataset`
     ("wikitext2"), or Python's own help topics.
 
+    `save_reference` keeps the model as a reference in a file, which `reference` takes in its place for the same text,
+    protocol and dtype; a run that was killed continues.
     `ctx` tokens are in a window (2048, or the trained context), `limit` windows are scored, `batch` of them go through
     a layer together; `stream` holds one layer's weights at a time. `max_ppl_increase`, in percent, and `max_kld`, in
     nats, set gates: `Evaluation.check_gates` raises for what failed. `decode_path` scores token by token, over a cache
     that stores `kv_cache`; `serving` computes as that consumer does where it departs from what the artifact says.
     Raises UsageError where options contradict each other or can't be had, and InputError where model, reference and
-    text don't go together.
+    text don't go together, or the file of a reference can't be read or written.
     """
     asked.check_values(
         {"ctx": ctx, "limit": limit, "batch": batch, "protocol": protocol, "dataset": dataset, "dtype": dtype,
@@ -246,6 +249,10 @@ def evaluate(
         raise UsageError("--as and --weight-only exclude each other: a consumer does as it does")
     if reference is None and (max_ppl_increase is not None or max_kld is not None):
         raise UsageError("--max-ppl-increase and --max-kld need --reference")
+    if save_reference is not None and reference is not None:
+        raise UsageError("--save-reference and --reference exclude each other: what is kept is MODEL itself")
+    if save_reference is not None and kv_cache != "auto":
+        raise UsageError(f"--kv-cache {kv_cache}: a reference that is kept has the compute dtype in its cache")
     if text is not None and dataset is not None:
         raise UsageError("--text and --dataset exclude each other")
     if kv_cache != "auto" and not decode_path:
@@ -258,12 +265,19 @@ def evaluate(
         scored = from_dataset(dataset, hub.get("cache_dir"), hub.get("offline", False)) if dataset else python_topics()
     asked.check_device(device)
     opened = open(model, **hub)
-    against = None if reference is None else open(reference, **hub | {"revision": None})
+    save = None if save_reference is None else Path(save_reference)
+    read = [*opened.inputs, *([] if text is None else [Path(text)])]
+    asked.check_outputs([] if save is None else [save], read)
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
+        from dsv2quant.evaluation.reference import kept_at
 
     options = load_options(device, dtype, backend, kv_cache, weight_only, serving)
-    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, max_ppl_increase, max_kld)
+    gates = (max_ppl_increase, max_kld)
+    settings = measure.Settings(options, ctx, limit, batch, protocol, stream, decode_path, *gates, save)
+    with progress(0, "", "reference"):
+        kept = kept_at(reference)
+    against = kept if kept or reference is None else open(reference, **hub | {"revision": None})
     return measure.evaluate(opened, against, scored, settings, progress)
 
 

@@ -9,6 +9,7 @@ N = 0 in its own process, otherwise in a fork of it, and then prints the exit st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -55,9 +56,14 @@ def run(n, *args):
         from dsv2quant.storage import engine
 
         engine.RECORD_EVERY = 1  # a small model's tensors, too, are recorded one by one
+    if "--save-reference" in args:
+        from dsv2quant.evaluation import keeping
+
+        keeping.EVERY = 0.0  # a small model's layers, too, each leave a snapshot
     sys.argv = ["dsv2quant", *args]
     try:
-        main()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for what `serve` says
+            main()
     finally:
         if n == 0:
             print(changes)

@@ -1,19 +1,29 @@
-"""What a source's own card says of its licence is carried along, whatever else stands in it."""
+"""The model card: what it says of the base model, how the artifact is run, what was measured; and whose it is."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import tracemalloc
+from dataclasses import replace
 
+import gguf_tiny
 import pytest
 import tiny
+from huggingface_hub import ModelCard
+from measured_cases import MEASURED
 
+import dsv2quant as dq
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.errors import InputError
+from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.report.plans import _licence
+from dsv2quant.planning.sizes import tensor_parallel_sizes
+from dsv2quant.report.card import GgufFile, folder_card, gguf_card, is_persons, write_card
+from dsv2quant.report.origin import origin
 
 MIT = {"license": "mit", "language": ["en", "no"]}
 BODY = "---\nlicense: mit\nlanguage:\n- en\n- no\n{}---\n# Model\n"
@@ -33,10 +43,21 @@ CARDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("card") / "model", tiny.LITE | {"num_hidden_layers": 2})
+
+
+def with_card(small, folder, content):
+    shutil.copytree(small, folder)
+    (folder / "README.md").write_bytes(content)
+    return open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("name", CARDS)
-def test_the_licence_of_a_card(name):
+def test_the_licence_of_a_card_is_carried_along_whatever_else_stands_in_it(name, small, tmp_path):
     content, expected = CARDS[name]
-    assert _licence(content) == expected
+    assert origin(with_card(small, tmp_path / "model", content)).carried == expected
 
 
 @pytest.mark.parametrize(
@@ -59,3 +80,150 @@ def test_a_card_that_is_none_is_not_read(make, message, tmp_path):
     finally:
         tracemalloc.stop()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_base_model_is_what_is_given_or_downloaded_or_snapshot_or_named(small, tmp_path):
+    named = with_card(small, tmp_path / "model", b"---\nbase_model: [nonsense, one/base]\n---\n")
+    assert (origin(named).id, origin(named).name, origin(named).revision) == ("one/base", "one/base", None)
+    assert origin(named, "my/base").id == "my/base"
+    downloaded = replace(named, model="owner/name", revision="0123abcd")
+    assert (origin(downloaded).id, origin(downloaded).revision) == ("owner/name", "0123abcd")
+    assert (origin(downloaded, "my/base").id, origin(downloaded, "my/base").revision) == ("my/base", None)
+    folder = tmp_path / "hub/models--deepseek-ai--DeepSeek-V2-Lite/snapshots/604d5664dddd88a0433dbae533b7fe9472482de0"
+    snapshot = with_card(small, folder, b"---\nbase_model: one/base\n---\n")
+    assert origin(snapshot).id == "deepseek-ai/DeepSeek-V2-Lite"
+    assert origin(snapshot).revision == folder.name
+    nameless = origin(open_checkpoint(small))
+    assert (nameless.id, nameless.name, nameless.revision) == (None, "model", None)
+
+
+def front_of(card):
+    """The metadata as the hub's own library reads it; its check of a card against the hub's rules needs the hub."""
+    return ModelCard(card.decode()).data.to_dict()
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path, fox, cli):
+    source = tmp_path / "source"
+    shutil.copytree(tiny.MINI, source)
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: deepseek\nlicense_link: LICENSE\nlanguage: [en, 'no']\n---\n"
+    )
+    (source / "LICENSE").write_text("Be kind.")
+    ran = cli("convert", source, "--fp8", "--base-model", "deepseek-ai/DeepSeek-V2", "-o", tmp_path / "out", "-q")
+    assert ran.code == 0, ran.err
+    assert front_of((tmp_path / "out/README.md").read_bytes()) == {
+        "base_model": "deepseek-ai/DeepSeek-V2", "base_model_relation": "quantized", "quantized_by": "dsv2quant",
+        "license": "other", "license_name": "deepseek", "license_link": "LICENSE", "language": ["en", "no"],
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["deepseek_v2", "fp8", "fp8-block", "conversational"],
+    }  # fmt: skip
+    assert (tmp_path / "out/LICENSE").read_text() == "Be kind."
+    assert cli("convert", source, "--fp8", "--base-model", "DeepSeek-V2", "-o", tmp_path / "no").code == 2
+    with pytest.raises(UsageError, match="--base-model does not go with --gguf"):
+        dq.plan(source, gguf="Q8_0", base_model="deepseek-ai/DeepSeek-V2")
+
+
+def test_without_a_base_model_none_is_named(small):
+    checkpoint = open_checkpoint(small)
+    front = front_of(folder_card(make_plan(checkpoint, recipe.builtin("fp8-channel")), "", origin(checkpoint)))
+    assert front.keys() & {"base_model", "base_model_relation", "license"} == set()
+
+
+def test_commands_are_for_the_targets_and_their_parallel_sizes(small):
+    checkpoint = open_checkpoint(small)
+    rules = recipe.builtin("fp8-channel")
+    plan = make_plan(checkpoint, rules, for_targets=["vllm", "sglang"], tp=2, ep=4)
+    card = folder_card(plan, "", origin(checkpoint), repo="me/tiny").decode()
+    assert "\nvllm serve me/tiny --tensor-parallel-size 2 --data-parallel-size 2 --enable-expert-parallel\n" in card
+    sglang = "--tp-size 4 --ep-size 4 --dp-size 2 --enable-dp-attention"
+    assert f"\npython -m sglang.launch_server --model-path me/tiny {sglang}\n" in card
+    assert "from transformers" not in card
+    alone = folder_card(make_plan(checkpoint, rules), "", origin(checkpoint)).decode()
+    assert "\nvllm serve .\n" in alone
+    assert 'from_pretrained(".", dtype="bfloat16", device_map="auto")' in alone
+    assert "pip install transformers accelerate compressed-tensors\n" in alone
+
+
+def test_sizes_are_those_that_the_consumer_takes_the_schemes_at(tmp_path):
+    tiny.write_headers(tmp_path, gguf_tiny.PUBLISHED["v2"])
+    checkpoint = open_checkpoint(tmp_path)
+    # Experts of 1536, in groups of 128, of which a share must hold more than one: 6 over 2 GPUs, 3 over 4, not 1.5.
+    plan = make_plan(checkpoint, recipe.builtin("int4-experts"), for_targets=["vllm"])
+    assert tensor_parallel_sizes(plan, "vllm") == [1, 2, 4]
+    assert tensor_parallel_sizes(plan, "transformers") == [1]
+    fp8 = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    assert tensor_parallel_sizes(fp8, "vllm") == [1, 2, 4, 8, 16]
+    assert "split over 1, 2, 4, 8 or 16 GPUs" in folder_card(fp8, "", origin(checkpoint)).decode()
+
+
+def test_a_card_tells_what_was_measured(small):
+    checkpoint = open_checkpoint(small)
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    assert "## Evaluation" not in folder_card(plan, "", origin(checkpoint)).decode()
+    card = folder_card(plan, "", origin(checkpoint, "a/b"), measured=MEASURED).decode()
+    assert re.search(r"\| reference base +\| +\| +\| 15.0023 ± 0.5545 \|", card)
+    row = next(line for line in card.splitlines() if line.startswith("| fp8-channel  ") and "kB" in line)
+    assert [cell.strip() for cell in row.split("|")[4:-1]] == [
+        "15.0848 ± 0.5573", "+0.00548 ± 0.00121", "0.01309 ± 0.00026", "0.1060", "94.08% ± 0.15",
+    ]  # fmt: skip
+    assert "30,660 tokens in 60 windows of 512 of a text (sha256 71f2ff5d99bd" in card.replace("\n", " ").lower()
+    assert "Perplexity grew by: fp8-channel +0.550%." in card
+    (engine,) = [line for line in card.splitlines() if line.startswith("| vllm")]
+    assert [cell.strip() for cell in engine.split("|")[1:-1]] == [
+        "vllm", "0.26.0", "NVIDIA H200", "2", "1.20e-04 ± 1e-05", "3.00e-04", "99.80% ± 0.10",
+        "as the runtime computes it",
+    ]  # fmt: skip
+    assert "eval-ppl ARTIFACT --reference a/b --ctx 512 --limit 60" in card
+
+
+def test_the_calibration_and_its_coverage_are_told(wordy, fox, tmp_path, cli):
+    few = ("--group-size", "32", "--target", "transformers", "--num-calibration-samples", "2", "--calibration", fox)
+    assert cli("convert", wordy, "--int4=experts", *few, "-o", tmp_path / "out", "-q").code == 0
+    card = (tmp_path / "out/README.md").read_text()
+    text = json.loads((tmp_path / "out/dsv2quant.json").read_text())["calibration"]["text_sha256"]
+    assert f"On 64 tokens, 2 windows of 32, of fox.txt (sha256 {text})." in card
+    found = re.search(r"A routed expert saw (\d+) to (\d+) tokens; (\d) of them saw none, and (\d) fewer", card)
+    fewest, most, unseen, starved = map(int, found.groups())
+    assert 0 <= fewest < most <= 64
+    assert (unseen > 0) == (fewest == 0)
+    assert starved == 4  # of 128 channels
+
+
+def test_a_gguf_card_has_a_row_of_every_file(tmp_path, cli):
+    plan = dq.plan(tiny.MINI, gguf="Q4_K_M")
+    larger = dq.plan(tiny.MINI, gguf="Q8_0")
+    files = [
+        GgufFile(plan, "dsv2quant convert … --gguf Q4_K_M", {"mini-Q4_K_M.gguf": 6_000_000}, MEASURED),
+        GgufFile(larger, "dsv2quant convert … --gguf Q8_0", {"mini-Q8_0.gguf": 9_600_000}),
+    ]
+    card = gguf_card(files, origin(plan.checkpoint, "me/dsv2-mini"), repo="me/mini-GGUF").decode()
+    front = front_of(card.encode())
+    assert (front["library_name"], front["license"], front["tags"]) == (
+        "gguf", "mit", ["deepseek_v2", "gguf", "conversational"],
+    )  # fmt: skip
+    assert re.search(r"\| Q4_K_M +\| 6.00 MB +\| +5.36 \|", card)
+    assert re.search(r"\| mini-Q8_0.gguf +\| 9.60 MB +\|", card)
+    assert "llama-server -hf me/mini-GGUF:Q8_0\n" in card
+    assert "llama-server -m mini-Q4_K_M.gguf\n" in card
+    assert re.search(r"\| Q8_0 +\| +9.60 MB +\| +8.57 \| +\| +\| +\| +\| +\|", card)  # not scored
+    assert "Fallbacks of Q4_K_M:" in card
+
+
+def test_a_card_that_a_person_edited_stays(small, tmp_path):
+    out, card = tmp_path / "out", tmp_path / "out/README.md"
+    plan = make_plan(open_checkpoint(small), recipe.builtin("fp8-channel"))
+    convert(plan, out, command="one")
+    assert not is_persons(card)
+    convert(plan, out, command="two", force=True)
+    assert "\ntwo\n" in card.read_text()
+    edited = card.read_text().replace("## Use", "## How to use it")
+    card.write_text(edited)
+    assert is_persons(card)
+    convert(plan, out, command="three", force=True)
+    convert(make_plan(open_checkpoint(small), recipe.builtin("fp8-tensor")), out, command="four", force=True)
+    assert card.read_text() == edited
+    assert not write_card(card, b"another")
+    assert dq.verify(out).checked.edited == ["README.md"]
+    card.unlink()
+    assert write_card(card, folder_card(plan, "five", origin(plan.checkpoint)))
+    assert dq.verify(out).checked.edited == []  # another card than the manifest's, and a person had no part in it

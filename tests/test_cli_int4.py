@@ -201,7 +201,7 @@ def test_the_card_shows_a_command_that_makes_the_same_artifact(wordy, fox, tmp_p
     own = ("--max-seq-length", "24", "--seed", "3", "--calibration", fox, "--max-shard-size", "500KB")
     assert cli("convert", wordy, "--int4=pure", *FEW, *own, "-o", tmp_path / "out", "-q").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    command = card.partition("```\n")[2].partition("\n")[0]
+    (command,) = [line for line in card.splitlines() if line.startswith("dsv2quant convert ")]
     assert command == (
         "dsv2quant convert wordy --int4=pure --group-size 32 --target transformers --max-shard-size 500KB "
         "--calibration fox.txt --num-calibration-samples 3 --max-seq-length 24 --seed 3"

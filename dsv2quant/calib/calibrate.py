@@ -38,7 +38,7 @@ from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage import engine
 from dsv2quant.storage.durable import PARTIAL, StateLog, disk_errors, is_regular, refuse_inputs
-from dsv2quant.storage.safetensors import Output, Shard
+from dsv2quant.storage.safetensors import Output, Shard, refuse_among_weights
 from dsv2quant.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -127,9 +127,7 @@ def is_begun(out: Path) -> bool:
 def _check_out(out: Path, inputs: list[Path]) -> None:
     """Raise InputError where `out` is an input or would be read as one, or is neither free nor a statistics file."""
     refuse_inputs([out, out.with_name(out.name + PARTIAL)], inputs)
-    if out.suffix == ".safetensors" and any(folder.is_dir() and out.parent.samefile(folder) for folder in inputs):
-        what = "would lie among the checkpoint's weights, and be taken for some of them"
-        raise InputError(what, where=out, fix="give a file in another folder")
+    refuse_among_weights(out, inputs)
     if not os.path.lexists(out):
         return
     if not out.is_file():

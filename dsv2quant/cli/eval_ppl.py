@@ -17,8 +17,14 @@ from dsv2quant.planning.options import DATASETS, ENGINES, PROTOCOLS
 @click.option(
     "--reference",
     type=shared.PATH,
-    metavar="MODEL",
-    help="What to compare with, normally the BF16 model it was made from.",
+    metavar="MODEL|FILE",
+    help="What to compare with, normally the BF16 model it was made from, or the file that was kept of one.",
+)
+@click.option(
+    "--save-reference",
+    type=shared.PATH,
+    metavar="FILE",
+    help="Keep MODEL as a reference: a file for --reference, so that it is scored once.",
 )
 @shared.stack(
     click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score."),
@@ -63,6 +69,8 @@ def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any
     Examples:
       dsv2quant eval-ppl DeepSeek-V2-Lite-FP8-BLOCK --reference deepseek-ai/DeepSeek-V2-Lite --dataset wikitext2
       dsv2quant eval-ppl OUT --reference BF16 --max-kld 0.05 --json
+      dsv2quant eval-ppl BF16 --save-reference bf16.safetensors
+      dsv2quant eval-ppl OUT --reference bf16.safetensors
     """
     terminal.set_verbosity(verbose, quiet)
     found = dq.evaluate(model, progress=terminal.progress(quiet), **shared.asked(options))

@@ -161,6 +161,7 @@ scheme_options = stack(
     click.option("--language-only", is_flag=True,
                  help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),
     click.option("--recipe", type=PATH, metavar="FILE", help="A YAML recipe of your own instead."),
+    click.option("--base-model", metavar="OWNER/NAME", help="The base model that the card names. Default: MODEL."),
     section="FP8, INT8 and INT4",
 )  # fmt: skip
 _consumer_options = stack(

@@ -15,9 +15,10 @@ from dsv2quant.conversion.sink import Sink
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import Conversion
+from dsv2quant.report.card import is_persons
 from dsv2quant.storage import engine
 from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumable, tell_kept
-from dsv2quant.storage.manifest import sealed
+from dsv2quant.storage.manifest import CARD_FILE, sealed
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Calibration
@@ -99,5 +100,6 @@ def _write_small_files(sink: Sink, plan: Plan | GgufPlan, command: str) -> dict[
     about = {"schema": sink.schema, "plan": sink.digest, "command": command, "source": source} | sink.about()
     small = sink.small | {sink.manifest.name: dump_json(sealed(about | {"files": files}))}
     for name in sorted(small, key="config.json".__eq__):  # nothing loads a folder without it
-        sink.write_file(name, small[name])
+        if name != CARD_FILE or not is_persons(sink.out / name):
+            sink.write_file(name, small[name])
     return files

@@ -29,8 +29,9 @@ from dsv2quant.planning.plan import Entry, Plan, Step
 from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress
-from dsv2quant.report.calibration import calibration_json, expert_tokens
-from dsv2quant.report.plans import model_card, source_card
+from dsv2quant.report.calibration import calibration_json, coverage_json, expert_tokens
+from dsv2quant.report.card import CalibratedOn, folder_card, is_persons
+from dsv2quant.report.origin import origin, source_card
 from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_FOLDER, dump_json, refuse_inputs
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
@@ -63,13 +64,14 @@ class Folder(Sink):
         progress: Progress,
     ) -> None:
         _check(plan, out, calibration, statistics)
-        self.plan, self._device = plan, device
+        self.plan, self._device, self._command = plan, device, command
+        self._base = origin(plan.checkpoint, plan.base_model)
         self._given, self._statistics = calibration, statistics
         self._prepared: Prepared
         copied, card = plan.checkpoint.carried_files(), source_card(plan.checkpoint)
         with progress(0, "", "prepare"):
             source = Source.of(plan.checkpoint, copied | ({CARD_FILE: card} if card is not None else {}))
-        small = copied | {CARD_FILE: model_card(plan, command).encode(errors="backslashreplace")}
+        small = copied | {CARD_FILE: folder_card(plan, command, self._base)}
         if (index := plan.index()) is not None:
             small[INDEX_FILE] = dump_json(index)
         small["config.json"] = dump_json(plan.config)
@@ -130,6 +132,8 @@ class Folder(Sink):
         if foreign:
             what = f"no conversion of dsv2quant's wrote {listing(foreign)}, and --force removes nothing else"
             raise InputError(what, where=self.out, fix="give another output folder, or remove them yourself")
+        if is_persons(self.out / CARD_FILE):
+            ours.discard(CARD_FILE)
         refuse_inputs((self.out / name for name in ours), inputs)
         for name in sorted(ours, key=lambda name: (name == MANIFEST_FILE, name)):  # what says that they are ours, last
             if not (self.out / name).is_dir():
@@ -143,9 +147,19 @@ class Folder(Sink):
     def jobs(self, progress: Progress) -> Iterator[Job]:
         self._prepared = prepare(self.plan, self.work, self._given, self._statistics, self._device, progress)
         self.outcomes, self.expert_tokens = self._prepared.outcomes, expert_tokens(self._prepared)
+        self.small[CARD_FILE] = folder_card(self.plan, self._command, self._base, calibrated=self._calibrated_on())
         if self._prepared.smoothing.tensors:
             self.small = {SMOOTHING_FILE: self._prepared.smoothing.to_bytes()} | self.small
         return self._jobs()
+
+    def _calibrated_on(self) -> CalibratedOn | None:
+        """What the card says of calibration."""
+        described = self._calibration or {}
+        found = described if "text_sha256" in described else described.get("statistics", {}).get("calibration")
+        if found is None:
+            return None
+        coverage = coverage_json(self.expert_tokens, self.plan.checkpoint.config.hidden_size)
+        return CalibratedOn(found["source"], found["text_sha256"], found["windows"], found["ctx"], coverage)
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}

@@ -88,7 +88,7 @@ def _decoded(model: Model, windows: Windows, advance: Callable[[int], object]) -
     for place in range(prompt, tokens.shape[1]):
         states.append(model.hidden(tokens[:, place : place + 1], caches, absorbed=True))
         advance(len(tokens))
-    return Pass(model, torch.cat(states, 1), []), [*_clipped(caches)]
+    return Pass(model.ends, torch.cat(states, 1), []), [*_clipped(caches)]
 
 
 def _clipped(caches: list[KVCache]) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,18 +27,28 @@ ROWS = 256  # positions whose logits are held at a time, in float64
 TOKENS_TOGETHER = 4096  # that go through a layer together, where nothing else is asked for
 
 
+Routes = list[torch.Tensor | None]
+
+
+class Head(Protocol):
+    """What makes logits of hidden states: of a model its `Ends`."""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Pass:
-    """All windows behind the last layer: hidden states [windows, ctx, hidden], and per layer the chosen experts
-    [windows, ctx, k] (None in dense layers)."""
+    """All windows behind the last layer: hidden states [windows, ctx − begin, hidden] of positions from `begin` on, and
+    per layer the chosen experts [windows, ctx, k] (None in dense layers)."""
 
-    model: Model | FusedModel
+    head: Head
     hidden: torch.Tensor
-    routes: list[torch.Tensor | None]
+    routes: Routes
+    begin: int = 0
 
     def part(self, windows: slice) -> Pass:
         """The same pass, seen over some of its windows."""
-        return Pass(self.model, self.hidden[windows], [r if r is None else r[windows] for r in self.routes])
+        return Pass(self.head, self.hidden[windows], [r if r is None else r[windows] for r in self.routes], self.begin)
 
 
 @torch.inference_mode()
@@ -49,18 +59,23 @@ def run(
     progress: Callable[[int], object] = lambda tokens: None,
     *,
     decode_path: bool = False,
+    begun: tuple[torch.Tensor, Routes] | None = None,
+    behind: Callable[[torch.Tensor, Routes], object] = lambda hidden, routes: None,
 ) -> Pass:
     """Run token windows [windows, ctx] through the model; `batches` says which windows go together.
 
     `progress` is called with the tokens that each layer has dealt with. `decode_path` goes through each layer token by
     token, as decoding does: a token depends on no later one, so that layers may still come one after the other.
+    `behind` is called after each layer with hidden states, which the next one changes, and experts chosen so far; a
+    pass that was `begun` goes on from these.
     """
     tokens = torch.from_numpy(ids).to(model.options.device)
-    hidden = model.ends.embed(tokens)
+    hidden, routes = (model.ends.embed(tokens), []) if begun is None else begun
     rope = model.rope(0, tokens.shape[1])
-    routes: list[torch.Tensor | None] = []
-    layers: Iterator[Block] = model.layers()
-    for index, layer in enumerate(layers):
+    done = len(routes)
+    progress(ids.size * done)
+    layers: Iterator[Block] = model.layers(done)
+    for index, layer in enumerate(layers, done):
         chosen_by_batch = []
         for batch in batches:
             if decode_path:
@@ -72,7 +87,8 @@ def run(
                 chosen_by_batch.append(chosen.view(*hidden[batch].shape[:2], -1).to(torch.int16))
             progress(hidden[batch].shape[0] * hidden.shape[1])
         routes.append(torch.cat(chosen_by_batch) if chosen_by_batch else None)
-    return Pass(model, hidden, routes)
+        behind(hidden, routes)
+    return Pass(model.ends, hidden, routes)
 
 
 def batches_of(windows: int, size: int) -> list[slice]:
@@ -83,9 +99,9 @@ def batches_of(windows: int, size: int) -> list[slice]:
 @torch.inference_mode()
 def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tensor]:
     """ln p over the vocabulary, float64, in blocks of positions of one window: from `first` to the last but one."""
-    rows = run.hidden[window, first:-1]
+    rows = run.hidden[window, first - run.begin : -1]
     for block in rows.split(ROWS):
-        yield run.model.ends.logits(block).double().log_softmax(-1)
+        yield run.head.logits(block).double().log_softmax(-1)
 
 
 def negative_log_likelihoods(
@@ -94,10 +110,9 @@ def negative_log_likelihoods(
     """−ln p of every scored token, [windows, ctx − 1 − first], in nats. `progress` is called with tokens scored."""
     result = np.empty((len(ids), ids.shape[1] - 1 - first))
     for window, row in enumerate(ids):
-        targets = torch.from_numpy(row[first + 1 :]).to(run.hidden.device)
-        done = 0
+        targets, done = torch.from_numpy(row[first + 1 :]), 0
         for logp in log_probabilities(run, window, first):
-            picked = logp.gather(1, targets[done : done + len(logp), None])[:, 0]
+            picked = logp.gather(1, targets[done : done + len(logp), None].to(logp.device))[:, 0]
             result[window, done : done + len(logp)] = -picked.cpu().numpy()
             done += len(logp)
             progress(len(logp))
@@ -148,7 +163,7 @@ def _router_agreement(model: Pass, reference: Pass) -> dict[int, np.ndarray]:
     agreement = {}
     for layer, (chosen, wanted) in enumerate(zip(model.routes, reference.routes, strict=True)):
         if chosen is not None and wanted is not None:
-            common = (chosen.unsqueeze(-1) == wanted.unsqueeze(-2)).any(-1)  # [windows, ctx, k]
+            common = (chosen.unsqueeze(-1) == wanted.to(chosen.device).unsqueeze(-2)).any(-1)  # [windows, ctx, k]
             agreement[layer] = common.double().mean((1, 2)).cpu().numpy()
     return agreement
 

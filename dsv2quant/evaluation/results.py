@@ -8,15 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError, listing
-from dsv2quant.report.tables import table, values_of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error."""
-
-    value: float
-    stderr: float
+from dsv2quant.report.measured import Estimate, Stretch
+from dsv2quant.report.tables import gigabytes, table, values_of
 
 
 @dataclass(frozen=True)
@@ -57,15 +50,6 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Mean KLD, in nats, of the scored tokens `first` to `last` of every window, counted from 0."""
-
-    first: int
-    last: int
-    kld: Estimate
-
-
-@dataclass(frozen=True)
 class Distance:
     """How far a model is from another. `ln_ratio` is the natural logarithm of the ratio of perplexities; agreements are
     shares, of tokens whose likeliest next one is the same and of routed experts, None without any. `by_position` cuts
@@ -98,9 +82,18 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A file that was written, and its size in bytes."""
+
+    file: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model's perplexity and, with a reference, its distance from that, with all they rest on: `tokens` in `windows`
-    of `ctx`, the text by its hash, and how it was computed. `kv_cache` is what the cache stored on the decode path."""
+    of `ctx`, the text by its hash, and how it was computed. `kv_cache` is what the cache stored on the decode path.
+    `saved` is the reference that was kept of the model."""
 
     scored: Scored
     comparison: Comparison | None
@@ -121,6 +114,7 @@ class Evaluation:
     torch: str
     seconds: float
     gates: Mapping[str, Gate]
+    saved: Saved | None
 
     @property
     def perplexity(self) -> Estimate:
@@ -167,6 +161,7 @@ def evaluation_json(e: Evaluation) -> dict[str, Any]:
         "text": {"source": e.text, "sha256": e.text_sha256},
         "versions": {"torch": e.torch},
         "gates": {name: asdict(gate) for name, gate in e.gates.items()},
+        "saved": None if e.saved is None else asdict(e.saved),
     }  # fmt: skip
 
 
@@ -195,6 +190,9 @@ def evaluation_text(e: Evaluation) -> str:
         f"{e.tokens:,} tokens in {e.windows} windows of {e.ctx} of {e.text} (sha256 {e.text_sha256[:12]}), "
         f"{e.protocol} protocol, {e.dtype} on {e.device}, activations {activations}{path}, {e.seconds:.1f} s"
     )
+    if e.saved is not None:
+        a_token = f"{e.saved.size / e.tokens:,.0f} bytes a token"
+        lines.append(f"kept as a reference in {e.saved.file}: {gigabytes(e.saved.size)}, {a_token}")
     return "\n".join(lines)
 
 

@@ -28,8 +28,9 @@ from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, Tens
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
+from dsv2quant.report.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
-from dsv2quant.storage.manifest import check_regular, is_text, read_manifest
+from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, read_manifest
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
 PIECE = {"cpu": 1 << 18}  # weights of a piece
@@ -243,7 +244,8 @@ def _edited(folder: Path, listed: tuple[str, dict[str, Any]], progress: Callable
         raise InputError(f"can't be read: {error.strerror}", where=folder / name, fix="get it again") from None
     if not same and not is_text(name):
         raise InputError("its sha256 differs from the manifest", where=folder / name, fix="get it again")
-    return None if same else name
+    # A card with measurements is written when the artifact is whole already.
+    return None if same or (name == CARD_FILE and not is_persons(folder / name)) else name
 
 
 def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErrors:

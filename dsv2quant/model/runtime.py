@@ -59,12 +59,12 @@ class Runtime(Generic[Layer]):
                 self._resident.append(loader.layer(index))
                 loaded(1)
 
-    def layers(self) -> Iterator[Layer]:
-        """The layers in order."""
+    def layers(self, first: int = 0) -> Iterator[Layer]:
+        """The layers in order, from number `first` on."""
         if self._resident is not None:
-            yield from self._resident
+            yield from self._resident[first:]
             return
-        for index in range(self.config.num_hidden_layers):
+        for index in range(first, self.config.num_hidden_layers):
             yield self._loader.layer(index)
 
     def rope(self, first: int, count: int) -> torch.Tensor:

@@ -58,6 +58,7 @@ class Options(HubOptions, total=False):
     ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
     calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file (Python's library), in the
     order of `seed` (0), or `statistics` that `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
+    `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
     tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
@@ -81,6 +82,7 @@ class Options(HubOptions, total=False):
     seed: int | None
     figure: StrPath | None
     statistics: StrPath | None
+    base_model: str | None
     gguf: str | None
     imatrix: StrPath | None
     imatrix_shrink: bool
@@ -94,7 +96,7 @@ class Options(HubOptions, total=False):
 # What shapes an artifact of each kind, in the order in which its card shows it; and what measures for one.
 FOLDER = (
     "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "language_only", "targets", "tp", "ep",
-    "max_shard_size",
+    "max_shard_size", "base_model",
 )  # fmt: skip
 GGUF = (
     "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
@@ -182,6 +184,10 @@ def check_options(given: Mapping[str, Any]) -> Recipe | None:
 def _recipe(given: Mapping[str, Any]) -> Recipe:
     from dsv2quant.planning import recipe
 
+    base = given.get("base_model")
+    if base is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is None:
+        raise UsageError(f"--base-model {base}", fix="give a hub id, owner/name")
+
     scheme, file, method, group, layout = map(given.get, ("scheme", "recipe", "method", "group_size", "layout"))
     if given.get("tp", 1) > 1 and set(given.get("targets", ())) == {"transformers"}:
         raise UsageError("--tp goes with vLLM and SGLang: transformers loads the whole model")
@@ -225,7 +231,7 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, A
         kv_scales=given.get("kv_scales", False),
     )
     usual = {} if given.keys() & {"scheme", "recipe"} else {"scheme": "fp8-block"}
-    return replace(made, asked=tuple(words_of({**usual, **given})))
+    return replace(made, asked=tuple(words_of({**usual, **given})), base_model=given.get("base_model"))
 
 
 def _gguf_plan(checkpoint: Checkpoint, given: Mapping[str, Any]) -> GgufPlan:

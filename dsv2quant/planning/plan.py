@@ -116,7 +116,8 @@ class Copy:
 @dataclass(frozen=True)
 class Plan:
     """A whole conversion. `asked` are the options it was made with, as the command line spells them; `copies` are what
-    a multimodal model has beside its language model, which all else is said of."""
+    a multimodal model has beside its language model, which all else is said of. `base_model` is a hub id for the
+    card."""
 
     checkpoint: HfCheckpoint
     recipe: Recipe
@@ -128,6 +129,7 @@ class Plan:
     config: dict[str, Any]
     copies: tuple[Copy, ...] = ()
     asked: tuple[str, ...] = ()
+    base_model: str | None = None
 
     @property
     def bytes_in(self) -> int:

@@ -1,42 +1,29 @@
-"""A plan as text, as JSON and as a model card, which does not depend on when or where the conversion ran, so that the
-same plan gives the same bytes."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dsv2quant.calib.calibration import needs_calibration, work_memory
-from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import consumers as targets
 from dsv2quant.planning.consumers import ENGINES
 from dsv2quant.planning.kept import kept_notes
-from dsv2quant.planning.plan import Entry, Plan
+from dsv2quant.planning.plan import Plan
 from dsv2quant.planning.recipe import spelled
 from dsv2quant.planning.rules import NEEDS
+from dsv2quant.report.fallbacks import fallbacks
 from dsv2quant.report.tables import SAID, count, gigabytes, roles_table, summarize, table, values_of
 from dsv2quant.report.warnings import warnings
-from dsv2quant.storage.files import read_bytes
-from dsv2quant.version import __version__
 
 if TYPE_CHECKING:
     from dsv2quant.planning.gguf_plan import Entry as GgufEntry
     from dsv2quant.planning.gguf_plan import GgufPlan  # imports numba
 
-MAX_CARD_BYTES = 16 << 20
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
-# How activations are quantized, by type.
-_SERVED = {
-    "FP8": {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"},
-    "INT8": {"token-int8": "per token"},
-}
 
 
 def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
@@ -51,24 +38,25 @@ def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:
         roles_table(roles, before=True),
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)} in {len(plan.shards)} "
         f"file{'s' * (len(plan.shards) > 1)}, {plan.bits_per_weight:.2f} bits per weight",
-        *_beside(plan),
+        *beside(plan),
     ]
-    fallbacks: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
-    for entry in plan.entries:
-        if entry.reason:
-            fallbacks[entry.spec.role, entry.scheme, entry.reason].append(entry)
-    if fallbacks:
-        parts.append("Fallbacks:")
-    for (role, scheme, reason), entries in fallbacks.items():
-        parts.append(f"  {_where(role, entries)} → {scheme}: {reason}")
-        if every_tensor:
-            parts += [f"      {entry.spec.name} {list(entry.spec.shape)}" for entry in entries]
+    parts += _fallen(plan, every_tensor)
     parts += [f"note: {note}" for note in notes(plan)]
     parts.append(f"plan {plan.digest[:16]}")
     return "\n".join(parts)
 
 
-def _beside(plan: Plan) -> list[str]:
+def _fallen(plan: Plan | GgufPlan, every_tensor: bool) -> list[str]:
+    found = fallbacks(plan)
+    shapes = {e.spec.name: list(e.spec.shape) for e in plan.entries} if every_tensor and isinstance(plan, Plan) else {}
+    lines = ["Fallbacks:"] if found else []
+    for each in found:
+        lines.append(f"  {each.what} → {each.scheme}: {each.reason}")
+        lines += [f"      {name} {shapes[name]}" for name in each.tensors if name in shapes]
+    return lines
+
+
+def beside(plan: Plan) -> list[str]:
     """A line for what a multimodal model has beside its language model."""
     if not plan.copies:
         return []
@@ -94,10 +82,7 @@ def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
         f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
         f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
     ]
-    reasons = {key: entries[0].reason for key, entries in groups.items() if entries[0].reason}
-    if reasons:
-        parts.append("Fallbacks:")
-    parts += [f"  {key[0]}, {layers[key]} → {key[1]}: {reason}" for key, reason in reasons.items()]
+    parts += _fallen(plan, every_tensor)
     if every_tensor:
         parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
     return "\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
@@ -233,77 +218,3 @@ def _gguf_json(plan: GgufPlan) -> dict[str, Any]:
         ],
         "notes": list(plan.notes),
     }
-
-
-def _where(role: str, entries: Sequence[Entry]) -> str:
-    """'kv_a_proj_with_mqa [576, 5120], 60 tensors in layers 0-59'."""
-    layers = sorted({entry.spec.layer for entry in entries if entry.spec.layer is not None})
-    count = f"{len(entries)} tensor{'s' * (len(entries) > 1)}"
-    shape = f"{role} {list(entries[0].spec.shape)}, {count}"
-    if not layers:
-        return shape
-    if len(layers) == 1:
-        return f"{shape} in layer {layers[0]}"
-    contiguous = layers[-1] - layers[0] + 1 == len(layers)
-    return f"{shape} in layers {f'{layers[0]}-{layers[-1]}' if contiguous else ', '.join(map(str, layers))}"
-
-
-def source_card(checkpoint: Checkpoint) -> bytes | None:
-    """The source's own model card, if it has one. Raises InputError by the rules of `read_bytes`."""
-    card = checkpoint.file("README.md")
-    return None if card is None else read_bytes(card, MAX_CARD_BYTES)
-
-
-def model_card(plan: Plan, command: str) -> str:
-    """README.md of the artifact: front matter for the hub, then base model, recipe, command and sizes."""
-    base = plan.checkpoint.model
-    front: dict[str, Any] = _licence(source_card(plan.checkpoint))
-    front |= {"base_model": base, "base_model_relation": "quantized", "quantized_by": "dsv2quant"}
-    front["tags"] = ["deepseek_v2", *sorted(plan.schemes)]
-    summary = summarize((line.spec, line.scheme, line.weight.nbytes, line.nbytes) for line in plan.entries)
-    sizes = roles_table(summary, before=True, markdown=True)
-    activations = {a for a in (CODECS[scheme].activation for scheme in plan.schemes) if a}
-    quantized = [
-        f"to {kind} {' and '.join(how)}"
-        for kind, ways in _SERVED.items()
-        if (how := [words for activation, words in sorted(ways.items()) if activation in activations])
-    ]
-    lines = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {base.rpartition('/')[2]}, {plan.recipe.name}",
-        f"{base}"
-        + (f" at revision {plan.checkpoint.revision}" if plan.checkpoint.revision else "")
-        + f", quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}.",
-        f"Activations are quantized {' and '.join(quantized)} when it is served."
-        if quantized
-        else "Activations are not quantized.",
-        *(f"{note[0].upper()}{note[1:]}." for note in serving_notes(plan)),
-        f"```\n{command}\n```",
-        f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
-        *(f"{line[0].upper()}{line[1:]}." for line in _beside(plan)),
-        sizes,
-        f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
-    ]
-    return "\n\n".join(lines) + "\n"
-
-
-def _licence(card: bytes | None) -> dict[str, Any]:
-    """The base model's licence keys from its own card, if it has one that can be read."""
-    # With a byte order mark and line ends of any kind, as the hub takes it.
-    text = (card or b"").decode("utf-8-sig", "replace")
-    parts = re.split("^---[ \t]*\n", text.replace("\r\n", "\n"), maxsplit=2, flags=re.M)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        front = yaml.load(parts[1], yaml.BaseLoader)  # every scalar a text: a language is "no"
-    except (yaml.YAMLError, RecursionError):
-        return {}
-    if not isinstance(front, dict):
-        return {}
-    wanted = ("license", "license_name", "license_link", "language")
-    return {key: front[key] for key in wanted if _is_text(front.get(key))}
-
-
-def _is_text(value: object) -> bool:
-    """Whether this is a text, or a list of them."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -81,6 +81,13 @@ def shard_files(folder: Path) -> list[str]:
         raise InputError(are.format(listing(missing)), where=folder, fix=_unfinished(folder))
     _check_strays(folder, [name for name in held if name not in files], files)
     return files
+
+
+def refuse_among_weights(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError for a file to be written that would lie in a checkpoint's folder and look like a shard."""
+    if out.suffix == ".safetensors" and any(path.is_dir() and out.parent.samefile(path) for path in inputs):
+        what = "would lie among the checkpoint's weights, and be taken for some of them"
+        raise InputError(what, where=out, fix="give a file in another folder")
 
 
 def indexed_shards(folder: Path) -> list[str]:
