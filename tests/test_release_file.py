@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsv2quant.errors import InputError
-from dsv2quant.release.wanted import Gates, load, named
+from dsv2quant.publishing.wanted import Gates, load, named
 
 FULL = """
 artifacts:

@@ -45,16 +45,14 @@ def command(
         raise click.UsageError("give --recipe FILE or --artifacts NAME,…, one of them")
     if calibration is not None and artifacts is None:
         raise click.UsageError("--calibration goes with --artifacts: a recipe names its own")
-    from dsv2quant.release import wanted
-    from dsv2quant.release.results import released_json, released_text
+    from dsv2quant.publishing import wanted
+    from dsv2quant.publishing.results import released_json, released_text
 
     opened = dq.open(model, **shared.asked(hub))
     if recipe is not None:
         release = wanted.load(Path(recipe), opened.model)
     else:
         release = wanted.named(str(artifacts), opened.model, calibration)
-    made = dq.release(
-        opened, out, release, base_model=base_model, device=device, progress=terminal.progress(quiet)
-    )
+    made = dq.release(opened, out, release, base_model=base_model, device=device, progress=terminal.progress(quiet))
     terminal.show(made, released_json, released_text, as_json)
     made.check()

@@ -1,16 +1,15 @@
 """A release, start to end: every artifact converted, checked, measured against a reference that is scored once, and run
 in engines; then cards, checksums and a report. What is done is kept: a run that was killed goes on from there.
 
-    OUT/MODEL-FP8-BLOCK/, OUT/MODEL-Q4_K_M.gguf, …    the artifacts
-    OUT/report.html, report.json, SHA256SUMS, release.yaml
-    OUT/.release.state, .reference.safetensors         what a later run goes on from
+    OUT/MODEL-FP8-BLOCK/, …, MODEL-GGUF/MODEL-Q4_K_M.gguf, …    the artifacts
+    OUT/report.html, report.json, SHA256SUMS, release.yaml      publish.py
+    OUT/.release.state, .reference.safetensors                  what a later run goes on from
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ import dsv2quant.api as dq
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import GateError, listing
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.release.wanted import Gates, Release, Wanted
+from dsv2quant.publishing.wanted import Gates, Release, Wanted
 from dsv2quant.report.measured import Measured, measured_from, measured_json
-from dsv2quant.storage.durable import StateLog, disk_errors, dump_json, write_whole
+from dsv2quant.storage.durable import StateLog, disk_errors
 
-logger = logging.getLogger(__name__)
-STATE, REFERENCE, SUMS = ".release.state", ".reference.safetensors", "SHA256SUMS"
+STATE, REFERENCE = ".release.state", ".reference.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Made:
     each."""
 
     wanted: Wanted
+    path: Path
     conversion: Any  # Conversion: its module imports much
     measured: Measured
     failed: tuple[str, ...]
@@ -42,10 +41,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Released:
-    """A release of `model` in folder `out`."""
+    """A release of `checkpoint` in folder `out`; cards say that it is `base_model`, where that is given."""
 
     out: Path
-    model: str
+    checkpoint: Checkpoint
+    base_model: str | None
     made: tuple[Made, ...]
 
     def check(self) -> None:
@@ -62,14 +62,21 @@ class _Run:
     checkpoint: Checkpoint
     out: Path
     release: Release
+    base_model: str | None
     device: str
     progress: Progress
+
+    def path(self, wanted: Wanted) -> Path:
+        """Where an artifact lies: GGUF files are one repository, with one card."""
+        return self.out / f"{self.checkpoint.model}-GGUF" / wanted.name if wanted.into_gguf else self.out / wanted.name
 
     def conversion(self, wanted: Wanted) -> dict[str, Any]:
         """Options of `convert`: the calibration goes to those that calibrate."""
         from dsv2quant.calib.calibration import needs_calibration
 
         options = dict(wanted.options)
+        if self.base_model is not None and not wanted.into_gguf:
+            options["base_model"] = self.base_model
         if wanted.into_gguf or not needs_calibration(dq.plan(self.checkpoint, **options)):  # type: ignore[arg-type]
             return options
         return options | dict(self.release.calibration)
@@ -84,10 +91,10 @@ class _Run:
 
     def make(self, wanted: Wanted, reference: Path, log: StateLog) -> Made:
         """Make an artifact, or find it made; measure it, or take what was measured of these very files."""
-        options = self.conversion(wanted)
-        made = dq.convert(
-            self.checkpoint, self.out / wanted.name, device=self.device, progress=self.progress, **options
-        )
+        path, options = self.path(wanted), self.conversion(wanted)
+        with disk_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        made = dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **options)
         key = self.key(made.files)
         known = [line for line in log.lines if line["name"] == wanted.name and line["key"] == key]
         if known:
@@ -95,7 +102,7 @@ class _Run:
         else:
             measured = self.measure(wanted, made.plan, reference)
             log.append({"name": wanted.name, "key": key, "measured": measured_json(measured)})
-        return Made(wanted, made, measured, tuple(_failed(measured, wanted.gates)))
+        return Made(wanted, path, made, measured, tuple(_failed(measured, wanted.gates)))
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
@@ -108,7 +115,7 @@ class _Run:
         from dsv2quant.evaluation.cells import cells
         from dsv2quant.evaluation.results import scores_of
 
-        path, where = self.out / wanted.name, {"device": self.device, "progress": self.progress}
+        path, where = self.path(wanted), {"device": self.device, "progress": self.progress}
         checked = dq.verify(path, self.checkpoint, **where)
         evaluated = dq.evaluate(path, reference=reference, **where, **self.release.evaluation)
         runs = tuple(
@@ -120,22 +127,27 @@ class _Run:
 
 
 def release(
-    model: dq.Model, out: Path, wanted: Release, *, device: str = "cpu", progress: Progress = no_progress,
-    **hub: Any,
+    model: dq.Model, out: dq.StrPath, wanted: Release, *, base_model: str | None = None, device: str = "cpu",
+    progress: Progress = no_progress, **hub: Any,
 ) -> Released:  # fmt: skip
-    """Make a release of a model in folder `out`. All that is asked is planned before anything is written. A gate that
-    fails leaves the other artifacts done: `Released.check` raises for it. Raises as `plan`, `convert`, `verify`,
-    `evaluate` and `verify_engine` do, and InputError where another run works in `out`."""
-    run = _Run(dq.open(model, **hub), out, wanted, device, progress)
+    """Make a release of a model in folder `out`: its artifacts, and what publish.py writes. All that is asked is planned
+    before anything is written. A gate that fails leaves the other artifacts done: `Released.check` raises for it.
+
+    Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
+    `out`."""
+    run = _Run(dq.open(model, **hub), Path(out), wanted, base_model, device, progress)
     for each in wanted.artifacts:
-        dq.check_conversion(out / each.name, device, **run.conversion(each))
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with closing(StateLog(out / STATE, out)) as log:
+        dq.check_conversion(run.path(each), device, **run.conversion(each))
+        dq.plan(run.checkpoint, **each.options)  # type: ignore[arg-type]
+    from dsv2quant.publishing.publish import publish
+
+    with disk_errors(run.out):
+        run.out.mkdir(parents=True, exist_ok=True)
+    with closing(StateLog(run.out / STATE, run.out)) as log:
         reference = run.reference()
         made = tuple(run.make(each, reference, log) for each in wanted.artifacts)
-        released = Released(out, run.checkpoint.model, made)
-        _finish(released, wanted)
+        released = Released(run.out, run.checkpoint, base_model, made)
+        publish(released, wanted.text)
     return released
 
 

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A release in a pipeline: everything made, measured and checked, then uploaded. Exit code 4 where a gate failed.
+#
+#     MODEL=deepseek-ai/DeepSeek-V2-Lite RECIPE=release.yaml OUT=release NAMESPACE=my-org examples/release.sh
+#
+# Without NAMESPACE nothing is uploaded. A run that was cut off goes on where it was when OUT is kept between jobs.
+set -euo pipefail
+
+dsv2quant release "$MODEL" --recipe "$RECIPE" -o "$OUT" ${DEVICE:+--device "$DEVICE"}
+(cd "$OUT" && sha256sum --check --quiet SHA256SUMS)
+for artifact in "$OUT"/*/; do
+  if [ -n "${NAMESPACE:-}" ]; then
+    dsv2quant push "$artifact" "$NAMESPACE/$(basename "$artifact")" --private
+  fi
+done
