@@ -19,7 +19,7 @@ from dsv2quant.cli import terminal
     click.option("--recipe", type=shared.PATH, metavar="FILE", help="What it holds: a YAML file, docs/release.md."),
     click.option("--artifacts", metavar="NAME,…", help="What it holds: schemes, as fp8-block, and GGUF types."),
     click.option("--calibration", type=shared.PATH, metavar="FILE", help="Text to calibrate --artifacts on."),
-    click.option("--base-model", metavar="ID", help="What cards call MODEL. Default: its id on the hub, if it has one."),
+    click.option("--base-model", metavar="ID", help="MODEL's id on the hub. Default: what its own files say."),
     section="What it holds",
 )  # fmt: skip
 @shared.device_option

@@ -115,7 +115,8 @@ class _Run:
         from dsv2quant.evaluation.cells import cells
         from dsv2quant.evaluation.results import scores_of
 
-        path, where = self.path(wanted), {"device": self.device, "progress": self.progress}
+        path = self.path(wanted)
+        where: dict[str, Any] = {"device": self.device, "progress": self.progress}
         checked = dq.verify(path, self.checkpoint, **where)
         evaluated = dq.evaluate(path, reference=reference, **where, **self.release.evaluation)
         runs = tuple(
@@ -123,22 +124,23 @@ class _Run:
             for engine in self.release.engines
             if _takes(engine["engine"], wanted, plan)
         )
-        return Measured(scores_of(evaluated), runs, cells(dq.open(path), checked.errors))
+        errors = checked.errors.weights if checked.errors else ()
+        return Measured(scores_of(evaluated), runs, cells(dq.open(path), errors))
 
 
 def release(
     model: dq.Model, out: dq.StrPath, wanted: Release, *, base_model: str | None = None, device: str = "cpu",
     progress: Progress = no_progress, **hub: Any,
 ) -> Released:  # fmt: skip
-    """Make a release of a model in folder `out`: its artifacts, and what publish.py writes. All that is asked is planned
-    before anything is written. A gate that fails leaves the other artifacts done: `Released.check` raises for it.
+    """Make a release of a model in folder `out`: its artifacts, and what publish.py writes. All that is asked is
+    planned before anything is written. A gate that fails leaves the other artifacts done: `Released.check` raises for it.
 
     Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
     `out`."""
     run = _Run(dq.open(model, **hub), Path(out), wanted, base_model, device, progress)
     for each in wanted.artifacts:
         dq.check_conversion(run.path(each), device, **run.conversion(each))
-        dq.plan(run.checkpoint, **each.options)  # type: ignore[arg-type]
+        dq.plan(run.checkpoint, **each.options)
     from dsv2quant.publishing.publish import publish
 
     with disk_errors(run.out):

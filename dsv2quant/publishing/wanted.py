@@ -31,7 +31,7 @@ from dsv2quant.planning.plain_yaml import known_keys, short
 ADVICE = "see docs/release.md"
 # By their names in the file.
 _OPTIONS = {
-    asked.option(name).removeprefix("--"): name
+    asked.dashed(name).removeprefix("--"): name
     for name in (*asked.FOLDER, *GGUF)
     if name not in ("scheme", "gguf", "recipe")
 }
