@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny
 from calibrated import killer
 from engine_stand_in import program
 
@@ -20,6 +21,12 @@ KINDS = {
     "wordy-INT4-EXPERTS-RTN": {"scheme": "int4-experts", "method": "rtn"},
 }
 GGUF = "wordy-GGUF/wordy-Q8_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory) -> Path:
+    """With query latents, without which llama.cpp takes no model of two layers."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wordy", tiny.WORDY | {"q_lora_rank": 16})
 
 
 @pytest.fixture(scope="module")

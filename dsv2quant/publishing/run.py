@@ -133,7 +133,7 @@ def release(
     progress: Progress = no_progress, **hub: Any,
 ) -> Released:  # fmt: skip
     """Make a release of a model in folder `out`: its artifacts, and what publish.py writes. All that is asked is
-    planned before anything is written. A gate that fails leaves the other artifacts done: `Released.check` raises for it.
+    planned before anything is written. A gate that fails leaves the others done: `Released.check` raises for it.
 
     Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
     `out`."""
