@@ -13,13 +13,25 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify, verify_engine
+    from dsv2quant.api import (
+        calibrate,
+        convert,
+        evaluate,
+        generate,
+        inspect,
+        memory,
+        open,
+        plan,
+        push,
+        verify,
+        verify_engine,
+    )
     from dsv2quant.publishing.compare import compare
     from dsv2quant.publishing.run import release
 
 _ELSEWHERE = {"compare": "dsv2quant.publishing.compare", "release": "dsv2quant.publishing.run"}
 __all__ = [
-    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "release",
+    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "release",
     "verify", "verify_engine",
 ]  # fmt: skip
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Unpack
 
 import dsv2quant.api as dq
@@ -28,7 +31,7 @@ def compare(
 ) -> Report:  # fmt: skip
     """What can be told of checkpoints, artifacts and GGUF files of one model. From headers alone sizes and bits; with
     `source`, the checkpoint that they were made from, the errors of their weights; with a `reference`, `text` or
-    `dataset` distances from the reference, which is the first of them where none is given.
+    `dataset` distances from the reference, which is scored once, and the first of them where none is given.
 
     The rest is as in `evaluate`. Raises UsageError for a single model without a reference, InputError where one is
     another model than the source, and else as `open` and `evaluate` do.
@@ -41,18 +44,39 @@ def compare(
     opened = [dq.open(model, headers_only=not scores and source is None, **hub) for model in models]
     if scores and reference is None and len(opened) < 2:
         raise UsageError("one model alone has nothing to be compared with", fix="give --reference, or two models")
-    original = None if source is None else dq.open(source, **hub)
-    against = opened[0] if reference is None else dq.open(reference, **hub)
+    own = hub | {"revision": None}  # a revision is of the models
+    original = None if source is None else dq.open(source, **own)
     settings: dict[str, Any] = {
         "text": text, "dataset": dataset, "ctx": ctx, "limit": limit, "stream": stream, "device": device,
-        "dtype": dtype, "progress": progress,
+        "dtype": dtype, "progress": progress, **own,
     }  # fmt: skip
+    first = opened[0] if reference is None else None
+    scored: dict[int, Evaluation] = {}
+    if scores:
+        with _kept(first or reference, settings) as kept:
+            wanted = (i for i, each in enumerate(opened) if each is not first)
+            scored = {i: dq.evaluate(opened[i], reference=kept, **settings) for i in wanted}
     artifacts = []
-    for name, each in zip(_names(models, opened), opened, strict=True):
+    for i, (name, each) in enumerate(zip(_names(models, opened), opened, strict=True)):
         errors = [] if original is None else _errors(each, original, device, progress)
-        scored = dq.evaluate(each, reference=against, **settings) if scores and each is not against else None
-        artifacts.append(artifact(name, each, errors, scored))
-    return Report(against.model, against.revision, tuple(artifacts))
+        artifacts.append(artifact(name, each, errors, scored.get(i)))
+    about = next((e.comparison.reference for e in scored.values() if e.comparison is not None), opened[0])
+    return Report(about.model, about.revision, tuple(artifacts))
+
+
+@contextmanager
+def _kept(reference: dq.Model | None, settings: Mapping[str, Any]) -> Iterator[StrPath]:
+    """The reference in a file, itself or that of its model, which is gone behind."""
+    from dsv2quant.evaluation.reference import kept_at
+
+    assert reference is not None
+    if kept_at(reference) is not None:
+        yield os.fspath(reference)  # type: ignore[arg-type]
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.safetensors"
+        dq.evaluate(reference, save_reference=path, **settings)
+        yield path
 
 
 def _errors(opened: Checkpoint, source: Checkpoint, device: str, progress: Progress) -> list[TensorError]:
