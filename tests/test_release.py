@@ -75,9 +75,9 @@ def test_artifacts_are_what_convert_writes(wordy, released, tmp_path):
     for name, options in KINDS.items():
         dq.convert(wordy, tmp_path / name, **options | ({"targets": ["vllm"]} if "FP8" in name else {}))
         ours, theirs = files(released / name), files(tmp_path / name)
-        assert {key: ours[key] for key in ours if key != "README.md"} == {
-            key: theirs[key] for key in theirs if key != "README.md"
-        }
+        theirs["dsv2quant-verify.json"] = ours["dsv2quant-verify.json"]  # that it was verified
+        theirs["README.md"] = ours["README.md"]  # with what was measured
+        assert ours == theirs
     dq.convert(wordy, tmp_path / "x.gguf", gguf="Q8_0")
     assert (released / GGUF).read_bytes() == (tmp_path / "x.gguf").read_bytes()
 
@@ -160,6 +160,7 @@ def test_a_kill_at_any_moment_leaves_what_goes_on_to_the_same_files(wordy, fox, 
             out = tmp_path / f"killed-{number}"
             assert run_killed(number, *words, str(out)) == [-signal.SIGKILL]
             assert run_killed(0, *words, str(out))[1] == 0
-            assert files(out) == whole, number
+            found = files(out)
+            assert {name for name in {*found, *whole} if found.get(name) != whole.get(name)} == set(), number
             assert (out / STATE).exists()
             assert (out / REFERENCE).exists()
