@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,6 +334,14 @@ def test_a_full_disk_is_one_line(wide, tmp_path, cli):
         ran = cli("eval-ppl", wide, "--save-reference", path, *AS_WORDS)
     assert ran.code == 3
     assert "can't be written" in ran.err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_too_small_is_told_before_the_work(wide, tmp_path, monkeypatch, cli):
+    needed = 4 * (3 * 3 * 32 * 64 + 4096 * 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    ran = cli("eval-ppl", wide, "--save-reference", tmp_path / "kept", *AS_WORDS)
+    assert (ran.code, f"takes at most {needed:,} bytes, the disk has {needed - 1:,} free" in ran.err) == (3, True)
     assert [*tmp_path.iterdir()] == []
 
 

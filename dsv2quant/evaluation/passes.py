@@ -4,6 +4,7 @@ of a model."""
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,11 +100,21 @@ def kept_of(
                 fix = "keep a reference of the unquantized model"
                 raise InputError("its head takes quantized activations", where=checkpoint.model, fix=fix)
             head = KeptHead(ends.norm, ends.head.weight)
+            _check_space(path, windows.ids.size * ends.norm.weight.nbytes, head.weight.nbytes)
             referred = refer(checkpoint, windows, conditions["batch"], settings, progress, snapshots)
             with progress(0, "", f"write {path.name}"):
                 write(path, conditions, windows.ids, head, referred)
     with progress(0, "", f"read {path.name}"):
         return made or KeptReference.opened(path)
+
+
+def _check_space(path: Path, states: int, head: int) -> None:
+    """Raise InputError where the disk can't take the file, and two snapshots, one of which replaces the other: before
+    hours go into them."""
+    needed, free = 3 * states + head, shutil.disk_usage(path.parent).free
+    if needed > free:
+        what = f"takes at most {needed:,} bytes, the disk has {free:,} free"
+        raise InputError(what, where=path, fix="free space, or give a file on another disk")
 
 
 def refer(
