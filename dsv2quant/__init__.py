@@ -2,29 +2,43 @@
 
     import dsv2quant as dq
 
-The functions are api.py's, which is imported when one is used.
+The functions are those of api.py and release/, which are imported when one is used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dsv2quant.api import calibrate, convert, evaluate, generate, inspect, memory, open, plan, verify, verify_engine
+    from dsv2quant.api import (
+        calibrate,
+        convert,
+        evaluate,
+        generate,
+        inspect,
+        memory,
+        open,
+        plan,
+        push,
+        verify,
+        verify_engine,
+    )
+    from dsv2quant.release.compare import compare
 
+_ELSEWHERE = {"compare": "dsv2quant.release.compare"}
 __all__ = [
-    "calibrate", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "verify", "verify_engine",
+    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "verify",
+    "verify_engine",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dsv2quant import api
-
-    return getattr(api, name)
+    return getattr(import_module(_ELSEWHERE.get(name, "dsv2quant.api")), name)
 
 
 def __dir__() -> list[str]:

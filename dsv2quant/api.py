@@ -1,5 +1,5 @@
 """The Python API, which the command line calls: open, plan, memory, calibrate, convert, evaluate, verify,
-verify_engine, generate, inspect.
+verify_engine, push, generate, inspect.
 
     import dsv2quant as dq
     made = dq.convert("deepseek-ai/DeepSeek-V2-Lite", "LITE-FP8", scheme="fp8-block")
@@ -11,9 +11,8 @@ takes long tells `progress` (progress.py); warnings are logged. torch is importe
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +28,16 @@ if TYPE_CHECKING:
     from dsv2quant.engines.results import Verdict
     from dsv2quant.evaluation.results import Evaluation, Verification
     from dsv2quant.model.completion import Completion, Message
-    from dsv2quant.model.load import LoadOptions
     from dsv2quant.planning.gguf_plan import GgufPlan
     from dsv2quant.planning.memory import MemoryPlan
     from dsv2quant.planning.plan import Plan
     from dsv2quant.planning.recipe import Recipe
     from dsv2quant.report.calibration import Calibrated, Conversion
     from dsv2quant.report.inspection import Inspection
+    from dsv2quant.storage.push import Pushed
     from dsv2quant.text.tokenizer import Protocol
 
     Model = Checkpoint | str | os.PathLike[str]
-
-logger = logging.getLogger(__name__)
 
 
 def open(model: Model, *, headers_only: bool = False, **hub: Unpack[HubOptions]) -> Checkpoint:
@@ -122,25 +119,31 @@ def convert(
     *,
     device: str = "cpu",
     force: bool = False,
+    stream_hub: bool = False,
     progress: Progress = no_progress,
     **options: Unpack[Options],
 ) -> Conversion:
     """Write an artifact: folder `out`, or with `gguf` the file `out`. A plan has what shapes it; beside one, only
     options of calibration and `split_max_size` are taken.
 
-    A run that was killed continues when the same is asked for again, unless `force` starts over. Raises UsageError as
-    `plan` does, and where nothing uses what is given for calibration; and InputError where a weight is not finite, the
-    source changes meanwhile, or `out` can't take the artifact.
+    A run that was killed continues when the same is asked for again, unless `force` starts over. `stream_hub` downloads
+    a hub id's shards one by one, and drops each when it is converted. Raises UsageError as `plan` does, where nothing
+    uses what is given for calibration, or all of what is streamed is needed at once; and InputError where a weight is
+    not finite, the source changes meanwhile, or `out` can't take the artifact.
     """
     with progress(0, "", "starting"):  # imports numba
+        from dsv2quant.checkpoint.open import open_streamed
         from dsv2quant.conversion.convert import convert as run
+        from dsv2quant.conversion.stream import check_streamed
         from dsv2quant.planning.gguf_plan import GgufPlan
         from dsv2quant.planning.plan import Plan
         from dsv2quant.report.calibration import draw
-        from dsv2quant.report.warnings import warnings
+        from dsv2quant.report.plans import tell
         from dsv2quant.storage.safetensors import parse_size
 
     given = asked.given_of(options)
+    if stream_hub and not isinstance(model, str | os.PathLike):
+        raise UsageError("--stream-hub goes with a hub id, which is not opened yet")
     if isinstance(model, Plan | GgufPlan):
         takes = ("split_max_size",) if isinstance(model, GgufPlan) else (*asked.CALIBRATION, "statistics")
         if useless := [name for name in given if name not in takes]:
@@ -149,16 +152,19 @@ def convert(
         made: Plan | GgufPlan = replace(model, asked=(*model.asked, *asked.words_of(given)))
     else:
         recipe = check_conversion(out, device, **options)
-        made = asked.plan_of(open(model, **_hub(given)), recipe, given)
+        hub = _hub(given)
+        if stream_hub and isinstance(model, str | os.PathLike):
+            made = asked.plan_of(open_streamed(model, Path(f"{os.fspath(out)}.hub"), **hub), recipe, given)
+            check_streamed(made, given)
+        else:
+            made = asked.plan_of(open(model, **hub), recipe, given)
     checkpoint, figure = made.checkpoint, given.get("figure")
     inputs = [Path(given[name]) for name in ("calibration", "recipe") if name in given]
     if figure is not None:
         asked.check_outputs([Path(out), Path(figure)], [*checkpoint.inputs, *inputs])
+    tell(made)
     calibration, statistics, words = None, None, list[str]()
-    if isinstance(made, GgufPlan):
-        _tell(made, (f"note: {note}" for note in made.notes))
-    else:
-        _tell(made, (f"warning: {warning}" for warning in warnings(made)))
+    if isinstance(made, Plan):
         from dsv2quant.calib.calibration import calibrated_on
 
         calibration, statistics, words = calibrated_on(made, given, progress)
@@ -182,9 +188,10 @@ def calibrate(
     """Run text through a model and write statistics of every linear's inputs to `out`, a safetensors file that many
     conversions take; with `imatrix` also an importance matrix for llama-quantize, a GGUF file.
 
-    `text`, `samples`, `length`, `seed` and `figure` are as in `Options`; `protocol` "llama.cpp" cuts windows in order,
-    as llama-imatrix does. A run that was killed continues, unless `force` starts over. Raises UsageError for a text or
-    seed that the protocol can't have, and InputError where an output is an input or holds something else.
+    `text` is the `calibration` of `Options`, and `samples`, `length`, `seed` and `figure` are as there; `protocol`
+    "llama.cpp" cuts windows in order, as llama-imatrix does. A run that was killed continues, unless `force` starts
+    over. Raises UsageError for a text or seed that the protocol can't have, and InputError where an output is an input
+    or holds something else.
     """
     asked.check_values({"samples": samples, "length": length, "seed": seed, "protocol": protocol})
     if protocol == "llama.cpp" and (text is None or os.fspath(text).lower().endswith((".jsonl", ".json"))):
@@ -206,7 +213,8 @@ def calibrate(
     inputs = [*checkpoint.inputs, *([Path(text)] if text is not None else [])]
     asked.check_outputs([Path(path) for path in (out, imatrix, figure) if path is not None], inputs)
     with progress(0, "", "tokenize"):
-        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol)
+        where = hub.get("cache_dir"), hub.get("offline", False)
+        calibration = read_calibration(checkpoint, text, samples, length, seed, protocol, *where)
     with tell_kept(out, partial(calib.is_begun, out)):
         found = calib.calibrate(
             checkpoint, out, calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
@@ -271,6 +279,7 @@ def evaluate(
     with progress(0, "", "starting"):
         from dsv2quant.evaluation import measure
         from dsv2quant.evaluation.reference import kept_at
+        from dsv2quant.model.load import load_options
 
     options = load_options(device, dtype, backend, kv_cache, weight_only, serving)
     gates = (max_ppl_increase, max_kld)
@@ -290,14 +299,18 @@ def verify(
     **hub: Unpack[HubOptions],
 ) -> Verification:
     """Check an artifact's files against its manifest, or a GGUF file's blocks; with `source`, the checkpoint it was
-    made from, also measure the error of what consumers decode, on `device`. Raises InputError for the first thing that
-    is wrong."""
+    made from, also measure the error of what consumers decode, on `device`, and note beside its manifest that it stood
+    the test. Raises InputError for the first thing that is wrong."""
     asked.check_device(device)
     opened = open(artifact, **hub)
     original = None if source is None else open(source, **hub | {"revision": None})
     with progress(0, "", "starting"):
+        from dsv2quant.evaluation.verify import note_verified
         from dsv2quant.evaluation.verify import verify as run
-    return run(opened, original, device, progress)
+    found = run(opened, original, device, progress)
+    if original is not None and not found.wrong:
+        note_verified(opened, original, found)
+    return found
 
 
 def verify_engine(
@@ -323,13 +336,31 @@ def verify_engine(
     opened = open(artifact, **hub)
     original = None if source is None else open(source, **hub | {"revision": None})
     with progress(0, "", "starting"):
-        from dsv2quant.engines.verify import Settings
+        from dsv2quant.engines.verify import Settings, note_verified
         from dsv2quant.engines.verify import verify as run
     settings = Settings(
         engine, None if engine_python is None else os.fspath(engine_python), engine_url, tp, windows, ctx,  # type: ignore[arg-type]
         engine_dtype, kv_cache, generate, max_kld, device,
     )  # fmt: skip
-    return run(opened, original, scored, settings, progress)
+    verdict = run(opened, original, scored, settings, progress)
+    if not verdict.faults:
+        note_verified(opened, verdict)
+    return verdict
+
+
+def push(
+    artifact: StrPath, repo: str, *, private: bool = False, revision: str = "main", force: bool = False,
+    progress: Progress = no_progress,
+) -> Pushed:  # fmt: skip
+    """Upload an artifact, a folder or a GGUF file, to `owner/name` on the hub, which is made if need be, into branch
+    `revision`. huggingface_hub finds the token: HF_TOKEN, or what `hf auth login` kept.
+
+    Raises InputError where a file is not what the manifest says, nothing says that the artifact was verified (unless
+    `force`), the repository is public though `private` is asked for, or the hub refuses or can't be reached.
+    """
+    from dsv2quant.storage.push import push as run
+
+    return run(artifact, repo, private=private, revision=revision, force=force, progress=progress)
 
 
 def generate(
@@ -356,6 +387,7 @@ def generate(
     checkpoint = open(model, **hub)
     with progress(0, "", "starting"):
         from dsv2quant.model.completion import Request, Sampling, complete
+        from dsv2quant.model.load import load_options
 
     loading = load_options(device, dtype, backend, kv_cache)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
@@ -366,31 +398,3 @@ def _hub(given: Mapping[str, Any]) -> HubOptions:
     """Those of all options."""
     revision, cache_dir, offline = map(given.get, ("revision", "cache_dir", "offline"))
     return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
-
-
-def _tell(plan: Plan | GgufPlan, warned: Iterable[str]) -> None:
-    """Log what a plan warns of; where more is wanted, the plan, which says that too."""
-    from dsv2quant.report.plans import plan_text
-
-    if logger.isEnabledFor(logging.INFO):
-        logger.info("%s", plan_text(plan, every_tensor=logger.isEnabledFor(logging.DEBUG)))
-    else:
-        for line in warned:
-            logger.warning("%s", line)
-
-
-def load_options(
-    device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False, serving: str | None = None
-) -> LoadOptions:
-    """How a model is loaded. Raises UsageError for a backend that can't be had."""
-    import torch
-
-    from dsv2quant.model.cache import KV_DTYPES
-    from dsv2quant.model.load import LoadOptions, choose_backend, default_dtype
-
-    computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    chosen = choose_backend(backend, device, computed, weight_only or serving is not None)
-    return LoadOptions(
-        computed, device, weight_only, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen,
-        serving=serving,  # type: ignore[arg-type]
-    )  # fmt: skip

@@ -23,6 +23,7 @@ from dsv2quant import api
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, run
 from dsv2quant.model.completion import Sampling, generate, open_model
+from dsv2quant.model.load import load_options
 from dsv2quant.text.chat import Chat
 from dsv2quant.text.tokenizer import Detokenizer
 
@@ -54,7 +55,7 @@ class Dsv2quantLM(TemplateLM):
         self._most = max_batch_size
         self.max_length = max_length or self.checkpoint.config.max_position_embeddings
         chosen = device if device is not None and torch.cuda.is_available() else "cpu"  # unasked, lm_eval says cuda:0
-        self.model = open_model(self.checkpoint, api.load_options(chosen, dtype, backend, "auto"))
+        self.model = open_model(self.checkpoint, load_options(chosen, dtype, backend, "auto"))
         self._device = torch.device(chosen)
 
     @property

@@ -17,7 +17,7 @@ from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration, Encoded
 from dsv2quant.calib.streams import Spool
-from dsv2quant.checkpoint.checkpoint import torch_dtype
+from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation import divergence as perplexity

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from test_layers import ORDER
 
+from dsv2quant.cli.main import VERBS
 from dsv2quant.text.text import python_topics
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def test_options_exist(cli) -> None:
     verbs = re.findall(r"^  ([a-z-]+)  ", cli("--help").out.partition("Verbs:")[2], re.MULTILINE)
     calls = [(verb,) for verb in verbs if verb != "bench"] + [("bench", "kernels"), ("bench", "model")]
     known = set(re.findall(r"--[a-z0-9-]+", "".join(cli(*call, "--help").out for call in calls)))
-    assert len(verbs) == 9
+    assert verbs == [*VERBS]
     for name in NAMES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (ROOT / name).read_text()))
         assert named - known - OTHERS == set(), name

@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import pytest
 import tiny
+from hub_server import COMMIT, Served, serve, use
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The few routes of the hub's HTTP API that downloads and header reads use."""
-
-    files: dict[str, bytes]
-    sent: list[tuple[str, int]]
-    broken: dict[str, tuple[int, bytes, dict[str, str]]]  # a part of a path → what is answered instead; 0 cuts it
-
-    def do_HEAD(self) -> None:
-        self.respond(head=True)
-
-    def do_GET(self) -> None:
-        self.respond(head=False)
-
-    def respond(self, head: bool) -> None:
-        path = urlsplit(self.path).path
-        for part, (status, body, headers) in self.broken.items():
-            if part in path:
-                if status:
-                    self.answer(status, body, headers, head)
-                self.close_connection = True
-                return
-        if path.startswith("/api/models/owner/name"):
-            entries = [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in self.files.items()]
-            info = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}
-            if "/revision/nowhere" in path or "/tree/nowhere" in path:
-                self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, head)
-            else:
-                body = json.dumps(entries if "/tree/" in path else info).encode()
-                self.answer(200, body, {"Content-Type": "application/json"}, head)
-            return
-        _, _, file = path.partition(f"/owner/name/resolve/{COMMIT}/")
-        content = self.files.get(file)
-        if not path.startswith("/owner/name/"):
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, head)
-        elif content is None:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, head)
-        else:
-            headers = {"ETag": f'"{digest(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            wanted = self.headers.get("Range")
-            if wanted and not head:
-                first, _, last = wanted.removeprefix("bytes=").partition("-")
-                content = content[int(first) : int(last) + 1 if last else None]
-            self.sent.append((file, 0 if head else len(content)))
-            self.answer(206 if wanted else 200, content, headers, head)
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str], head: bool) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if not head:
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
-class Served(NamedTuple):
-    environment: dict[str, str]
-    sent: list[tuple[str, int]]
-    files: dict[str, bytes]
-    broken: dict[str, tuple[int, bytes, dict[str, str]]]
 
 
 @pytest.fixture
@@ -96,33 +20,14 @@ def hub(lite, tmp_path) -> Iterator[Served]:
     files["pytorch_model.bin"] = b"pickle"
     files["modeling_deepseek.py"] = b"raise SystemExit"
     files["README.md"] = b"---\nlicense: other\nlicense_name: deepseek\n---\n"
-    handler = type("Handler", (Hub,), {"files": files, "sent": [], "broken": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    yield Served(environment, handler.sent, files, handler.broken)
-    server.shutdown()
-    server.server_close()
+    with serve(files, tmp_path / "hf") as served:
+        yield served
 
 
 @pytest.fixture
 def near_hub(hub, monkeypatch) -> Served:
     """The same for this process."""
-    endpoint = hub.environment["HF_ENDPOINT"]
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", hub.environment["HF_HOME"] + "/hub")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()  # the client of another test knows another proxy, and that it is offline
+    use(hub, monkeypatch)
     return hub
 
 
@@ -132,7 +37,7 @@ def dsv2quant(environment: dict[str, str], *args: object) -> subprocess.Complete
 
 
 def test_plan_reads_headers_and_no_weights(hub):
-    environment, sent, files, _ = hub
+    environment, sent, files = hub.environment, hub.sent, hub.files
     ran = dsv2quant(environment, "plan", "owner/name", "--fp8=channel", "--json")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)
@@ -149,7 +54,7 @@ def test_quiet_is_quiet_while_it_downloads(hub, tmp_path):
 
 
 def test_convert_downloads_safely_and_records_the_commit(hub, tmp_path):
-    environment, sent, _, _ = hub
+    environment, sent = hub.environment, hub.sent
     out = tmp_path / "out"
     ran = dsv2quant(environment, "convert", "owner/name", "--fp8=channel", "-o", out, "-q")
     assert ran.returncode == 0, ran.stderr
@@ -177,14 +82,14 @@ def test_convert_downloads_safely_and_records_the_commit(hub, tmp_path):
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(hub, args, message):
-    ran = dsv2quant(hub[0], *args)
+    ran = dsv2quant(hub.environment, *args)
     assert ran.returncode == 3, ran.stderr
     assert message in ran.stderr
     assert ran.stderr.count("\n") == 1
 
 
 def test_a_hub_without_safetensors_and_a_hub_that_is_away(hub, tmp_path):
-    environment, _, files, _ = hub
+    environment, files = hub.environment, hub.files
     del files["model.safetensors"]
     ran = dsv2quant(environment, "plan", "owner/name")
     assert (ran.returncode, ran.stderr.count("\n")) == (3, 1)

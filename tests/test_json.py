@@ -84,6 +84,7 @@ def test_convert_and_what_reads_its_artifact(check, wordy, fox, folder):
     check("verify", "verify", out, "--source", wordy, *words, also="verify --engine")
     scored = ("--text", fox, "--ctx", "16", "--limit", "1", "--reference", wordy)
     found = check("eval-ppl", "eval-ppl", out, *scored, "--max-kld", "1e-9", "--max-ppl-increase", "1000", code=4)
+    check("compare", "compare", out, *scored, "--source", wordy)
     assert found["digest"] == made["digest"]
     assert found["reference"]["digest"] is None
     assert found["identity"] != found["reference"]["identity"]

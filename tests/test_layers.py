@@ -28,6 +28,7 @@ ORDER = [
     "engines",
     "bench",
     "api",
+    "release",
     "__init__",
     "lm_eval",
     "cli",

@@ -23,6 +23,7 @@ from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, dump_json
 from dsv2quant.storage.manifest import DIGEST, read_manifest, sealed
+from dsv2quant.storage.verified import VERIFIED_FILE
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +235,8 @@ def test_progress_counts_every_byte_that_is_read(lite, artifact):
     checked = check(opened, progress)
     ((label, total, seen),) = counted
     assert (label, total) == ("checksums", seen)
-    assert seen == sum(p.stat().st_size for p in artifact.iterdir() if p.name != MANIFEST_FILE)
-    assert checked.files.keys() == {p.name for p in artifact.iterdir()} - {MANIFEST_FILE}
+    assert seen == sum(p.stat().st_size for p in artifact.iterdir() if p.name not in (MANIFEST_FILE, VERIFIED_FILE))
+    assert checked.files.keys() == {p.name for p in artifact.iterdir()} - {MANIFEST_FILE, VERIFIED_FILE}
     seen = []
     compare_tensors(opened, source, seen.append)
     assert sum(seen) == bytes_compared(opened, source)

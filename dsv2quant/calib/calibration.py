@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import Smoothing
 from dsv2quant.progress import Progress
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, windows, windows_in_order
+from dsv2quant.text.dataset import named
 from dsv2quant.text.text import StrPath, python_topics
 from dsv2quant.text.tokenizer import Protocol
 
@@ -66,17 +68,23 @@ def read_calibration(
     length: int | None = None,
     seed: int | None = None,
     protocol: Protocol = "default",
+    cache_dir: StrPath | None = None,
+    offline: bool = False,
 ) -> Calibration:
-    """`samples` (512) windows of `length` tokens of a text file, or of the default text; `seed` (0) shuffles it. The
-    length's default is the context that the model was trained for, at most 2048, of llama.cpp's protocol 512.
+    """`samples` (512) windows of `length` tokens of a text file, a data set of the hub (`cache_dir` and `offline` as of
+    models), or the default text; `seed` (0) shuffles it. The length's default is the context that the model was trained
+    for, at most 2048, of llama.cpp's protocol 512.
 
-    Raises InputError for a source that is not converted, and as `load` and the tokenizer do. Warns of the default text,
-    of one that is short of windows, and of one that is scored by default.
+    Raises InputError for a source that is not converted, and as `load` and the tokenizer do, and UsageError for a data
+    set by llama.cpp's protocol. Warns of the default text, of one that is short of windows, and of one that is scored
+    by default.
     """
     folder = checkpoint.as_source().downloaded
     samples, seed = samples or 512, seed or 0
     length = length or min(512 if protocol == "llama.cpp" else 2048, checkpoint.config.trained_context)
-    found = load(text, folder)
+    if protocol == "llama.cpp" and text is not None and named(os.fspath(text)) is not None:
+        raise UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
+    found = load(text, folder, cache_dir, offline)
     tokenizer = checkpoint.tokenizer()
     if protocol == "llama.cpp":
         ids = windows_in_order(found, tokenizer, samples, length)
@@ -245,7 +253,10 @@ def calibrated_on(
     if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
         text, samples = given.get("calibration"), given.get("samples")
         with progress(0, "", "tokenize"):
-            calibration = read_calibration(plan.checkpoint, text, samples, given.get("length"), given.get("seed"))
+            calibration = read_calibration(
+                plan.checkpoint, text, samples, given.get("length"), given.get("seed"),
+                cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
+            )  # fmt: skip
         words += [f"--calibration {calibration.source}"] * (text is not None)
         words.append(f"--num-calibration-samples {samples or 512} --max-seq-length {calibration.ids.shape[1]}")
         words.append(f"--seed {calibration.seed}")

@@ -32,7 +32,7 @@ from dsv2quant.calib.calibration import (
 )
 from dsv2quant.calib.gptq import Split
 from dsv2quant.calib.streams import Made, Spool, batches, through_layers
-from dsv2quant.checkpoint.checkpoint import torch_dtype
+from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.errors import InputError
 from dsv2quant.formats.codec import Integers, TooLargeError, to_bf16, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE

@@ -165,10 +165,20 @@ class Statistics:
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the statistics are of another model or configuration, or are not what was measured.
         Reads the whole file: V2's 0.8 GB take some ten seconds."""
+        self.check_identity(checkpoint, sampled(checkpoint))
+        self.check_values(checkpoint)
+
+    def check_identity(self, checkpoint: Checkpoint, identity: str) -> None:
+        """Raise InputError where the statistics are of other weights than those of this `identity`."""
+        model = self.about["model"]
+        if model["identity"] != identity:
+            fix = f"calibrate {checkpoint.model}"
+            raise InputError(f"statistics of another model, {model['name']}", where=self.path, fix=fix)
+
+    def check_values(self, checkpoint: Checkpoint) -> None:
+        """The rest of `check`, which needs no weights."""
         model, config = self.about["model"], checkpoint.config
         fix = f"calibrate {checkpoint.model}"
-        if model["identity"] != sampled(checkpoint):
-            raise InputError(f"statistics of another model, {model['name']}", where=self.path, fix=fix)
         if model["config"] != configured(config):
             what = f"statistics of {model['name']} with another config.json"
             raise InputError(what, where=self.path, fix=fix)

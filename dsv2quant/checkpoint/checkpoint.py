@@ -21,6 +21,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.arch.multimodal import PUBLISHED, Multimodal, Names, multimodal
+from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.checkpoint.weights import (
     Weight,
     as_published,
@@ -48,6 +49,8 @@ from dsv2quant.storage.safetensors import (
     read_json,
     shard_files,
 )
+from dsv2quant.storage.stream import Stream
+from dsv2quant.storage.verified import VERIFIED_FILE
 from dsv2quant.text.chat import Templates
 from dsv2quant.text.tokenizer import Tokenizer, bos_note, check_tokenizer, stop_ids
 
@@ -55,18 +58,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-_TORCH = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "I8": "int8", "I32": "int32", "I64": "int64",
-}  # fmt: skip
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    """Safetensors' name of a dtype ('BF16') → torch's."""
-    import torch
-
-    found: torch.dtype = getattr(torch, _TORCH[dtype])
-    return found
 
 
 @dataclass(eq=False)
@@ -233,12 +224,13 @@ class HfCheckpoint(Checkpoint):
     """A checkpoint in Hugging Face layout. `folder` is where it lies; None where only headers were read.
 
     Of a multimodal model `whole` says what is around the language model, and `names` how that is spelled, there and in
-    artifacts; `raw_config` is the whole's.
+    artifacts; `raw_config` is the whole's. Where the shards come one by one from the hub, `stream` brings them.
     """
 
     folder: Path | None = None
     whole: Multimodal | None = None
     names: Names = PUBLISHED
+    stream: Stream | None = None
 
     @classmethod
     def of_folder(cls, folder: Path, model: str, revision: str | None = None) -> HfCheckpoint:
@@ -262,8 +254,10 @@ class HfCheckpoint(Checkpoint):
         revision: str | None = None,
         folder: Path | None = None,
         data: Mapping[str, tuple[Path, int]] | None = None,
+        stream: Stream | None = None,
     ) -> HfCheckpoint:
         """Of the headers of its shards by file."""
+        data = stream.data if stream is not None else data or {}
         where = folder if folder is not None else model
         config, whole = model_config(raw_config, f"{where}/config.json"), multimodal(raw_config)
         check_quantization(config.quantization, where)
@@ -278,8 +272,8 @@ class HfCheckpoint(Checkpoint):
         weights = match(architecture(config).specs(), tensors, readable_codecs(config.quantization), where)
         check_declared(weights, config.quantization, where)
         return cls(
-            printable(model), raw_config, config, weights, sorted(headers), data or {}, revision, kv_scales, others,
-            folder, whole, PUBLISHED if whole is None else names,
+            printable(model), raw_config, config, weights, sorted(headers), data, revision, kv_scales, others,
+            folder, whole, PUBLISHED if whole is None else names, stream,
         )  # fmt: skip
 
     @property
@@ -295,6 +289,9 @@ class HfCheckpoint(Checkpoint):
             what = f"already quantized: {listing(quantized, 1)}"
             raise InputError(what, where=self.model, fix="give the checkpoint it was made from")
         return self
+
+    def fingerprint(self) -> list[list[object]]:
+        return self.stream.fingerprint() if self.stream is not None else super().fingerprint()
 
     def arrays(self, weight: Weight, buffer: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """What is stored of a weight by suffix, as `HELD_AS` has its dtypes, its codes in `buffer` if one is given."""
@@ -393,7 +390,7 @@ class HfCheckpoint(Checkpoint):
         raise InputError(what, where=self.folder, fix=fix)
 
     def check_added(self, listed: Sequence[str]) -> list[str]:
-        loaded, added = beside(self.downloaded, {*listed, MANIFEST_FILE})
+        loaded, added = beside(self.downloaded, {*listed, MANIFEST_FILE, VERIFIED_FILE})
         if loaded:
             what = f"holds {listing(loaded)}, which its manifest does not list and programs may load"
             raise InputError(what, where=self.folder, fix="remove what was added")

@@ -8,6 +8,7 @@ from pathlib import Path
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.storage import hub
+from dsv2quant.storage.safetensors import check_index, read_json
 
 
 def open_checkpoint(
@@ -43,3 +44,26 @@ def open_checkpoint(
         return HfCheckpoint.of_headers(name, raw_config, headers, revision=commit)
     folder, commit = hub.download(name, revision, cache_dir, offline)
     return HfCheckpoint.of_folder(folder, name, commit)
+
+
+def open_streamed(
+    model: str | os.PathLike[str],
+    out: Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> HfCheckpoint:
+    """Open a hub id whose shards are downloaded one by one into folder `out`, when `Checkpoint.stream` is asked for
+    them. Raises UsageError for what is on this machine, and with `offline`, else as `open_checkpoint`."""
+    name = os.fspath(model)
+    if Path(name).exists() or name.endswith(".gguf"):
+        raise UsageError(f"--stream-hub goes with a hub id: {name} is on this machine", fix="leave it out")
+    if hub.is_offline(offline):
+        raise UsageError("--stream-hub downloads shard by shard: it goes neither with --offline nor HF_HUB_OFFLINE")
+    name, revision = hub.identify(name, revision)
+    folder, stream = hub.stream(name, revision, None if cache_dir is None else os.fspath(cache_dir), out)
+    check_index(folder, stream.headers)
+    return HfCheckpoint.of_headers(
+        name, read_json(folder / "config.json"), stream.headers, revision=stream.commit, folder=folder, stream=stream
+    )

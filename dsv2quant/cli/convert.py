@@ -31,10 +31,15 @@ from dsv2quant.cli.plan import show
 )  # fmt: skip
 @shared.device_option
 @shared.hub_options
+@shared.stack(
+    click.option("--stream-hub", is_flag=True,
+                 help="Download shard by shard and drop each when it is converted: the disk holds OUT and a few."),
+    section="Hub",
+)  # fmt: skip
 @shared.output_options
 def command(
-    model: str, out: str | None, device: str, dry_run: bool, force: bool, as_json: bool, verbose: int, quiet: bool,
-    **options: Any,
+    model: str, out: str | None, device: str, dry_run: bool, force: bool, stream_hub: bool, as_json: bool, verbose: int,
+    quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL (a folder or hub id) into folder OUT, or into a GGUF file.
 
@@ -58,6 +63,7 @@ def command(
         check_conversion(out, device, **asked)
         show(model, asked, as_json, every_tensor=verbose > 0)
         return
-    made = dq.convert(model, out, device=device, force=force, progress=terminal.progress(quiet), **asked)
+    progress = terminal.progress(quiet)
+    made = dq.convert(model, out, device=device, force=force, stream_hub=stream_hub, progress=progress, **asked)
     if as_json or not quiet:
         terminal.show(made, conversion_json, conversion_text, as_json)

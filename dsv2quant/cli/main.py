@@ -25,11 +25,13 @@ VERBS = {
     "plan": ("dsv2quant.cli.plan", "Show what a conversion would do, from headers alone."),
     "bench": ("dsv2quant.cli.bench", "Measure kernels, or a model, on this GPU."),
     "calibrate": ("dsv2quant.cli.calibrate", "Measure activations, for many conversions."),
+    "compare": ("dsv2quant.cli.compare", "Show artifacts beside each other, whoever made them."),
     "convert": ("dsv2quant.cli.convert", "Quantize a checkpoint."),
     "eval-ppl": ("dsv2quant.cli.eval_ppl", "Measure perplexity, and divergence from a reference."),
     "generate": ("dsv2quant.cli.generate", "Continue a text, or answer a question."),
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
     "memory": ("dsv2quant.cli.memory", "Show what fits on a GPU, from headers alone."),
+    "push": ("dsv2quant.cli.push", "Upload a verified artifact to the hub."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 

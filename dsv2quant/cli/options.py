@@ -195,8 +195,9 @@ plan_options = stack(scheme_options, _consumer_options, _gguf_options)
 def calibration_options(text: str) -> Callable[[F], F]:
     """Those of text to calibrate on; `text` is what the API calls the file."""
     return stack(
-        click.option("--calibration", text, type=PATH, metavar="FILE",
-                     help="Text, or .jsonl or .json with texts or chats. Default: Python's library."),
+        click.option("--calibration", text, type=PATH, metavar="FILE|DATASET",
+                     help="Text, or .jsonl or .json with texts or chats; or of the hub, ORG/NAME[:SPLIT][#COLUMN]. "
+                     "Default: Python's library."),
         click.option("--num-calibration-samples", "samples", type=click.IntRange(min=1), default=512,
                      show_default=True, help="Windows of calibration text."),
         click.option("--max-seq-length", "length", type=click.IntRange(min=8),

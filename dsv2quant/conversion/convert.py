@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv2quant.checkpoint.identity import sampled_bytes
 from dsv2quant.conversion.sink import Sink
+from dsv2quant.conversion.stream import streamed
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import Conversion
@@ -71,10 +73,15 @@ def convert(
             if resumed:
                 total = sum(len(written.file.marks) for written in sink.written)
                 logger.info("continuing: %d of %d %s are finished", resumed, total, sink.units)
-            jobs = sink.jobs(progress)
+            jobs: Iterator[engine.Job | None] = sink.jobs(progress)
+            if sink.stream is not None:
+                jobs = streamed(sink.jobs(progress), sink.written, sink.stream, sampled_bytes(plan.checkpoint))
             with progress(plan.bytes_in, "B", "convert") as advance:
                 _write_files(sink, plan, jobs, advance)
             sink.source.check_unchanged(plan.checkpoint)
+            sink.source = sink.source.finished(plan.checkpoint)
+            if statistics is not None:
+                statistics.check_identity(plan.checkpoint, sink.source.identity["weights"])
             files = _write_small_files(sink, plan, command)
             sink.finish()
     bytes_out = sum(written.file.nbytes for written in sink.written)
@@ -85,7 +92,7 @@ def convert(
 
 
 def _write_files(
-    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job], advance: Callable[[int], object]
+    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job | None], advance: Callable[[int], object]
 ) -> None:
     """Encode and write what is not durable yet."""
     check = partial(sink.source.check_unchanged, plan.checkpoint)

@@ -39,6 +39,7 @@ from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.gguf import padded
 from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import HELD_AS
+from dsv2quant.storage.verified import record_path
 from dsv2quant.version import __version__
 
 _one_at_a_time = threading.Lock()
@@ -82,7 +83,10 @@ class GgufFiles(Sink):
             for file in self._layout
         ]
         read = [*plan.checkpoint.inputs, *([Path(imatrix.source)] if imatrix is not None else []), *inputs]
-        super().__init__(out, gguf_manifest(out), files, digest, source, force=force, inputs=read, progress=progress)
+        super().__init__(
+            out, gguf_manifest(out), files, digest, source, force=force, inputs=read, progress=progress,
+            stream=plan.checkpoint.stream,
+        )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
         return {"versions": {"dsv2quant": __version__}}
@@ -113,7 +117,7 @@ class GgufFiles(Sink):
         for name in os.listdir(self._folder):
             if partial.fullmatch(name):
                 os.unlink(self._folder / name)
-        for path in (*(written.file.path for written in self.written), self.manifest):
+        for path in (*(written.file.path for written in self.written), record_path(self.manifest), self.manifest):
             path.unlink(missing_ok=True)
         sync_folder(self._folder)
 
@@ -139,7 +143,8 @@ class GgufFiles(Sink):
                     padding = padded(entry.nbytes) - entry.nbytes if end == first + entry.nbytes else 0
                     encode = partial(self._encode, piece, importance, begin, padding)
                     span = (begin, end + padding)
-                    yield Job(number, entry.name, (span,), piece.bytes_in, piece.memory, encode)
+                    reads = frozenset(part.file for part in piece.weight.parts.values())
+                    yield Job(number, entry.name, (span,), piece.bytes_in, piece.memory, encode, reads)
 
     def _encode(
         self, piece: Piece, importance: np.ndarray | None, begin: int, padding: int

@@ -37,6 +37,7 @@ from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
 from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
+from dsv2quant.storage.verified import VERIFIED_FILE
 from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
@@ -77,14 +78,17 @@ class Folder(Sink):
         small["config.json"] = dump_json(plan.config)
         described = calibration.describe(device) if calibration is not None else {}
         if statistics is not None:
-            statistics.check(plan.checkpoint)
+            if plan.checkpoint.stream is None:
+                statistics.check(plan.checkpoint)
+            else:  # which weights they are of can be told when all have come
+                statistics.check_values(plan.checkpoint)
             described |= {"statistics": statistics.describe()}
         aside = _ASIDE + sum(map(len, small.values())) + (work_bytes(plan, calibration) if calibration else 0)
         read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
             out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
             source, force=force, inputs=read, progress=progress, small=small,
-            calibration=described or None, aside=aside,
+            calibration=described or None, aside=aside, stream=plan.checkpoint.stream,
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
@@ -124,7 +128,8 @@ class Folder(Sink):
         """What has a name that will be written, or that a consumer would load with it, must not be of others."""
         ours = {name for name in names if is_inside(self.out, name)} | ({SMOOTHING_FILE} if names else set())
         ours |= set(manifest["files"]) if manifest is not None else set()
-        ours |= {name + PARTIAL for name in ours} | ({MANIFEST_FILE} if ours or manifest is not None else set())
+        ours |= {name + PARTIAL for name in ours}
+        ours |= {MANIFEST_FILE, VERIFIED_FILE} if ours or manifest is not None else set()
         held = {entry.name for entry in self.out.iterdir()}
         planned = {SMOOTHING_FILE, *self._names, *(name + PARTIAL for name in self._names)}
         loaded = {name for name in held if name.endswith(".safetensors")} | {INDEX_FILE}
@@ -173,7 +178,8 @@ class Folder(Sink):
             spans = tuple((places[output.name], places[output.name] + output.nbytes) for output in outputs)
             decoded = sum(2 * 4 * entry.spec.size for entry in step.entries if entry.weight.scheme != "bf16")
             encode, memory = partial(self._encode, step, places), step.bytes_in + step.bytes_out + decoded
-            yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode)
+            reads = frozenset(part.file for entry in step.entries for part in entry.weight.parts.values())
+            yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode, reads)
         for copy in self.plan.copies:
             yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
 
@@ -182,7 +188,7 @@ class Folder(Sink):
         for offset in range(0, part.nbytes, CHUNK):
             nbytes, at = min(CHUNK, part.nbytes - offset), begin + offset
             copy = partial(self._copy, part, offset, nbytes, at, weight)
-            yield Job(shard, part.name, ((at, at + nbytes),), nbytes, nbytes, copy)
+            yield Job(shard, part.name, ((at, at + nbytes),), nbytes, nbytes, copy, frozenset({part.file}))
 
     def _copy(
         self, part: StoredTensor, begin: int, nbytes: int, at: int, weight: Weight | None

@@ -41,6 +41,7 @@ from dsv2quant.storage.durable import (
 from dsv2quant.storage.engine import File, Job, Written
 from dsv2quant.storage.manifest import CARD_FILE, own_manifest
 from dsv2quant.storage.safetensors import StoredTensor
+from dsv2quant.storage.stream import Stream
 
 if TYPE_CHECKING:
     from dsv2quant.calib.calibration import Outcome
@@ -76,9 +77,11 @@ class Sink(ABC):
         small: Mapping[str, bytes] | None = None,
         calibration: Mapping[str, Any] | None = None,
         aside: int = 0,
+        stream: Stream | None = None,
     ) -> None:
         """Create or resume. An artifact is the same if its plan is (`digest`), its source, and what it was calibrated
-        on. `aside` is what it takes of the disk beside `files`, in bytes; `inputs` are files and folders that are read.
+        on. `aside` is what it takes of the disk beside `files`, in bytes; `inputs` are files and folders that are read,
+        and `stream` brings the source's shards.
 
         Raises InputError where something else is there or an input would be overwritten, another run is writing, or
         the disk is too small.
@@ -89,7 +92,7 @@ class Sink(ABC):
         self.outcomes: list[Outcome] = []
         self.expert_tokens: dict[int, list[int]] = {}
         self.manifest, self._folder, self._state = manifest, manifest.parent, state_path(out)
-        self._calibration = calibration
+        self._calibration, self.stream = calibration, stream
         self._names = {*self.small, manifest.name, *(file.path.name for file in files)}
         self._log: StateLog | None = None
         self._is_refused = False
@@ -136,9 +139,13 @@ class Sink(ABC):
                 if not force:
                     self._refuse(lines)
                 self._clear(_names(lines), manifest, inputs)
+                if self.stream is not None:
+                    self.stream.clear(everything=True)
                 self._log.start(wanted)
                 sync_folder(self._folder)
-            self._check_space(aside)
+            if self.stream is not None:
+                self.stream.clear(everything=False)
+            self._check_space(aside + (self.stream.room if self.stream is not None else 0))
         except InputError:
             self._is_refused = not lines
             raise
@@ -157,8 +164,8 @@ class Sink(ABC):
 
     def _check_complete(self, manifest: Mapping[str, Any], progress: Progress) -> None:
         """Set `complete` where all files are what the manifest says, and of this source. Raises InputError."""
-        source, files = manifest.get("source"), manifest["files"]
-        differing = self.source.differences(source.get("identity") if isinstance(source, dict) else None)
+        files = manifest["files"]
+        differing = self.source.differences(manifest.get("source"))
         if differing is not None:
             what, fix = f"{self.of_another} another source: {differing}", f"give {self.other}, or --force to replace it"
             raise InputError(what, where=self.out, fix=fix)
@@ -232,7 +239,9 @@ class Sink(ABC):
             write_whole(path, [content])
 
     def finish(self) -> None:
-        """Remove the state: the artifact is whole."""
+        """Remove the state and what was kept of a stream: the artifact is whole."""
+        if self.stream is not None:
+            self.stream.clear(everything=True)
         assert self._log is not None
         with disk_errors(self._state):
             os.unlink(self._state)

@@ -18,6 +18,7 @@ from dsv2quant.evaluation.results import (
     verification_json,
     verification_text,
 )
+from dsv2quant.report.measured import EngineRun
 from dsv2quant.report.tables import values_of
 
 BEYOND = 2  # times the noise floor is what may lie between engine and runtime,
@@ -102,6 +103,15 @@ class Verdict:
 def _shown(c: Continued) -> str:
     prompt = c.prompt.get("text")
     return repr(prompt[:24]) if isinstance(prompt, str) else "the chat"
+
+
+def engine_run(v: Verdict) -> EngineRun:
+    """What cards and reports tell of a verdict."""
+    d = v.apart.distance
+    return EngineRun(
+        v.engine, dict(v.report.versions), v.report.device, v.tp, Estimate(d.kld.mean, v.apart.kld_error), v.limit,
+        d.top1_agreement, tuple(v.faults),
+    )  # fmt: skip
 
 
 Found = tuple[Verification | None, Verdict | None]

@@ -26,6 +26,7 @@ from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import Pass
 from dsv2quant.model.serving import Serving
 from dsv2quant.progress import Progress
+from dsv2quant.storage.verified import record
 from dsv2quant.text.text import Text
 from dsv2quant.text.tokenizer import Protocol, Windows, cut
 
@@ -88,6 +89,18 @@ def verify(
         kv_cache=settings.kv_cache, tp=settings.tp, device=settings.device, torch=torch.__version__,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def note_verified(artifact: Checkpoint, verdict: Verdict) -> None:
+    """Note beside an artifact's manifest that an engine computes of it what the runtime does."""
+    said = {"versions": dict(verdict.report.versions), "kld": verdict.apart.distance.kld.mean, "limit": verdict.limit}
+    asked = {
+        "dtype": verdict.dtype,
+        "kv_cache": verdict.kv_cache,
+        "tp": verdict.tp,
+        "source": verdict.floor is not None,
+    }
+    record(artifact.manifest, verdict.engine, said | asked | {"generated": len(verdict.continued)})
 
 
 def _floor(

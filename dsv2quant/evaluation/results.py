@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dsv2quant.errors import GateError, listing
-from dsv2quant.report.measured import Estimate, Stretch
+from dsv2quant.report.measured import Estimate, Scores, Stretch
 from dsv2quant.report.tables import gigabytes, table, values_of
 
 
@@ -127,6 +127,17 @@ class Evaluation:
                 raise GateError(f"perplexity grew by {gate.value:.3f}%, more than --max-ppl-increase {gate.limit:g}%")
             if not gate.passed:
                 raise GateError(f"mean KLD is {gate.value:.5f} nats, more than --max-kld {gate.limit:g}")
+
+
+def scores_of(e: Evaluation) -> Scores:
+    """What cards and reports tell of an evaluation with a reference."""
+    c = e.comparison
+    assert c is not None
+    return Scores(
+        c.reference.model, e.perplexity, c.reference.perplexity, c.ln_ratio, Estimate(c.kld.mean, c.kld.stderr),
+        c.kld.p99, c.top1_agreement, tuple(c.by_position), e.tokens, e.windows, e.ctx, e.protocol, e.text,
+        e.text_sha256, e.dtype, e.weight_only,
+    )  # fmt: skip
 
 
 def evaluation_json(e: Evaluation) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dsv2quant.progress import Progress
 from dsv2quant.report.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
 from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, read_manifest
+from dsv2quant.storage.verified import record
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
 PIECE = {"cpu": 1 << 18}  # weights of a piece
@@ -54,6 +55,14 @@ def verify(artifact: Checkpoint, source: Checkpoint | None, device: str, progres
             errors = summarize(artifact, compare_tensors(artifact, source, advance, device))
             compare_others(artifact, source, advance)
     return Verification(artifact.model, checked, len(artifact.weights), errors)
+
+
+def note_verified(artifact: Checkpoint, source: Checkpoint, found: Verification) -> None:
+    """Note beside an artifact's manifest that its files and, with `source`, its weights are as they must be."""
+    assert found.errors is not None
+    lossy = [role.lowest_sqnr_db for role in found.errors.roles if not role.exact]
+    said = {"model": source.model, "revision": source.revision, "decoded_dtype": found.errors.decoded_dtype}
+    record(artifact.manifest, "source", said | {"lowest_sqnr_db": min(lossy, default=None)})
 
 
 def check_layout(artifact: Checkpoint, source: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from dsv2quant.errors import UsageError
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
-from dsv2quant.model.cache import Cache
+from dsv2quant.model.cache import KV_DTYPES, Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
 from dsv2quant.model.serving import Serving, activation, decode, takes_cache_scales
 
@@ -61,6 +61,18 @@ def choose_backend(asked: str, device: str, dtype: torch.dtype, departs: bool = 
 def runs_kernels(device: str) -> bool:
     """Whether this is a GPU with the units that the kernels are for: a Hopper, or what came after."""
     return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def load_options(
+    device: str, dtype: str, backend: str, kv_cache: str, weight_only: bool = False, serving: str | None = None
+) -> LoadOptions:
+    """How a model is loaded, of options as they are spelled. Raises UsageError for a backend that can't be had."""
+    computed = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    chosen = choose_backend(backend, device, computed, weight_only or serving is not None)
+    return LoadOptions(
+        computed, device, weight_only, kv_cache=KV_DTYPES.get(kv_cache), backend=chosen,
+        serving=serving,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]  # states behind a layer, and the experts it chose, if it has any

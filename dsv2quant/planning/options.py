@@ -56,8 +56,9 @@ class Options(HubOptions, total=False):
     `group_size` (128); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
     tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
     ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
-    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file (Python's library), in the
-    order of `seed` (0), or `statistics` that `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
+    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a data set of the hub,
+    "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
+    `figure` is a picture of tokens per expert to draw.
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
@@ -280,11 +281,14 @@ def check_figure(path: StrPath | None) -> None:
 
 
 def check_text(path: StrPath | None) -> None:
-    """Raise InputError for a text that can't be read, before anything is downloaded for it."""
+    """Raise InputError for a text that can't be read, before anything is downloaded for it. What may be a data set is
+    looked for later."""
     if path is not None and not os.access(path, os.R_OK):
         from dsv2quant.text.calibration import load
+        from dsv2quant.text.dataset import named
 
-        load(path, Path())  # says what is wrong
+        if named(os.fspath(path)) is None:
+            load(path, Path())  # says what is wrong
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -234,7 +234,7 @@ def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Orig
         grew = ", ".join(f"{name} {growth(s)}" for name, s in found)
         ran = f"dsv2quant eval-ppl ARTIFACT --reference {base.name} --ctx {scores.ctx} --limit {scores.windows}"
         parts += [scores_table(rows, markdown=True), f"Perplexity grew by: {grew}."]
-        parts += [f"{scored_on(scores)[0].upper()}{scored_on(scores)[1:]}.", f"```\n{ran}\n```"]
+        parts += [_sentence(scored_on([s for _, s in found])), f"```\n{ran}\n```"]
     for row, each in zip(rows, measured, strict=True):
         if each.engines:
             parts += [f"{row.name} in engines, beside dsv2quant's runtime:", engines_table(each.engines, markdown=True)]

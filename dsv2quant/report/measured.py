@@ -1,9 +1,10 @@
-"""What was measured of an artifact, as plain numbers that cards show and reports draw."""
+"""What was measured of an artifact, as plain numbers that cards show and reports draw, and that JSON keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,57 @@ class EngineRun:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """All weights of one role in a layer, None outside of layers: how many tensors and elements, in which schemes, bits
+    of an element as stored, and the ratio of signal to noise against the source in dB: of all together, of the worst
+    tenth of the tensors, the tenth percentile, and the lowest. It is None where nothing differs, `exact`, or where
+    nothing was compared; `signal` is the sum of squares of the source's elements."""
+
+    layer: int | None
+    role: str
+    schemes: tuple[str, ...]
+    tensors: int
+    weights: int
+    bits: float
+    exact: bool = False
+    signal: float | None = None
+    sqnr_db: float | None = None
+    decile_db: float | None = None
+    lowest_db: float | None = None
+
+
+@dataclass(frozen=True)
 class Measured:
-    """All of an artifact: `scores` are None where it was not scored."""
+    """All of an artifact: `scores` are None where it was not scored, `cells` in the order of the model."""
 
     scores: Scores | None = None
     engines: tuple[EngineRun, ...] = ()
+    cells: tuple[Cell, ...] = ()
+
+
+def measured_json(measured: Measured) -> dict[str, Any]:
+    """As JSON; `measured_from` reads it."""
+    return asdict(measured)
+
+
+def measured_from(found: Mapping[str, Any]) -> Measured:
+    """What `measured_json` made."""
+    scores = found["scores"]
+    return Measured(
+        None if scores is None else _scores(scores),
+        tuple(
+            EngineRun(**run | {"faults": tuple(run["faults"])} | _estimates(run, "kld", "top1"))
+            for run in found["engines"]
+        ),
+        tuple(Cell(**cell | {"schemes": tuple(cell["schemes"])}) for cell in found["cells"]),
+    )
+
+
+def _scores(found: Mapping[str, Any]) -> Scores:
+    stretches = tuple(Stretch(**stretch | _estimates(stretch, "kld")) for stretch in found["by_position"])
+    numbers = _estimates(found, "perplexity", "reference_perplexity", "ln_ratio", "kld", "top1")
+    return Scores(**dict(found) | numbers | {"by_position": stretches})
+
+
+def _estimates(found: Mapping[str, Any], *names: str) -> dict[str, Estimate]:
+    return {name: Estimate(**found[name]) for name in names}

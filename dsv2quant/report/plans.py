@@ -1,7 +1,8 @@
-"""A plan as text and as JSON."""
+"""A plan as text and as JSON, and what is said of it before it is run."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,22 @@ if TYPE_CHECKING:
     from dsv2quant.planning.gguf_plan import Entry as GgufEntry
     from dsv2quant.planning.gguf_plan import GgufPlan  # imports numba
 
+logger = logging.getLogger(__name__)
 # vLLM pull 13232
 _FLOAT16 = "float16 scales: serve in BF16, DeepSeek-V2 overflows in float16"
+
+
+def tell(plan: Plan | GgufPlan) -> None:
+    """Log what a plan warns of; where more is wanted, the plan, which says that too."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", plan_text(plan, every_tensor=logger.isEnabledFor(logging.DEBUG)))
+        return
+    if isinstance(plan, Plan):
+        lines = [f"warning: {warning}" for warning in warnings(plan)]
+    else:
+        lines = [f"note: {note}" for note in plan.notes]
+    for line in lines:
+        logger.warning("%s", line)
 
 
 def plan_text(plan: Plan | GgufPlan, *, every_tensor: bool = False) -> str:

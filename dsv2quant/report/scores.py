@@ -49,9 +49,11 @@ def growth(s: Scores) -> str:
     return f"{100 * math.expm1(s.ln_ratio.value):+.3f}%"
 
 
-def scored_on(s: Scores) -> str:
-    """What the numbers rest on, in a line."""
-    activations = "unquantized" if s.weight_only else "as served"
+def scored_on(found: Sequence[Scores]) -> str:
+    """What the numbers of artifacts, all scored alike, rest on, in a line."""
+    s, weight_only = found[0], {each.weight_only for each in found}
+    served = {frozenset({True}): "unquantized", frozenset({False}): "as served"}
+    activations = served.get(frozenset(weight_only), "as served, where an artifact quantizes them")
     return (
         f"{s.tokens:,} tokens in {s.windows} windows of {s.ctx} of {s.text} (sha256 {s.text_sha256}), {s.protocol} "
         f"protocol, {s.dtype}, activations {activations}; errors are bootstrapped over windows"

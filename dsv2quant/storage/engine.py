@@ -77,7 +77,7 @@ class Written:
 class Job:
     """Work for one worker. `encode` yields arrays (uint8, flat) with the places of their first bytes in file number
     `file`; they fill the `spans`, (first byte, end), and nothing else. It holds `memory` bytes meanwhile, and its input
-    is `bytes_in` long."""
+    is `bytes_in` long and comes from the source's files `reads`."""
 
     file: int
     name: str
@@ -85,20 +85,22 @@ class Job:
     bytes_in: int
     memory: int
     encode: Callable[[], Iterable[tuple[int, np.ndarray]]]
+    reads: frozenset[str] = frozenset()
 
 
 Record = Callable[[int, int, str], object]  # number of the file, marks that are durable, sha256 of all before the last
 
 
 def write(
-    jobs: Iterable[Job],
+    jobs: Iterable[Job | None],
     files: Sequence[Written],
     *,
     advance: Callable[[int], object] = lambda nbytes: None,
     record: Record = lambda number, done, sha256: None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run jobs, except for those whose bytes are durable, until all files are whole and have their names.
+    """Run jobs, except for those whose bytes are durable, until all files are whole and have their names. None among
+    them stands for a pause: whoever gives the jobs is asked for the next when all before are done.
 
     `advance` is called with input bytes, `record` when a mark is durable, and `check` before a file gets its name.
     Raises PlanViolation where other bytes come than were planned, one comes twice, or one never does; InputError
@@ -106,7 +108,10 @@ def write(
     """
     with _Writing(files, advance, record, check) as writing:
         for job in jobs:
-            writing.start(job)
+            if job is None:
+                writing.settle()
+            else:
+                writing.start(job)
         writing.drain()
     if missing := [written.file.path.name for written in files if not written.is_whole]:
         raise PlanViolation(f"{files[0].file.path.parent}: {', '.join(missing)} never came")
@@ -155,10 +160,14 @@ class _Writing:
         begun = self._begun[number] = _Begun(self._files[number], self._hasher, self._finisher, record, self._check)
         return begun
 
-    def drain(self) -> None:
-        """Wait for all jobs, and until every file that they are for is durable."""
+    def settle(self) -> None:
+        """Wait for the jobs that were started."""
         while self._running:
             self._settle()
+
+    def drain(self) -> None:
+        """Wait for all jobs, and until every file that they are for is durable."""
+        self.settle()
         for number, written in enumerate(self._files):
             if number not in self._begun and not written.done and written.file.nbytes == len(written.file.header):
                 self._begin(number).came(())  # no job is for it

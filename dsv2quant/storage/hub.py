@@ -2,28 +2,25 @@
 
 Only safetensors, JSON and text files are ever fetched: no pickle, no remote code. Of the weights only those that the
 model is made of are: repositories also hold other formats and precisions of them.
-
-What can go wrong between here and the hub, as one line each.
 """
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import glob
 import logging
-import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dsv2quant.errors import InputError, UsageError, listing
+from dsv2quant.storage.hub_errors import hub_errors, near
 from dsv2quant.storage.safetensors import INDEX_FILE, SINGLE_FILE, indexed_shards, read_json
+from dsv2quant.storage.stream import Remote, Stream
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -87,7 +84,7 @@ def download(repo: str, revision: str | None, cache_dir: str | None, offline: bo
     """(folder of the snapshot, resolved commit). With `offline`, only what the cache already holds."""
     from huggingface_hub import HfApi, snapshot_download
 
-    _heed_quiet()
+    heed_quiet()
     if is_offline(offline):
         folder = _cached(repo, revision, cache_dir)
     else:
@@ -109,7 +106,7 @@ def read_headers(
     """(config.json, {shard: {tensor: {dtype, shape, data_offsets}}}, resolved commit), without downloading weights."""
     from huggingface_hub import HfApi
 
-    _heed_quiet()
+    heed_quiet()
     with hub_errors(repo, cache_dir):
         api = HfApi()
         commit, names = _list(api, repo, revision)
@@ -127,7 +124,24 @@ def read_headers(
     return read_json(config), headers, commit
 
 
-def _heed_quiet() -> None:
+def stream(repo: str, revision: str | None, cache_dir: str | None, out: Path) -> tuple[Path, Stream]:
+    """(folder with what lies beside the weights, its shards, which come to lie in folder `out` one by one)."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    _, headers, commit = read_headers(repo, revision, cache_dir)
+    with hub_errors(repo, cache_dir):
+        info = HfApi().model_info(repo, revision=commit, files_metadata=True)
+        found = {entry.rfilename: entry for entry in info.siblings}
+        small = [glob.escape(name) for name in found if _is_small(name)]
+        folder = Path(snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=small))
+        files = {
+            name: Remote(entry.size, entry.lfs.sha256 if entry.lfs is not None else None, entry.blob_id)
+            for name, entry in ((name, found[name]) for name in headers)
+        }
+    return folder, Stream(repo, commit, out, files, headers)
+
+
+def heed_quiet() -> None:
     """Keep huggingface_hub's own bars down where warnings are."""
     from huggingface_hub.utils import disable_progress_bars
 
@@ -186,73 +200,3 @@ def _cached(repo: str, revision: str | None, cache_dir: str | None) -> Path:
     if missing := [file for file in ("config.json", *shards) if not (folder / file).exists()]:
         raise InputError(f"the local cache lacks {listing(missing)} of it", where=repo, fix=again)
     return folder
-
-
-_OFFLINE = "retry, or use --offline for what the cache holds"
-
-
-def near(path: str) -> str | None:
-    """What to say of a path that does not exist, where its folder holds one that is spelled nearly so."""
-    parent, _, name = path.rstrip("/").rpartition("/")
-    folder = Path(parent or ("/" if path.startswith("/") else "."))
-    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    found = difflib.get_close_matches(name, names, 1, 0.75)
-    return f"did you mean {folder / found[0]}?" if found else None
-
-
-@contextmanager
-def hub_errors(repo: str, cache_dir: str | None) -> Iterator[None]:
-    """Raise InputError for what huggingface_hub raises within. Nothing else belongs inside: an answer that is not
-    the hub's fails in its parsing, in any way."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise InputError("the hub refuses access", where=repo, fix="accept its licence and set HF_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local folder must exist"
-        raise InputError("no such model on the hub and no such folder", where=repo, fix=fix) from None
-    except errors.RevisionNotFoundError:
-        raise InputError("no such revision", where=repo, fix="give a branch, tag or commit of the model") from None
-    except errors.LocalEntryNotFoundError as error:  # the cache was its last resort
-        raise _unreachable(error.__cause__ or error, repo) from None
-    except errors.EntryNotFoundError as error:
-        raise InputError(f"the hub has no such file: {error}", where=repo) from None
-    except errors.SafetensorsParsingError as error:
-        raise InputError(f"a safetensors header can't be parsed: {error}", where=repo) from None
-    except errors.HFValidationError as error:
-        raise InputError(f"is no hub id: {error}", where=repo, fix=near(repo) or "give owner/name") from None
-    # errors.HTTPError is the client library's own base class: httpx in huggingface_hub 1, httpx2 in 2.
-    except (errors.HTTPError, ConnectionError) as error:
-        raise _unreachable(error, repo) from None
-    except OSError as error:
-        if error.errno is None:  # huggingface_hub's own, of a file that did not come whole
-            raise InputError(f"the download failed: {error}", where=repo, fix="retry") from None
-        where = error.filename or cache_dir or constants.HF_HUB_CACHE
-        fix = "make room, or give another --cache-dir"
-        raise InputError(f"can't keep downloads of {repo}: {error.strerror}", where=where, fix=fix) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"the answer is not the hub's: {type(error).__name__}: {error!s:.80}"
-        raise InputError(
-            what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT"
-        ) from None
-
-
-def _unreachable(error: BaseException, repo: str) -> InputError:
-    from huggingface_hub import errors
-
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if status == 401:
-        what, fix = "the hub refuses the token", "set a valid HF_TOKEN, or none for a public model"
-    elif status == 403:
-        what, fix = "the hub refuses access", "set an HF_TOKEN that may read it"
-    elif status == 429:
-        what, fix = "the hub has had too many requests (429)", "wait some minutes; with HF_TOKEN the limit is higher"
-    elif status is not None and status < 500:
-        what, fix = f"the hub answers with status {status}", "check the id and HF_ENDPOINT"
-    elif status is not None:
-        what, fix = f"the hub fails with status {status}", _OFFLINE
-    else:
-        what, fix = f"the hub can't be reached: {type(error).__name__}: {error!s:.200}", _OFFLINE
-    return InputError(what, where=repo, fix=" ".join(filter(None, (near(repo), fix))))

@@ -115,8 +115,13 @@ def beside(folder: Path, listed: Container[str]) -> tuple[list[str], list[str]]:
     if (folder / TEMPLATES).is_dir():
         names |= {f"{TEMPLATES}/{name}" for name in os.listdir(folder / TEMPLATES)}
     added = sorted(name for name in names if name not in listed)
-    loaded = [name for name in added if any(fnmatch.fnmatchcase(name, pattern) for pattern in LOADED)]
+    loaded = [name for name in added if is_loaded(name)]
     return loaded, [name for name in added if name not in loaded]
+
+
+def is_loaded(name: str) -> bool:
+    """Whether consumers load a file of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LOADED)
 
 
 def is_text(name: str) -> bool:

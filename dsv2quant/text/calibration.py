@@ -15,13 +15,14 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dsv2quant.errors import InputError
+from dsv2quant.text import dataset
 from dsv2quant.text.chat import Chat, Templates
 from dsv2quant.text.text import DATASETS, SUFFIXES, StrPath, from_file, records
 from dsv2quant.text.tokenizer import Tokenizer, cut
@@ -69,11 +70,14 @@ class CalibrationText:
         return hashlib.sha256(json.dumps([[d.text, d.is_chat] for d in self.documents]).encode()).hexdigest()
 
 
-def load(spec: StrPath | None, folder: Path) -> CalibrationText:
-    """The text that `spec` names: a UTF-8 text file, a file of records (.jsonl, .json), or None for the default text.
+def load(
+    spec: StrPath | None, folder: Path, cache_dir: StrPath | None = None, offline: bool = False
+) -> CalibrationText:  # fmt: skip
+    """The text that `spec` names: a UTF-8 text file, a file of records (.jsonl, .json), a data set of the hub, or None
+    for the default text.
 
-    Records hold texts or chats, which the chat template of the checkpoint in `folder` renders. Raises InputError
-    naming the file, and the line or record, where one can't be read or holds no text.
+    Records hold texts or chats, which the chat template of the checkpoint in `folder` renders. Of a data set `source`
+    has the commit. Raises InputError naming the file, and the line or record, where one can't be read or holds no text.
     """
     if spec is None:
         return standard_library()
@@ -81,14 +85,20 @@ def load(spec: StrPath | None, folder: Path) -> CalibrationText:
     if spec in DATASETS:
         what = "an evaluation text, on which a model calibrated on it would look better than it is"
         raise InputError(what, where=spec, fix="give another text")
-    if not Path(spec).exists():
-        fix = "give a text, .jsonl or .json file; of a data set: datasets.load_dataset(…).to_json('text.jsonl')"
+    if (asked := dataset.named(spec)) is not None:
+        read, held = dataset.read(asked, None if cache_dir is None else os.fspath(cache_dir), offline)
+        source, found = str(read), iter(_rendered(spec, held, folder))
+    elif not Path(spec).exists():
+        fix = "give a text, .jsonl or .json file, or a data set of the hub: ORG/NAME:SPLIT#COLUMN"
         raise InputError("can't be read: no such file", where=spec, fix=fix)
-    found = _of_records(spec, folder) if spec.lower().endswith(SUFFIXES) else _sections(from_file(spec).content)
+    elif spec.lower().endswith(SUFFIXES):
+        source, found = Path(spec).name, iter(_rendered(spec, records(spec, from_file(spec).content), folder))
+    else:
+        source, found = Path(spec).name, _sections(from_file(spec).content)
     documents = tuple(document for document in found if document.text.strip())
     if not documents:
         raise InputError("holds no text", where=spec, fix="give a file with text")
-    return CalibrationText(Path(spec).name, documents)
+    return CalibrationText(source, documents)
 
 
 def standard_library() -> CalibrationText:
@@ -123,9 +133,9 @@ def _docstrings(source: str) -> str:
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
-def _of_records(path: str, folder: Path) -> list[Document]:
-    """The documents of a file of records, in its order. Chats are rendered together: a template runs elsewhere."""
-    found = list(records(path, from_file(path).content))
+def _rendered(path: str, held: Iterable[str | Chat], folder: Path) -> list[Document]:
+    """Records as documents, in their order. Chats are rendered together: a template runs elsewhere."""
+    found = list(held)
     chats = [record for record in found if isinstance(record, Chat)]
     texts = Templates.of_folder(folder).render(chats) if chats else []
     partly = sum(not _is_whole(chat, text) for chat, text in zip(chats, texts, strict=True))

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def from_file(path: StrPath) -> Text:
-    """A UTF-8 text file. Raises InputError for one that can't be read or is none: NUL is in UTF-16 and binary files."""
+def from_file(path: StrPath, lines: int | None = None) -> Text:
+    """A UTF-8 text file, or its first `lines`. Raises InputError for one that can't be read or is none: NUL is in
+    UTF-16 and binary files."""
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            content = file.read() if lines is None else "".join(islice(file, lines))
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a UTF-8 text file") from None
     except UnicodeDecodeError as error:
@@ -85,19 +88,24 @@ def from_dataset(name: str, cache_dir: StrPath | None = None, offline: bool = Fa
 
 
 def records(path: str, content: str) -> Iterator[str | Chat]:
-    """The text or chat of each record: a line of its own, or a member of one JSON list; blank lines are none.
+    """The text or chat of each record. Raises InputError naming the file and the line or record, and the message, that
+    is wrong."""
+    for value, where in objects(path, content):
+        yield record(value, where)
 
-    Raises InputError naming the file and the line or record, and the message, that is wrong.
-    """
+
+def objects(path: str, content: str) -> Iterator[tuple[Any, str]]:
+    """(record as it stands there, which one it is): a line of its own, or a member of one JSON list; blank lines are
+    none. Raises InputError for what is no JSON."""
     if path.lower().endswith(".json") and content.lstrip()[:1] == "[":
-        for number, record in enumerate(_parsed(content, path), 1):
-            yield _record(record, f"{path}, record {number}")
+        for number, value in enumerate(_parsed(content, path), 1):
+            yield value, f"{path}, record {number}"
         return
     # Not splitlines(): it breaks at U+2028 too, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _record(_parsed(line, where), where)
+            yield _parsed(line, where), where
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -108,21 +116,22 @@ def _parsed(text: str, where: str) -> Any:
         raise InputError(f"not valid JSON: {what}", where=where, fix="one object a line, or one list") from None
 
 
-def _record(record: Any, where: str) -> str | Chat:
-    if not isinstance(record, dict):
+def record(value: Any, where: str) -> str | Chat:
+    """The text or chat of one record. Raises InputError naming `where` it is, and the message that is wrong."""
+    if not isinstance(value, dict):
         raise InputError("not an object", where=where, fix=_FORMS)
-    held = [key for key in ("text", "messages", "conversations", "prompt") if record.get(key) is not None]
+    held = [key for key in ("text", "messages", "conversations", "prompt") if value.get(key) is not None]
     if len(held) != 1:
         raise InputError(f"has {' and '.join(held) or 'no text'}", where=where, fix=_FORMS)
-    match record:
+    match value:
         case {"text": str(text)}:
             return _unicode(text, where)
         case {"prompt": str(prompt), "completion": str(completion)}:
             return _unicode(prompt + completion, where)
         case {"messages": [_, *_] as found} | {"conversations": [_, *_] as found}:
-            return _chat(found, record, where)
+            return _chat(found, value, where)
         case {"prompt": [_, *_] as prompt, "completion": [*completion]}:
-            return _chat([*prompt, *completion], record, where)
+            return _chat([*prompt, *completion], value, where)
     raise InputError(f"its {held[0]!r} is not what it must be", where=where, fix=_FORMS)
 
 

@@ -1,0 +1,96 @@
+"""What can go wrong between here and the hub, as one line each."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsv2quant.errors import InputError
+
+_OFFLINE = "retry, or use --offline for what the cache holds"
+_AGAIN = "run the same command again: it sends what is not there yet"
+_WRITE_TOKEN = "log in with a token that may write there: `hf auth login`, or HF_TOKEN"
+
+
+def near(path: str) -> str | None:
+    """What to say of a path that does not exist, where its folder holds one that is spelled nearly so."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    folder = Path(parent or ("/" if path.startswith("/") else "."))
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    found = difflib.get_close_matches(name, names, 1, 0.75)
+    return f"did you mean {folder / found[0]}?" if found else None
+
+
+@contextmanager
+def hub_errors(
+    repo: str, cache_dir: str | None, *, writes: bool = False, is_dataset: bool = False
+) -> Iterator[None]:  # fmt: skip
+    """Raise InputError for what huggingface_hub raises within, reading a model or, as is said, a data set, or writing.
+    Nothing else belongs inside: an answer that is not the hub's fails in its parsing, in any way."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise InputError("the hub refuses access", where=repo, fix="accept its licence and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        if is_dataset:
+            fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local file must exist"
+            raise InputError("no such data set on the hub and no such file", where=repo, fix=fix) from None
+        if writes:
+            raise InputError("the hub shows no such repository", where=repo, fix=_WRITE_TOKEN) from None
+        fix = near(repo) or "check the spelling, or set HF_TOKEN for a private one; a local folder must exist"
+        raise InputError("no such model on the hub and no such folder", where=repo, fix=fix) from None
+    except errors.RevisionNotFoundError:
+        raise InputError("no such revision", where=repo, fix="give a branch, tag or commit of it") from None
+    except errors.LocalEntryNotFoundError as error:  # the cache was its last resort
+        raise _unreachable(error.__cause__ or error, repo, writes) from None
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"the hub has no such file: {error}", where=repo) from None
+    except errors.SafetensorsParsingError as error:
+        raise InputError(f"a safetensors header can't be parsed: {error}", where=repo) from None
+    except errors.HFValidationError as error:
+        raise InputError(f"is no hub id: {error}", where=repo, fix=near(repo) or "give owner/name") from None
+    # errors.HTTPError is the client library's own base class: httpx in huggingface_hub 1, httpx2 in 2.
+    except (errors.HTTPError, ConnectionError) as error:
+        raise _unreachable(error, repo, writes) from None
+    except RuntimeError as error:  # huggingface_hub's own, around what stopped an upload
+        if not isinstance(error.__cause__, (errors.HTTPError, ConnectionError)):
+            raise
+        raise _unreachable(error.__cause__, repo, writes) from None
+    except OSError as error:
+        if error.errno is None:  # huggingface_hub's own, of a file that did not come whole
+            raise InputError(f"the download failed: {error}", where=repo, fix="retry") from None
+        where = error.filename or cache_dir or constants.HF_HUB_CACHE
+        fix = "make room, or give another --cache-dir"
+        raise InputError(f"can't keep downloads of {repo}: {error.strerror}", where=where, fix=fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the answer is not the hub's: {type(error).__name__}: {error!s:.80}"
+        raise InputError(
+            what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT"
+        ) from None
+
+
+def _unreachable(error: BaseException, repo: str, writes: bool) -> InputError:
+    from huggingface_hub import errors
+
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    again = _AGAIN if writes else _OFFLINE
+    if status == 401:
+        what, fix = "the hub refuses the token", "set a valid HF_TOKEN, or none for a public model"
+    elif status == 403:
+        what, fix = "the hub refuses access", "set an HF_TOKEN that may read it"
+    elif status == 429:
+        what, fix = "the hub has had too many requests (429)", "wait some minutes; with HF_TOKEN the limit is higher"
+    elif status is not None and status < 500:
+        what, fix = f"the hub answers with status {status}", "check the id and HF_ENDPOINT"
+    elif status is not None:
+        what, fix = f"the hub fails with status {status}", again
+    else:
+        what, fix = f"the hub can't be reached: {type(error).__name__}: {error!s:.200}", again
+    if writes and status in (401, 403):
+        fix = _WRITE_TOKEN
+    return InputError(what, where=repo, fix=" ".join(filter(None, (None if writes else near(repo), fix))))

@@ -1,0 +1,166 @@
+"""`push`: a finished artifact into a repository of the hub, through huggingface_hub.
+
+Only files of the manifest are sent, the manifest, and the note of what was verified, each held against its sha256
+before the first byte goes out. Weights are uploaded one file after the other, then everything but the card appears in
+one commit, and the card in the last: what can be seen is whole. A run that was cut is given again, and sends what the
+hub does not have yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dsv2quant.errors import InputError, listing
+from dsv2quant.progress import Progress, no_progress
+from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, is_regular, state_path
+from dsv2quant.storage.hub import heed_quiet
+from dsv2quant.storage.hub_errors import hub_errors
+from dsv2quant.storage.manifest import CARD_FILE, check_regular, gguf_manifest, is_loaded, is_text, read_manifest
+from dsv2quant.storage.verified import record_path, recorded
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An artifact in a repository: its page, the branch and its last commit; names of files that were `sent`, `nbytes`
+    in all, and of those `kept`, which were there already."""
+
+    artifact: str
+    repo: str
+    url: str
+    revision: str
+    commit: str
+    sent: list[str]
+    kept: list[str]
+    nbytes: int
+
+
+def push(
+    artifact: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Pushed:
+    """As `api.push`."""
+    manifest = _manifest_of(Path(artifact))
+    entries: dict[str, dict[str, Any]] = read_manifest(manifest)["files"]
+    if not force and not recorded(manifest):
+        fix = "`dsv2quant verify` with --source or --engine, or --force to push it as it is"
+        raise InputError("nothing says that it was verified", where=artifact, fix=fix)
+    with progress(sum(entry["size"] for entry in entries.values()), "B", "checksums") as advance:
+        hashed = partial(_checked, manifest.parent)
+        found = dict(zip(entries, hash_together(hashed, entries.items(), advance), strict=True))
+    added = [path.name for path in (manifest, record_path(manifest)) if is_regular(path)]
+    if CARD_FILE not in entries and _is_card(manifest.with_name(CARD_FILE), entries):
+        added.append(CARD_FILE)
+    found |= {name: hash_file(manifest.with_name(name)) for name in added}
+
+    from huggingface_hub import HfApi, ModelCard
+
+    heed_quiet()
+    with hub_errors(repo, None, writes=True):
+        api = HfApi()
+        _check_card(ModelCard, manifest.with_name(CARD_FILE) if CARD_FILE in found else None)
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision != "main":
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+    if private and not info.private:
+        fix = "make it private in its settings, or leave --private out"
+        raise InputError("is a public repository", where=repo, fix=fix)
+    there = {entry.rfilename: entry for entry in info.siblings}
+    if strays := [name for name in there if name not in found and is_loaded(name)]:
+        logger.warning("%s also holds %s, which programs may load with the artifact", repo, listing(strays))
+    kept = [name for name, entry in found.items() if _is_same(manifest.with_name(name), entry, there.get(name))]
+    sent = [name for name in found if name not in kept]
+    commit = _send(api, repo, revision, manifest.parent, {name: found[name] for name in sent})
+    size = sum(found[name]["size"] for name in sent)
+    return Pushed(os.fspath(artifact), repo, str(url), revision, commit or str(info.sha), sent, kept, size)
+
+
+def _manifest_of(path: Path) -> Path:
+    """The manifest of a finished artifact. Raises InputError where there is none."""
+    manifest = path / MANIFEST_FILE if path.is_dir() else gguf_manifest(path)
+    if os.path.lexists(state_path(path)):
+        raise InputError("the conversion is unfinished", where=path, fix="run the same `convert` again")
+    if not is_regular(manifest):
+        fix = "give the folder or the .gguf file that `convert` wrote"
+        raise InputError(f"is no artifact of dsv2quant: there is no {manifest.name}", where=path, fix=fix)
+    return manifest
+
+
+def _checked(folder: Path, listed: tuple[str, Mapping[str, Any]], progress: Any) -> dict[str, Any]:
+    """{size, sha256} of a file as it is. Raises InputError where it is not as listed; texts may have been edited."""
+    name, entry = listed
+    check_regular(folder / name, folder)
+    found = hash_file(folder / name, progress)
+    if found != entry and not is_text(name):
+        raise InputError("is not as its manifest has it", where=folder / name, fix="get it again, or convert again")
+    return found
+
+
+def _is_card(path: Path, files: Mapping[str, object]) -> bool:
+    """Whether a README.md beside GGUF files, which their manifest does not list, is about them."""
+    return is_regular(path) and any(name.encode() in path.read_bytes() for name in files)
+
+
+def _check_card(cards: Any, path: Path | None) -> None:
+    """Raise InputError where the hub would not take a card: before the weights are sent, not behind them."""
+    if path is None:
+        return
+    try:
+        cards(path.read_text(encoding="utf-8-sig")).validate(repo_type="model")
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the hub would refuse the card: {error}", where=path, fix="mend its first lines") from None
+
+
+def _is_same(path: Path, entry: Mapping[str, Any], there: Any) -> bool:
+    """Whether the hub has a file with this content: by sha256 of a large one, by git's hash of a small one."""
+    if there is None or there.size != entry["size"]:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == entry["sha256"])
+    content = path.read_bytes()
+    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+
+
+def _send(api: HfApi, repo: str, revision: str, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Upload files and make the commits; the last one's name, None where there was nothing to send. Raises InputError
+    where a file is no longer what was hashed."""
+    from huggingface_hub import CommitOperationAdd
+
+    adds = {name: CommitOperationAdd(name, folder / name) for name in files}
+    commit = None
+    for name, add in adds.items():
+        with hub_errors(repo, None, writes=True):
+            api.preupload_lfs_files(repo, [add], revision=revision, free_memory=False, num_threads=1)
+        if add.upload_info.sha256.hex() != files[name]["sha256"]:
+            raise InputError("changed while it was sent", where=folder / name, fix="verify and push again")
+    rest = [add for name, add in adds.items() if name != CARD_FILE]
+    card = [add for name, add in adds.items() if name == CARD_FILE]
+    for some in filter(None, (rest, card)):
+        commit = _commit(api, repo, revision, some)
+    return commit
+
+
+def _commit(api: HfApi, repo: str, revision: str, adds: Sequence[CommitOperationAdd]) -> str:
+    what = "the model card" if adds[0].path_in_repo == CARD_FILE else "the artifact"
+    with hub_errors(repo, None, writes=True):
+        made = api.create_commit(repo, adds, commit_message=f"dsv2quant: {what}", revision=revision)
+    return str(made.oid)
