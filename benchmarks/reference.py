@@ -182,7 +182,7 @@ def made_up(scratch: Path) -> Iterator[Case]:
     about = {
         "schema": SCHEMA, "text": {"source": "", "sha256": ""}, "protocol": "default", "ctx": CTX, "first": 0,
         "windows": WINDOWS, "vocabulary": VOCABULARY, "layers": 1, "eps": 1e-6, "dtype": "float32",
-        "decode_path": False,
+        "decode_path": False, "source": None,
     }  # fmt: skip
     weights = {"model": "made-up", "revision": None, "digest": None, "manifest_sha256": None, "identity": ""}
     file = scratch / "kept"
