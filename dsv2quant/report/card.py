@@ -91,9 +91,11 @@ def folder_card(
     *,
     calibrated: CalibratedOn | None = None,
     measured: Measured | None = None,
+    figures: Mapping[str, str] | None = None,
     repo: str | None = None,
 ) -> bytes:
-    """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known."""
+    """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known. `figures`
+    are titles of pictures by their files, relative to the card."""
     measured = measured or Measured()
     layouts = {str(CODECS[scheme].quant_method) for scheme in plan.schemes}
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
@@ -109,6 +111,7 @@ def folder_card(
         "## Use",
         *usage(plan, repo),
         *_evaluation([Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores)], [measured], base),
+        *_shown(figures),
         "## Weights",
         f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
         *(_sentence(line) for line in beside(plan)),
@@ -127,8 +130,14 @@ def folder_card(
     return _sealed([_front(plan.checkpoint, base, library, tags, datasets), *sections])
 
 
-def gguf_card(files: Sequence[GgufFile], base: Origin, *, repo: str | None = None) -> bytes:
-    """Of a folder of GGUF files, all made of the same base model."""
+def gguf_card(
+    files: Sequence[GgufFile],
+    base: Origin,
+    *,
+    figures: Mapping[str, str] | None = None,
+    repo: str | None = None,
+) -> bytes:
+    """Of a folder of GGUF files, all made of the same base model; the rest is as of a folder."""
     checkpoint = files[0].plan.checkpoint
     imatrices = {m.source: m for m in (file.plan.options.imatrix for file in files) if m is not None}
     rows = [
@@ -143,6 +152,7 @@ def gguf_card(files: Sequence[GgufFile], base: Origin, *, repo: str | None = Non
         llama_cpp([(file.plan.options.file_type, next(iter(file.files))) for file in files], repo),
         *dict.fromkeys(_sentence(note) for file in files for note in file.plan.notes),
         *_evaluation(rows, [file.measured for file in files], base),
+        *_shown(figures),
     ]
     for matrix in imatrices.values():
         tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(matrix.datasets)}"
@@ -239,6 +249,10 @@ def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Orig
         if each.engines:
             parts += [f"{row.name} in engines, beside dsv2quant's runtime:", engines_table(each.engines, markdown=True)]
     return ["## Evaluation", *parts] if parts else []
+
+
+def _shown(figures: Mapping[str, str] | None) -> list[str]:
+    return [f"![{title}]({file})" for file, title in (figures or {}).items()]
 
 
 def _fallen(plan: Plan | GgufPlan, name: str = "") -> list[str]:
