@@ -22,7 +22,7 @@ from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.planning.sizes import tensor_parallel_sizes
-from dsv2quant.report.card import GgufFile, folder_card, gguf_card, is_persons, write_card
+from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, is_persons, write_card
 from dsv2quant.report.origin import origin
 
 MIT = {"license": "mit", "language": ["en", "no"]}
@@ -123,6 +123,15 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path, fox, cli):
         dq.plan(source, gguf="Q8_0", base_model="deepseek-ai/DeepSeek-V2")
 
 
+def test_a_data_set_that_calibrated_is_named_by_its_id(small):
+    checkpoint = open_checkpoint(small)
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    for source, expected in (("org/chats@0123abcd:train#messages", ["org/chats"]), ("my chats.jsonl", None)):
+        card = folder_card(plan, "", origin(checkpoint), calibrated=CalibratedOn(source, "0" * 64, 8, 512))
+        assert front_of(card).get("datasets") == expected
+        assert f"On 4,096 tokens, 8 windows of 512, of {source} (sha256 {'0' * 64})." in card.decode()
+
+
 def test_without_a_base_model_none_is_named(small):
     checkpoint = open_checkpoint(small)
     front = front_of(folder_card(make_plan(checkpoint, recipe.builtin("fp8-channel")), "", origin(checkpoint)))
@@ -174,6 +183,8 @@ def test_a_card_tells_what_was_measured(small):
         "as the runtime computes it",
     ]  # fmt: skip
     assert "eval-ppl ARTIFACT --reference a/b --ctx 512 --limit 60" in card
+    drawn = folder_card(plan, "", origin(checkpoint), figures={"figures/sqnr.svg": "Signal to noise"}).decode()
+    assert "\n![Signal to noise](figures/sqnr.svg)\n" in drawn
 
 
 def test_the_calibration_and_its_coverage_are_told(wordy, fox, tmp_path, cli):
@@ -207,6 +218,21 @@ def test_a_gguf_card_has_a_row_of_every_file(tmp_path, cli):
     assert "llama-server -m mini-Q4_K_M.gguf\n" in card
     assert re.search(r"\| Q8_0 +\| +9.60 MB +\| +8.57 \| +\| +\| +\| +\| +\|", card)  # not scored
     assert "Fallbacks of Q4_K_M:" in card
+
+
+def test_an_importance_matrix_is_told_by_its_text_and_no_path(fox, tmp_path, cli):
+    imatrix = tmp_path / "here/fox.imatrix.gguf"
+    imatrix.parent.mkdir()
+    text = ("--calibration", fox, "--num-calibration-samples", "1", "--max-seq-length", "64")
+    assert cli("calibrate", tiny.MINI, *text, "--imatrix", imatrix, "-o", tmp_path / "s.safetensors", "-q").code == 0
+    plan = dq.plan(tiny.MINI, gguf="Q4_K_M", imatrix=imatrix)
+    lacking = replace(plan, notes=(f"{imatrix} lacks 1 of 9",))
+    card = gguf_card([GgufFile(lacking, "", {"m.gguf": 1})], origin(plan.checkpoint))
+    assert front_of(card)["tags"][:3] == ["deepseek_v2", "gguf", "imatrix"]
+    told = card.decode()
+    assert "The importance matrix was measured on 64 tokens of fox.txt." in told
+    assert "\n\nfox.imatrix.gguf lacks 1 of 9.\n" in told
+    assert str(tmp_path) not in told
 
 
 def test_a_card_that_a_person_edited_stays(small, tmp_path):

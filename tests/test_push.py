@@ -84,6 +84,21 @@ def test_files_that_the_manifest_does_not_list_stay_here(hub, artifact):
     assert "notes.txt" not in on_the_hub(hub)
 
 
+def test_the_pictures_of_a_card_go_with_it(hub, artifact, cli):
+    for name in ("sqnr.svg", "other.svg"):
+        (artifact / "figures").mkdir(exist_ok=True)
+        (artifact / "figures" / name).write_text("<svg/>")
+    card = artifact / "README.md"
+    card.write_text(
+        card.read_text() + "![errors](figures/sqnr.svg) ![](figures/gone.svg) ![](figures/../config.json)\n"
+    )
+    assert dq.verify(artifact).checked.added == []
+    sent = dq.push(artifact, "me/lite").sent
+    assert [name for name in sent if name.startswith("figures")] == ["figures/sqnr.svg"]
+    assert on_the_hub(hub)["figures/sqnr.svg"] == b"<svg/>"
+    assert dq.push(artifact, "me/lite").sent == []
+
+
 def test_a_branch_is_made_and_main_left_alone(hub, verified):
     made = dq.push(verified, "owner/name", revision="fp8")
     assert made.revision == "fp8"

@@ -25,6 +25,7 @@ from dsv2quant.report.figures import coverage, frontier, kld_by_position, short_
 from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Cell, Estimate, Measured, measured_from, measured_json
 from dsv2quant.report.page import page
+from dsv2quant.report.pictures import pictures
 from dsv2quant.report.svg import Scale, alone, spread
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -270,6 +271,14 @@ def test_a_figure_stands_alone_with_its_colours():
     style = drawn(svg).find(f"{SVG}style").text
     used = {name for e in drawn(svg).iter() for name in (e.get("class") or "").split()}
     assert used - set(re.findall(r"\.([a-z]\w*)", style)) == set()
+
+
+def test_pictures_for_a_card_are_of_what_shares_it():
+    assert [*pictures(ARTIFACTS)] == [f"figures/{name}.svg" for name in ("size-kld", "position-kld", "depth-bits")]
+    own = pictures(ARTIFACTS[:1])
+    assert [*own][3:] == ["figures/sqnr.svg", "figures/coverage.svg"]
+    assert all(drawn(svg).get("aria-label") and title for title, svg in own.values())
+    assert pictures([Artifact("a", 1, 8.0)]) == {}
 
 
 def test_fallbacks_say_what_why_and_of_which_tensors(awkward):

@@ -51,6 +51,14 @@ class CalibratedOn:
     ctx: int
     coverage: Sequence[Mapping[str, Any]] = ()
 
+    @classmethod
+    def of(cls, described: Mapping[str, Any], coverage: Sequence[Mapping[str, Any]]) -> CalibratedOn | None:
+        """What a manifest says of it under `calibration`, measured then or before; None where it says nothing."""
+        found = described if "text_sha256" in described else described.get("statistics", {}).get("calibration")
+        if found is None:
+            return None
+        return cls(found["source"], found["text_sha256"], found["windows"], found["ctx"], coverage)
+
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -91,9 +99,11 @@ def folder_card(
     *,
     calibrated: CalibratedOn | None = None,
     measured: Measured | None = None,
+    figures: Mapping[str, str] | None = None,
     repo: str | None = None,
 ) -> bytes:
-    """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known."""
+    """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known. `figures`
+    are titles of pictures by their files, relative to the card."""
     measured = measured or Measured()
     layouts = {str(CODECS[scheme].quant_method) for scheme in plan.schemes}
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
@@ -109,6 +119,7 @@ def folder_card(
         "## Use",
         *usage(plan, repo),
         *_evaluation([Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores)], [measured], base),
+        *_shown(figures),
         "## Weights",
         f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
         *(_sentence(line) for line in beside(plan)),
@@ -127,8 +138,14 @@ def folder_card(
     return _sealed([_front(plan.checkpoint, base, library, tags, datasets), *sections])
 
 
-def gguf_card(files: Sequence[GgufFile], base: Origin, *, repo: str | None = None) -> bytes:
-    """Of a folder of GGUF files, all made of the same base model."""
+def gguf_card(
+    files: Sequence[GgufFile],
+    base: Origin,
+    *,
+    figures: Mapping[str, str] | None = None,
+    repo: str | None = None,
+) -> bytes:
+    """Of a folder of GGUF files, all made of the same base model; the rest is as of a folder."""
     checkpoint = files[0].plan.checkpoint
     imatrices = {m.source: m for m in (file.plan.options.imatrix for file in files) if m is not None}
     rows = [
@@ -141,11 +158,13 @@ def gguf_card(files: Sequence[GgufFile], base: Origin, *, repo: str | None = Non
         scores_table([Scored(x.name, x.nbytes, x.bits_per_weight, None) for x in rows], markdown=True),
         "## Use",
         llama_cpp([(file.plan.options.file_type, next(iter(file.files))) for file in files], repo),
-        *dict.fromkeys(_sentence(note) for file in files for note in file.plan.notes),
+        *dict.fromkeys(_sentence(note) for file in files for note in _notes(file.plan)),
         *_evaluation(rows, [file.measured for file in files], base),
+        *_shown(figures),
     ]
     for matrix in imatrices.values():
-        tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(matrix.datasets)}"
+        texts = [Path(name).name if name.startswith("/") else name for name in matrix.datasets]
+        tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(texts)}"
         sections += ["## Calibration", f"The importance matrix was measured on {tokens}."]
     fallen = [part for file in files for part in _fallen(file.plan, file.plan.options.file_type)]
     sections += [*fallen, "## Files", _files({name: size for file in files for name, size in file.files.items()})]
@@ -153,6 +172,12 @@ def gguf_card(files: Sequence[GgufFile], base: Origin, *, repo: str | None = Non
     datasets = _datasets([name for matrix in imatrices.values() for name in matrix.datasets])
     front = _front(checkpoint, base, "gguf", ["gguf", *(["imatrix"] if imatrices else [])], datasets)
     return _sealed([front, *sections])
+
+
+def _notes(plan: GgufPlan) -> list[str]:
+    """What whoever runs a file should know, without paths of this machine."""
+    matrix = plan.options.imatrix
+    return [note.replace(matrix.source, Path(matrix.source).name) if matrix else note for note in plan.notes]
 
 
 def _sealed(parts: Sequence[str]) -> bytes:
@@ -197,7 +222,9 @@ def _said(base: Origin) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    """With a capital, but for the name of a file or key."""
+    is_name = re.search(r"[._]", text.partition(" ")[0]) is not None
+    return f"{text}." if is_name else f"{text[0].upper()}{text[1:]}."
 
 
 def _activations(plan: Plan) -> str:
@@ -239,6 +266,10 @@ def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Orig
         if each.engines:
             parts += [f"{row.name} in engines, beside dsv2quant's runtime:", engines_table(each.engines, markdown=True)]
     return ["## Evaluation", *parts] if parts else []
+
+
+def _shown(figures: Mapping[str, str] | None) -> list[str]:
+    return [f"![{title}]({file})" for file, title in (figures or {}).items()]
 
 
 def _fallen(plan: Plan | GgufPlan, name: str = "") -> list[str]:

@@ -5,7 +5,7 @@ An artifact has the colour of its place in the report in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from dsv2quant.report.artifacts import Artifact
@@ -191,8 +191,3 @@ def coverage(artifact: Artifact) -> str | None:
         294,
         [*parts, *key, text(LEFT + 194, 284, "experts that saw none")],
     )
-
-
-FIGURES: dict[str, Callable[[Sequence[Artifact]], str | None]] = {
-    "size-kld": size_against_kld, "position-kld": kld_by_position, "depth-bits": bits_by_depth,
-}  # fmt: skip

@@ -7,7 +7,7 @@ from html import escape
 
 from dsv2quant.errors import printable
 from dsv2quant.report.artifacts import Artifact, Report
-from dsv2quant.report.figures import FIGURES, coverage
+from dsv2quant.report.figures import bits_by_depth, coverage, kld_by_position, size_against_kld
 from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Scores
 from dsv2quant.report.scores import percent, pm, scored_on
@@ -41,7 +41,7 @@ def page(report: Report) -> str:
     """The whole document."""
     title = f"{report.model}: {len(report.artifacts)} artifact{'s' * (len(report.artifacts) > 1)}"
     scored = [a.measured.scores for a in report.artifacts if a.measured.scores is not None]
-    pictures = [drawn for draw in FIGURES.values() if (drawn := draw(report.artifacts))]
+    beside = (size_against_kld(report.artifacts), kld_by_position(report.artifacts), bits_by_depth(report.artifacts))
     colours = colour_range(report.artifacts)
     maps = [drawn for artifact in report.artifacts if (drawn := sqnr_heatmap(artifact, *colours))]
     # Artifacts that were calibrated alike need one picture.
@@ -53,7 +53,7 @@ def page(report: Report) -> str:
         "<h2>Artifacts</h2>",
         _summary(report.artifacts, scored),
         f"<p>{_e(scored_on(scored))}.</p>" if scored else "",
-        _grid(pictures + seen),
+        _grid([*(drawn for drawn in beside if drawn), *seen]),
         f"<h2>Errors of weights</h2>{_grid(maps)}" if maps else "",
         _engines(report.artifacts),
         _fallen(report.artifacts),

@@ -23,6 +23,7 @@ from dsv2quant.storage.safetensors import read_json
 SCHEMAS = ("dsv2quant.manifest/", "dsv2quant.gguf-manifest/")  # in whichever version
 DIGEST = "digest"
 CARD_FILE = "README.md"  # its reader's to edit: it doesn't say whether an artifact is whole
+PICTURES = "figures"  # a folder of what the card shows, beside it; no manifest lists them
 TEXTS = (CARD_FILE, "LICENSE*")  # for people, who may edit them
 # What consumers load by its name when it lies in a model's folder: weights, code, tokenizers, templates, and
 # configurations (transformers 5, vLLM 0.33, SGLang 0.5).
@@ -110,8 +111,8 @@ def check_regular(path: Path, folder: Path) -> None:
 
 
 def beside(folder: Path, listed: Container[str]) -> tuple[list[str], list[str]]:
-    """(names of LOADED, all other names) in a folder that a manifest does not list."""
-    names = set(os.listdir(folder)) - {TEMPLATES}
+    """(names of LOADED, all other names) in a folder that a manifest does not list, but for the card's pictures."""
+    names = set(os.listdir(folder)) - {TEMPLATES, PICTURES}
     if (folder / TEMPLATES).is_dir():
         names |= {f"{TEMPLATES}/{name}" for name in os.listdir(folder / TEMPLATES)}
     added = sorted(name for name in names if name not in listed)

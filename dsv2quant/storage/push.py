@@ -1,9 +1,9 @@
 """`push`: a finished artifact into a repository of the hub, through huggingface_hub.
 
-Only files of the manifest are sent, the manifest, and the note of what was verified, each held against its sha256
-before the first byte goes out. Weights are uploaded one file after the other, then everything but the card appears in
-one commit, and the card in the last: what can be seen is whole. A run that was cut is given again, and sends what the
-hub does not have yet.
+Only files of the manifest are sent, the manifest, the note of what was verified and the pictures that the card shows,
+those of the manifest held against their sha256 before the first byte goes out. Weights are uploaded one file after the
+other, then everything but the card appears in one commit, and the card in the last: what can be seen is whole. A run
+that was cut is given again, and sends what the hub does not have yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +25,22 @@ from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, is_regular, state_path
 from dsv2quant.storage.hub import heed_quiet
 from dsv2quant.storage.hub_errors import hub_errors
-from dsv2quant.storage.manifest import CARD_FILE, check_regular, gguf_manifest, is_loaded, is_text, read_manifest
+from dsv2quant.storage.manifest import (
+    CARD_FILE,
+    PICTURES,
+    check_regular,
+    gguf_manifest,
+    is_loaded,
+    is_text,
+    read_manifest,
+)
 from dsv2quant.storage.verified import record_path, recorded
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 logger = logging.getLogger(__name__)
+_PICTURE = re.compile(rf"\]\(({PICTURES}/\w[\w.-]*\.svg)\)")
 
 
 @dataclass(frozen=True)
@@ -69,14 +79,16 @@ def push(
     added = [path.name for path in (manifest, record_path(manifest)) if is_regular(path)]
     if CARD_FILE not in entries and _is_card(manifest.with_name(CARD_FILE), entries):
         added.append(CARD_FILE)
-    found |= {name: hash_file(manifest.with_name(name)) for name in added}
+    card = manifest.with_name(CARD_FILE)
+    added += _pictures(card) if CARD_FILE in (*entries, *added) else []
+    found |= {name: hash_file(manifest.parent / name) for name in added}
 
     from huggingface_hub import HfApi, ModelCard
 
     heed_quiet()
     with hub_errors(repo, None, writes=True):
         api = HfApi()
-        _check_card(ModelCard, manifest.with_name(CARD_FILE) if CARD_FILE in found else None)
+        _check_card(ModelCard, card if CARD_FILE in found else None)
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -87,7 +99,7 @@ def push(
     there = {entry.rfilename: entry for entry in info.siblings}
     if strays := [name for name in there if name not in found and is_loaded(name)]:
         logger.warning("%s also holds %s, which programs may load with the artifact", repo, listing(strays))
-    kept = [name for name, entry in found.items() if _is_same(manifest.with_name(name), entry, there.get(name))]
+    kept = [name for name, entry in found.items() if _is_same(manifest.parent / name, entry, there.get(name))]
     sent = [name for name in found if name not in kept]
     commit = _send(api, repo, revision, manifest.parent, {name: found[name] for name in sent})
     size = sum(found[name]["size"] for name in sent)
@@ -118,6 +130,12 @@ def _checked(folder: Path, listed: tuple[str, Mapping[str, Any]], progress: Any)
 def _is_card(path: Path, files: Mapping[str, object]) -> bool:
     """Whether a README.md beside GGUF files, which their manifest does not list, is about them."""
     return is_regular(path) and any(name.encode() in path.read_bytes() for name in files)
+
+
+def _pictures(card: Path) -> list[str]:
+    """The pictures that a card shows and that lie beside it, in their folder."""
+    names = dict.fromkeys(_PICTURE.findall(card.read_text(encoding="utf-8-sig", errors="replace")))
+    return [name for name in names if is_regular(card.parent / name) and not (card.parent / name).parent.is_symlink()]
 
 
 def _check_card(cards: Any, path: Path | None) -> None:
