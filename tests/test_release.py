@@ -75,9 +75,9 @@ def test_artifacts_are_what_convert_writes(wordy, released, tmp_path):
     for name, options in KINDS.items():
         dq.convert(wordy, tmp_path / name, **options | ({"targets": ["vllm"]} if "FP8" in name else {}))
         ours, theirs = files(released / name), files(tmp_path / name)
-        theirs["dsv2quant-verify.json"] = ours["dsv2quant-verify.json"]  # that it was verified
-        theirs["README.md"] = ours["README.md"]  # with what was measured
-        assert ours == theirs
+        more = {name for name in ours if ours[name] != theirs.get(name)}
+        assert {name for name in more if not name.startswith("figures/")} == {"README.md", "dsv2quant-verify.json"}
+        assert theirs.keys() <= ours.keys()
     dq.convert(wordy, tmp_path / "x.gguf", gguf="Q8_0")
     assert (released / GGUF).read_bytes() == (tmp_path / "x.gguf").read_bytes()
 

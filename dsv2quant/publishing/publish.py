@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv2quant.planning.plan import Plan
+from dsv2quant.publishing.made import Made, Released
 from dsv2quant.report.artifacts import Artifact, Report, report_json
 from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, write_card
 from dsv2quant.report.fallbacks import fallbacks
 from dsv2quant.report.origin import origin
 from dsv2quant.report.page import page
+from dsv2quant.report.pictures import pictures
 from dsv2quant.storage.durable import MANIFEST_FILE, disk_errors, dump_json, hash_file, write_whole
 from dsv2quant.storage.manifest import CARD_FILE
 from dsv2quant.storage.safetensors import read_json
-
-if TYPE_CHECKING:
-    from dsv2quant.publishing.run import Made, Released
 
 SUMS, RECIPE = "SHA256SUMS", "release.yaml"
 
@@ -46,12 +45,17 @@ def publish(released: Released, text: str) -> None:
 
 
 def _artifact(made: Made) -> Artifact:
-    found, manifest = made.conversion, _manifest(made)
-    coverage = (manifest.get("calibrated") or {}).get("experts", [])
+    found = made.conversion
     return Artifact(
         made.wanted.name, found.bytes_out, found.bits_per_weight, made.measured, tuple(fallbacks(found.plan)),
-        tuple(coverage), made.failed,
+        tuple(_coverage(_manifest(made))), made.failed,
     )  # fmt: skip
+
+
+def _coverage(manifest: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What experts saw in calibration."""
+    calibrated: Mapping[str, Any] = manifest.get("calibrated") or {}
+    return calibrated.get("experts") or []
 
 
 def _manifest(made: Made) -> Mapping[str, Any]:
@@ -61,18 +65,18 @@ def _manifest(made: Made) -> Mapping[str, Any]:
 
 
 def _cards(released: Released, text: str) -> None:
+    """A card for each folder, and one for all GGUF files, with their pictures."""
     base = origin(released.checkpoint, released.base_model)
-    into_gguf: list[Made] = []
     for made in released.made:
-        if not isinstance(made.conversion.plan, Plan):
-            into_gguf.append(made)
-            continue
-        manifest = _manifest(made)
-        card = folder_card(
-            made.conversion.plan, manifest["command"], base, calibrated=_calibrated(manifest), measured=made.measured
-        )
-        write_card(made.path / CARD_FILE, card)
-    if into_gguf:
+        if isinstance(made.conversion.plan, Plan):
+            manifest = _manifest(made)
+            calibrated = CalibratedOn.of(manifest.get("calibration") or {}, _coverage(manifest))
+            card = folder_card(
+                made.conversion.plan, manifest["command"], base, calibrated=calibrated, measured=made.measured,
+                figures=_pictures(made.path, [made]), release=text,
+            )  # fmt: skip
+            write_card(made.path / CARD_FILE, card)
+    if into_gguf := [made for made in released.made if made.wanted.into_gguf]:
         files = [
             GgufFile(
                 made.conversion.plan, _manifest(made)["command"],
@@ -80,17 +84,18 @@ def _cards(released: Released, text: str) -> None:
             )
             for made in into_gguf
         ]  # fmt: skip
-        write_card(into_gguf[0].path.parent / CARD_FILE, gguf_card(files, base))
+        folder = into_gguf[0].path.parent
+        write_card(folder / CARD_FILE, gguf_card(files, base, figures=_pictures(folder, into_gguf), release=text))
 
 
-def _calibrated(manifest: Mapping[str, Any]) -> CalibratedOn | None:
-    """The text of a calibration, as a manifest has it."""
-    described = manifest.get("calibration") or {}
-    found = described if "text_sha256" in described else described.get("statistics", {}).get("calibration")
-    if found is None:
-        return None
-    coverage: Sequence[Mapping[str, Any]] = (manifest.get("calibrated") or {}).get("experts", [])
-    return CalibratedOn(found["source"], found["text_sha256"], found["windows"], found["ctx"], coverage)
+def _pictures(folder: Path, made: Sequence[Made]) -> dict[str, str]:
+    """Draw what the card in a folder shows: {file: title}."""
+    drawn = pictures([_artifact(each) for each in made])
+    for name, (_, content) in drawn.items():
+        with disk_errors(folder):
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_whole(folder / name, [content.encode()])
+    return {name: title for name, (title, _) in drawn.items()}
 
 
 def _sums(out: Path) -> str:

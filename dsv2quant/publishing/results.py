@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv2quant.publishing.made import Released
 from dsv2quant.publishing.publish import report
-from dsv2quant.publishing.run import Released
 from dsv2quant.report.artifacts import report_json
 from dsv2quant.report.scores import Scored, engines_table, scores_table
 
