@@ -220,6 +220,21 @@ def test_a_gguf_card_has_a_row_of_every_file(tmp_path, cli):
     assert "Fallbacks of Q4_K_M:" in card
 
 
+def test_an_importance_matrix_is_told_by_its_text_and_no_path(fox, tmp_path, cli):
+    imatrix = tmp_path / "here/fox.imatrix.gguf"
+    imatrix.parent.mkdir()
+    text = ("--calibration", fox, "--num-calibration-samples", "1", "--max-seq-length", "64")
+    assert cli("calibrate", tiny.MINI, *text, "--imatrix", imatrix, "-o", tmp_path / "s.safetensors", "-q").code == 0
+    plan = dq.plan(tiny.MINI, gguf="Q4_K_M", imatrix=imatrix)
+    lacking = replace(plan, notes=(f"{imatrix} lacks 1 of 9",))
+    card = gguf_card([GgufFile(lacking, "", {"m.gguf": 1})], origin(plan.checkpoint))
+    assert front_of(card)["tags"][:3] == ["deepseek_v2", "gguf", "imatrix"]
+    told = card.decode()
+    assert "The importance matrix was measured on 64 tokens of fox.txt." in told
+    assert "\n\nfox.imatrix.gguf lacks 1 of 9.\n" in told
+    assert str(tmp_path) not in told
+
+
 def test_a_card_that_a_person_edited_stays(small, tmp_path):
     out, card = tmp_path / "out", tmp_path / "out/README.md"
     plan = make_plan(open_checkpoint(small), recipe.builtin("fp8-channel"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,8 +187,11 @@ def test_an_artifact_of_other_weights_warns(kept, quantized, tmp_path, cli):
     out = tmp_path / "out"
     convert(make_plan(open_checkpoint(other), recipe.builtin("fp8-channel")), out, command="")
     ran = cli("eval-ppl", out, "--reference", kept, *AS_WORDS[:-1])
-    assert f"warning: {kept} is of wide, and not of the weights that out was made from, other" in ran.err
+    assert f"warning: {kept} is of wide, and not of the weights that out was made from" in ran.err
     assert "warning" not in cli("eval-ppl", quantized, "--reference", kept, *AS_WORDS[:-1]).err
+    dq.evaluate(out, save_reference=tmp_path / "of-out", **SCORED)
+    second = shutil.copytree(out, tmp_path / "second")  # made from the same
+    assert "warning" not in cli("eval-ppl", second, "--reference", tmp_path / "of-out", *AS_WORDS[:-1]).err
 
 
 def test_options_that_contradict_each_other(wide, tmp_path):
@@ -333,6 +337,14 @@ def test_a_full_disk_is_one_line(wide, tmp_path, cli):
         ran = cli("eval-ppl", wide, "--save-reference", path, *AS_WORDS)
     assert ran.code == 3
     assert "can't be written" in ran.err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_too_small_is_told_before_the_work(wide, tmp_path, monkeypatch, cli):
+    needed = 4 * (3 * 3 * 32 * 64 + 4096 * 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    ran = cli("eval-ppl", wide, "--save-reference", tmp_path / "kept", *AS_WORDS)
+    assert (ran.code, f"takes at most {needed:,} bytes, the disk has {needed - 1:,} free" in ran.err) == (3, True)
     assert [*tmp_path.iterdir()] == []
 
 

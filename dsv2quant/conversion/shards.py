@@ -152,19 +152,12 @@ class Folder(Sink):
     def jobs(self, progress: Progress) -> Iterator[Job]:
         self._prepared = prepare(self.plan, self.work, self._given, self._statistics, self._device, progress)
         self.outcomes, self.expert_tokens = self._prepared.outcomes, expert_tokens(self._prepared)
-        self.small[CARD_FILE] = folder_card(self.plan, self._command, self._base, calibrated=self._calibrated_on())
+        coverage = coverage_json(self.expert_tokens, self.plan.checkpoint.config.hidden_size)
+        calibrated = CalibratedOn.of(self._calibration or {}, coverage)
+        self.small[CARD_FILE] = folder_card(self.plan, self._command, self._base, calibrated=calibrated)
         if self._prepared.smoothing.tensors:
             self.small = {SMOOTHING_FILE: self._prepared.smoothing.to_bytes()} | self.small
         return self._jobs()
-
-    def _calibrated_on(self) -> CalibratedOn | None:
-        """What the card says of calibration."""
-        described = self._calibration or {}
-        found = described if "text_sha256" in described else described.get("statistics", {}).get("calibration")
-        if found is None:
-            return None
-        coverage = coverage_json(self.expert_tokens, self.plan.checkpoint.config.hidden_size)
-        return CalibratedOn(found["source"], found["text_sha256"], found["windows"], found["ctx"], coverage)
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}

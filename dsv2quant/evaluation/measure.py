@@ -13,13 +13,12 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, Pass, batches_of, negative_log_likelihoods
-from dsv2quant.evaluation.passes import Settings, conditions_of, kept_of, refer, run_model, weights_of
+from dsv2quant.evaluation.passes import Settings, conditions_of, kept_of, refer, run_model, source_of, weights_of
 from dsv2quant.evaluation.reference import KeptReference, Reference
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, Saved, Scored
 from dsv2quant.model.cache import KV_NAMES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE
-from dsv2quant.storage.manifest import own_manifest
 from dsv2quant.storage.safetensors import read_json
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 from dsv2quant.text.text import Text
@@ -122,12 +121,11 @@ def _warn(checkpoint: Checkpoint, text: Text, settings: Settings) -> None:
 
 
 def _warn_of_source(checkpoint: Checkpoint, reference: KeptReference) -> None:
-    """Of an artifact's manifest, which says what it was made from; a file's name does not."""
-    weights = reference.about["weights"]
-    match own_manifest(checkpoint.manifest):
-        case {"source": {"model": model, "identity": {"weights": identity}}} if identity != weights["identity"]:
-            what = "warning: %s is of %s, and not of the weights that %s was made from, %s"
-            logger.warning(what, reference.path, weights["model"], checkpoint.model, model)
+    """Where both were made from different weights: a file's name doesn't say from which."""
+    weights, source = reference.about["weights"], source_of(checkpoint)
+    if source is not None and source not in (weights["identity"], reference.about["source"]):
+        what = "warning: %s is of %s, and not of the weights that %s was made from"
+        logger.warning(what, reference.path, weights["model"], checkpoint.model)
 
 
 def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:

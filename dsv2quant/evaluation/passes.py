@@ -4,6 +4,7 @@ of a model."""
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import Loader, LoadOptions, choose_backend
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, disk_errors, tell_kept
+from dsv2quant.storage.manifest import own_manifest
 from dsv2quant.storage.safetensors import read_json, refuse_among_weights
 from dsv2quant.text.text import Text
 from dsv2quant.text.tokenizer import Protocol, Windows
@@ -89,7 +91,8 @@ def kept_of(
 ) -> KeptReference:
     """The model as a kept reference: what is at `path` already, or made now. Raises InputError where something else is
     there, and for a model whose logits are no plain product."""
-    wanted = conditions | {"weights": weights_of(checkpoint)}
+    about = conditions | {"source": source_of(checkpoint)}
+    wanted = about | {"weights": weights_of(checkpoint)}
     refuse_among_weights(path, checkpoint.inputs)
     made = made_already(path, wanted)
     with tell_kept(path, snapshot_path(path).exists), disk_errors(path), claimed(path, wanted) as snapshots:
@@ -99,11 +102,21 @@ def kept_of(
                 fix = "keep a reference of the unquantized model"
                 raise InputError("its head takes quantized activations", where=checkpoint.model, fix=fix)
             head = KeptHead(ends.norm, ends.head.weight)
+            _check_space(path, windows.ids.size * ends.norm.weight.nbytes, head.weight.nbytes)
             referred = refer(checkpoint, windows, conditions["batch"], settings, progress, snapshots)
             with progress(0, "", f"write {path.name}"):
-                write(path, conditions, windows.ids, head, referred)
+                write(path, about, windows.ids, head, referred)
     with progress(0, "", f"read {path.name}"):
         return made or KeptReference.opened(path)
+
+
+def _check_space(path: Path, states: int, head: int) -> None:
+    """Raise InputError where the disk can't take the file, and two snapshots, one of which replaces the other: before
+    hours go into them."""
+    needed, free = 3 * states + head, shutil.disk_usage(path.parent).free
+    if needed > free:
+        what = f"takes at most {needed:,} bytes, the disk has {free:,} free"
+        raise InputError(what, where=path, fix="free space, or give a file on another disk")
 
 
 def refer(
@@ -178,3 +191,11 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
         "identity": sampled(checkpoint),
     }
+
+
+def source_of(checkpoint: Checkpoint) -> str | None:
+    """The identity of the weights that an artifact was made from, as its manifest has it; None without one."""
+    match own_manifest(checkpoint.manifest):
+        case {"source": {"identity": {"weights": str(identity)}}}:
+            return identity
+    return None

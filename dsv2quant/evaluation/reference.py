@@ -14,8 +14,8 @@ A safetensors file, whose widest elements come first:
     norm, head      `dtype`, or bfloat16 where that loses nothing: [hidden], [vocabulary, hidden]
     routes.<layer>  uint8 or int16 [windows, ctx, k]    of layers with routed experts
 
-`__metadata__.reference` is JSON: the weights as `Scored` names them, text, protocol and all else that was computed
-with, the noise floor, and a digest of this and the arrays.
+`__metadata__.reference` is JSON: the weights as `Scored` names them and the identity of what an artifact was made
+from, text, protocol and all else that was computed with, the noise floor, and a digest of this and the arrays.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def _is_count(value: object) -> bool:
 
 _HEADER: dict[str, Callable[[Any], bool]] = {  # key → whether its value is what it must be
     "weights": _is_weights,
+    "source": lambda value: value is None or isinstance(value, str),
     "noise_floor": _is_floor,
     "text": _is_text,
     "protocol": lambda value: value in PROTOCOLS,
@@ -122,7 +123,7 @@ class KeptReference:
         if about["schema"] != SCHEMA:
             what = f"has schema {about['schema']!r:.60}, not {SCHEMA}"
             raise InputError(what, where=path, fix="score the reference again with this version")
-        lacking = [key for key, is_right in _HEADER.items() if not is_right(about.get(key))]
+        lacking = [key for key, is_right in _HEADER.items() if key not in about or not is_right(about[key])]
         if lacking or about["first"] > about["ctx"] - 2:
             raise InputError(f"its header is incomplete: {listing(lacking or ['first'])}", where=path, fix=AGAIN)
         kept = cls(path, about)

@@ -51,6 +51,14 @@ class CalibratedOn:
     ctx: int
     coverage: Sequence[Mapping[str, Any]] = ()
 
+    @classmethod
+    def of(cls, described: Mapping[str, Any], coverage: Sequence[Mapping[str, Any]]) -> CalibratedOn | None:
+        """What a manifest says of it under `calibration`, measured then or before; None where it says nothing."""
+        found = described if "text_sha256" in described else described.get("statistics", {}).get("calibration")
+        if found is None:
+            return None
+        return cls(found["source"], found["text_sha256"], found["windows"], found["ctx"], coverage)
+
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -92,10 +100,12 @@ def folder_card(
     calibrated: CalibratedOn | None = None,
     measured: Measured | None = None,
     figures: Mapping[str, str] | None = None,
+    release: str = "",
     repo: str | None = None,
 ) -> bytes:
     """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known. `figures`
-    are titles of pictures by their files, relative to the card."""
+    are titles of pictures by their files, relative to the card. `release` is the file of the release that it is part
+    of, in YAML."""
     measured = measured or Measured()
     layouts = {str(CODECS[scheme].quant_method) for scheme in plan.schemes}
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
@@ -125,6 +135,7 @@ def folder_card(
         "## How it was made",
         f"```\n{command}\n```",
         f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
+        *_released(release),
     ]
     tags = [*sorted(layouts), *sorted(plan.schemes)]
     return _sealed([_front(plan.checkpoint, base, library, tags, datasets), *sections])
@@ -135,6 +146,7 @@ def gguf_card(
     base: Origin,
     *,
     figures: Mapping[str, str] | None = None,
+    release: str = "",
     repo: str | None = None,
 ) -> bytes:
     """Of a folder of GGUF files, all made of the same base model; the rest is as of a folder."""
@@ -150,19 +162,33 @@ def gguf_card(
         scores_table([Scored(x.name, x.nbytes, x.bits_per_weight, None) for x in rows], markdown=True),
         "## Use",
         llama_cpp([(file.plan.options.file_type, next(iter(file.files))) for file in files], repo),
-        *dict.fromkeys(_sentence(note) for file in files for note in file.plan.notes),
+        *dict.fromkeys(_sentence(note) for file in files for note in _notes(file.plan)),
         *_evaluation(rows, [file.measured for file in files], base),
         *_shown(figures),
     ]
     for matrix in imatrices.values():
-        tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(matrix.datasets)}"
+        texts = [Path(name).name if name.startswith("/") else name for name in matrix.datasets]
+        tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(texts)}"
         sections += ["## Calibration", f"The importance matrix was measured on {tokens}."]
     fallen = [part for file in files for part in _fallen(file.plan, file.plan.options.file_type)]
     sections += [*fallen, "## Files", _files({name: size for file in files for name, size in file.files.items()})]
     sections += ["## How it was made", "```\n" + "\n".join(file.command for file in files) + "\n```"]
+    sections += _released(release)
     datasets = _datasets([name for matrix in imatrices.values() for name in matrix.datasets])
     front = _front(checkpoint, base, "gguf", ["gguf", *(["imatrix"] if imatrices else [])], datasets)
     return _sealed([front, *sections])
+
+
+def _released(release: str) -> list[str]:
+    return (
+        [f"As part of a release (`dsv2quant release --recipe`):\n\n```yaml\n{release.strip()}\n```"] if release else []
+    )
+
+
+def _notes(plan: GgufPlan) -> list[str]:
+    """What whoever runs a file should know, without paths of this machine."""
+    matrix = plan.options.imatrix
+    return [note.replace(matrix.source, Path(matrix.source).name) if matrix else note for note in plan.notes]
 
 
 def _sealed(parts: Sequence[str]) -> bytes:
@@ -207,7 +233,9 @@ def _said(base: Origin) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    """With a capital, but for the name of a file or key."""
+    is_name = re.search(r"[._]", text.partition(" ")[0]) is not None
+    return f"{text}." if is_name else f"{text[0].upper()}{text[1:]}."
 
 
 def _activations(plan: Plan) -> str:

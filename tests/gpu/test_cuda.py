@@ -146,3 +146,15 @@ def test_evaluation_agrees_with_the_cpu_within_the_noise_floor(grid, tmp_path, c
     # BF16 arithmetic adds its own divergence to both models.
     assert abs(results["bfloat16"]["kld"]["mean"] - cpu) < 2 * results["cpu"]["noise_floor"]["kld_bfloat16"]
     print(grid, {name: (r["kld"]["mean"], r["perplexity"]["value"], r["seconds"]) for name, r in results.items()})
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_kept_reference_gives_the_numbers_of_the_live_one(backend, tmp_path, cli):
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    assert cli("convert", tiny.MINI, "--fp8", "-o", out, "-q", "--device", "cuda").code == 0
+    common = ("--ctx", "512", "--limit", "12", "--json", "-q", "--device", "cuda", "--backend", backend)
+    assert cli("eval-ppl", tiny.MINI, "--save-reference", kept, *common).code == 0
+    live, found = (json.loads(cli("eval-ppl", out, "--reference", given, *common).out) for given in (tiny.MINI, kept))
+    same = ("perplexity", "kld", "top1_agreement", "router_agreement", "noise_floor")
+    assert {key: found[key] for key in same} == {key: live[key] for key in same}
+    assert kept.stat().st_size < 2 * 256 * 12 * 512 * 1.1 + 2 * 4096 * 256 + 8192  # states in BF16
