@@ -164,3 +164,18 @@ def test_a_kill_at_any_moment_leaves_what_goes_on_to_the_same_files(wordy, fox, 
             assert {name for name in {*found, *whole} if found.get(name) != whole.get(name)} == set(), number
             assert (out / STATE).exists()
             assert (out / REFERENCE).exists()
+
+
+def test_two_at_a_time_make_the_same_files(wordy, recipe, released, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv2quant.publishing.run._Run.measure", None)  # other processes have their own
+    ran = cli("release", wordy, "--recipe", recipe, "-o", tmp_path / "out", "--jobs", 2, "-q")
+    assert ran.code == 0, ran.err
+    assert files(tmp_path / "out") == files(released)
+
+
+def test_what_fails_in_another_process_is_one_line(wordy, fox, cli, tmp_path):
+    path = tmp_path / "release.yaml"
+    path.write_text(f"artifacts: [Q8_0]\nevaluation: {{text: {fox}, ctx: 32, limit: 4}}\n"
+                    "engines: [{engine: llama.cpp, windows: 1, ctx: 32}]\n")  # fmt: skip
+    ran = cli("release", wordy, "--recipe", path, "-o", tmp_path / "out", "--jobs", 2, "-q")
+    assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err

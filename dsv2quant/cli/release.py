@@ -22,12 +22,14 @@ from dsv2quant.cli import terminal
     click.option("--base-model", metavar="ID", help="MODEL's id on the hub. Default: what its own files say."),
     section="What it holds",
 )  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Artifacts to make at a time, each in a process of its own.")  # fmt: skip
 @shared.device_option
 @shared.hub_options
 @shared.output_options
 def command(
     model: str, out: str, recipe: str | None, artifacts: str | None, calibration: str | None, base_model: str | None,
-    device: str, as_json: bool, verbose: int, quiet: bool, **hub: Any,
+    jobs: int, device: str, as_json: bool, verbose: int, quiet: bool, **hub: Any,
 ) -> None:  # fmt: skip
     """Convert MODEL into every artifact of a release, measure each against it, check gates, and write cards, checksums
     and a report.
@@ -48,11 +50,12 @@ def command(
     from dsv2quant.publishing import wanted
     from dsv2quant.publishing.results import released_json, released_text
 
-    opened = dq.open(model, **shared.asked(hub))
-    if recipe is not None:
-        release = wanted.load(Path(recipe), opened.model)
-    else:
-        release = wanted.named(str(artifacts), opened.model, calibration)
-    made = dq.release(opened, out, release, base_model=base_model, device=device, progress=terminal.progress(quiet))
+    given = {name: value for name, value in shared.asked(hub).items() if name in hub}
+    name = dq.open(model, headers_only=True, **given).model
+    release = wanted.load(Path(recipe), name) if recipe else wanted.named(str(artifacts), name, calibration)
+    made = dq.release(
+        model, out, release, base_model=base_model, jobs=jobs, device=device, progress=terminal.progress(quiet),
+        **given,
+    )  # fmt: skip
     terminal.show(made, released_json, released_text, as_json)
     made.check()

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,19 @@ from dsv2quant.report.measured import Measured, measured_from, measured_json
 from dsv2quant.storage.durable import StateLog, disk_errors
 
 STATE, REFERENCE = ".release.state", ".reference.safetensors"
+Known = Mapping[str, dict[str, Any]]  # what was measured before, by key
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a release is made of, as another process takes it."""
+
+    model: dq.Model
+    hub: Mapping[str, Any]
+    out: Path
+    release: Release
+    base_model: str | None
+    device: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,12 @@ class _Run:
     base_model: str | None
     device: str
     progress: Progress
+
+    @classmethod
+    def of(cls, asked: _Asked, progress: Progress) -> _Run:
+        """Raises as `open` does."""
+        checkpoint = dq.open(asked.model, **asked.hub)
+        return cls(checkpoint, asked.out, asked.release, asked.base_model, asked.device, progress)
 
     def path(self, wanted: Wanted) -> Path:
         """Where an artifact lies: GGUF files are one repository, with one card."""
@@ -61,20 +83,24 @@ class _Run:
         )
         return path
 
-    def make(self, wanted: Wanted, reference: Path, log: StateLog) -> Made:
-        """Make an artifact, or find it made; measure it, or take what was measured of these very files."""
-        path, options = self.path(wanted), self.conversion(wanted)
+    def convert(self, wanted: Wanted) -> Any:
+        """Make an artifact, or find it made: a `Conversion`."""
+        path = self.path(wanted)
         with disk_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
-        made = dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **options)
-        key = self.key(made.files)
-        known = [line for line in log.lines if line["name"] == wanted.name and line["key"] == key]
-        if known:
-            measured = measured_from(known[-1]["measured"])
-        else:
-            measured = self.measure(wanted, made.plan, reference)
-            log.append({"name": wanted.name, "key": key, "measured": measured_json(measured)})
-        return Made(wanted, path, made, measured, tuple(_failed(measured, wanted.gates)))
+        return dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **self.conversion(wanted))
+
+    def found(self, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
+        """An artifact's key, and what was measured of it: before, of these very files, or now."""
+        conversion = self.convert(wanted)
+        key = self.key(conversion.files)
+        return key, known.get(key) or measured_json(self.measure(wanted, conversion.plan, reference))
+
+    def made(self, wanted: Wanted, found: Mapping[str, Any]) -> Made:
+        """An artifact that is there, with what was measured."""
+        measured = measured_from(found)
+        failed = tuple(_failed(measured, wanted.gates))
+        return Made(wanted, self.path(wanted), self.convert(wanted), measured, failed)
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
@@ -101,15 +127,17 @@ class _Run:
 
 
 def release(
-    model: dq.Model, out: dq.StrPath, wanted: Release, *, base_model: str | None = None, device: str = "cpu",
-    progress: Progress = no_progress, **hub: Any,
+    model: dq.Model, out: dq.StrPath, wanted: Release, *, base_model: str | None = None, jobs: int = 1,
+    device: str = "cpu", progress: Progress = no_progress, **hub: Any,
 ) -> Released:  # fmt: skip
     """Make a release of a model in folder `out`: its artifacts, and what publish.py writes. All that is asked is
     planned before anything is written. A gate that fails leaves the others done: `Released.check` raises for it.
+    `jobs` artifacts are made at a time, each in a process of its own, which share the processors.
 
     Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
     `out`."""
-    run = _Run(dq.open(model, **hub), Path(out), wanted, base_model, device, progress)
+    given = _Asked(model, hub, Path(out), wanted, base_model, device)
+    run = _Run.of(given, progress)
     for each in wanted.artifacts:
         dq.check_conversion(run.path(each), device, **run.conversion(each))
         dq.plan(run.checkpoint, **each.options)
@@ -118,11 +146,51 @@ def release(
     with disk_errors(run.out):
         run.out.mkdir(parents=True, exist_ok=True)
     with closing(StateLog(run.out / STATE, run.out)) as log:
-        reference = run.reference()
-        made = tuple(run.make(each, reference, log) for each in wanted.artifacts)
+        known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
+        reference, found = run.reference(), {}
+        for each, (key, measured) in _each(given, run, reference, known, jobs):
+            if key not in known:
+                log.append({"name": each.name, "key": key, "measured": measured})
+            found[each.name] = measured
+        made = tuple(run.made(each, found[each.name]) for each in wanted.artifacts)
         released = Released(run.out, run.checkpoint, base_model, made)
         publish(released, wanted.text)
     return released
+
+
+def _each(
+    given: _Asked, run: _Run, reference: Path, known: Known, jobs: int
+) -> Iterator[tuple[Wanted, tuple[str, dict[str, Any]]]]:
+    """Artifacts with what was measured of each, as they are done."""
+    artifacts = given.release.artifacts
+    if jobs == 1:
+        yield from ((each, run.found(each, reference, known)) for each in artifacts)
+        return
+    # A fresh interpreter for each process: torch's threads don't outlive a fork.
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn"), _share, (threads,)) as workers,
+        run.progress(len(artifacts), "artifacts", "release") as advance,
+    ):
+        asked = {workers.submit(_apart, given, each, reference, known): each for each in artifacts}
+        try:
+            for done in as_completed(asked):
+                yield asked[done], done.result()
+                advance(1)
+        finally:
+            workers.shutdown(cancel_futures=True)
+
+
+def _share(threads: int) -> None:
+    """A process's part of the processors."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _apart(given: _Asked, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
+    """`_Run.found`, in another process."""
+    return _Run.of(given, no_progress).found(wanted, reference, known)
 
 
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:
