@@ -2,7 +2,7 @@
 
     import dsv2quant as dq
 
-The functions are those of api.py and release/, which are imported when one is used.
+The functions are those of api.py and publishing/, which are imported when one is used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
         verify,
         verify_engine,
     )
-    from dsv2quant.release.compare import compare
+    from dsv2quant.publishing.compare import compare
+    from dsv2quant.publishing.run import release
 
-_ELSEWHERE = {"compare": "dsv2quant.release.compare"}
+_ELSEWHERE = {"compare": "dsv2quant.publishing.compare", "release": "dsv2quant.publishing.run"}
 __all__ = [
-    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "verify",
-    "verify_engine",
+    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "release",
+    "verify", "verify_engine",
 ]  # fmt: skip
 
 

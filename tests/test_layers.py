@@ -28,7 +28,7 @@ ORDER = [
     "engines",
     "bench",
     "api",
-    "release",
+    "publishing",
     "__init__",
     "lm_eval",
     "cli",

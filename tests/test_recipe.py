@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import InputError
-from dsv2quant.planning import recipe
+from dsv2quant.planning import plain_yaml, recipe
 
 
 def spec(role: str, layer: int | None = 0) -> TensorSpec:
@@ -151,7 +151,7 @@ def test_nothing_but_our_error_comes_of_any_text(text):
     [
         (RULE.encode("utf-16"), "not UTF-8 text: invalid start byte at byte 0"),
         (b"name: \xff", "not UTF-8 text"),
-        (b"# " + b"x" * recipe.MAX_BYTES, "larger than 65,536 bytes"),
+        (b"# " + b"x" * plain_yaml.MAX_BYTES, "larger than 65,536 bytes"),
         (None, "can't be read: Is a directory"),
     ],
 )

@@ -32,6 +32,7 @@ VERBS = {
     "inspect": ("dsv2quant.cli.inspect", "Show what a checkpoint or artifact holds."),
     "memory": ("dsv2quant.cli.memory", "Show what fits on a GPU, from headers alone."),
     "push": ("dsv2quant.cli.push", "Upload a verified artifact to the hub."),
+    "release": ("dsv2quant.cli.release", "Make, measure and describe artifacts: everything that is published."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 

@@ -130,10 +130,11 @@ def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:
     """An option as the command line has it; a scheme by its family, --fp8."""
-    return f"--{given[name].partition('-')[0]}" if name == "scheme" else _option(name)
+    return f"--{given[name].partition('-')[0]}" if name == "scheme" else dashed(name)
 
 
-def _option(name: str) -> str:
+def dashed(name: str) -> str:
+    """An option's name on the command line: '--group-size'."""
     return _SPELLED.get(name, f"--{name.replace('_', '-')}")
 
 
@@ -141,7 +142,7 @@ def words_of(given: Mapping[str, Any]) -> list[str]:
     """Everything that shapes the artifact, and no path of this machine."""
     words = []
     for name in (*FOLDER, *GGUF):
-        value, option = given.get(name), _option(name)
+        value, option = given.get(name), dashed(name)
         if value is None or value == _USUAL.get(name):
             continue
         if name == "scheme":
@@ -163,9 +164,9 @@ def check_values(given: Mapping[str, Any]) -> None:
         choices = _CHOICES.get(name)
         for item in value if name == "targets" else (value,):
             if choices is not None and item not in choices:
-                raise UsageError(f"{_option(name)} {item}", fix=f"it takes {', '.join(map(str, choices))}")
+                raise UsageError(f"{dashed(name)} {item}", fix=f"it takes {', '.join(map(str, choices))}")
         if name in _LEAST and value < _LEAST[name]:
-            raise UsageError(f"{_option(name)} {value} is out of range", fix=f"it must be at least {_LEAST[name]}")
+            raise UsageError(f"{dashed(name)} {value} is out of range", fix=f"it must be at least {_LEAST[name]}")
 
 
 def check_options(given: Mapping[str, Any]) -> Recipe | None:

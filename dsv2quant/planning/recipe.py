@@ -13,30 +13,28 @@ and anchors, aliases and tags are refused.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsv2quant.arch.spec import ROLES, TensorSpec
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.storage.files import check_pointer
+from dsv2quant.planning import plain_yaml
+from dsv2quant.planning.plain_yaml import known_keys, short
 
 CALIBRATED = ("gptq", "fit")  # methods that need what the layers before, quantized, make of calibration text
 MEASURED = ("mse", "awq")  # methods that need statistics of the unquantized model
 METHODS = ("rtn", *MEASURED, *CALIBRATED)
 _RULE_KEYS = {"roles", "layers", "scheme", "method"}
 _RECIPE_KEYS = {"name", "description", "rules"}
-MAX_BYTES = 64 << 10
 MAX_LAYERS = 1024
 _MAX_PATTERN = 64  # fnmatch takes time that grows with the square
-_MAX_DEPTH = 6  # a list of patterns in a rule in the list of rules in the recipe is 4 deep
 
 
 @dataclass(frozen=True)
@@ -130,37 +128,20 @@ def _spelled_rule(rule: Rule, *, named: bool) -> str:
 
 def load(path: str | Path) -> Recipe:
     """A recipe from a file. Raises InputError naming the rule that is wrong."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         files = resources.files("dsv2quant").joinpath("recipes").iterdir()
         known = {file.name.removesuffix(".yaml") for file in files}
         fix = "give a YAML file"
         if str(path) in known:  # int4-pure: --int4=pure
             fix = f"the recipe of this name that comes with the package is --{str(path).replace('-', '=', 1)}"
-        raise InputError("no such file", where=path, fix=fix) from None
-    except UnicodeDecodeError as error:
-        what = f"not UTF-8 text: {error.reason} at byte {error.start}"
-        raise InputError(what, where=path, fix="give a YAML file") from None
-    except OSError as error:
-        raise InputError(f"can't be read: {error.strerror}", where=path, fix="give a YAML file") from None
-    check_pointer(content, Path(path))
-    if len(content) > MAX_BYTES:
-        raise InputError(f"larger than {MAX_BYTES:,} bytes", where=path, fix="give a YAML recipe")
-    return parse(text, path)
+        raise InputError("no such file", where=path, fix=fix)
+    return parse(plain_yaml.read(path), path)
 
 
 def parse(text: str, where: object) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
-    try:
-        _check_plain(text, where)
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: PyYAML reading numbers and escapes
-        raise InputError(f"not valid YAML: {error}", where=where, fix="see the README's recipe section") from None
-    raw = _content(node, where)
-    _known_keys(raw, _RECIPE_KEYS, where)
+    raw = plain_yaml.parse(text, where, "see the README's recipe section")
+    known_keys(raw, _RECIPE_KEYS, where)
     rules = raw.get("rules")
     if not isinstance(rules, list) or not rules:
         raise InputError("`rules` must be a list with at least one rule", where=where, fix="add a rule")
@@ -171,60 +152,22 @@ def parse(text: str, where: object) -> Recipe:
     return Recipe(name, parsed, text)
 
 
-def _check_plain(text: str, where: object) -> None:
-    """Refuse what a recipe needs not and could make small text large: anchors, aliases, tags, and lists in lists in
-    lists. Looks at one event at a time, so that nothing is built before it is refused."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.BaseLoader):
-        if isinstance(event, yaml.NodeEvent) and (event.anchor or getattr(event, "tag", None)):
-            found = "an anchor or alias" if event.anchor else "a tag"
-            raise InputError(f"{found}, and recipes are plain YAML", where=_at(event, where), fix="write it out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise InputError("nested too deeply", where=where, fix="see the README's recipe section")
-
-
-def _content(node: yaml.Node | None, where: object) -> Any:
-    """Lists, dicts and text (None for null) of a plain YAML node. Raises InputError for keys that are none or twice."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_content(item, where) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        content: dict[str, Any] = {}
-        for key_node, value in node.value:
-            key, at = key_node.value, _at(key_node, where)
-            if not isinstance(key, str):
-                raise InputError("a key that is no word", where=at, fix="see the README's recipe section")
-            if key in content:
-                raise InputError(f"the key {_short(key)} is there twice", where=at, fix="remove one")
-            content[key] = _content(value, where)
-        return content
-    plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    if node is None or (plain and node.value in ("", "~", "null", "Null", "NULL")):
-        return None
-    return node.value
-
-
-def _at(found: yaml.Event | yaml.Node, where: object) -> str:
-    mark = found.start_mark
-    return f"{where}, line {mark.line + 1}" if mark else str(where)
-
-
 def _rule(raw: Any, where: str) -> Rule:
-    _known_keys(raw, _RULE_KEYS, where)
+    known_keys(raw, _RULE_KEYS, where)
     roles = raw.get("roles")
     if not isinstance(roles, list) or not roles or not all(isinstance(r, str) for r in roles):
         raise InputError("`roles` must be a list of roles or patterns", where=where, fix=f"roles: {', '.join(ROLES)}")
     for pattern in roles:
         if len(pattern) > _MAX_PATTERN or not any(fnmatchcase(role, pattern) for role in ROLES):
-            raise InputError(f"unknown role {_short(pattern)}", where=where, fix=f"roles: {', '.join(ROLES)}")
+            raise InputError(f"unknown role {short(pattern)}", where=where, fix=f"roles: {', '.join(ROLES)}")
     scheme, method = raw.get("scheme"), raw.get("method", "rtn")
     if not isinstance(scheme, str) or scheme not in CODECS:
-        raise InputError(f"unknown scheme {_short(scheme)}", where=where, fix=f"schemes: {', '.join(CODECS)}")
+        raise InputError(f"unknown scheme {short(scheme)}", where=where, fix=f"schemes: {', '.join(CODECS)}")
     if method not in METHODS:
-        raise InputError(f"unknown method {_short(method)}", where=where, fix=f"methods: {', '.join(METHODS)}")
+        raise InputError(f"unknown method {short(method)}", where=where, fix=f"methods: {', '.join(METHODS)}")
     possible = CODECS[scheme].methods
     if method not in possible:
-        raise InputError(f"{scheme} has no method {_short(method)}", where=where, fix=f"methods: {', '.join(possible)}")
+        raise InputError(f"{scheme} has no method {short(method)}", where=where, fix=f"methods: {', '.join(possible)}")
     return Rule(tuple(roles), _layers(raw.get("layers"), where), scheme, method)
 
 
@@ -237,7 +180,7 @@ def _layers(raw: Any, where: str) -> frozenset[int] | None:
         found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", item) if isinstance(item, str) else None
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not first <= last <= MAX_LAYERS:
-            raise InputError(f"`layers` is {_short(raw)}", where=where, fix='write it as "0, 2-4"')
+            raise InputError(f"`layers` is {short(raw)}", where=where, fix='write it as "0, 2-4"')
         layers.update(range(first, last + 1))
     if not layers:
         raise InputError("`layers` is an empty list", where=where, fix='write it as "0, 2-4", or leave it out for all')
@@ -253,17 +196,3 @@ def spelled(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-
-
-def _short(value: object) -> str:
-    """A value as messages quote it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def _known_keys(raw: Any, keys: set[str], where: object) -> None:
-    if not isinstance(raw, Mapping):
-        raise InputError("not a mapping", where=where, fix=f"keys: {', '.join(sorted(keys))}")
-    unknown = sorted(str(key) for key in raw if key not in keys)
-    if unknown:
-        raise InputError(f"unknown key {_short(unknown[0])}", where=where, fix=f"keys: {', '.join(sorted(keys))}")

@@ -100,10 +100,12 @@ def folder_card(
     calibrated: CalibratedOn | None = None,
     measured: Measured | None = None,
     figures: Mapping[str, str] | None = None,
+    release: str = "",
     repo: str | None = None,
 ) -> bytes:
     """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known. `figures`
-    are titles of pictures by their files, relative to the card."""
+    are titles of pictures by their files, relative to the card. `release` is the file of the release that it is part
+    of, in YAML."""
     measured = measured or Measured()
     layouts = {str(CODECS[scheme].quant_method) for scheme in plan.schemes}
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
@@ -133,6 +135,7 @@ def folder_card(
         "## How it was made",
         f"```\n{command}\n```",
         f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
+        *_released(release),
     ]
     tags = [*sorted(layouts), *sorted(plan.schemes)]
     return _sealed([_front(plan.checkpoint, base, library, tags, datasets), *sections])
@@ -143,6 +146,7 @@ def gguf_card(
     base: Origin,
     *,
     figures: Mapping[str, str] | None = None,
+    release: str = "",
     repo: str | None = None,
 ) -> bytes:
     """Of a folder of GGUF files, all made of the same base model; the rest is as of a folder."""
@@ -169,9 +173,16 @@ def gguf_card(
     fallen = [part for file in files for part in _fallen(file.plan, file.plan.options.file_type)]
     sections += [*fallen, "## Files", _files({name: size for file in files for name, size in file.files.items()})]
     sections += ["## How it was made", "```\n" + "\n".join(file.command for file in files) + "\n```"]
+    sections += _released(release)
     datasets = _datasets([name for matrix in imatrices.values() for name in matrix.datasets])
     front = _front(checkpoint, base, "gguf", ["gguf", *(["imatrix"] if imatrices else [])], datasets)
     return _sealed([front, *sections])
+
+
+def _released(release: str) -> list[str]:
+    return (
+        [f"As part of a release (`dsv2quant release --recipe`):\n\n```yaml\n{release.strip()}\n```"] if release else []
+    )
 
 
 def _notes(plan: GgufPlan) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def record(manifest: Path, against: str, found: Mapping[str, Any]) -> None:
     is logged: the artifact is as good without the note."""
     if not is_regular(manifest):
         return
-    entry = {"dsv2quant": __version__, "at": datetime.now(UTC).isoformat(timespec="seconds"), **found}
+    entry = {"dsv2quant": __version__, **found}
     content = {"schema": SCHEMA, "manifest": hash_file(manifest)["sha256"]}
     path = record_path(manifest)
     try:
