@@ -20,14 +20,12 @@ from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.report import figures
 from dsv2quant.report.artifacts import Artifact, Report, report_json
-from dsv2quant.report.card import folder_card
 from dsv2quant.report.fallbacks import Fallback, fallbacks
 from dsv2quant.report.figures import coverage, frontier, kld_by_position, short_names, size_against_kld
 from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Cell, Estimate, Measured, measured_from, measured_json
-from dsv2quant.report.origin import origin
 from dsv2quant.report.page import page
-from dsv2quant.report.pictures import pictures, write_pictures
+from dsv2quant.report.pictures import pictures
 from dsv2quant.report.svg import Scale, alone, spread
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -60,11 +58,6 @@ ARTIFACTS = (
     scored("lite-bad", 17_000_000_000, 0.04),
 )
 REPORT = Report("owner/lite", "0123abcd", ARTIFACTS)
-
-
-@pytest.fixture
-def small_plan(lite):
-    return make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"))
 
 
 def drawn(svg):
@@ -286,17 +279,6 @@ def test_pictures_for_a_card_are_of_what_shares_it():
     assert [*own][3:] == ["figures/sqnr.svg", "figures/coverage.svg"]
     assert all(drawn(svg).get("aria-label") and title for title, svg in own.values())
     assert pictures([Artifact("a", 1, 8.0)]) == {}
-
-
-def test_pictures_lie_beside_the_card_that_shows_them(small_plan, tmp_path):
-    shown = write_pictures(tmp_path, ARTIFACTS[:1])
-    card = folder_card(small_plan, "", origin(small_plan.checkpoint), figures=shown).decode()
-    linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card)
-    assert linked == [*shown] == [*pictures(ARTIFACTS[:1])]
-    for file in linked:
-        assert drawn((tmp_path / file).read_text()).tag == f"{SVG}svg"
-    assert write_pictures(tmp_path / "none", [Artifact("a", 1, 8.0)]) == {}
-    assert not (tmp_path / "none").exists()
 
 
 def test_fallbacks_say_what_why_and_of_which_tensors(awkward):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from dsv2quant.report.artifacts import Artifact
 from dsv2quant.report.figures import bits_by_depth, coverage, kld_by_position, size_against_kld
 from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.svg import alone
-from dsv2quant.storage.durable import disk_errors, write_whole
 from dsv2quant.storage.manifest import PICTURES
 
 
@@ -30,15 +28,3 @@ def pictures(artifacts: Sequence[Artifact]) -> dict[str, tuple[str, str]]:
             "coverage": ("Calibration tokens by expert", coverage(artifacts[0])),
         }
     return {f"{PICTURES}/{name}.svg": (title, alone(svg)) for name, (title, svg) in found.items() if svg is not None}
-
-
-def write_pictures(folder: Path, artifacts: Sequence[Artifact]) -> dict[str, str]:
-    """Write them beside the card in `folder`; {file: title}, as the card takes them. Raises InputError where the disk
-    fails."""
-    found = pictures(artifacts)
-    with disk_errors(folder):
-        if found:
-            (folder / PICTURES).mkdir(exist_ok=True)
-        for file, (_, content) in found.items():
-            write_whole(folder / file, [content.encode()])
-    return {file: title for file, (title, _) in found.items()}
