@@ -61,6 +61,7 @@ def streamed(jobs: Iterable[Job], files: Sequence[Written], stream: Stream, samp
             yield replace(job, encode=lambda job=job: held.run(job))  # type: ignore[misc]
     for file in stream.files:
         if file not in order and not stream.is_sampled(file):
+            yield None
             stream.fetch(file)
             stream.drop(file, samples[file])
 

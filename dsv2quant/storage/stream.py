@@ -12,20 +12,18 @@ import hashlib
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import PARTIAL, create, disk_errors, hash_file, is_regular, sync_folder
-from dsv2quant.storage.hub_errors import hub_errors
+from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.safetensors import read_header
 
 logger = logging.getLogger(__name__)
-TRIES = 5  # of a download that fails in ways that pass
 _SAMPLES = ".samples"
 
 
@@ -80,20 +78,13 @@ class Stream:
         self.data[file] = path, start
 
     def _downloaded(self, file: str) -> Path:
-        from huggingface_hub import errors, hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub import hf_hub_download
 
         logger.info("%s: fetching %s, %s bytes", self.repo, file, f"{self.files[file].size:,}")
-        disable_progress_bars()  # the conversion's own is open
-        with hub_errors(self.repo, os.fspath(self.folder)):
-            for wait in range(TRIES):
-                try:
-                    return Path(hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
-                except errors.HfHubHTTPError as error:
-                    if error.response.status_code not in (429, 500, 502, 503, 504) or wait == TRIES - 1:
-                        raise
-                    time.sleep(2**wait)
-        raise AssertionError("the last try returns or raises")
+        with hub_errors(self.repo, os.fspath(self.folder)), _without_bars():
+            return Path(
+                persistently(lambda: hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
+            )
 
     @staticmethod
     def _is_whole(path: Path, remote: Remote) -> bool:
@@ -145,6 +136,21 @@ class Stream:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep huggingface_hub's own bars down in here: the conversion's is open."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _places(header: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
