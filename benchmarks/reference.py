@@ -8,7 +8,7 @@ ln perplexity and top-1 against the live reference's.
 - llama.cpp: the 16-bit codes of `llama-perplexity --kl-divergence-base`, restated from tools/perplexity/perplexity.cpp
   (0c1e57098: `log_softmax` writes, the one of `process_logits` reads and leaves out what lies 16 nats down).
 - top 1 − ε: the fewest tokens that have so much of the probability, each with a 3-byte id (2 below 65,536 tokens) and
-  float16 ln p, 4 bytes for their number; all others are one bucket, which makes of KLD a lower bound.
+  float32 ln p, 4 bytes for their number; all others are one bucket, which makes of KLD a lower bound.
 
 dsv2-mini and its artifacts, on Python's help topics; and a made-up model of V2-Lite's vocabulary and hidden size, whose
 tokens are Zipf's and whose states are Gaussian, beside the same with noise in its states.
@@ -39,7 +39,7 @@ from dsv2quant.model.runtime import Model
 
 MINI = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 SCORED = {"ctx": 512, "limit": 60}
-VOCABULARY, HIDDEN, WINDOWS, CTX = 102_400, 2048, 8, 257
+VOCABULARY, HIDDEN, WINDOWS, CTX = 102_400, 2048, 8, 129
 EPSILONS = (1e-2, 1e-3, 1e-4)
 Decoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # KLD, ln p of targets, likeliest token; bytes of all
 Encoding = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Decoded]
@@ -71,7 +71,7 @@ def top(epsilon: float) -> Encoding:
         ordered, order = logp.sort(1, descending=True)
         before = ordered.exp().cumsum(1) - ordered.exp()
         held = before < 1 - epsilon
-        p, q = ordered.half().double(), logq.gather(1, order)
+        p, q = ordered.float().double(), logq.gather(1, order)
         inside = torch.where(held, p.exp() * (p - q), 0).sum(1)
         rest_p, rest_q = ((1 - torch.where(held, x.exp(), 0).sum(1)).clamp(min=1e-12) for x in (p, q))
         kld = inside + rest_p * (rest_p.log() - rest_q.log())
@@ -79,7 +79,7 @@ def top(epsilon: float) -> Encoding:
         others = (~held).sum(1).clamp(min=1)
         spread = (rest_p / others).log()  # an even share of the bucket
         nll = torch.where(held.gather(1, place)[:, 0], p.gather(1, place)[:, 0], spread)
-        width = 4 if logp.shape[1] <= 1 << 16 else 5
+        width = 6 if logp.shape[1] <= 1 << 16 else 7
         return kld, nll, order[:, 0], 4 * len(logp) + width * float(held.sum())
 
     return encode

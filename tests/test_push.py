@@ -182,9 +182,12 @@ def test_a_public_repository_is_no_private_one(hub, verified):
 
 
 def test_a_card_that_the_hub_refuses_is_told_before_the_weights_are_sent(hub, artifact):
-    for content, why in (("---\nlicense: refused:\n---\n", "refused"), ("---\na: [\n---\n", "")):
-        (artifact / "README.md").write_text(content)
-        with pytest.raises(InputError, match=f"README.md: the hub would refuse the card: .*{why}"):
+    for content, why in (
+        (b"---\nlicense: [mit]\n---\n", "the hub would refuse the card: license must be a string"),
+        (b"\xff", "not UTF-8"),
+    ):
+        (artifact / "README.md").write_bytes(content)
+        with pytest.raises(InputError, match=f"README.md: {why}"):
             dq.push(artifact, "me/lite")
     assert hub.state.received == []
     assert "me/lite" not in hub.state.repos
@@ -231,6 +234,8 @@ def test_a_gguf_file_goes_with_its_manifest_and_the_card_that_names_it(hub, tmp_
         ("objects/batch", (429, b"", {"Retry-After": "0"})),
         ("preupload", (503, b"", {})),
         ("/lfs/verify/", (503, b"", {})),
+        ("/commit/", (503, b"", {})),
+        ("/commit/", (0, b"", {})),
     ],
 )
 def test_a_hub_that_fails_for_a_moment_is_asked_again(fault, hub, verified):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from dsv2quant.errors import InputError
 
+Result = TypeVar("Result")
+TRIES = 5
+_BUSY = (408, 429, 500, 502, 503, 504)
 _OFFLINE = "retry, or use --offline for what the cache holds"
 _AGAIN = "run the same command again: it sends what is not there yet"
 _WRITE_TOKEN = "log in with a token that may write there: `hf auth login`, or HF_TOKEN"
@@ -72,6 +77,31 @@ def hub_errors(
         raise InputError(
             what, where=repo, fix="look for a proxy or a login page in between, and at HF_ENDPOINT"
         ) from None
+
+
+def persistently(call: Callable[[], Result]) -> Result:
+    """What a call returns, tried again after 1, 2, 4 and 8 s where the hub is busy or the connection breaks. What
+    huggingface_hub waits out by itself differs from version to version, and from call to call."""
+    from huggingface_hub import errors
+
+    for tried in range(1, TRIES + 1):
+        try:
+            return call()
+        # A RuntimeError is what it puts around a failed upload.
+        except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, RuntimeError) as error:
+            if tried == TRIES or not _passes(error.__cause__ if isinstance(error, RuntimeError) else error):
+                raise
+            time.sleep(2 ** (tried - 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether the hub may answer in another way in a moment."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in _BUSY
+    return isinstance(error, (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError))
 
 
 def _unreachable(error: BaseException, repo: str, writes: bool) -> InputError:

@@ -18,13 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, is_regular, state_path
 from dsv2quant.storage.hub import heed_quiet
-from dsv2quant.storage.hub_errors import hub_errors
+from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.manifest import (
     CARD_FILE,
     PICTURES,
@@ -87,12 +85,13 @@ def push(
     added += _pictures(card) if CARD_FILE in (*entries, *added) else []
     found |= {name: hash_file(manifest.parent / name) for name in added}
 
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi
 
     heed_quiet()
     with hub_errors(repo, None, writes=True):
         api = HfApi()
-        _check_card(ModelCard, card if CARD_FILE in found else None)
+        if CARD_FILE in found:
+            _check_card(api, card)
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -142,14 +141,21 @@ def _pictures(card: Path) -> list[str]:
     return [name for name in names if is_regular(card.parent / name) and not (card.parent / name).parent.is_symlink()]
 
 
-def _check_card(cards: Any, path: Path | None) -> None:
+def _check_card(api: HfApi, path: Path) -> None:
     """Raise InputError where the hub would not take a card: before the weights are sent, not behind them."""
-    if path is None:
-        return
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
     try:
-        cards(path.read_text(encoding="utf-8-sig")).validate(repo_type="model")
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"the hub would refuse the card: {error}", where=path, fix="mend its first lines") from None
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error}", where=path, fix="the hub takes no other card") from None
+    answer = get_session().post(
+        f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": content}, headers=build_hf_headers()
+    )
+    if answer.status_code == 400:
+        errors = "; ".join(str(error.get("message")) for error in answer.json()["errors"])
+        raise InputError(f"the hub would refuse the card: {errors}", where=path, fix="mend its first lines")
+    hf_raise_for_status(answer)
 
 
 def _is_same(path: Path, entry: Mapping[str, Any], there: Any) -> bool:
@@ -171,7 +177,8 @@ def _send(api: HfApi, repo: str, revision: str, folder: Path, files: Mapping[str
     commit = None
     for name, add in adds.items():
         with hub_errors(repo, None, writes=True):
-            api.preupload_lfs_files(repo, [add], revision=revision, free_memory=False, num_threads=1)
+            upload = partial(api.preupload_lfs_files, repo, [add], revision=revision, free_memory=False, num_threads=1)
+            persistently(upload)
         if add.upload_info.sha256.hex() != files[name]["sha256"]:
             raise InputError("changed while it was sent", where=folder / name, fix="verify and push again")
     rest = [add for name, add in adds.items() if name != CARD_FILE]
@@ -184,5 +191,6 @@ def _send(api: HfApi, repo: str, revision: str, folder: Path, files: Mapping[str
 def _commit(api: HfApi, repo: str, revision: str, adds: Sequence[CommitOperationAdd]) -> str:
     what = "the model card" if adds[0].path_in_repo == CARD_FILE else "the artifact"
     with hub_errors(repo, None, writes=True):
-        made = api.create_commit(repo, adds, commit_message=f"dsv2quant: {what}", revision=revision)
+        commit = partial(api.create_commit, repo, adds, commit_message=f"dsv2quant: {what}", revision=revision)
+        made = persistently(commit)  # one that came twice is the same files again
     return str(made.oid)

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,11 +20,10 @@ from typing import Any
 
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import PARTIAL, create, disk_errors, hash_file, is_regular, sync_folder
-from dsv2quant.storage.hub_errors import hub_errors
+from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.safetensors import read_header
 
 logger = logging.getLogger(__name__)
-TRIES = 5  # of a download that fails in ways that pass
 _SAMPLES = ".samples"
 
 
@@ -64,8 +62,6 @@ class Stream:
         """Have a shard on disk. Raises InputError where it can't be had, or is not what the hub says of it."""
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():
-                raise InputError("is a link", where=self.folder, fix="remove it")
         for last in (False, True):
             path = self._downloaded(file)
             if self._is_whole(path, self.files[file]):
@@ -80,18 +76,13 @@ class Stream:
         self.data[file] = path, start
 
     def _downloaded(self, file: str) -> Path:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
         logger.info("%s: fetching %s, %s bytes", self.repo, file, f"{self.files[file].size:,}")
         with hub_errors(self.repo, os.fspath(self.folder)), _without_bars():
-            for wait in range(TRIES):
-                try:
-                    return Path(hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
-                except errors.HfHubHTTPError as error:
-                    if error.response.status_code not in (429, 500, 502, 503, 504) or wait == TRIES - 1:
-                        raise
-                    time.sleep(2**wait)
-        raise AssertionError("the last try returns or raises")
+            return Path(
+                persistently(lambda: hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
+            )
 
     @staticmethod
     def _is_whole(path: Path, remote: Remote) -> bool:
@@ -132,7 +123,9 @@ class Stream:
 
     def clear(self, *, everything: bool) -> None:
         """Remove what downloads that were cut have left, or with `everything` all that is ours, and the folder if
-        nothing else is in it."""
+        nothing else is in it. Raises InputError where the folder is a link: what lies behind it is not ours."""
+        if self.folder.is_symlink():
+            raise InputError("is a link", where=self.folder, fix="remove it")
         shutil.rmtree(self.folder / ".cache" / "huggingface", ignore_errors=True)
         with suppress(OSError):
             (self.folder / ".cache").rmdir()
