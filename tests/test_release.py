@@ -173,9 +173,11 @@ def test_two_at_a_time_make_the_same_files(wordy, recipe, released, cli, tmp_pat
     assert files(tmp_path / "out") == files(released)
 
 
-def test_what_fails_in_another_process_is_one_line(wordy, fox, cli, tmp_path):
+def test_what_fails_in_another_process_is_one_line(wordy, fox, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     path = tmp_path / "release.yaml"
     path.write_text(f"artifacts: [Q8_0]\nevaluation: {{text: {fox}, ctx: 32, limit: 4}}\n"
                     "engines: [{engine: llama.cpp, windows: 1, ctx: 32}]\n")  # fmt: skip
     ran = cli("release", wordy, "--recipe", path, "-o", tmp_path / "out", "--jobs", 2, "-q")
-    assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "--engine llama.cpp: llama-perplexity is not on PATH" in ran.err
