@@ -22,7 +22,7 @@ STAMP := .venv/.ready$(VARIANT)
 .PHONY: demo test test-clients test-vllm test-lm-eval verify-engine check-install lint clean
 
 demo: $(STAMP)
-	@$(BIN)/dsv2quant release examples/dsv2-mini --recipe examples/release.yaml -o demo --jobs 2
+	@$(BIN)/python -m dsv2quant release examples/dsv2-mini --recipe examples/release.yaml -o demo --jobs 2
 
 # Two processes of one thread each: a file of tests stays in one of them.
 test: lint
