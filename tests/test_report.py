@@ -26,7 +26,7 @@ from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Cell, Estimate, Measured, measured_from, measured_json
 from dsv2quant.report.page import page
 from dsv2quant.report.pictures import pictures
-from dsv2quant.report.svg import Scale, alone, spread
+from dsv2quant.report.svg import Scale, alone, number, spread
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -192,6 +192,11 @@ def test_ticks_are_round(scale, ticks):
     assert scale.ticks() == pytest.approx(ticks)
 
 
+def test_numbers_on_axes_are_short():
+    shown = [number(x) for x in (0, 0.02, 1e-5, 150, 2000, 20_000, 2_500_000)]
+    assert shown == ["0", "0.02", "1e-5", "150", "2,000", "20k", "2.5e6"]
+
+
 def test_scales_hold_what_they_show():
     assert spread([3.0], 0, 1).ticks()
     assert spread([0.0, 0.0], 0, 1)(0.0) >= 0
@@ -276,7 +281,7 @@ def test_a_figure_stands_alone_with_its_colours():
 def test_pictures_for_a_card_are_of_what_shares_it():
     assert [*pictures(ARTIFACTS)] == [f"figures/{name}.svg" for name in ("size-kld", "position-kld", "depth-bits")]
     own = pictures(ARTIFACTS[:1])
-    assert [*own][3:] == ["figures/sqnr.svg", "figures/coverage.svg"]
+    assert [*own] == [f"figures/{name}.svg" for name in ("position-kld", "depth-bits", "sqnr", "coverage")]
     assert all(drawn(svg).get("aria-label") and title for title, svg in own.values())
     assert pictures([Artifact("a", 1, 8.0)]) == {}
 

@@ -314,8 +314,8 @@ def test_a_folder_of_others_is_let_be(hub, tmp_path):
     dq.convert("owner/name", tmp_path / "out", scheme="fp8-channel", stream_hub=True)
     assert os.listdir(beside) == ["mine.txt"]
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    (elsewhere / ".cache/huggingface").mkdir(parents=True)
     (tmp_path / "two.hub").symlink_to(elsewhere)
     with pytest.raises(InputError, match=r"two.hub: is a link"):
         dq.convert("owner/name", tmp_path / "two", scheme="fp8-channel", stream_hub=True)
-    assert os.listdir(elsewhere) == []
+    assert os.listdir(elsewhere / ".cache") == ["huggingface"]

@@ -15,7 +15,8 @@ def pictures(artifacts: Sequence[Artifact]) -> dict[str, tuple[str, str]]:
     """{file: (title, content)} of what artifacts that share a card have to show: beside each other, and of a single one
     its layers. `artifacts` have colours in their order."""
     found = {
-        "size-kld": ("Size against distance from the reference", size_against_kld(artifacts)),
+        # A single one has no frontier.
+        "size-kld": ("Size against distance from the reference", size_against_kld(artifacts if artifacts[1:] else ())),
         "position-kld": ("Distance by position in the window", kld_by_position(artifacts)),
         "depth-bits": ("Bits per weight by depth", bits_by_depth(artifacts)),
     }

@@ -81,9 +81,9 @@ def spread(values: Iterable[float], start: float, end: float, *, log: bool = Fal
 
 
 def number(value: float) -> str:
-    """As axes show it: '0.02', '1e-5', '2,000'."""
-    if 1000 <= value < 1e5:
-        return f"{value:,.0f}"
+    """As axes show it: '0.02', '1e-5', '2,000', '20k'."""
+    if 1000 <= value < 1e6:
+        return f"{value:,.0f}" if value < 1e4 else f"{value / 1000:g}k"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
 
 

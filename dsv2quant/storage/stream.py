@@ -62,8 +62,6 @@ class Stream:
         """Have a shard on disk. Raises InputError where it can't be had, or is not what the hub says of it."""
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():
-                raise InputError("is a link", where=self.folder, fix="remove it")
         for last in (False, True):
             path = self._downloaded(file)
             if self._is_whole(path, self.files[file]):
@@ -125,7 +123,9 @@ class Stream:
 
     def clear(self, *, everything: bool) -> None:
         """Remove what downloads that were cut have left, or with `everything` all that is ours, and the folder if
-        nothing else is in it."""
+        nothing else is in it. Raises InputError where the folder is a link: what lies behind it is not ours."""
+        if self.folder.is_symlink():
+            raise InputError("is a link", where=self.folder, fix="remove it")
         shutil.rmtree(self.folder / ".cache" / "huggingface", ignore_errors=True)
         with suppress(OSError):
             (self.folder / ".cache").rmdir()
