@@ -118,7 +118,7 @@ def test_size_against_kld_shows_every_artifact_where_it_belongs():
 
 
 def test_names_never_lie_on_each_other():
-    crowd = [scored(f"a-name-as-long-as-this-{i}", 10**9 + i * 10**6, 0.05 + i * 1e-4) for i in range(12)]
+    crowd = [scored(f"a_name_as_long_as_this_{i}", 10**9 + i * 10**6, 0.05 + i * 1e-4) for i in range(12)]
     svg = size_against_kld(crowd)
     boxes = []
     for text in drawn(svg).iter(f"{SVG}text"):
