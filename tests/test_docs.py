@@ -91,7 +91,7 @@ def test_options_exist(cli) -> None:
 def test_the_readme_is_short_and_its_results_are_the_demos() -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 170
-    (table,) = re.findall(r"^dsv2-mini  .*?(?=^```)", readme, re.MULTILINE | re.DOTALL)
+    (table,) = re.findall(r"^artifact  .*?(?=^```)", readme, re.MULTILINE | re.DOTALL)
     assert table in (ROOT / "docs/benchmarks.md").read_text()
 
 
