@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from calibrated import killer
 from engine_stand_in import program
+from hub_server import serve
 
 import dsv2quant as dq
 from dsv2quant.publishing.run import REFERENCE, STATE
@@ -21,6 +25,7 @@ KINDS = {
     "wordy-INT4-EXPERTS-RTN": {"scheme": "int4-experts", "method": "rtn"},
 }
 GGUF = "wordy-GGUF/wordy-Q8_0.gguf"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +186,20 @@ def test_what_fails_in_another_process_is_one_line(wordy, fox, cli, tmp_path, mo
     ran = cli("release", wordy, "--recipe", path, "-o", tmp_path / "out", "--jobs", 2, "-q")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "--engine llama.cpp: llama-perplexity is not on PATH" in ran.err
+
+
+def test_the_pipelines_script_makes_a_release_and_uploads_it(wordy, fox, tmp_path):
+    """With a hub of our own, that the commands of the script ask."""
+    recipe = tmp_path / "release.yaml"
+    recipe.write_text(f"artifacts: [fp8-channel, Q8_0]\nevaluation: {{text: {fox}, ctx: 32, limit: 4}}\n")
+    with serve({}, tmp_path / "hf") as hub:
+        environment = hub.environment | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_TOKEN": "x", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT), "MODEL": str(wordy), "RECIPE": str(recipe), "OUT": str(tmp_path / "out"),
+            "NAMESPACE": "me",
+        }  # fmt: skip
+        ran = subprocess.run(["bash", ROOT / "examples/release.sh"], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        sent = {name: set(hub.state.repos[f"me/wordy-{name}"].branches["main"][1]) for name in ("FP8-CHANNEL", "GGUF")}
+        assert sent["FP8-CHANNEL"] >= {"model.safetensors", "config.json", "dsv2quant.json", "README.md"}
+        assert sent["GGUF"] >= {"wordy-Q8_0.gguf", "wordy-Q8_0.gguf.json", "README.md"}
