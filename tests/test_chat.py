@@ -319,8 +319,3 @@ def test_what_the_template_leaves_out_is_told(tmp_path, caplog):
     load(write_lines(tmp_path / "r.jsonl", *records), tiny.MINI)
     (message,) = caplog.messages
     assert message.startswith(f"warning: {tmp_path}/r.jsonl: the chat template leaves out some of 3 of 4 chats: roles,")
-
-
-def test_a_data_set_is_no_file():
-    with pytest.raises(InputError, match=r"HuggingFaceH4/ultrachat_200k: can't be read: no such file \(.*to_json"):
-        load("HuggingFaceH4/ultrachat_200k", tiny.MINI)

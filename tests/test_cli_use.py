@@ -123,7 +123,7 @@ def test_paths_names_and_devices_complete(cls):
     assert completions(["plan", "m", "--cache-dir"], "", cls) == [("dir", "")]
     assert [value for _, value in completions(["convert", "m", "--device"], "c", cls)] == ["cpu", "cuda"]
     assert completions(["convert", "m", "--fp8"], "b", cls) == [("file", "b"), ("plain", "block")]
-    assert [value for _, value in completions([], "co", cls)] == ["convert"]
+    assert [value for _, value in completions([], "co", cls)] == ["compare", "convert"]
     assert completions(["convrt"], "x", cls) == []
 
 

@@ -111,7 +111,7 @@ INT4 = ["--int4", "--method", "rtn", "--group-size", "32"]
         ("deepseek-vl2", ["--fp8=channel"]),
         ("deepseek-vl", ["--int4=pure", "--group-size", "32", "--kv-scales", *CALIBRATION]),
         ("deepseek-ocr", ["--int4=pure", *INT4[1:]]),
-        ("kimi-vl", ["--fp8=block", "--target", "sglang"]),
+        ("kimi-vl", ["--fp8=block", "--target", "transformers"]),
     ],
 )
 def test_weights_are_those_of_the_language_model_and_the_rest_is_as_it_was(kind, options, models, fox, tmp_path, cli):

@@ -105,9 +105,6 @@ def _sums(out: Path) -> str:
 
 def _files(out: Path) -> Iterator[Path]:
     for path in sorted(out.rglob("*")):
-        if (
-            path.is_file()
-            and path.name != SUMS
-            and not any(part.startswith(".") for part in path.relative_to(out).parts)
-        ):
+        hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
+        if path.is_file() and not hidden and not path.name.startswith(SUMS):  # what a kill left of the sums themselves
             yield path

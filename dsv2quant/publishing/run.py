@@ -21,6 +21,8 @@ from typing import Any
 
 import dsv2quant.api as dq
 from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import UsageError
+from dsv2quant.planning import options as asked
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.publishing.made import Made, Released
 from dsv2quant.publishing.wanted import Gates, Release, Wanted
@@ -32,7 +34,7 @@ Known = Mapping[str, dict[str, Any]]  # what was measured before, by key
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Given:
     """What a release is made of, as another process takes it."""
 
     model: dq.Model
@@ -55,10 +57,10 @@ class _Run:
     progress: Progress
 
     @classmethod
-    def of(cls, asked: _Asked, progress: Progress) -> _Run:
+    def of(cls, given: _Given, progress: Progress) -> _Run:
         """Raises as `open` does."""
-        checkpoint = dq.open(asked.model, **asked.hub)
-        return cls(checkpoint, asked.out, asked.release, asked.base_model, asked.device, progress)
+        checkpoint = dq.open(given.model, **given.hub)
+        return cls(checkpoint, given.out, given.release, given.base_model, given.device, progress)
 
     def path(self, wanted: Wanted) -> Path:
         """Where an artifact lies: GGUF files are one repository, with one card."""
@@ -104,11 +106,12 @@ class _Run:
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
-        asked = [sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")]
-        rest = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
-        return hashlib.sha256(json.dumps([asked, rest]).encode()).hexdigest()
+        hashes = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")
+        ways = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
+        return hashlib.sha256(json.dumps([hashes, ways]).encode()).hexdigest()
 
     def measure(self, wanted: Wanted, plan: Any, reference: Path) -> Measured:
+        """What comes of an artifact. Raises GateError where its weights can't be what the model's were quantized to."""
         from dsv2quant.engines.results import engine_run
         from dsv2quant.evaluation.cells import cells
         from dsv2quant.evaluation.results import scores_of
@@ -116,9 +119,11 @@ class _Run:
         path = self.path(wanted)
         where: dict[str, Any] = {"device": self.device, "progress": self.progress}
         checked = dq.verify(path, self.checkpoint, **where)
+        checked.check()
         evaluated = dq.evaluate(path, reference=reference, **where, **self.release.evaluation)
+        source = None if wanted.into_gguf else self.checkpoint  # llama.cpp has its noise floor of a GGUF file alone
         runs = tuple(
-            engine_run(dq.verify_engine(path, source=self.checkpoint, **where, **dict(engine)))
+            engine_run(dq.verify_engine(path, source=source, **where, **dict(engine)))
             for engine in self.release.engines
             if _takes(engine["engine"], wanted, plan)
         )
@@ -136,7 +141,12 @@ def release(
 
     Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
     `out`."""
-    given = _Asked(model, hub, Path(out), wanted, base_model, device)
+    if jobs > 1 and isinstance(model, Checkpoint):
+        raise UsageError("--jobs takes a model by its folder or id: each process opens it")
+    asked.check_values(wanted.evaluation)
+    for engine in wanted.engines:
+        asked.check_engine(engine["engine"], engine.get("engine_python"), None, engine.get("tp", 1), "auto", "bfloat16")
+    given = _Given(model, hub, Path(out), wanted, base_model, device)
     run = _Run.of(given, progress)
     for each in wanted.artifacts:
         dq.check_conversion(run.path(each), device, **run.conversion(each))
@@ -159,7 +169,7 @@ def release(
 
 
 def _each(
-    given: _Asked, run: _Run, reference: Path, known: Known, jobs: int
+    given: _Given, run: _Run, reference: Path, known: Known, jobs: int
 ) -> Iterator[tuple[Wanted, tuple[str, dict[str, Any]]]]:
     """Artifacts with what was measured of each, as they are done."""
     artifacts = given.release.artifacts
@@ -172,10 +182,10 @@ def _each(
         ProcessPoolExecutor(jobs, get_context("spawn"), _share, (threads,)) as workers,
         run.progress(len(artifacts), "artifacts", "release") as advance,
     ):
-        asked = {workers.submit(_apart, given, each, reference, known): each for each in artifacts}
+        begun = {workers.submit(_apart, given, each, reference, known): each for each in artifacts}
         try:
-            for done in as_completed(asked):
-                yield asked[done], done.result()
+            for done in as_completed(begun):
+                yield begun[done], done.result()
                 advance(1)
         finally:
             workers.shutdown(cancel_futures=True)
@@ -188,7 +198,7 @@ def _share(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _apart(given: _Asked, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
+def _apart(given: _Given, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
     """`_Run.found`, in another process."""
     return _Run.of(given, no_progress).found(wanted, reference, known)
 

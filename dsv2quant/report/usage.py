@@ -51,7 +51,9 @@ def _engine(plan: Plan, target: str, model: str) -> str:
         words += [f"{option} {max(tp, ep)}"] * (max(tp, ep) > 1) + [f"--ep-size {ep}"] * (ep > 1)
         words += [f"--dp-size {ep // tp} --enable-dp-attention"] * (ep > tp)
     sizes = tensor_parallel_sizes(plan, target)
-    lines = [_block("bash", " ".join(words)), f"It can be split over {_either(sizes)} by `{option}`."]
+    lines = [_block("bash", " ".join(words))]
+    if sizes:
+        lines.append(f"It can be split over {_either(sizes)} by `{option}`.")
     lines += [f"{s} needs {need}." for (t, s), need in NEEDS.items() if t == target and s in plan.schemes]
     return "\n\n".join([f"### {_TITLES[target]}", *lines])
 
