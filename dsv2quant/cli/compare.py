@@ -9,7 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.planning.options import DATASETS, DTYPES
+from dsv2quant.planning.options import DTYPES
 
 
 @click.command(cls=shared.Command)
@@ -19,14 +19,7 @@ from dsv2quant.planning.options import DATASETS, DTYPES
     click.option("--source", type=shared.PATH, metavar="MODEL",
                  help="The checkpoint that they were made from: measures errors of weights too."),
 )  # fmt: skip
-@shared.stack(
-    click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score."),
-    click.option("--dataset", type=click.Choice(DATASETS), help="A dataset from the hub to score instead."),
-    click.option("--ctx", type=click.IntRange(min=8),
-                 help="Window length. Default: 2048, or the trained context if that is shorter."),
-    click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows."),
-    section="Text",
-)  # fmt: skip
+@shared.text_options
 @shared.stack(
     click.option("--stream", is_flag=True, help="Hold one layer's weights at a time: for models larger than memory."),
     shared.device_option,

@@ -9,7 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
-from dsv2quant.planning.options import DATASETS, ENGINES, PROTOCOLS
+from dsv2quant.planning.options import ENGINES, PROTOCOLS
 
 
 @click.command(cls=shared.Command)
@@ -26,12 +26,8 @@ from dsv2quant.planning.options import DATASETS, ENGINES, PROTOCOLS
     metavar="FILE",
     help="Keep MODEL as a reference: a file for --reference, so that it is scored once.",
 )
+@shared.text_options
 @shared.stack(
-    click.option("--text", type=shared.PATH, metavar="FILE", help="A UTF-8 text to score."),
-    click.option("--dataset", type=click.Choice(DATASETS), help="A dataset from the hub to score instead."),
-    click.option("--ctx", type=click.IntRange(min=8),
-                 help="Window length. Default: 2048, or the trained context if that is shorter."),
-    click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows."),
     click.option("--protocol", type=click.Choice(PROTOCOLS), default="default", show_default=True,
                  help="default scores every text token; llama.cpp the second half of each window."),
     section="Text",

@@ -121,6 +121,15 @@ device_option = stack(
     section="Computing",
 )  # fmt: skip
 
+text_options = stack(
+    click.option("--text", type=PATH, metavar="FILE", help="A UTF-8 text to score."),
+    click.option("--dataset", type=click.Choice(known.DATASETS), help="A dataset from the hub to score instead."),
+    click.option("--ctx", type=click.IntRange(min=8),
+                 help="Window length. Default: 2048, or the trained context if that is shorter."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="WINDOWS", help="Score only the first windows."),
+    section="Text",
+)  # fmt: skip
+
 compute_options = stack(
     device_option,
     click.option("--dtype", type=click.Choice(known.DTYPES), default="auto", show_default=True,

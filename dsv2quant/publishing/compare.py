@@ -99,13 +99,12 @@ def artifact(
     return Artifact(
         name, files or stored, 8 * stored / parameters,
         Measured(None if scored is None else scores_of(scored), cells=cells(opened, errors)),
-        coverage=_coverage(opened),
+        coverage=coverage_of(own_manifest(opened.manifest) if opened.data else None),
     )  # fmt: skip
 
 
-def _coverage(opened: Checkpoint) -> tuple[Mapping[str, Any], ...]:
-    """What experts saw in calibration, as the manifest of an artifact of ours has it."""
-    manifest = own_manifest(opened.manifest) if opened.data else None
+def coverage_of(manifest: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """What experts saw in calibration, as the manifest of an artifact of ours has it; nothing without one."""
     match manifest:
         case {"calibrated": {"experts": [*experts]}}:
             return tuple(experts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2quant.planning.plan import Plan
+from dsv2quant.publishing.compare import coverage_of
 from dsv2quant.publishing.made import Made, Released
 from dsv2quant.report.artifacts import Artifact, Report, report_json
 from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, write_card
@@ -17,8 +18,8 @@ from dsv2quant.report.fallbacks import fallbacks
 from dsv2quant.report.origin import origin
 from dsv2quant.report.page import page
 from dsv2quant.report.pictures import pictures
-from dsv2quant.storage.durable import MANIFEST_FILE, disk_errors, dump_json, hash_file, write_whole
-from dsv2quant.storage.manifest import CARD_FILE
+from dsv2quant.storage.durable import MANIFEST_FILE, FileEntry, disk_errors, dump_json, hash_file, write_whole
+from dsv2quant.storage.manifest import CARD_FILE, is_text
 from dsv2quant.storage.safetensors import read_json
 
 SUMS, RECIPE = "SHA256SUMS", "release.yaml"
@@ -41,21 +42,15 @@ def publish(released: Released, text: str) -> None:
         write_whole(out / "report.json", [dump_json(report_json(found))])
         if text:
             write_whole(out / RECIPE, [text.encode()])
-        write_whole(out / SUMS, [_sums(out).encode()])
+        write_whole(out / SUMS, [_sums(released).encode()])
 
 
 def _artifact(made: Made) -> Artifact:
     found = made.conversion
     return Artifact(
         made.wanted.name, found.bytes_out, found.bits_per_weight, made.measured, tuple(fallbacks(found.plan)),
-        tuple(_coverage(_manifest(made))), made.failed,
+        coverage_of(_manifest(made)), made.failed,
     )  # fmt: skip
-
-
-def _coverage(manifest: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What experts saw in calibration."""
-    calibrated: Mapping[str, Any] = manifest.get("calibrated") or {}
-    return calibrated.get("experts") or []
 
 
 def _manifest(made: Made) -> Mapping[str, Any]:
@@ -70,7 +65,7 @@ def _cards(released: Released, text: str) -> None:
     for made in released.made:
         if isinstance(made.conversion.plan, Plan):
             manifest = _manifest(made)
-            calibrated = CalibratedOn.of(manifest.get("calibration") or {}, _coverage(manifest))
+            calibrated = CalibratedOn.of(manifest.get("calibration") or {}, coverage_of(manifest))
             card = folder_card(
                 made.conversion.plan, manifest["command"], base, calibrated=calibrated, measured=made.measured,
                 figures=_pictures(made.path, [made]), release=text,
@@ -98,9 +93,15 @@ def _pictures(folder: Path, made: Sequence[Made]) -> dict[str, str]:
     return {name: title for name, (title, _) in drawn.items()}
 
 
-def _sums(out: Path) -> str:
-    """As sha256sum prints them: of all files of a release, what a later run goes on from left out."""
-    return "".join(f"{hash_file(path)['sha256']}  {path.relative_to(out)}\n" for path in _files(out))
+def _sums(released: Released) -> str:
+    """As sha256sum prints them: of all files of a release, what a later run goes on from left out. Those of weights are
+    what `convert` found."""
+    out, known = released.out, dict[Path, str]()
+    for made in released.made:
+        folder = made.path if made.path.is_dir() else made.path.parent
+        files: Mapping[str, FileEntry] = made.conversion.files
+        known |= {folder / name: entry["sha256"] for name, entry in files.items() if not is_text(name)}
+    return "".join(f"{known.get(path) or hash_file(path)['sha256']}  {path.relative_to(out)}\n" for path in _files(out))
 
 
 def _files(out: Path) -> Iterator[Path]:

@@ -14,15 +14,15 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dsv2quant.api as dq
 from dsv2quant.checkpoint.checkpoint import Checkpoint
-from dsv2quant.errors import UsageError
 from dsv2quant.planning import options as asked
+from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.publishing.made import Made, Released
 from dsv2quant.publishing.wanted import Gates, Release, Wanted
@@ -33,49 +33,29 @@ STATE, REFERENCE = ".release.state", ".reference.safetensors"
 Known = Mapping[str, dict[str, Any]]  # what was measured before, by key
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a release is made of, as another process takes it."""
+class _Found(NamedTuple):
+    """An artifact: its `Conversion`, the key of what was measured, and that, as JSON."""
 
-    model: dq.Model
-    hub: Mapping[str, Any]
-    out: Path
-    release: Release
-    base_model: str | None
-    device: str
+    conversion: Any
+    key: str
+    measured: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What every step of a release has in common."""
+    """What every step of a release has in common; `options` are those of `convert`, by artifact. Another process takes
+    it with `no_progress`."""
 
     checkpoint: Checkpoint
     out: Path
     release: Release
-    base_model: str | None
+    options: Mapping[str, Mapping[str, Any]]
     device: str
     progress: Progress
-
-    @classmethod
-    def of(cls, given: _Given, progress: Progress) -> _Run:
-        """Raises as `open` does."""
-        checkpoint = dq.open(given.model, **given.hub)
-        return cls(checkpoint, given.out, given.release, given.base_model, given.device, progress)
 
     def path(self, wanted: Wanted) -> Path:
         """Where an artifact lies: GGUF files are one repository, with one card."""
         return self.out / f"{self.checkpoint.model}-GGUF" / wanted.name if wanted.into_gguf else self.out / wanted.name
-
-    def conversion(self, wanted: Wanted) -> dict[str, Any]:
-        """Options of `convert`: the calibration goes to those that calibrate."""
-        from dsv2quant.calib.calibration import needs_calibration
-
-        options = dict(wanted.options)
-        if self.base_model is not None and not wanted.into_gguf:
-            options["base_model"] = self.base_model
-        if wanted.into_gguf or not needs_calibration(dq.plan(self.checkpoint, **options)):  # type: ignore[arg-type]
-            return options
-        return options | dict(self.release.calibration)
 
     def reference(self) -> Path:
         """The file of the model's own distributions, made where it is not there."""
@@ -85,24 +65,22 @@ class _Run:
         )
         return path
 
-    def convert(self, wanted: Wanted) -> Any:
-        """Make an artifact, or find it made: a `Conversion`."""
+    def found(self, wanted: Wanted, reference: Path, known: Known) -> _Found:
+        """An artifact that is made, or found made; with what was measured of these very files before, or now."""
         path = self.path(wanted)
         with disk_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
-        return dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **self.conversion(wanted))
-
-    def found(self, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
-        """An artifact's key, and what was measured of it: before, of these very files, or now."""
-        conversion = self.convert(wanted)
+        options = self.options[wanted.name]
+        conversion = dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **options)
         key = self.key(conversion.files)
-        return key, known.get(key) or measured_json(self.measure(wanted, conversion.plan, reference))
+        measured = known.get(key) or measured_json(self.measure(wanted, conversion.plan, reference))
+        return _Found(conversion, key, measured)
 
-    def made(self, wanted: Wanted, found: Mapping[str, Any]) -> Made:
-        """An artifact that is there, with what was measured."""
-        measured = measured_from(found)
+    def made(self, wanted: Wanted, found: _Found) -> Made:
+        """The same for people, with the gates that it doesn't keep to."""
+        measured = measured_from(found.measured)
         failed = tuple(_failed(measured, wanted.gates))
-        return Made(wanted, self.path(wanted), self.convert(wanted), measured, failed)
+        return Made(wanted, self.path(wanted), found.conversion, measured, failed)
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
@@ -141,48 +119,56 @@ def release(
 
     Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
     `out`."""
-    if jobs > 1 and isinstance(model, Checkpoint):
-        raise UsageError("--jobs takes a model by its folder or id: each process opens it")
     asked.check_values(wanted.evaluation)
     for engine in wanted.engines:
         asked.check_engine(engine["engine"], engine.get("engine_python"), None, engine.get("tp", 1), "auto", "bfloat16")
-    given = _Given(model, hub, Path(out), wanted, base_model, device)
-    run = _Run.of(given, progress)
+    checkpoint = dq.open(model, **hub)
+    options = {each.name: _options(checkpoint, each, wanted.calibration, base_model) for each in wanted.artifacts}
+    run = _Run(checkpoint, Path(out), wanted, options, device, progress)
     for each in wanted.artifacts:
-        dq.check_conversion(run.path(each), device, **run.conversion(each))
-        dq.plan(run.checkpoint, **each.options)
+        dq.check_conversion(run.path(each), device, **options[each.name])
     from dsv2quant.publishing.publish import publish
 
     with disk_errors(run.out):
         run.out.mkdir(parents=True, exist_ok=True)
     with closing(StateLog(run.out / STATE, run.out)) as log:
         known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
-        reference, found = run.reference(), {}
-        for each, (key, measured) in _each(given, run, reference, known, jobs):
-            if key not in known:
-                log.append({"name": each.name, "key": key, "measured": measured})
-            found[each.name] = measured
-        made = tuple(run.made(each, found[each.name]) for each in wanted.artifacts)
-        released = Released(run.out, run.checkpoint, base_model, made)
+        reference, made = run.reference(), {}
+        for each, found in _each(run, reference, known, jobs):
+            if found.key not in known:
+                log.append({"name": each.name, "key": found.key, "measured": found.measured})
+            made[each.name] = run.made(each, found)
+        released = Released(run.out, checkpoint, base_model, tuple(made[each.name] for each in wanted.artifacts))
         publish(released, wanted.text)
     return released
 
 
-def _each(
-    given: _Given, run: _Run, reference: Path, known: Known, jobs: int
-) -> Iterator[tuple[Wanted, tuple[str, dict[str, Any]]]]:
-    """Artifacts with what was measured of each, as they are done."""
-    artifacts = given.release.artifacts
+def _options(
+    checkpoint: Checkpoint, wanted: Wanted, calibration: Mapping[str, Any], base_model: str | None
+) -> dict[str, Any]:
+    """Options of `convert`, by which the artifact was planned: the calibration goes to those that calibrate."""
+    from dsv2quant.calib.calibration import needs_calibration
+
+    options = dict(wanted.options)
+    if base_model is not None and not wanted.into_gguf:
+        options["base_model"] = base_model
+    plan = dq.plan(checkpoint, **options)
+    return options | (dict(calibration) if isinstance(plan, Plan) and needs_calibration(plan) else {})
+
+
+def _each(run: _Run, reference: Path, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
+    """Artifacts, as they are done."""
+    artifacts = run.release.artifacts
     if jobs == 1:
         yield from ((each, run.found(each, reference, known)) for each in artifacts)
         return
     # A fresh interpreter for each process: torch's threads don't outlive a fork.
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, quiet = max(1, (os.cpu_count() or 1) // jobs), replace(run, progress=no_progress)
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), _share, (threads,)) as workers,
         run.progress(len(artifacts), "artifacts", "release") as advance,
     ):
-        begun = {workers.submit(_apart, given, each, reference, known): each for each in artifacts}
+        begun = {workers.submit(quiet.found, each, reference, known): each for each in artifacts}
         try:
             for done in as_completed(begun):
                 yield begun[done], done.result()
@@ -196,11 +182,6 @@ def _share(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _apart(given: _Given, wanted: Wanted, reference: Path, known: Known) -> tuple[str, dict[str, Any]]:
-    """`_Run.found`, in another process."""
-    return _Run.of(given, no_progress).found(wanted, reference, known)
 
 
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:

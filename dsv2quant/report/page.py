@@ -10,7 +10,7 @@ from dsv2quant.report.artifacts import Artifact, Report
 from dsv2quant.report.figures import bits_by_depth, coverage, kld_by_position, size_against_kld
 from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Scores
-from dsv2quant.report.scores import percent, pm, scored_on
+from dsv2quant.report.scores import cells_of, percent, pm, scored_on
 from dsv2quant.report.svg import STYLE
 from dsv2quant.report.tables import gigabytes
 from dsv2quant.version import __version__
@@ -97,19 +97,12 @@ def _summary(artifacts: Sequence[Artifact], scored: Sequence[Scores]) -> str:
         header += ["perplexity", "ln ratio", "KLD, nats", "KLD 99%", "same top-1"]
         first = scored[0]
         reference = [_e(f"reference {first.reference}"), "", "", pm(first.reference_perplexity, 4), *[""] * 4]
-        rows = [reference, *(row + _scores(a.measured.scores) for row, a in zip(rows, artifacts, strict=True))]
+        rows = [reference, *(row + cells_of(a.measured.scores) for row, a in zip(rows, artifacts, strict=True))]
     verdicts = [_verdict(artifact) for artifact in artifacts]
     if any(verdicts):
         header.append("verdict")
         rows = [[*row, verdict] for row, verdict in zip(rows, ["", *verdicts][-len(rows) :], strict=True)]
     return _table(header, rows, numbers=len(header) - 1, kind="best")
-
-
-def _scores(s: Scores | None) -> list[str]:
-    if s is None:
-        return [""] * 5
-    ratio = f"{s.ln_ratio.value:+.5f} ± {s.ln_ratio.stderr:.5f}"
-    return [pm(s.perplexity, 4), ratio, pm(s.kld, 5), f"{s.kld_p99:.4f}", percent(s.top1)]
 
 
 def _verdict(artifact: Artifact) -> str:

@@ -29,7 +29,7 @@ def scores_table(rows: Sequence[Scored], *, markdown: bool = False) -> str:
     header += ["perplexity", "ln ratio", "KLD, nats", "KLD 99%", "same top-1"]
     first = found[0]
     lines = [[f"reference {first.reference}", "", "", pm(first.reference_perplexity, 4), "", "", "", ""]]
-    lines += [[*_size(row), *_scores(row.scores)] for row in rows]
+    lines += [[*_size(row), *cells_of(row.scores)] for row in rows]
     return table(header, lines, markdown=markdown)
 
 
@@ -37,7 +37,8 @@ def _size(row: Scored) -> list[str]:
     return [row.name, gigabytes(row.nbytes), f"{row.bits_per_weight:.2f}"]
 
 
-def _scores(s: Scores | None) -> list[str]:
+def cells_of(s: Scores | None) -> list[str]:
+    """Of a row: perplexity, ln ratio, KLD, its 99% quantile, top-1."""
     if s is None:
         return [""] * 5
     ratio = f"{s.ln_ratio.value:+.5f} ± {s.ln_ratio.stderr:.5f}"
