@@ -22,28 +22,30 @@ from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
+from dsv2quant.planning import gguf_recipe
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_loadable import check_loadable
 from dsv2quant.planning.gguf_metadata import warnings
+from dsv2quant.planning.gguf_recipe import GgufRecipe
 from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
 from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `--gguf` is asked for: a file type or preset (`file_types`), types for single tensors, and an importance
-    matrix. `shrink` evens out those of experts with few tokens."""
+    """What `--gguf` is asked for: a file type or preset (`file_types`) or a recipe, types for single tensors, and an
+    importance matrix. `shrink` evens out those of experts with few tokens."""
 
-    file_type: str
+    mix: str | GgufRecipe
     overrides: Overrides = Overrides()  # noqa: RUF009
     drop_expert_groups: bool = False
     imatrix: Imatrix | None = None
     shrink: bool = False
 
     @property
-    def number(self) -> int:
-        """`general.file_type`; a preset's is that of the mix whose bytes it spends."""
-        return FILE_TYPES[PRESETS.get(self.file_type, (self.file_type,))[0]].number
+    def file_type(self) -> str:
+        """The mix's name."""
+        return self.mix if isinstance(self.mix, str) else self.mix.name
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class GgufPlan:
     def weights(self) -> dict[str, Weight]:
         """The checkpoint's weights by name."""
         return {weight.spec.name: weight for weight in self.checkpoint.weights}
+
+    @property
+    def file_type(self) -> int:
+        """`general.file_type`; a preset's is that of the mix whose bytes it spends, and a recipe's that of the mix
+        whose default is the type of most weights."""
+        mix = self.options.mix
+        if isinstance(mix, str):
+            return FILE_TYPES[PRESETS.get(mix, (mix,))[0]].number
+        held: Counter[str] = Counter()
+        for entry in self.entries:
+            held[entry.type] += entry.tensor.size
+        most = held.most_common(1)[0][0]
+        return next((t.number for t in FILE_TYPES.values() if t.default == most), FILE_TYPES["F16"].number)
 
     @property
     def bytes_in(self) -> int:
@@ -122,7 +137,9 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
     check_types(tensors, options.file_type, options.overrides)
-    if options.file_type in PRESETS:
+    if isinstance(options.mix, GgufRecipe):
+        choices = options.mix.choose(tensors, options.overrides)
+    elif options.file_type in PRESETS:
         choices = types.choose_preset(tensors, options.file_type, config, options.overrides)
     else:
         weighted = options.imatrix is not None
@@ -133,6 +150,8 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
             what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
             raise UsageError(what, fix="give another type")
     notes = [*warnings(checkpoint), *importance_notes(entries, options.file_type, options.imatrix)]
+    if isinstance(options.mix, GgufRecipe):
+        notes += [f"recipe {options.mix.name}: {line}" for line in options.mix.idle_rules(tensors)]
     plan = GgufPlan(checkpoint, options, entries, tuple(notes))
     kept = Counter(x.type for x in entries for spec in x.tensor.specs if plan.keeps(x, plan.weights[spec.name]))
     notes += [f"{n} matrices keep the codes and scales that the source has, as {kind}" for kind, n in kept.items()]
@@ -182,8 +201,10 @@ def _file(path: Path, metadata: Metadata, entries: Sequence[Entry]) -> File:
     return File(path, header, tuple((entry, len(header) + h.begin) for entry, h in zip(entries, headers, strict=True)))
 
 
-def parse_file_type(name: str) -> str:
-    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none, or is not written."""
+def parse_mix(name: str) -> str | GgufRecipe:
+    """'q4_k_m' → 'Q4_K_M'; a recipe of a YAML file. Raises UsageError for a type that is none, or is not written."""
+    if name.endswith((".yaml", ".yml")):
+        return gguf_recipe.load(name)
     known = ALIASES.get(name.upper(), name.upper())
     if known in NAMES:
         return known

@@ -1,0 +1,205 @@
+"""Choosing a mix: what each part of a model costs in each candidate is measured, the best choice within the budget is
+solved for, measured as a whole, and refined once where it stands.
+
+Costs of single swaps add up only where errors are small. The mix that comes of them is therefore measured as a whole,
+and then again with each part one step up or down in it: these differences hold where the mix is, at 2 bits, too. What
+they lead to is kept where its measured divergence is less.
+
+What was measured is kept in `state`: a run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv2quant.allocation.items import Part
+from dsv2quant.allocation.solve import Offer, Offers, Solution, solve, solve_for_cost
+from dsv2quant.allocation.swaps import Branch, Mixture, Swap, Text, divergences, measure, passed
+from dsv2quant.checkpoint.checkpoint import Checkpoint
+from dsv2quant.errors import UsageError
+from dsv2quant.evaluation.divergence import bootstrap
+from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.progress import Progress
+from dsv2quant.storage.durable import StateLog, disk_errors
+
+CURVE = 12  # budgets for which the curve says what to expect
+STEPS = 2  # candidates next in size, on either side, that a part is tried in where the mix is
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the artifact may take or cost: `nbytes` of its parts at most, or `kld` nats. `fixed` bytes are all else."""
+
+    nbytes: int | None
+    kld: float | None
+    fixed: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Bytes of the whole artifact, and what single swaps predict of its divergence, in nats."""
+
+    nbytes: int
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Point(Expected):
+    """And what was measured of the mix as a whole, with its standard error over windows."""
+
+    measured: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a search found: a candidate for each part, the point that it is, and those on the way; `bound` is what no
+    choice of as many bytes goes below, if costs add up."""
+
+    chosen: Mapping[str, str]
+    point: Point
+    bound: float
+    first: Point
+    curve: tuple[Expected, ...]
+
+
+@dataclass
+class _Run:
+    """One search. `made` gives a candidate's artifact, which is made when it is first asked for."""
+
+    parts: Mapping[str, Part]
+    loaders: Mapping[str, Loader]
+    base: Loader
+    text: Text
+    log: StateLog
+    progress: Progress
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.known = {line["key"]: line["value"] for line in self.log.lines if "key" in line}
+
+    def reference(self) -> Branch:
+        with self.progress(0, "", "reference"):
+            return passed(self.base, self.text)
+
+    def swaps(
+        self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], reference: Branch, label: str
+    ) -> dict[tuple[str, str], list[float]]:
+        """Divergence by window of each (part, candidate) that is swapped into a mix, or into the model itself."""
+        place = "" if mix is None else hashlib.sha256(json.dumps(sorted(mix.items())).encode()).hexdigest()[:16]
+        keys = {(part, candidate): f"{place}/{part}/{candidate}" for part, candidate in wanted}
+        lacking = [at for at, key in keys.items() if key not in self.known]
+        base = self.base if mix is None else self.mixture(mix)
+        swaps = [Swap(p, c, self.parts[p].layer, self.parts[p].weights) for p, c in lacking]
+        with self.progress(len(swaps), "swaps", label) as advance:
+            for swap, kld in measure(base, self.loaders, swaps, reference, self.text, advance):
+                self._keep(keys[swap.item, swap.candidate], kld.tolist())
+        return {at: self.known[key] for at, key in keys.items()}
+
+    def whole(self, mix: Mapping[str, str], reference: Branch) -> np.ndarray:
+        """Divergence of a mix by window, [windows]."""
+        key = hashlib.sha256(json.dumps(sorted(mix.items())).encode()).hexdigest()
+        if key not in self.known:
+            with self.progress(0, "", "measure the mix"):
+                self._keep(key, divergences(reference, [passed(self.mixture(mix), self.text)])[0].tolist())
+        return np.array(self.known[key])
+
+    def mixture(self, mix: Mapping[str, str]) -> Mixture:
+        held = {w: self.loaders[c] for key, c in mix.items() for w in self.parts[key].weights}
+        return Mixture(self.base, held)
+
+    def _keep(self, key: str, value: list[float]) -> None:
+        self.log.append({"key": key, "value": value})
+        self.known[key] = value
+
+
+def choose(
+    parts: Sequence[Part],
+    candidates: Mapping[str, Checkpoint],
+    model: Checkpoint,
+    text: Text,
+    budget: Budget,
+    state: Path,
+    options: LoadOptions,
+    progress: Progress,
+) -> Mix:
+    """Find a mix. Raises InputError where none keeps to the budget."""
+    loaders = {name: Loader(checkpoint, options) for name, checkpoint in candidates.items()}
+    with disk_errors(state), closing(StateLog(state, state)) as log:
+        run = _Run({part.key: part for part in parts}, loaders, Loader(model, options), text, log, progress)
+        reference = run.reference()
+        every = [(part.key, candidate) for part in parts for candidate in part.options]
+        costs = {at: float(np.mean(kld)) for at, kld in run.swaps(None, every, reference, "swaps").items()}
+        offers = {p.key: {c: Offer(o.nbytes, costs[p.key, c]) for c, o in p.options.items()} for p in parts}
+        solution = _solved(offers, budget)
+        measured = run.whole(solution.chosen, reference)
+        first = _point(solution.nbytes + budget.fixed, solution.cost, measured)
+        second = _refined(_steps(run, solution, reference, first.measured), budget, first.measured)
+        found, point = solution.chosen, first
+        if second is not None and second.chosen != solution.chosen:
+            measured = run.whole(second.chosen, reference)
+            if (better := _point(second.nbytes + budget.fixed, second.cost, measured)).measured < first.measured:
+                found, point = second.chosen, better
+    return Mix(found, point, solution.bound, first, tuple(_curve(offers, budget.fixed)))
+
+
+def _solved(offers: Offers, budget: Budget) -> Solution:
+    """Raises InputError where nothing keeps to the budget."""
+    if budget.nbytes is not None:
+        found = solve(offers, budget.nbytes - budget.fixed)
+        if found is None:
+            least = sum(min(o.nbytes for o in options.values()) for options in offers.values()) + budget.fixed
+            what = f"{budget.nbytes:,} bytes are too few: the smallest candidates take {least:,}"
+            raise UsageError(what, fix="give a larger budget")
+        return found
+    assert budget.kld is not None
+    found = solve_for_cost(offers, budget.kld)
+    if found is None:
+        best = sum(min(o.cost for o in options.values()) for options in offers.values())
+        raise UsageError(f"--max-kld {budget.kld:g}: the best candidates come to {best:.2g}", fix="give a larger one")
+    return found
+
+
+def _steps(run: _Run, at: Solution, reference: Branch, measured: float) -> Offers:
+    """What a step up or down of each part changes where the mix is."""
+    wanted = []
+    for part in run.parts.values():
+        sizes = sorted(part.options, key=lambda candidate: part.options[candidate].nbytes)
+        here = sizes.index(at.chosen[part.key])
+        wanted += [(part.key, candidate) for candidate in sizes[max(0, here - STEPS) : here + STEPS + 1]]
+    found = run.swaps(at.chosen, [each for each in wanted if at.chosen[each[0]] != each[1]], reference, "steps")
+    offers = {key: {c: Offer(run.parts[key].options[c].nbytes, 0.0)} for key, c in at.chosen.items()}
+    for (key, candidate), kld in found.items():
+        offers[key][candidate] = Offer(run.parts[key].options[candidate].nbytes, float(np.mean(kld)) - measured)
+    return offers
+
+
+def _refined(offers: Offers, budget: Budget, measured: float) -> Solution | None:
+    """The best of these steps; its cost is that of the whole mix."""
+    if budget.nbytes is not None:
+        found = solve(offers, budget.nbytes - budget.fixed)
+    else:
+        found = solve_for_cost(offers, (budget.kld or 0.0) - measured)
+    return None if found is None else replace(found, cost=found.cost + measured)
+
+
+def _point(nbytes: int, predicted: float, measured: np.ndarray) -> Point:
+    return Point(nbytes, predicted, float(measured.mean()), bootstrap(measured))
+
+
+def _curve(offers: Offers, fixed: int) -> Iterator[Expected]:
+    """What single swaps predict of the best mix of each size, from the smallest to the largest."""
+    sizes = [[offer.nbytes for offer in options.values()] for options in offers.values()]
+    least, most = (sum(map(pick, sizes)) for pick in (min, max))
+    for budget in np.geomspace(least, most, CURVE).astype(int).tolist():
+        found = solve(offers, budget + 1)
+        assert found is not None
+        yield Expected(found.nbytes + fixed, found.cost)

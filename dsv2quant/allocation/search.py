@@ -1,0 +1,197 @@
+"""`search`: from a budget to a recipe.
+
+RECIPE                the mix that was found, for `convert`
+RECIPE.search/        candidates, and what was measured, until it is done: a run that was killed goes on from there
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import dsv2quant.api as dq
+from dsv2quant.allocation.choosing import Budget, Mix, choose
+from dsv2quant.allocation.items import parts_of
+from dsv2quant.allocation.recipes import Recipe, folder_recipe, gguf_recipe, only_scheme, only_type
+from dsv2quant.allocation.swaps import Text
+from dsv2quant.arch.config import ModelConfig
+from dsv2quant.calib.calibration import needs_calibration, read_calibration
+from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.conversion.gguf import metadata_of
+from dsv2quant.errors import InputError, UsageError
+from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
+from dsv2quant.formats.gguf import blocks, imatrix
+from dsv2quant.model.load import LoadOptions, default_dtype
+from dsv2quant.planning import consumers
+from dsv2quant.planning import options as asked
+from dsv2quant.planning.gguf_plan import GgufPlan, Options, lay_out, make_gguf_plan
+from dsv2quant.planning.gguf_recipe import GgufRecipe
+from dsv2quant.planning.options import HubOptions, StrPath
+from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.progress import Progress, no_progress
+from dsv2quant.storage.durable import disk_errors, write_whole
+from dsv2quant.storage.safetensors import parse_size
+
+WINDOWS = 16  # of calibration text that swaps are measured on
+# Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
+SCHEMES = {
+    "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",
+    "bf16": "rtn",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search's outcome: the recipe's file, the plan that it makes, what was measured on `tokens` of calibration text
+    from `source`, and the seconds that it took."""
+
+    out: Path
+    plan: Plan | GgufPlan
+    mix: Mix
+    tokens: int
+    source: str
+    seconds: float
+
+
+def search(
+    model: dq.Model, out: StrPath, *, bits: float | None = None, size: int | str | None = None,
+    max_kld: float | None = None, into_gguf: bool = False, device: str = "cpu", progress: Progress = no_progress,
+    **options: Unpack[asked.Options],
+) -> Searched:  # fmt: skip
+    """Find the mix of schemes, or with `into_gguf` of block types, that costs the least divergence from the model in a
+    file or folder of at most `bits` for each weight or `size` bytes ("9GB"), or the smallest that costs at most `max_kld`
+    nats; and write it to `out`, a recipe for `convert`.
+
+    What each part of the model costs in each type is measured on calibration text; of a folder, on windows that
+    candidates were not calibrated on. Of `options` it takes `calibration`, `samples`, `length` and `seed`, and for a
+    folder `targets`, `tp` and `ep`, for GGUF `imatrix` and `imatrix_shrink`. Candidates and measurements lie in
+    `<out>.search` until it is done: a run that was killed goes on from there. Raises UsageError for options that
+    contradict each other and a budget that nothing keeps to, else as `convert` does.
+    """
+    started = time.perf_counter()
+    given = asked.given_of(options)
+    _check(out, into_gguf, given, {"bits": bits, "size": size, "max_kld": max_kld}, device)
+    hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
+    checkpoint = dq.open(model, **hub).as_source()
+    path, folder = Path(out), Path(f"{os.fspath(out)}.search")
+    recipes = _candidates(checkpoint, into_gguf, given)
+    plans = {name: _planned(checkpoint, recipe, given) for name, recipe in recipes.items()}
+    name, plan = next(iter(plans.items()))
+    parts = parts_of(plans)
+    fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
+    most = parse_size(str(size)) if size is not None else None if bits is None else int(bits * plan.parameters / 8)
+    with progress(0, "", "tokenize"):
+        text, source = _text(checkpoint, given)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
+    loading = LoadOptions(default_dtype(device), device)
+    mix = choose(parts, made, checkpoint, text, Budget(most, max_kld, fixed), folder / "state", loading, progress)
+    chosen = [
+        (name, part.layer, kind, part.options[mix.chosen[part.key]].nbytes)
+        for part in parts
+        for name, kind in part.options[mix.chosen[part.key]].kinds
+    ]
+    said = _description(mix, checkpoint.model, text, source)
+    recipe = gguf_recipe(path.stem, said, chosen) if into_gguf else folder_recipe(path.stem, said, chosen, SCHEMES)
+    planned = _planned(checkpoint, recipe, given)
+    with disk_errors(path):
+        write_whole(path, [recipe.text.encode()])
+        shutil.rmtree(folder)
+    return Searched(path, planned, mix, text.ids.size, source, time.perf_counter() - started)
+
+
+def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any], device: str) -> None:
+    """Raise UsageError or InputError for what is refused before anything is opened."""
+    asked.check_values(given)
+    if (count := sum(value is not None for value in budgets.values())) != 1:
+        raise UsageError(f"{count or 'no'} budgets are given", fix="give one of --bits, --size and --max-kld")
+    for name, value in budgets.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise UsageError(f"{asked.dashed(name)} {value:g} is out of range", fix="it must be above 0")
+    takes = {*asked.CALIBRATION, *HubOptions.__annotations__} - {"figure"}
+    takes |= {"imatrix", "imatrix_shrink"} if gguf else {"targets", "tp", "ep"}
+    for name in given.keys() - takes:
+        raise UsageError(f"{asked.spelled(name, given)} does not go with a search{' for --gguf' * gguf}")
+    if not os.fspath(out).endswith((".yaml", ".yml")):
+        raise UsageError(f"-o {os.fspath(out)}: a recipe's name ends in .yaml")
+    if os.path.lexists(out):
+        raise InputError("is there already", where=out, fix="give another name, or remove it")
+    asked.check_text(given.get("calibration"))
+    asked.check_device(device)
+
+
+def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) -> dict[str, Recipe | GgufRecipe]:
+    """Recipes of one type or scheme each. Block types below 3 bits are useless without importance."""
+    if gguf:
+        bits = {name: 8 * kind.bytes / kind.values for name, kind in blocks.TYPES.items() if name not in ("F32", "F16")}
+        return {name: only_type(name) for name in bits if "imatrix" in given or bits[name] > 3}
+    takes = [
+        name for name in SCHEMES if not _is_refused(name, given.get("targets", consumers.ENGINES), checkpoint.config)
+    ]
+    return {name: only_scheme(name, SCHEMES) for name in takes}
+
+
+def _is_refused(scheme: str, targets: Sequence[str], config: ModelConfig) -> bool:
+    try:
+        consumers.choose(targets, {scheme}, config)
+    except UsageError:
+        return True
+    return False
+
+
+def _planned(checkpoint: HfCheckpoint, recipe: Recipe | GgufRecipe, given: Mapping[str, Any]) -> Plan | GgufPlan:
+    """As `plan` makes it of options."""
+    if isinstance(recipe, GgufRecipe):
+        found = imatrix.read(Path(given["imatrix"])) if "imatrix" in given else None
+        return make_gguf_plan(checkpoint, Options(recipe, imatrix=found, shrink=given.get("imatrix_shrink", False)))
+    targets = given.get("targets", consumers.ENGINES)
+    return make_plan(checkpoint, recipe, for_targets=targets, tp=given.get("tp", 1), ep=given.get("ep", 1))
+
+
+def _size(plan: Plan | GgufPlan) -> int:
+    """Bytes of the files that an artifact's weights are in."""
+    if isinstance(plan, Plan):
+        return plan.bytes_out
+    (file,) = lay_out(plan, Path("any.gguf"), metadata_of(plan))
+    return len(file.header) + plan.bytes_out
+
+
+def _text(checkpoint: HfCheckpoint, given: Mapping[str, Any]) -> tuple[Text, str]:
+    """Windows behind those that candidates are calibrated on."""
+    found = read_calibration(
+        checkpoint, given.get("calibration"), given.get("samples", 512) + WINDOWS, given.get("length"),
+        given.get("seed"), cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
+    )  # fmt: skip
+    ids = found.ids[-WINDOWS:]
+    return Text(ids, max(1, TOKENS_TOGETHER // ids.shape[1])), found.source
+
+
+def _made(
+    plan: Plan | GgufPlan, path: Path, given: Mapping[str, Any], device: str, progress: Progress
+) -> dq.Checkpoint:
+    """A candidate's artifact, opened; the model itself where nothing of it is changed."""
+    if isinstance(plan, GgufPlan):
+        path = path.with_suffix(".gguf")
+        dq.convert(plan, path, device=device, progress=progress)
+    else:
+        names = asked.CALIBRATION if needs_calibration(plan) else ()
+        calibrating = {name: given[name] for name in names if name in given}
+        dq.convert(plan, path, device=device, progress=progress, **calibrating)
+    return dq.open(path)
+
+
+def _description(mix: Mix, model: str, text: Text, source: str) -> list[str]:
+    """What a person should know of a recipe."""
+    point = mix.point
+    lines = [
+        f"A mix for {model}, found on {text.ids.size:,} tokens of {source}:",
+        f"{point.nbytes:,} bytes; KLD {point.measured:.5f} ± {point.stderr:.5f} nats, predicted {point.predicted:.5f}",
+        "What the best mixes of other sizes would cost, as single swaps predict:",
+    ]
+    return [*lines, *(f"  {p.nbytes:>15,} bytes  {p.predicted:.5f}" for p in mix.curve)]
