@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dsv2quant.allocation.items import Part
 from dsv2quant.allocation.solve import Offer, Offers, Solution, solve, solve_for_cost
@@ -84,11 +86,44 @@ class _Run:
     known: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.known = {line["key"]: line["value"] for line in self.log.lines if "key" in line}
+        self.known = {line["key"]: line["value"] for line in self.log.lines[1:]}
 
     def reference(self) -> Branch:
         with self.progress(0, "", "reference"):
             return passed(self.base, self.text)
+
+    def offers(self, reference: Branch) -> Offers:
+        """What each part costs in each candidate, with all else as it is."""
+        wanted = [(part.key, candidate) for part in self.parts.values() for candidate in part.measured]
+        found = {at: float(np.mean(kld)) for at, kld in self.swaps(None, wanted, reference, "swaps").items()}
+        with self.progress(len(self.parts), "parts", "errors") as advance:
+            return {key: self._predicted(part, found, advance) for key, part in self.parts.items()}
+
+    def _predicted(
+        self, part: Part, found: Mapping[tuple[str, str], float], done: Callable[[int], object]
+    ) -> dict[str, Offer]:
+        """Costs of a part that were not measured are in proportion to the squared error of its weights, as those of the
+        candidate with the nearest error."""
+        done(1)
+        costs = {candidate: found[part.key, candidate] for candidate in part.measured}
+        if costs.keys() != part.options.keys():
+            errors = self._errors(part)
+            known = {candidate: error for candidate, error in errors.items() if candidate in costs and error}
+            for candidate in part.options.keys() - costs.keys():
+                error = errors[candidate]
+                near = min(known, key=lambda other: abs(math.log(known[other] / error))) if error else None
+                costs[candidate] = 0.0 if near is None else costs[near] * error / known[near]
+        return {candidate: Offer(option.nbytes, costs[candidate]) for candidate, option in part.options.items()}
+
+    def _errors(self, part: Part) -> dict[str, float]:
+        """Squared errors of a part's weights, by candidate."""
+        errors = dict.fromkeys(part.options, 0.0)
+        for name in part.weights:
+            weight = self.base.tensor(name, torch.float32)
+            for candidate in errors:
+                difference = self.loaders[candidate].tensor(name, torch.float32) - weight
+                errors[candidate] += float(difference.square_().sum(dtype=torch.float64))
+        return errors
 
     def swaps(
         self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], reference: Branch, label: str
@@ -128,17 +163,19 @@ def choose(
     text: Text,
     budget: Budget,
     state: Path,
+    about: Mapping[str, Any],
     options: LoadOptions,
     progress: Progress,
 ) -> Mix:
-    """Find a mix. Raises InputError where none keeps to the budget."""
+    """Find a mix. `state` keeps what was measured `about` what is being done, for every budget; what it has of anything
+    else is forgotten. Raises UsageError where nothing keeps to the budget."""
     loaders = {name: Loader(checkpoint, options) for name, checkpoint in candidates.items()}
     with disk_errors(state), closing(StateLog(state, state)) as log:
+        if log.lines[:1] != [dict(about)]:
+            log.start(dict(about))
         run = _Run({part.key: part for part in parts}, loaders, Loader(model, options), text, log, progress)
         reference = run.reference()
-        every = [(part.key, candidate) for part in parts for candidate in part.options]
-        costs = {at: float(np.mean(kld)) for at, kld in run.swaps(None, every, reference, "swaps").items()}
-        offers = {p.key: {c: Offer(o.nbytes, costs[p.key, c]) for c, o in p.options.items()} for p in parts}
+        offers = run.offers(reference)
         solution = _solved(offers, budget)
         measured = run.whole(solution.chosen, reference)
         first = _point(solution.nbytes + budget.fixed, solution.cost, measured)

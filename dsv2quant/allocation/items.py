@@ -18,6 +18,8 @@ from dsv2quant.planning.gguf_types import quantizable
 from dsv2quant.planning.plan import Plan
 from dsv2quant.storage.gguf import padded
 
+APART = 1.18  # a bit at 5 bits
+
 
 class Option(NamedTuple):
     """What a candidate makes of a part: the type or scheme of what a recipe calls by each name, and all bytes."""
@@ -28,12 +30,14 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """`weights` are names of the checkpoint's; `options` by candidate."""
+    """`weights` are names of the checkpoint's; `options` by candidate, of which those in `measured` are measured, and
+    the others predicted by the errors of their weights."""
 
     key: str
     layer: int | None
     weights: tuple[str, ...]
     options: Mapping[str, Option]
+    measured: frozenset[str]
 
 
 class _Line(NamedTuple):
@@ -51,10 +55,12 @@ def parts_of(plans: Mapping[str, Plan | GgufPlan]) -> list[Part]:
     for candidate, plan in plans.items():
         for line in _gguf_lines(plan) if isinstance(plan, GgufPlan) else _folder_lines(plan):
             found.setdefault(line.key, {}).setdefault(candidate, []).append(line)
-    return [_part(key, by_candidate) for key, by_candidate in found.items()]
+    # Block types round the same weights alike. Schemes of a folder also differ in methods and in activations.
+    spaced = all(isinstance(plan, GgufPlan) for plan in plans.values())
+    return [_part(key, by_candidate, spaced) for key, by_candidate in found.items()]
 
 
-def _part(key: str, by_candidate: Mapping[str, list[_Line]]) -> Part:
+def _part(key: str, by_candidate: Mapping[str, list[_Line]], spaced: bool) -> Part:
     options: dict[str, Option] = {}
     for candidate, lines in by_candidate.items():
         option = Option(
@@ -64,7 +70,17 @@ def _part(key: str, by_candidate: Mapping[str, list[_Line]]) -> Part:
             options[candidate] = option
     first = next(iter(by_candidate.values()))
     weights = dict.fromkeys(spec.name for line in first for spec in line.specs)
-    return Part(key, first[0].layer, tuple(weights), options)
+    return Part(key, first[0].layer, tuple(weights), options, frozenset(_spaced(options) if spaced else options))
+
+
+def _spaced(options: Mapping[str, Option]) -> Iterator[str]:
+    """The smallest, the largest, and so many between that the next in size is APART times as large at least."""
+    order = sorted(options, key=lambda candidate: options[candidate].nbytes)
+    last = 0.0
+    for candidate in order:
+        if options[candidate].nbytes >= APART * last or candidate == order[-1]:
+            yield candidate
+            last = options[candidate].nbytes
 
 
 def _gguf_lines(plan: GgufPlan) -> Iterator[_Line]:

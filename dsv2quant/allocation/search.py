@@ -6,6 +6,7 @@ RECIPE.search/        candidates, and what was measured, until it is done: a run
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from dsv2quant.allocation.swaps import Text
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import needs_calibration, read_calibration
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
+from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.conversion.gguf import metadata_of
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
@@ -36,6 +38,7 @@ from dsv2quant.planning.plan import Plan, make_plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import disk_errors, write_whole
 from dsv2quant.storage.safetensors import parse_size
+from dsv2quant.version import __version__
 
 WINDOWS = 16  # of calibration text that swaps are measured on
 # Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
@@ -64,18 +67,21 @@ def search(
     **options: Unpack[asked.Options],
 ) -> Searched:  # fmt: skip
     """Find the mix of schemes, or with `into_gguf` of block types, that costs the least divergence from the model in a
-    file or folder of at most `bits` for each weight or `size` bytes ("9GB"), or the smallest that costs at most `max_kld`
-    nats; and write it to `out`, a recipe for `convert`.
+    file or folder of at most `bits` for each weight or `size` bytes ("9GB"), or the smallest that costs at most
+    `max_kld` nats; and write it to `out`, a recipe for `convert`.
 
     What each part of the model costs in each type is measured on calibration text; of a folder, on windows that
     candidates were not calibrated on. Of `options` it takes `calibration`, `samples`, `length` and `seed`, and for a
     folder `targets`, `tp` and `ep`, for GGUF `imatrix` and `imatrix_shrink`. Candidates and measurements lie in
     `<out>.search` until it is done: a run that was killed goes on from there. Raises UsageError for options that
-    contradict each other and a budget that nothing keeps to, else as `convert` does.
+    contradict each other and a budget that nothing keeps to, InputError where another file has the recipe's name, else
+    as `convert` does.
     """
     started = time.perf_counter()
-    given = asked.given_of(options)
-    _check(out, into_gguf, given, {"bits": bits, "size": size, "max_kld": max_kld}, device)
+    given, budgets = asked.given_of(options), {"bits": bits, "size": size, "max_kld": max_kld}
+    _check(out, into_gguf, given, budgets, device)
+    if os.path.lexists(out):
+        raise InputError("is there already", where=out, fix="give another name, or remove it")
     hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
     checkpoint = dq.open(model, **hub).as_source()
     path, folder = Path(out), Path(f"{os.fspath(out)}.search")
@@ -91,13 +97,19 @@ def search(
         folder.mkdir(parents=True, exist_ok=True)
     made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
     loading = LoadOptions(default_dtype(device), device)
-    mix = choose(parts, made, checkpoint, text, Budget(most, max_kld, fixed), folder / "state", loading, progress)
+    about = {
+        "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(checkpoint),
+        "tokens": hashlib.sha256(text.ids.tobytes()).hexdigest(), "dtype": str(loading.dtype),
+        "candidates": {name: sampled(artifact) for name, artifact in made.items()},
+    }  # fmt: skip
+    state, budget = folder / "state", Budget(most, max_kld, fixed)
+    mix = choose(parts, made, checkpoint, text, budget, state, about, loading, progress)
     chosen = [
         (name, part.layer, kind, part.options[mix.chosen[part.key]].nbytes)
         for part in parts
         for name, kind in part.options[mix.chosen[part.key]].kinds
     ]
-    said = _description(mix, checkpoint.model, text, source)
+    said = [command_of(checkpoint.model, into_gguf, given, budgets), *_description(mix, text, source)]
     recipe = gguf_recipe(path.stem, said, chosen) if into_gguf else folder_recipe(path.stem, said, chosen, SCHEMES)
     planned = _planned(checkpoint, recipe, given)
     with disk_errors(path):
@@ -120,8 +132,6 @@ def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[
         raise UsageError(f"{asked.spelled(name, given)} does not go with a search{' for --gguf' * gguf}")
     if not os.fspath(out).endswith((".yaml", ".yml")):
         raise UsageError(f"-o {os.fspath(out)}: a recipe's name ends in .yaml")
-    if os.path.lexists(out):
-        raise InputError("is there already", where=out, fix="give another name, or remove it")
     asked.check_text(given.get("calibration"))
     asked.check_device(device)
 
@@ -186,12 +196,22 @@ def _made(
     return dq.open(path)
 
 
-def _description(mix: Mix, model: str, text: Text, source: str) -> list[str]:
+def command_of(model: str, into_gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any]) -> str:
+    """What was asked for, in words, with no path of this machine."""
+    words = ["--gguf"] * into_gguf
+    words += [f"{asked.dashed(name)} {value}" for name, value in budgets.items() if value is not None]
+    names = ("samples", "length", "seed")
+    text = [f"--calibration {Path(given['calibration']).name}"] if "calibration" in given else []
+    text += [f"{asked.dashed(name)} {given[name]}" for name in names if name in given]
+    return " ".join(["dsv2quant search", model, *words, *asked.words_of(given), *text])
+
+
+def _description(mix: Mix, text: Text, source: str) -> list[str]:
     """What a person should know of a recipe."""
     point = mix.point
     lines = [
-        f"A mix for {model}, found on {text.ids.size:,} tokens of {source}:",
-        f"{point.nbytes:,} bytes; KLD {point.measured:.5f} ± {point.stderr:.5f} nats, predicted {point.predicted:.5f}",
-        "What the best mixes of other sizes would cost, as single swaps predict:",
+        f"Measured on {text.ids.size:,} tokens of {source}: {point.nbytes:,} bytes, KLD {point.measured:.5f} ± "
+        f"{point.stderr:.5f} nats ({point.predicted:.5f} predicted).",
+        "The best mixes of other sizes, as single swaps predict them:",
     ]
     return [*lines, *(f"  {p.nbytes:>15,} bytes  {p.predicted:.5f}" for p in mix.curve)]

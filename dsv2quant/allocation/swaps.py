@@ -20,7 +20,7 @@ from dsv2quant.model.attention import Rope
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import DecoderLayer, Loader
 
-MEMORY = 4 << 30  # bytes of hidden states of branches that are under way at a time
+MEMORY = 1 << 30  # bytes of hidden states of branches that are under way at a time
 
 
 class Mixture(Loader):

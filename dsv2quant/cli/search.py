@@ -22,7 +22,8 @@ from dsv2quant.cli import terminal
 )  # fmt: skip
 @shared.stack(
     click.option("--gguf", is_flag=True, help="Mix block types for llama.cpp. Default: schemes of a folder."),
-    click.option("--imatrix", type=shared.PATH, metavar="FILE", help="An importance matrix: below 3 bits types need it."),
+    click.option("--imatrix", type=shared.PATH, metavar="FILE",
+                 help="An importance matrix, which types below 3 bits need."),
     click.option("--imatrix-shrink", is_flag=True, help="Draw experts with few tokens toward their layer's mean."),
     section="GGUF",
 )  # fmt: skip
