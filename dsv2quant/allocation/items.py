@@ -50,14 +50,15 @@ class _Line(NamedTuple):
 
 
 def parts_of(plans: Mapping[str, Plan | GgufPlan]) -> list[Part]:
-    """The parts of a model, in its order, and what each of the plans makes of them."""
+    """The parts of a model that there is a choice for, in its order, and what each of the plans makes of them."""
     found: dict[str, dict[str, list[_Line]]] = {}
     for candidate, plan in plans.items():
         for line in _gguf_lines(plan) if isinstance(plan, GgufPlan) else _folder_lines(plan):
             found.setdefault(line.key, {}).setdefault(candidate, []).append(line)
     # Block types round the same weights alike. Schemes of a folder also differ in methods and in activations.
     spaced = all(isinstance(plan, GgufPlan) for plan in plans.values())
-    return [_part(key, by_candidate, spaced) for key, by_candidate in found.items()]
+    parts = [_part(key, by_candidate, spaced) for key, by_candidate in found.items()]
+    return [part for part in parts if len(part.options) > 1]
 
 
 def _part(key: str, by_candidate: Mapping[str, list[_Line]], spaced: bool) -> Part:

@@ -128,8 +128,12 @@ def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[
             raise UsageError(f"{asked.dashed(name)} {value:g} is out of range", fix="it must be above 0")
     takes = {*asked.CALIBRATION, *HubOptions.__annotations__} - {"figure"}
     takes |= {"imatrix", "imatrix_shrink"} if gguf else {"targets", "tp", "ep"}
-    for name in given.keys() - takes:
-        raise UsageError(f"{asked.spelled(name, given)} does not go with a search{' for --gguf' * gguf}")
+    for name in sorted(given.keys() - takes):
+        of_other = name in ("imatrix", "imatrix_shrink", "targets", "tp", "ep")
+        why = "a search" if not of_other else "--gguf"
+        raise UsageError(
+            f"{asked.spelled(name, given)} {'goes' if of_other and not gguf else 'does not go'} with {why}"
+        )
     if not os.fspath(out).endswith((".yaml", ".yml")):
         raise UsageError(f"-o {os.fspath(out)}: a recipe's name ends in .yaml")
     asked.check_text(given.get("calibration"))
@@ -186,6 +190,8 @@ def _made(
     plan: Plan | GgufPlan, path: Path, given: Mapping[str, Any], device: str, progress: Progress
 ) -> dq.Checkpoint:
     """A candidate's artifact, opened; the model itself where nothing of it is changed."""
+    if isinstance(plan, Plan) and not plan.schemes:
+        return plan.checkpoint
     if isinstance(plan, GgufPlan):
         path = path.with_suffix(".gguf")
         dq.convert(plan, path, device=device, progress=progress)
