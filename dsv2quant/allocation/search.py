@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Budget, Mix, choose
-from dsv2quant.allocation.items import parts_of
+from dsv2quant.allocation.items import Part, parts_of
 from dsv2quant.allocation.recipes import Recipe, folder_recipe, gguf_recipe, only_scheme, only_type
 from dsv2quant.allocation.swaps import Text
 from dsv2quant.arch.config import ModelConfig
@@ -87,37 +87,75 @@ def search(
     hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
     checkpoint = dq.open(model, **hub).as_source()
     path, folder = Path(out), Path(f"{os.fspath(out)}.search")
+    space = prepare(checkpoint, folder, into_gguf, given, device, progress)
+    most = parse_size(str(size)) if size is not None else None if bits is None else int(bits * space.parameters / 8)
+    mix = space.choose(most, max_kld, progress)
+    said = [_command(checkpoint.model, into_gguf, given, budgets), *_description(mix, space)]
+    recipe = space.recipe(path.stem, said, mix)
+    planned = _planned(checkpoint, recipe, given)
+    with disk_errors(path):
+        write_whole(path, [recipe.text.encode()])
+        shutil.rmtree(folder)
+    return Searched(path, planned, mix, space.text.ids.size, space.source, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Space:
+    """All that a mix is chosen from, whatever the budget: parts of a model, candidates' artifacts by name, and the text
+    that divergences are measured on, from `source`. `fixed` are bytes of a whole artifact that no part takes. `folder`
+    holds the artifacts and what was measured, of which `about` says what it is of."""
+
+    checkpoint: HfCheckpoint
+    folder: Path
+    into_gguf: bool
+    parts: Sequence[Part]
+    candidates: Mapping[str, dq.Checkpoint]
+    text: Text
+    source: str
+    fixed: int
+    loading: LoadOptions
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.spec.size for weight in self.checkpoint.weights)
+
+    def choose(self, most: int | None, max_kld: float | None, progress: Progress) -> Mix:
+        """The best mix of at most so many bytes, or the smallest that costs at most so many nats. Raises UsageError
+        where there is none."""
+        about = {
+            "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(self.checkpoint),
+            "tokens": hashlib.sha256(self.text.ids.tobytes()).hexdigest(), "dtype": str(self.loading.dtype),
+            "candidates": {name: sampled(artifact) for name, artifact in self.candidates.items()},
+        }  # fmt: skip
+        budget = Budget(most, max_kld, self.fixed)
+        return choose(
+            self.parts, self.candidates, self.checkpoint, self.text, budget, self.folder / "state", about, self.loading,
+            progress,
+        )  # fmt: skip
+
+    def recipe(self, name: str, said: Sequence[str], mix: Mix) -> Recipe | GgufRecipe:
+        """A mix as a recipe, with lines `said` in front."""
+        options = ((part.layer, part.options[mix.chosen[part.key]]) for part in self.parts)
+        chosen = [(tensor, layer, kind, option.nbytes) for layer, option in options for tensor, kind in option.kinds]
+        return gguf_recipe(name, said, chosen) if self.into_gguf else folder_recipe(name, said, chosen, SCHEMES)
+
+
+def prepare(
+    checkpoint: HfCheckpoint, folder: Path, into_gguf: bool, given: Mapping[str, Any], device: str, progress: Progress
+) -> Space:
+    """Make the candidates in a folder, or find them made, for `given` options of `search`."""
     recipes = _candidates(checkpoint, into_gguf, given)
     plans = {name: _planned(checkpoint, recipe, given) for name, recipe in recipes.items()}
     name, plan = next(iter(plans.items()))
     parts = parts_of(plans)
-    fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
-    most = parse_size(str(size)) if size is not None else None if bits is None else int(bits * plan.parameters / 8)
     with progress(0, "", "tokenize"):
         text, source = _text(checkpoint, given)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
+    fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
     loading = LoadOptions(default_dtype(device), device)
-    about = {
-        "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(checkpoint),
-        "tokens": hashlib.sha256(text.ids.tobytes()).hexdigest(), "dtype": str(loading.dtype),
-        "candidates": {name: sampled(artifact) for name, artifact in made.items()},
-    }  # fmt: skip
-    state, budget = folder / "state", Budget(most, max_kld, fixed)
-    mix = choose(parts, made, checkpoint, text, budget, state, about, loading, progress)
-    chosen = [
-        (name, part.layer, kind, part.options[mix.chosen[part.key]].nbytes)
-        for part in parts
-        for name, kind in part.options[mix.chosen[part.key]].kinds
-    ]
-    said = [command_of(checkpoint.model, into_gguf, given, budgets), *_description(mix, text, source)]
-    recipe = gguf_recipe(path.stem, said, chosen) if into_gguf else folder_recipe(path.stem, said, chosen, SCHEMES)
-    planned = _planned(checkpoint, recipe, given)
-    with disk_errors(path):
-        write_whole(path, [recipe.text.encode()])
-        shutil.rmtree(folder)
-    return Searched(path, planned, mix, text.ids.size, source, time.perf_counter() - started)
+    return Space(checkpoint, folder, into_gguf, parts, made, text, source, fixed, loading)
 
 
 def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any], device: str) -> None:
@@ -204,7 +242,7 @@ def _made(
     return dq.open(path)
 
 
-def command_of(model: str, into_gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any]) -> str:
+def _command(model: str, into_gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any]) -> str:
     """What was asked for, in words, with no path of this machine."""
     words = ["--gguf"] * into_gguf
     words += [f"{asked.dashed(name)} {value}" for name, value in budgets.items() if value is not None]
@@ -214,11 +252,11 @@ def command_of(model: str, into_gguf: bool, given: Mapping[str, Any], budgets: M
     return " ".join(["dsv2quant search", model, *words, *asked.words_of(given), *text])
 
 
-def _description(mix: Mix, text: Text, source: str) -> list[str]:
+def _description(mix: Mix, space: Space) -> list[str]:
     """What a person should know of a recipe."""
     point = mix.point
     lines = [
-        f"Measured on {text.ids.size:,} tokens of {source}: {point.nbytes:,} bytes, KLD {point.measured:.5f} ± "
+        f"Measured on {space.text.ids.size:,} tokens of {space.source}: {point.nbytes:,} bytes, KLD {point.measured:.5f} ± "
         f"{point.stderr:.5f} nats ({point.predicted:.5f} predicted).",
         "The best mixes of other sizes, as single swaps predict them:",
     ]
