@@ -1,9 +1,9 @@
 """Choosing a mix: what each part of a model costs in each candidate is measured, the best choice within the budget is
-solved for, measured as a whole, and refined once where it stands.
+solved for, measured as a whole, and refined where it stands.
 
 Costs of single swaps add up only where errors are small. The mix that comes of them is therefore measured as a whole,
 and then again with each part one step up or down in it: these differences hold where the mix is, at 2 bits, too. What
-they lead to is kept where its measured divergence is less.
+they lead to is kept where its measured divergence is less, up to ROUNDS times.
 
 What was measured is kept in `state`: a run that was killed goes on from there.
 """
@@ -34,15 +34,7 @@ from dsv2quant.storage.durable import StateLog, disk_errors
 
 CURVE = 12  # budgets for which the curve says what to expect
 STEPS = 2  # candidates next in size, on either side, that a part is tried in where the mix is
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the artifact may take or cost: `nbytes` of its parts at most, or `kld` nats. `fixed` bytes are all else."""
-
-    nbytes: int | None
-    kld: float | None
-    fixed: int
+ROUNDS = 3  # how often at most
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,27 @@ class Point(Expected):
 
     measured: float
     stderr: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the artifact may take or cost: `nbytes` of its parts at most, or `kld` nats. `fixed` bytes are all else."""
+
+    nbytes: int | None
+    kld: float | None
+    fixed: int
+
+    def point(self, solution: Solution, measured: np.ndarray) -> Point:
+        """A solution, and its divergence by window, [windows]."""
+        nbytes = solution.nbytes + self.fixed
+        return Point(nbytes, solution.cost, float(measured.mean()), bootstrap(measured))
+
+    def rank(self, point: Point) -> tuple[bool, float]:
+        """Less is better: less divergence, or where that is limited fewer bytes within the limit."""
+        if self.kld is None:
+            return False, point.measured
+        above = point.measured > self.kld
+        return above, point.measured if above else point.nbytes
 
 
 @dataclass(frozen=True)
@@ -177,15 +190,18 @@ def choose(
         reference = run.reference()
         offers = run.offers(reference)
         solution = _solved(offers, budget)
-        measured = run.whole(solution.chosen, reference)
-        first = _point(solution.nbytes + budget.fixed, solution.cost, measured)
-        second = _refined(_steps(run, solution, reference, first.measured), budget, first.measured)
-        found, point = solution.chosen, first
-        if second is not None and second.chosen != solution.chosen:
-            measured = run.whole(second.chosen, reference)
-            if (better := _point(second.nbytes + budget.fixed, second.cost, measured)).measured < first.measured:
-                found, point = second.chosen, better
-    return Mix(found, point, solution.bound, first, tuple(_curve(offers, budget.fixed)))
+        bound, curve = solution.bound, tuple(_curve(offers, budget.fixed))
+        first = point = budget.point(solution, run.whole(solution.chosen, reference))
+        for _ in range(ROUNDS):
+            steps = _steps(run, offers, solution.chosen, reference, point.measured)
+            found = _refined(steps, budget, point.measured)
+            if found is None or found.chosen == solution.chosen:
+                break
+            better = budget.point(found, run.whole(found.chosen, reference))
+            if budget.rank(better) >= budget.rank(point):
+                break
+            solution, point = found, better
+    return Mix(solution.chosen, point, bound, first, curve)
 
 
 def _solved(offers: Offers, budget: Budget) -> Solution:
@@ -205,18 +221,25 @@ def _solved(offers: Offers, budget: Budget) -> Solution:
     return found
 
 
-def _steps(run: _Run, at: Solution, reference: Branch, measured: float) -> Offers:
-    """What a step up or down of each part changes where the mix is."""
+def _steps(
+    run: _Run, offers: Offers, chosen: Mapping[str, str], reference: Branch, measured: float
+) -> dict[str, dict[str, Offer]]:
+    """What steps up and down of each part change where the mix is: to candidates that no smaller one is better than."""
     wanted = []
-    for part in run.parts.values():
-        sizes = sorted(part.options, key=lambda candidate: part.options[candidate].nbytes)
-        here = sizes.index(at.chosen[part.key])
-        wanted += [(part.key, candidate) for candidate in sizes[max(0, here - STEPS) : here + STEPS + 1]]
-    found = run.swaps(at.chosen, [each for each in wanted if at.chosen[each[0]] != each[1]], reference, "steps")
-    offers = {key: {c: Offer(run.parts[key].options[c].nbytes, 0.0)} for key, c in at.chosen.items()}
+    for key, options in offers.items():
+        best, order = math.inf, list[str]()
+        for candidate in sorted(options, key=options.__getitem__):
+            if options[candidate].cost < best or candidate == chosen[key]:
+                best = min(best, options[candidate].cost)
+                order.append(candidate)
+        here = order.index(chosen[key])
+        near = order[max(0, here - STEPS) : here + STEPS + 1]
+        wanted += [(key, candidate) for candidate in near if candidate != chosen[key]]
+    found = run.swaps(chosen, wanted, reference, "steps")
+    steps = {key: {candidate: Offer(offers[key][candidate].nbytes, 0.0)} for key, candidate in chosen.items()}
     for (key, candidate), kld in found.items():
-        offers[key][candidate] = Offer(run.parts[key].options[candidate].nbytes, float(np.mean(kld)) - measured)
-    return offers
+        steps[key][candidate] = Offer(offers[key][candidate].nbytes, float(np.mean(kld)) - measured)
+    return steps
 
 
 def _refined(offers: Offers, budget: Budget, measured: float) -> Solution | None:
@@ -226,10 +249,6 @@ def _refined(offers: Offers, budget: Budget, measured: float) -> Solution | None
     else:
         found = solve_for_cost(offers, (budget.kld or 0.0) - measured)
     return None if found is None else replace(found, cost=found.cost + measured)
-
-
-def _point(nbytes: int, predicted: float, measured: np.ndarray) -> Point:
-    return Point(nbytes, predicted, float(measured.mean()), bootstrap(measured))
 
 
 def _curve(offers: Offers, fixed: int) -> Iterator[Expected]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Budget, Mix, choose
 from dsv2quant.allocation.items import Part, parts_of
@@ -28,7 +30,7 @@ from dsv2quant.conversion.gguf import metadata_of
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
 from dsv2quant.formats.gguf import blocks, imatrix
-from dsv2quant.model.load import LoadOptions, default_dtype
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.planning import consumers
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.gguf_plan import GgufPlan, Options, lay_out, make_gguf_plan
@@ -124,7 +126,7 @@ class Space:
         where there is none."""
         about = {
             "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(self.checkpoint),
-            "tokens": hashlib.sha256(self.text.ids.tobytes()).hexdigest(), "dtype": str(self.loading.dtype),
+            "tokens": hashlib.sha256(self.text.ids.tobytes()).hexdigest(),
             "candidates": {name: sampled(artifact) for name, artifact in self.candidates.items()},
         }  # fmt: skip
         budget = Budget(most, max_kld, self.fixed)
@@ -154,7 +156,8 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
     fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
-    loading = LoadOptions(default_dtype(device), device)
+    # In bfloat16 what a swap does to the last bits, and so to which experts are chosen, costs more than a good type.
+    loading = LoadOptions(torch.float32, device)
     return Space(checkpoint, folder, into_gguf, parts, made, text, source, fixed, loading)
 
 
@@ -256,8 +259,8 @@ def _description(mix: Mix, space: Space) -> list[str]:
     """What a person should know of a recipe."""
     point = mix.point
     lines = [
-        f"Measured on {space.text.ids.size:,} tokens of {space.source}: {point.nbytes:,} bytes, KLD {point.measured:.5f} ± "
-        f"{point.stderr:.5f} nats ({point.predicted:.5f} predicted).",
+        f"Measured on {space.text.ids.size:,} tokens of {space.source}: {point.nbytes:,} bytes, "
+        f"KLD {point.measured:.5f} ± {point.stderr:.5f} nats ({point.predicted:.5f} predicted).",
         "The best mixes of other sizes, as single swaps predict them:",
     ]
     return [*lines, *(f"  {p.nbytes:>15,} bytes  {p.predicted:.5f}" for p in mix.curve)]
