@@ -25,6 +25,7 @@ FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q
 OTHER_TYPES = ("BF16", "F16", "Q5_0", "Q5_1", "Q4_1", "Q5_K_S", "Q3_K_L", "Q3_K_S", "IQ4_NL")
 LOW_TYPES = (
     "TQ1_0", "TQ2_0", "MXFP4_MOE", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S",
 )  # fmt: skip
 # Our options, and llama-quantize's where they differ.
 OPTIONS = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv2quant.formats.gguf.grids import CHUNK, grid
+from dsv2quant.formats.gguf.grids import grid, pick
 from dsv2quant.formats.gguf.search import (
     LANES,
     compiled,
@@ -88,8 +88,8 @@ def _encode(x, importance, grid, search, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _take_signs(tile, weight, even, signs):  # type: ignore[no-untyped-def]
-    """Leave magnitudes in the tile and put signs [group of 8, lane] as bits, the first in the lowest. Where they must be
-    `even`, one value may stay negative, and the eighth bit is left out."""
+    """Leave magnitudes in the tile and put signs [group of 8, lane] as bits, the first in the lowest. Where they must
+    be `even`, one value may stay negative, and the eighth bit is left out."""
     for group in range(tile.shape[0] // 8):
         for lane in range(LANES):
             bits, odd = np.int32(0), np.int32(0)
@@ -111,8 +111,8 @@ def _take_signs(tile, weight, even, signs):  # type: ignore[no-untyped-def]
 
 @compiled
 def _search(tile, weight, grid, search, scale, codes):  # type: ignore[no-untyped-def]
-    """scale [lane] and codes [group, lane] of the least weighted error; 0 and −1 of a lane of zeros. Up to the end codes
-    are keys."""
+    """scale [lane] and codes [group, lane] of the least weighted error; 0 and −1 of a lane of zeros. Until the end,
+    codes are keys."""
     values, roots = np.empty((LANES, len(tile)), np.float32), np.empty((LANES, len(tile)), np.float32)
     for lane in range(LANES):
         for k in range(len(tile)):
@@ -130,7 +130,7 @@ def _search(tile, weight, grid, search, scale, codes):  # type: ignore[no-untype
             trial[lane] = (top + np.float32(step) * np.float32(search.step)) / span[lane]
             unit[lane] = np.float32(1) / trial[lane]
         _keys(tile, trial, keys)
-        _pick(keys, values, roots, unit, alive, grid, picked, missed)
+        pick(keys, values, roots, unit, alive, grid, None, picked, missed)
         _sums(tile, weight, picked, sum_xq, sum_qq)
         for lane in range(LANES):
             xq, qq = sum_xq[lane], sum_qq[lane]
@@ -141,7 +141,7 @@ def _search(tile, weight, grid, search, scale, codes):  # type: ignore[no-untype
         _keep(better, missed, off)
     _refit(off, search.refit, scale, alive, trial, better)
     _keys(tile, trial, keys)
-    _pick(keys, values, roots, scale, better, grid, picked, missed)
+    pick(keys, values, roots, scale, better, grid, None, picked, missed)
     for group in range(len(codes)):
         for lane in range(LANES):
             if better[lane] and (search.refit or off[group, lane]):
@@ -207,58 +207,6 @@ def _keys(tile, trial, keys):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pick(keys, values, roots, scale, alive, grid, picked, missed):  # type: ignore[no-untyped-def]
-    """picked [group, lane], in lanes that are alive: the key, or where it is of no point, `missed`, that of the neighbour
-    with the least error in values [lane, element], weighted with roots."""
-    points, width, near = grid.keys.reshape(-1), grid.values.shape[1], grid.values
-    x, r = values.reshape(-1), roots.reshape(-1)
-    for lane in range(LANES):
-        if not alive[lane]:
-            continue
-        s = scale[lane]
-        for group in range(len(keys)):
-            key = keys[group, lane]
-            code, at = grid.codes[key], lane * values.shape[1] + group * width
-            missed[group, lane] = code < 0
-            if code < 0:
-                least = np.int64(0x7FFFFFFFFFFFFFFF)
-                for chunk in range(-1 - code, grid.ends[-1 - code]):
-                    if width == 8:
-                        for j in range(CHUNK):
-                            off = _off(near[chunk, 0, j], x[at], r[at], s)
-                            off += _off(near[chunk, 1, j], x[at + 1], r[at + 1], s)
-                            off += _off(near[chunk, 2, j], x[at + 2], r[at + 2], s)
-                            off += _off(near[chunk, 3, j], x[at + 3], r[at + 3], s)
-                            off += _off(near[chunk, 4, j], x[at + 4], r[at + 4], s)
-                            off += _off(near[chunk, 5, j], x[at + 5], r[at + 5], s)
-                            off += _off(near[chunk, 6, j], x[at + 6], r[at + 6], s)
-                            off += _off(near[chunk, 7, j], x[at + 7], r[at + 7], s)
-                            least = min(least, _ranked(off, chunk * CHUNK + j))
-                    else:
-                        for j in range(CHUNK):
-                            off = _off(near[chunk, 0, j], x[at], r[at], s)
-                            off += _off(near[chunk, 1, j], x[at + 1], r[at + 1], s)
-                            off += _off(near[chunk, 2, j], x[at + 2], r[at + 2], s)
-                            off += _off(near[chunk, 3, j], x[at + 3], r[at + 3], s)
-                            least = min(least, _ranked(off, chunk * CHUNK + j))
-                key = points[least & np.int64(0xFFFFFFFF)]
-            picked[group, lane] = key
-
-
-@compiled
-def _off(value, x, root, scale):  # type: ignore[no-untyped-def]
-    off = scale * np.float32(value) - x
-    return root * off * off
-
-
-@compiled
-def _ranked(error, number):  # type: ignore[no-untyped-def]
-    """A whole number that is the less the less the error is, then the number: floats compare as their bits do, if none is
-    negative."""
-    return np.int64(np.float32(error).view(np.int32)) << np.int64(32) | np.int64(number)
-
-
-@compiled
 def _sums(tile, weight, keys, sum_xq, sum_qq):  # type: ignore[no-untyped-def]
     """Per lane Σ w·x·q and Σ w·q² with the values of keys [group, lane]."""
     width = len(tile) // len(keys)
@@ -279,15 +227,15 @@ _IQ2_XXS, _IQ2_XS, _IQ2_S, _IQ3_XXS, _IQ3_S = 66, 74, 82, 98, 110  # bytes of a 
 
 @compiled
 def _store(scale, codes, signs, fudge, row):  # type: ignore[no-untyped-def]
-    """A block of its sub-blocks' scales [subs], codes [groups, subs] and signs [groups of 8, subs]; the type is known by
-    the length of row."""
+    """A block of its sub-blocks' scales [subs], codes [groups, subs] and signs [groups of 8, subs]; the length of row
+    says the type."""
     top, kind = np.float32(0), len(row)
     for sub in range(len(scale)):
         top = max(top, scale[sub])
     d = top / np.float32(31)
     row[:] = 0
     put_half(row, 0, d * fudge)
-    if top == 0 and kind != _IQ2_S and kind != _IQ3_S:
+    if top == 0 and kind not in (_IQ2_S, _IQ3_S):
         return
     nibbles = np.zeros(len(scale), np.uint8)
     for sub in range(len(scale)):
@@ -297,7 +245,7 @@ def _store(scale, codes, signs, fudge, row):  # type: ignore[no-untyped-def]
         if codes[0, sub] < 0 and kind != _IQ3_S:
             codes[:, sub] = 0
             signs[:, sub] = 0
-    if kind == _IQ2_XXS or kind == _IQ3_XXS:
+    if kind in (_IQ2_XXS, _IQ3_XXS):
         _store_words(nibbles, codes, signs, row)
     elif kind == _IQ2_XS:
         for sub in range(16):
