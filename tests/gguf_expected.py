@@ -23,6 +23,7 @@ from dsv2quant.storage.gguf import Container
 FAMILY_TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS")
 OTHER_TYPES = ("BF16", "F16", "Q5_0", "Q5_1", "Q4_1", "Q5_K_S", "Q3_K_L", "Q3_K_S", "IQ4_NL")
+LOW_TYPES = ("TQ1_0", "TQ2_0", "MXFP4_MOE")
 # Our options, and llama-quantize's where they differ.
 OPTIONS = {
     "output": ("--output-type", "Q5_K", "--token-embedding-type", "q4_0"),
@@ -56,6 +57,7 @@ CASES = [
         for weighted in (False, True)
     ),
     *(Case("tiny-v2", t, weighted) for t in OTHER_TYPES for weighted in (False, True)),
+    *(Case(m, t, True) for m in ("tiny-lite", "tiny-v2") for t in LOW_TYPES),
     *(Case("tiny-v2", "Q4_K_M", False, options) for options in OPTIONS if options != "counted"),
     *(Case("tiny-lite", "Q3_K_M", True, options) for options in OPTIONS if options != "counted"),
     Case("tiny-llama", "Q4_K_M", False, "counted"),

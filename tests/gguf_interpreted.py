@@ -1,5 +1,5 @@
-"""Every GGUF block type by Triton's interpreter against the CPU's encoder: a program of its own, since Triton reads
-TRITON_INTERPRET when it is imported.
+"""Every GGUF block type that has kernels, by Triton's interpreter against the CPU's encoder: a program of its own,
+since Triton reads TRITON_INTERPRET when it is imported.
 
     TRITON_INTERPRET=1 python tests/gguf_interpreted.py
 
@@ -17,7 +17,7 @@ from gguf_cases import extreme_matrices, importances
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.kernels import gguf_encode
 from dsv2quant.kernels.gguf import lanes, scales
-from dsv2quant.kernels.gguf_encode import encode
+from dsv2quant.kernels.gguf_encode import ENCODED, encode
 
 COLS = 512
 # Types that differ from another by constants alone are left to the tests on a GPU.
@@ -49,7 +49,7 @@ def main() -> None:
     x = np.concatenate(list(by_case.values()))
     names = np.repeat(list(by_case), [len(rows) for rows in by_case.values()])
     different = {}
-    for name in blocks.TYPES:
+    for name in ENCODED:
         for weights in (None, importance()):
             if (name, weights is not None) in SKIPPED:
                 continue

@@ -107,8 +107,8 @@ CASES: list[tuple[str, Change | None, tuple[str, ...], int, str]] = [
     # name, what is done to a good checkpoint, command, exit code, message
     # Types
     ("unknown file type", None, (*CONVERT, "Q9_K"), 2, "unknown file type 'Q9_K' (one of F32, F16, BF16, Q8_0,"),
-    ("IQ3_S", None, ("plan", "{mini}", "--gguf", "IQ3_S"), 2, "IQ3_S is a file type of llama-quantize's that is"),
-    ("MXFP4_MOE", None, (*CONVERT, "mxfp4_moe"), 2, "MXFP4_MOE is a file type of llama-quantize's that"),
+    ("Q1_0", None, ("plan", "{mini}", "--gguf", "Q1_0"), 2, "Q1_0 is a file type of llama-quantize's that is"),
+    ("Q2_0", None, (*CONVERT, "q2_0"), 2, "Q2_0 is a file type of llama-quantize's that"),
     ("no =", None, (*Q4_K_M, "--tensor-type", "ffn_down"), 2, "--tensor-type 'ffn_down' (write it as PATTERN=TYPE"),
     ("no pattern", None, (*Q4_K_M, "--tensor-type", "=q8_0"), 2, "--tensor-type '=q8_0' (write it as PATTERN=TYPE"),
     ("bad pattern", None, (*Q4_K_M, "--tensor-type", "ffn_(=q8_0"), 2, "ffn_(=q8_0: missing ), unterminated"),

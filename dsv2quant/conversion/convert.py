@@ -17,8 +17,8 @@ from dsv2quant.conversion.stream import streamed
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import Conversion
-from dsv2quant.report.card import is_persons
 from dsv2quant.storage import engine
+from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumable, tell_kept
 from dsv2quant.storage.manifest import CARD_FILE, sealed
 

@@ -192,11 +192,14 @@ def _encode_rows(piece: Piece, rows: np.ndarray, importance: np.ndarray | None, 
 
 
 def _encode_on(device: str, kind: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """As `blocks.encode`, on a CUDA device. Triton compiles a kernel at its first use: one thread at a time."""
+    """As `blocks.encode`, on a CUDA device where there are kernels of the type. Triton compiles a kernel at its first
+    use: one thread at a time."""
     import torch
 
-    from dsv2quant.kernels.gguf_encode import encode
+    from dsv2quant.kernels.gguf_encode import ENCODED, encode
 
+    if kind not in ENCODED:
+        return blocks.encode(kind, rows, importance)
     with _one_at_a_time, torch.cuda.device(device):
         weights = None if importance is None else torch.from_numpy(importance).to(device)
         found: np.ndarray = encode(kind, torch.from_numpy(rows).to(device), weights).cpu().numpy()

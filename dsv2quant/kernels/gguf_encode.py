@@ -30,6 +30,11 @@ from dsv2quant.kernels.gguf.lanes import (
 )
 from dsv2quant.kernels.gguf.scales import Weights
 
+# What has kernels: all that models are commonly served in. The rest is encoded on the CPU alone.
+ENCODED = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+)  # fmt: skip
 ELEMENTS = 1024  # of one program
 
 
@@ -174,7 +179,7 @@ def round_q8_0(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode(name: str, x: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 or bfloat16 [rows, cols] → uint8 [rows, bytes of a row], as blocks.encode.
+    """float32 or bfloat16 [rows, cols] → uint8 [rows, bytes of a row], as blocks.encode; a type of ENCODED.
 
     `importance` float32 [cols], on the same device, the current one. x must be finite.
     Raises ValueError where cols is not a multiple of the type's block or importance has another length.

@@ -25,7 +25,8 @@ from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_loadable import check_loadable
 from dsv2quant.planning.gguf_metadata import warnings
-from dsv2quant.planning.gguf_types import PLAIN, Overrides, is_tied, quantizable
+from dsv2quant.planning.gguf_mixes import PLAIN
+from dsv2quant.planning.gguf_types import Overrides, is_tied, quantizable
 from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
 
 
@@ -210,10 +211,10 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
     return pattern, parse_type(kind)
 
 
-_UNWEIGHTED = (*PLAIN, "Q8_0")  # have no use for importance
 _UNMEASURED = ("embed", "lm_head")  # the first has no input; llama-imatrix skips the other if not asked for it
 _NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
 _LOSSY = ("Q2_K", "Q3_K_S")
+_TERNARY = ("TQ1_0", "TQ2_0")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
 
 
@@ -248,9 +249,13 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
 
     Raises UsageError or InputError where llama-quantize would refuse to, because the result would be useless.
     """
-    weighted = [entry for entry in entries if entry.type not in _UNWEIGHTED and entry.tensor.role not in _UNMEASURED]
+    weighted = [
+        entry for entry in entries if entry.type not in blocks.UNWEIGHTED and entry.tensor.role not in _UNMEASURED
+    ]
     lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
     needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
+    if file_type in _TERNARY:
+        yield f"{file_type} has three values a block: it is for models that were trained with such weights"
     if imatrix is None:
         if needy:
             raise UsageError(f"{file_type} needs an importance matrix", fix=f"give --imatrix FILE: {_HOW}")

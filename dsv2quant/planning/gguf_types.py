@@ -1,6 +1,4 @@
-"""Which type each tensor gets: llama-quantize's choice (src/llama-quant.cpp: llama_tensor_get_type and _impl).
-
-What is there for other architectures is left out. The order of the rules is llama.cpp's.
+"""Which type each tensor gets: llama-quantize's choice (src/llama-quant.cpp: llama_tensor_get_type; gguf_mixes.py).
 
 And presets, mixes of our own: no more bytes than llama-quantize's, spent first on what every token passes through.
 Its mixes were made for models without latent attention. They leave attn_kv_a_mqa, which makes all that is cached of a
@@ -22,16 +20,15 @@ from dsv2quant.arch.spec import GgufTensor
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.gguf import blocks
 from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
+from dsv2quant.planning.gguf_mixes import Mix, category
 from dsv2quant.storage.gguf import SIZES, padded
 
-PLAIN = ("F32", "F16", "BF16")
 # The type of blocks of 32 that stands in where a row is not whole blocks of 256 (tensor_type_fallback).
 _FALLBACKS = {
-    "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
-_RAISED_OUTPUT = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}  # o_proj
-# The same in a model of 8 experts, whose attention is taken for a Mixtral's.
-_RAISED_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
 Choice = tuple[str, str | None]
 
 
@@ -80,14 +77,14 @@ def choose(
 ) -> list[Choice]:
     """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
     tied = is_tied(tensors)
-    mix = _Mix(file_type, config, has_imatrix, tied)
-    decided: Counter[str] = Counter()  # by role: an override leaves a tensor out of llama-quantize's count
+    mix = Mix(file_type, config, has_imatrix, tied)
+    decided: Counter[str] = Counter()  # by category: an override leaves a tensor out of llama-quantize's count
     choices: list[Choice] = []
     for tensor in tensors:
         choice = overrides.of(tensor, tied=tied) if quantizable(tensor) else ("F32", None)
         if choice is None:
-            choice = fall_back(tensor, mix.type_of(tensor, decided[tensor.role]))
-            decided[tensor.role] += 1
+            choice = fall_back(tensor, mix.type_of(tensor, decided[category(tensor)]))
+            decided[category(tensor)] += 1
         choices.append(choice)
     return choices
 
@@ -115,88 +112,6 @@ def fall_back(tensor: GgufTensor, wished: str, fallbacks: Mapping[str, str] = _F
 
 def _block(name: str) -> int:
     return SIZES[name].values
-
-
-class _Mix:
-    """The standard logic of a file type (llama_tensor_get_type_impl)."""
-
-    def __init__(self, file_type: str, config: ModelConfig, has_imatrix: bool, tied: bool) -> None:
-        self.name, self.default = file_type, FILE_TYPES[file_type].default
-        self.layers, self.experts = config.num_hidden_layers, config.n_routed_experts
-        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
-        self.has_imatrix, self.tied = has_imatrix, tied
-
-    def type_of(self, tensor: GgufTensor, number: int) -> str:
-        """`number` counts the tensors of its role that came before."""
-        role = tensor.role
-        if self.default in PLAIN:
-            return self.default
-        if role == "lm_head" or (role == "embed" and self.tied):
-            return self._output(tensor.shape[-1])
-        if role.endswith("down_proj"):
-            assert tensor.layer is not None
-            return self._down(tensor.layer if self.experts > 1 else number)
-        if role == "v_proj":
-            return "Q8_0" if self.experts == 8 else self._values(number)
-        if role == "k_proj" and self.experts == 8:
-            return "Q8_0"
-        if role == "o_proj":
-            if self.experts == 8:
-                return "Q5_K" if self.name in _RAISED_OF_8 else self.default
-            return _RAISED_OUTPUT.get(self.name, self.default)
-        return self.default
-
-    def _output(self, columns: int) -> str:
-        if self.name == "Q8_0" or columns % _block(self.default):
-            return "Q8_0"
-        return "Q6_K"
-
-    def _values(self, layer: int) -> str:
-        is_small = self.queries_per_key >= 4
-        found = self.default
-        match self.name:
-            case "Q2_K":
-                found = "Q4_K" if is_small else "Q3_K"
-            case "Q2_K_S" if is_small:
-                found = "Q4_K"
-            case "Q3_K_M":
-                found = "Q5_K" if layer < 2 else "Q4_K"
-            case "Q3_K_L":
-                found = "Q5_K"
-            case "IQ4_NL" | "IQ4_XS" if is_small:
-                found = "Q5_K"
-            case "Q4_K_M" | "Q5_K_M" if self._more_bits(layer):
-                found = "Q6_K"
-            case "Q4_K_S" if layer < 4:
-                found = "Q5_K"
-        is_70b = self.layers == 80 and self.queries_per_key > 1 and not self.experts  # Llama 2's, by its depth
-        return "Q5_K" if is_70b and found in ("Q3_K", "Q4_K") else found
-
-    def _down(self, layer: int) -> str:
-        eighth = layer < self.layers // 8
-        match self.name:
-            case "Q2_K":
-                return "Q3_K"
-            case "Q3_K_M":
-                return "Q5_K" if layer < self.layers // 16 else "Q4_K"
-            case "Q3_K_L":
-                return "Q5_K"
-            case "Q4_K_M" | "Q5_K_M" if self._more_bits(layer):
-                return "Q6_K"
-            case "Q4_K_S" if eighth:
-                return "Q5_K"
-            case "Q2_K_S" if eighth:
-                return "Q4_K"
-            case "IQ4_NL" | "IQ4_XS" if eighth and not self.has_imatrix:
-                return "Q5_K"
-            case "Q4_0" | "Q5_0" if eighth and self.has_imatrix:
-                return f"Q{self.name[1]}_1"
-        return self.default
-
-    def _more_bits(self, layer: int) -> bool:
-        """The first and last eighth of the layers, and every third between."""
-        n = self.layers
-        return layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
 
 
 # Of presets: kinds of tensors in the order in which they are raised.

@@ -9,11 +9,11 @@ from gguf_cases import extreme_matrices, importances, matrices
 from tiny import MINI
 
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.kernels.gguf_encode import encode
+from dsv2quant.kernels.gguf_encode import ENCODED, encode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-QUANTIZED = [name for name in blocks.TYPES if blocks.TYPES[name].values > 1]
+QUANTIZED = [name for name in ENCODED if blocks.TYPES[name].values > 1]
 COLS = 2816  # of V2-Lite's shared experts: 11 blocks of 256
 MANY = {32: 800, 256: 6400}  # rows: over 65,536 blocks
 
@@ -46,7 +46,7 @@ def test_bytes_of_many_blocks_are_those_of_the_cpu(name: str, choice: int) -> No
     same(name, weights(MANY[blocks.TYPES[name].values]), importance)
 
 
-@pytest.mark.parametrize("name", blocks.TYPES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_bytes_of_awkward_blocks_are_those_of_the_cpu(name: str) -> None:
     """Zeros of both signs, constants, ties, subnormals, outliers, and scales that leave float16's range."""
     for x in extreme_matrices().values():
@@ -63,7 +63,7 @@ def test_bfloat16_is_taken_as_it_is(name: str) -> None:
     assert torch.equal(encode(name, x), encode(name, x.float()))
 
 
-@pytest.mark.parametrize("file_type", ["Q4_K_M", "DSV2_Q3_K_M"])
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "DSV2_Q3_K_M", "MXFP4_MOE"])
 def test_a_file_made_on_the_gpu_is_the_cpus(file_type: str, cli, tmp_path) -> None:
     files = [tmp_path / f"{device}.gguf" for device in ("cpu", "cuda")]
     for file in files:

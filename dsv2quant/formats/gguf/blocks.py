@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.cpu import amax_bits
-from dsv2quant.formats.gguf import kquants, legacy
+from dsv2quant.formats.gguf import kquants, legacy, ternary
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
@@ -21,7 +21,10 @@ TYPES = {
     "Q2_K": BlockType(256, 84), "Q3_K": BlockType(256, 110),
     "Q4_K": BlockType(256, 144), "Q5_K": BlockType(256, 176), "Q6_K": BlockType(256, 210),
     "IQ4_NL": BlockType(32, 18), "IQ4_XS": BlockType(256, 136),
+    "TQ1_0": BlockType(256, 54), "TQ2_0": BlockType(256, 66), "MXFP4": BlockType(32, 17),
 }  # fmt: skip
+UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")  # have no use for importance
+NEEDY = ("IQ2_XXS", "IQ2_XS", "IQ1_S")  # can't do without (ggml_quantize_requires_imatrix)
 
 
 def _halves(*offsets: int) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -60,8 +63,8 @@ def nbytes(name: str, shape: tuple[int, ...]) -> int:
 def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """float32 [rows, cols] → uint8 [rows, bytes of a row], the bytes of ggml_quantize_chunk on x86-64.
 
-    `importance` float32 [cols] is the mean square of each input channel (llama-imatrix); Q8_0 and the plain types have
-    no use for it. x must be finite. One thread; the GIL is released.
+    `importance` float32 [cols] is the mean square of each input channel (llama-imatrix); types of UNWEIGHTED have no
+    use for it. x must be finite. One thread; the GIL is released.
     Raises ValueError where cols is not a multiple of the type's block or importance has another length.
     """
     rows, cols = x.shape
@@ -94,6 +97,12 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
         case "IQ4_NL" | "IQ4_XS":
             values = TYPES[name].values
             legacy.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
+        case "MXFP4":
+            legacy.encode_mxfp4(x.reshape(-1, 32), out)
+        case "TQ1_0":
+            ternary.encode_tq1_0(x.reshape(-1, 256), out)
+        case "TQ2_0":
+            ternary.encode_tq2_0(x.reshape(-1, 256), out)
     return out.reshape(rows, row_bytes)
 
 

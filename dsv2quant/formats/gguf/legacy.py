@@ -2,7 +2,7 @@
 _impl and their like).
 
 IQ4_NL and IQ4_XS: 16 uneven levels; blocks of 32 with a scale, or 8 of them under one float16 scale
-(ggml/src/ggml-quants.c, quantize_row_iq4_nl_impl).
+(ggml/src/ggml-quants.c, quantize_row_iq4_nl_impl). MXFP4: e2m1 levels under a power of two (quantize_row_mxfp4_ref).
 """
 
 from __future__ import annotations
@@ -43,6 +43,48 @@ def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
             up = np.float32(1) if rest >= np.float32(0.5) else np.float32(0)
             down = np.float32(1) if rest <= np.float32(-0.5) else np.float32(0)
             out[i, 2 + k] = np.uint8(np.int32(_known(whole + up - down)))
+
+
+@compiled
+def encode_mxfp4(x, out):  # type: ignore[no-untyped-def]
+    """x float32 [blocks, 32] → out uint8 [blocks, 17]: levels are half units, 0, 1, 2, 3, 4, 6, 8 and 12.
+
+    A value halfway between two goes to the smaller. The exponent is that of the largest magnitude less 2, as ggml has
+    it from a float32 logarithm, which is rounded up just below a power of two; where it is negative, modulo 256.
+    """
+    for i in range(len(x)):
+        top = np.float32(0)
+        for k in range(32):
+            top = max(top, abs(x[i, k]))
+        exponent = np.int32(0)
+        if top > 0:
+            exponent = np.int32(np.floor(np.float32(np.log2(np.float64(top))))) + np.int32(125)
+        out[i, 0] = np.uint8(exponent & np.int32(255))
+        unit = _half_power(np.int32(out[i, 0]))
+        for k in range(16):
+            out[i, 1 + k] = _e2m1(x[i, k], unit) | _e2m1(x[i, k + 16], unit) << 4
+
+
+@compiled
+def _half_power(exponent):  # type: ignore[no-untyped-def]
+    """2^(exponent − 128), exponent 0 … 255."""
+    normal = np.int32((exponent - np.int32(1)) << np.int32(23)).view(np.float32)
+    subnormal = np.int32(np.int32(0x200000) << exponent).view(np.float32)
+    return normal if exponent > 1 else subnormal
+
+
+@compiled
+def _e2m1(v, unit):  # type: ignore[no-untyped-def]
+    """The code of the level nearest to v / unit; the sign is bit 3, and no zero has it."""
+    size, code = abs(v), np.uint8(0)
+    code += size > np.float32(0.5) * unit
+    code += size > np.float32(1.5) * unit
+    code += size > np.float32(2.5) * unit
+    code += size > np.float32(3.5) * unit
+    code += size > np.float32(5) * unit
+    code += size > np.float32(7) * unit
+    code += size > np.float32(10) * unit
+    return np.uint8(code | (np.uint8(8) if (v < 0) & (code > 0) else np.uint8(0)))
 
 
 @compiled

@@ -1,4 +1,5 @@
-"""Make the goldens of GGUF files from llama.cpp's tools: tests/golden/gguf_files.json and gguf_types.json.
+"""Make the goldens of GGUF from llama.cpp: tests/golden/gguf_blocks.json of its library, and gguf_files.json and
+gguf_types.json of its tools.
 
 Run it after `make test-clients` has built them:
     PYTHONPATH=.:tests .venv/bin/python tests/clients/llama_cpp/goldens.py
@@ -14,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import gguf_cases
 import gguf_expected
 import gguf_tiny
 import llama_cpp_tools as llama
@@ -23,7 +25,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.arch.spec import GgufTensor
-from dsv2quant.formats.gguf.blocks import nbytes
+from dsv2quant.formats.gguf.blocks import NEEDY, TYPES, nbytes
 from dsv2quant.planning.gguf_keys import model_keys
 from dsv2quant.storage import gguf as container
 from dsv2quant.storage.gguf import TensorHeader, Value, string
@@ -31,8 +33,24 @@ from dsv2quant.storage.gguf import TensorHeader, Value, string
 GOLDEN = Path(__file__).parents[2] / "golden"
 MIXES = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", *gguf_expected.LOW_TYPES,
 )  # fmt: skip
+
+
+def blocks() -> dict[str, Any]:
+    """{type: {matrix: a digest for each importance}}; null where the type can't be had without."""
+    cases = gguf_cases.matrices().items()
+    return {
+        name: {
+            case: [
+                None if weights is None and name in NEEDY else gguf_cases.digest(llama.quantize_chunk(name, x, weights))
+                for weights in gguf_cases.importances(x.shape[1])
+            ]
+            for case, x in cases
+        }
+        for name in TYPES
+        if TYPES[name].values > 1
+    }
 
 
 def files(folder: Path) -> dict[str, Any]:
@@ -129,6 +147,7 @@ def dump(content: dict[str, Any], depth: int) -> str:
 
 
 def main() -> None:
+    (GOLDEN / "gguf_blocks.json").write_text(dump(blocks(), 2) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         (GOLDEN / "gguf_types.json").write_text(dump(types(Path(folder)), 1) + "\n")
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -11,7 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf import GGMLQuantizationType
 from gguf_tiny import PRE_TOKENIZERS
+
+from dsv2quant.formats.gguf.blocks import nbytes
 
 ROOT = Path(__file__).parents[3] / "build" / "llama.cpp"
 BIN = ROOT / "build" / "bin"
@@ -82,6 +87,19 @@ def quantize(source: Path, out: Path, file_type: str, *options: str) -> Path:
 def own_options(options: Sequence[str]) -> list[str]:
     """Our options as llama-quantize writes them."""
     return [word.replace("--output-type", "--output-tensor-type") for word in options]
+
+
+def quantize_chunk(name: str, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """float32 [rows, cols] → uint8 [rows, bytes of a row] by ggml's library; `importance` float32 [cols]."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    function = ctypes.CDLL(str(BIN / "libggml-base.so")).ggml_quantize_chunk
+    function.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
+    function.restype = ctypes.c_size_t
+    x = np.ascontiguousarray(x, np.float32)
+    out = np.empty((len(x), nbytes(name, x.shape[1:])), np.uint8)
+    weights = None if importance is None else importance.ctypes.data
+    function(GGMLQuantizationType[name], x.ctypes.data, out.ctypes.data, 0, *x.shape, weights)
+    return out
 
 
 def imatrix(source: Path, text: Path, out: Path, chunks: int, length: int) -> Path:

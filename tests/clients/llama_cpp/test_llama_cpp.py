@@ -19,6 +19,7 @@ from gguf import GGUFReader
 from gguf_expected import (
     FAMILY_TYPES,
     FILE_TYPES,
+    LOW_TYPES,
     OPTIONS,
     SPLIT_MODELS,
     SPLIT_SIZE,
@@ -96,12 +97,13 @@ def test_a_file_is_llama_quantizes(model: str, file_type: str, weighted: bool, c
     assert_same(convert(model, file_type, *options), theirs)
 
 
+@pytest.mark.parametrize("file_type", ["Q2_K_S", *LOW_TYPES])
 @pytest.mark.parametrize("model", gguf_tiny.MODELS)
-def test_q2_k_s_is_llama_quantizes(model: str, convert, sources) -> None:
-    """It needs an importance matrix."""
+def test_a_file_of_few_bits_is_llama_quantizes(model: str, file_type: str, convert, sources) -> None:
+    """Most of them need an importance matrix."""
     options = ["--imatrix", "imatrix.gguf"]
-    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", "Q2_K_S", *options)
-    assert_same(convert(model, "Q2_K_S", *options), theirs)
+    theirs = llama.quantize(sources[model], sources[model].parent / "theirs.gguf", file_type, *options)
+    assert_same(convert(model, file_type, *options), theirs)
 
 
 TIED = {"output": ("--output-type", "Q5_K"), "patterns": OPTIONS["patterns"]}  # tiny-odd's options that take effect
@@ -120,7 +122,7 @@ def test_overrides_are_those_of_llama_quantize(model: str, options: str, convert
     assert_same(convert(model, "Q5_K_M", *words), theirs)
 
 
-@pytest.mark.parametrize("file_type", [*FILE_TYPES, *(name for name in NOT_WRITTEN if name != "COPY")])
+@pytest.mark.parametrize("file_type", [*FILE_TYPES, *LOW_TYPES, *(name for name in NOT_WRITTEN if name != "COPY")])
 def test_every_type_that_llama_quantize_writes_is_decoded_as_it_does(file_type: str, sources, tmp_path) -> None:
     """Against what llama-quantize itself expands to F32, bit for bit. It has nothing to fall back to from Q1_0."""
     source = sources["tiny-v2"]
@@ -206,6 +208,14 @@ def test_llama_perplexity_and_ours_agree(file_type: str, our_perplexity, convert
     ours = our_perplexity(path, text, 512, 24)
     assert their_perplexity(expanded, text, 512, 24) == pytest.approx(ours, rel=2e-4)
     assert their_perplexity(path, text, 512, 24) == pytest.approx(ours, rel=OFF[file_type])
+
+
+@pytest.mark.parametrize("file_type", LOW_TYPES)
+def test_llama_perplexity_runs_files_of_few_bits(file_type: str, our_perplexity, convert, tmp_path) -> None:
+    text = tmp_path / "topics.txt"
+    text.write_text(python_topics().content)
+    path = convert("dsv2-mini", file_type, "--imatrix", "imatrix.gguf")
+    assert their_perplexity(path, text, 512, 8) == pytest.approx(our_perplexity(path, text, 512, 8), rel=1e-2)
 
 
 @pytest.mark.parametrize("model", gguf_tiny.FAMILY)
