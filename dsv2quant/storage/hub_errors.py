@@ -67,7 +67,9 @@ def hub_errors(
     except RuntimeError as error:  # huggingface_hub's own, around what stopped an upload; and all that hf_xet raises
         if isinstance(error.__cause__, (errors.HTTPError, ConnectionError)):
             raise _unreachable(error.__cause__, repo, writes) from None
-        raise InputError(f"the transfer failed: {error!s:.300}", where=repo, fix=_AGAIN if writes else "retry") from None
+        raise InputError(
+            f"the transfer failed: {error!s:.300}", where=repo, fix=_AGAIN if writes else "retry"
+        ) from None
     except OSError as error:
         if error.errno is None:  # huggingface_hub's own, of a file that did not come whole, or hf_xet's
             raise InputError(f"the transfer failed: {error}", where=repo, fix=_AGAIN if writes else "retry") from None
