@@ -16,6 +16,7 @@ from hub_server import Repo, Served, serve, use
 import dsv2quant as dq
 from dsv2quant.errors import InputError
 from dsv2quant.storage import push
+from dsv2quant.storage.card import addressed
 
 SHARD = "model.safetensors"
 
@@ -53,6 +54,9 @@ def test_a_verified_artifact_arrives_whole_with_its_card_last(hub, verified, cli
     assert ran.code == 0, ran.err
     made, repo = json.loads(ran.out), hub.state.repos["me/lite"]
     ours = {path.name: path.read_bytes() for path in verified.iterdir()}
+    assert b"vllm serve OWNER/NAME\n" in ours["README.md"]
+    ours["README.md"] = addressed(ours["README.md"], "me/lite")  # who reads it there can copy its commands
+    assert b"vllm serve me/lite\n" in ours["README.md"]
     assert {name: content for name, content in on_the_hub(hub).items() if name != ".gitattributes"} == ours
     assert repo.private
     assert [branch for branch, _ in repo.commits] == ["main", "main"]

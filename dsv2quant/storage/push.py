@@ -1,7 +1,8 @@
 """`push`: a finished artifact into a repository of the hub, through huggingface_hub.
 
 Only files of the manifest are sent, the manifest, the note of what was verified and the pictures that the card shows,
-those of the manifest held against their sha256 before the first byte goes out. Weights are uploaded one file after the
+those of the manifest held against their sha256 before the first byte goes out; the card with the repository's name in
+its commands. Weights are uploaded one file after the
 other, then everything but the card appears in one commit, and the card in the last: what can be seen is whole. A run
 that was cut is given again, and sends what the hub does not have yet.
 """
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.storage.card import MAX_CARD_BYTES, addressed
 from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, is_regular, state_path
+from dsv2quant.storage.files import read_bytes
 from dsv2quant.storage.hub import heed_quiet
 from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.manifest import (
@@ -84,6 +87,10 @@ def push(
     card = manifest.with_name(CARD_FILE)
     added += _pictures(card) if CARD_FILE in (*entries, *added) else []
     found |= {name: hash_file(manifest.parent / name) for name in added}
+    contents: dict[str, Path | bytes] = {name: manifest.parent / name for name in found}
+    if CARD_FILE in found:
+        contents[CARD_FILE] = content = addressed(read_bytes(card, MAX_CARD_BYTES), repo)
+        found[CARD_FILE] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     from huggingface_hub import HfApi
 
@@ -91,7 +98,7 @@ def push(
     with hub_errors(repo, None, writes=True):
         api = HfApi()
         if CARD_FILE in found:
-            _check_card(api, card)
+            _check_card(api, card, content)
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -102,9 +109,9 @@ def push(
     there = {entry.rfilename: entry for entry in info.siblings}
     if strays := [name for name in there if name not in found and is_loaded(name)]:
         logger.warning("%s also holds %s, which programs may load with the artifact", repo, listing(strays))
-    kept = [name for name, entry in found.items() if _is_same(manifest.parent / name, entry, there.get(name))]
+    kept = [name for name, entry in found.items() if _is_same(contents[name], entry, there.get(name))]
     sent = [name for name in found if name not in kept]
-    commit = _send(api, repo, revision, manifest.parent, {name: found[name] for name in sent})
+    commit = _send(api, repo, revision, {name: contents[name] for name in sent}, found)
     size = sum(found[name]["size"] for name in sent)
     return Pushed(os.fspath(artifact), repo, str(url), revision, commit or str(info.sha), sent, kept, size)
 
@@ -141,12 +148,12 @@ def _pictures(card: Path) -> list[str]:
     return [name for name in names if is_regular(card.parent / name) and not (card.parent / name).parent.is_symlink()]
 
 
-def _check_card(api: HfApi, path: Path) -> None:
+def _check_card(api: HfApi, path: Path, card: bytes) -> None:
     """Raise InputError where the hub would not take a card: before the weights are sent, not behind them."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     try:
-        content = path.read_text(encoding="utf-8")
+        content = card.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: {error}", where=path, fix="the hub takes no other card") from None
     answer = get_session().post(
@@ -158,29 +165,31 @@ def _check_card(api: HfApi, path: Path) -> None:
     hf_raise_for_status(answer)
 
 
-def _is_same(path: Path, entry: Mapping[str, Any], there: Any) -> bool:
+def _is_same(content: Path | bytes, entry: Mapping[str, Any], there: Any) -> bool:
     """Whether the hub has a file with this content: by sha256 of a large one, by git's hash of a small one."""
     if there is None or there.size != entry["size"]:
         return False
     if there.lfs is not None:
         return bool(there.lfs.sha256 == entry["sha256"])
-    content = path.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    found = content.read_bytes() if isinstance(content, Path) else content
+    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(found) + found).hexdigest())
 
 
-def _send(api: HfApi, repo: str, revision: str, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _send(
+    api: HfApi, repo: str, revision: str, contents: Mapping[str, Path | bytes], found: Mapping[str, Mapping[str, Any]]
+) -> str | None:
     """Upload files and make the commits; the last one's name, None where there was nothing to send. Raises InputError
-    where a file is no longer what was hashed."""
+    where a file is no longer what was hashed, as `found` has it."""
     from huggingface_hub import CommitOperationAdd
 
-    adds = {name: CommitOperationAdd(name, folder / name) for name in files}
+    adds = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
     commit = None
     for name, add in adds.items():
         with hub_errors(repo, None, writes=True):
             upload = partial(api.preupload_lfs_files, repo, [add], revision=revision, free_memory=False, num_threads=1)
             persistently(upload)
-        if add.upload_info.sha256.hex() != files[name]["sha256"]:
-            raise InputError("changed while it was sent", where=folder / name, fix="verify and push again")
+        if add.upload_info.sha256.hex() != found[name]["sha256"]:
+            raise InputError("changed while it was sent", where=contents[name], fix="verify and push again")
     rest = [add for name, add in adds.items() if name != CARD_FILE]
     card = [add for name, add in adds.items() if name == CARD_FILE]
     for some in filter(None, (rest, card)):
