@@ -73,9 +73,7 @@ def convert(
             if resumed:
                 total = sum(len(written.file.marks) for written in sink.written)
                 logger.info("continuing: %d of %d %s are finished", resumed, total, sink.units)
-            jobs: Iterator[engine.Job | None] = sink.jobs(progress)
-            if sink.stream is not None:
-                jobs = streamed(sink.jobs(progress), sink.written, sink.stream, sampled_bytes(plan.checkpoint))
+            jobs = sink.jobs(progress)
             with progress(plan.bytes_in, "B", "convert") as advance:
                 _write_files(sink, plan, jobs, advance)
             sink.source.check_unchanged(plan.checkpoint)
@@ -92,11 +90,18 @@ def convert(
 
 
 def _write_files(
-    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job | None], advance: Callable[[int], object]
+    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job], advance: Callable[[int], object]
 ) -> None:
     """Encode and write what is not durable yet."""
-    check = partial(sink.source.check_unchanged, plan.checkpoint)
-    engine.write(jobs, sink.written, advance=advance, record=sink.record, check=check)
+    write = partial(
+        engine.write, files=sink.written, advance=advance, record=sink.record,
+        check=partial(sink.source.check_unchanged, plan.checkpoint),
+    )  # fmt: skip
+    if sink.stream is None:
+        write(jobs)
+        return
+    with closing(streamed(jobs, sink.written, sink.stream, sampled_bytes(plan.checkpoint))) as ordered:
+        write(ordered)  # on leaving, no shard is loaded any more
 
 
 def _write_small_files(sink: Sink, plan: Plan | GgufPlan, command: str) -> dict[str, FileEntry]:
