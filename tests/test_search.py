@@ -184,6 +184,6 @@ def test_budgets_that_nothing_keeps_to(model: Path, fox: Path, tmp_path: Path) -
         UsageError, match=r"\d bytes are too few: the smallest candidates take \d[\d,]+ \(give a larger"
     ):
         dq.search(model, tmp_path / "mix.yaml", into_gguf=True, size="1KB", calibration=fox, length=32)
+    (tmp_path / "there.yaml").write_text("")
     with pytest.raises(InputError, match="is there already"):
-        (tmp_path / "there.yaml").write_text("")
         dq.search(model, tmp_path / "there.yaml", into_gguf=True, bits=6)

@@ -48,7 +48,7 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --gguf lite.yaml --imatrix lite.imatrix.gguf -o LITE.gguf
       dsv2quant search deepseek-ai/DeepSeek-V2-Lite --size 9GB --calibration chats.jsonl --device cuda -o lite.yaml
     """
-    from dsv2quant.report.searched import searched_json, searched_text
+    from dsv2quant.allocation.results import searched_json, searched_text
 
     terminal.set_verbosity(verbose, quiet)
     made = dq.search(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsv2quant.allocation.search import Searched
 from dsv2quant.report.tables import gigabytes, table, values_of
-
-if TYPE_CHECKING:
-    from dsv2quant.allocation.search import Searched
 
 
 def searched_json(s: Searched) -> dict[str, Any]:
