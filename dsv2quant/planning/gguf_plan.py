@@ -198,8 +198,9 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
 
 
 _UNMEASURED = ("embed", "lm_head")  # the first has no input; llama-imatrix skips the other if not asked for it
-_NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
-_LOSSY = ("Q2_K", "Q3_K_S")
+# Types that are useless without importance (tensor_requires_imatrix); in a Q2_K_S, Q2_K is, too.
+_NEEDY = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+_LOSSY = ("Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K")
 _TERNARY = ("TQ1_0", "TQ2_0")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
 
@@ -239,17 +240,19 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
         entry for entry in entries if entry.type not in blocks.UNWEIGHTED and entry.tensor.role not in _UNMEASURED
     ]
     lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
-    needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
+    needy = [entry for entry in entries if _needs_importance(entry, file_type, imatrix)]
+    names, kinds = listing([entry.name for entry in needy]), ", ".join(sorted({entry.type for entry in needy}))
     if file_type in _TERNARY:
         yield f"{file_type} has three values a block: it is for models that were trained with such weights"
     if imatrix is None:
         if needy:
-            raise UsageError(f"{file_type} needs an importance matrix", fix=f"give --imatrix FILE: {_HOW}")
+            what = f"{file_type} needs an importance matrix for {kinds}: {names}"
+            raise UsageError(what, fix=f"give --imatrix FILE: {_HOW}")
         if file_type in _LOSSY:
             yield f"{file_type} without an importance matrix loses much: see `calibrate --imatrix`"
         return
     if needy:
-        what = f"lacks {listing(needy)}, which {file_type} makes {_NEEDY[1]}"
+        what = f"lacks {names}, which {file_type} makes {kinds}"
         raise InputError(what, where=imatrix.source, fix=f"{_HOW}, or give a wider type by --tensor-type")
     if lacking:
         names = listing([entry.name for entry in lacking])
@@ -257,3 +260,13 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
     if older := sorted(imatrix.entries.keys() & set(older_names([entry.tensor for entry in entries]))):
         what = f"{imatrix.source} has {len(older)} tensors that the model has not: {listing(older)}"
         yield f"{what} (an older llama.cpp measured attn_k_b and attn_v_b as one)"
+
+
+def _needs_importance(entry: Entry, file_type: str, imatrix: Imatrix | None) -> bool:
+    """Whether a tensor lacks importance that its type needs: for the embedding and the output llama-quantize does
+    without where ggml can."""
+    if imatrix is not None and entry.name in imatrix.entries:
+        return False
+    if entry.tensor.role in _UNMEASURED:
+        return entry.type in blocks.NEEDY
+    return entry.type in _NEEDY or (file_type, entry.type) == ("Q2_K_S", "Q2_K")
