@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFValueType
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import K_B, V_B, GgufTensor
@@ -29,7 +28,8 @@ from dsv2quant.planning.gguf_metadata import warnings
 from dsv2quant.planning.gguf_mixes import PLAIN
 from dsv2quant.planning.gguf_recipe import GgufRecipe
 from dsv2quant.planning.gguf_types import Overrides, is_tied, quantizable
-from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
+from dsv2quant.storage.gguf import Metadata, TensorHeader, pack_header, padded
+from dsv2quant.storage.gguf_split import split_keys, split_name, spread
 
 
 @dataclass(frozen=True)
@@ -165,30 +165,16 @@ def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int |
 
     Raises UsageError where a tensor alone is larger.
     """
-    largest = max(plan.entries, key=lambda entry: entry.nbytes)
-    if split_max_size is not None and padded(largest.nbytes) > split_max_size:
-        what = f"--split-max-size {split_max_size:,}: {largest.name} alone takes {padded(largest.nbytes):,} bytes"
-        raise UsageError(what, fix="tensors are not cut: give at least that")
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in plan.entries:
-        nbytes = padded(entry.nbytes)
-        if split_max_size is not None and groups[-1] and size + nbytes > split_max_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += nbytes
+    if split_max_size is None:
+        return [_file(out, metadata, plan.entries)]
+    groups = spread([(entry.name, entry.nbytes) for entry in plan.entries], split_max_size, "--split-max-size")
     if len(groups) == 1:
-        return [_file(out, metadata, groups[0])]
+        return [_file(out, metadata, plan.entries)]
     files = []
-    for number, entries in enumerate(groups):
-        split = {
-            "split.no": Value(GGUFValueType.UINT16, number),
-            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.entries)),
-            "split.count": Value(GGUFValueType.UINT16, len(groups)),
-        }
-        path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
-        files.append(_file(path, {**metadata, **split} if number == 0 else split, entries))
+    for number, group in enumerate(groups):
+        keys = split_keys(number, len(groups), len(plan.entries))
+        path = out.with_name(split_name(out.stem, number, len(groups)))
+        files.append(_file(path, {**metadata, **keys} if number == 0 else keys, [plan.entries[i] for i in group]))
     return files
 
 
