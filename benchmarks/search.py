@@ -1,5 +1,5 @@
 """Mixes that `search` finds, beside stock mixes of the same bytes: of block types against llama-quantize's, with an
-importance matrix, and of schemes against the recipe `int4-mixed`.
+importance matrix, and of schemes that vLLM takes against the recipe `int4-mixed`.
 
     python benchmarks/search.py MODEL --scratch DIR --results benchmarks/results/search.csv [--device cuda]
 
@@ -94,11 +94,11 @@ def main() -> None:
         dq.convert(checkpoint, theirs, gguf=stock, **weighted)
         row(blocks, stock, theirs, weights, **weighted)
     if asked.folder:
-        schemes = prepare(checkpoint, asked.scratch / "schemes", False, dict(LENGTH), asked.device, no_progress)
+        given = {**LENGTH, "targets": ["vllm"]}
+        schemes = prepare(checkpoint, asked.scratch / "schemes", False, given, asked.device, no_progress)
         theirs = asked.scratch / "int4-mixed"
-        calibrated: dict[str, Any] = {**LENGTH, "device": asked.device}
-        dq.convert(checkpoint, theirs, scheme="int4-mixed", **calibrated)
-        row(schemes, "int4-mixed", theirs, served, targets=["vllm", "sglang"], **calibrated)
+        dq.convert(checkpoint, theirs, scheme="int4-mixed", device=asked.device, **given)
+        row(schemes, "int4-mixed", theirs, served, device=asked.device, **given)
 
 
 if __name__ == "__main__":
