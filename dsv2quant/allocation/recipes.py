@@ -90,9 +90,11 @@ def _listed(names: Sequence[str]) -> str:
     return f"[{', '.join(names)}]"
 
 
-def only_type(kind: str) -> GgufRecipe:
-    """Every tensor in one block type, as far as its rows fit."""
-    return gguf.parse(_text(kind, (), "gguf", [f'{{tensors: ["*"], type: {kind}}}']), kind)
+def only_type(kind: str, ends: str) -> GgufRecipe:
+    """Every tensor in one block type, as far as its rows fit; embedding and head, whose importance nobody measures, in
+    another."""
+    rules = [f"{{tensors: [token_embd, output], type: {ends}}}", f'{{tensors: ["*"], type: {kind}}}']
+    return gguf.parse(_text(kind, (), "gguf", rules), kind)
 
 
 def only_scheme(name: str, methods: Mapping[str, str]) -> Recipe:

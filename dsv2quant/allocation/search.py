@@ -48,6 +48,7 @@ SCHEMES = {
     "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",
     "bf16": "rtn",
 }  # fmt: skip
+NEEDING = 3.1  # bits up to which block types are useless, or refused, without importance
 # Block types that no mix is made of: BF16 holds as much, and the ternary ones are for models trained so.
 LEFT_OUT = ("F32", "F16", "TQ1_0", "TQ2_0")
 
@@ -184,10 +185,12 @@ def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[
 
 
 def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) -> dict[str, Recipe | GgufRecipe]:
-    """Recipes of one type or scheme each. Block types below 3 bits are useless without importance."""
+    """Recipes of one type or scheme each. Block types of the fewest bits need importance."""
     if gguf:
         bits = {name: 8 * kind.bytes / kind.values for name, kind in blocks.TYPES.items() if name not in LEFT_OUT}
-        return {name: only_type(name) for name in bits if "imatrix" in given or bits[name] > 3}
+        # What needs importance has none for embedding and head: these then are as another candidate has them.
+        ends = {name: name if bits[name] > NEEDING else "Q8_0" for name in bits}
+        return {name: only_type(name, ends[name]) for name in bits if "imatrix" in given or bits[name] > NEEDING}
     takes = [
         name for name in SCHEMES if not _is_refused(name, given.get("targets", consumers.ENGINES), checkpoint.config)
     ]
