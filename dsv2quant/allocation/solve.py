@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Offer(NamedTuple):
     """What a candidate takes, and costs."""
@@ -113,25 +115,20 @@ def _steps(offers: Offers) -> list[_Step]:
 def _exchange(offers: Offers, chosen: dict[str, str], room: int) -> None:
     """Improve a choice by single moves, and by pairs of one that takes bytes and one that gives some back, as long as
     one saves."""
+    items = [(item, candidate) for item, options in offers.items() for candidate in options]
+    number = np.unique([item for item, _ in items], return_inverse=True)[1]
     while True:
-        moves = [
-            (o.nbytes - offers[item][chosen[item]].nbytes, o.cost - offers[item][chosen[item]].cost, item, candidate)
-            for item, options in offers.items()
-            for candidate, o in options.items()
-            if candidate != chosen[item]
-        ]
-        best: tuple[float, list[tuple[int, float, str, str]]] = (0.0, [])
-        for move in moves:
-            if move[0] <= room and move[1] < best[0]:
-                best = (move[1], [move])
-        gaining = [move for move in moves if move[1] < 0]
-        giving = [move for move in moves if move[0] < 0]
-        for up in gaining:
-            for down in giving:
-                if up[2] != down[2] and up[0] + down[0] <= room and up[1] + down[1] < best[0] - 1e-15:
-                    best = (up[1] + down[1], [up, down])
-        if not best[1]:
+        here = [offers[item][chosen[item]] for item, _ in items]
+        nbytes = np.array([offers[i][c].nbytes - h.nbytes for (i, c), h in zip(items, here, strict=True)])
+        costs = np.array([offers[i][c].cost - h.cost for (i, c), h in zip(items, here, strict=True)])
+        # The second of a pair may be no move at all: every item's own candidate is one of the moves.
+        fits = (nbytes[:, None] + nbytes <= room) & ((number[:, None] != number) | ((nbytes == 0) & (costs == 0)))
+        saved = np.where(fits, costs[:, None] + costs, 0.0)
+        first, second = np.unravel_index(saved.argmin(), saved.shape)
+        if saved[first, second] >= -1e-15:
             return
-        for nbytes, _, item, candidate in best[1]:
-            room -= nbytes
-            chosen[item] = candidate
+        for move in (second, first):
+            item, candidate = items[move]
+            if candidate != chosen[item]:
+                room -= int(nbytes[move])
+                chosen[item] = candidate
