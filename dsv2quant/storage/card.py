@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv2quant.storage.durable import disk_errors, is_regular, write_whole
@@ -39,11 +40,14 @@ def write_card(path: Path, card: bytes) -> bool:
 
 
 def addressed(card: bytes, repo: str) -> bytes:
-    """A card whose commands name `repo`. A person's stays a person's."""
+    """A card whose commands name `repo`."""
+    return changed(card, lambda content: content.replace(REPO.encode(), repo.encode()))
+
+
+def changed(card: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """A card whose content is another. A person's stays a person's."""
     content = _made(card)
-    if content is None:
-        return card.replace(REPO.encode(), repo.encode())
-    return sealed(content.replace(REPO.encode(), repo.encode()))
+    return change(card) if content is None else sealed(change(content))
 
 
 def _made(card: bytes) -> bytes | None:
