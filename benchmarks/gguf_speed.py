@@ -33,7 +33,7 @@ from dsv2quant.bench.device import append
 from dsv2quant.formats.gguf import blocks
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "clients" / "llama_cpp"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "clients" / "llama_cpp")]
 from llama_cpp_tools import CONVERTER  # noqa: E402
 
 YARN = {
@@ -68,7 +68,8 @@ def encode(options: argparse.Namespace) -> None:
             theirs = np.empty(blocks.nbytes(name, x.shape), np.uint8)
             address = weights.ctypes.data if weights is not None else None
             kind = int(gguf.GGMLQuantizationType[name])
-            blocks.encode(name, x[:64], weights)  # compiles
+            blocks.encode(name, x[:64], weights)  # compiles, and makes grids, as theirs does
+            quantize(kind, x.ctypes.data, theirs.ctypes.data, 0, 64, x.shape[1], address)
             ratios, rates = [], []
             for _ in range(options.runs):
                 started = time.perf_counter()

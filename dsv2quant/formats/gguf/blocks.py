@@ -47,8 +47,8 @@ _EXPONENTS = {
     "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
 }  # fmt: skip
 DECODABLE = tuple(_EXPONENTS)
-# The largest magnitude in any block of several values, Q6_K's and IQ4_XS's. The search for scales squares values: much
-# larger ones overflow there, and can end as zeros.
+# The largest magnitude in any block of several values but MXFP4's, that of Q6_K and IQ4_XS. The search for scales
+# squares values: much larger ones overflow there, and can end as zeros.
 LARGEST = 65504.0 * 127 * 32
 _ROWS = 256  # decoded at a time
 
