@@ -24,7 +24,7 @@ import torch
 
 from dsv2quant.allocation.items import Part
 from dsv2quant.allocation.solve import Offer, Offers, Solution, solve, solve_for_cost
-from dsv2quant.allocation.swaps import Branch, Mixture, Swap, Text, divergences, measure, passed
+from dsv2quant.allocation.swaps import Branch, Mixture, Swap, Text, divergences, held, measure, passed
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.evaluation.divergence import bootstrap
@@ -34,7 +34,7 @@ from dsv2quant.storage.durable import StateLog, disk_errors
 
 CURVE = 12  # budgets for which the curve says what to expect
 STEPS = 2  # candidates next in size, on either side, that a part is tried in where the mix is
-ROUNDS = 3  # how often at most
+ROUNDS = 5  # how often at most
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,11 @@ class _Run:
     def _errors(self, part: Part) -> dict[str, float]:
         """Squared errors of a part's weights, by candidate."""
         errors = dict.fromkeys(part.options, 0.0)
+        swapped = {candidate: held(self.base, [(part, self.loaders[candidate])]) for candidate in errors}
         for name in part.weights:
             weight = self.base.tensor(name, torch.float32)
             for candidate in errors:
-                difference = self.loaders[candidate].tensor(name, torch.float32) - weight
+                difference = swapped[candidate][name].tensor(name, torch.float32) - weight
                 errors[candidate] += float(difference.square_().sum(dtype=torch.float64))
         return errors
 
@@ -146,10 +147,10 @@ class _Run:
         keys = {(part, candidate): f"{place}/{part}/{candidate}" for part, candidate in wanted}
         lacking = [at for at, key in keys.items() if key not in self.known]
         base = self.base if mix is None else self.mixture(mix)
-        swaps = [Swap(p, c, self.parts[p].layer, self.parts[p].weights) for p, c in lacking]
+        swaps = [Swap(self.parts[key], candidate) for key, candidate in lacking]
         with self.progress(len(swaps), "swaps", label) as advance:
             for swap, kld in measure(base, self.loaders, swaps, reference, self.text, advance):
-                self._keep(keys[swap.item, swap.candidate], kld.tolist())
+                self._keep(keys[swap.part.key, swap.candidate], kld.tolist())
         return {at: self.known[key] for at, key in keys.items()}
 
     def whole(self, mix: Mapping[str, str], reference: Branch) -> np.ndarray:
@@ -161,8 +162,7 @@ class _Run:
         return np.array(self.known[key])
 
     def mixture(self, mix: Mapping[str, str]) -> Mixture:
-        held = {w: self.loaders[c] for key, c in mix.items() for w in self.parts[key].weights}
-        return Mixture(self.base, held)
+        return Mixture(self.base, held(self.base, ((self.parts[key], self.loaders[c]) for key, c in mix.items())))
 
     def _keep(self, key: str, value: list[float]) -> None:
         self.log.append({"key": key, "value": value})

@@ -1,22 +1,24 @@
 """What a search chooses among: the parts of a model that get one type or scheme as a whole, and what each may become.
 
-A part is what a consumer holds in one: a tensor of a GGUF file, the halves of kv_b_proj together; of a folder a module
+A part is what a consumer holds in one: a tensor of a GGUF file, which may be a half of kv_b_proj; of a folder a module
 that engines fuse, and all routed experts of a layer. Candidates are plans of the whole model, each in one type or
 scheme as far as that goes: where a part falls back, it is what another candidate makes of it, too, and left out.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from dsv2quant.arch.spec import K_B, V_B, TensorSpec
+from dsv2quant.arch.spec import K_B, V_B, Heads, TensorSpec
 from dsv2quant.planning import consumers
 from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.gguf_types import quantizable
 from dsv2quant.planning.plan import Plan
 from dsv2quant.storage.gguf import padded
+from dsv2quant.storage.safetensors import Output
 
 APART = 1.18  # a bit at 5 bits
 
@@ -30,12 +32,14 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """`weights` are names of the checkpoint's; `options` by candidate, of which those in `measured` are measured, and
-    the others predicted by the errors of their weights."""
+    """`weights` are names of the checkpoint's, `half` says which half of kv_b_proj it is, of these `heads`; `options`
+    by candidate, of which those in `measured` are measured, and the others predicted by the errors of their weights."""
 
     key: str
     layer: int | None
     weights: tuple[str, ...]
+    half: Literal["k", "v"] | None
+    heads: Heads | None
     options: Mapping[str, Option]
     measured: frozenset[str]
 
@@ -71,7 +75,16 @@ def _part(key: str, by_candidate: Mapping[str, list[_Line]], spaced: bool) -> Pa
             options[candidate] = option
     first = next(iter(by_candidate.values()))
     weights = dict.fromkeys(spec.name for line in first for spec in line.specs)
-    return Part(key, first[0].layer, tuple(weights), options, frozenset(_spaced(options) if spaced else options))
+    half: Literal["k", "v"] | None = {K_B: "k", V_B: "v"}.get(first[0].name)  # type: ignore[assignment]
+    return Part(
+        key,
+        first[0].layer,
+        tuple(weights),
+        half,
+        first[0].specs[0].heads,
+        options,
+        frozenset(_spaced(options) if spaced else options),
+    )
 
 
 def _spaced(options: Mapping[str, Option]) -> Iterator[str]:
@@ -88,8 +101,14 @@ def _gguf_lines(plan: GgufPlan) -> Iterator[_Line]:
     for entry in plan.entries:
         tensor = entry.tensor
         if quantizable(tensor):
-            key = tensor.specs[0].module if tensor.kind in (K_B, V_B) else tensor.name.rpartition(".")[0]
-            yield _Line(key, tensor.layer, tensor.kind, tensor.specs, entry.type, padded(entry.nbytes))
+            yield _Line(
+                tensor.name.rpartition(".")[0],
+                tensor.layer,
+                tensor.kind,
+                tensor.specs,
+                entry.type,
+                padded(entry.nbytes),
+            )
 
 
 def _folder_lines(plan: Plan) -> Iterator[_Line]:
@@ -98,4 +117,11 @@ def _folder_lines(plan: Plan) -> Iterator[_Line]:
         if not spec.keep and not spec.is_prediction:
             fused = consumers.fused_module(spec, plan.targets) or spec.module
             key = f"{spec.parent.rpartition('.')[0]}" if spec.expert is not None else fused
-            yield _Line(key, spec.layer, spec.role, (spec,), entry.scheme, entry.nbytes)
+            nbytes = sum(output.nbytes + _said(output) for output in entry.outputs)
+            yield _Line(key, spec.layer, spec.role, (spec,), entry.scheme, nbytes)
+
+
+def _said(output: Output) -> int:
+    """About how many bytes of a shard's header name an output: offsets have 8 digits or so."""
+    said = {"dtype": output.dtype, "shape": output.shape, "data_offsets": [10**8, 10**8]}
+    return len(json.dumps({output.name: said}, separators=(",", ":")))

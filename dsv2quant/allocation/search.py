@@ -42,7 +42,7 @@ from dsv2quant.storage.durable import disk_errors, write_whole
 from dsv2quant.storage.safetensors import parse_size
 from dsv2quant.version import __version__
 
-WINDOWS = 16  # of calibration text that swaps are measured on
+WINDOWS = 32  # of calibration text that swaps are measured on
 # Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
 SCHEMES = {
     "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",

@@ -9,12 +9,15 @@ hidden states take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from dsv2quant.allocation.items import Part
+from dsv2quant.arch.spec import Heads
 from dsv2quant.evaluation.divergence import ROWS, Head, batches_of
 from dsv2quant.model.attention import Rope
 from dsv2quant.model.layers import Linear
@@ -23,11 +26,40 @@ from dsv2quant.model.load import DecoderLayer, Loader
 MEMORY = 1 << 30  # bytes of hidden states of branches that are under way at a time
 
 
-class Mixture(Loader):
-    """Loads a model, some of whose weights, by name, other loaders of it have. The linears of a layer are kept until
-    the next one is asked for: swaps share them."""
+class Parts(Protocol):
+    """What has weights of a model, as a `Loader` has all."""
 
-    def __init__(self, base: Loader, held: Mapping[str, Loader]) -> None:
+    def linear(self, module: str) -> Linear: ...
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Halves:
+    """kv_b_proj, whose rows of keys one loader has and those of values another, as a GGUF file has them apart."""
+
+    keys: Parts
+    values: Parts
+    heads: Heads
+
+    def linear(self, module: str) -> Linear:
+        keys, values = self.keys.linear(module), self.values.linear(module)
+        return replace(keys, weight=self._joined(keys.weight, values.weight))
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._joined(self.keys.tensor(name, dtype), self.values.tensor(name, dtype))
+
+    def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Of [heads · (keys + values), latent] each."""
+        k, v = (x.unflatten(0, (self.heads.count, -1)) for x in (keys, values))
+        return torch.cat([k[:, : self.heads.keys], v[:, self.heads.keys :]], 1).flatten(0, 1)
+
+
+class Mixture(Loader):
+    """Loads a model, some of whose weights, by name, others have. The linears of a layer are kept until the next one is
+    asked for: swaps share them."""
+
+    def __init__(self, base: Loader, held: Mapping[str, Parts]) -> None:
         super().__init__(base.checkpoint, base.options)
         self._base, self._held = base, held
         self._linears: dict[str, Linear] = {}
@@ -47,12 +79,10 @@ class Mixture(Loader):
 
 @dataclass(frozen=True)
 class Swap:
-    """Weights, by name, that are taken from a candidate; all of one layer, or of none."""
+    """A part that is taken from a candidate."""
 
-    item: str
+    part: Part
     candidate: str
-    layer: int | None
-    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +137,7 @@ def measure(
 ) -> Iterator[tuple[Swap, np.ndarray]]:
     """Mean KL(reference ‖ base with one swap) in nats of each window, [windows], of every swap, in order of layers."""
     one = text.ids.size * base.config.hidden_size * base.options.dtype.itemsize
-    order = sorted(swaps, key=lambda swap: -1 if swap.layer is None else swap.layer)
+    order = sorted(swaps, key=lambda swap: -1 if swap.part.layer is None else swap.part.layer)
     for some in batches_of(len(order), max(1, memory // one)):
         taken = order[some]
         branches = _branches(Mixture(base, {}), candidates, taken, text, done)
@@ -123,7 +153,7 @@ def _branches(
     heads: list[Head] = []
     branches: list[torch.Tensor] = []  # of as many swaps as the pass has come by
     for swap in swaps:
-        if swap.layer is None:
+        if swap.part.layer is None:
             swapped = _with(base, candidates, swap).ends()
             heads.append(swapped)
             branches.append(swapped.embed(tokens))
@@ -134,7 +164,7 @@ def _branches(
         for branch in branches:
             _through(layer, branch, base, text)
         for swap in swaps:
-            if swap.layer == index:
+            if swap.part.layer == index:
                 branches.append(states.clone())
                 _through(_with(base, candidates, swap).layer(index), branches[-1], base, text)
                 done(1)
@@ -144,7 +174,22 @@ def _branches(
 
 
 def _with(base: Loader, candidates: Mapping[str, Loader], swap: Swap) -> Mixture:
-    return Mixture(base, dict.fromkeys(swap.weights, candidates[swap.candidate]))
+    return Mixture(base, held(base, [(swap.part, candidates[swap.candidate])]))
+
+
+def held(base: Parts, chosen: Iterable[tuple[Part, Parts]]) -> dict[str, Parts]:
+    """By name, what has each weight where parts are taken from these."""
+    found: dict[str, Parts] = {}
+    for part, taken in chosen:
+        for name in part.weights:
+            match part.half, part.heads:
+                case "k", Heads() as heads:
+                    found[name] = Halves(taken, found.get(name, base), heads)
+                case "v", Heads() as heads:
+                    found[name] = Halves(found.get(name, base), taken, heads)
+                case _:
+                    found[name] = taken
+    return found
 
 
 def _tokens(loader: Loader, text: Text) -> torch.Tensor:
