@@ -187,3 +187,58 @@ def test_budgets_that_nothing_keeps_to(model: Path, fox: Path, tmp_path: Path) -
     (tmp_path / "there.yaml").write_text("")
     with pytest.raises(InputError, match="is there already"):
         dq.search(model, tmp_path / "there.yaml", into_gguf=True, bits=6)
+
+
+def test_convert_searches_where_a_budget_is_given(cli, model: Path, fox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.gguf"
+    words = ["convert", model, "--bits", "8.5", "--calibration", fox, "--max-seq-length", "32", "-o", out, "-q"]
+    assert cli(*words).code == 0
+    recipe = tmp_path / "small.gguf.yaml"
+    assert recipe.read_text().startswith("# dsv2quant search small --gguf --bits 8.5 --calibration fox.txt")
+    assert 8 * out.stat().st_size / dq.plan(model, gguf="Q8_0").parameters <= 8.5
+    written = out.read_bytes(), recipe.stat().st_mtime_ns
+    out.unlink()
+    (tmp_path / "small.gguf.json").unlink()
+    assert cli(*words).code == 0  # the recipe is there: nothing is searched for again
+    assert (out.read_bytes(), recipe.stat().st_mtime_ns) == written
+    other = cli(*["9" if word == "8.5" else word for word in words])
+    assert other.code == 3
+    assert other.err == f"error: {recipe}: is there already (give another name, or remove it)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bits", "6", "--fp8"], "--fp8 does not go with a budget: a search chooses what it says"),
+        (["--bits", "6", "--dry-run"], "--dry-run does not go with a budget: a search reads all of MODEL"),
+        (["--bits", "6", "--size", "1GB"], "2 budgets are given (give one of --bits, --size and --max-kld)"),
+    ],
+)
+def test_what_does_not_go_with_a_budget(cli, words, message, model: Path, tmp_path: Path) -> None:
+    ran = cli("convert", model, *words, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert message in ran.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_verb_prints_what_it_found(cli, model: Path, fox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mix.yaml"
+    ran = cli(
+        "search",
+        model,
+        "--max-kld",
+        "1e-4",
+        "--gguf",
+        "--calibration",
+        fox,
+        "--max-seq-length",
+        "32",
+        "--json",
+        "-o",
+        out,
+    )
+    assert ran.code == 0
+    said = json.loads(ran.out)
+    assert (said["schema"], said["recipe"]) == ("dsv2quant.search/1", str(out))
+    assert said["mix"]["measured"] <= 1e-4
+    assert len(said["curve"]) == choosing.CURVE

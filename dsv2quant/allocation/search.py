@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -41,6 +41,9 @@ from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import disk_errors, write_whole
 from dsv2quant.storage.safetensors import parse_size
 from dsv2quant.version import __version__
+
+if TYPE_CHECKING:
+    from dsv2quant.report.calibration import Conversion
 
 WINDOWS = 32  # of calibration text that swaps are measured on
 # Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
@@ -100,6 +103,34 @@ def search(
         write_whole(path, [recipe.text.encode()])
         shutil.rmtree(folder)
     return Searched(path, planned, mix, space.text.ids.size, space.source, time.perf_counter() - started)
+
+
+def convert_within(
+    model: dq.Model, out: StrPath, *, bits: float | None = None, size: int | str | None = None,
+    max_kld: float | None = None, device: str = "cpu", force: bool = False, progress: Progress = no_progress,
+    **options: Unpack[asked.Options],
+) -> Conversion:  # fmt: skip
+    """Search, as `search` does, and `convert` by the recipe, which stays beside `out` as `<out>.yaml`; one that the
+    same search wrote there is taken as it is. A GGUF file is written where `out` ends in .gguf."""
+    given, into_gguf = asked.given_of(options), os.fspath(out).endswith(".gguf")
+    budgets: dict[str, Any] = {"bits": bits, "size": size, "max_kld": max_kld}
+    recipe = Path(f"{os.fspath(out)}.yaml")
+    for name in ("scheme", "recipe", "method", "group_size", "layout", "gguf", "tensor_types"):
+        if name in given:
+            raise UsageError(f"{asked.spelled(name, given)} does not go with a budget: a search chooses what it says")
+    searching = {name: value for name, value in given.items() if name in _takes(into_gguf)}
+    _check(recipe, into_gguf, searching, budgets, device)
+    hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
+    checkpoint = dq.open(model, **hub)
+    said = f"# {_command(checkpoint.model, into_gguf, searching, budgets)}\n"
+    if not (recipe.is_file() and recipe.read_text(encoding="utf-8").startswith(said)):
+        search(checkpoint, recipe, **budgets, into_gguf=into_gguf, device=device, progress=progress, **searching)
+    calibrating: dict[str, Any] = {name: given.pop(name) for name in asked.CALIBRATION if name in given}
+    given["gguf" if into_gguf else "recipe"] = os.fspath(recipe)
+    plan = dq.plan(checkpoint, **given)
+    if not (isinstance(plan, Plan) and needs_calibration(plan)):
+        calibrating = {name: given[name] for name in ("split_max_size",) if name in given}
+    return dq.convert(plan, out, device=device, force=force, progress=progress, **calibrating)
 
 
 @dataclass(frozen=True)
@@ -170,9 +201,7 @@ def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[
     for name, value in budgets.items():
         if isinstance(value, int | float) and not value > 0:
             raise UsageError(f"{asked.dashed(name)} {value:g} is out of range", fix="it must be above 0")
-    takes = {*asked.CALIBRATION, *HubOptions.__annotations__} - {"figure"}
-    takes |= {"imatrix", "imatrix_shrink"} if gguf else {"targets", "tp", "ep"}
-    for name in sorted(given.keys() - takes):
+    for name in sorted(given.keys() - _takes(gguf)):
         of_other = name in ("imatrix", "imatrix_shrink", "targets", "tp", "ep")
         why = "a search" if not of_other else "--gguf"
         raise UsageError(
@@ -182,6 +211,12 @@ def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[
         raise UsageError(f"-o {os.fspath(out)}: a recipe's name ends in .yaml")
     asked.check_text(given.get("calibration"))
     asked.check_device(device)
+
+
+def _takes(gguf: bool) -> set[str]:
+    """Options that a search has a use for."""
+    takes = {*asked.CALIBRATION, *HubOptions.__annotations__} - {"figure"}
+    return takes | ({"imatrix", "imatrix_shrink"} if gguf else {"targets", "tp", "ep"})
 
 
 def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) -> dict[str, Recipe | GgufRecipe]:

@@ -201,6 +201,14 @@ _gguf_options = stack(
 plan_options = stack(scheme_options, consumer_options, _gguf_options)
 
 
+budget_options = stack(
+    click.option("--bits", type=float, metavar="BITS", help="At most so many for each weight, all files counted."),
+    click.option("--size", metavar="SIZE", help="At most so many bytes, as 9GB."),
+    click.option("--max-kld", type=float, metavar="NATS", help="The smallest mix that costs at most this divergence."),
+    section="Budget",
+)  # fmt: skip
+
+
 def calibration_options(text: str) -> Callable[[F], F]:
     """Those of text to calibrate on; `text` is what the API calls the file."""
     return stack(

@@ -14,12 +14,7 @@ from dsv2quant.cli import terminal
 @click.command(cls=shared.Command)
 @click.argument("model", type=shared.PATH)
 @click.option("-o", "--output", "out", type=shared.PATH, required=True, metavar="RECIPE", help="The recipe, *.yaml.")
-@shared.stack(
-    click.option("--bits", type=float, metavar="BITS", help="At most so many for each weight, all files counted."),
-    click.option("--size", metavar="SIZE", help="At most so many bytes, as 9GB."),
-    click.option("--max-kld", type=float, metavar="NATS", help="The smallest mix that costs at most this divergence."),
-    section="Budget",
-)  # fmt: skip
+@shared.budget_options
 @shared.stack(
     click.option("--gguf", is_flag=True, help="Mix block types for llama.cpp. Default: schemes of a folder."),
     click.option("--imatrix", type=shared.PATH, metavar="FILE",
