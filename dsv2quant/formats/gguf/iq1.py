@@ -10,18 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from dsv2quant.formats.gguf.grids import pick
-from dsv2quant.formats.gguf.search import (
-    LANES,
-    compiled,
-    half_bits,
-    load,
-    load_cyclic,
-    nearest,
-    put_half,
-    sum_squares,
-    weigh,
-    weigh_by_square,
-)
+from dsv2quant.formats.gguf.lattice import load_weighted
+from dsv2quant.formats.gguf.search import LANES, compiled, half_bits, nearest, put_half
 
 _SHIFT = np.float32(0.125)
 # −1, 0 and 1 on the upper side and on the lower
@@ -37,7 +27,7 @@ def encode_iq1_s(x, importance, grid, out):  # type: ignore[no-untyped-def]
     tile, weight, ranks, scale, shift, keys = _buffers(32)
     sum_x, sum_w = np.empty((33, LANES), np.float32), np.empty((33, LANES), np.float32)
     for first in range(0, len(x), LANES // 8):
-        _load(x, importance, first, tile, weight)
+        load_weighted(x, importance, first, 2.0, 0.0, tile, weight)
         alive = _rank(tile, np.float32(1e-12), ranks)
         _accumulate(tile, weight, ranks, 0, 32, sum_x, sum_w)
         cut = _cut(sum_x, sum_w, scale)
@@ -57,7 +47,7 @@ def encode_iq1_m(x, importance, grid, out):  # type: ignore[no-untyped-def]
     tile, weight, ranks, scale, shift, keys = _buffers(16)
     sum_x, sum_w = np.empty((2, 17, LANES), np.float32), np.empty((2, 17, LANES), np.float32)
     for first in range(0, len(x), LANES // 16):
-        _load(x, importance, first, tile, weight)
+        load_weighted(x, importance, first, 2.0, 0.0, tile, weight)
         alive = _rank(tile, np.float32(1e-7), ranks)
         for half in range(2):
             _accumulate(tile, weight, ranks, half * 8, half * 8 + 8, sum_x[half], sum_w[half])
@@ -84,23 +74,6 @@ def _buffers(size):  # type: ignore[no-untyped-def]
         np.empty((size // 8, LANES), np.float32),
         np.empty((size // 8, LANES), np.int32),
     )
-
-
-@compiled
-def _load(x, importance, first, tile, weight):  # type: ignore[no-untyped-def]
-    """The values from block `first` on, and weight · √(σ² + x²), σ² twice the mean square of the block; without
-    importance x²."""
-    size = len(tile)
-    subs, spread = 256 // size, np.empty(LANES, np.float32)
-    load(x.reshape(-1, size), first * subs, tile)
-    if not len(importance):
-        weigh_by_square(tile, weight)
-        return
-    sum_squares(x[: first + LANES // subs], first, spread)
-    for lane in range(LANES - 1, -1, -1):
-        spread[lane] = np.float32(2) * spread[lane // subs] / np.float32(256)
-    load_cyclic(importance.reshape(-1, size), first * subs, weight)
-    weigh(tile, weight, spread)
 
 
 @compiled

@@ -57,23 +57,11 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray, out: np.ndarray) ->
 @compiled
 def _encode(x, importance, grid, search, out):  # type: ignore[no-untyped-def]
     size, subs = search.size, 256 // search.size
-    rows, weights = x.reshape(-1, size), importance.reshape(-1, size)
     tile, weight = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
-    scale, energy = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    signs = np.empty((size // 8, LANES), np.uint8)
+    scale, signs = np.empty(LANES, np.float32), np.empty((size // 8, LANES), np.uint8)
     codes = np.empty((size // grid.values.shape[1], LANES), np.int32)
     for first in range(0, len(x), LANES // subs):
-        load(rows, first * subs, tile)
-        sum_squares(x[: first + LANES // subs], first, energy)
-        for lane in range(LANES - 1, -1, -1):
-            energy[lane] = np.float32(search.times) * energy[lane // subs] / np.float32(256)
-        if len(weights):
-            load_cyclic(weights, first * subs, weight)
-            weigh(tile, weight, energy)
-        else:
-            for k in range(size):
-                for lane in range(LANES):
-                    weight[k, lane] = np.float32(search.floor) * energy[lane] + tile[k, lane] * tile[k, lane]
+        load_weighted(x, importance, first, search.times, search.floor, tile, weight)
         _take_signs(tile, weight, search.even, signs)
         _search(tile, weight, grid, search, scale, codes)
         for lane in range(LANES):
@@ -84,6 +72,25 @@ def _encode(x, importance, grid, search, out):  # type: ignore[no-untyped-def]
         for block in range(min(LANES // subs, len(x) - first)):
             at, end = block * subs, block * subs + subs
             _store(scale[at:end], codes[:, at:end], signs[:, at:end], np.float32(search.fudge), out[first + block])
+
+
+@compiled
+def load_weighted(x, importance, first, times, floor, tile, weight):  # type: ignore[no-untyped-def]
+    """Sub-blocks from block `first` on, and as weights importance · √(σ² + x²), or without importance floor · σ² + x²;
+    σ² is `times` the mean square of the block."""
+    size = len(tile)
+    subs, spread = 256 // size, np.empty(LANES, np.float32)
+    load(x.reshape(-1, size), first * subs, tile)
+    sum_squares(x[: first + LANES // subs], first, spread)
+    for lane in range(LANES - 1, -1, -1):
+        spread[lane] = np.float32(times) * spread[lane // subs] / np.float32(256)
+    if len(importance):
+        load_cyclic(importance.reshape(-1, size), first * subs, weight)
+        weigh(tile, weight, spread)
+        return
+    for k in range(size):
+        for lane in range(LANES):
+            weight[k, lane] = np.float32(floor) * spread[lane] + tile[k, lane] * tile[k, lane]
 
 
 @compiled
