@@ -12,8 +12,9 @@ import tiny
 
 import dsv2quant as dq
 from dsv2quant.allocation import choosing, swaps
-from dsv2quant.allocation.search import WINDOWS, Searched
+from dsv2quant.allocation.search import Searched
 from dsv2quant.allocation.solve import Offer, Offers, solve, solve_for_cost
+from dsv2quant.allocation.space import WINDOWS
 from dsv2quant.calib.calibration import read_calibration
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import compare, run
@@ -166,6 +167,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "no budget": ({}, r"no budgets are given \(give one of --bits, --size and --max-kld\)"),
     "two budgets": ({"bits": 4, "size": "1GB"}, "2 budgets are given"),
     "no bits": ({"bits": 0}, "--bits 0 is out of range"),
+    "too many bits": ({"bits": float("inf")}, "--bits inf is out of range"),
     "an importance matrix for a folder": ({"bits": 6, "imatrix": "x.gguf"}, "--imatrix goes with --gguf"),
     "targets of a GGUF file": ({"bits": 6, "into_gguf": True, "targets": ["vllm"]}, "--target does not go with --gguf"),
     "a scheme": ({"bits": 6, "scheme": "fp8-block"}, "--fp8 does not go with a search"),
@@ -184,6 +186,10 @@ def test_budgets_that_nothing_keeps_to(model: Path, fox: Path, tmp_path: Path) -
         UsageError, match=r"\d bytes are too few: the smallest candidates take \d[\d,]+ \(give a larger"
     ):
         dq.search(model, tmp_path / "mix.yaml", into_gguf=True, size="1KB", calibration=fox, length=32)
+    (tmp_path / "mine.yaml.search").mkdir()
+    (tmp_path / "mine.yaml.search" / "letters").write_text("mine")
+    with pytest.raises(InputError, match=r"mine\.yaml\.search: is there, and no search's work"):
+        dq.search(model, tmp_path / "mine.yaml", into_gguf=True, bits=6, calibration=fox, length=32)
     (tmp_path / "there.yaml").write_text("")
     with pytest.raises(InputError, match="is there already"):
         dq.search(model, tmp_path / "there.yaml", into_gguf=True, bits=6)
