@@ -136,9 +136,16 @@ def test_the_recipe_says_what_was_asked_for_and_found(found) -> None:
     assert written.count(" bytes  ") == choosing.CURVE
 
 
-def test_refinement_is_kept_where_it_is_better(found) -> None:
+def test_refinement_is_kept_where_it_is_better(found, model: Path, fox: Path, tmp_path: Path, monkeypatch) -> None:
     assert found.mix.point.measured <= found.mix.first.measured
     assert found.mix.bound <= found.mix.first.predicted
+    measured = iter(
+        (1.0, 2.0)
+    )  # of the first mix, and of what is solved for where it is: steps down cost nothing there
+    monkeypatch.setattr(choosing._Run, "whole", lambda run, mix, reference: np.full(WINDOWS, next(measured)))
+    worse = dq.search(model, tmp_path / "mix.yaml", into_gguf=True, bits=7.5, calibration=fox, length=32)
+    assert worse.mix.point == worse.mix.first
+    assert next(measured, None) is None
 
 
 def test_a_killed_search_goes_on_with_what_it_measured(found, model: Path, fox: Path, monkeypatch) -> None:
