@@ -1,0 +1,307 @@
+"""Tuning what is continuous in a quantized model: codes stay, and what multiplies them is trained.
+
+Every scale of a group of INT4 codes, every norm's weight and every router's gets a factor e^m, |m| ≤ BOUND. All m are
+trained together by Adam (arXiv:1412.6980) to bring the quantized model's next-token distribution to the unquantized
+model's, KL(unquantized ‖ quantized), as mlx-lm's DWQ does (mlx_lm/quant/dwq.py); the rate rises over the first tenth
+of the steps and falls by a cosine. Weights and activations are float32, activations unquantized.
+
+The unquantized model goes through all tokens first, a layer at a time, and leaves its last hidden states on disk; the
+quantized one is held whole. One window in 16, at most 64, is held out: what is trained is rounded to the dtypes that
+it is stored in, and where the divergence of these windows has not fallen, nothing of it is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from dsv2quant.calib.calibration import Calibration, Tuned
+from dsv2quant.calib.layerwise import HELD, copied, every_linear
+from dsv2quant.calib.streams import Made, Pieces, Spool, batches, save_layer, through_layers
+from dsv2quant.checkpoint.dtypes import torch_dtype
+from dsv2quant.errors import InputError
+from dsv2quant.formats.codec import to_bf16
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.attention import Rope
+from dsv2quant.model.layers import RMSNorm, finish
+from dsv2quant.model.load import DecoderLayer, Ends, Loader, LoadOptions
+from dsv2quant.planning.plan import Entry, Plan
+
+logger = logging.getLogger(__name__)
+BOUND = 0.1  # of |m|: a router may not drift, and no scale moves by more than 10%
+RATE, WARM = 1e-3, 0.1  # Adam's largest step, and the share of all steps over which it is reached
+BETAS, EPSILON = (0.9, 0.99), 1e-8
+STEP_TOKENS = 2048  # that a step takes, at least one window
+HELD_MOST = 64  # windows held out, at most
+SNAPSHOTS = 16  # of the training, from the last of which a killed run continues
+
+Parts = dict[str, np.ndarray]  # what is stored of a weight, by suffix
+Stored = Callable[[Entry], Parts]
+
+
+class Factor(NamedTuple):
+    """What m multiplies: `base` [rows, groups] are scales of `codes` [rows, columns], or weights that are none. `put`
+    gives the model the values."""
+
+    entry: Entry
+    base: torch.Tensor
+    codes: torch.Tensor | None
+    put: Callable[[torch.Tensor], None]
+
+    def apply(self, m: torch.Tensor) -> None:
+        """Have the model compute with base · e^m."""
+        self.use(self.base * m.view_as(self.base).exp())
+
+    def use(self, values: torch.Tensor) -> None:
+        """Have the model compute with these scales or weights."""
+        if self.codes is not None:
+            values = (self.codes.unflatten(1, (values.shape[1], -1)) * values.unsqueeze(-1)).flatten(1)
+        self.put(values)
+
+    def rounded(self, m: torch.Tensor) -> tuple[torch.Tensor, Parts]:
+        """base · e^m as it is stored: the numbers, and the weight's parts."""
+        values = (self.base * m.view_as(self.base).exp()).detach().cpu().numpy()
+        integers = CODECS[self.entry.scheme].integers
+        if integers is None or self.codes is None:
+            bits = to_bf16(values)
+            return torch.from_numpy(bits).view(torch.bfloat16).float().to(m.device), {"weight": bits}
+        scales = integers.storable(values)
+        parts = integers.pack(self.codes.to(torch.int8).cpu().numpy(), scales)
+        return torch.from_numpy(scales).to(m.device), parts
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The quantized model, what is trained of it, and the ends of the unquantized one."""
+
+    layers: list[DecoderLayer]
+    ends: Ends
+    ideal: Ends
+    rope: torch.Tensor
+    factors: list[Factor]
+
+    def divergence(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """KL(unquantized ‖ quantized) in nats, the mean over all positions of windows ids [windows, ctx], of which the
+        unquantized model's last hidden states are `hidden` [windows, ctx, hidden]."""
+        x = self.ends.embed(ids)
+        for layer in self.layers:
+            x, _ = finish(layer.stages(x, self.rope))
+        with torch.no_grad():
+            wanted = self.ideal.logits(hidden).log_softmax(-1).flatten(0, 1)
+        found = self.ends.logits(x).log_softmax(-1).flatten(0, 1)
+        return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+class Tokens(NamedTuple):
+    """Windows [windows, ctx] with the unquantized model's last hidden states, and which are trained on and held out."""
+
+    ids: torch.Tensor
+    hidden: Spool
+    trained: Sequence[np.ndarray]  # of each step
+    held: Sequence[np.ndarray]  # what goes together
+
+    def of(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some windows: tokens, and hidden states."""
+        ctx = self.ids.shape[1]
+        rows = (windows[:, None] * ctx + np.arange(ctx)).ravel()
+        return self.ids[windows].to(self.hidden.device), self.hidden[rows].unflatten(0, (-1, ctx))
+
+
+def tune(
+    plan: Plan,
+    folder: Path,
+    calibration: Calibration,
+    stored: Stored,
+    device: str = "cpu",
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Tuned:
+    """Train on windows of `calibration`, at least HELD of them, in `folder`, which keeps what is finished: hidden
+    states, and snapshots from which a killed run continues with the same numbers. `stored` gives what the plan's
+    artifact has of a weight; `progress` is called with tokens that went through the unquantized model, and again with
+    those that were trained on.
+
+    Raises InputError where the model does not fit into the device's memory, and OSError.
+    """
+    ids = calibration.ids
+    loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
+    check_memory(plan, device)
+    rope = Rope(plan.checkpoint.config, torch.device(device)).table(torch.arange(ids.shape[1], device=device))
+    hidden = _ideal(loader, folder / "ideal", ids, rope, progress)
+    held = np.arange(HELD // 2, len(ids), HELD)[:HELD_MOST]
+    together = max(1, STEP_TOKENS // ids.shape[1])
+    order = np.random.default_rng(calibration.seed).permutation(np.setdiff1d(np.arange(len(ids)), held))
+    steps = np.split(order, range(together, len(order), together))
+    checks = np.split(held, range(together, len(held), together))
+    tokens = Tokens(torch.from_numpy(ids), hidden, steps, checks)
+    whole = _whole(plan, loader, rope, stored)
+    with Pieces(folder / "training") as pieces:
+        before, m = _train(whole, tokens, pieces, progress)
+        taken = [factor.rounded(part) for factor, part in zip(whole.factors, _split(whole, m), strict=True)]
+        for factor, (values, _) in zip(whole.factors, taken, strict=True):
+            factor.use(values)
+        after = _held_out(whole, tokens)
+    accepted = after < before
+    told = "taken" if accepted else "not taken: it has not fallen"
+    logger.info("tuned on %d tokens: divergence of windows held out %.5f → %.5f, %s", order.size * ids.shape[1], before,
+                after, told)  # fmt: skip
+    about = {"tokens": int(order.size * ids.shape[1]), "held_out_tokens": int(held.size * ids.shape[1]),
+             "kld_before": before, "kld_after": after, "accepted": accepted}  # fmt: skip
+    found = {f.entry.spec.name: parts for f, (_, parts) in zip(whole.factors, taken, strict=True)}
+    return Tuned(found if accepted else {}, about)
+
+
+def check_memory(plan: Plan, device: str) -> None:
+    """Raise InputError where training takes more memory than the device has: codes, weights and their gradients are
+    float32."""
+    needed = 12 * plan.parameters
+    if device == "cpu":
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        there = torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        what = f"tuning holds the model in float32, {needed:,} bytes; {device} has {there:,}"
+        raise InputError(what, where=plan.checkpoint.model, fix="leave out --tune")
+
+
+@torch.inference_mode()
+def _ideal(
+    loader: Loader, folder: Path, ids: np.ndarray, rope: torch.Tensor, progress: Callable[[int], object]
+) -> Spool:
+    """The unquantized model's hidden states behind its last layer, [tokens, hidden]."""
+    config, ctx = loader.checkpoint.config, int(ids.shape[1])
+    done = 0
+
+    def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
+        nonlocal done
+        layer = loader.layer(index)
+        for rows in batches(ids.size, ctx):
+            out, _ = layer(before[0][rows].unflatten(0, (-1, ctx)), rope)
+            behind[0][rows] = out.flatten(0, 1)
+        progress(ids.size * (index + 1) // config.num_hidden_layers - done)
+        done = ids.size * (index + 1) // config.num_hidden_layers
+        return {}, None
+
+    def kept(layers: int) -> None:
+        nonlocal done
+        done = ids.size * layers // config.num_hidden_layers
+        progress(done)
+
+    through_layers(folder, loader, ids, ("ideal",), process, kept)
+    last = folder / f"hidden-{config.num_hidden_layers:05d}-ideal"
+    return Spool(last, ids.size, config.hidden_size, loader.options.device)
+
+
+def _whole(plan: Plan, loader: Loader, rope: torch.Tensor, stored: Stored) -> Whole:
+    """The model that the plan's artifact holds."""
+    device = loader.options.device
+    ideal = loader.ends()
+    ends: Ends = copied(ideal)
+    layers = [loader.layer(index) for index in range(plan.checkpoint.config.num_hidden_layers)]
+    modules: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
+    for index, layer in enumerate(layers):
+        modules |= {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
+    factors: list[Factor] = []
+    for entry in plan.entries:
+        spec, codec = entry.spec, CODECS[entry.scheme]
+        part = modules.get(spec.module)
+        if part is None or not spec.name.endswith(".weight"):
+            continue
+        parts = stored(entry)
+        tensors = {
+            p.suffix: torch.from_numpy(parts[p.suffix]).view(torch_dtype(p.dtype)).to(device)
+            for p in codec.layout(spec.shape)
+        }
+        part.weight = codec.decode(tensors, torch.float32)
+        put = partial(setattr, part, "weight")
+        if codec.integers is not None:
+            codes, scales = (torch.from_numpy(x).to(device) for x in codec.integers.unpack(parts))
+            factors.append(Factor(entry, scales, codes.float(), put))
+        elif isinstance(part, RMSNorm) or spec.role == "router":
+            factors.append(Factor(entry, part.weight, None, put))
+    return Whole(layers, ends, ideal, rope, factors)
+
+
+def _norms(index: int, layer: DecoderLayer) -> Iterator[tuple[str, RMSNorm]]:
+    """A layer's norms by their modules' names."""
+    at = f"model.layers.{index}"
+    yield f"{at}.input_layernorm", layer.input_layernorm
+    yield f"{at}.post_attention_layernorm", layer.post_attention_layernorm
+    for name in ("q_a_layernorm", "kv_a_layernorm"):
+        norm = getattr(layer.attention, name, None)
+        if norm is not None:
+            yield f"{at}.self_attn.{name}", norm
+
+
+def _split(whole: Whole, m: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """m, flat, of each factor."""
+    return m.split([factor.base.numel() for factor in whole.factors])
+
+
+@torch.no_grad()
+def _held_out(whole: Whole, tokens: Tokens) -> float:
+    """The mean divergence of the windows that are held out."""
+    sums = [len(windows) * whole.divergence(*tokens.of(windows)).item() for windows in tokens.held]
+    return sum(sums) / sum(map(len, tokens.held))
+
+
+def _train(
+    whole: Whole, tokens: Tokens, pieces: Pieces, progress: Callable[[int], object]
+) -> tuple[float, torch.Tensor]:
+    """The divergence of what is held out before, and every m, flat."""
+    count, device = sum(factor.base.numel() for factor in whole.factors), whole.rope.device
+    resumed = _resumed(pieces)
+    if resumed is None:
+        before, begin, (m, mean, square) = _held_out(whole, tokens), 0, torch.zeros(3, count, device=device)
+        for path in pieces.folder.glob("*.safetensors"):
+            path.unlink()
+    else:
+        before, begin, (m, mean, square) = resumed[0], resumed[1], resumed[2].to(device)
+    steps, ctx = len(tokens.trained), tokens.ids.shape[1]
+    progress(sum(map(len, tokens.trained[:begin])) * ctx)
+    every = max(1, steps // SNAPSHOTS)
+    for step in range(begin, steps):
+        m.requires_grad_()
+        for factor, part in zip(whole.factors, _split(whole, m), strict=True):
+            factor.apply(part)
+        (gradient,) = torch.autograd.grad(whole.divergence(*tokens.of(tokens.trained[step])), m)
+        m = m.detach()
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        unbiased = (square / (1 - BETAS[1] ** (step + 1))).sqrt() + EPSILON
+        m.sub_(_rate(step, steps) / (1 - BETAS[0] ** (step + 1)) * mean / unbiased).clamp_(-BOUND, BOUND)
+        progress(len(tokens.trained[step]) * ctx)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            last = sorted(pieces.folder.glob("*.safetensors"))
+            state = torch.stack([m, mean, square]).cpu().numpy()
+            save_layer(pieces.folder / f"step-{step + 1:09d}.safetensors", {"state": state}, pieces, before)
+            for path in last:
+                path.unlink()
+    return before, m
+
+
+def _rate(step: int, steps: int) -> float:
+    """Adam's rate: a line up to RATE, and a cosine down."""
+    share = (step + 1) / steps
+    return RATE * (share / WARM if share < WARM else 0.5 + 0.5 * math.cos(math.pi * (share - WARM) / (1 - WARM)))
+
+
+def _resumed(pieces: Pieces) -> tuple[float, int, torch.Tensor] | None:
+    """Of the last snapshot that is as it was written: the divergence before, steps done, and m with Adam's moments,
+    [3, ·]. None without one."""
+    for path in sorted(pieces.folder.glob("step-*.safetensors"), reverse=True):
+        if pieces.holds(path) and not pieces.damaged([path]):
+            with safe_open(path, "pt") as file:
+                return json.loads(file.metadata()["about"]), int(path.stem[-9:]), file.get_tensor("state")
+    return None
