@@ -13,7 +13,6 @@ it is stored in, and where the divergence of these windows has not fallen, nothi
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,6 @@ from dsv2quant.model.layers import RMSNorm, finish
 from dsv2quant.model.load import DecoderLayer, Ends, Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 
-logger = logging.getLogger(__name__)
 BOUND = 0.1  # of |m|: a router may not drift, and no scale moves by more than 10%
 RATE, WARM = 1e-3, 0.1  # Adam's largest step, and the share of all steps over which it is reached
 BETAS, EPSILON = (0.9, 0.99), 1e-8
@@ -77,7 +75,9 @@ class Factor(NamedTuple):
         if integers is None or self.codes is None:
             bits = to_bf16(values)
             return torch.from_numpy(bits).view(torch.bfloat16).float().to(m.device), {"weight": bits}
-        scales = integers.storable(values)
+        if not integers.holds(np.abs(values)):  # at the end of float16's range
+            values = self.base.cpu().numpy()
+        scales = np.copysign(integers.storable(np.abs(values)), values)
         parts = integers.pack(self.codes.to(torch.int8).cpu().numpy(), scales)
         return torch.from_numpy(scales).to(m.device), parts
 
@@ -153,11 +153,13 @@ def tune(
             factor.use(values)
         after = _held_out(whole, tokens)
     accepted = after < before
-    told = "taken" if accepted else "not taken: it has not fallen"
-    logger.info("tuned on %d tokens: divergence of windows held out %.5f → %.5f, %s", order.size * ids.shape[1], before,
-                after, told)  # fmt: skip
-    about = {"tokens": int(order.size * ids.shape[1]), "held_out_tokens": int(held.size * ids.shape[1]),
-             "kld_before": before, "kld_after": after, "accepted": accepted}  # fmt: skip
+    about = {
+        "tokens": int(order.size * ids.shape[1]),
+        "held_out_tokens": int(held.size * ids.shape[1]),
+        "kld_before": before,
+        "kld_after": after,
+        "accepted": accepted,
+    }
     found = {f.entry.spec.name: parts for f, (_, parts) in zip(whole.factors, taken, strict=True)}
     return Tuned(found if accepted else {}, about)
 
@@ -181,25 +183,24 @@ def _ideal(
 ) -> Spool:
     """The unquantized model's hidden states behind its last layer, [tokens, hidden]."""
     config, ctx = loader.checkpoint.config, int(ids.shape[1])
-    done = 0
+    count, told = config.num_hidden_layers, 0
+
+    def tell(passed: int) -> None:
+        """Tokens times layers so far, as tokens that went through all layers."""
+        nonlocal told
+        progress(passed // count - told)
+        told = passed // count
 
     def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
-        nonlocal done
         layer = loader.layer(index)
         for rows in batches(ids.size, ctx):
             out, _ = layer(before[0][rows].unflatten(0, (-1, ctx)), rope)
             behind[0][rows] = out.flatten(0, 1)
-        progress(ids.size * (index + 1) // config.num_hidden_layers - done)
-        done = ids.size * (index + 1) // config.num_hidden_layers
+            tell(index * ids.size + rows.stop)
         return {}, None
 
-    def kept(layers: int) -> None:
-        nonlocal done
-        done = ids.size * layers // config.num_hidden_layers
-        progress(done)
-
-    through_layers(folder, loader, ids, ("ideal",), process, kept)
-    last = folder / f"hidden-{config.num_hidden_layers:05d}-ideal"
+    through_layers(folder, loader, ids, ("ideal",), process, lambda layers: tell(layers * ids.size))
+    last = folder / f"hidden-{count:05d}-ideal"
     return Spool(last, ids.size, config.hidden_size, loader.options.device)
 
 

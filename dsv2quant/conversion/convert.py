@@ -90,7 +90,7 @@ def convert(
     bytes_out = sum(written.file.nbytes for written in sink.written)
     return Conversion(
         plan, sink.out, files, bytes_out, resumed, sink.complete is not None, sink.outcomes, sink.expert_tokens,
-        time.perf_counter() - started,
+        time.perf_counter() - started, sink.tuned,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class Folder(Sink):
         self._base = origin(plan.checkpoint, plan.base_model)
         self._given, self._statistics, self._tuning = calibration, statistics, tuning
         self._prepared: Prepared
-        self._tuned: Tuned | None = None
+        self._tuned: Mapping[str, Mapping[str, np.ndarray]] = {}
         copied, card = plan.checkpoint.carried_files(), source_card(plan.checkpoint)
         with progress(0, "", "prepare"):
             source = Source.of(plan.checkpoint, copied | ({CARD_FILE: card} if card is not None else {}))
@@ -122,8 +122,8 @@ class Folder(Sink):
         }
         if self._calibration is not None:
             content["calibration"] = self._calibration
-        if self._tuned is not None:
-            content["tuned"] = self._tuned.about
+        if self.tuned is not None:
+            content["tuned"] = self.tuned
         if (text := self._given or self._tuning) is not None:
             content["calibration_fingerprint"] = text.fingerprint
         elif prepared.statistics is not None:
@@ -181,7 +181,8 @@ class Folder(Sink):
         if self._prepared.smoothing.tensors:
             self.small = {SMOOTHING_FILE: self._prepared.smoothing.to_bytes()} | self.small
         if self._tuning is not None:
-            self._tuned = self._tune(self._tuning, progress)
+            tuned = self._tune(self._tuning, progress)
+            self._tuned, self.tuned = tuned.parts, tuned.about
         return self._jobs()
 
     def _tune(self, windows: Calibration, progress: Progress) -> Tuned:
@@ -200,9 +201,8 @@ class Folder(Sink):
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
-        tuned = self._tuned.parts if self._tuned is not None else {}
         for step in self.plan.steps:
-            if all(entry.is_copy and entry.spec.name not in tuned for entry in step.entries):
+            if all(entry.is_copy and entry.spec.name not in self._tuned for entry in step.entries):
                 for entry in step.entries:
                     for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
                         yield from self._copies(part, step.shard, places[output.name], entry.weight)
@@ -246,9 +246,8 @@ class Folder(Sink):
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read and encode, or fetch what calibration encoded."""
-        tuned = self._tuned.parts if self._tuned is not None else {}
         for entry, arrays in zip(step.entries, self._found(step), strict=True):
-            parts = tuned.get(entry.spec.name, {})
+            parts = self._tuned.get(entry.spec.name, {})
             arrays = arrays | {f"{entry.module}.{suffix}": array for suffix, array in parts.items()}
             arrays |= self._prepared.kv_scales(entry)
             planned = {output.name for output in entry.outputs}
