@@ -101,6 +101,21 @@ def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fo
         assert divergence(wordy, folder, held) == pytest.approx(about[key], rel=1e-4)
 
 
+def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypatch):
+    monkeypatch.setattr(tuning, "RATE", 1.0)
+    found = iter([1.0, 0.5])  # as if it had fallen
+    monkeypatch.setattr(tuning, "_held_out", lambda whole, tokens: next(found))
+    folders = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
+    before, after = (weights(folder) for folder in folders)
+    moved = [
+        (after[name][suffix].double() / before[name][suffix].double()).log().abs().max()
+        for name, parts in before.items()
+        for suffix in parts
+        if suffix == "weight_scale" or name.endswith(("norm.weight", "gate.weight"))
+    ]
+    assert 0.9 * tuning.BOUND < max(moved) < tuning.BOUND + 2**-8  # BF16's rounding
+
+
 def test_where_it_rises_nothing_is_taken(wordy, fox, tmp_path, quickly, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", -1e-2)
     plain, tuned = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
@@ -169,7 +184,9 @@ def test_a_damaged_snapshot_is_not_used(wordy, fox, tmp_path, quickly, monkeypat
         with pytest.raises(KeyboardInterrupt):
             made(wordy, tmp_path / "cut", fox)
     (snapshot,) = (tmp_path / "cut").rglob("step-*.safetensors")
-    snapshot.write_bytes(snapshot.read_bytes()[:-4] + b"\0\0\0\0")
+    content = snapshot.read_bytes()
+    middle = len(content) // 2
+    snapshot.write_bytes(content[:middle] + np.ones(1, np.float32).tobytes() + content[middle + 4 :])
     made(wordy, tmp_path / "cut", fox)
     assert contents(tmp_path / "cut") == contents(whole)
 
