@@ -2,7 +2,7 @@
 
 Every scale of a group of INT4 codes, every norm's weight and every router's gets a factor e^m, |m| ≤ BOUND. All m are
 trained together by Adam (arXiv:1412.6980) to bring the quantized model's next-token distribution to the unquantized
-model's, KL(unquantized ‖ quantized), as mlx-lm's DWQ does (mlx_lm/quant/dwq.py); the rate rises over the first tenth
+model's, KL(unquantized ‖ quantized), as mlx-lm's DWQ does (its pull request 279); the rate rises over the first tenth
 of the steps and falls by a cosine. Weights and activations are float32, activations unquantized.
 
 The unquantized model goes through all tokens first, a layer at a time, and leaves its last hidden states on disk; the
