@@ -33,7 +33,7 @@ from dsv2quant.bench.device import append
 from dsv2quant.formats.gguf import blocks
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "clients" / "llama_cpp"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "clients" / "llama_cpp")]
 from llama_cpp_tools import CONVERTER  # noqa: E402
 
 YARN = {
@@ -63,12 +63,13 @@ def encode(options: argparse.Namespace) -> None:
     x = rng.standard_normal((options.rows, 2048), np.float32) * np.float32(0.02)
     importance = rng.chisquare(1, 2048).astype(np.float32)
     rows = []
-    for name in (name for name in blocks.TYPES if name not in ("F32", "F16", "BF16")):
-        for weights in (None, importance):
+    for name in options.types or [name for name in blocks.TYPES if blocks.TYPES[name].values > 1]:
+        for weights in (None, importance)[name in blocks.NEEDY :]:
             theirs = np.empty(blocks.nbytes(name, x.shape), np.uint8)
             address = weights.ctypes.data if weights is not None else None
             kind = int(gguf.GGMLQuantizationType[name])
-            blocks.encode(name, x[:64], weights)  # compiles
+            blocks.encode(name, x[:64], weights)  # compiles, and makes grids, as theirs does
+            quantize(kind, x.ctypes.data, theirs.ctypes.data, 0, 64, x.shape[1], address)
             ratios, rates = [], []
             for _ in range(options.runs):
                 started = time.perf_counter()
@@ -104,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
     out.mkdir(exist_ok=True)
     tools = options.llama_cpp
     rows = []
-    for kind in options.types:
+    for kind in options.types or ("Q4_K_M", "Q8_0"):
         bf16, theirs, ours = out / "bf16.gguf", out / "theirs.gguf", out / "ours.gguf"
         first = [sys.executable, "-c", CONVERTER, str(tools), str(source), "--outfile", str(bf16)]
         second = [str(tools / "build" / "bin" / "llama-quantize"), str(bf16), str(theirs), kind]
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, default=ROOT / "build" / "llama.cpp")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=2048, help="of 2048 weights, to encode")
-    parser.add_argument("--types", nargs="+", default=["Q4_K_M", "Q8_0"])
+    parser.add_argument("--types", nargs="+", help="all block types, or the mixes Q4_K_M and Q8_0")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
     import dsv2quant as dq
 
-The functions are those of api.py and publishing/, which are imported when one is used.
+The functions are those of api.py, allocation/ and publishing/, which are imported when one is used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsv2quant.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dsv2quant.allocation.search import search
     from dsv2quant.api import (
         calibrate,
         convert,
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
     from dsv2quant.publishing.compare import compare
     from dsv2quant.publishing.run import release
 
-_ELSEWHERE = {"compare": "dsv2quant.publishing.compare", "release": "dsv2quant.publishing.run"}
+_ELSEWHERE = {
+    "compare": "dsv2quant.publishing.compare", "release": "dsv2quant.publishing.run",
+    "search": "dsv2quant.allocation.search",
+}  # fmt: skip
 __all__ = [
     "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "release",
-    "verify", "verify_engine",
+    "search", "verify", "verify_engine",
 ]  # fmt: skip
 
 

@@ -349,18 +349,18 @@ def verify_engine(
 
 
 def push(
-    artifact: StrPath, repo: str, *, private: bool = False, revision: str = "main", force: bool = False,
-    progress: Progress = no_progress,
+    artifact: StrPath, repo: str, *, private: bool = False, revision: str = "main", split: int | str | None = None,
+    force: bool = False, progress: Progress = no_progress,
 ) -> Pushed:  # fmt: skip
     """Upload an artifact, a folder or a GGUF file, to `owner/name` on the hub, which is made if need be, into branch
-    `revision`. huggingface_hub finds the token: HF_TOKEN, or what `hf auth login` kept.
+    `revision`; a GGUF file of more than `split` bytes ("45GB") in several. The token is huggingface_hub's own.
 
-    Raises InputError where a file is not what the manifest says, nothing says that the artifact was verified (unless
-    `force`), the repository is public though `private` is asked for, or the hub refuses or can't be reached.
+    Raises UsageError where it can't be cut so, and InputError where a file is not as listed, nothing says that it was
+    verified (unless `force`), the repository is public though not to be, or the hub refuses or can't be reached.
     """
     from dsv2quant.storage.push import push as run
 
-    return run(artifact, repo, private=private, revision=revision, force=force, progress=progress)
+    return run(artifact, repo, private=private, revision=revision, split=split, force=force, progress=progress)
 
 
 def generate(

@@ -23,7 +23,10 @@ from dsv2quant.storage.gguf import Container
 FAMILY_TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS")
 OTHER_TYPES = ("BF16", "F16", "Q5_0", "Q5_1", "Q4_1", "Q5_K_S", "Q3_K_L", "Q3_K_S", "IQ4_NL")
-LOW_TYPES = ("TQ1_0", "TQ2_0", "MXFP4_MOE")
+LOW_TYPES = (
+    "TQ1_0", "TQ2_0", "MXFP4_MOE", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S",
+)  # fmt: skip
 # Our options, and llama-quantize's where they differ.
 OPTIONS = {
     "output": ("--output-type", "Q5_K", "--token-embedding-type", "q4_0"),
@@ -58,6 +61,7 @@ CASES = [
     ),
     *(Case("tiny-v2", t, weighted) for t in OTHER_TYPES for weighted in (False, True)),
     *(Case(m, t, True) for m in ("tiny-lite", "tiny-v2") for t in LOW_TYPES),
+    *(Case(m, t, False) for m in ("tiny-lite", "tiny-v2") for t in ("IQ3_M", "IQ3_S")),
     *(Case("tiny-v2", "Q4_K_M", False, options) for options in OPTIONS if options != "counted"),
     *(Case("tiny-lite", "Q3_K_M", True, options) for options in OPTIONS if options != "counted"),
     Case("tiny-llama", "Q4_K_M", False, "counted"),

@@ -1,12 +1,14 @@
 """A small hub on the loopback interface: what huggingface_hub asks of the real one to download, to read headers and to
 upload, and what can go wrong meanwhile.
 
-Large files (`is_large`) are LFS objects, with their sha256 as ETag, as on the hub. Xet storage is not spoken.
+Large files (`is_large`) are LFS objects, with their sha256 as ETag, as on the hub. With `State.xet` they lie in Xet
+storage as well: a folder that hf_xet itself reads and writes.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -54,6 +56,40 @@ class Repo:
 
 
 @dataclass
+class Xet:
+    """Xet storage in a folder, and the hashes by which it knows files, by their sha256."""
+
+    folder: Path
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"local://{self.folder}"
+
+    def store(self, content: bytes) -> None:
+        import hf_xet
+
+        with hf_xet.XetSession().new_upload_commit(endpoint=self.url) as commit:
+            handle = commit.start_upload_bytes(content, sha256=hf_xet.COMPUTE_SHA256)
+        self.hashes[hashlib.sha256(content).hexdigest()] = handle.result().xet_info.hash
+
+    def expect(self, path: Path) -> None:
+        """Know a file that is to be uploaded, by the hash that it will have."""
+        import hf_xet
+
+        self.hashes[hashlib.sha256(path.read_bytes()).hexdigest()] = hf_xet.hash_files([str(path)])[0].hash
+
+    def load(self, sha256: str, size: int) -> bytes:
+        """Raises where it was not uploaded."""
+        import hf_xet
+
+        path = self.folder / sha256
+        with hf_xet.XetSession().new_file_download_group(endpoint=self.url) as group:
+            group.start_download_file(hf_xet.XetFileInfo(self.hashes[sha256], size), str(path))
+        return path.read_bytes()
+
+
+@dataclass
 class State:
     """Repositories by path ("owner/name", "datasets/owner/name"), LFS objects by sha256, what was sent and received,
     and faults: `broken` answers for a part of a path, always; `faults` once each, in their order, (part of "METHOD
@@ -67,7 +103,10 @@ class State:
     faults: list[tuple[str, Answer]] = field(default_factory=list)
     cuts: list[tuple[str, int]] = field(default_factory=list)
     spoiled: list[str] = field(default_factory=list)  # names of files whose last byte is another, once each
+    # Names of files that stop in the middle: what is set when half was sent, and what the other half waits for.
+    held: dict[str, tuple[threading.Event, threading.Event]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    xet: Xet | None = None
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -130,6 +169,12 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(409, b"{}", {})
             repo.branches[unquote(argument)] = (COMMIT[::-1], dict(repo.branches["main"][1]))
             return self.json({})
+        if verb in ("xet-read-token", "xet-write-token"):
+            assert self.state.xet is not None
+            url = self.state.xet.url
+            content = json.dumps({"casUrl": url, "accessToken": "x", "exp": 2**32}).encode()
+            names = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": str(2**32)}
+            return self.answer(200, content, names)
         revision = (
             unquote(argument.partition("/")[0]) if verb in ("revision", "tree", "preupload", "commit") else "main"
         )
@@ -205,6 +250,8 @@ class Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
+                if self.state.xet is not None and value["oid"] not in self.state.objects:
+                    self.state.objects[value["oid"]] = self.state.xet.load(value["oid"], value["size"])
                 files[value["path"]] = self.state.objects[value["oid"]]
             names += [value["path"]] if "path" in value else []
         commit = hashlib.sha1(f"{len(repo.commits)} {branch}".encode()).hexdigest()
@@ -226,6 +273,9 @@ class Hub(BaseHTTPRequestHandler):
         if is_large(name):
             sha256 = hashlib.sha256(content).hexdigest()
             headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
+            if self.state.xet is not None:
+                route = f"{self.origin}/api/models/owner/name/xet-read-token/{revision}"
+                headers |= {"X-Xet-Hash": self.state.xet.hashes[sha256], "X-Xet-Refresh-Route": route}
         wanted = self.headers.get("Range")
         if wanted and self.command == "GET":
             first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -239,6 +289,15 @@ class Hub(BaseHTTPRequestHandler):
             headers["Content-Length"], content = str(len(content)), content[: cut[1]]
             self.close_connection = True
         self.state.sent.append((name, 0 if self.command == "HEAD" else len(content)))
+        if self.command == "GET" and name in self.state.held:
+            half, go_on = self.state.held[name]
+            headers["Content-Length"], rest = str(len(content)), content[len(content) // 2 :]
+            self.answer(206 if wanted else 200, content[: len(content) // 2], headers)
+            half.set()
+            go_on.wait(30)
+            with contextlib.suppress(OSError):  # nobody waits for it any more
+                self.wfile.write(rest)
+            return None
         return self.answer(206 if wanted else 200, content, headers)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.planning.sizes import tensor_parallel_sizes
-from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, is_persons, write_card
+from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card
+from dsv2quant.report.measured import Cell, Estimate, Measured
 from dsv2quant.report.origin import origin
+from dsv2quant.storage.card import addressed, is_persons, write_card
 
 MIT = {"license": "mit", "language": ["en", "no"]}
 BODY = "---\nlicense: mit\nlanguage:\n- en\n- no\n{}---\n# Model\n"
@@ -138,18 +141,78 @@ def test_without_a_base_model_none_is_named(small):
     assert front.keys() & {"base_model", "base_model_relation", "license"} == set()
 
 
+def test_a_card_leads_to_the_models_own_or_has_its_text(small, tmp_path):
+    own = with_card(small, tmp_path / "model", BODY.format("").encode() + b"Made in a \x1b[2J lab.\n")
+    plan = make_plan(own, recipe.builtin("fp8-channel"))
+    told = folder_card(plan, "", origin(own)).decode()
+    assert "<summary>The card of model</summary>\n\n# Model\nMade in a \\x1b[2J lab.\n\n</details>" in told
+    linked = folder_card(plan, "", origin(own, "one/base")).decode()
+    assert "citation: [the card of one/base](https://huggingface.co/one/base)." in linked
+    assert "Made in" not in linked
+    assert "| licence      | mit " in linked
+
+
+TEMPLATES = {
+    "with a system prompt": (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+        "```<model>{% endif %}",
+        "\n````\n<s><system>{system prompt}<user>{prompt}```<model>\n````\n",
+    ),
+    "without": (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ messages[0].content }}]",
+        "\n```\n[{prompt}]\n```\n",
+    ),
+    "that names the day": ("{{ strftime_now('%d') }}{{ messages[0].content }}{{ messages[1].content }}", None),
+    "that fails": ("{{ raise_exception('no') }}", None),
+    "broken": ("{% if %}", None),
+    "long": ("{{ 'x' * 5000 }}{{ messages[1].content }}", None),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_is_what_the_chat_template_makes(name, small, tmp_path):
+    template, expected = TEMPLATES[name]
+    shutil.copytree(small, tmp_path / "model")
+    settings = {"chat_template": template, "bos_token": "<s>"}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    card = folder_card(make_plan(checkpoint, recipe.builtin("fp8-channel")), "", origin(checkpoint)).decode()
+    assert "client.chat.completions" in card
+    assert ("### Prompt" in card) == (expected is not None)
+    assert expected is None or expected in card
+
+
+@pytest.mark.parametrize(
+    ("content", "row"),
+    [
+        (b'{"temperature": 0.6, "top_p": 0.95, "top_k": true, "do_sample": true}', "temperature 0.6, top_p 0.95"),
+        (b'{"temperature": NaN, "top_k": 20}', "top_k 20"),
+        (b"{", None),
+    ],
+)
+def test_how_tokens_are_drawn_is_the_models_own(content, row, small, tmp_path):
+    shutil.copytree(small, tmp_path / "model")
+    (tmp_path / "model/tokenizer_config.json").unlink()
+    (tmp_path / "model/generation_config.json").write_bytes(content)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    card = folder_card(make_plan(checkpoint, recipe.builtin("fp8-channel")), "", origin(checkpoint)).decode()
+    assert (f"| sampling     | {row} " in card) if row else ("| sampling" not in card)
+    assert "client.completions.create" in card  # without a chat template
+
+
 def test_commands_are_for_the_targets_and_their_parallel_sizes(small):
     checkpoint = open_checkpoint(small)
     rules = recipe.builtin("fp8-channel")
     plan = make_plan(checkpoint, rules, for_targets=["vllm", "sglang"], tp=2, ep=4)
-    card = folder_card(plan, "", origin(checkpoint), repo="me/tiny").decode()
+    card = addressed(folder_card(plan, "", origin(checkpoint)), "me/tiny").decode()
     assert "\nvllm serve me/tiny --tensor-parallel-size 2 --data-parallel-size 2 --enable-expert-parallel\n" in card
     sglang = "--tp-size 4 --ep-size 4 --dp-size 2 --enable-dp-attention"
     assert f"\npython -m sglang.launch_server --model-path me/tiny {sglang}\n" in card
     assert "from transformers" not in card
+    assert "from vllm" not in card  # one process has no data parallelism
     alone = folder_card(make_plan(checkpoint, rules), "", origin(checkpoint)).decode()
-    assert "\nvllm serve .\n" in alone
-    assert 'from_pretrained(".", dtype="bfloat16", device_map="auto")' in alone
+    assert "\nvllm serve OWNER/NAME\n" in alone
+    assert 'from_pretrained("OWNER/NAME", dtype="bfloat16", device_map="auto")' in alone
     assert "pip install transformers accelerate compressed-tensors\n" in alone
 
 
@@ -187,6 +250,51 @@ def test_a_card_tells_what_was_measured(small):
     assert "\n![Signal to noise](figures/sqnr.svg)\n" in drawn
 
 
+def test_the_hub_gets_the_numbers_that_were_measured(small, tmp_path):
+    checkpoint = open_checkpoint(small)
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    unmeasured = ModelCard(folder_card(plan, "", origin(checkpoint)).decode()).data
+    assert (unmeasured.eval_results, unmeasured.metrics) == (None, None)
+    data = ModelCard(folder_card(plan, "", origin(checkpoint), measured=MEASURED).decode()).data
+    assert (data.model_name, data.metrics) == ("model, fp8-channel", ["perplexity"])
+    assert {(x.dataset_type, x.dataset_name, x.dataset_args["ctx"]) for x in data.eval_results} == {
+        ("a-text", "a text", 512)
+    }
+    assert [(x.metric_type, x.metric_name, x.metric_value) for x in data.eval_results] == [
+        ("perplexity", "Perplexity", 15.0848), ("kl_divergence", "KL divergence from base, nats", 0.01309),
+        ("same_top_1", "Same likeliest token as base", 0.9408),
+    ]  # fmt: skip
+    scores = replace(MEASURED.scores, text="org/texts@0123abcd:test#text", perplexity=Estimate(math.inf, 0))
+    of_id = ModelCard(folder_card(plan, "", origin(checkpoint), measured=Measured(scores)).decode()).data
+    assert [(x.metric_type, x.dataset_type) for x in of_id.eval_results] == [
+        ("kl_divergence", "org/texts"), ("same_top_1", "org/texts"),
+    ]  # fmt: skip
+
+
+def test_two_files_of_one_type_are_told_apart():
+    plan = dq.plan(tiny.MINI, gguf="Q8_0")
+    split = {f"b-0000{i}-of-00002.gguf": 1 for i in (1, 2)}
+    files = [GgufFile(plan, "", {"a.gguf": 1}, MEASURED), GgufFile(plan, "", split, MEASURED)]
+    card = gguf_card(files, origin(plan.checkpoint)).decode()
+    names = [x.metric_name for x in ModelCard(card).data.eval_results if x.metric_type == "perplexity"]
+    assert names == ["Perplexity of a", "Perplexity of b"]
+    assert 'hf download OWNER/NAME --include "b-*-of-*.gguf" --local-dir .\n' in card
+    assert "--hf-file b-00001-of-00002.gguf\n" in card
+
+
+def test_weights_that_were_held_against_the_source_are_told(small):
+    checkpoint = open_checkpoint(small)
+    plan = make_plan(checkpoint, recipe.builtin("fp8-channel"))
+    cells = (
+        Cell(0, "o_proj", ("fp8-channel",), 1, 9, 8.0, False, 1.0, 31.5, 31.5, 30.25),
+        Cell(None, "norm", ("bf16",), 2, 9, 16.0, True),
+    )
+    card = folder_card(plan, "", origin(checkpoint), measured=Measured(cells=cells)).decode()
+    assert "all 3 tensors were decoded as consumers do and held against the source's; signal is 30.25 dB above" in card
+    exact = folder_card(plan, "", origin(checkpoint), measured=Measured(cells=cells[1:])).decode()
+    assert "held against the source's; none differs (`dsv2quant verify ARTIFACT --source model`)." in exact
+
+
 def test_the_calibration_and_its_coverage_are_told(wordy, fox, tmp_path, cli):
     few = ("--group-size", "32", "--target", "transformers", "--num-calibration-samples", "2", "--calibration", fox)
     assert cli("convert", wordy, "--int4=experts", *few, "-o", tmp_path / "out", "-q").code == 0
@@ -207,15 +315,17 @@ def test_a_gguf_card_has_a_row_of_every_file(tmp_path, cli):
         GgufFile(plan, "dsv2quant convert … --gguf Q4_K_M", {"mini-Q4_K_M.gguf": 6_000_000}, MEASURED),
         GgufFile(larger, "dsv2quant convert … --gguf Q8_0", {"mini-Q8_0.gguf": 9_600_000}),
     ]
-    card = gguf_card(files, origin(plan.checkpoint, "me/dsv2-mini"), repo="me/mini-GGUF").decode()
+    card = addressed(gguf_card(files, origin(plan.checkpoint, "me/dsv2-mini")), "me/mini-GGUF").decode()
     front = front_of(card.encode())
     assert (front["library_name"], front["license"], front["tags"]) == (
         "gguf", "mit", ["deepseek_v2", "gguf", "conversational"],
     )  # fmt: skip
-    assert re.search(r"\| Q4_K_M +\| 6.00 MB +\| +5.36 \|", card)
+    assert re.search(r"\| Q4_K_M +\| 6.00 MB \| +5.36 \| Q4_K 62%, Q6_K 13%, Q5_0 13% +\| \[mini-Q4_K_M.gguf\]", card)
     assert re.search(r"\| mini-Q8_0.gguf +\| 9.60 MB +\|", card)
-    assert "llama-server -hf me/mini-GGUF:Q8_0\n" in card
-    assert "llama-server -m mini-Q4_K_M.gguf\n" in card
+    assert "llama-server -hf me/mini-GGUF --hf-file mini-Q8_0.gguf\n" in card
+    assert "hf download me/mini-GGUF mini-Q8_0.gguf --local-dir .\n" in card
+    assert "llama-server -m mini-Q4_K_M.gguf --cpu-moe\n" in card
+    assert re.search(r"Q8_0: types by tensor</summary>\n\n\| tensor .*\n.*\n\| output +\| Q8_0 \|", card)
     assert re.search(r"\| Q8_0 +\| +9.60 MB +\| +8.57 \| +\| +\| +\| +\| +\|", card)  # not scored
     assert "Fallbacks of Q4_K_M:" in card
 
@@ -233,6 +343,17 @@ def test_an_importance_matrix_is_told_by_its_text_and_no_path(fox, tmp_path, cli
     assert "The importance matrix was measured on 64 tokens of fox.txt." in told
     assert "\n\nfox.imatrix.gguf lacks 1 of 9.\n" in told
     assert str(tmp_path) not in told
+
+
+def test_a_card_with_another_repository_is_as_unedited_as_before(small, tmp_path):
+    checkpoint, path = open_checkpoint(small), tmp_path / "README.md"
+    card = folder_card(make_plan(checkpoint, recipe.builtin("fp8-channel")), "", origin(checkpoint))
+    path.write_bytes(addressed(card, "me/it"))
+    assert not is_persons(path)
+    assert b"OWNER/NAME" not in path.read_bytes()
+    path.write_bytes(addressed(card + b"and mine", "me/it"))
+    assert is_persons(path)
+    assert b"vllm serve me/it\n" in path.read_bytes()
 
 
 def test_a_card_that_a_person_edited_stays(small, tmp_path):

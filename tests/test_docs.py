@@ -27,7 +27,7 @@ PATH = re.compile(r"(?<![\w/.-])(?:dsv2quant|tests|tools|benchmarks|examples|doc
 # Options of programs that are not ours, and of tools/artifact_hashes.py.
 OTHERS = {
     "--enable-expert-parallel", "--tensor-parallel-size", "--data-parallel-size", "--tp-size", "--ep-size",
-    "--model", "--tasks", "--apply", "--extra-index-url", "--compare", "--help", "--hf-overrides",
+    "--model", "--tasks", "--apply", "--extra-index-url", "--compare", "--help", "--hf-overrides", "--cpu-moe",
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     model = tiny.write_checkpoint(tmp_path / "model", raw, gguf_tiny.weights(raw))
     ran = cli("plan", model, "--gguf", "Q2_K_S")
     assert ran.code == 2
-    assert "Q2_K_S needs an importance matrix (give --imatrix" in ran.err
+    assert "Q2_K_S needs an importance matrix for Q2_K: blk.0.attn_kv_a_mqa.weight, " in ran.err
     config = model_config(raw, "config.json")
     matrices = [t for t in architecture(config).gguf_tensors() if t.layer is not None and len(t.shape) > 1]
     entries = {
@@ -133,6 +133,20 @@ def test_q2_k_s_is_refused_without_importance(tmp_path, cli):
     )
     cured = ("--tensor-type", "attn_v_b=q4_k")
     assert any("lacks 2 of" in note for note in notes(cli, model, "Q2_K_S", "--imatrix", path, *cured))
+
+
+def test_types_below_three_bits_are_refused_without_importance(tmp_path, cli):
+    """As llama-quantize refuses them, or ends in an assertion: it has none of the embedding."""
+    raw = gguf_tiny.V2 | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    model = tiny.write_checkpoint(tmp_path / "model", raw, gguf_tiny.weights(raw))
+    for options, said in (
+        (("IQ3_XXS",), "IQ3_XXS needs an importance matrix for IQ3_XXS: blk."),
+        (("Q4_K_M", "--tensor-type", "ffn_up=iq2_s"), "Q4_K_M needs an importance matrix for IQ2_S: blk.0.ffn_up"),
+        (("Q8_0", "--token-embedding-type", "iq2_xs"), "Q8_0 needs an importance matrix for IQ2_XS: token_embd.weight"),
+    ):
+        ran = cli("plan", model, "--gguf", *options)
+        assert (ran.code, said in ran.err or ran.err) == (2, True)
+    assert cli("plan", model, "--gguf", "Q8_0", "--token-embedding-type", "iq2_s").code == 0
 
 
 NOTHING = [

@@ -228,7 +228,9 @@ def test_every_change_is_to_a_good_checkpoint(model, tmp_path, cli):
 
 
 @pytest.mark.parametrize("value", [1e9, -1e9, 1e30, 3e38, -3e38])
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q5_1", "IQ3_S", "IQ1_M", "TQ2_0"]
+)
 def test_no_block_takes_values_beyond_its_scale(kind, value):
     """Squares of the largest overflow in the search for a scale, which then can be 0."""
     x = np.random.default_rng(0).standard_normal((3, 512), np.float32)

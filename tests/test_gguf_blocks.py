@@ -17,7 +17,7 @@ from gguf_cases import bell, digest, importances, matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2quant.formats.gguf.blocks import DECODABLE, TYPES, decode, encode, first_bad_block, nbytes
+from dsv2quant.formats.gguf.blocks import DECODABLE, NEEDY, TYPES, decode, encode, first_bad_block, nbytes
 from dsv2quant.storage.gguf import NUMBERS, SIZES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_blocks.json").read_text())
@@ -73,7 +73,7 @@ def test_a_row_range_encodes_as_in_the_whole(
     name: str, seed: int, rows: int, weighted: bool, data: st.DataObject
 ) -> None:
     x = bell((rows, 512), seed)
-    importance = importances(512)[1] if weighted else None
+    importance = importances(512)[1] if weighted or name in NEEDY else None
     first = data.draw(st.integers(0, rows - 1))
     last = data.draw(st.integers(first + 1, rows))
     np.testing.assert_array_equal(
@@ -87,7 +87,7 @@ def test_a_row_range_encodes_as_in_the_whole(
 def test_a_power_of_two_changes_scales_alone(name: str, seed: int, shift: int, weighted: bool) -> None:
     """Powers of two pass through every rounding while float16 scales stay normal; here they do."""
     x = bell((3, 256), seed) * np.float32(64)
-    importance = importances(256)[1] if weighted else None
+    importance = importances(256)[1] if weighted or name in NEEDY else None
     times = np.float32(2.0**shift)
     np.testing.assert_array_equal(
         decode(name, encode(name, x * times, importance)), decode(name, encode(name, x, importance)) * times
@@ -97,7 +97,8 @@ def test_a_power_of_two_changes_scales_alone(name: str, seed: int, shift: int, w
 @pytest.mark.parametrize("name", TYPES)
 def test_values_on_the_grid_come_back(name: str) -> None:
     """Zeros in every type; in the types of one scale, whole multiples of a power of two up to the last level."""
-    assert not decode(name, encode(name, np.zeros((2, 256), np.float32))).any()
+    importance = importances(256)[1] if name in NEEDY else None
+    assert not decode(name, encode(name, np.zeros((2, 256), np.float32), importance)).any()
     last = {"F32": 127, "F16": 127, "BF16": 127, "Q8_0": 127, "Q4_0": 8, "Q5_0": 16, "MXFP4": 4, "TQ1_0": 1,
             "TQ2_0": 1}.get(name)  # fmt: skip
     if last:
@@ -108,13 +109,13 @@ def test_values_on_the_grid_come_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_sizes_and_layout_of_the_input(name: str) -> None:
-    x = bell((4, 512), 8)
-    data = encode(name, x)
+    x, importance = bell((4, 512), 8), importances(512)[1]
+    data = encode(name, x, importance)
     assert data.dtype == np.uint8
     assert data.shape == (4, nbytes(name, (512,)))
     assert data.size == nbytes(name, (2, 2, 512))
     assert decode(name, data).shape == x.shape
-    np.testing.assert_array_equal(encode(name, np.asfortranarray(x)), data)
+    np.testing.assert_array_equal(encode(name, np.asfortranarray(x), importance), data)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -128,6 +129,12 @@ def test_rows_that_are_not_whole_blocks_are_refused(name: str) -> None:
         decode(name, np.zeros((2, TYPES[name].bytes + 1), np.uint8))
     with pytest.raises(ValueError, match="importance has shape"):
         encode(name, np.zeros((2, 512), np.float32), np.ones(256, np.float32))
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_types_that_need_importance_are_refused_without(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs importance"):
+        encode(name, np.zeros((2, 256), np.float32))
 
 
 def random_blocks(name: str, seed: int) -> np.ndarray:

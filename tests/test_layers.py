@@ -28,6 +28,7 @@ ORDER = [
     "engines",
     "bench",
     "api",
+    "allocation",
     "publishing",
     "__init__",
     "lm_eval",

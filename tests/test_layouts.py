@@ -295,7 +295,7 @@ def artifacts(source, tmp_path_factory):
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
     loader = Loader(open_checkpoint(folder), LoadOptions())
-    return {w.spec.name: loader._tensor(w.spec.name) for w in loader.checkpoint.weights}
+    return {w.spec.name: loader.tensor(w.spec.name) for w in loader.checkpoint.weights}
 
 
 @pytest.mark.parametrize(("family", "method"), [("gptq", "rtn"), ("awq", "rtn"), ("gptq", "gptq")])

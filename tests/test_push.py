@@ -15,7 +15,8 @@ from hub_server import Repo, Served, serve, use
 
 import dsv2quant as dq
 from dsv2quant.errors import InputError
-from dsv2quant.storage import push
+from dsv2quant.storage import push, push_split
+from dsv2quant.storage.card import addressed
 
 SHARD = "model.safetensors"
 
@@ -53,6 +54,9 @@ def test_a_verified_artifact_arrives_whole_with_its_card_last(hub, verified, cli
     assert ran.code == 0, ran.err
     made, repo = json.loads(ran.out), hub.state.repos["me/lite"]
     ours = {path.name: path.read_bytes() for path in verified.iterdir()}
+    assert b"vllm serve OWNER/NAME\n" in ours["README.md"]
+    ours["README.md"] = addressed(ours["README.md"], "me/lite")  # who reads it there can copy its commands
+    assert b"vllm serve me/lite\n" in ours["README.md"]
     assert {name: content for name, content in on_the_hub(hub).items() if name != ".gitattributes"} == ours
     assert repo.private
     assert [branch for branch, _ in repo.commits] == ["main", "main"]
@@ -220,6 +224,76 @@ def test_a_gguf_file_goes_with_its_manifest_and_the_card_that_names_it(hub, tmp_
     assert on_the_hub(hub, "me/gguf").keys() == names | {".gitattributes"}
     (tmp_path / "README.md").write_text("# mini\n\n    llama-cli -m mini-Q8_0.gguf\n")
     assert dq.push(out, "me/gguf").sent == ["README.md"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A GGUF file of 3.4 MB that was verified, with a card."""
+    out = tmp_path_factory.mktemp("gguf") / "mini-Q4_K_M.gguf"
+    dq.convert(tiny.MINI, out, gguf="Q4_K_M")
+    dq.verify(out, tiny.MINI)
+    text = f"# mini\n\n    llama-cli -m {out.name}\n\n| file | size |\n|---|---|\n| {out.name} | 3.40 GB |\n"
+    out.with_name("README.md").write_text(f"{text}\nSee {out.name}.json: dsv2quant convert -o {out.name}\n")
+    return out
+
+
+@pytest.mark.parametrize("small", [0, 10_000_000], ids=["by a file", "in memory"])
+def test_a_gguf_file_is_cut_while_it_is_sent_as_convert_cuts_it(small, hub, whole, tmp_path, monkeypatch, cli):
+    monkeypatch.setattr(push_split, "SMALL", small)
+    beside = sorted(path.name for path in whole.parent.iterdir())
+    assert cli("push", whole, "me/gguf", "--split", "2MB", "-q").code == 0
+    assert sorted(path.name for path in whole.parent.iterdir()) == beside
+    dq.convert(tiny.MINI, tmp_path / "cut" / whole.name, gguf="Q4_K_M", split_max_size="2MB")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "cut").glob("*-of-*.gguf")}
+    assert len(expected) > 1
+    arrived = on_the_hub(hub, "me/gguf")
+    assert {name: content for name, content in arrived.items() if name.endswith(".gguf")} == expected
+    # What was downloaded is an artifact that verifies, and that may be pushed again.
+    for name, content in arrived.items():
+        (tmp_path / "got").mkdir(exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(content)
+    first = tmp_path / "got" / min(expected)
+    assert sorted(expected) == [name for name in dq.push(first, "me/again").sent if name.endswith(".gguf")]
+    assert not dq.verify(first, tiny.MINI).wrong
+    manifest = json.loads(arrived[f"{whole.name}.json"])
+    assert manifest["split_from"] == json.loads(whole.with_name(f"{whole.name}.json").read_text())["files"]
+    hub.state.received.clear()
+    assert dq.push(whole, "me/gguf", split="2MB").sent == []
+    assert hub.state.received == []
+
+
+def test_a_card_names_the_pieces(hub, whole):
+    names = sorted(name for name in dq.push(whole, "me/gguf", split="2MB").sent if name.endswith(".gguf"))
+    card = on_the_hub(hub, "me/gguf")["README.md"].decode()
+    assert f"llama-cli -m {names[0]}\n" in card
+    assert [line.split()[1] for line in card.splitlines() if line.startswith("| mini")] == names
+    assert f"See {whole.name}.json: dsv2quant convert -o {whole.name}\n" in card
+
+
+def test_what_needs_no_cut_is_sent_as_it_is_and_what_cant_be_cut_is_told(hub, whole, verified, cli):
+    assert whole.name in dq.push(whole, "me/gguf", split="1GB").sent
+    hub.state.requests.clear()
+    for artifact, size, message in (
+        (verified, "2MB", "--split goes with a single GGUF file (`convert --max-shard-size` cuts what is in a folder"),
+        (whole, "10KB", "--split 10,000: "),
+        (whole, "many", "'many' is not a size"),
+    ):
+        ran = cli("push", artifact, "me/gguf", "--split", size)
+        assert (ran.code, message in ran.err) == (2, True), ran.err
+    assert hub.state.requests == []
+
+
+def test_a_disk_without_room_for_a_piece_and_a_file_that_is_too_large_are_told(hub, whole, monkeypatch):
+    monkeypatch.setattr(push_split, "SMALL", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(InputError, match="for a piece at a time, the disk has 1,000 free"):
+        dq.push(whole, "me/gguf", split="2MB")
+    monkeypatch.setattr(push, "LARGEST", 1_000_000)
+    with pytest.raises(
+        InputError, match=r"has more than 500 GB, which the hub doesn't take \(`push --split 45GB` cuts"
+    ):
+        dq.push(whole, "me/gguf")
+    assert hub.state.received == []
 
 
 # --- faults ---

@@ -26,7 +26,7 @@ from dsv2quant.report.heatmap import colour_range, sqnr_heatmap
 from dsv2quant.report.measured import Cell, Estimate, Measured, measured_from, measured_json
 from dsv2quant.report.page import page
 from dsv2quant.report.pictures import pictures
-from dsv2quant.report.svg import Scale, alone, number, spread
+from dsv2quant.report.svg import Scale, alone, number, numbers, spread
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -195,6 +195,7 @@ def test_ticks_are_round(scale, ticks):
 def test_numbers_on_axes_are_short():
     shown = [number(x) for x in (0, 0.02, 1e-5, 150, 2000, 20_000, 2_500_000)]
     assert shown == ["0", "0.02", "1e-5", "150", "2,000", "20k", "2.5e6"]
+    assert numbers(Scale(6.184, 6.202, 0, 1).ticks()) == ["6.185", "6.19", "6.195", "6.2"]
 
 
 def test_scales_hold_what_they_show():

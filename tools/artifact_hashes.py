@@ -77,6 +77,8 @@ GGUF = [
     "Q3_K_M",
     "Q3_K_S",
     "Q2_K",
+    "IQ3_M",
+    "IQ3_S",
     "TQ2_0",
     "TQ1_0",
     "MXFP4_MOE",

@@ -23,6 +23,7 @@ from dsv2quant.cli.plan import show
     section="Output",
 )  # fmt: skip
 @shared.plan_options
+@shared.budget_options
 @shared.calibration_options("calibration")
 @shared.stack(
     click.option("--statistics", type=shared.PATH, metavar="STATS",
@@ -39,9 +40,11 @@ from dsv2quant.cli.plan import show
 @shared.output_options
 def command(
     model: str, out: str | None, device: str, dry_run: bool, force: bool, stream_hub: bool, as_json: bool, verbose: int,
-    quiet: bool, **options: Any,
+    quiet: bool, bits: float | None, size: str | None, max_kld: float | None, **options: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL (a folder or hub id) into folder OUT, or into a GGUF file.
+
+    With a budget, the mix that costs least within it is searched for: see `search`. Its recipe stays as OUT.yaml.
 
     A run that was interrupted or killed continues from its finished layers and shards when the same command is given
     again, and ends with the same bytes.
@@ -51,6 +54,7 @@ def command(
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8 -o DeepSeek-V2-Lite-FP8-BLOCK
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --int4 --calibration chats.jsonl --device cuda -o LITE-W4A16
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --gguf Q4_K_M -o DeepSeek-V2-Lite-Q4_K_M.gguf
+      dsv2quant convert MODEL --bits 3.5 --imatrix m.imatrix.gguf -o MODEL-3.5.gguf
       dsv2quant convert ./my-finetune --fp8=channel --target vllm --tp 4 -o my-finetune-FP8-Dynamic
     """
     from dsv2quant.report.calibration import conversion_json, conversion_text
@@ -59,11 +63,22 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("give -o OUT, the folder or file to write, or --dry-run")
     asked = shared.asked(options)
+    is_searched = any(value is not None for value in (bits, size, max_kld))
+    if is_searched and (dry_run or stream_hub):
+        raise click.UsageError(
+            f"{'--dry-run' if dry_run else '--stream-hub'} does not go with a budget: a search reads all of MODEL"
+        )
     if dry_run or out is None:
         check_conversion(out, device, **asked)
         show(model, asked, as_json, every_tensor=verbose > 0)
         return
     progress = terminal.progress(quiet)
-    made = dq.convert(model, out, device=device, force=force, stream_hub=stream_hub, progress=progress, **asked)
+    if is_searched:
+        from dsv2quant.allocation.search import convert_within
+
+        budget: dict[str, Any] = {"bits": bits, "size": size, "max_kld": max_kld}
+        made = convert_within(model, out, **budget, device=device, force=force, progress=progress, **asked)
+    else:
+        made = dq.convert(model, out, device=device, force=force, stream_hub=stream_hub, progress=progress, **asked)
     if as_json or not quiet:
         terminal.show(made, conversion_json, conversion_text, as_json)

@@ -33,6 +33,7 @@ VERBS = {
     "memory": ("dsv2quant.cli.memory", "Show what fits on a GPU, from headers alone."),
     "push": ("dsv2quant.cli.push", "Upload a verified artifact to the hub."),
     "release": ("dsv2quant.cli.release", "Make, measure and describe artifacts: everything that is published."),
+    "search": ("dsv2quant.cli.search", "Find the mix of types that costs least within a budget."),
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 

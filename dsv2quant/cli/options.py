@@ -175,7 +175,7 @@ scheme_options = stack(
     click.option("--base-model", metavar="OWNER/NAME", help="The base model that the card names. Default: MODEL."),
     section="FP8, INT8 and INT4",
 )  # fmt: skip
-_consumer_options = stack(
+consumer_options = stack(
     click.option("--target", "targets", multiple=True, type=click.Choice(known.CONSUMERS),
                  help="A consumer that must load the artifact; repeat for several. Default: all that can."),
     click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True,
@@ -200,7 +200,15 @@ _gguf_options = stack(
     click.option("--split-max-size", metavar="SIZE", help="Cut the file into shards of at most this, as 45GB."),
     section="GGUF",
 )  # fmt: skip
-plan_options = stack(scheme_options, _consumer_options, _gguf_options)
+plan_options = stack(scheme_options, consumer_options, _gguf_options)
+
+
+budget_options = stack(
+    click.option("--bits", type=float, metavar="BITS", help="At most so many for each weight, all files counted."),
+    click.option("--size", metavar="SIZE", help="At most so many bytes, as 9GB."),
+    click.option("--max-kld", type=float, metavar="NATS", help="The smallest mix that costs at most this divergence."),
+    section="Budget",
+)  # fmt: skip
 
 
 def calibration_options(text: str) -> Callable[[F], F]:

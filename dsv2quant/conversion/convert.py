@@ -17,8 +17,8 @@ from dsv2quant.conversion.stream import streamed
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.report.calibration import Conversion
-from dsv2quant.report.card import is_persons
 from dsv2quant.storage import engine
+from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumable, tell_kept
 from dsv2quant.storage.manifest import CARD_FILE, sealed
 
@@ -76,9 +76,7 @@ def convert(
             if resumed:
                 total = sum(len(written.file.marks) for written in sink.written)
                 logger.info("continuing: %d of %d %s are finished", resumed, total, sink.units)
-            jobs: Iterator[engine.Job | None] = sink.jobs(progress)
-            if sink.stream is not None:
-                jobs = streamed(sink.jobs(progress), sink.written, sink.stream, sampled_bytes(plan.checkpoint))
+            jobs = sink.jobs(progress)
             with progress(plan.bytes_in, "B", "convert") as advance:
                 _write_files(sink, plan, jobs, advance)
             sink.source.check_unchanged(plan.checkpoint)
@@ -95,11 +93,18 @@ def convert(
 
 
 def _write_files(
-    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job | None], advance: Callable[[int], object]
+    sink: Sink, plan: Plan | GgufPlan, jobs: Iterator[engine.Job], advance: Callable[[int], object]
 ) -> None:
     """Encode and write what is not durable yet."""
-    check = partial(sink.source.check_unchanged, plan.checkpoint)
-    engine.write(jobs, sink.written, advance=advance, record=sink.record, check=check)
+    write = partial(
+        engine.write, files=sink.written, advance=advance, record=sink.record,
+        check=partial(sink.source.check_unchanged, plan.checkpoint),
+    )  # fmt: skip
+    if sink.stream is None:
+        write(jobs)
+        return
+    with closing(streamed(jobs, sink.written, sink.stream, sampled_bytes(plan.checkpoint))) as ordered:
+        write(ordered)  # on leaving, no shard is loaded any more
 
 
 def _write_small_files(sink: Sink, plan: Plan | GgufPlan, command: str) -> dict[str, FileEntry]:

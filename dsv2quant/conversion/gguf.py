@@ -36,13 +36,20 @@ from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import PARTIAL, sync_folder
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
-from dsv2quant.storage.gguf import padded
+from dsv2quant.storage.gguf import Metadata, padded
 from dsv2quant.storage.manifest import gguf_manifest
 from dsv2quant.storage.safetensors import HELD_AS
 from dsv2quant.storage.verified import record_path
 from dsv2quant.version import __version__
 
 _one_at_a_time = threading.Lock()
+
+
+def metadata_of(plan: GgufPlan) -> Metadata:
+    """Every key of the file."""
+    found, imatrix = plan.options, plan.options.imatrix
+    metadata = model_metadata(plan.checkpoint, plan.file_type, drop_expert_groups=found.drop_expert_groups)
+    return metadata if imatrix is None else metadata | imatrix_metadata(imatrix.source, imatrix)
 
 
 class GgufFiles(Sink):
@@ -64,12 +71,7 @@ class GgufFiles(Sink):
     ) -> None:
         self.plan, self._device, imatrix = plan, device, plan.options.imatrix
         with progress(0, "", "prepare"):
-            metadata = model_metadata(
-                plan.checkpoint, plan.options.number, drop_expert_groups=plan.options.drop_expert_groups
-            )
-            if imatrix is not None:
-                metadata |= imatrix_metadata(imatrix.source, imatrix)
-            self._layout = lay_out(plan, out, metadata, split_max_size)
+            self._layout = lay_out(plan, out, metadata_of(plan), split_max_size)
             source = Source.of(plan.checkpoint, {})  # all else that is read is in the header
         made = {
             "schema": "dsv2quant.gguf-state/2",

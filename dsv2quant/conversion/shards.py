@@ -38,8 +38,9 @@ from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.planning.smoothing import SMOOTHING_FILE
 from dsv2quant.progress import Progress
 from dsv2quant.report.calibration import calibration_json, coverage_json, expert_tokens
-from dsv2quant.report.card import CalibratedOn, folder_card, is_persons
+from dsv2quant.report.card import CalibratedOn, folder_card
 from dsv2quant.report.origin import origin, source_card
+from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import (
     MANIFEST_FILE,
     PARTIAL,

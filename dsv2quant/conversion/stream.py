@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -37,10 +38,12 @@ def check_streamed(plan: Plan | GgufPlan, given: Mapping[str, Any]) -> None:
         raise UsageError(f"--stream-hub: {why}", fix="leave it out, or take another method")
 
 
-def streamed(jobs: Iterable[Job], files: Sequence[Written], stream: Stream, samples: Samples) -> Iterator[Job | None]:
-    """Jobs put in the order of the shards that they read, in which each shard comes where the plan needs it first. It
-    is fetched when the jobs before are done (None: see `engine.write`), so that what they made is durable before a long
-    download, and dropped, but for its `samples`, behind the last job that reads it.
+def streamed(
+    jobs: Iterable[Job], files: Sequence[Written], stream: Stream, samples: Samples
+) -> Generator[Job | None, None, None]:
+    """Jobs put in the order of the shards that they read, in which each shard comes where the plan needs it first. The
+    next shard is loaded while the jobs of one run, and the one behind it not before these are done (None: see
+    `engine.write`): few lie on disk. Behind the last job that reads it a shard is dropped, but for its `samples`.
 
     A job that reads several shards waits for the last, and the others stay until then. What is durable already needs
     no shard. In the end every shard was there once, by this run or one that was cut.
@@ -56,16 +59,14 @@ def streamed(jobs: Iterable[Job], files: Sequence[Written], stream: Stream, samp
     for job in lacking:
         waiting[max(job.reads, key=order.__getitem__)].append(job)
     held = _Held(stream, samples, Counter(file for job in lacking for file in job.reads))
-    for file in order:
-        yield None
-        stream.fetch(file)
-        for job in waiting.pop(file, ()):
-            yield replace(job, encode=lambda job=job: held.run(job))  # type: ignore[misc]
-    for file in stream.files:
-        if file not in order and not stream.is_sampled(file):
+    unread = [file for file in stream.files if file not in order and not stream.is_sampled(file)]
+    with closing(stream.load([*order, *unread])) as shards:
+        for file in shards:
+            for job in waiting.pop(file, ()):
+                yield replace(job, encode=lambda job=job: held.run(job))  # type: ignore[misc]
+            if file in unread:
+                stream.drop(file, samples[file])
             yield None
-            stream.fetch(file)
-            stream.drop(file, samples[file])
 
 
 class _Held:

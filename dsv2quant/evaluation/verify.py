@@ -28,7 +28,7 @@ from dsv2quant.evaluation.results import Checked, RoleErrors, SourceErrors, Tens
 from dsv2quant.formats.codec import ROWS_APART
 from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
-from dsv2quant.report.card import is_persons
+from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
 from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, read_manifest
 from dsv2quant.storage.verified import record

@@ -144,10 +144,10 @@ class Loader:
 
     def ends(self) -> Ends:
         c = self.checkpoint.config
-        embedding = self._tensor("model.embed_tokens.weight")
+        embedding = self.tensor("model.embed_tokens.weight")
         tied = "model.embed_tokens.weight"
         head = next((name for name in ("score.weight", "lm_head.weight") if name in self._by_name), tied)
-        matrix = embedding if head == tied else self._tensor(head)
+        matrix = embedding if head == tied else self.tensor(head)
         projection = Linear(matrix, activation=self._activation(self._by_name[head]))
         return Ends(embedding, self._norm("model.norm", c.rms_norm_eps), projection)
 
@@ -168,57 +168,57 @@ class Loader:
 
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
         if not c.is_mla:
-            q, k, v, o = (self._linear(f"{at}.{name}_proj") for name in "qkvo")
+            q, k, v, o = (self.linear(f"{at}.{name}_proj") for name in "qkvo")
             return GroupedAttention(c, q, k, v, o)
         latent_query = c.q_lora_rank is not None
         return LatentAttention(
             config=c,
-            kv_a_proj_with_mqa=self._linear(f"{at}.kv_a_proj_with_mqa"),
+            kv_a_proj_with_mqa=self.linear(f"{at}.kv_a_proj_with_mqa"),
             kv_a_layernorm=self._norm(f"{at}.kv_a_layernorm", LATENT_NORM_EPS),
-            kv_b_proj=self._linear(f"{at}.kv_b_proj"),
-            o_proj=self._linear(f"{at}.o_proj"),
-            q_proj=None if latent_query else self._linear(f"{at}.q_proj"),
-            q_a_proj=self._linear(f"{at}.q_a_proj") if latent_query else None,
+            kv_b_proj=self.linear(f"{at}.kv_b_proj"),
+            o_proj=self.linear(f"{at}.o_proj"),
+            q_proj=None if latent_query else self.linear(f"{at}.q_proj"),
+            q_a_proj=self.linear(f"{at}.q_a_proj") if latent_query else None,
             q_a_layernorm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,
-            q_b_proj=self._linear(f"{at}.q_b_proj") if latent_query else None,
+            q_b_proj=self.linear(f"{at}.q_b_proj") if latent_query else None,
         )
 
     def _moe(self, c: ModelConfig, at: str) -> MoE:
         routing = architecture(c).router
         assert routing is not None
-        bias = self._tensor(f"{at}.gate.e_score_correction_bias", torch.float32) if routing.bias else None
+        bias = self.tensor(f"{at}.gate.e_score_correction_bias", torch.float32) if routing.bias else None
         return MoE(
             routing=routing,
-            router=Linear(self._tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
+            router=Linear(self.tensor(f"{at}.gate.weight", torch.float32), module=f"{at}.gate"),
             router_bias=bias,
             experts=[self._ffn(f"{at}.experts.{expert}") for expert in range(c.n_routed_experts)],
             shared=self._ffn(f"{at}.shared_experts") if c.n_shared_experts else None,
         )
 
     def _ffn(self, at: str) -> FFN:
-        return FFN(*(self._linear(f"{at}.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
+        return FFN(*(self.linear(f"{at}.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
 
-    def _linear(self, module: str) -> Linear:
+    def linear(self, module: str) -> Linear:
         weight = self._by_name[f"{module}.weight"]
         o = self.options
         granularity = self._activation(weight)
         # Where activations are quantized the product is taken in float32: see `reference.linear`.
         dtype = o.dtype if granularity is None else torch.float32
-        bias = self._tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
+        bias = self.tensor(f"{module}.bias") if f"{module}.bias" in self._by_name else None
         input_scale = None
         if granularity == "static":
             stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], o.device)
             input_scale = stored.to(o.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self._tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
+        return Linear(self.tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
 
     def _activation(self, weight: Weight) -> str | None:
         o = self.options
         return activation(weight, o.serving, o.device != "cpu") if self._activations else None
 
     def _norm(self, module: str, eps: float) -> RMSNorm:
-        return RMSNorm(self._tensor(f"{module}.weight"), eps)
+        return RMSNorm(self.tensor(f"{module}.weight"), eps)
 
-    def _tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         o, weight = self.options, self._by_name[name]
         scale_dtype = None if weight.spec.role.startswith("routed.") else o.scale_dtype
         return decode(self.checkpoint, weight, o.serving, dtype or o.dtype, o.device, scale_dtype)

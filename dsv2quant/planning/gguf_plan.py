@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFValueType
 
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.spec import K_B, V_B, GgufTensor
@@ -22,29 +21,32 @@ from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.file_types import ALIASES, FILE_TYPES, NAMES, NOT_WRITTEN, PRESETS
 from dsv2quant.formats.gguf.imatrix import Imatrix, older_names
+from dsv2quant.planning import gguf_recipe
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_loadable import check_loadable
 from dsv2quant.planning.gguf_metadata import warnings
 from dsv2quant.planning.gguf_mixes import PLAIN
+from dsv2quant.planning.gguf_recipe import GgufRecipe
 from dsv2quant.planning.gguf_types import Overrides, is_tied, quantizable
-from dsv2quant.storage.gguf import Metadata, TensorHeader, Value, pack_header, padded
+from dsv2quant.storage.gguf import Metadata, TensorHeader, pack_header, padded
+from dsv2quant.storage.gguf_split import split_keys, split_name, spread
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `--gguf` is asked for: a file type or preset (`file_types`), types for single tensors, and an importance
-    matrix. `shrink` evens out those of experts with few tokens."""
+    """What `--gguf` is asked for: a file type or preset (`file_types`) or a recipe, types for single tensors, and an
+    importance matrix. `shrink` evens out those of experts with few tokens."""
 
-    file_type: str
+    mix: str | GgufRecipe
     overrides: Overrides = Overrides()  # noqa: RUF009
     drop_expert_groups: bool = False
     imatrix: Imatrix | None = None
     shrink: bool = False
 
     @property
-    def number(self) -> int:
-        """`general.file_type`; a preset's is that of the mix whose bytes it spends."""
-        return FILE_TYPES[PRESETS.get(self.file_type, (self.file_type,))[0]].number
+    def file_type(self) -> str:
+        """The mix's name."""
+        return self.mix if isinstance(self.mix, str) else self.mix.name
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,19 @@ class GgufPlan:
     def weights(self) -> dict[str, Weight]:
         """The checkpoint's weights by name."""
         return {weight.spec.name: weight for weight in self.checkpoint.weights}
+
+    @property
+    def file_type(self) -> int:
+        """`general.file_type`; a preset's is that of the mix whose bytes it spends, and a recipe's that of the mix
+        whose default is the type of most weights."""
+        mix = self.options.mix
+        if isinstance(mix, str):
+            return FILE_TYPES[PRESETS.get(mix, (mix,))[0]].number
+        held: Counter[str] = Counter()
+        for entry in self.entries:
+            held[entry.type] += entry.tensor.size
+        most = held.most_common(1)[0][0]
+        return next((t.number for t in FILE_TYPES.values() if t.default == most), FILE_TYPES["F16"].number)
 
     @property
     def bytes_in(self) -> int:
@@ -123,7 +138,9 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     if options.imatrix is not None:
         imatrix.check_model(tensors, options.imatrix)
     check_types(tensors, options.file_type, options.overrides)
-    if options.file_type in PRESETS:
+    if isinstance(options.mix, GgufRecipe):
+        choices = options.mix.choose(tensors, options.overrides)
+    elif options.file_type in PRESETS:
         choices = types.choose_preset(tensors, options.file_type, config, options.overrides)
     else:
         weighted = options.imatrix is not None
@@ -134,6 +151,8 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
             what = f"{entry.name} can't be {entry.type}: its rows have {entry.tensor.shape[-1]} columns"
             raise UsageError(what, fix="give another type")
     notes = [*warnings(checkpoint), *importance_notes(entries, options.file_type, options.imatrix)]
+    if isinstance(options.mix, GgufRecipe):
+        notes += [f"recipe {options.mix.name}: {line}" for line in options.mix.idle_rules(tensors)]
     plan = GgufPlan(checkpoint, options, entries, tuple(notes))
     kept = Counter(x.type for x in entries for spec in x.tensor.specs if plan.keeps(x, plan.weights[spec.name]))
     notes += [f"{n} matrices keep the codes and scales that the source has, as {kind}" for kind, n in kept.items()]
@@ -146,30 +165,16 @@ def lay_out(plan: GgufPlan, out: Path, metadata: Metadata, split_max_size: int |
 
     Raises UsageError where a tensor alone is larger.
     """
-    largest = max(plan.entries, key=lambda entry: entry.nbytes)
-    if split_max_size is not None and padded(largest.nbytes) > split_max_size:
-        what = f"--split-max-size {split_max_size:,}: {largest.name} alone takes {padded(largest.nbytes):,} bytes"
-        raise UsageError(what, fix="tensors are not cut: give at least that")
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in plan.entries:
-        nbytes = padded(entry.nbytes)
-        if split_max_size is not None and groups[-1] and size + nbytes > split_max_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += nbytes
+    if split_max_size is None:
+        return [_file(out, metadata, plan.entries)]
+    groups = spread([(entry.name, entry.nbytes) for entry in plan.entries], split_max_size, "--split-max-size")
     if len(groups) == 1:
-        return [_file(out, metadata, groups[0])]
+        return [_file(out, metadata, plan.entries)]
     files = []
-    for number, entries in enumerate(groups):
-        split = {
-            "split.no": Value(GGUFValueType.UINT16, number),
-            "split.tensors.count": Value(GGUFValueType.INT32, len(plan.entries)),
-            "split.count": Value(GGUFValueType.UINT16, len(groups)),
-        }
-        path = out.with_name(f"{out.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
-        files.append(_file(path, {**metadata, **split} if number == 0 else split, entries))
+    for number, group in enumerate(groups):
+        keys = split_keys(number, len(groups), len(plan.entries))
+        path = out.with_name(split_name(out.stem, number, len(groups)))
+        files.append(_file(path, {**metadata, **keys} if number == 0 else keys, [plan.entries[i] for i in group]))
     return files
 
 
@@ -183,8 +188,10 @@ def _file(path: Path, metadata: Metadata, entries: Sequence[Entry]) -> File:
     return File(path, header, tuple((entry, len(header) + h.begin) for entry, h in zip(entries, headers, strict=True)))
 
 
-def parse_file_type(name: str) -> str:
-    """'q4_k_m' → 'Q4_K_M'. Raises UsageError for a type that is none, or is not written."""
+def parse_mix(name: str) -> str | GgufRecipe:
+    """'q4_k_m' → 'Q4_K_M'; a recipe of a YAML file. Raises UsageError for a type that is none, or is not written."""
+    if name.endswith((".yaml", ".yml")):
+        return gguf_recipe.load(name)
     known = ALIASES.get(name.upper(), name.upper())
     if known in NAMES:
         return known
@@ -212,8 +219,9 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
 
 
 _UNMEASURED = ("embed", "lm_head")  # the first has no input; llama-imatrix skips the other if not asked for it
-_NEEDY = ("Q2_K_S", "Q2_K")  # a file type, and which of its tensors' types need importance (tensor_requires_imatrix)
-_LOSSY = ("Q2_K", "Q3_K_S")
+# Types that are useless without importance (tensor_requires_imatrix); in a Q2_K_S, Q2_K is, too.
+_NEEDY = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+_LOSSY = ("Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K")
 _TERNARY = ("TQ1_0", "TQ2_0")
 _HOW = "make one with `calibrate --imatrix` or llama-imatrix"
 
@@ -253,17 +261,19 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
         entry for entry in entries if entry.type not in blocks.UNWEIGHTED and entry.tensor.role not in _UNMEASURED
     ]
     lacking = [entry for entry in weighted if imatrix is None or entry.name not in imatrix.entries]
-    needy = [entry.name for entry in lacking if (file_type, entry.type) == _NEEDY]
+    needy = [entry for entry in entries if _needs_importance(entry, file_type, imatrix)]
+    names, kinds = listing([entry.name for entry in needy]), ", ".join(sorted({entry.type for entry in needy}))
     if file_type in _TERNARY:
         yield f"{file_type} has three values a block: it is for models that were trained with such weights"
     if imatrix is None:
         if needy:
-            raise UsageError(f"{file_type} needs an importance matrix", fix=f"give --imatrix FILE: {_HOW}")
+            what = f"{file_type} needs an importance matrix for {kinds}: {names}"
+            raise UsageError(what, fix=f"give --imatrix FILE: {_HOW}")
         if file_type in _LOSSY:
             yield f"{file_type} without an importance matrix loses much: see `calibrate --imatrix`"
         return
     if needy:
-        what = f"lacks {listing(needy)}, which {file_type} makes {_NEEDY[1]}"
+        what = f"lacks {names}, which {file_type} makes {kinds}"
         raise InputError(what, where=imatrix.source, fix=f"{_HOW}, or give a wider type by --tensor-type")
     if lacking:
         names = listing([entry.name for entry in lacking])
@@ -271,3 +281,13 @@ def importance_notes(entries: Sequence[Entry], file_type: str, imatrix: Imatrix 
     if older := sorted(imatrix.entries.keys() & set(older_names([entry.tensor for entry in entries]))):
         what = f"{imatrix.source} has {len(older)} tensors that the model has not: {listing(older)}"
         yield f"{what} (an older llama.cpp measured attn_k_b and attn_v_b as one)"
+
+
+def _needs_importance(entry: Entry, file_type: str, imatrix: Imatrix | None) -> bool:
+    """Whether a tensor lacks importance that its type needs: for the embedding and the output llama-quantize does
+    without where ggml can."""
+    if imatrix is not None and entry.name in imatrix.entries:
+        return False
+    if entry.tensor.role in _UNMEASURED:
+        return entry.type in blocks.NEEDY
+    return entry.type in _NEEDY or (file_type, entry.type) == ("Q2_K_S", "Q2_K")

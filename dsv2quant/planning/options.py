@@ -266,7 +266,7 @@ def _gguf_plan(checkpoint: Checkpoint, given: Mapping[str, Any]) -> GgufPlan:
 
     types = [given.get(name) for name in ("output_type", "token_embedding_type")]
     asked = gguf.Options(
-        gguf.parse_file_type(given["gguf"]),
+        gguf.parse_mix(given["gguf"]),
         Overrides(
             tuple(gguf.parse_tensor_type(text) for text in given.get("tensor_types", ())),
             *(None if kind is None else gguf.parse_type(kind) for kind in types),

@@ -34,7 +34,7 @@ METHODS = ("rtn", *MEASURED, *CALIBRATED)
 _RULE_KEYS = {"roles", "layers", "scheme", "method"}
 _RECIPE_KEYS = {"name", "description", "rules"}
 MAX_LAYERS = 1024
-_MAX_PATTERN = 64  # fnmatch takes time that grows with the square
+MAX_PATTERN = 64  # fnmatch takes time that grows with the square
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _rule(raw: Any, where: str) -> Rule:
     if not isinstance(roles, list) or not roles or not all(isinstance(r, str) for r in roles):
         raise InputError("`roles` must be a list of roles or patterns", where=where, fix=f"roles: {', '.join(ROLES)}")
     for pattern in roles:
-        if len(pattern) > _MAX_PATTERN or not any(fnmatchcase(role, pattern) for role in ROLES):
+        if len(pattern) > MAX_PATTERN or not any(fnmatchcase(role, pattern) for role in ROLES):
             raise InputError(f"unknown role {short(pattern)}", where=where, fix=f"roles: {', '.join(ROLES)}")
     scheme, method = raw.get("scheme"), raw.get("method", "rtn")
     if not isinstance(scheme, str) or scheme not in CODECS:
@@ -168,10 +168,10 @@ def _rule(raw: Any, where: str) -> Rule:
     possible = CODECS[scheme].methods
     if method not in possible:
         raise InputError(f"{scheme} has no method {short(method)}", where=where, fix=f"methods: {', '.join(possible)}")
-    return Rule(tuple(roles), _layers(raw.get("layers"), where), scheme, method)
+    return Rule(tuple(roles), layers_of(raw.get("layers"), where), scheme, method)
 
 
-def _layers(raw: Any, where: str) -> frozenset[int] | None:
+def layers_of(raw: Any, where: str) -> frozenset[int] | None:
     """'0, 2-4' or a list of such → {0, 2, 3, 4}."""
     if raw is None:
         return None

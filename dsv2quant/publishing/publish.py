@@ -13,11 +13,12 @@ from dsv2quant.planning.plan import Plan
 from dsv2quant.publishing.compare import coverage_of
 from dsv2quant.publishing.made import Made, Released
 from dsv2quant.report.artifacts import Artifact, Report, report_json
-from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card, write_card
+from dsv2quant.report.card import CalibratedOn, GgufFile, folder_card, gguf_card
 from dsv2quant.report.fallbacks import fallbacks
 from dsv2quant.report.origin import origin
 from dsv2quant.report.page import page
 from dsv2quant.report.pictures import pictures
+from dsv2quant.storage.card import write_card
 from dsv2quant.storage.durable import MANIFEST_FILE, FileEntry, disk_errors, dump_json, hash_file, write_whole
 from dsv2quant.storage.manifest import CARD_FILE, is_text
 from dsv2quant.storage.safetensors import read_json

@@ -21,6 +21,7 @@ from dsv2quant.report.tables import gigabytes, table
 from dsv2quant.report.warnings import warnings
 from dsv2quant.storage.durable import FileEntry
 
+DIGITS = 6  # of an error: how many threads sum it up shows in the sixteenth
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.gate_proj")
 
 
@@ -134,11 +135,12 @@ def calibration_text(plan: Plan, outcomes: Sequence[Outcome], tokens: Mapping[in
 
 
 def _errors(found: Sequence[Outcome]) -> dict[str, float]:
-    """Mean relative output errors."""
-    return {
+    """Mean relative output errors, to so many digits that a manifest has the same bytes whatever the threads."""
+    means = {
         "error": sum(o.error for o in found) / len(found),
         "rtn_error": sum(o.rtn_error for o in found) / len(found),
     }
+    return {name: float(f"{mean:.{DIGITS}g}") for name, mean in means.items()}
 
 
 @dataclass(frozen=True)

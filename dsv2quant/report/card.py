@@ -1,31 +1,34 @@
 """The model card, README.md: of a folder, and of GGUF files, for those who want to run the model.
 
-It does not depend on when or where the conversion ran, so that the same plan gives the same bytes. Its last line is the
-sha256 of all before it: a card that a person edited has another one, and is not written over.
+It does not depend on when or where the conversion ran, so that the same plan gives the same bytes. storage/card.py has
+what becomes of it as a file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2quant.checkpoint.checkpoint import HfCheckpoint
-from dsv2quant.errors import printable
 from dsv2quant.formats.schemes import CODECS
+from dsv2quant.planning.consumers import ENGINES
+from dsv2quant.planning.memory import Workload, cache_per_token
 from dsv2quant.planning.plan import Plan
+from dsv2quant.report.base_model import CardModel
 from dsv2quant.report.fallbacks import fallbacks
+from dsv2quant.report.front import dataset_ids, front_matter
 from dsv2quant.report.measured import Measured
-from dsv2quant.report.origin import ID, MAX_CARD_BYTES, Origin
-from dsv2quant.report.plans import beside, serving_notes
+from dsv2quant.report.origin import Origin
+from dsv2quant.report.plans import beside, serving_notes, types_table
 from dsv2quant.report.scores import Scored, engines_table, growth, scored_on, scores_table
-from dsv2quant.report.tables import count, gigabytes, roles_table, summarize, table
+from dsv2quant.report.tables import folded, gigabytes, roles_table, summarize, table
 from dsv2quant.report.usage import llama_cpp, usage
-from dsv2quant.storage.durable import disk_errors, is_regular, write_whole
-from dsv2quant.storage.files import read_bytes
+from dsv2quant.storage.card import sealed
+from dsv2quant.storage.durable import MANIFEST_FILE
+from dsv2quant.storage.manifest import gguf_stem
 from dsv2quant.version import __version__
 
 if TYPE_CHECKING:
@@ -36,8 +39,6 @@ _SERVED = {
     "FP8": {"token": "per token", "group128": "per 1×128 group", "static": "with calibrated scales"},
     "INT8": {"token-int8": "per token"},
 }
-_SEAL = "<!-- dsv2quant, sha256 of the above: {} -->\n"
-_SEALED = re.compile(rb"(.*)<!-- dsv2quant, sha256 of the above: ([0-9a-f]{64}) -->\n", re.DOTALL)
 MANY = 8  # files, above which a card folds their list
 
 
@@ -75,23 +76,6 @@ class GgufFile:
         return 8 * sum(self.files.values()) / self.plan.parameters
 
 
-def is_persons(path: Path) -> bool:
-    """Whether a card lies there that is not as it was written here: a person's, or edited by one."""
-    if not is_regular(path):
-        return False
-    found = _SEALED.fullmatch(read_bytes(path, MAX_CARD_BYTES))
-    return found is None or hashlib.sha256(found[1]).hexdigest() != found[2].decode()
-
-
-def write_card(path: Path, card: bytes) -> bool:
-    """Write a card, unless a person's lies there; whether it did. Raises InputError where the disk fails."""
-    if is_persons(path):
-        return False
-    with disk_errors(path):
-        write_whole(path, [card])
-    return True
-
-
 def folder_card(
     plan: Plan,
     command: str,
@@ -101,26 +85,28 @@ def folder_card(
     measured: Measured | None = None,
     figures: Mapping[str, str] | None = None,
     release: str = "",
-    repo: str | None = None,
 ) -> bytes:
-    """Of an artifact in Hugging Face layout, made by `command`; on the hub it is `repo`, if that is known. `figures`
-    are titles of pictures by their files, relative to the card. `release` is the file of the release that it is part
-    of, in YAML."""
+    """Of an artifact in Hugging Face layout, made by `command`. `figures` are titles of pictures by their files,
+    relative to the card. `release` is the file of the release that it is part of, in YAML."""
     measured = measured or Measured()
-    layouts = {str(CODECS[scheme].quant_method) for scheme in plan.schemes}
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
-    datasets = [] if calibrated is None else _datasets([calibrated.source])
-    name = f"{base.name.rpartition('/')[2]}, {plan.recipe.name}"
     size = sum(shard.nbytes for shard in plan.shards)
-    intro = f"{_said(base)}, quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}."
+    rows = [Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores)]
+    model = CardModel.of(plan.checkpoint, base)
+    tags = [*sorted({str(CODECS[scheme].quant_method) for scheme in plan.schemes}), *sorted(plan.schemes)]
+    tags += sorted({entry.method for entry in plan.entries} & {"gptq", "awq"} - set(tags))
+    datasets = [] if calibrated is None else dataset_ids([calibrated.source])
+    name = f"{model.title}, {plan.recipe.name}"
+    intro = f"{model.said}, quantized with dsv2quant {__version__} for {', '.join(plan.targets)}{plan.parallel}."
     sections = [
         f"# {name}",
         f"{intro} {_activations(plan)}",
         *(f"{_sentence(note)}" for note in serving_notes(plan)),
-        _overview(plan, size),
+        _overview(plan, model, size),
         "## Use",
-        *usage(plan, repo),
-        *_evaluation([Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores)], [measured], base),
+        *usage(plan, chats=model.chats),
+        *model.asked(),
+        *_evaluation(rows, [measured], base),
         *_shown(figures),
         "## Weights",
         f"{gigabytes(plan.bytes_in)} became {gigabytes(plan.bytes_out)}: {plan.bits_per_weight:.2f} bits per weight.",
@@ -132,51 +118,57 @@ def folder_card(
         *([] if calibrated is None else _calibration(calibrated)),
         "## Files",
         _files({shard.file: shard.nbytes for shard in plan.shards}),
+        f"`{MANIFEST_FILE}` has the sha256 of each; `dsv2quant verify .` holds them against it.",
         "## How it was made",
         f"```\n{command}\n```",
         f"The recipe:\n\n```yaml\n{plan.recipe.text.strip()}\n```",
         *_released(release),
+        *model.card(),
     ]
-    tags = [*sorted(layouts), *sorted(plan.schemes)]
-    return _sealed([_front(plan.checkpoint, base, library, tags, datasets), *sections])
+    front = front_matter(plan.checkpoint, base, name, library, [*tags, *model.tags], datasets, rows)
+    return _card([front, *sections])
 
 
 def gguf_card(
-    files: Sequence[GgufFile],
-    base: Origin,
-    *,
-    figures: Mapping[str, str] | None = None,
-    release: str = "",
-    repo: str | None = None,
+    files: Sequence[GgufFile], base: Origin, *, figures: Mapping[str, str] | None = None, release: str = ""
 ) -> bytes:
     """Of a folder of GGUF files, all made of the same base model; the rest is as of a folder."""
-    checkpoint = files[0].plan.checkpoint
-    imatrices = {m.source: m for m in (file.plan.options.imatrix for file in files) if m is not None}
+    plans = [file.plan for file in files]
+    checkpoint, model = plans[0].checkpoint, CardModel.of(plans[0].checkpoint, base)
+    imatrices = {m.source: m for m in (plan.options.imatrix for plan in plans) if m is not None}
+    names = _names(files)
     rows = [
-        Scored(f.plan.options.file_type, sum(f.files.values()), f.bits_per_weight, f.measured.scores) for f in files
+        Scored(name, sum(file.files.values()), file.bits_per_weight, file.measured.scores)
+        for name, file in zip(names, files, strict=True)
     ]
     sections = [
-        f"# {base.name.rpartition('/')[2]}, GGUF",
-        f"{_said(base)}, quantized with dsv2quant {__version__} for llama.cpp. {count(files[0].plan.parameters)} "
-        "parameters.",
-        scores_table([Scored(x.name, x.nbytes, x.bits_per_weight, None) for x in rows], markdown=True),
+        f"# {model.title}, GGUF",
+        f"{model.said}, quantized with dsv2quant {__version__} for llama.cpp.",
+        _choice(rows, files),
+        table(["", ""], [*model.kind(plans[0].parameters), *model.terms()], markdown=True),
         "## Use",
-        llama_cpp([(file.plan.options.file_type, next(iter(file.files))) for file in files], repo),
-        *dict.fromkeys(_sentence(note) for file in files for note in _notes(file.plan)),
+        *llama_cpp(
+            [list(file.files) for file in files], chats=model.chats, experts=bool(checkpoint.config.n_routed_experts)
+        ),
+        *model.asked(),
+        *dict.fromkeys(_sentence(note) for plan in plans for note in _notes(plan)),
         *_evaluation(rows, [file.measured for file in files], base),
         *_shown(figures),
+        "## Weights",
     ]
+    for name, plan in zip(names, plans, strict=True):
+        sections += [folded(f"{name}: types by tensor", types_table(plan, markdown=True)), *_fallen(plan, name)]
     for matrix in imatrices.values():
         texts = [Path(name).name if name.startswith("/") else name for name in matrix.datasets]
         tokens = f"{matrix.chunk_count * matrix.chunk_size:,} tokens of {', '.join(texts)}"
         sections += ["## Calibration", f"The importance matrix was measured on {tokens}."]
-    fallen = [part for file in files for part in _fallen(file.plan, file.plan.options.file_type)]
-    sections += [*fallen, "## Files", _files({name: size for file in files for name, size in file.files.items()})]
+    sections += ["## Files", _files({name: size for file in files for name, size in file.files.items()})]
+    sections += ["Beside each, `NAME.gguf.json` has its sha256; `dsv2quant verify NAME.gguf` holds it against that."]
     sections += ["## How it was made", "```\n" + "\n".join(file.command for file in files) + "\n```"]
-    sections += _released(release)
-    datasets = _datasets([name for matrix in imatrices.values() for name in matrix.datasets])
-    front = _front(checkpoint, base, "gguf", ["gguf", *(["imatrix"] if imatrices else [])], datasets)
-    return _sealed([front, *sections])
+    sections += [*_released(release), *model.card()]
+    datasets = dataset_ids(name for matrix in imatrices.values() for name in matrix.datasets)
+    tags = ["gguf", *(["imatrix"] if imatrices else []), *model.tags]
+    return _card([front_matter(checkpoint, base, f"{model.title}, GGUF", "gguf", tags, datasets, rows), *sections])
 
 
 def _released(release: str) -> list[str]:
@@ -191,45 +183,8 @@ def _notes(plan: GgufPlan) -> list[str]:
     return [note.replace(matrix.source, Path(matrix.source).name) if matrix else note for note in plan.notes]
 
 
-def _sealed(parts: Sequence[str]) -> bytes:
-    content = ("\n\n".join(parts) + "\n\n").encode(errors="backslashreplace")
-    return content + _SEAL.format(hashlib.sha256(content).hexdigest()).encode()
-
-
-def _front(
-    checkpoint: HfCheckpoint, base: Origin, library: str, tags: Sequence[str], datasets: Sequence[str]
-) -> str:  # fmt: skip
-    """What the hub reads, by huggingface_hub's own class for it."""
-    from huggingface_hub import ModelCardData
-
-    sees = checkpoint.whole is not None
-    kind = str(checkpoint.raw_config.get("model_type", "deepseek_v2"))
-    related = {} if base.id is None else {"base_model_relation": "quantized"}
-    data = ModelCardData(
-        base_model=base.id, datasets=list(datasets) or None, library_name=library,
-        pipeline_tag=base.pipeline_tag or ("image-text-to-text" if sees else "text-generation"),
-        tags=[kind, *tags, *(["conversational"] if _chats(checkpoint) else [])],
-        **base.carried, **related, quantized_by="dsv2quant",
-    )  # fmt: skip
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def _chats(checkpoint: HfCheckpoint) -> bool:
-    """Whether it has a chat template, as far as names and its tokenizer's configuration tell."""
-    carried = checkpoint.carried_files()
-    in_config = b'"chat_template"' in carried.get("tokenizer_config.json", b"")
-    return in_config or any(name.startswith("chat_template") for name in carried)
-
-
-def _datasets(sources: Sequence[str]) -> list[str]:
-    """The ids of data sets among the names of texts, without what follows them: a split, a column, a revision."""
-    ids = (re.split("[:#@]", source)[0] for source in sources)
-    return [found for found in dict.fromkeys(ids) if ID.fullmatch(found)]
-
-
-def _said(base: Origin) -> str:
-    link = f"[{base.id}](https://huggingface.co/{base.id})" if base.id else printable(base.name)
-    return link + (f" at revision {base.revision}" if base.revision else "")
+def _card(parts: Sequence[str]) -> bytes:
+    return sealed(("\n\n".join(parts) + "\n\n").encode(errors="backslashreplace"))
 
 
 def _sentence(text: str) -> str:
@@ -250,17 +205,37 @@ def _activations(plan: Plan) -> str:
     return f"Activations are quantized {' and '.join(quantized)} when it is served."
 
 
-def _overview(plan: Plan, size: int) -> str:
-    config = plan.checkpoint.config
+def _overview(plan: Plan, model: CardModel, size: int) -> str:
+    cache = cache_per_token(plan.checkpoint.config, Workload((1,), (1,)))
+    scales = "with scales for FP8" if any(entry.kv_scales for entry in plan.entries) else "without scales for FP8"
     rows = [
-        ["architecture", config.architecture],
-        ["parameters", f"{count(plan.parameters)}" + " of its language model" * bool(plan.copies)],
+        *model.kind(plan.parameters),
         ["size", f"{gigabytes(size)}, {plan.bits_per_weight:.2f} bits per weight"],
         ["weights", ", ".join(sorted(plan.schemes))],
-        ["context", f"{config.max_position_embeddings:,} tokens"],
-        ["KV-cache scales", "for FP8" if any(entry.kv_scales for entry in plan.entries) else "none"],
+        ["KV cache", f"{f'{gigabytes(cache)} a token in BF16, ' * bool(set(plan.targets) & set(ENGINES))}{scales}"],
+        *model.terms(),
     ]
     return table(["", ""], rows, markdown=True)
+
+
+def _names(files: Sequence[GgufFile]) -> list[str]:
+    """File types, or names of files where two have one type."""
+    types = Counter(file.plan.options.file_type for file in files)
+    kinds = [(file.plan.options.file_type, next(iter(file.files))) for file in files]
+    return [kind if types[kind] == 1 else gguf_stem(first) for kind, first in kinds]
+
+
+def _choice(rows: Sequence[Scored], files: Sequence[GgufFile]) -> str:
+    """What whoever downloads chooses by: size, and the types that hold most weights."""
+    lines = []
+    for row, file in zip(rows, files, strict=True):
+        weights = Counter[str]()
+        for entry in file.plan.entries:
+            weights[entry.type] += entry.tensor.size
+        types = ", ".join(f"{kind} {n / weights.total():.0%}" for kind, n in weights.most_common(3))
+        first = next(iter(file.files))
+        lines.append([row.name, gigabytes(row.nbytes), f"{row.bits_per_weight:.2f}", types, f"[{first}]({first})"])
+    return table(["artifact", "size", "bits/weight", "most weights in", "file"], lines, markdown=True)
 
 
 def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Origin) -> list[str]:
@@ -273,10 +248,26 @@ def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Orig
         ran = f"dsv2quant eval-ppl ARTIFACT --reference {base.name} --ctx {scores.ctx} --limit {scores.windows}"
         parts += [scores_table(rows, markdown=True), f"Perplexity grew by: {grew}."]
         parts += [_sentence(scored_on([s for _, s in found])), f"```\n{ran}\n```"]
+        parts += ["Tasks, other texts and longer contexts were not measured."]
     for row, each in zip(rows, measured, strict=True):
         if each.engines:
             parts += [f"{row.name} in engines, beside dsv2quant's runtime:", engines_table(each.engines, markdown=True)]
+        parts += _verified(row, each, base)
     return ["## Evaluation", *parts] if parts else []
+
+
+def _verified(row: Scored, measured: Measured, base: Origin) -> list[str]:
+    """What came of holding weights against the source's."""
+    compared = [cell for cell in measured.cells if cell.exact or cell.signal is not None]
+    if not compared:
+        return []
+    lowest = min((cell.lowest_db for cell in compared if cell.lowest_db is not None), default=None)
+    found = "none differs" if lowest is None else f"signal is {lowest:.2f} dB above noise at least"
+    tensors = sum(cell.tensors for cell in compared)
+    return [
+        f"{row.name}: all {tensors:,} tensors were decoded as consumers do and held against the source's; {found} "
+        f"(`dsv2quant verify ARTIFACT --source {base.name}`)."
+    ]
 
 
 def _shown(figures: Mapping[str, str] | None) -> list[str]:
@@ -308,7 +299,4 @@ def _calibration(c: CalibratedOn) -> list[str]:
 
 def _files(files: Mapping[str, int]) -> str:
     shown = table(["file", "size"], [[name, gigabytes(size)] for name, size in files.items()], markdown=True)
-    if len(files) <= MANY:
-        return shown
-    total = gigabytes(sum(files.values()))
-    return f"<details><summary>{len(files)} files, {total}</summary>\n\n{shown}\n\n</details>"
+    return shown if len(files) <= MANY else folded(f"{len(files)} files, {gigabytes(sum(files.values()))}", shown)

@@ -80,6 +80,20 @@ def beside(plan: Plan) -> list[str]:
 
 
 def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
+    parts = [
+        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, {plan.options.file_type} for llama.cpp",
+        types_table(plan),
+        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
+        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
+    ]
+    parts += _fallen(plan, every_tensor)
+    if every_tensor:
+        parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
+    return "\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
+
+
+def types_table(plan: GgufPlan, *, markdown: bool = False) -> str:
+    """Which type each kind of tensor has, and in which layers."""
     groups: dict[tuple[str, str], list[GgufEntry]] = defaultdict(list)
     for entry in plan.entries:
         groups[entry.tensor.kind, entry.type].append(entry)
@@ -91,16 +105,7 @@ def _gguf_text(plan: GgufPlan, every_tensor: bool) -> str:
         nbytes, weights = sum(entry.nbytes for entry in entries), sum(entry.tensor.size for entry in entries)
         bits = f"{8 * nbytes / weights:.2f}"
         rows.append([kind, type_, len(entries), layers[kind, type_], gigabytes(nbytes), bits])
-    parts = [
-        f"{plan.checkpoint.model}: {count(plan.parameters)} parameters, {plan.options.file_type} for llama.cpp",
-        table(["tensor", "type", "tensors", "layers", "size", "bits/weight"], rows),
-        f"{gigabytes(plan.bytes_in)} → {gigabytes(plan.bytes_out)}, "
-        f"{8 * plan.bytes_out / plan.parameters:.2f} bits per weight",
-    ]
-    parts += _fallen(plan, every_tensor)
-    if every_tensor:
-        parts += [f"  {entry.name} {list(entry.tensor.shape)} {entry.type}" for entry in plan.entries]
-    return "\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
+    return table(["tensor", "type", "tensors", "layers", "size", "bits/weight"], rows, markdown=markdown)
 
 
 def notes(plan: Plan) -> list[str]:

@@ -80,11 +80,17 @@ def spread(values: Iterable[float], start: float, end: float, *, log: bool = Fal
     return Scale(max(0.0, low - room) if low >= 0 else low - room, high + room, start, end)
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 3) -> str:
     """As axes show it: '0.02', '1e-5', '2,000', '20k'."""
     if 1000 <= value < 1e6:
         return f"{value:,.0f}" if value < 1e4 else f"{value / 1000:g}k"
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def numbers(values: Sequence[float]) -> list[str]:
+    """The same of an axis, with digits enough to tell them apart: '6.185', '6.19'."""
+    shown = ([number(value, digits) for value in values] for digits in range(3, 16))
+    return next((found for found in shown if len(set(found)) == len(found)), [number(value) for value in values])
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "", turn: float | None = None) -> str:
@@ -134,12 +140,12 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, *, whole: bool = False)
     """Both axes with grid, numbers and names; `whole` numbers on x alone."""
     left, right, bottom, top = x.start, x.end, y.start, y.end
     parts = []
-    for value in y.ticks():
+    for value, shown in zip(y.ticks(), numbers(y.ticks()), strict=True):
         parts += [line(left, y(value), right, y(value), "rule")]
-        parts += [text(left - 5, y(value) + 3.5, number(value), anchor="end", kind="small")]
+        parts += [text(left - 5, y(value) + 3.5, shown, anchor="end", kind="small")]
     taken = -math.inf
-    for value in x.ticks(7):
-        shown, at = number(value), x(value)
+    for value, shown in zip(x.ticks(7), numbers(x.ticks(7)), strict=True):
+        at = x(value)
         if (whole and value != int(value)) or at - len(shown) * CHARACTER / 2 < taken:
             continue
         taken = at + len(shown) * CHARACTER / 2 + 4

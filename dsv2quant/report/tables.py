@@ -27,6 +27,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, markdown: 
     return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])])
 
 
+def folded(title: str, content: str) -> str:
+    """Markdown that is seen when its title is clicked."""
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
+
+
 def gigabytes(nbytes: int) -> str:
     """Bytes in the decimal unit that suits: '31.41 GB', '11.9 MB', '512 B'."""
     for unit, size, digits in (("GB", 10**9, 2), ("MB", 10**6, 2), ("kB", 10**3, 1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dsv2quant.errors import InputError
 
 Result = TypeVar("Result")
 TRIES = 5
+PAUSE = 1.0  # seconds before the second
 _BUSY = (408, 429, 500, 502, 503, 504)
 _OFFLINE = "retry, or use --offline for what the cache holds"
 _AGAIN = "run the same command again: it sends what is not there yet"
@@ -62,13 +64,15 @@ def hub_errors(
     # errors.HTTPError is the client library's own base class: httpx in huggingface_hub 1, httpx2 in 2.
     except (errors.HTTPError, ConnectionError) as error:
         raise _unreachable(error, repo, writes) from None
-    except RuntimeError as error:  # huggingface_hub's own, around what stopped an upload
-        if not isinstance(error.__cause__, (errors.HTTPError, ConnectionError)):
-            raise
-        raise _unreachable(error.__cause__, repo, writes) from None
+    except RuntimeError as error:  # huggingface_hub's own, around what stopped an upload; and all that hf_xet raises
+        if isinstance(error.__cause__, (errors.HTTPError, ConnectionError)):
+            raise _unreachable(error.__cause__, repo, writes) from None
+        raise InputError(
+            f"the transfer failed: {error!s:.300}", where=repo, fix=_AGAIN if writes else "retry"
+        ) from None
     except OSError as error:
-        if error.errno is None:  # huggingface_hub's own, of a file that did not come whole
-            raise InputError(f"the download failed: {error}", where=repo, fix="retry") from None
+        if error.errno is None:  # huggingface_hub's own, of a file that did not come whole, or hf_xet's
+            raise InputError(f"the transfer failed: {error}", where=repo, fix=_AGAIN if writes else "retry") from None
         where = error.filename or cache_dir or constants.HF_HUB_CACHE
         fix = "make room, or give another --cache-dir"
         raise InputError(f"can't keep downloads of {repo}: {error.strerror}", where=where, fix=fix) from None
@@ -79,9 +83,10 @@ def hub_errors(
         ) from None
 
 
-def persistently(call: Callable[[], Result]) -> Result:
-    """What a call returns, tried again after 1, 2, 4 and 8 s where the hub is busy or the connection breaks. What
-    huggingface_hub waits out by itself differs from version to version, and from call to call."""
+def persistently(call: Callable[[], Result], stopped: threading.Event | None = None) -> Result:
+    """What a call returns, tried again after 1, 2, 4 and 8 s, or at once where it is `stopped`, where the hub is busy
+    or the connection breaks. What huggingface_hub waits out by itself differs from version to version, and from call
+    to call."""
     from huggingface_hub import errors
 
     for tried in range(1, TRIES + 1):
@@ -91,7 +96,7 @@ def persistently(call: Callable[[], Result]) -> Result:
         except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, RuntimeError) as error:
             if tried == TRIES or not _passes(error.__cause__ if isinstance(error, RuntimeError) else error):
                 raise
-            time.sleep(2 ** (tried - 1))
+            (time.sleep if stopped is None else stopped.wait)(PAUSE * 2 ** (tried - 1))
     raise AssertionError("the last try returns or raises")
 
 

@@ -47,6 +47,12 @@ def gguf_manifest(path: Path) -> Path:
     return path.with_name(f"{split[1]}.gguf.json" if split else f"{path.name}.json")
 
 
+def gguf_stem(name: str) -> str:
+    """The name of a GGUF file, or of the one that it is a part of, without its suffix."""
+    split = _SPLIT.fullmatch(name)
+    return split[1] if split else name.removesuffix(".gguf")
+
+
 def own_manifest(path: Path) -> dict[str, Any] | None:
     """A manifest of ours, which lists files of its folder, be it sealed or not; None where there is none."""
     if not is_regular(path):

@@ -1,9 +1,11 @@
 """`push`: a finished artifact into a repository of the hub, through huggingface_hub.
 
 Only files of the manifest are sent, the manifest, the note of what was verified and the pictures that the card shows,
-those of the manifest held against their sha256 before the first byte goes out. Weights are uploaded one file after the
+those of the manifest held against their sha256 before the first byte goes out; the card with the repository's name in
+its commands. Weights are uploaded one file after the
 other, then everything but the card appears in one commit, and the card in the last: what can be seen is whole. A run
-that was cut is given again, and sends what the hub does not have yet.
+that was cut is given again, and sends what the hub does not have yet. A GGUF file can be cut while it is sent
+(`push_split.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2quant.errors import InputError, listing
 from dsv2quant.progress import Progress, no_progress
-from dsv2quant.storage.durable import MANIFEST_FILE, hash_file, hash_together, is_regular, state_path
+from dsv2quant.storage.card import MAX_CARD_BYTES, addressed
+from dsv2quant.storage.durable import (
+    MANIFEST_FILE,
+    FileEntry,
+    file_entry,
+    hash_file,
+    hash_together,
+    is_regular,
+    state_path,
+)
+from dsv2quant.storage.files import read_bytes
+from dsv2quant.storage.gguf_split import Piece
 from dsv2quant.storage.hub import heed_quiet
 from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.manifest import (
@@ -32,6 +45,8 @@ from dsv2quant.storage.manifest import (
     is_text,
     read_manifest,
 )
+from dsv2quant.storage.push_split import Content, Room, in_pieces, scratch, whole
+from dsv2quant.storage.safetensors import parse_size
 from dsv2quant.storage.verified import record_path, recorded
 
 if TYPE_CHECKING:
@@ -39,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LARGE = 50_000_000_000  # bytes; what is larger is downloaded by hf_xet alone (huggingface_hub/constants.py 2.4)
+LARGEST = 500_000_000_000  # of any file (huggingface.co/docs/hub/storage-limits)
 _PICTURE = re.compile(rf"\]\(({PICTURES}/\w[\w.-]*\.svg)\)")
 
 
@@ -63,6 +79,7 @@ def push(
     *,
     private: bool = False,
     revision: str = "main",
+    split: int | str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Pushed:
@@ -75,15 +92,23 @@ def push(
     with progress(sum(entry["size"] for entry in entries.values()), "B", "checksums") as advance:
         hashed = partial(_checked, manifest.parent)
         found = dict(zip(entries, hash_together(hashed, entries.items(), advance), strict=True))
-    if large := [name for name, entry in found.items() if entry["size"] > LARGE]:
-        fix = "`convert` cuts it by --max-shard-size, or of a GGUF file --split-max-size"
-        logger.warning("%s has more than 50 GB: clients without hf_xet can't download it (%s)", listing(large), fix)
     added = [path.name for path in (manifest, record_path(manifest)) if is_regular(path)]
     if CARD_FILE not in entries and _is_card(manifest.with_name(CARD_FILE), entries):
         added.append(CARD_FILE)
     card = manifest.with_name(CARD_FILE)
     added += _pictures(card) if CARD_FILE in (*entries, *added) else []
     found |= {name: hash_file(manifest.parent / name) for name in added}
+    contents: dict[str, Content] = {name: manifest.parent / name for name in found}
+    if CARD_FILE in found:
+        contents[CARD_FILE] = addressed(read_bytes(card, MAX_CARD_BYTES), repo)
+    cut: dict[str, FileEntry] = {}
+    if split is not None:
+        contents, cut = in_pieces(manifest, contents, parse_size(str(split)), progress)
+    found = {
+        name: found[name] if isinstance(content, Path) else cut.get(name) or file_entry(whole(content))
+        for name, content in contents.items()
+    }
+    _check_sizes(artifact, found)
 
     from huggingface_hub import HfApi
 
@@ -91,7 +116,7 @@ def push(
     with hub_errors(repo, None, writes=True):
         api = HfApi()
         if CARD_FILE in found:
-            _check_card(api, card)
+            _check_card(api, card, whole(contents[CARD_FILE]))
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         if revision != "main":
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -102,11 +127,21 @@ def push(
     there = {entry.rfilename: entry for entry in info.siblings}
     if strays := [name for name in there if name not in found and is_loaded(name)]:
         logger.warning("%s also holds %s, which programs may load with the artifact", repo, listing(strays))
-    kept = [name for name, entry in found.items() if _is_same(manifest.parent / name, entry, there.get(name))]
+    kept = [name for name, entry in found.items() if _is_same(contents[name], entry, there.get(name))]
     sent = [name for name in found if name not in kept]
-    commit = _send(api, repo, revision, manifest.parent, {name: found[name] for name in sent})
+    with scratch(manifest, [contents[name] for name in sent]) as room:
+        commit = _send(api, repo, revision, {name: contents[name] for name in sent}, found, room)
     size = sum(found[name]["size"] for name in sent)
     return Pushed(os.fspath(artifact), repo, str(url), revision, commit or str(info.sha), sent, kept, size)
+
+
+def _check_sizes(artifact: object, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn of files that few can download; raise InputError for what the hub does not take."""
+    fix = "`push --split 45GB` cuts a GGUF file, `convert --max-shard-size` what is in a folder"
+    if huge := [name for name, entry in found.items() if entry["size"] > LARGEST]:
+        raise InputError(f"{listing(huge)} has more than 500 GB, which the hub doesn't take", where=artifact, fix=fix)
+    if large := [name for name, entry in found.items() if entry["size"] > LARGE]:
+        logger.warning("%s has more than 50 GB: clients without hf_xet can't download it (%s)", listing(large), fix)
 
 
 def _manifest_of(path: Path) -> Path:
@@ -141,12 +176,12 @@ def _pictures(card: Path) -> list[str]:
     return [name for name in names if is_regular(card.parent / name) and not (card.parent / name).parent.is_symlink()]
 
 
-def _check_card(api: HfApi, path: Path) -> None:
+def _check_card(api: HfApi, path: Path, card: bytes) -> None:
     """Raise InputError where the hub would not take a card: before the weights are sent, not behind them."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     try:
-        content = path.read_text(encoding="utf-8")
+        content = card.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: {error}", where=path, fix="the hub takes no other card") from None
     answer = get_session().post(
@@ -158,29 +193,32 @@ def _check_card(api: HfApi, path: Path) -> None:
     hf_raise_for_status(answer)
 
 
-def _is_same(path: Path, entry: Mapping[str, Any], there: Any) -> bool:
+def _is_same(content: Content, entry: Mapping[str, Any], there: Any) -> bool:
     """Whether the hub has a file with this content: by sha256 of a large one, by git's hash of a small one."""
     if there is None or there.size != entry["size"]:
         return False
     if there.lfs is not None:
         return bool(there.lfs.sha256 == entry["sha256"])
-    content = path.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    found = whole(content)
+    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(found) + found).hexdigest())
 
 
-def _send(api: HfApi, repo: str, revision: str, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _send(
+    api: HfApi, repo: str, revision: str, contents: Mapping[str, Content], found: Mapping[str, FileEntry], room: Room
+) -> str | None:
     """Upload files and make the commits; the last one's name, None where there was nothing to send. Raises InputError
-    where a file is no longer what was hashed."""
+    where a file is no longer what was hashed, as `found` has it."""
     from huggingface_hub import CommitOperationAdd
 
-    adds = {name: CommitOperationAdd(name, folder / name) for name in files}
-    commit = None
-    for name, add in adds.items():
+    adds, commit = {}, None
+    for name, content in contents.items():
+        adds[name] = add = CommitOperationAdd(name, room(content) if isinstance(content, Piece) else content)
         with hub_errors(repo, None, writes=True):
             upload = partial(api.preupload_lfs_files, repo, [add], revision=revision, free_memory=False, num_threads=1)
             persistently(upload)
-        if add.upload_info.sha256.hex() != files[name]["sha256"]:
-            raise InputError("changed while it was sent", where=folder / name, fix="verify and push again")
+        if add.upload_info.sha256.hex() != found[name]["sha256"]:
+            where = content if isinstance(content, Path) else name
+            raise InputError("changed while it was sent", where=where, fix="verify and push again")
     rest = [add for name, add in adds.items() if name != CARD_FILE]
     card = [add for name, add in adds.items() if name == CARD_FILE]
     for some in filter(None, (rest, card)):

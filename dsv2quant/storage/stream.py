@@ -12,19 +12,29 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv2quant.errors import InputError
 from dsv2quant.storage.durable import PARTIAL, create, disk_errors, hash_file, is_regular, sync_folder
 from dsv2quant.storage.hub_errors import hub_errors, persistently
 from dsv2quant.storage.safetensors import read_header
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 logger = logging.getLogger(__name__)
 _SAMPLES = ".samples"
+
+
+class Stopped(Exception):
+    """A download that nobody waits for any more ended where it was."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,35 @@ class Stream:
     files: Mapping[str, Remote]
     headers: Mapping[str, Mapping[str, Any]]
     data: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    stopped: threading.Event = field(default_factory=threading.Event)  # while set, downloads end where they are
 
     @property
     def room(self) -> int:
-        """Bytes of disk that shards take at a time, as published checkpoints are cut: one that is used up, and the
-        next."""
-        return 2 * max(remote.size for remote in self.files.values())
+        """Bytes of disk that shards take at a time, as published checkpoints are cut: one of which a tensor's part is
+        left, the one that is converted, and the next, which is loaded."""
+        return 3 * max(remote.size for remote in self.files.values())
 
     def fingerprint(self) -> list[list[object]]:
         """Name, size and hash of every shard."""
         return [[file, remote.size, remote.sha256 or remote.blob] for file, remote in sorted(self.files.items())]
+
+    def load(self, files: Sequence[str]) -> Generator[str, None, None]:
+        """Names of shards, each when it is on disk. While one is used the next comes, in a thread that ends with this
+        generator, in the middle of a download if need be. Raises as `fetch`."""
+        self.stopped.clear()
+        coming: Future[None] | None = None
+        with ThreadPoolExecutor(1, "shards") as thread:
+            try:
+                for file, following in zip_longest(files, files[1:]):
+                    coming = coming or thread.submit(self.fetch, file)
+                    coming.result()
+                    coming = None if following is None else thread.submit(self.fetch, following)
+                    yield file
+            finally:
+                self.stopped.set()
+                while coming is not None and not coming.done():
+                    _abort_xet()
+                    wait([coming], timeout=1)
 
     def fetch(self, file: str) -> None:
         """Have a shard on disk. Raises InputError where it can't be had, or is not what the hub says of it."""
@@ -78,15 +107,28 @@ class Stream:
     def _downloaded(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        logger.info("%s: fetching %s, %s bytes", self.repo, file, f"{self.files[file].size:,}")
-        with hub_errors(self.repo, os.fspath(self.folder)), _without_bars():
-            return Path(
-                persistently(lambda: hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder))
-            )
+        here = threading.get_ident()
 
-    @staticmethod
-    def _is_whole(path: Path, remote: Remote) -> bool:
-        found = hash_file(path)
+        def came() -> None:
+            if threading.get_ident() == here:  # hf_xet tells of it in a thread of its own, which nothing stops
+                self._go_on()
+
+        bar = _bar(came)
+
+        def download() -> str:
+            self._go_on()
+            return hf_hub_download(self.repo, file, revision=self.commit, local_dir=self.folder, tqdm_class=bar)
+
+        logger.info("%s: fetching %s, %s bytes", self.repo, file, f"{self.files[file].size:,}")
+        with hub_errors(self.repo, os.fspath(self.folder)):
+            return Path(persistently(download, self.stopped))
+
+    def _go_on(self, nbytes: int = 0) -> None:
+        if self.stopped.is_set():
+            raise Stopped
+
+    def _is_whole(self, path: Path, remote: Remote) -> bool:
+        found = hash_file(path, self._go_on)
         if remote.sha256 is not None:
             return found == {"size": remote.size, "sha256": remote.sha256}
         content = path.read_bytes()  # a small one
@@ -138,19 +180,28 @@ class Stream:
             self.folder.rmdir()
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep huggingface_hub's own bars down in here: the conversion's is open."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _bar(came: Callable[[], object]) -> type[tqdm[Any]]:
+    """A progress bar for huggingface_hub that shows nothing, as the conversion's is open, and calls when bytes came."""
+    from tqdm import tqdm
 
-    shown = not are_progress_bars_disabled()
-    if shown:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
+    class Bar(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            came()
+            return super().update(n)
+
+    return Bar
+
+
+def _abort_xet() -> None:
+    """End what hf_xet downloads, as huggingface_hub itself does on Ctrl-C. Its versions before 2 can't, and end the
+    shard."""
+    with suppress(ImportError):
+        from huggingface_hub.utils._xet import abort_xet_session
+
+        abort_xet_session()
 
 
 def _places(header: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

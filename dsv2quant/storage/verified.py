@@ -44,6 +44,11 @@ def recorded(manifest: Path) -> dict[str, dict[str, Any]]:
     return against if covers and isinstance(against, dict) else {}
 
 
+def record_content(manifest: str, against: Mapping[str, Any]) -> bytes:
+    """A record's content; `manifest` is the sha256 of the one that it speaks of."""
+    return dump_json({"schema": SCHEMA, "manifest": manifest, "against": against})
+
+
 def record(manifest: Path, against: str, found: Mapping[str, Any]) -> None:
     """Note that an artifact was held against its "source", or in an engine against the runtime, and stood the test.
     Nothing is noted of what has no manifest of its own there, as in the hub's cache; where nothing can be written that
@@ -51,9 +56,8 @@ def record(manifest: Path, against: str, found: Mapping[str, Any]) -> None:
     if not is_regular(manifest):
         return
     entry = {"dsv2quant": __version__, **found}
-    content = {"schema": SCHEMA, "manifest": hash_file(manifest)["sha256"]}
     path = record_path(manifest)
     try:
-        write_whole(path, [dump_json(content | {"against": recorded(manifest) | {against: entry}})])
+        write_whole(path, [record_content(hash_file(manifest)["sha256"], recorded(manifest) | {against: entry})])
     except OSError as error:
         logger.warning("%s: can't note that it was verified: %s", path, error.strerror)

@@ -9,7 +9,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from dsv2quant.formats.cpu import amax_bits
-from dsv2quant.formats.gguf import kquants, legacy, ternary
+from dsv2quant.formats.gguf import iq1, kquants, lattice, legacy, ternary
+from dsv2quant.formats.gguf.grids import grid
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
@@ -21,6 +22,9 @@ TYPES = {
     "Q2_K": BlockType(256, 84), "Q3_K": BlockType(256, 110),
     "Q4_K": BlockType(256, 144), "Q5_K": BlockType(256, 176), "Q6_K": BlockType(256, 210),
     "IQ4_NL": BlockType(32, 18), "IQ4_XS": BlockType(256, 136),
+    "IQ3_S": BlockType(256, 110), "IQ3_XXS": BlockType(256, 98), "IQ2_S": BlockType(256, 82),
+    "IQ2_XS": BlockType(256, 74), "IQ2_XXS": BlockType(256, 66), "IQ1_M": BlockType(256, 56),
+    "IQ1_S": BlockType(256, 50),
     "TQ1_0": BlockType(256, 54), "TQ2_0": BlockType(256, 66), "MXFP4": BlockType(32, 17),
 }  # fmt: skip
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")  # have no use for importance
@@ -43,8 +47,8 @@ _EXPONENTS = {
     "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
 }  # fmt: skip
 DECODABLE = tuple(_EXPONENTS)
-# The largest magnitude in any block of several values, Q6_K's and IQ4_XS's. The search for scales squares values: much
-# larger ones overflow there, and can end as zeros.
+# The largest magnitude in any block of several values but MXFP4's, that of Q6_K and IQ4_XS. The search for scales
+# squares values: much larger ones overflow there, and can end as zeros.
 LARGEST = 65504.0 * 127 * 32
 _ROWS = 256  # decoded at a time
 
@@ -65,10 +69,13 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
 
     `importance` float32 [cols] is the mean square of each input channel (llama-imatrix); types of UNWEIGHTED have no
     use for it. x must be finite. One thread; the GIL is released.
-    Raises ValueError where cols is not a multiple of the type's block or importance has another length.
+    Raises ValueError where cols is not a multiple of the type's block, importance has another length, or is not there
+    for a type of NEEDY.
     """
     rows, cols = x.shape
     row_bytes = nbytes(name, (cols,))
+    if importance is None and name in NEEDY:
+        raise ValueError(f"{name} needs importance")
     if importance is not None and importance.shape != (cols,):
         raise ValueError(f"importance has shape {importance.shape}; {cols} columns need ({cols},)")
     x = np.ascontiguousarray(x, np.float32)
@@ -97,6 +104,12 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
         case "IQ4_NL" | "IQ4_XS":
             values = TYPES[name].values
             legacy.encode_iq4(x.reshape(-1, values), weights.reshape(-1, values), out)
+        case "IQ2_XXS" | "IQ2_XS" | "IQ2_S" | "IQ3_XXS" | "IQ3_S":
+            lattice.encode(name, x.reshape(-1, 256), weights.reshape(-1, 256), out)
+        case "IQ1_S":
+            iq1.encode_iq1_s(x.reshape(-1, 256), weights.reshape(-1, 256), grid("IQ1_S"), out)
+        case "IQ1_M":
+            iq1.encode_iq1_m(x.reshape(-1, 256), weights.reshape(-1, 256), grid("IQ1_S"), out)
         case "MXFP4":
             legacy.encode_mxfp4(x.reshape(-1, 32), out)
         case "TQ1_0":

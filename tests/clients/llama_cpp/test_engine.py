@@ -84,7 +84,7 @@ def test_weights_expanded_to_f32_give_the_runtimes_numbers(model, file_type, mad
         np.testing.assert_allclose(theirs[reached], ours[reached], rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("file_type", ["BF16", "Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS"])
+@pytest.mark.parametrize("file_type", ["BF16", "Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS", "IQ3_S", "MXFP4_MOE"])
 def test_it_computes_what_the_runtime_computes(file_type, made, verify) -> None:
     ran = verify(made("dsv2-mini", file_type))
     assert ran.code == 0, ran.err
