@@ -155,7 +155,7 @@ def test_cut_anywhere_it_continues_to_the_same_bytes(at, wordy, fox, tmp_path, q
     steps = 15  # of 30 windows, two at a time
     with monkeypatch.context() as m:
         if at == "layer":
-            m.setattr(tuning, "_whole", interrupt)
+            m.setattr(tuning, "whole_model", interrupt)
         elif at == "end":
             m.setattr("dsv2quant.conversion.convert._write_small_files", interrupt)
         else:
@@ -220,5 +220,5 @@ def test_what_only_calibrates_is_refused_beside_tuning_alone(wordy, fox, tmp_pat
 
 def test_a_model_that_memory_can_not_hold_is_refused(wordy, fox, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning.os, "sysconf", lambda name: 64)
-    with pytest.raises(InputError, match="tuning holds the model in float32"):
+    with pytest.raises(InputError, match="tuning holds the whole model"):
         made(wordy, tmp_path / "x", fox)

@@ -6,8 +6,8 @@ model's, KL(unquantized ‖ quantized), as mlx-lm's DWQ does (its pull request 2
 of the steps and falls by a cosine. Weights and activations are float32, activations unquantized.
 
 The unquantized model goes through all tokens first, a layer at a time, and leaves its last hidden states on disk; the
-quantized one is held whole. One window in 16, at most 64, is held out: what is trained is rounded to the dtypes that
-it is stored in, and where the divergence of these windows has not fallen, nothing of it is taken.
+quantized one is held whole (factors.py). One window in 16, at most 64, is held out: what is trained is rounded to the
+dtypes that it is stored in, and where the divergence of these windows has not fallen, nothing of it is taken.
 """
 
 from __future__ import annotations
@@ -15,28 +15,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 
 from dsv2quant.calib.calibration import Calibration, Tuned
-from dsv2quant.calib.layerwise import HELD, copied, every_linear
+from dsv2quant.calib.factors import Stored, Whole, whole_model
+from dsv2quant.calib.layerwise import HELD
 from dsv2quant.calib.streams import Made, Pieces, Spool, batches, save_layer, through_layers
-from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import to_bf16
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.layers import RMSNorm, finish
-from dsv2quant.model.load import DecoderLayer, Ends, Loader, LoadOptions
-from dsv2quant.planning.plan import Entry, Plan
+from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.planning.plan import Plan
 
 BOUND = 0.1  # of |m|: a router may not drift, and no scale moves by more than 10%
 RATE, WARM = 1e-3, 0.1  # Adam's largest step, and the share of all steps over which it is reached
@@ -44,64 +41,6 @@ BETAS, EPSILON = (0.9, 0.99), 1e-8
 STEP_TOKENS = 2048  # that a step takes, at least one window
 HELD_MOST = 64  # windows held out, at most
 SNAPSHOTS = 16  # of the training, from the last of which a killed run continues
-
-Parts = dict[str, np.ndarray]  # what is stored of a weight, by suffix
-Stored = Callable[[Entry], Parts]
-
-
-class Factor(NamedTuple):
-    """What m multiplies: `base` [rows, groups] are scales of `codes` [rows, columns], or weights that are none. `put`
-    gives the model the values."""
-
-    entry: Entry
-    base: torch.Tensor
-    codes: torch.Tensor | None
-    put: Callable[[torch.Tensor], None]
-
-    def apply(self, m: torch.Tensor) -> None:
-        """Have the model compute with base · e^m."""
-        self.use(self.base * m.view_as(self.base).exp())
-
-    def use(self, values: torch.Tensor) -> None:
-        """Have the model compute with these scales or weights."""
-        if self.codes is not None:
-            values = (self.codes.unflatten(1, (values.shape[1], -1)) * values.unsqueeze(-1)).flatten(1)
-        self.put(values)
-
-    def rounded(self, m: torch.Tensor) -> tuple[torch.Tensor, Parts]:
-        """base · e^m as it is stored: the numbers, and the weight's parts."""
-        values = (self.base * m.view_as(self.base).exp()).detach().cpu().numpy()
-        integers = CODECS[self.entry.scheme].integers
-        if integers is None or self.codes is None:
-            bits = to_bf16(values)
-            return torch.from_numpy(bits).view(torch.bfloat16).float().to(m.device), {"weight": bits}
-        if not integers.holds(np.abs(values)):  # at the end of float16's range
-            values = self.base.cpu().numpy()
-        scales = np.copysign(integers.storable(np.abs(values)), values)
-        parts = integers.pack(self.codes.to(torch.int8).cpu().numpy(), scales)
-        return torch.from_numpy(scales).to(m.device), parts
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The quantized model, what is trained of it, and the ends of the unquantized one."""
-
-    layers: list[DecoderLayer]
-    ends: Ends
-    ideal: Ends
-    rope: torch.Tensor
-    factors: list[Factor]
-
-    def divergence(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """KL(unquantized ‖ quantized) in nats, the mean over all positions of windows ids [windows, ctx], of which the
-        unquantized model's last hidden states are `hidden` [windows, ctx, hidden]."""
-        x = self.ends.embed(ids)
-        for layer in self.layers:
-            x, _ = finish(layer.stages(x, self.rope))
-        with torch.no_grad():
-            wanted = self.ideal.logits(hidden).log_softmax(-1).flatten(0, 1)
-        found = self.ends.logits(x).log_softmax(-1).flatten(0, 1)
-        return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 class Tokens(NamedTuple):
@@ -145,13 +84,14 @@ def tune(
     steps = np.split(order, range(together, len(order), together))
     checks = np.split(held, range(together, len(held), together))
     tokens = Tokens(torch.from_numpy(ids), hidden, steps, checks)
-    whole = _whole(plan, loader, rope, stored)
+    whole = whole_model(plan, loader, rope, stored)
     with Pieces(folder / "training") as pieces:
         before, m = _train(whole, tokens, pieces, progress)
-        taken = [factor.rounded(part) for factor, part in zip(whole.factors, _split(whole, m), strict=True)]
-        for factor, (values, _) in zip(whole.factors, taken, strict=True):
-            factor.use(values)
-        after = _held_out(whole, tokens)
+        taken = [
+            [factor.stored(part) for factor, part in zip(factors, parts, strict=True)]
+            for factors, parts in zip(whole.factors, whole.split(m), strict=True)
+        ]
+        after = _held_out(replace(whole, factors=[[factor for factor, _ in some] for some in taken]), tokens)
     accepted = after < before
     about = {
         "tokens": int(order.size * ids.shape[1]),
@@ -160,20 +100,25 @@ def tune(
         "kld_after": after,
         "accepted": accepted,
     }
-    found = {f.entry.spec.name: parts for f, (_, parts) in zip(whole.factors, taken, strict=True)}
+    found = {factor.entry.spec.name: parts for some in taken for factor, parts in some}
     return Tuned(found if accepted else {}, about)
 
 
 def check_memory(plan: Plan, device: str) -> None:
-    """Raise InputError where training takes more memory than the device has: codes, weights and their gradients are
-    float32."""
-    needed = 12 * plan.parameters
+    """Raise InputError where the model can't be held: a byte per INT4 weight and 4 per other one, and 12 per weight of
+    the largest layer, which is there in float32 with its gradient."""
+    layers: dict[int | None, int] = defaultdict(int)
+    held = 0
+    for entry in plan.entries:
+        layers[entry.spec.layer] += entry.spec.size
+        held += entry.spec.size * (1 if CODECS[entry.scheme].integers is not None else 4)
+    needed = held + 12 * max(layers.values())
     if device == "cpu":
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         there = torch.cuda.get_device_properties(device).total_memory
     if needed > there:
-        what = f"tuning holds the model in float32, {needed:,} bytes; {device} has {there:,}"
+        what = f"tuning holds the whole model, {needed:,} bytes; {device} has {there:,}"
         raise InputError(what, where=plan.checkpoint.model, fix="leave out --tune")
 
 
@@ -204,56 +149,11 @@ def _ideal(
     return Spool(last, ids.size, config.hidden_size, loader.options.device)
 
 
-def _whole(plan: Plan, loader: Loader, rope: torch.Tensor, stored: Stored) -> Whole:
-    """The model that the plan's artifact holds."""
-    device = loader.options.device
-    ideal = loader.ends()
-    ends: Ends = copied(ideal)
-    layers = [loader.layer(index) for index in range(plan.checkpoint.config.num_hidden_layers)]
-    modules: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
-    for index, layer in enumerate(layers):
-        modules |= {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
-    factors: list[Factor] = []
-    for entry in plan.entries:
-        spec, codec = entry.spec, CODECS[entry.scheme]
-        part = modules.get(spec.module)
-        if part is None or not spec.name.endswith(".weight"):
-            continue
-        parts = stored(entry)
-        tensors = {
-            p.suffix: torch.from_numpy(parts[p.suffix]).view(torch_dtype(p.dtype)).to(device)
-            for p in codec.layout(spec.shape)
-        }
-        part.weight = codec.decode(tensors, torch.float32)
-        put = partial(setattr, part, "weight")
-        if codec.integers is not None:
-            codes, scales = (torch.from_numpy(x).to(device) for x in codec.integers.unpack(parts))
-            factors.append(Factor(entry, scales, codes.float(), put))
-        elif isinstance(part, RMSNorm) or spec.role == "router":
-            factors.append(Factor(entry, part.weight, None, put))
-    return Whole(layers, ends, ideal, rope, factors)
-
-
-def _norms(index: int, layer: DecoderLayer) -> Iterator[tuple[str, RMSNorm]]:
-    """A layer's norms by their modules' names."""
-    at = f"model.layers.{index}"
-    yield f"{at}.input_layernorm", layer.input_layernorm
-    yield f"{at}.post_attention_layernorm", layer.post_attention_layernorm
-    for name in ("q_a_layernorm", "kv_a_layernorm"):
-        norm = getattr(layer.attention, name, None)
-        if norm is not None:
-            yield f"{at}.self_attn.{name}", norm
-
-
-def _split(whole: Whole, m: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """m, flat, of each factor."""
-    return m.split([factor.base.numel() for factor in whole.factors])
-
-
 @torch.no_grad()
 def _held_out(whole: Whole, tokens: Tokens) -> float:
-    """The mean divergence of the windows that are held out."""
-    sums = [len(windows) * whole.divergence(*tokens.of(windows)).item() for windows in tokens.held]
+    """The mean divergence of the windows that are held out, with every m 0."""
+    m = torch.zeros(whole.count, device=whole.rope.device)
+    sums = [len(windows) * whole.divergence(m, *tokens.of(windows)).item() for windows in tokens.held]
     return sum(sums) / sum(map(len, tokens.held))
 
 
@@ -261,10 +161,10 @@ def _train(
     whole: Whole, tokens: Tokens, pieces: Pieces, progress: Callable[[int], object]
 ) -> tuple[float, torch.Tensor]:
     """The divergence of what is held out before, and every m, flat."""
-    count, device = sum(factor.base.numel() for factor in whole.factors), whole.rope.device
+    device = whole.rope.device
     resumed = _resumed(pieces)
     if resumed is None:
-        before, begin, (m, mean, square) = _held_out(whole, tokens), 0, torch.zeros(3, count, device=device)
+        before, begin, (m, mean, square) = _held_out(whole, tokens), 0, torch.zeros(3, whole.count, device=device)
         for path in pieces.folder.glob("*.safetensors"):
             path.unlink()
     else:
@@ -274,9 +174,7 @@ def _train(
     every = max(1, steps // SNAPSHOTS)
     for step in range(begin, steps):
         m.requires_grad_()
-        for factor, part in zip(whole.factors, _split(whole, m), strict=True):
-            factor.apply(part)
-        (gradient,) = torch.autograd.grad(whole.divergence(*tokens.of(tokens.trained[step])), m)
+        (gradient,) = torch.autograd.grad(whole.divergence(m, *tokens.of(tokens.trained[step])), m)
         m = m.detach()
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
