@@ -24,7 +24,7 @@ from quality import Evaluator
 
 import dsv2quant as dq
 from dsv2quant import __version__
-from dsv2quant.allocation.search import Space, prepare
+from dsv2quant.allocation.space import Space, prepare
 from dsv2quant.bench.device import append
 from dsv2quant.evaluation.divergence import resampled_means
 from dsv2quant.progress import no_progress

@@ -12,8 +12,9 @@ import tiny
 
 import dsv2quant as dq
 from dsv2quant.allocation import choosing, swaps
-from dsv2quant.allocation.search import WINDOWS, Searched
+from dsv2quant.allocation.search import Searched
 from dsv2quant.allocation.solve import Offer, Offers, solve, solve_for_cost
+from dsv2quant.allocation.space import WINDOWS
 from dsv2quant.calib.calibration import read_calibration
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import compare, run
@@ -135,9 +136,16 @@ def test_the_recipe_says_what_was_asked_for_and_found(found) -> None:
     assert written.count(" bytes  ") == choosing.CURVE
 
 
-def test_refinement_is_kept_where_it_is_better(found) -> None:
+def test_refinement_is_kept_where_it_is_better(found, model: Path, fox: Path, tmp_path: Path, monkeypatch) -> None:
     assert found.mix.point.measured <= found.mix.first.measured
     assert found.mix.bound <= found.mix.first.predicted
+    measured = iter(
+        (1.0, 2.0)
+    )  # of the first mix, and of what is solved for where it is: steps down cost nothing there
+    monkeypatch.setattr(choosing._Run, "whole", lambda run, mix, reference: np.full(WINDOWS, next(measured)))
+    worse = dq.search(model, tmp_path / "mix.yaml", into_gguf=True, bits=7.5, calibration=fox, length=32)
+    assert worse.mix.point == worse.mix.first
+    assert next(measured, None) is None
 
 
 def test_a_killed_search_goes_on_with_what_it_measured(found, model: Path, fox: Path, monkeypatch) -> None:
@@ -166,6 +174,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "no budget": ({}, r"no budgets are given \(give one of --bits, --size and --max-kld\)"),
     "two budgets": ({"bits": 4, "size": "1GB"}, "2 budgets are given"),
     "no bits": ({"bits": 0}, "--bits 0 is out of range"),
+    "too many bits": ({"bits": float("inf")}, "--bits inf is out of range"),
     "an importance matrix for a folder": ({"bits": 6, "imatrix": "x.gguf"}, "--imatrix goes with --gguf"),
     "targets of a GGUF file": ({"bits": 6, "into_gguf": True, "targets": ["vllm"]}, "--target does not go with --gguf"),
     "a scheme": ({"bits": 6, "scheme": "fp8-block"}, "--fp8 does not go with a search"),
@@ -184,6 +193,10 @@ def test_budgets_that_nothing_keeps_to(model: Path, fox: Path, tmp_path: Path) -
         UsageError, match=r"\d bytes are too few: the smallest candidates take \d[\d,]+ \(give a larger"
     ):
         dq.search(model, tmp_path / "mix.yaml", into_gguf=True, size="1KB", calibration=fox, length=32)
+    (tmp_path / "mine.yaml.search").mkdir()
+    (tmp_path / "mine.yaml.search" / "letters").write_text("mine")
+    with pytest.raises(InputError, match=r"mine\.yaml\.search: is there, and no search's work"):
+        dq.search(model, tmp_path / "mine.yaml", into_gguf=True, bits=6, calibration=fox, length=32)
     (tmp_path / "there.yaml").write_text("")
     with pytest.raises(InputError, match="is there already"):
         dq.search(model, tmp_path / "there.yaml", into_gguf=True, bits=6)

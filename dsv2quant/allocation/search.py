@@ -6,54 +6,30 @@ RECIPE.search/        candidates, and what was measured, until it is done: a run
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
 import dsv2quant.api as dq
-from dsv2quant.allocation.choosing import Budget, Mix, choose
-from dsv2quant.allocation.items import Part, parts_of
-from dsv2quant.allocation.recipes import Recipe, folder_recipe, gguf_recipe, only_scheme, only_type
-from dsv2quant.allocation.swaps import Text
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.calib.calibration import needs_calibration, read_calibration
-from dsv2quant.checkpoint.checkpoint import HfCheckpoint
-from dsv2quant.checkpoint.identity import sampled
-from dsv2quant.conversion.gguf import metadata_of
+from dsv2quant.allocation.choosing import Mix
+from dsv2quant.allocation.space import Space, planned, prepare
+from dsv2quant.calib.calibration import needs_calibration
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
-from dsv2quant.formats.gguf import blocks, imatrix
-from dsv2quant.model.load import LoadOptions
-from dsv2quant.planning import consumers
 from dsv2quant.planning import options as asked
-from dsv2quant.planning.gguf_plan import GgufPlan, Options, lay_out, make_gguf_plan
-from dsv2quant.planning.gguf_recipe import GgufRecipe
+from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.options import HubOptions, StrPath
-from dsv2quant.planning.plan import Plan, make_plan
+from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.storage.durable import disk_errors, write_whole
 from dsv2quant.storage.safetensors import parse_size
-from dsv2quant.version import __version__
 
 if TYPE_CHECKING:
     from dsv2quant.report.calibration import Conversion
-
-WINDOWS = 32  # of calibration text that swaps are measured on
-# Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
-SCHEMES = {
-    "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",
-    "bf16": "rtn",
-}  # fmt: skip
-NEEDING = 3.1  # bits up to which block types are useless, or refused, without importance
-# Block types that no mix is made of: BF16 holds as much, and the ternary ones are for models trained so.
-LEFT_OUT = ("F32", "F16", "TQ1_0", "TQ2_0")
 
 
 @dataclass(frozen=True)
@@ -98,11 +74,11 @@ def search(
     mix = space.choose(most, max_kld, progress)
     said = [_command(checkpoint.model, into_gguf, given, budgets), *_description(mix, space)]
     recipe = space.recipe(path.stem, said, mix)
-    planned = _planned(checkpoint, recipe, given)
+    plan = planned(checkpoint, recipe, given)
     with disk_errors(path):
         write_whole(path, [recipe.text.encode()])
         shutil.rmtree(folder)
-    return Searched(path, planned, mix, space.text.ids.size, space.source, time.perf_counter() - started)
+    return Searched(path, plan, mix, space.text.ids.size, space.source, time.perf_counter() - started)
 
 
 def convert_within(
@@ -133,73 +109,13 @@ def convert_within(
     return dq.convert(plan, out, device=device, force=force, progress=progress, **calibrating)
 
 
-@dataclass(frozen=True)
-class Space:
-    """All that a mix is chosen from, whatever the budget: parts of a model, candidates' artifacts by name, and the text
-    that divergences are measured on, from `source`. `fixed` are bytes of a whole artifact that no part takes. `folder`
-    holds the artifacts and what was measured, of which `about` says what it is of."""
-
-    checkpoint: HfCheckpoint
-    folder: Path
-    into_gguf: bool
-    parts: Sequence[Part]
-    candidates: Mapping[str, dq.Checkpoint]
-    text: Text
-    source: str
-    fixed: int
-    loading: LoadOptions
-
-    @property
-    def parameters(self) -> int:
-        return sum(weight.spec.size for weight in self.checkpoint.weights)
-
-    def choose(self, most: int | None, max_kld: float | None, progress: Progress) -> Mix:
-        """The best mix of at most so many bytes, or the smallest that costs at most so many nats. Raises UsageError
-        where there is none."""
-        about = {
-            "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(self.checkpoint),
-            "tokens": hashlib.sha256(self.text.ids.tobytes()).hexdigest(),
-            "candidates": {name: sampled(artifact) for name, artifact in self.candidates.items()},
-        }  # fmt: skip
-        budget = Budget(most, max_kld, self.fixed)
-        return choose(
-            self.parts, self.candidates, self.checkpoint, self.text, budget, self.folder / "state", about, self.loading,
-            progress,
-        )  # fmt: skip
-
-    def recipe(self, name: str, said: Sequence[str], mix: Mix) -> Recipe | GgufRecipe:
-        """A mix as a recipe, with lines `said` in front."""
-        options = ((part.layer, part.options[mix.chosen[part.key]]) for part in self.parts)
-        chosen = [(tensor, layer, kind, option.nbytes) for layer, option in options for tensor, kind in option.kinds]
-        return gguf_recipe(name, said, chosen) if self.into_gguf else folder_recipe(name, said, chosen, SCHEMES)
-
-
-def prepare(
-    checkpoint: HfCheckpoint, folder: Path, into_gguf: bool, given: Mapping[str, Any], device: str, progress: Progress
-) -> Space:
-    """Make the candidates in a folder, or find them made, for `given` options of `search`."""
-    recipes = _candidates(checkpoint, into_gguf, given)
-    plans = {name: _planned(checkpoint, recipe, given) for name, recipe in recipes.items()}
-    name, plan = next(iter(plans.items()))
-    parts = parts_of(plans)
-    with progress(0, "", "tokenize"):
-        text, source = _text(checkpoint, given)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
-    fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
-    # In bfloat16 what a swap does to the last bits, and so to which experts are chosen, costs more than a good type.
-    loading = LoadOptions(torch.float32, device)
-    return Space(checkpoint, folder, into_gguf, parts, made, text, source, fixed, loading)
-
-
 def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any], device: str) -> None:
     """Raise UsageError or InputError for what is refused before anything is opened."""
     asked.check_values(given)
     if (count := sum(value is not None for value in budgets.values())) != 1:
         raise UsageError(f"{count or 'no'} budgets are given", fix="give one of --bits, --size and --max-kld")
     for name, value in budgets.items():
-        if isinstance(value, int | float) and not value > 0:
+        if isinstance(value, int | float) and not 0 < value < math.inf:
             raise UsageError(f"{asked.dashed(name)} {value:g} is out of range", fix="it must be above 0")
     for name in sorted(given.keys() - _takes(gguf)):
         of_other = name in ("imatrix", "imatrix_shrink", "targets", "tp", "ep")
@@ -217,70 +133,6 @@ def _takes(gguf: bool) -> set[str]:
     """Options that a search has a use for."""
     takes = {*asked.CALIBRATION, *HubOptions.__annotations__} - {"figure"}
     return takes | ({"imatrix", "imatrix_shrink"} if gguf else {"targets", "tp", "ep"})
-
-
-def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) -> dict[str, Recipe | GgufRecipe]:
-    """Recipes of one type or scheme each. Block types of the fewest bits need importance."""
-    if gguf:
-        bits = {name: 8 * kind.bytes / kind.values for name, kind in blocks.TYPES.items() if name not in LEFT_OUT}
-        # What needs importance has none for embedding and head: these then are as another candidate has them.
-        ends = {name: name if bits[name] > NEEDING else "Q8_0" for name in bits}
-        return {name: only_type(name, ends[name]) for name in bits if "imatrix" in given or bits[name] > NEEDING}
-    takes = [
-        name for name in SCHEMES if not _is_refused(name, given.get("targets", consumers.ENGINES), checkpoint.config)
-    ]
-    return {name: only_scheme(name, SCHEMES) for name in takes}
-
-
-def _is_refused(scheme: str, targets: Sequence[str], config: ModelConfig) -> bool:
-    try:
-        consumers.choose(targets, {scheme}, config)
-    except UsageError:
-        return True
-    return False
-
-
-def _planned(checkpoint: HfCheckpoint, recipe: Recipe | GgufRecipe, given: Mapping[str, Any]) -> Plan | GgufPlan:
-    """As `plan` makes it of options."""
-    if isinstance(recipe, GgufRecipe):
-        found = imatrix.read(Path(given["imatrix"])) if "imatrix" in given else None
-        return make_gguf_plan(checkpoint, Options(recipe, imatrix=found, shrink=given.get("imatrix_shrink", False)))
-    targets = given.get("targets", consumers.ENGINES)
-    return make_plan(checkpoint, recipe, for_targets=targets, tp=given.get("tp", 1), ep=given.get("ep", 1))
-
-
-def _size(plan: Plan | GgufPlan) -> int:
-    """Bytes of the files that an artifact's weights are in."""
-    if isinstance(plan, Plan):
-        return plan.bytes_out
-    (file,) = lay_out(plan, Path("any.gguf"), metadata_of(plan))
-    return len(file.header) + plan.bytes_out
-
-
-def _text(checkpoint: HfCheckpoint, given: Mapping[str, Any]) -> tuple[Text, str]:
-    """Windows behind those that candidates are calibrated on."""
-    found = read_calibration(
-        checkpoint, given.get("calibration"), given.get("samples", 512) + WINDOWS, given.get("length"),
-        given.get("seed"), cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
-    )  # fmt: skip
-    ids = found.ids[-WINDOWS:]
-    return Text(ids, max(1, TOKENS_TOGETHER // ids.shape[1])), found.source
-
-
-def _made(
-    plan: Plan | GgufPlan, path: Path, given: Mapping[str, Any], device: str, progress: Progress
-) -> dq.Checkpoint:
-    """A candidate's artifact, opened; the model itself where nothing of it is changed."""
-    if isinstance(plan, Plan) and not plan.schemes:
-        return plan.checkpoint
-    if isinstance(plan, GgufPlan):
-        path = path.with_suffix(".gguf")
-        dq.convert(plan, path, device=device, progress=progress)
-    else:
-        names = asked.CALIBRATION if needs_calibration(plan) else ()
-        calibrating = {name: given[name] for name in names if name in given}
-        dq.convert(plan, path, device=device, progress=progress, **calibrating)
-    return dq.open(path)
 
 
 def _command(model: str, into_gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any]) -> str:
