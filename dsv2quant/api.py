@@ -145,7 +145,7 @@ def convert(
     if stream_hub and not isinstance(model, str | os.PathLike):
         raise UsageError("--stream-hub goes with a hub id, which is not opened yet")
     if isinstance(model, Plan | GgufPlan):
-        takes = ("split_max_size",) if isinstance(model, GgufPlan) else (*asked.CALIBRATION, "statistics")
+        takes = ("split_max_size",) if isinstance(model, GgufPlan) else (*asked.CALIBRATION, "statistics", "tune")
         if useless := [name for name in given if name not in takes]:
             raise UsageError(f"{asked.spelled(useless[0], given)} does not go with a plan, which is made already")
         asked.check_run(out, isinstance(model, GgufPlan), device, given)
@@ -163,16 +163,16 @@ def convert(
     if figure is not None:
         asked.check_outputs([Path(out), Path(figure)], [*checkpoint.inputs, *inputs])
     tell(made)
-    calibration, statistics, words = None, None, list[str]()
+    calibration, statistics, tuning, words = None, None, None, list[str]()
     if isinstance(made, Plan):
         from dsv2quant.calib.calibration import calibrated_on
 
-        calibration, statistics, words = calibrated_on(made, given, progress)
+        calibration, statistics, tuning, words = calibrated_on(made, given, progress)
     size = given.get("split_max_size")
     found = run(
         made, out, command=" ".join(["dsv2quant convert", checkpoint.model, *made.asked, *words]),
-        calibration=calibration, statistics=statistics, split_max_size=None if size is None else parse_size(str(size)),
-        device=device, force=force, inputs=inputs, progress=progress,
+        calibration=calibration, statistics=statistics, tuning=tuning, device=device, force=force, inputs=inputs,
+        split_max_size=None if size is None else parse_size(str(size)), progress=progress,
     )  # fmt: skip
     if figure is not None and found.expert_tokens:
         draw(found.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))

@@ -75,7 +75,7 @@ def test_convert_and_what_reads_its_artifact(check, wordy, fox, folder):
     out = folder / "out"
     text = ("--calibration", fox, "--num-calibration-samples", "2")
     few = ("--group-size", "32", "--target", "transformers")
-    made = check("convert", "convert", wordy, "--int4=experts", *few, *text, "-o", out)
+    made = check("convert", "convert", wordy, "--int4=experts", "--tune", "1k", *few, *text, "-o", out)
     assert made["files"]["model.safetensors"]["size"] == (out / "model.safetensors").stat().st_size
     held = check("inspect", "inspect", out)
     assert held["files"]["model.safetensors"]["size"] == made["files"]["model.safetensors"]["size"]

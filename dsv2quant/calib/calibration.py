@@ -8,9 +8,9 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from dsv2quant.text.text import StrPath, python_topics
 from dsv2quant.text.tokenizer import Protocol
 
 logger = logging.getLogger(__name__)
+LEAST_TUNED = 16  # windows: of as many, one is held out
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 
 
@@ -61,6 +62,12 @@ class Calibration:
         }
 
 
+def window_length(checkpoint: Checkpoint, length: int | None = None, protocol: Protocol = "default") -> int:
+    """Tokens of a window, where it is not said the context that the model was trained for, at most 2048, of llama.cpp's
+    protocol 512."""
+    return length or min(512 if protocol == "llama.cpp" else 2048, checkpoint.config.trained_context)
+
+
 def read_calibration(
     checkpoint: Checkpoint,
     text: StrPath | None,
@@ -72,8 +79,7 @@ def read_calibration(
     offline: bool = False,
 ) -> Calibration:
     """`samples` (512) windows of `length` tokens of a text file, a data set of the hub (`cache_dir` and `offline` as of
-    models), or the default text; `seed` (0) shuffles it. The length's default is the context that the model was trained
-    for, at most 2048, of llama.cpp's protocol 512.
+    models), or the default text; `seed` (0) shuffles it, `window_length` says the length's default.
 
     Raises InputError for a source that is not converted, and as `load` and the tokenizer do, and UsageError for a data
     set by llama.cpp's protocol. Warns of the default text, of one that is short of windows, and of one that is scored
@@ -81,7 +87,7 @@ def read_calibration(
     """
     folder = checkpoint.as_source().downloaded
     samples, seed = samples or 512, seed or 0
-    length = length or min(512 if protocol == "llama.cpp" else 2048, checkpoint.config.trained_context)
+    length = window_length(checkpoint, length, protocol)
     if protocol == "llama.cpp" and text is not None and named(os.fspath(text)) is not None:
         raise UsageError("--protocol llama.cpp needs --calibration FILE, a plain text file")
     found = load(text, folder, cache_dir, offline)
@@ -114,6 +120,15 @@ class Outcome:
     kept_rtn: bool
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning left: parts {suffix: array} that are stored in place of others, by the weight's name, none where it
+    was not taken; and what the manifest says of it."""
+
+    parts: dict[str, dict[str, np.ndarray]]
+    about: dict[str, Any]
+
+
 def needs_calibration(plan: Plan) -> bool:
     """Whether any tensor's method needs calibration."""
     return any(entry.method in CALIBRATED for entry in plan.entries)
@@ -137,6 +152,11 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
     width = 2 * c.hidden_size + c.num_attention_heads * c.v_head_dim
     encoded = sum(entry.nbytes for entry in plan.entries if entry.method in CALIBRATED)
     return encoded + 2 * 4 * calibration.ids.size * width
+
+
+def tuning_bytes(plan: Plan, tuning: Calibration) -> int:
+    """Disk that tuning takes at most: the unquantized model's hidden states before and behind a layer."""
+    return 2 * 4 * tuning.ids.size * plan.checkpoint.config.hidden_size
 
 
 def work_memory(plan: Plan) -> int:
@@ -241,28 +261,49 @@ class Prepared:
         return input_group(entry.spec, self._plan.targets)
 
 
-def calibrated_on(
-    plan: Plan, given: Mapping[str, Any], progress: Progress
-) -> tuple[Calibration | None, Statistics | None, list[str]]:
-    """What a plan is calibrated on, as far as it needs it, statistics that are given, and both as options. Raises
-    UsageError for options that nothing uses."""
+class Used(NamedTuple):
+    """What a plan is calibrated on, statistics that are given, what it is tuned on, and all of it as options."""
+
+    calibration: Calibration | None
+    statistics: Statistics | None
+    tuning: Calibration | None
+    words: list[str]
+
+
+def calibrated_on(plan: Plan, given: Mapping[str, Any], progress: Progress) -> Used:
+    """What a plan is calibrated and tuned on, as far as it is: both on the first windows of the same ones. Raises
+    UsageError for options that nothing uses, and for fewer tokens than tuning can have."""
+    options.check_tune(plan.schemes, given)
     if "statistics" in given and not needs_statistics(plan):
         raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
+    calibrates = needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given)
+    idle = [] if calibrates else [name for name in ("samples", "figure") if name in given]
+    if not calibrates and "tune" not in given:
+        idle = [name for name in options.CALIBRATION if name in given]
+    if idle:
+        raise UsageError(f"{options.spelled(idle[0], given)}: nothing of this recipe calibrates here")
     words = []
-    calibration = None
-    if needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given):
-        text, samples = given.get("calibration"), given.get("samples")
+    calibration, tuning = None, None
+    if calibrates or "tune" in given:
+        text, samples = given.get("calibration"), (given.get("samples") or 512) if calibrates else 0
+        length = window_length(plan.checkpoint, given.get("length"))
+        tuned = options.parse_tokens(given["tune"]) // length if "tune" in given else 0
         with progress(0, "", "tokenize"):
-            calibration = read_calibration(
-                plan.checkpoint, text, samples, given.get("length"), given.get("seed"),
+            found = read_calibration(
+                plan.checkpoint, text, max(samples, tuned), length, given.get("seed"),
                 cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
             )  # fmt: skip
-        words += [f"--calibration {calibration.source}"] * (text is not None)
-        words.append(f"--num-calibration-samples {samples or 512} --max-seq-length {calibration.ids.shape[1]}")
-        words.append(f"--seed {calibration.seed}")
-    elif useless := [name for name in options.CALIBRATION if name in given]:
-        raise UsageError(f"{options.spelled(useless[0], given)}: nothing of this recipe calibrates here")
+        words += [f"--calibration {found.source}"] * (text is not None)
+        if calibrates:
+            calibration = replace(found, ids=found.ids[:samples])
+            words.append(f"--num-calibration-samples {samples}")
+        if "tune" in given:
+            tuning = replace(found, ids=found.ids[:tuned])
+            if len(tuning.ids) < LEAST_TUNED:
+                what = f"--tune {given['tune']}: {len(tuning.ids)} windows of {length} tokens, too few to hold one out"
+                raise UsageError(what, fix="tune on more tokens, or give a longer text")
+        words.append(f"--max-seq-length {length} --seed {found.seed}")
     statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
     if statistics is not None:
         words.append(f"--statistics {statistics.path.name}")
-    return calibration, statistics, words
+    return Used(calibration, statistics, tuning, words)

@@ -37,6 +37,7 @@ def convert(
     command: str = "",
     calibration: Calibration | None = None,
     statistics: Statistics | None = None,
+    tuning: Calibration | None = None,
     split_max_size: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -47,8 +48,9 @@ def convert(
     those that it is split into.
 
     Where the plan's methods need it, `calibration` is what they calibrate on; `statistics`, measured before, save the
-    pass that measures. `inputs` are further files that were read for it: neither they nor the checkpoint are ever
-    written to. `command` is what manifest and card say. GGUF files have the same bytes from every device.
+    pass that measures. What is continuous is then tuned on `tuning`, where that is given (calib/tuning.py). `inputs`
+    are further files that were read for it: neither they nor the checkpoint are ever written to. `command` is what
+    manifest and card say. GGUF files have the same bytes from every device.
 
     A run that was killed continues from its finished layers and shards, or tensors of a GGUF file. Raises InputError
     where the plan quantizes nothing, the tokenizer is damaged or another model's, a weight is NaN, infinite or beyond
@@ -61,8 +63,9 @@ def convert(
         from dsv2quant.conversion.shards import Folder
 
         sink = Folder(
-            plan, Path(out), command, calibration, statistics, device, force=force, inputs=inputs, progress=progress
-        )
+            plan, Path(out), command, calibration, statistics, tuning, device,
+            force=force, inputs=inputs, progress=progress,
+        )  # fmt: skip
     else:
         from dsv2quant.conversion.gguf import GgufFiles
 
@@ -85,7 +88,7 @@ def convert(
     bytes_out = sum(written.file.nbytes for written in sink.written)
     return Conversion(
         plan, sink.out, files, bytes_out, resumed, sink.complete is not None, sink.outcomes, sink.expert_tokens,
-        time.perf_counter() - started,
+        time.perf_counter() - started, sink.tuned,
     )  # fmt: skip
 
 

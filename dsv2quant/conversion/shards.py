@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from dsv2quant.calib.calibrate import prepare
-from dsv2quant.calib.calibration import Calibration, Prepared, needs_calibration, needs_statistics, work_bytes
+from dsv2quant.calib.calibration import (
+    Calibration,
+    Prepared,
+    Tuned,
+    needs_calibration,
+    needs_statistics,
+    tuning_bytes,
+    work_bytes,
+)
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Weight
 from dsv2quant.checkpoint.identity import Source
@@ -33,7 +41,15 @@ from dsv2quant.report.calibration import calibration_json, coverage_json, expert
 from dsv2quant.report.card import CalibratedOn, folder_card
 from dsv2quant.report.origin import origin, source_card
 from dsv2quant.storage.card import is_persons
-from dsv2quant.storage.durable import MANIFEST_FILE, PARTIAL, STATE_FILE, WORK_FOLDER, dump_json, refuse_inputs
+from dsv2quant.storage.durable import (
+    MANIFEST_FILE,
+    PARTIAL,
+    STATE_FILE,
+    WORK_FOLDER,
+    disk_errors,
+    dump_json,
+    refuse_inputs,
+)
 from dsv2quant.storage.engine import File, Job
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
@@ -59,6 +75,7 @@ class Folder(Sink):
         command: str,
         calibration: Calibration | None,
         statistics: Statistics | None,
+        tuning: Calibration | None,
         device: str,
         *,
         force: bool,
@@ -68,8 +85,9 @@ class Folder(Sink):
         _check(plan, out, calibration, statistics)
         self.plan, self._device, self._command = plan, device, command
         self._base = origin(plan.checkpoint, plan.base_model)
-        self._given, self._statistics = calibration, statistics
+        self._given, self._statistics, self._tuning = calibration, statistics, tuning
         self._prepared: Prepared
+        self._tuned: Mapping[str, Mapping[str, np.ndarray]] = {}
         copied, card = plan.checkpoint.carried_files(), source_card(plan.checkpoint)
         with progress(0, "", "prepare"):
             source = Source.of(plan.checkpoint, copied | ({CARD_FILE: card} if card is not None else {}))
@@ -85,6 +103,9 @@ class Folder(Sink):
                 statistics.check_values(plan.checkpoint)
             described |= {"statistics": statistics.describe()}
         aside = _ASIDE + sum(map(len, small.values())) + (work_bytes(plan, calibration) if calibration else 0)
+        if tuning is not None:
+            described |= {"tuning": tuning.describe(device)}
+            aside += tuning_bytes(plan, tuning)
         read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
             out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
@@ -102,8 +123,10 @@ class Folder(Sink):
         }
         if self._calibration is not None:
             content["calibration"] = self._calibration
-        if self._given is not None:
-            content["calibration_fingerprint"] = self._given.fingerprint
+        if self.tuned is not None:
+            content["tuned"] = self.tuned
+        if (text := self._given or self._tuning) is not None:
+            content["calibration_fingerprint"] = text.fingerprint
         elif prepared.statistics is not None:
             content["calibration_fingerprint"] = prepared.statistics.about["fingerprint"]
         if "calibration_fingerprint" in content:
@@ -158,12 +181,29 @@ class Folder(Sink):
         self.small[CARD_FILE] = folder_card(self.plan, self._command, self._base, calibrated=calibrated)
         if self._prepared.smoothing.tensors:
             self.small = {SMOOTHING_FILE: self._prepared.smoothing.to_bytes()} | self.small
+        if self._tuning is not None:
+            tuned = self._tune(self._tuning, progress)
+            self._tuned, self.tuned = tuned.parts, tuned.about
         return self._jobs()
+
+    def _tune(self, windows: Calibration, progress: Progress) -> Tuned:
+        with progress(0, "", "starting"):  # imports torch
+            from dsv2quant.calib.tuning import tune
+
+        steps = {entry.spec.name: step for step in self.plan.steps for entry in step.entries}
+
+        def stored(entry: Entry) -> dict[str, np.ndarray]:
+            step = steps[entry.spec.name]
+            found = self._found(step)[step.entries.index(entry)]
+            return {name.removeprefix(f"{entry.module}."): array for name, array in found.items()}
+
+        with disk_errors(self.out), progress(2 * windows.ids.size, "tok", "tune") as advance:
+            return tune(self.plan, self.work / "tuning", windows, stored, self._device, advance)
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
         for step in self.plan.steps:
-            if all(entry.is_copy for entry in step.entries):
+            if all(entry.is_copy and entry.spec.name not in self._tuned for entry in step.entries):
                 for entry in step.entries:
                     for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
                         yield from self._copies(part, step.shard, places[output.name], entry.weight)
@@ -207,12 +247,10 @@ class Folder(Sink):
 
     def _encode(self, step: Step, places: Mapping[str, int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read and encode, or fetch what calibration encoded."""
-        if step.entries[0].method in CALIBRATED:
-            found = [self._prepared.encoded_parts(entry) for entry in step.entries]
-        else:
-            found = self._encoded(step.entries)
-        for entry, arrays in zip(step.entries, found, strict=True):
-            arrays = arrays | self._prepared.kv_scales(entry)
+        for entry, arrays in zip(step.entries, self._found(step), strict=True):
+            parts = self._tuned.get(entry.spec.name, {})
+            arrays = arrays | {f"{entry.module}.{suffix}": array for suffix, array in parts.items()}
+            arrays |= self._prepared.kv_scales(entry)
             planned = {output.name for output in entry.outputs}
             if arrays.keys() != planned:
                 raise PlanViolation(f"{entry.spec.name}: {sorted(arrays)} came, {sorted(planned)} were planned")
@@ -223,6 +261,12 @@ class Folder(Sink):
                     what = f"{came}, {output.dtype} {list(output.shape)} was planned"
                     raise PlanViolation(f"{output.name}: {what}")
                 yield places[output.name], array.reshape(-1).view(np.uint8)
+
+    def _found(self, step: Step) -> list[dict[str, np.ndarray]]:
+        """What each of a step's weights is encoded as, before tuning, by the parts' names."""
+        if step.entries[0].method in CALIBRATED:
+            return [self._prepared.encoded_parts(entry) for entry in step.entries]
+        return self._encoded(step.entries)
 
     def _encoded(self, entries: Sequence[Entry]) -> list[dict[str, np.ndarray]]:
         try:

@@ -91,6 +91,7 @@ class Sink(ABC):
         self.written = [Written(file) for file in files]
         self.outcomes: list[Outcome] = []
         self.expert_tokens: dict[int, list[int]] = {}
+        self.tuned: dict[str, Any] | None = None
         self.manifest, self._folder, self._state = manifest, manifest.parent, state_path(out)
         self._calibration, self.stream = calibration, stream
         self._names = {*self.small, manifest.name, *(file.path.name for file in files)}

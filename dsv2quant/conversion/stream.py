@@ -26,7 +26,9 @@ def check_streamed(plan: Plan | GgufPlan, given: Mapping[str, Any]) -> None:
     if isinstance(plan, GgufPlan):
         return
     why = None
-    if needs_calibration(plan):
+    if "tune" in given:
+        why = "tuning runs text through the whole model"
+    elif needs_calibration(plan):
         why = "gptq runs text through the whole model"
     elif needs_statistics(plan) and "statistics" not in given:
         why = "what it calibrates runs text through the whole model: give --statistics"

@@ -81,6 +81,9 @@ class Integers(Protocol):
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
         """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], `storable`) → the stored parts."""
 
+    def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of what `pack` made."""
+
 
 class Codec(Protocol):
     @property

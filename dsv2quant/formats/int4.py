@@ -211,6 +211,9 @@ class Int4:
             "weight_shape": np.array(codes.shape, np.int64),
         }
 
+    def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return unpack_codes(parts[PACKED]), as_float32(parts["weight_scale"])
+
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:

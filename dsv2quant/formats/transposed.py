@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv2quant.formats.codec import loaded
-from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_words
+from dsv2quant.formats.codec import as_float32, loaded
+from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_codes, unpack_words
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -109,6 +109,9 @@ class Gptq(Transposed):
             "g_idx": (np.arange(cols) // (cols // groups)).astype(np.int32),
         }
 
+    def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return unpack_codes(parts["qweight"].T), as_float32(parts["scales"].T)
+
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -167,6 +170,11 @@ class Awq(Transposed):
             "qzeros": np.full((scales.shape[1], words.shape[1]), _AWQ_ZEROS),
             "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
         }
+
+    def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        ordered = unpack_codes(parts["qweight"])  # [in, out]
+        codes = ordered.reshape(len(ordered), -1, PER_WORD)[:, :, _INVERSE].reshape(ordered.shape)
+        return np.ascontiguousarray(codes.T), as_float32(parts["scales"].T)
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None

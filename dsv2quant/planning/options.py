@@ -7,7 +7,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -59,6 +59,7 @@ class Options(HubOptions, total=False):
     calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a data set of the hub,
     "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
     `figure` is a picture of tokens per expert to draw.
+    `tune` trains what is continuous in an INT4 artifact on so many tokens of that text, a number or "2M".
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
@@ -83,6 +84,7 @@ class Options(HubOptions, total=False):
     seed: int | None
     figure: StrPath | None
     statistics: StrPath | None
+    tune: int | str | None
     base_model: str | None
     gguf: str | None
     imatrix: StrPath | None
@@ -97,7 +99,7 @@ class Options(HubOptions, total=False):
 # What shapes an artifact of each kind, in the order in which its card shows it; and what measures for one.
 FOLDER = (
     "scheme", "recipe", "method", "group_size", "layout", "kv_scales", "language_only", "targets", "tp", "ep",
-    "max_shard_size", "base_model",
+    "max_shard_size", "tune", "base_model",
 )  # fmt: skip
 GGUF = (
     "gguf", "imatrix", "imatrix_shrink", "tensor_types", "output_type", "token_embedding_type", "split_max_size",
@@ -205,9 +207,30 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
     if (layout, group) == ("awq", "channel"):
         raise UsageError("--format awq has scales per group alone: --group-size 128, 64 or 32")
     if file:
-        return recipe.load(file)
-    size = 0 if group == "channel" else group
-    return recipe.builtin(scheme or "fp8-block", method=method, group_size=size, layout=layout)
+        made = recipe.load(file)
+    else:
+        size = 0 if group == "channel" else group
+        made = recipe.builtin(scheme or "fp8-block", method=method, group_size=size, layout=layout)
+    check_tune(made.schemes, given)
+    return made
+
+
+def check_tune(schemes: Iterable[str], given: Mapping[str, Any]) -> None:
+    """Raise UsageError where these schemes have nothing to tune, or there is no such number of tokens."""
+    from dsv2quant.formats.schemes import CODECS
+
+    if "tune" in given:
+        parse_tokens(given["tune"])
+        if not any(CODECS[scheme].integers for scheme in schemes):
+            raise UsageError("--tune trains the scales of INT4 weights, and there would be none", fix="leave it out")
+
+
+def parse_tokens(text: int | str) -> int:
+    """'500k' or '2M' → tokens. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", str(text))
+    if match is None:
+        raise UsageError(f"--tune {text}", fix="give a number of tokens, as 500k or 2M")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]])
 
 
 def plan_of(checkpoint: Checkpoint, recipe: Recipe | None, given: Mapping[str, Any]) -> Plan | GgufPlan:

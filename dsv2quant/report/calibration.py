@@ -148,7 +148,8 @@ class Conversion:
     """An artifact that was made of a plan: a folder, or the GGUF file `out`. `files` is the manifest's list;
     `bytes_out` is the size of the shards, of GGUF that of the files; `resumed` counts shards, of GGUF tensors, that
     were kept of an earlier run; `already_complete` says whether this very artifact was there before. `outcomes` say
-    what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer."""
+    what calibration did to each matrix, `expert_tokens` how many tokens each expert had, by layer, and `tuned` what
+    tuning did (`tuned` of the manifest)."""
 
     plan: Plan | GgufPlan
     out: Path
@@ -159,6 +160,7 @@ class Conversion:
     outcomes: list[Outcome]
     expert_tokens: dict[int, list[int]]
     seconds: float
+    tuned: Mapping[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -181,6 +183,7 @@ def conversion_json(c: Conversion) -> dict[str, Any]:
         "files": c.files,
         "warnings": warnings(c.plan),
         "calibration": calibration_json(c.plan, c.outcomes, c.expert_tokens),
+        "tuned": c.tuned,
         "resumed_shards": c.resumed,
         **run,
     }
@@ -194,9 +197,17 @@ def conversion_text(c: Conversion) -> str:
         where = where.with_name(next(iter(c.files)) + (f" and {len(c.files) - 1} more" if len(c.files) > 1 else ""))
     elif c.expert_tokens or c.outcomes:
         lines.append(calibration_text(c.plan, c.outcomes, c.expert_tokens))
+    if c.tuned is not None:
+        lines.append(_tuned_text(c.tuned))
     sizes = f"{gigabytes(c.plan.bytes_in)} → {gigabytes(c.bytes_out)}, {c.bits_per_weight:.2f} bits/weight"
     done = "was already complete" if c.already_complete else f"in {c.seconds:.1f} s"
     return "\n".join([*lines, f"{where}: {sizes}, {done}"])
+
+
+def _tuned_text(tuned: Mapping[str, Any]) -> str:
+    fallen = f"{tuned['kld_before']:.4f} → {tuned['kld_after']:.4f} nats"
+    taken = "taken" if tuned["accepted"] else "not taken, because it has not fallen"
+    return f"tuned on {tuned['tokens']:,} tokens: KLD of {tuned['held_out_tokens']:,} held out {fallen}, {taken}"
 
 
 @dataclass(frozen=True)

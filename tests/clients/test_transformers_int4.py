@@ -7,6 +7,8 @@ product whatever dtype is asked for. Where experts stay BF16 in a float32 model,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -31,6 +33,7 @@ ARTIFACTS = {
     "experts": ("int4-experts", 64, "rtn"),
     "mixed": ("int4-mixed", 64, "rtn"),
     "folded": ("int4-pure", 64, "awq"),
+    "tuned": ("int4-pure", 64, "rtn"),
 }
 # `dequantize=True` takes one group of the configuration for all linears but experts: not for two sizes.
 MODES = [
@@ -54,7 +57,13 @@ def artifacts(tmp_path_factory, awkward):
             chosen = recipe.builtin(asked, method=method, group_size=group_size)
             plan = make_plan(open_checkpoint(path), chosen, for_targets=("vllm", "transformers"))
             assert len(plan.schemes) == (2 if name in ("two sizes", "mixed") else 1)
-            convert(plan, out, command="", calibration=tokens if method == "awq" else None)
+            tuning = replace(tokens, ids=tokens.ids.reshape(32, 16)) if name == "tuned" else None
+            held_out = iter((1.0, 0.5))  # so few tokens say nothing of others
+            with pytest.MonkeyPatch.context() as m:
+                m.setattr("dsv2quant.calib.tuning.STEP_TOKENS", 32)
+                m.setattr("dsv2quant.calib.tuning._held_out", lambda whole, tokens, held_out=held_out: next(held_out))
+                found = convert(plan, out, command="", calibration=tokens if method == "awq" else None, tuning=tuning)
+            assert found.tuned is None or found.tuned["accepted"]
             made[source, name] = out
     return made
 
