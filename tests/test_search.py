@@ -219,6 +219,16 @@ def test_convert_searches_where_a_budget_is_given(cli, model: Path, fox: Path, t
     assert other.err == f"error: {recipe}: is there already (give another name, or remove it)\n"
 
 
+def test_a_folder_within_a_budget_is_tuned_where_that_is_asked_for(cli, model: Path, fox: Path, tmp_path: Path) -> None:
+    words = ["--bits", "14.5", "--calibration", fox, "--max-seq-length", "32", "--num-calibration-samples", "24"]
+    ran = cli("convert", model, *words, "--tune", "512", "-o", tmp_path / "out", "--json", "-q")
+    assert ran.code == 0
+    said = json.loads(ran.out)
+    assert said["tuned"]["tokens"] + said["tuned"]["held_out_tokens"] == 512
+    manifest = json.loads((tmp_path / "out" / "dsv2quant.json").read_text())
+    assert manifest["command"].count("--tune") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -104,9 +104,9 @@ def convert_within(
     calibrating: dict[str, Any] = {name: given.pop(name) for name in asked.CALIBRATION if name in given}
     given["gguf" if into_gguf else "recipe"] = os.fspath(recipe)
     plan = dq.plan(checkpoint, **given)
-    if not (isinstance(plan, Plan) and needs_calibration(plan)):
-        calibrating = {name: given[name] for name in ("split_max_size",) if name in given}
-    return dq.convert(plan, out, device=device, force=force, progress=progress, **calibrating)
+    if isinstance(plan, Plan) and (needs_calibration(plan) or "tune" in given):
+        given |= calibrating
+    return dq.convert(checkpoint, out, device=device, force=force, progress=progress, **given)
 
 
 def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any], device: str) -> None:
