@@ -268,7 +268,7 @@ def test_the_space_check_counts_the_work_folder(grouped, tmp_path, monkeypatch):
     plan = planned(grouped, "int4-experts")
     encoded = sum(line.nbytes for line in plan.entries if line.method == "gptq")
     one = 2 * 4 * CTX * (2 * 128 + 4 * 16)  # both streams of a window before and behind a layer, and in front of o_proj
-    longer = len("gptq") - len("rtn")  # the model card shows the recipe
+    longer = len("gptq") - len("rtn") + len("- gptq\n")  # the model card shows the recipe, and has a tag
     assert needed(None, calibration()) - needed("rtn") == encoded + WINDOWS * one + longer
     assert needed(None, calibration(100)) - needed(None, calibration()) == (100 - WINDOWS) * one
     # Just that is what lies there when most does.
