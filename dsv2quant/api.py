@@ -12,11 +12,11 @@ takes long tells `progress` (progress.py); warnings are logged. torch is importe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from dsv2quant.errors import UsageError
 from dsv2quant.planning import options as asked
@@ -74,7 +74,7 @@ def plan(checkpoint: Model, **options: Unpack[Options]) -> Plan | GgufPlan:
     """
     given = asked.given_of(options)
     recipe = asked.check_options(given)
-    opened = open(checkpoint, headers_only=True, **_hub(given))
+    opened = open(checkpoint, headers_only=True, **asked.hub_of(given))
     if recipe is not None:
         opened.as_source().check_tokenizer()
     return asked.plan_of(opened, recipe, given)
@@ -152,7 +152,7 @@ def convert(
         made: Plan | GgufPlan = replace(model, asked=(*model.asked, *asked.words_of(given)))
     else:
         recipe = check_conversion(out, device, **options)
-        hub = _hub(given)
+        hub = asked.hub_of(given)
         if stream_hub and isinstance(model, str | os.PathLike):
             made = asked.plan_of(open_streamed(model, Path(f"{os.fspath(out)}.hub"), **hub), recipe, given)
             check_streamed(made, given)
@@ -392,9 +392,3 @@ def generate(
     loading = load_options(device, dtype, backend, kv_cache)
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
     return complete(checkpoint, Request(prompt, max_new_tokens, sampling, loading, special), emit, progress)
-
-
-def _hub(given: Mapping[str, Any]) -> HubOptions:
-    """Those of all options."""
-    revision, cache_dir, offline = map(given.get, ("revision", "cache_dir", "offline"))
-    return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}

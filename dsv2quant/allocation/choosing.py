@@ -24,10 +24,10 @@ import torch
 
 from dsv2quant.allocation.items import Part
 from dsv2quant.allocation.solve import Offer, Offers, Solution, solve, solve_for_cost
-from dsv2quant.allocation.swaps import Branch, Mixture, Swap, Text, divergences, held, measure, passed
+from dsv2quant.allocation.swaps import Mixture, Swap, Text, divergences, held, measure, passed
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
-from dsv2quant.evaluation.divergence import bootstrap
+from dsv2quant.evaluation.divergence import Pass, bootstrap
 from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import StateLog, disk_errors
@@ -55,11 +55,20 @@ class Point(Expected):
 
 @dataclass(frozen=True)
 class Budget:
-    """What the artifact may take or cost: `nbytes` of its parts at most, or `kld` nats. `fixed` bytes are all else."""
+    """What the artifact may take, `nbytes` at most, or cost, `kld` nats. `fixed` bytes of it are no part's."""
 
     nbytes: int | None
     kld: float | None
     fixed: int
+
+    def solve(self, offers: Offers, already: float = 0.0) -> Solution | None:
+        """The best choice within it, where the model has cost `already` without what the offers add."""
+        if self.nbytes is not None:
+            found = solve(offers, self.nbytes - self.fixed)
+        else:
+            assert self.kld is not None
+            found = solve_for_cost(offers, self.kld - already)
+        return None if found is None else replace(found, cost=found.cost + already)
 
     def point(self, solution: Solution, measured: np.ndarray) -> Point:
         """A solution, and its divergence by window, [windows]."""
@@ -88,7 +97,7 @@ class Mix:
 
 @dataclass
 class _Run:
-    """One search. `made` gives a candidate's artifact, which is made when it is first asked for."""
+    """One search: `loaders` are candidates' by name, `known` what `log` has, by key."""
 
     parts: Mapping[str, Part]
     loaders: Mapping[str, Loader]
@@ -96,16 +105,16 @@ class _Run:
     text: Text
     log: StateLog
     progress: Progress
-    known: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.known = {line["key"]: line["value"] for line in self.log.lines[1:]}
 
-    def reference(self) -> Branch:
+    def reference(self) -> Pass:
         with self.progress(0, "", "reference"):
             return passed(self.base, self.text)
 
-    def offers(self, reference: Branch) -> Offers:
+    def offers(self, reference: Pass) -> Offers:
         """What each part costs in each candidate, with all else as it is."""
         wanted = [(part.key, candidate) for part in self.parts.values() for candidate in part.measured]
         found = {at: float(np.mean(kld)) for at, kld in self.swaps(None, wanted, reference, "swaps").items()}
@@ -140,10 +149,10 @@ class _Run:
         return errors
 
     def swaps(
-        self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], reference: Branch, label: str
+        self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], reference: Pass, label: str
     ) -> dict[tuple[str, str], list[float]]:
         """Divergence by window of each (part, candidate) that is swapped into a mix, or into the model itself."""
-        place = "" if mix is None else hashlib.sha256(json.dumps(sorted(mix.items())).encode()).hexdigest()[:16]
+        place = "" if mix is None else _name(mix)[:16]
         keys = {(part, candidate): f"{place}/{part}/{candidate}" for part, candidate in wanted}
         lacking = [at for at, key in keys.items() if key not in self.known]
         base = self.base if mix is None else self.mixture(mix)
@@ -153,9 +162,9 @@ class _Run:
                 self._keep(keys[swap.part.key, swap.candidate], kld.tolist())
         return {at: self.known[key] for at, key in keys.items()}
 
-    def whole(self, mix: Mapping[str, str], reference: Branch) -> np.ndarray:
+    def whole(self, mix: Mapping[str, str], reference: Pass) -> np.ndarray:
         """Divergence of a mix by window, [windows]."""
-        key = hashlib.sha256(json.dumps(sorted(mix.items())).encode()).hexdigest()
+        key = _name(mix)
         if key not in self.known:
             with self.progress(0, "", "measure the mix"):
                 self._keep(key, divergences(reference, [passed(self.mixture(mix), self.text)])[0].tolist())
@@ -167,6 +176,11 @@ class _Run:
     def _keep(self, key: str, value: list[float]) -> None:
         self.log.append({"key": key, "value": value})
         self.known[key] = value
+
+
+def _name(mix: Mapping[str, str]) -> str:
+    """What a mix goes by in the log."""
+    return hashlib.sha256(json.dumps(sorted(mix.items())).encode()).hexdigest()
 
 
 def choose(
@@ -194,7 +208,7 @@ def choose(
         first = point = budget.point(solution, run.whole(solution.chosen, reference))
         for _ in range(ROUNDS):
             steps = _steps(run, offers, solution.chosen, reference, point.measured)
-            found = _refined(steps, budget, point.measured)
+            found = budget.solve(steps, point.measured)
             if found is None or found.chosen == solution.chosen:
                 break
             better = budget.point(found, run.whole(found.chosen, reference))
@@ -205,24 +219,20 @@ def choose(
 
 
 def _solved(offers: Offers, budget: Budget) -> Solution:
-    """Raises InputError where nothing keeps to the budget."""
-    if budget.nbytes is not None:
-        found = solve(offers, budget.nbytes - budget.fixed)
-        if found is None:
-            least = sum(min(o.nbytes for o in options.values()) for options in offers.values()) + budget.fixed
-            what = f"{budget.nbytes:,} bytes are too few: the smallest candidates take {least:,}"
-            raise UsageError(what, fix="give a larger budget")
+    """Raises UsageError where nothing keeps to the budget."""
+    found = budget.solve(offers)
+    if found is not None:
         return found
-    assert budget.kld is not None
-    found = solve_for_cost(offers, budget.kld)
-    if found is None:
-        best = sum(min(o.cost for o in options.values()) for options in offers.values())
-        raise UsageError(f"--max-kld {budget.kld:g}: the best candidates come to {best:.2g}", fix="give a larger one")
-    return found
+    if budget.nbytes is not None:
+        least = sum(min(o.nbytes for o in options.values()) for options in offers.values()) + budget.fixed
+        what = f"{budget.nbytes:,} bytes are too few: the smallest candidates take {least:,}"
+        raise UsageError(what, fix="give a larger budget")
+    best = sum(min(o.cost for o in options.values()) for options in offers.values())
+    raise UsageError(f"--max-kld {budget.kld:g}: the best candidates come to {best:.2g}", fix="give a larger one")
 
 
 def _steps(
-    run: _Run, offers: Offers, chosen: Mapping[str, str], reference: Branch, measured: float
+    run: _Run, offers: Offers, chosen: Mapping[str, str], reference: Pass, measured: float
 ) -> dict[str, dict[str, Offer]]:
     """What steps up and down of each part change where the mix is: to candidates that no smaller one is better than."""
     wanted = []
@@ -240,15 +250,6 @@ def _steps(
     for (key, candidate), kld in found.items():
         steps[key][candidate] = Offer(offers[key][candidate].nbytes, float(np.mean(kld)) - measured)
     return steps
-
-
-def _refined(offers: Offers, budget: Budget, measured: float) -> Solution | None:
-    """The best of these steps; its cost is that of the whole mix."""
-    if budget.nbytes is not None:
-        found = solve(offers, budget.nbytes - budget.fixed)
-    else:
-        found = solve_for_cost(offers, (budget.kld or 0.0) - measured)
-    return None if found is None else replace(found, cost=found.cost + measured)
 
 
 def _curve(offers: Offers, fixed: int) -> Iterator[Expected]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Mix
-from dsv2quant.allocation.space import Space, planned, prepare
+from dsv2quant.allocation.space import Space, importance, planned, prepare
 from dsv2quant.calib.calibration import needs_calibration
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import options as asked
@@ -66,15 +66,14 @@ def search(
     _check(out, into_gguf, given, budgets, device)
     if os.path.lexists(out):
         raise InputError("is there already", where=out, fix="give another name, or remove it")
-    hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
-    checkpoint = dq.open(model, **hub).as_source()
+    checkpoint = dq.open(model, **asked.hub_of(given)).as_source()
     path, folder = Path(out), Path(f"{os.fspath(out)}.search")
     space = prepare(checkpoint, folder, into_gguf, given, device, progress)
     most = parse_size(str(size)) if size is not None else None if bits is None else int(bits * space.parameters / 8)
     mix = space.choose(most, max_kld, progress)
     said = [_command(checkpoint.model, into_gguf, given, budgets), *_description(mix, space)]
     recipe = space.recipe(path.stem, said, mix)
-    plan = planned(checkpoint, recipe, given)
+    plan = planned(checkpoint, recipe, given, importance(given))
     with disk_errors(path):
         write_whole(path, [recipe.text.encode()])
         shutil.rmtree(folder)
@@ -96,8 +95,7 @@ def convert_within(
             raise UsageError(f"{asked.spelled(name, given)} does not go with a budget: a search chooses what it says")
     searching = {name: value for name, value in given.items() if name in _takes(into_gguf)}
     _check(recipe, into_gguf, searching, budgets, device)
-    hub = {name: given[name] for name in HubOptions.__annotations__ if name in given}
-    checkpoint = dq.open(model, **hub)
+    checkpoint = dq.open(model, **asked.hub_of(given))
     said = f"# {_command(checkpoint.model, into_gguf, searching, budgets)}\n"
     if not (recipe.is_file() and recipe.read_text(encoding="utf-8").startswith(said)):
         search(checkpoint, recipe, **budgets, into_gguf=into_gguf, device=device, progress=progress, **searching)

@@ -24,6 +24,7 @@ from dsv2quant.conversion.gguf import metadata_of
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
 from dsv2quant.formats.gguf import blocks, imatrix
+from dsv2quant.formats.gguf.imatrix import Imatrix
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.planning import consumers
 from dsv2quant.planning import options as asked
@@ -94,8 +95,8 @@ def prepare(
     if checkpoint.config.is_classifier:
         fix = "a search needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
-    recipes = _candidates(checkpoint, into_gguf, given)
-    plans = {name: planned(checkpoint, recipe, given) for name, recipe in recipes.items()}
+    recipes, weighted = _candidates(checkpoint, into_gguf, given), importance(given)
+    plans = {name: planned(checkpoint, recipe, given, weighted) for name, recipe in recipes.items()}
     name, plan = next(iter(plans.items()))
     parts = parts_of(plans)
     with progress(0, "", "tokenize"):
@@ -140,11 +141,17 @@ def _is_refused(scheme: str, targets: Sequence[str], config: ModelConfig) -> boo
     return False
 
 
-def planned(checkpoint: HfCheckpoint, recipe: Recipe | GgufRecipe, given: Mapping[str, Any]) -> Plan | GgufPlan:
+def importance(given: Mapping[str, Any]) -> Imatrix | None:
+    """What is given of it, read."""
+    return imatrix.read(Path(given["imatrix"])) if "imatrix" in given else None
+
+
+def planned(
+    checkpoint: HfCheckpoint, recipe: Recipe | GgufRecipe, given: Mapping[str, Any], weighted: Imatrix | None
+) -> Plan | GgufPlan:
     """As `plan` makes it of options."""
     if isinstance(recipe, GgufRecipe):
-        found = imatrix.read(Path(given["imatrix"])) if "imatrix" in given else None
-        return make_gguf_plan(checkpoint, Options(recipe, imatrix=found, shrink=given.get("imatrix_shrink", False)))
+        return make_gguf_plan(checkpoint, Options(recipe, imatrix=weighted, shrink=given.get("imatrix_shrink", False)))
     targets = given.get("targets", consumers.ENGINES)
     return make_plan(checkpoint, recipe, for_targets=targets, tp=given.get("tp", 1), ep=given.get("ep", 1))
 

@@ -18,10 +18,10 @@ import torch
 
 from dsv2quant.allocation.items import Part
 from dsv2quant.arch.spec import Heads
-from dsv2quant.evaluation.divergence import ROWS, Head, batches_of
-from dsv2quant.model.attention import Rope
+from dsv2quant.evaluation.divergence import Pass, batches_of, log_probabilities, run
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import DecoderLayer, Loader
+from dsv2quant.model.runtime import Runtime
 
 MEMORY = 1 << 30  # bytes of hidden states of branches that are under way at a time
 
@@ -97,32 +97,23 @@ class Text:
         return batches_of(len(self.ids), self.batch)
 
 
-Branch = tuple[Head, torch.Tensor]  # a head, and hidden states [windows, ctx, hidden] that go to it
-
-
 @torch.inference_mode()
-def divergences(reference: Branch, others: Sequence[Branch]) -> np.ndarray:
+def divergences(reference: Pass, others: Sequence[Pass]) -> np.ndarray:
     """Mean KL(reference ‖ other) in nats of each window, [others, windows], behind every token but the last."""
-    head, states = reference
-    found = np.zeros((len(others), len(states)))
-    for window, row in enumerate(states):
-        for at in batches_of(len(row) - 1, ROWS):
-            logp = head.logits(row[at]).double().log_softmax(-1)
+    windows, ctx, _ = reference.hidden.shape
+    found = np.zeros((len(others), windows))
+    for window in range(windows):
+        blocks = [log_probabilities(other, window, 0) for other in others]
+        for logp in log_probabilities(reference, window, 0):
             p = logp.exp()
-            for number, (other, hidden) in enumerate(others):
-                logq = other.logits(hidden[window, at]).double().log_softmax(-1)
-                found[number, window] += float((p * (logp - logq)).sum())
-    return found / (states.shape[1] - 1)
+            for number, block in enumerate(blocks):
+                found[number, window] += float((p * (logp - next(block))).sum())
+    return found / (ctx - 1)
 
 
-@torch.inference_mode()
-def passed(loader: Loader, text: Text) -> Branch:
+def passed(loader: Loader, text: Text) -> Pass:
     """A whole model on a text."""
-    ends = loader.ends()
-    states = ends.embed(_tokens(loader, text))
-    for index in range(loader.config.num_hidden_layers):
-        _through(loader.layer(index), states, loader, text)
-    return ends, states
+    return run(_model(loader), text.ids, text.batches)
 
 
 @torch.inference_mode()
@@ -130,7 +121,7 @@ def measure(
     base: Loader,
     candidates: Mapping[str, Loader],
     swaps: Sequence[Swap],
-    reference: Branch,
+    reference: Pass,
     text: Text,
     done: Callable[[int], object] = lambda swaps: None,
     memory: int = MEMORY,
@@ -146,31 +137,32 @@ def measure(
 
 def _branches(
     base: Loader, candidates: Mapping[str, Loader], swaps: Sequence[Swap], text: Text, done: Callable[[int], object]
-) -> list[Branch]:
+) -> list[Pass]:
     """What comes of each swap, of one pass through the base."""
-    ends, tokens = base.ends(), _tokens(base, text)
-    states = ends.embed(tokens)
-    heads: list[Head] = []
-    branches: list[torch.Tensor] = []  # of as many swaps as the pass has come by
+    model, tokens = _model(base), torch.from_numpy(text.ids).to(base.options.device)
+    states, rope = model.ends.embed(tokens), model.rope(0, tokens.shape[1])
+    branches: list[Pass] = []  # of as many swaps as the pass has come by
+
+    def go(layer: DecoderLayer, x: torch.Tensor) -> None:
+        """Change hidden states [windows, ctx, hidden] to those behind a layer."""
+        for batch in text.batches:
+            x[batch], _ = layer(x[batch], rope)
+
     for swap in swaps:
         if swap.part.layer is None:
-            swapped = _with(base, candidates, swap).ends()
-            heads.append(swapped)
-            branches.append(swapped.embed(tokens))
-        else:
-            heads.append(ends)
-    for index in range(base.config.num_hidden_layers):
-        layer = base.layer(index)
+            ends = _with(base, candidates, swap).ends()
+            branches.append(Pass(ends, ends.embed(tokens), []))
+    for index, layer in enumerate(model.layers()):
         for branch in branches:
-            _through(layer, branch, base, text)
+            go(layer, branch.hidden)
         for swap in swaps:
             if swap.part.layer == index:
-                branches.append(states.clone())
-                _through(_with(base, candidates, swap).layer(index), branches[-1], base, text)
+                branches.append(Pass(model.ends, states.clone(), []))
+                go(_with(base, candidates, swap).layer(index), branches[-1].hidden)
                 done(1)
         if index + 1 < base.config.num_hidden_layers:
-            _through(layer, states, base, text)
-    return list(zip(heads, branches, strict=True))
+            go(layer, states)
+    return branches
 
 
 def _with(base: Loader, candidates: Mapping[str, Loader], swap: Swap) -> Mixture:
@@ -192,12 +184,6 @@ def held(base: Parts, chosen: Iterable[tuple[Part, Parts]]) -> dict[str, Parts]:
     return found
 
 
-def _tokens(loader: Loader, text: Text) -> torch.Tensor:
-    return torch.from_numpy(text.ids).to(loader.options.device)
-
-
-def _through(layer: DecoderLayer, states: torch.Tensor, loader: Loader, text: Text) -> None:
-    """Change hidden states [windows, ctx, hidden] to those behind a layer."""
-    rope = Rope(loader.config, states.device).table(torch.arange(states.shape[1], device=states.device))
-    for batch in text.batches:
-        states[batch], _ = layer(states[batch], rope)
+def _model(loader: Loader) -> Runtime[DecoderLayer]:
+    """Whose layers are loaded one by one."""
+    return Runtime(loader, loader.options, stream=True, loaded=lambda layers: None)

@@ -11,17 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from dsv2quant.evaluation.results import Distance, Estimate, Kld, Stretch
-from dsv2quant.model.runtime import Block, Model
-
-if TYPE_CHECKING:
-    from dsv2quant.model.fused_model import FusedModel
-
+from dsv2quant.model.runtime import Block, Runtime
 
 ROWS = 256  # positions whose logits are held at a time, in float64
 TOKENS_TOGETHER = 4096  # that go through a layer together, where nothing else is asked for
@@ -53,7 +49,7 @@ class Pass:
 
 @torch.inference_mode()
 def run(
-    model: Model | FusedModel,
+    model: Runtime[Block],
     ids: np.ndarray,
     batches: Sequence[slice],
     progress: Callable[[int], object] = lambda tokens: None,

@@ -54,8 +54,7 @@ class GgufRecipe:
     def choose(self, tensors: Sequence[GgufTensor], overrides: Overrides) -> list[Choice]:
         """(type, reason) of every tensor; the reason says why a type is not the one wished for."""
         tied = is_tied(tensors)
-        found = [("F32", None) if not quantizable(t) else overrides.of(t, tied=tied) or self._of(t) for t in tensors]
-        return list(found)
+        return [overrides.of(t, tied=tied) or self._of(t) if quantizable(t) else ("F32", None) for t in tensors]
 
     def _of(self, tensor: GgufTensor) -> Choice:
         rule = next((rule for rule in self.rules if rule.matches(tensor)), None)

@@ -130,6 +130,12 @@ def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value or (value == 0 and value is not False)}
 
 
+def hub_of(given: Mapping[str, Any]) -> HubOptions:
+    """Those of all options."""
+    revision, cache_dir, offline = map(given.get, ("revision", "cache_dir", "offline"))
+    return {"revision": revision, "cache_dir": cache_dir, "offline": bool(offline)}
+
+
 def spelled(name: str, given: Mapping[str, Any]) -> str:
     """An option as the command line has it; a scheme by its family, --fp8."""
     return f"--{given[name].partition('-')[0]}" if name == "scheme" else dashed(name)
