@@ -7,7 +7,7 @@ Both sides quantize the same modules: all linears but kv_b_proj, router and head
 down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoint in float32, weights decoded in
 float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
 quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
-`--tune` instead tunes our GPTQ of group size 64 on 2M tokens of the same text, of which the calibration's come first.
+`--tune` instead tunes our GPTQ of group size 64 on 8M tokens of the same text, of which the calibration's come first.
 `--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
 """
 
@@ -29,7 +29,7 @@ import torch
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
-from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
+from dsv2quant.calib.calibration import Calibration, Tuning, needs_calibration, needs_statistics
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compare, run
@@ -43,7 +43,7 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TUNED = 2_000_000 // CTX
+TUNED = 8_000_000
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -95,12 +95,12 @@ def planned(name: str, **options: Any) -> Plan:
     return make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
 
 
-def ours(plan: Plan, ids: np.ndarray, out: Path, tuned: np.ndarray | None = None) -> Made:
+def ours(plan: Plan, ids: np.ndarray, out: Path, tuned: np.ndarray | None = None, device: str = "cpu") -> Made:
     """The plan's artifact, calibrated on token windows where it needs that, and tuned on others."""
     calibrates = needs_calibration(plan) or needs_statistics(plan)
     calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
-    tuning = None if tuned is None else Calibration(tuned, "benchmark", "", 0, [])
-    result = convert(plan, out, command="", calibration=calibration, tuning=tuning)
+    tuning = None if tuned is None else Tuning(Calibration(tuned, "benchmark", "", 0, []), TUNED)
+    result = convert(plan, out, command="", calibration=calibration, tuning=tuning, device=device)
     kept = f"{sum(o.kept_rtn for o in result.outcomes)} of {len(result.outcomes)}" if result.outcomes else ""
     versions = f"dsv2quant {__version__}, torch {torch.__version__}"
     return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
@@ -125,13 +125,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--starved", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--device", default="cpu", help="Of --tune.")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     if options.peer is None and not options.tune:
         parser.error("--peer goes with all but --tune")
     options.scratch.mkdir(parents=True, exist_ok=True)
-    all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED), CTX, seed=0)
+    all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED // CTX), CTX, seed=0)
     evaluate = Evaluator()
     rows: list[dict[str, Any]] = []
 
@@ -144,7 +145,7 @@ def main() -> None:
 
     if options.tune:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
-        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, all_ids[:TUNED])
+        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, all_ids, options.device)
         record("dsv2quant pure", "gptq, tuned", 64, options.windows, made, out)
         append(options.results, rows)
         return

@@ -13,7 +13,7 @@ from calibrated import files, interrupt, manifest
 from test_convert import contents
 
 import dsv2quant as dq
-from dsv2quant.calib import tuning
+from dsv2quant.calib import trained, tuning
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.schemes import CODECS
@@ -29,7 +29,7 @@ LAYOUTS = ("compressed-tensors", "gptq", "awq")
 @pytest.fixture
 def quickly(monkeypatch):
     """Few steps that are large."""
-    monkeypatch.setattr(tuning, "RATE", 1e-2)
+    monkeypatch.setattr(trained, "RATE", 1e-2)
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
 
 
@@ -102,7 +102,7 @@ def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fo
 
 
 def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypatch):
-    monkeypatch.setattr(tuning, "RATE", 1.0)
+    monkeypatch.setattr(trained, "RATE", 1.0)
     found = iter([1.0, 0.5])  # as if it had fallen
     monkeypatch.setattr(tuning, "_held_out", lambda whole, tokens: next(found))
     folders = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
@@ -113,11 +113,11 @@ def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypa
         for suffix in parts
         if suffix == "weight_scale" or name.endswith(("norm.weight", "gate.weight"))
     ]
-    assert 0.9 * tuning.BOUND < max(moved) < tuning.BOUND + 2**-8  # BF16's rounding
+    assert 0.9 * trained.BOUND < max(moved) < trained.BOUND + 2**-8  # BF16's rounding
 
 
 def test_where_it_rises_nothing_is_taken(wordy, fox, tmp_path, quickly, monkeypatch):
-    monkeypatch.setattr(tuning, "RATE", -1e-2)
+    monkeypatch.setattr(trained, "RATE", -1e-2)
     plain, tuned = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
     about = manifest(tuned)["tuned"]
     assert about["kld_after"] > about["kld_before"]
@@ -164,8 +164,8 @@ def test_cut_anywhere_it_continues_to_the_same_bytes(at, wordy, fox, tmp_path, q
             made(wordy, tmp_path / "cut", fox)
     assert "config.json" not in files(tmp_path / "cut")
     taken = []
-    rate = tuning._rate
-    monkeypatch.setattr(tuning, "_rate", lambda step, steps: taken.append(step) or rate(step, steps))
+    share = tuning._share
+    monkeypatch.setattr(tuning, "_share", lambda step, steps: taken.append(step) or share(step, steps))
     made(wordy, tmp_path / "cut", fox)
     assert contents(tmp_path / "cut") == contents(whole)
     assert taken == list(range({"layer": 0, "snapshot": 7, "end": steps}[at], steps))
@@ -173,8 +173,8 @@ def test_cut_anywhere_it_continues_to_the_same_bytes(at, wordy, fox, tmp_path, q
 
 def _interrupt_at(m: pytest.MonkeyPatch, wanted: int) -> None:
     """Ctrl-C in the midst of a step of the training."""
-    rate = tuning._rate
-    m.setattr(tuning, "_rate", lambda step, steps: interrupt() if step == wanted else rate(step, steps))
+    share = tuning._share
+    m.setattr(tuning, "_share", lambda step, steps: interrupt() if step == wanted else share(step, steps))
 
 
 def test_a_damaged_snapshot_is_not_used(wordy, fox, tmp_path, quickly, monkeypatch):

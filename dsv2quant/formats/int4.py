@@ -97,6 +97,7 @@ class Int4:
     Other layouts of the same codes, and other activations, are subclasses (transposed.py, W4A8).
     """
 
+    bits = 4
     family = "int4"
     runtime = "int4"
     quant_method = "compressed-tensors"

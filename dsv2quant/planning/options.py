@@ -59,12 +59,12 @@ class Options(HubOptions, total=False):
     calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a data set of the hub,
     "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
     `figure` is a picture of tokens per expert to draw.
-    `tune` trains what is continuous in an INT4 artifact on so many tokens of that text, a number or "2M".
+    `tune` trains codes, scales, norms and routers on so many tokens of that text, a number or "8M".
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
     tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
-    `drop_expert_groups`; `split_max_size` of a file.
+    `drop_expert_groups`; `split_max_size` of a file; `tune`, with `calibration`, `length` and `seed`, as of a folder.
     """
 
     scheme: str | None
@@ -181,11 +181,13 @@ def check_options(given: Mapping[str, Any]) -> Recipe | None:
     """Raise UsageError for options that contradict each other. The recipe, None of GGUF."""
     check_values(given)
     into_gguf = "gguf" in given
+    tuned = ("tune", "calibration", "length", "seed") if "tune" in given else ()
     for name in (*FOLDER, *CALIBRATION, "statistics") if into_gguf else GGUF:
-        if name in given:
+        if name in given and not (into_gguf and name in tuned):
             raise UsageError(f"{spelled(name, given)} {'does not go' if into_gguf else 'goes'} with --gguf")
     if not into_gguf:
         return _recipe(given)
+    check_tune(None, given)
     if "imatrix_shrink" in given and "imatrix" not in given:
         raise UsageError("--imatrix-shrink goes with --imatrix")
     return None
@@ -221,14 +223,14 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
     return made
 
 
-def check_tune(schemes: Iterable[str], given: Mapping[str, Any]) -> None:
-    """Raise UsageError where these schemes have nothing to tune, or there is no such number of tokens."""
+def check_tune(schemes: Iterable[str] | None, given: Mapping[str, Any]) -> None:
+    """Raise UsageError where these schemes, None of GGUF, have nothing to tune, or there is no such number of tokens."""
     from dsv2quant.formats.schemes import CODECS
 
     if "tune" in given:
         parse_tokens(given["tune"])
-        if not any(CODECS[scheme].integers for scheme in schemes):
-            raise UsageError("--tune trains the scales of INT4 weights, and there would be none", fix="leave it out")
+        if schemes is not None and not any(CODECS[scheme].integers for scheme in schemes):
+            raise UsageError("--tune trains codes of integers and their scales: there would be none", fix="leave it out")
 
 
 def parse_tokens(text: int | str) -> int:
