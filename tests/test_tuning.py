@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from calibrated import files, interrupt, manifest
 from test_convert import contents
 
 import dsv2quant as dq
-from dsv2quant.calib import trained, tuning
+from dsv2quant.calib import trained, tuning, whole
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.schemes import CODECS
@@ -71,7 +72,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, dense, fox, tmp_path, quickly):
+def test_codes_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, dense, fox, tmp_path, quickly):
     model = wordy if layout == "compressed-tensors" else dense
     before = weights(made(model, tmp_path / "plain", fox, None, layout))
     after = weights(made(model, tmp_path / "tuned", fox, layout=layout))
@@ -81,10 +82,10 @@ def test_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, de
         for suffix, array in parts.items()
         if not torch.equal(array, after[name][suffix])
     }
-    scales = "weight_scale" if layout == "compressed-tensors" else "scales"
+    both = ("weight_packed", "weight_scale") if layout == "compressed-tensors" else ("qweight", "scales")
     stored = open_checkpoint(tmp_path / "plain").weights
-    trained = {(w.spec.name, scales) for w in stored if w.scheme != "bf16"}
-    assert changed == trained | {(w.spec.name, "weight") for w in stored if w.spec.role in ("norm", "router")}
+    learnt = {(w.spec.name, part) for w in stored if w.scheme != "bf16" for part in both}
+    assert changed == learnt | {(w.spec.name, "weight") for w in stored if w.spec.role in ("norm", "router")}
     assert manifest(tmp_path / "tuned")["tuned"]["accepted"]
 
 
@@ -146,7 +147,8 @@ def test_gptqs_windows_are_the_first_of_those_it_is_tuned_on(wordy, fox, tmp_pat
     before, after = (weights(tmp_path / name) for name in ("plain", "tuned"))
     codes = [name for name, parts in before.items() if "weight_packed" in parts]
     assert codes
-    assert all(torch.equal(before[name]["weight_packed"], after[name]["weight_packed"]) for name in codes)
+    moved = [(before[name]["weight_packed"] != after[name]["weight_packed"]).float().mean() for name in codes]
+    assert max(moved) < 0.5  # of eight codes in a word: these began where GPTQ had left them
 
 
 @pytest.mark.parametrize("at", ["layer", "snapshot", "end"])
@@ -191,6 +193,21 @@ def test_a_damaged_snapshot_is_not_used(wordy, fox, tmp_path, quickly, monkeypat
     assert contents(tmp_path / "cut") == contents(whole)
 
 
+def test_a_short_text_is_gone_over_again_in_another_order(wordy, fox, tmp_path, quickly, monkeypatch):
+    seen = []
+    learn = whole.Whole.learn
+    monkeypatch.setattr(whole.Whole, "learn", lambda one, ids, *rest: seen.append(ids) or learn(one, ids, *rest))
+    short = tmp_path / "short.txt"
+    short.write_text(fox.read_text()[:1500])
+    about = manifest(made(wordy, tmp_path / "out", short))["tuned"]
+    windows_seen = [tuple(window) for ids in seen for window in ids.tolist()]
+    each = Counter(windows_seen)
+    assert len(each) < 20
+    assert max(each.values()) - min(each.values()) <= 1 < max(each.values())
+    assert windows_seen[: len(each)] != windows_seen[len(each) : 2 * len(each)]
+    assert about["tokens"] + about["held_out_tokens"] == TOKENS
+
+
 def test_another_number_of_tokens_is_another_artifact(wordy, fox, tmp_path, quickly):
     made(wordy, tmp_path / "out", fox)
     with pytest.raises(InputError, match="is not empty"):
@@ -200,14 +217,15 @@ def test_another_number_of_tokens_is_another_artifact(wordy, fox, tmp_path, quic
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--fp8", "--tune", "2M"], "--tune trains the scales of INT4 weights"),
+        (["--fp8", "--tune", "2M"], "--tune trains integers and their scales"),
         (["--int4", "--tune", "2X"], "--tune 2X (give a number of tokens"),
         (["--int4=pure", "--group-size", "32", "--tune", "100", "--max-seq-length", "32"], "3 windows of 32 tokens"),
-        (["--gguf", "Q4_K_M", "--tune", "2M"], "--tune does not go with --gguf"),
+        (["--gguf", "BF16", "--tune", "2M"], "--tune trains codes of blocks and their scales"),
+        (["--gguf", "Q4_K_M", "--calibration", "x"], "--calibration does not go with --gguf"),
     ],
 )
 def test_what_can_not_be_tuned_is_refused(asked, message, wordy, fox, tmp_path, cli):
-    text = [] if "--gguf" in asked else ["--calibration", fox]
+    text = [] if "--calibration" in asked else ["--calibration", fox]
     ran = cli("convert", wordy, "-o", tmp_path / ("x.gguf" if "--gguf" in asked else "x"), *asked, *text)
     assert ran.code == 2
     assert message in ran.err

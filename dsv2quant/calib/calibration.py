@@ -171,8 +171,8 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
 
 
 def tuning_bytes(checkpoint: Checkpoint, tuning: Tuning) -> int:
-    """Disk that tuning takes at most: the unquantized model's hidden states before and behind a layer, and two snapshots
-    of what is trained, 6 bytes for each weight."""
+    """Disk that tuning takes at most: the unquantized model's hidden states before and behind a layer, and two
+    snapshots of what is trained, 6 bytes for each weight."""
     weights = sum(weight.spec.size for weight in checkpoint.weights)
     return 2 * 4 * tuning.text.ids.size * checkpoint.config.hidden_size + 2 * 6 * weights
 

@@ -140,7 +140,9 @@ class Trained(ABC):
 class Plain(Trained):
     """A weight of norms or a router, each with a factor of its own, stored in BF16 or float32. A vector is one row."""
 
-    def __init__(self, name: str, put: Callable[[torch.Tensor], object], weight: torch.Tensor, *, is_bf16: bool) -> None:
+    def __init__(
+        self, name: str, put: Callable[[torch.Tensor], object], weight: torch.Tensor, *, is_bf16: bool
+    ) -> None:
         shape, self._is_bf16 = weight.shape, is_bf16
         rows = weight.float().reshape(-1, shape[-1])
         super().__init__(name, lambda values: put(values.view(shape)), rows, rows.shape[1])

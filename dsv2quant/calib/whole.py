@@ -127,7 +127,7 @@ def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec],
         modules = {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
         of_layers.append(_trained([spec for spec in specs if spec.layer == index], modules, held))
         layers.append(layer)
-    behind = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
+    behind: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
     outside = [spec for spec in specs if spec.layer is None]
     of_ends = _trained(outside, behind, held)
     for spec in outside:
@@ -135,7 +135,7 @@ def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec],
             found = held(spec, lambda values: None, ends.embedding.device)
             ends.embedding = found.values() if isinstance(found, Trained) else found
             if loader.config.tie_word_embeddings:
-                ends.head.weight = ends.embedding
+                behind["lm_head"].weight = ends.embedding
     return Whole(layers, ends, ideal, rope, of_layers, of_ends)
 
 

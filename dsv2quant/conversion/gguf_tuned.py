@@ -24,8 +24,8 @@ from dsv2quant.version import __version__
 
 
 class TunedGgufFiles(GgufFiles):
-    """`GgufFiles` whose work folder, `<out>.work`, keeps what a resumed run needs; `untuned` writes the plan's file to a
-    path."""
+    """`GgufFiles` whose work folder, `<out>.work`, keeps what a resumed run needs; `untuned` writes the plan's file to
+    a path."""
 
     def __init__(
         self,
@@ -44,7 +44,8 @@ class TunedGgufFiles(GgufFiles):
         self._parts: Mapping[str, Mapping[str, np.ndarray]] = {}
         super().__init__(
             plan, out, split_max_size, device, force=force, inputs=inputs, progress=progress,
-            calibration={"tuning": tuning.describe(device)}, aside=plan.bytes_out + tuning_bytes(plan.checkpoint, tuning),
+            calibration={"tuning": tuning.describe(device)},
+            aside=plan.bytes_out + tuning_bytes(plan.checkpoint, tuning),
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:

@@ -107,6 +107,7 @@ GGUF = (
 )  # fmt: skip
 WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of `memory`
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
+TUNING = ("tune", "calibration", "length", "seed")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
     "samples": "--num-calibration-samples", "length": "--max-seq-length", "engine_dtype": "--dtype", "serving": "--as",
@@ -181,13 +182,16 @@ def check_options(given: Mapping[str, Any]) -> Recipe | None:
     """Raise UsageError for options that contradict each other. The recipe, None of GGUF."""
     check_values(given)
     into_gguf = "gguf" in given
-    tuned = ("tune", "calibration", "length", "seed") if "tune" in given else ()
+    tuned = TUNING if "tune" in given else ()
     for name in (*FOLDER, *CALIBRATION, "statistics") if into_gguf else GGUF:
         if name in given and not (into_gguf and name in tuned):
             raise UsageError(f"{spelled(name, given)} {'does not go' if into_gguf else 'goes'} with --gguf")
     if not into_gguf:
         return _recipe(given)
-    check_tune(None, given)
+    if "tune" in given:
+        parse_tokens(given["tune"])
+        if given["gguf"].upper() in ("F32", "F16", "BF16"):
+            raise UsageError("--tune trains codes of blocks and their scales: there would be none", fix="leave it out")
     if "imatrix_shrink" in given and "imatrix" not in given:
         raise UsageError("--imatrix-shrink goes with --imatrix")
     return None
@@ -223,21 +227,21 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
     return made
 
 
-def check_tune(schemes: Iterable[str] | None, given: Mapping[str, Any]) -> None:
-    """Raise UsageError where these schemes, None of GGUF, have nothing to tune, or there is no such number of tokens."""
+def check_tune(schemes: Iterable[str], given: Mapping[str, Any]) -> None:
+    """Raise UsageError where these schemes have nothing to tune, or there is no such number of tokens."""
     from dsv2quant.formats.schemes import CODECS
 
     if "tune" in given:
         parse_tokens(given["tune"])
-        if schemes is not None and not any(CODECS[scheme].integers for scheme in schemes):
-            raise UsageError("--tune trains codes of integers and their scales: there would be none", fix="leave it out")
+        if not any(CODECS[scheme].integers for scheme in schemes):
+            raise UsageError("--tune trains integers and their scales: there would be none", fix="leave it out")
 
 
 def parse_tokens(text: int | str) -> int:
     """'500k' or '2M' → tokens. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", str(text))
     if match is None:
-        raise UsageError(f"--tune {text}", fix="give a number of tokens, as 500k or 2M")
+        raise UsageError(f"--tune {text}", fix="give a number of tokens, as 500k or 8M")
     return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]])
 
 
