@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from numbers import Real
@@ -43,18 +43,20 @@ def installed() -> str:
 
 
 def check(wanted: Tasks) -> None:
-    """Raise UsageError where lm_eval is not installed, and InputError for a task that it doesn't know, or that runs
-    code which a model or the hub wrote."""
+    """Raise UsageError where lm_eval is not installed, and InputError for a task that it doesn't know, that two of the
+    names have, or that runs code which a model or the hub wrote."""
     installed()
     if wanted.include is not None and not Path(wanted.include).is_dir():
         raise InputError("is no folder", where=wanted.include, fix="`include` is one of lm_eval's YAML files")
-    index = _manager(wanted).task_index
+    index, held = _manager(wanted).task_index, dict[str, str]()
     for task in wanted.each:
         if task.name not in index:
             near = difflib.get_close_matches(task.name, index, 3)
             fix = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise InputError(f"lm_eval knows no {short(task.name)}", where="tasks", fix=fix)
         for name, config in _leaves(index, task.name, _config(index[task.name])):
+            if held.setdefault(name, task.name) != task.name:
+                raise InputError(f"{held[name]} and {task.name} both have {name}", where="tasks", fix="leave one out")
             metrics = config.get("metric_list") or ()
             fetched = any(metric.get("hf_evaluate") for metric in metrics if isinstance(metric, Mapping))
             if fetched or config.get("unsafe_code"):
@@ -62,39 +64,42 @@ def check(wanted: Tasks) -> None:
                 raise InputError(f"{name} {what}", where="tasks", fix="leave it out, or run it by lm_eval itself")
 
 
-def runner(
-    wanted: Tasks, model: dq.Model, device: str, dtype: str, progress: Progress
-) -> Callable[[Task], list[Row]]:  # fmt: skip
-    """What has a model do a task, as the command lm_eval does it. Of what that shows only `progress` is seen."""
-    from datasets.exceptions import DatasetsError
+def done(
+    wanted: Tasks, tasks: Sequence[Task], model: dq.Model, device: str, dtype: str, progress: Progress
+) -> Iterator[tuple[Task, list[Row]]]:  # fmt: skip
+    """Have a model do `tasks`, as the command lm_eval does: each with its scores when it is done. The data of all is
+    loaded first, and InputError raised where it can't be had. Of what lm_eval shows only `progress` is seen."""
     from lm_eval import evaluate
 
-    from dsv2quant.lm_eval import Dsv2quantLM
-
-    terminal = sys.stderr
+    manager, terminal = _manager(wanted), sys.stderr
+    with progress(0, "", "data of tasks"), _unheard():
+        loaded = [_loaded(manager, task) for task in tasks]
 
     @contextmanager
     def shown(total: int, unit: str, label: str) -> Iterator[Callable[[int], object]]:
         with redirect_stderr(terminal), progress(total, unit, label) as advance:
             yield advance
 
-    manager, lm = _manager(wanted), Dsv2quantLM(model, dtype, device=device, progress=shown)
+    from dsv2quant.lm_eval import Dsv2quantLM
 
-    def run(task: Task) -> list[Row]:
-        with progress(0, "", f"{task.name}, data"), _unheard():
-            try:
-                loaded = manager.load([task.name])
-            except (OSError, ValueError, DatasetsError) as error:
-                fix = "its data must be on the hub, in the cache, or in files that it names"
-                raise InputError(f"can't be loaded: {error}", where=f"task {task.name}", fix=fix) from None
-        _prepare(loaded["tasks"].values(), task.fewshot)
+    lm = Dsv2quantLM(model, dtype, device=device, progress=shown)
+    for task, data in zip(tasks, loaded, strict=True):
+        _prepare(data["tasks"].values(), task.fewshot)
         with _unheard():
             found = evaluate(
-                lm, loaded, task.limit, apply_chat_template=wanted.chat, fewshot_as_multiturn=wanted.chat
+                lm, data, task.limit, apply_chat_template=wanted.chat, fewshot_as_multiturn=wanted.chat
             )  # fmt: skip
-        return rows_of(found, task.name)
+        yield task, rows_of(found, task.name)
 
-    return run
+
+def _loaded(manager: Any, task: Task) -> Mapping[str, Any]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return manager.load([task.name])
+    except (OSError, ValueError, DatasetsError) as error:
+        fix = "its data must be on the hub, in the cache, or in files that it names"
+        raise InputError(f"can't be loaded: {error}", where=f"task {task.name}", fix=fix) from None
 
 
 def _prepare(tasks: Iterable[Any], fewshot: int | None) -> None:

@@ -53,18 +53,24 @@ class TaskRun:
     def rows(self, model: dq.Model, weights: object, progress: Progress) -> list[Row]:
         """A model's scores, in the order of the tasks, found or made; `weights` tell it from others. Raises InputError
         where the data of a task can't be had."""
-        rows, folder, run = list[Row](), self.out / FOLDER, None
-        how = [weights, self.wanted.chat, _included(self.wanted), self.dtype, harness.installed()]
-        for task in self.wanted.each:
-            path = folder / f"{hashlib.sha256(json.dumps([asdict(task), *how]).encode()).hexdigest()}.json"
-            if not is_regular(path):
-                run = run or harness.runner(self.wanted, model, self.device, self.dtype, progress)
-                found = dump_json({"task": task.name, "rows": run(task)})
-                with disk_errors(folder):
-                    folder.mkdir(exist_ok=True)
-                    write_whole(path, [found])
-            rows += read_json(path)["rows"]
-        return rows
+        how = [weights, self.wanted.chat, self._included(), self.dtype, harness.installed()]
+        keys = [hashlib.sha256(json.dumps([asdict(task), *how]).encode()).hexdigest() for task in self.wanted.each]
+        paths = {task: self.out / FOLDER / f"{key}.json" for task, key in zip(self.wanted.each, keys, strict=True)}
+        if missing := [task for task, path in paths.items() if not is_regular(path)]:
+            for task, rows in harness.done(self.wanted, missing, model, self.device, self.dtype, progress):
+                with disk_errors(self.out):
+                    paths[task].parent.mkdir(exist_ok=True)
+                    write_whole(paths[task], [dump_json({"task": task.name, "rows": rows})])
+        return [row for path in paths.values() for row in read_json(path)["rows"]]
+
+    def _included(self) -> list[tuple[str, str]]:
+        """Names and hashes of the files of the folder `include`: another of them is another task."""
+        if self.wanted.include is None:
+            return []
+        folder, out = Path(self.wanted.include).resolve(), self.out.resolve()
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        ours = [path for path in files if not path.is_relative_to(out)]
+        return [(str(path.relative_to(folder)), hash_file(path)["sha256"]) for path in ours]
 
     def compared(self, reference: str, ours: Iterable[Row], theirs: Iterable[Row]) -> TaskScores:
         """An artifact's scores beside those of the `reference`, as far as both have them."""
@@ -79,15 +85,6 @@ class TaskRun:
             reference, harness.installed(), self.dtype, self.wanted.chat, tuple(_commands(self.wanted, self.dtype)),
             tuple(scores),
         )  # fmt: skip
-
-
-def _included(wanted: Tasks) -> list[tuple[str, str]]:
-    """Names and hashes of the files of the folder `include`: another of them is another task."""
-    if wanted.include is None:
-        return []
-    folder = Path(wanted.include)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return [(str(path.relative_to(folder)), hash_file(path)["sha256"]) for path in files]
 
 
 def _commands(wanted: Tasks, dtype: str) -> Iterator[str]:
