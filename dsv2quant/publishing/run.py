@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,12 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.publishing.gates import failed
 from dsv2quant.publishing.harness import Row
 from dsv2quant.publishing.made import Made, Released
 from dsv2quant.publishing.tasks import TaskRun, weights_of
-from dsv2quant.publishing.wanted import Gates, Release, Wanted
+from dsv2quant.publishing.wanted import Release, Wanted
 from dsv2quant.report.measured import Measured, measured_from, measured_json
-from dsv2quant.report.tasks import recovery
 from dsv2quant.storage.durable import StateLog, disk_errors
 
 STATE, REFERENCE = ".release.state", ".reference.safetensors"
@@ -70,7 +71,7 @@ class _Run:
         )
         return path
 
-    def found(self, wanted: Wanted, reference: Path, known: Known) -> _Found:
+    def found(self, wanted: Wanted, reference: Any, known: Known) -> _Found:
         """An artifact that is made, or found made; with what was measured of these very files before, or now."""
         path = self.path(wanted)
         with disk_errors(path.parent):
@@ -90,15 +91,15 @@ class _Run:
         measured = measured_from(found.measured)
         if self.tasks is not None:
             measured = replace(measured, tasks=self.tasks.compared(self.checkpoint.model, found.tasks, of_model))
-        failed = tuple(_failed(measured, wanted.gates))
-        return Made(wanted, self.path(wanted), found.conversion, measured, failed)
+        broken = tuple(failed(measured, wanted.gates))
+        return Made(wanted, self.path(wanted), found.conversion, measured, broken)
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
         ways = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
         return hashlib.sha256(json.dumps([_hashes(files), ways]).encode()).hexdigest()
 
-    def measure(self, wanted: Wanted, plan: Any, reference: Path) -> Measured:
+    def measure(self, wanted: Wanted, plan: Any, reference: Any) -> Measured:
         """What comes of an artifact. Raises GateError where its weights can't be what the model's were quantized to."""
         from dsv2quant.engines.results import engine_run
         from dsv2quant.evaluation.cells import cells
@@ -147,8 +148,8 @@ def release(
         known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
         # First: data that can't be had is told before hours of work.
         of_model = [] if tasks is None else run.scored(checkpoint, weights_of(checkpoint))
-        reference, made = run.reference(), {}
-        for each, found in _each(run, reference, known, jobs):
+        made = {}
+        for each, found in _each(run, known, jobs):
             if found.key not in known:
                 log.append({"name": each.name, "key": found.key, "measured": found.measured})
             made[each.name] = run.made(each, found, of_model)
@@ -175,56 +176,54 @@ def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")
 
 
-def _each(run: _Run, reference: Path, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
-    """Artifacts, as they are done."""
+def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
+    """Artifacts, as they are done, held against the reference, which is made first."""
     artifacts = run.release.artifacts
     if jobs == 1:
+        reference = _opened(run.reference())
         yield from ((each, run.found(each, reference, known)) for each in artifacts)
         return
     # A fresh interpreter for each process: torch's threads don't outlive a fork.
     threads, quiet = max(1, (os.cpu_count() or 1) // jobs), replace(run, progress=no_progress)
-    with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), _share, (threads,)) as workers,
-        run.progress(len(artifacts), "artifacts", "release") as advance,
-    ):
-        begun = {workers.submit(quiet.found, each, reference, known): each for each in artifacts}
-        try:
-            for done in as_completed(begun):
-                yield begun[done], done.result()
-                advance(1)
-        finally:
-            workers.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(min(jobs, len(artifacts)), get_context("spawn"), _ready, (threads,)) as workers:
+        workers.submit(int)  # all processes start with the first task: they import while the reference is made
+        reference = run.reference()
+        begun = {workers.submit(_apart, quiet, each, reference, known): each for each in artifacts}
+        with run.progress(len(artifacts), "artifacts", "release") as advance:
+            try:
+                for done in as_completed(begun):
+                    yield begun[done], done.result()
+                    advance(1)
+            finally:
+                workers.shutdown(cancel_futures=True)
 
 
-def _share(threads: int) -> None:
-    """A process's part of the processors."""
+def _ready(threads: int) -> None:
+    """Have a process its part of the processors, and what every artifact needs imported."""
     import torch
 
+    import dsv2quant.conversion.convert
+    import dsv2quant.evaluation.measure
+    import dsv2quant.evaluation.verify  # noqa: F401
+
     torch.set_num_threads(threads)
+
+
+def _opened(reference: Path) -> Any:
+    """The HeldReference there: its module imports much."""
+    from dsv2quant.evaluation.reference import HeldReference
+
+    return HeldReference.opened(reference)
+
+
+_held = cache(_opened)  # of a process that is made for one release
+
+
+def _apart(run: _Run, wanted: Wanted, reference: Path, known: Known) -> _Found:
+    """`_Run.found`, in such a process."""
+    return run.found(wanted, _held(reference), known)
 
 
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:
     """Whether an engine runs an artifact."""
     return engine == "llama.cpp" if wanted.into_gguf else engine in plan.targets
-
-
-def _failed(measured: Measured, gates: Gates) -> Iterator[str]:
-    """What is wrong with an artifact, a line each."""
-    scores = measured.scores
-    if scores is not None:
-        growth = 100 * (scores.perplexity.value / scores.reference_perplexity.value - 1)
-        # A number that is none keeps to nothing.
-        if gates.max_kld is not None and not scores.kld.value <= gates.max_kld:
-            yield f"mean KLD is {scores.kld.value:.5f} nats, more than {gates.max_kld:g}"
-        if gates.max_ppl_increase is not None and not growth <= gates.max_ppl_increase:
-            yield f"perplexity grew by {growth:.3f}%, more than {gates.max_ppl_increase:g}%"
-        if gates.min_top1 is not None and not scores.top1.value >= gates.min_top1:
-            yield f"the likeliest token is the same for {scores.top1.value:.2%}, less than {gates.min_top1:.2%}"
-    if gates.min_recovery is not None:
-        found = recovery(measured.tasks)
-        if found is None:
-            yield "no task has a score that a mean can be of"
-        elif not found >= gates.min_recovery:
-            yield f"the mean over tasks is {found:.2f}% of the model's, less than {gates.min_recovery:g}%"
-    for engine in measured.engines:
-        yield from (f"in {engine.engine}: {fault}" for fault in engine.faults)
