@@ -91,8 +91,7 @@ class _Run:
         measured = measured_from(found.measured)
         if self.tasks is not None:
             measured = replace(measured, tasks=self.tasks.compared(self.checkpoint.model, found.tasks, of_model))
-        broken = tuple(failed(measured, wanted.gates))
-        return Made(wanted, self.path(wanted), found.conversion, measured, broken)
+        return Made(wanted, self.path(wanted), found.conversion, measured, tuple(failed(measured, wanted.gates)))
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
