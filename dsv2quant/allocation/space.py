@@ -38,8 +38,8 @@ from dsv2quant.version import __version__
 WINDOWS = 32  # of calibration text that swaps are measured on
 # Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
 SCHEMES = {
-    "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",
-    "bf16": "rtn",
+    "int2-g64": "gptq", "int3-g64": "gptq", "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq",
+    "int8-channel": "rtn", "fp8-channel": "rtn", "bf16": "rtn",
 }  # fmt: skip
 STATE = "state"  # what was measured, in the folder of candidates
 NEEDING = 3.1  # bits up to which block types are useless, or refused, without importance
