@@ -78,7 +78,10 @@ def test_rounding_does_not_import_torch(wordy, tmp_path):
         (("--int2", "--method", "awq"), "--int2 has no method awq (take gptq, mse or rtn)"),
         (("--int2", "--format", "gptq"), "--format gptq: gptq and awq go with --int4"),
         (("--int2=pure",), "'pure' is not one of 'mixed', 'experts'"),
-        (("--int3", "--target", "sglang"), "no int3 for --target sglang: it loads packed integers of 4 and 8 bits alone"),
+        (
+            ("--int3", "--target", "sglang"),
+            "no int3 for --target sglang: it loads packed integers of 4 and 8 bits alone",
+        ),
         (("--fp8", "--calibration", "{fox}"), "--calibration: nothing of this recipe calibrates"),
         (("--int4", "--method", "rtn", "--calibration", "{fox}"), "nothing of this recipe calibrates here"),
         (("--int4=quarter",), "'quarter' is not one of 'mixed', 'pure', 'experts'"),

@@ -1,4 +1,4 @@
-"""The codecs of INT4, INT3 and INT2: packing and scales bit for bit compressed-tensors', codes and searched scales against float64."""
+"""INT4, INT3 and INT2: packing and scales bit for bit compressed-tensors', codes and searches against float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fp8 import as_float32, divide, to_bf16
 
-from dsv2quant.formats.codec import Inputs, NonFiniteError, levels
-from dsv2quant.formats.cpu import factors, nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.codec import Inputs, NonFiniteError
+from dsv2quant.formats.cpu import nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.integers import factors, levels
 from dsv2quant.formats.schemes import CODECS
 
 SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
@@ -137,7 +138,11 @@ def test_scales_at_ties_round_to_even():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 3), st.sampled_from(SCHEMES + FEW), st.sampled_from(["bf16", "f32"]), st.integers(0)
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from(SCHEMES + FEW),
+    st.sampled_from(["bf16", "f32"]),
+    st.integers(0),
 )
 def test_any_shape(rows, groups, scheme, dtype, seed):
     cols = groups * (CODECS[scheme].group_size or 8)

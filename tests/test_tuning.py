@@ -16,7 +16,7 @@ import dsv2quant as dq
 from dsv2quant.calib import tuning
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
-from dsv2quant.formats.codec import levels
+from dsv2quant.formats.integers import levels
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model

@@ -95,6 +95,9 @@ def prepare(
     if checkpoint.config.is_classifier:
         fix = "a search needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
+    if "transformers" in given.get("targets", ()) and checkpoint.config.n_routed_experts:
+        what = "--target transformers: it reads all routed experts in one scheme, and a search mixes theirs by layer"
+        raise UsageError(what, fix="search for vllm or sglang")
     recipes, weighted = _candidates(checkpoint, into_gguf, given), importance(given)
     plans = {name: planned(checkpoint, recipe, given, weighted) for name, recipe in recipes.items()}
     name, plan = next(iter(plans.items()))

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsv2quant.formats.codec import levels
-from dsv2quant.formats.cpu import factors, search_scales
+from dsv2quant.formats.cpu import search_scales
+from dsv2quant.formats.integers import factors, levels
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
@@ -186,7 +186,9 @@ def _searched(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: 
     best, least = scaled(float(factors(bits)[0])), torch.full_like(unit, float("inf"))
     for value in factors(bits):
         candidate = scaled(float(value))
-        error = ((w / candidate).round_().clamp_(low, high) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
+        error = (
+            ((w / candidate).round_().clamp_(low, high) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
+        )
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best.squeeze(-1)

@@ -25,8 +25,8 @@ PATH = click.Path(readable=False)  # as text: whether it exists is for those to 
 
 
 class Command(click.Command):
-    """A verb. `--fp8`, `--int4`, `--int3` and `--int2` may stand alone, before or after MODEL: then they mean their first kind. --help
-    groups the options by the sections that `stack` gave them.
+    """A verb. `--fp8`, `--int4`, `--int3` and `--int2` may stand alone, before or after MODEL: then they mean their
+    first kind. --help groups the options by the sections that `stack` gave them.
 
     An option that takes a value doesn't take another option for it, and one that can't be repeated is not given twice.
     """
@@ -172,7 +172,7 @@ scheme_options = stack(
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--tune", metavar="TOKENS",
-                 help="Then train scales of integers, norms and routers on so many tokens of the calibration text, as 2M."),
+                 help="Then train integers' scales, norms and routers on so many tokens of the same text, as 2M."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
     click.option("--language-only", is_flag=True,
                  help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),

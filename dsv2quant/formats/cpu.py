@@ -17,16 +17,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from dsv2quant.formats.codec import levels
 from dsv2quant.formats.compiled import compiled
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.formats.integers import factors, levels
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
-# Candidate scales in units of amax over the largest code. The first stays where no error tells candidates apart. Of few
-# bits the code that has no counterpart counts: which side it is on is the scale's sign.
-FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
-_HALF = {3: np.linspace(0.4, 1.02, 32), 2: np.linspace(0.2, 0.82, 32)}
-FEW_FACTORS = {bits: np.concatenate([half, -half]).astype(np.float32) for bits, half in _HALF.items()}
 LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
 _LANES = 16
 
@@ -199,16 +194,11 @@ def round_to_float16(x: np.ndarray) -> np.ndarray:
     return np.clip(round_to_bf16(x), np.float32(2.0**-24), LARGEST_FLOAT16).astype(np.float16).astype(np.float32)
 
 
-def factors(bits: int) -> np.ndarray:
-    """Candidate scales for codes of so many bits, in units of amax over the largest code."""
-    return FEW_FACTORS.get(bits, FACTORS)
-
-
 def rtn_scales(weight: np.ndarray, group: int, bits: int = 4) -> np.ndarray:
     """amax / 7.5 of each group, rounded to BF16: weight float32 [rows, cols] → [rows, cols / group].
 
-    The range is that of 16 levels, of fewer bits of fewer (compressed-tensors, quantization/utils/helpers.py, calculate_qparams). All-zero
-    groups get scale 1.
+    The range is that of 16 levels, of fewer bits of fewer (compressed-tensors, quantization/utils/helpers.py,
+    calculate_qparams). All-zero groups get scale 1.
     """
     scales = round_to_bf16(group_amax(weight, group) / np.float32((2**bits - 1) / 2))
     return np.where(scales > 0, scales, np.float32(1))

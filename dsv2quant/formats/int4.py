@@ -36,12 +36,12 @@ from dsv2quant.formats.codec import (
     check_finite,
     config_group,
     eight_bits,
-    levels,
     loaded,
     to_bf16,
     widened,
 )
 from dsv2quant.formats.e4m3 import E4M3_MAX
+from dsv2quant.formats.integers import levels
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Int4:
     quant_method = "compressed-tensors"
     activation: str | None = None
     shares_scale = False
-    methods = ("rtn", "mse", "awq", "gptq")
+    methods: tuple[str, ...] = ("rtn", "mse", "awq", "gptq")
 
     def __init__(self, group_size: int | None) -> None:
         self.group_size = group_size
@@ -182,7 +182,9 @@ class Int4:
 
     def keeps(self, scheme: str, suffixes: Collection[str]) -> bool:
         """The symmetric weights of as many bits with groups as large, in order, in compressed-tensors' layout."""
-        return scheme == Int4.variant(self, layout="compressed-tensors") and not {ZERO_POINT, GROUP_INDEX} & set(suffixes)
+        return scheme == Int4.variant(self, layout="compressed-tensors") and not {ZERO_POINT, GROUP_INDEX} & set(
+            suffixes
+        )
 
     def kept(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         scales = as_float32(parts["weight_scale"])
@@ -264,7 +266,7 @@ class Int4:
 class FewBits(Int4):
     """The codec of `int3-g128`, `int3-g64`, `int3-g32`, and of `int2-…` alike.
 
-    None without groups: a whole row has no scale for which eight or four levels would do, and vLLM has no kernel for it.
+    None without groups: eight or four levels won't do for a whole row, and vLLM has no such experts.
     """
 
     methods = ("rtn", "mse", "gptq")

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from dsv2quant.formats.codec import levels
 from dsv2quant.formats.int4 import (
     GROUP_INDEX,
     OFFSET,
@@ -31,6 +30,7 @@ from dsv2quant.formats.int4 import (
     unpack_words,
     unpack_zero_points,
 )
+from dsv2quant.formats.integers import levels
 from dsv2quant.formats.transposed import ORDER
 
 ROWS = 64  # of a block: the rows of one wgmma

@@ -260,8 +260,8 @@ LOADERS: dict[str, Callable[[Source, str, str, Parts], Linear]] = {
     "fp8": _fp8, **dict.fromkeys(("int4", "int3", "int2", "gptq", "awq"), _int4),
 }  # fmt: skip
 INT4_READERS: dict[str, Callable[[Parts], Int4Weight]] = {
-    "int4": int4_layout.from_compressed_tensors, "int3": partial(int4_layout.from_compressed_tensors, bits=3),
-    "int2": partial(int4_layout.from_compressed_tensors, bits=2), "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq,
+    "int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq,
+    **{f"int{bits}": partial(int4_layout.from_compressed_tensors, bits=bits) for bits in (3, 2)},
 }  # fmt: skip
 
 

@@ -54,14 +54,15 @@ class HubOptions(TypedDict, total=False):
 class Options(HubOptions, total=False):
     """What a conversion is asked for; None, False and nothing are as if not given.
 
-    Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 and
-    of fewer bits the `method` (gptq) and `group_size` (128, of fewer bits 64); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
-    tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
-    ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
-    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a data set of the hub,
-    "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
-    `figure` is a picture of tokens per expert to draw.
-    `tune` trains what is continuous in an artifact of INT4 or fewer bits on so many tokens of that text, a number or "2M".
+    Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 and of fewer bits the `method`
+    (gptq) and `group_size` (128, of fewer bits 64); `layout` of LAYOUTS; `targets`, consumers that must load it (all
+    that can), with their tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in
+    bytes or as text ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else
+    written whole. What calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a
+    data set of the hub, "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that
+    `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
+    `tune` trains what is continuous in an artifact of INT4 or fewer bits on so many tokens of that text, a number or
+    "2M".
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
@@ -210,7 +211,7 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
         raise UsageError("--w4a8 has groups of 128 columns: --group-size goes with --int4")
     if (method or group) and kind not in ("int4", "w4a8", *FEW_BITS):
         raise UsageError("--method and --group-size go with --int4, --int3 and --int2; a recipe names them itself")
-    if kind in FEW_BITS and "channel" == group:
+    if kind in FEW_BITS and group == "channel":
         raise UsageError(f"--{kind} has scales per group alone: --group-size 128, 64 or 32")
     if kind in FEW_BITS and method == "awq":
         raise UsageError(f"--{kind} has no method awq", fix="take gptq, mse or rtn")

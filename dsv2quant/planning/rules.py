@@ -207,8 +207,8 @@ def _w4a8(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None
 
 
 def _humming(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
-    # compressed_tensors_moe_wna16.py, CompressedTensorsWNA16MoEMethod.create_weights; experts/fused_humming_moe.py takes
-    # any width of bits, and pads what is no multiple of its tiles (utils/humming/moe.py and linear.py).
+    # compressed_tensors_moe_wna16.py, CompressedTensorsWNA16MoEMethod.create_weights. fused_humming_moe.py takes
+    # codes of 2 to 8 bits; what is no multiple of its tiles is padded (utils/humming/moe.py and linear.py).
     group, finer = _group(scheme) or 1, CODECS[scheme].finer
     if spec.expert is not None:
         width, hidden = _expert(spec)
@@ -268,7 +268,7 @@ RAN: dict[str, dict[str, str]] = {
     },
     "sglang": dict.fromkeys((*_FP8, *_PACKED, "gptq-g128", "awq-g128"), _SGLANG),
     "transformers": dict.fromkeys(
-        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "int8-channel", "w4a8-g128"),
+        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, *_FEW, "int8-channel", "w4a8-g128"),
         "run, transformers 5.23.0 on a CPU",
     ),
 }

@@ -1,4 +1,4 @@
-"""Artifacts of INT4, INT3 and INT2 as transformers loads them: the same weights bit for bit, and on these the logits of our runtime.
+"""INT4, INT3 and INT2 as transformers loads them: the same weights bit for bit, and on these our runtime's logits.
 
 transformers stores every part as the checkpoint does and multiplies in the scales' dtype, BF16. By default the linears
 it keeps as modules follow the model's dtype; routed experts, and with `dequantize=True` all INT4, are the BF16-rounded
