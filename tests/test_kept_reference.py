@@ -19,6 +19,7 @@ from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import keeping
 from dsv2quant.evaluation.divergence import Pass, batches_of, compare, run
+from dsv2quant.evaluation.reference import HeldReference, KeptHead
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
@@ -79,6 +80,26 @@ def test_numbers_are_those_of_the_live_reference(wide, quantized, tmp_path, opti
     assert live.comparison.kld.mean > 1e-4
     assert alone.perplexity == live.comparison.reference.perplexity
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_one_that_is_held_makes_its_logits_once(wide, quantized, kept, monkeypatch):
+    held, made = HeldReference.opened(kept), []
+    logits = KeptHead.logits
+
+    def counted(head, x):
+        made.append(len(x))
+        return logits(head, x)
+
+    monkeypatch.setattr(KeptHead, "logits", counted)
+    for model in (quantized, wide):
+        found, live = (dq.evaluate(model, reference=given, **SCORED) for given in (held, kept))
+        assert same(found, live)
+    windows, scored = SCORED["limit"], SCORED["ctx"] - 1
+    assert sum(made) == (1 + 2) * windows * scored  # once by what is held, and each time by the other
+    monkeypatch.setattr("dsv2quant.evaluation.reference.HELD", 4 * 4096 * windows * (scored + 1) - 1)
+    large = HeldReference.opened(kept)
+    assert all(same(dq.evaluate(wide, reference=large, **SCORED), live) for _ in range(2))
+    assert sum(made) == 5 * windows * scored  # too large to be held
 
 
 @pytest.mark.parametrize("family", ["llama", "v3"])

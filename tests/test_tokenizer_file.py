@@ -274,3 +274,11 @@ def test_a_gguf_file_gets_the_folders_chat_templates(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda raw: raw.update(chat_template=7))
     with pytest.raises(InputError, match=r"tokenizer_config.json: not a tokenizer's settings"):
         keys()
+
+
+def test_tokenizers_are_equal_that_give_the_same_tokens(folder):
+    mini, copied = Tokenizer.open(tiny.MINI), Tokenizer.open(folder)
+    assert (mini, hash(mini)) == (copied, hash(copied))
+    edit(folder / "tokenizer.json", lambda raw: raw["model"]["merges"].pop())
+    assert Tokenizer.open(folder) != mini
+    assert mini != "a tokenizer"

@@ -19,7 +19,8 @@ import torch
 from dsv2quant.evaluation.results import Distance, Estimate, Kld, Stretch
 from dsv2quant.model.runtime import Block, Runtime
 
-ROWS = 256  # positions whose logits are held at a time, in float64
+ROWS = 256  # positions whose logits are made at a time
+WIDE_ROWS = 64  # of these, what is in float64 at a time: a processor's cache has a few of such
 TOKENS_TOGETHER = 4096  # that go through a layer together, where nothing else is asked for
 
 
@@ -45,6 +46,30 @@ class Pass:
     def part(self, windows: slice) -> Pass:
         """The same pass, seen over some of its windows."""
         return Pass(self.head, self.hidden[windows], [r if r is None else r[windows] for r in self.routes], self.begin)
+
+
+class _Applied:
+    """The head of a pass whose hidden states are logits already."""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@torch.inference_mode()
+def with_logits(run: Pass) -> Pass:
+    """The same pass with logits in place of hidden states, made in the blocks that `log_probabilities` makes them in:
+    of every position but the last, which predicts nothing."""
+    made: torch.Tensor | None = None
+    for window, rows in enumerate(run.hidden):
+        done = 0
+        for block in rows[:-1].split(ROWS):
+            logits = run.head.logits(block)
+            if made is None:
+                made = logits.new_empty(*run.hidden.shape[:2], logits.shape[1])
+            made[window, done : done + len(logits)] = logits
+            done += len(logits)
+    assert made is not None
+    return Pass(_Applied(), made, run.routes, run.begin)
 
 
 @torch.inference_mode()
@@ -97,7 +122,8 @@ def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tens
     """ln p over the vocabulary, float64, in blocks of positions of one window: from `first` to the last but one."""
     rows = run.hidden[window, first - run.begin : -1]
     for block in rows.split(ROWS):
-        yield run.head.logits(block).double().log_softmax(-1)
+        for logits in run.head.logits(block).split(WIDE_ROWS):
+            yield logits.double().log_softmax(-1)
 
 
 def negative_log_likelihoods(

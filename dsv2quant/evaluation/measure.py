@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dsv2quant.storage.durable import MANIFEST_FILE
 from dsv2quant.storage.safetensors import read_json
 from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, overlap
 from dsv2quant.text.text import Text
-from dsv2quant.text.tokenizer import Windows, cut
+from dsv2quant.text.tokenizer import Tokenizer, Windows, cut
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,13 @@ def _windows(checkpoint: Checkpoint, text: Text, settings: Settings) -> Windows:
         limit = checkpoint.config.max_position_embeddings
         raise UsageError(f"--ctx {ctx} is out of range", fix=f"the model takes 8 to {limit}")
     tokenizer = checkpoint.tokenizer()
-    stream = tokenizer.encode(text.content)
+    stream = _encoded(tokenizer, text)
     tokenizer.check_ids(stream, checkpoint.config.vocab_size)
     windows = cut(stream, ctx, tokenizer.bos_id, settings.protocol, text.source, add_bos=tokenizer.add_bos)
     logger.info("%s: %d tokens, %d windows of %d", text.source, len(stream), len(windows.ids), ctx)
     return Windows(windows.ids[: settings.limit], windows.first)
+
+
+@lru_cache(maxsize=4)  # a release scores one text with artifacts whose tokenizers are the same
+def _encoded(tokenizer: Tokenizer, text: Text) -> np.ndarray:
+    return tokenizer.encode(text.content)

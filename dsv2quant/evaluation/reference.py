@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 from dsv2quant.calib.statistics import digest_of
 from dsv2quant.errors import InputError, listing
-from dsv2quant.evaluation.divergence import Pass, Routes
+from dsv2quant.evaluation.divergence import Pass, Routes, with_logits
 from dsv2quant.evaluation.results import NoiseFloor
 from dsv2quant.kernels.reference import linear
 from dsv2quant.model.layers import RMSNorm
@@ -45,6 +45,7 @@ from dsv2quant.storage.safetensors import Output, Shard, read_header, stored_ten
 SCHEMA = "dsv2quant.reference/1"
 OURS = "give the file that `eval-ppl --save-reference` made"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
+HELD = 512 << 20  # bytes of logits
 _PIECE = 16 << 20  # bytes that are copied at a time
 _MOST_LAYERS = 1 << 12  # of any model
 _WEIGHTS = ("model", "revision", "digest", "manifest_sha256", "identity")
@@ -194,8 +195,27 @@ class KeptReference:
         return Reference(a["weights"], passed.part(slice(0, windows)), NoiseFloor(**a["noise_floor"]))
 
 
+@dataclass(frozen=True)
+class HeldReference(KeptReference):
+    """One that a process compares several models with: its logits are made once, where they fit into HELD bytes."""
+
+    _made: dict[tuple[int, str], Reference] = field(default_factory=dict, compare=False)
+
+    def reference(self, windows: int, device: str) -> Reference:
+        if (windows, device) not in self._made:
+            found = super().reference(windows, device)
+            states = found.passed.hidden
+            if device == "cpu" and states[..., 0].numel() * self.about["vocabulary"] * states.itemsize <= HELD:
+                found = replace(found, passed=with_logits(found.passed))
+            self._made[windows, device] = found
+        return self._made[windows, device]
+
+
 def kept_at(model: object) -> KeptReference | None:
-    """The kept reference at a path. None where that is of a model: a folder, a GGUF file, a hub id or an opened one."""
+    """A kept reference, or that at a path. None where that is of a model: a folder, a GGUF file, a hub id or an opened
+    one."""
+    if isinstance(model, KeptReference):
+        return model
     if not isinstance(model, str | os.PathLike) or not Path(model).is_file() or Path(model).suffix == ".gguf":
         return None
     return KeptReference.opened(Path(model))

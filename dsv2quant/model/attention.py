@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig, Yarn
 from dsv2quant.model.cache import Cache
-from dsv2quant.model.layers import Linear, RMSNorm, Stage, Stages
+from dsv2quant.model.layers import Linear, RMSNorm, Served, Stage, Stages
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -123,17 +123,18 @@ class LatentAttention(Attention):
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
     ) -> Stages[torch.Tensor]:
         """kv_b_proj comes once more for each of its halves where attention is absorbed."""
-        c, q_linear, q_input = self.config, self.q_proj, x
+        c, q_linear, served = self.config, self.q_proj, Served(x)
+        q_input: torch.Tensor | Served = served
         if q_linear is None:
             assert self.q_a_proj is not None
             assert self.q_a_layernorm is not None
             assert self.q_b_proj is not None
             yield Stage((self.q_a_proj, self.kv_a_proj_with_mqa), x)
-            q_linear, q_input = self.q_b_proj, self.q_a_layernorm(self.q_a_proj(x))
+            q_linear, q_input = self.q_b_proj, self.q_a_layernorm(self.q_a_proj(served))
             yield Stage((q_linear,), q_input)
         else:
             yield Stage((q_linear, self.kv_a_proj_with_mqa), x)
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_proj_with_mqa(served).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe, as_stored=absorbed)  # [batch, all, ·]
@@ -182,7 +183,8 @@ class GroupedAttention(Attention):
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
     ) -> Stages[torch.Tensor]:
         yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        served = Served(x)
+        q, k, v = self.q_proj(served), self.k_proj(served), self.v_proj(served)
         return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed)
 
 

@@ -30,8 +30,36 @@ class Linear:
     input_scale: torch.Tensor | None = None
     module: str = ""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.linear(x, self.weight, self.bias, self.activation, self.input_scale)
+    def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = Served(x)
+        if self.activation is None:
+            return reference.linear(x.x, self.weight, self.bias)
+        return reference.served_linear(x.by(self), self.weight, self.bias, x.x.dtype)
+
+
+class Served:
+    """x [..., columns] that several linear layers are applied to: those that quantize it alike do so once. It may be
+    some `rows` of a whole, [tokens, columns], that more layers share and quantize token by token."""
+
+    def __init__(self, x: torch.Tensor, whole: Served | None = None, rows: torch.Tensor | None = None) -> None:
+        self.x, self._whole, self._rows = x, whole, rows
+        self._made: dict[tuple[str, float | None], torch.Tensor] = {}
+
+    def rows(self, rows: torch.Tensor) -> Served:
+        """Some of x [tokens, columns]."""
+        return Served(self.x[rows], self, rows)
+
+    def by(self, linear: Linear) -> torch.Tensor:
+        """What a layer that quantizes x multiplies with, in float32."""
+        assert linear.activation is not None
+        key = linear.activation, None if linear.input_scale is None else float(linear.input_scale)
+        if key not in self._made:
+            if self._whole is not None and linear.input_scale is None:
+                self._made[key] = self._whole.by(linear)[self._rows]
+            else:
+                self._made[key] = reference.served_activation(self.x, linear.activation, linear.input_scale)
+        return self._made[key]
 
 
 class Stage(NamedTuple):
@@ -79,12 +107,13 @@ class FFN:
     up_proj: Linear
     down_proj: Linear
 
-    def stages(self, x: torch.Tensor, routed: torch.Tensor | None = None) -> Stages[torch.Tensor]:
+    def stages(self, x: torch.Tensor | Served, routed: torch.Tensor | None = None) -> Stages[torch.Tensor]:
         """x [..., hidden] → the same shape; `routed` [tokens] only goes into what is yielded."""
-        yield Stage((self.gate_proj, self.up_proj), x, routed)
-        x = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        yield Stage((self.down_proj,), x, routed)
-        return self.down_proj(x)
+        served = Served(x) if isinstance(x, torch.Tensor) else x
+        yield Stage((self.gate_proj, self.up_proj), served.x, routed)
+        h = F.silu(self.gate_proj(served)) * self.up_proj(served)
+        yield Stage((self.down_proj,), h, routed)
+        return self.down_proj(h)
 
 
 def route(
@@ -127,9 +156,9 @@ class MoE:
         tokens = x.flatten(0, -2)
         yield Stage((self.router,), tokens)
         weights, chosen = route(tokens, self.router.weight, self.routing, self.router_bias)
-        out = torch.zeros_like(tokens, dtype=torch.float32)
+        out, served = torch.zeros_like(tokens, dtype=torch.float32), Served(tokens)
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
-            made = yield from self.experts[expert].stages(tokens[rows], routed)
+            made = yield from self.experts[expert].stages(served.rows(rows), routed)
             add_rows(out, rows, made.float() * routed[:, None])
         out = out.to(x.dtype).view_as(x)
         if self.shared is not None:

@@ -6,6 +6,7 @@ DeepSeek-V2; then llama-quantize (src/llama-quant.cpp) moves two keys to the end
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dsv2quant.planning.gguf_loadable import check_loadable
 from dsv2quant.storage.files import MAX_CARRIED_BYTES, read_bytes
 from dsv2quant.storage.gguf import Value, check_numbers, string, u32, written
 from dsv2quant.storage.safetensors import read_json
-from dsv2quant.text.chat import Chat
+from dsv2quant.text.chat import Chat, Templates
 from dsv2quant.text.gguf_tokenizer import tokenizer_metadata
 
 _CARD = "correct its front matter, or remove the file"
@@ -137,8 +138,15 @@ def warnings(checkpoint: HfCheckpoint) -> list[str]:
 
 def _prompt_ends_in_space(checkpoint: HfCheckpoint) -> bool:
     try:
-        chat = Chat([{"role": "user", "content": "?"}], checkpoint.model)
-        (prompt,) = checkpoint.templates().render([chat], generation_prompt=True)
+        templates = checkpoint.templates()
+        prompt = _prompt_of(templates.choose(False), tuple(templates.tokens.items()))
     except InputError:  # no template, a broken one, or none downloaded: nothing that a conversion depends on
         return False
     return prompt != prompt.rstrip() and prompt.rstrip().endswith("Assistant:")
+
+
+@cache  # a program is run for it, and a release has many files of one model
+def _prompt_of(template: str, tokens: tuple[tuple[str, str], ...]) -> str:
+    chat = Chat([{"role": "user", "content": "?"}], "the model")
+    (prompt,) = Templates({"default": template}, "the model", dict(tokens)).render([chat], generation_prompt=True)
+    return prompt

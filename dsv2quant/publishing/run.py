@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class _Run:
         )
         return path
 
-    def found(self, wanted: Wanted, reference: Path, known: Known) -> _Found:
+    def found(self, wanted: Wanted, reference: Any, known: Known) -> _Found:
         """An artifact that is made, or found made; with what was measured of these very files before, or now."""
         path = self.path(wanted)
         with disk_errors(path.parent):
@@ -88,7 +89,7 @@ class _Run:
         ways = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
         return hashlib.sha256(json.dumps([hashes, ways]).encode()).hexdigest()
 
-    def measure(self, wanted: Wanted, plan: Any, reference: Path) -> Measured:
+    def measure(self, wanted: Wanted, plan: Any, reference: Any) -> Measured:
         """What comes of an artifact. Raises GateError where its weights can't be what the model's were quantized to."""
         from dsv2quant.engines.results import engine_run
         from dsv2quant.evaluation.cells import cells
@@ -133,8 +134,8 @@ def release(
         run.out.mkdir(parents=True, exist_ok=True)
     with closing(StateLog(run.out / STATE, run.out)) as log:
         known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
-        reference, made = run.reference(), {}
-        for each, found in _each(run, reference, known, jobs):
+        made = {}
+        for each, found in _each(run, known, jobs):
             if found.key not in known:
                 log.append({"name": each.name, "key": found.key, "measured": found.measured})
             made[each.name] = run.made(each, found)
@@ -156,32 +157,52 @@ def _options(
     return options | (dict(calibration) if isinstance(plan, Plan) and needs_calibration(plan) else {})
 
 
-def _each(run: _Run, reference: Path, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
-    """Artifacts, as they are done."""
+def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
+    """Artifacts, as they are done, held against the reference, which is made first."""
     artifacts = run.release.artifacts
     if jobs == 1:
+        reference = _opened(run.reference())
         yield from ((each, run.found(each, reference, known)) for each in artifacts)
         return
     # A fresh interpreter for each process: torch's threads don't outlive a fork.
     threads, quiet = max(1, (os.cpu_count() or 1) // jobs), replace(run, progress=no_progress)
-    with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), _share, (threads,)) as workers,
-        run.progress(len(artifacts), "artifacts", "release") as advance,
-    ):
-        begun = {workers.submit(quiet.found, each, reference, known): each for each in artifacts}
-        try:
-            for done in as_completed(begun):
-                yield begun[done], done.result()
-                advance(1)
-        finally:
-            workers.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(min(jobs, len(artifacts)), get_context("spawn"), _ready, (threads,)) as workers:
+        workers.submit(int)  # all processes start with the first task: they import while the reference is made
+        reference = run.reference()
+        begun = {workers.submit(_apart, quiet, each, reference, known): each for each in artifacts}
+        with run.progress(len(artifacts), "artifacts", "release") as advance:
+            try:
+                for done in as_completed(begun):
+                    yield begun[done], done.result()
+                    advance(1)
+            finally:
+                workers.shutdown(cancel_futures=True)
 
 
-def _share(threads: int) -> None:
-    """A process's part of the processors."""
+def _ready(threads: int) -> None:
+    """Have a process its part of the processors, and what every artifact needs imported."""
     import torch
 
+    import dsv2quant.conversion.convert
+    import dsv2quant.evaluation.measure
+    import dsv2quant.evaluation.verify  # noqa: F401
+
     torch.set_num_threads(threads)
+
+
+def _opened(reference: Path) -> Any:
+    """The HeldReference there: its module imports much."""
+    from dsv2quant.evaluation.reference import HeldReference
+
+    return HeldReference.opened(reference)
+
+
+_held = cache(_opened)  # of a process that is made for one release
+
+
+def _apart(run: _Run, wanted: Wanted, reference: Path, known: Known) -> _Found:
+    """`_Run.found`, in such a process."""
+    return run.found(wanted, _held(reference), known)
 
 
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:

@@ -128,9 +128,17 @@ def _sections(text: str) -> Iterator[Document]:
 def _docstrings(source: str) -> str:
     """The docstrings of a module, its classes and its functions in order of their lines, dedented."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes = [node for node in _statements(ast.parse(source)) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line and comes first
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all statements within: no expression, of which there are most, holds a definition."""
+    yield node
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for inner in getattr(node, name, ()):
+            yield from _statements(inner)
 
 
 def _rendered(path: str, held: Iterable[str | Chat], folder: Path) -> list[Document]:

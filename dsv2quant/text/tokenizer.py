@@ -6,11 +6,13 @@ The file is a downloaded one: what makes the library abort is taken out before, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +126,7 @@ class Tokenizer:
     what the metadata of a GGUF file holds. `add_bos` says whether llama.cpp puts BOS before a text.
 
     A folder and its GGUF file give a text the same tokens: control tokens that are spelled out in it are text, other
-    added tokens are themselves.
+    added tokens are themselves. Two are equal that give every text the same tokens.
     """
 
     def __init__(self, backend: Any, bos_id: int, where: Path | str, add_bos: bool = True) -> None:
@@ -137,6 +139,16 @@ class Tokenizer:
         path, settings = folder / FILE, read_settings(folder)
         raw, backend = read_tokenizer(path)
         return cls(backend, _find_bos(backend, raw, settings, folder), path, bool(adds_bos(raw, settings)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str, *, parse_special: bool = False) -> np.ndarray:
         """Token ids (int64) without any that the tokenizer adds. With `parse_special` control tokens that are spelled
