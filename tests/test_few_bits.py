@@ -105,10 +105,24 @@ def test_what_serving_takes_is_said_by_the_plan_and_the_card(models):
     assert not any("Humming" in note for note in notes(plain))
 
 
-def test_a_search_has_them_where_its_consumers_do(models):
+def test_a_search_has_them_where_its_consumers_do(models, tmp_path):
     few = {"int3-g64", "int2-g64"}
-    assert few <= {*space._candidates(models["v2"], False, {"targets": ["vllm"]})}
+    recipes = space._candidates(models["v2"], False, {"targets": ["vllm"]})
+    assert few <= {*recipes}
+    for name in few:
+        made = make_plan(models["v2"], recipes[name], for_targets=["vllm"])
+        assert all(schemes(made)[role] == {name} for role in ROUTED)
+        assert schemes(made)["o_proj"] == {"fp8-channel"}
     assert not few & {*space._candidates(models["v2"], False, {"targets": ["vllm", "sglang"]})}
+    dense = open_checkpoint(tiny.write_checkpoint(tmp_path / "dense", tiny.LLAMA))
+    assert not few & {*space._candidates(dense, False, {"targets": ["vllm"]})}
+
+
+def test_a_search_is_none_of_transformers_where_there_are_experts(tmp_path, cli):
+    ran = cli("search", tiny.MINI, "--bits", "5", "--target", "transformers", "-o", tmp_path / "x.yaml")
+    assert ran.code == 2
+    assert "it reads all routed experts in one scheme, and a search mixes theirs by layer" in ran.err
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("scheme", ["int3-mixed", "int2-experts"])

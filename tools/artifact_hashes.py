@@ -128,9 +128,9 @@ def models(folder: Path) -> dict[str, Path]:
 def cases(found: dict[str, Path]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(model, options of `convert`)."""
     for name in found:
-        yield from ((name, options) for options in (*FP8, *INT4, *FEW_BITS))
+        yield from ((name, options) for options in (*FP8, *INT4))
     for name in ("dsv2-mini", "wordy"):
-        yield from ((name, options) for options in (*STATIC, *CALIBRATED))
+        yield from ((name, options) for options in (*STATIC, *CALIBRATED, *FEW_BITS))
     for name in ("dsv2-mini", "tiny-lite", "tiny-v2", "tiny-odd"):
         yield from ((name, ("--gguf", kind, "--drop-expert-groups")) for kind in GGUF)
     yield "dsv2-mini", ("--gguf", "Q4_K_M", "--split-max-size", "3MB")

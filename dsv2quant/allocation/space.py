@@ -41,6 +41,9 @@ SCHEMES = {
     "int2-g64": "gptq", "int3-g64": "gptq", "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq",
     "int8-channel": "rtn", "fp8-channel": "rtn", "bf16": "rtn",
 }  # fmt: skip
+# Of these routed experts alone, and all else in FP8: GPTQ would fit each layer to what such attention leaves of its
+# inputs, and no mix has that.
+OF_EXPERTS = ("int2-g64", "int3-g64")
 STATE = "state"  # what was measured, in the folder of candidates
 NEEDING = 3.1  # bits up to which block types are useless, or refused, without importance
 # Block types that no mix is made of: BF16 holds as much, and the ternary ones are for models trained so.
@@ -133,7 +136,9 @@ def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) 
     takes = [
         name for name in SCHEMES if not _is_refused(name, given.get("targets", consumers.ENGINES), checkpoint.config)
     ]
-    return {name: only_scheme(name, SCHEMES) for name in takes}
+    experts = checkpoint.config.n_routed_experts
+    rest = {name: "fp8-channel" if name in OF_EXPERTS else None for name in takes if experts or name not in OF_EXPERTS}
+    return {name: only_scheme(name, SCHEMES, beside) for name, beside in rest.items()}
 
 
 def _is_refused(scheme: str, targets: Sequence[str], config: ModelConfig) -> bool:
