@@ -19,7 +19,7 @@ from dsv2quant.calib.calibration import Calibration
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.layers import Linear, MoE
+from dsv2quant.model.layers import Linear, MoE, Served
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -79,8 +79,8 @@ def dtype_there(weight: Weight, dtype: torch.dtype, dequantize: bool) -> torch.d
 class InBf16(Linear):
     """A routed expert's linear as transformers computes it on BF16 weights, in a float32 model too."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return super().__call__(x.to(torch.bfloat16))
+    def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
+        return super().__call__((x.x if isinstance(x, Served) else x).to(torch.bfloat16))
 
 
 def experts_in_bf16(model: Model) -> Model:
