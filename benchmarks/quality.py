@@ -8,12 +8,15 @@ down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoi
 float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
 quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
 `--tune` instead tunes our GPTQ of group size 64 on 8M tokens of the same text, of which the calibration's come first.
+`--few-bits` instead has routed experts alone in INT4, INT3 and INT2, by each method; INT3 and INT2 in groups of
+64 also tuned on as many tokens.
 `--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -43,7 +46,7 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TUNED = 8_000_000
+TUNED = 8_000_000  # tokens
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -95,11 +98,15 @@ def planned(name: str, **options: Any) -> Plan:
     return make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
 
 
-def ours(plan: Plan, ids: np.ndarray, out: Path, tuned: np.ndarray | None = None, device: str = "cpu") -> Made:
-    """The plan's artifact, calibrated on token windows where it needs that, and tuned on others."""
+def text_of(ids: np.ndarray) -> Calibration:
+    """Token windows as a text."""
+    return Calibration(ids, "benchmark", "", 0, [])
+
+
+def ours(plan: Plan, ids: np.ndarray, out: Path, tuning: Tuning | None = None, device: str = "cpu") -> Made:
+    """The plan's artifact, calibrated on token windows where it needs that, and tuned."""
     calibrates = needs_calibration(plan) or needs_statistics(plan)
-    calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
-    tuning = None if tuned is None else Tuning(Calibration(tuned, "benchmark", "", 0, []), TUNED)
+    calibration = text_of(ids) if calibrates else None
     result = convert(plan, out, command="", calibration=calibration, tuning=tuning, device=device)
     kept = f"{sum(o.kept_rtn for o in result.outcomes)} of {len(result.outcomes)}" if result.outcomes else ""
     versions = f"dsv2quant {__version__}, torch {torch.__version__}"
@@ -125,15 +132,16 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--starved", action="store_true")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--device", default="cpu", help="Of --tune.")
+    parser.add_argument("--device", default="cpu", help="Of what is tuned.")
+    parser.add_argument("--few-bits", action="store_true")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    if options.peer is None and not options.tune:
-        parser.error("--peer goes with all but --tune")
+    if options.peer is None and not (options.tune or options.few_bits):
+        parser.error("--peer goes with all but --tune and --few-bits")
     options.scratch.mkdir(parents=True, exist_ok=True)
     all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED // CTX), CTX, seed=0)
-    evaluate = Evaluator()
+    evaluate, tuning = Evaluator(), Tuning(text_of(all_ids), TUNED)
     rows: list[dict[str, Any]] = []
 
     def record(tool: str, method: str, group: int, count: int, made: Made, out: Path) -> None:
@@ -145,8 +153,19 @@ def main() -> None:
 
     if options.tune:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
-        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, all_ids, options.device)
+        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, tuning, options.device)
         record("dsv2quant pure", "gptq, tuned", 64, options.windows, made, out)
+        append(options.results, rows)
+        return
+    if options.few_bits:
+        out, ids = options.scratch / "few", all_ids[: options.windows]
+        for name, group in itertools.product(("int4-experts", "int3-experts", "int2-experts"), (128, 64, 32)):
+            for method in ("rtn", "mse", "gptq"):
+                made = ours(planned(name, method=method, group_size=group), ids, out)
+                record(f"dsv2quant {name}", method, group, options.windows, made, out)
+            if group == 64 and name != "int4-experts":
+                made = ours(planned(name, method="gptq", group_size=group), ids, out, tuning, options.device)
+                record(f"dsv2quant {name}", "gptq, tuned", group, options.windows, made, out)
         append(options.results, rows)
         return
     counts = [2, 4, 8] if options.starved else [options.windows]

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from dsv2quant.checkpoint.weights import BLOCKS
-from dsv2quant.formats.codec import Integers, levels, to_bf16
+from dsv2quant.formats.codec import Integers, to_bf16
 from dsv2quant.formats.gguf import codes as block_codes
 from dsv2quant.formats.gguf.blocks import count_blocks, decode
+from dsv2quant.formats.integers import levels
 
 BOUND = 0.1  # of |m|: a router may not drift, and no scale moves by more than 10%
 RATE = 1e-3  # the largest step, of m and of codes in distances between two

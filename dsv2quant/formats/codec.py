@@ -64,11 +64,6 @@ def eight_bits(kind: str, strategy: str, *, dynamic: bool) -> dict[str, Any]:
     return {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic}
 
 
-def levels(bits: int) -> tuple[int, int]:
-    """The least and the largest code of so many bits: −8 and 7 of 4."""
-    return -(1 << bits - 1), (1 << bits - 1) - 1
-
-
 class Integers(Protocol):
     """What GPTQ and AWQ need of a scheme whose weights are integers times the scales of groups of columns."""
 
