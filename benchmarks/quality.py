@@ -8,12 +8,15 @@ down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoi
 float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
 quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
 `--tune` instead tunes our GPTQ of group size 64 on 2M tokens of the same text, of which the calibration's come first.
+`--few-bits` instead has routed experts alone in INT4, INT3 and INT2, by each method; INT3 and INT2 in groups of
+64 also tuned on 250,000 tokens.
 `--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -43,7 +46,7 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TUNED = 2_000_000 // CTX
+TUNED, TUNED_FEW = 2_000_000 // CTX, 250_000 // CTX
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -125,11 +128,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--starved", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--few-bits", action="store_true")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    if options.peer is None and not options.tune:
-        parser.error("--peer goes with all but --tune")
+    if options.peer is None and not (options.tune or options.few_bits):
+        parser.error("--peer goes with all but --tune and --few-bits")
     options.scratch.mkdir(parents=True, exist_ok=True)
     all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED), CTX, seed=0)
     evaluate = Evaluator()
@@ -146,6 +150,17 @@ def main() -> None:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
         made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, all_ids[:TUNED])
         record("dsv2quant pure", "gptq, tuned", 64, options.windows, made, out)
+        append(options.results, rows)
+        return
+    if options.few_bits:
+        out, ids = options.scratch / "few", all_ids[: options.windows]
+        for name, group in itertools.product(("int4-experts", "int3-experts", "int2-experts"), (128, 64, 32)):
+            for method in ("rtn", "mse", "gptq"):
+                made = ours(planned(name, method=method, group_size=group), ids, out)
+                record(f"dsv2quant {name}", method, group, options.windows, made, out)
+            if group == 64 and name != "int4-experts":
+                made = ours(planned(name, method="gptq", group_size=group), ids, out, all_ids[:TUNED_FEW])
+                record(f"dsv2quant {name}", "gptq, tuned", group, options.windows, made, out)
         append(options.results, rows)
         return
     counts = [2, 4, 8] if options.starved else [options.windows]

@@ -6,7 +6,8 @@ Tokens, windows and ends are those of its model `hf` (lm_eval 0.4.13, lm_eval/mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lm_eval.models  # noqa: F401 - registers lm_eval's own, which it leaves out where another came first
@@ -24,6 +25,7 @@ from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, run
 from dsv2quant.model.completion import Sampling, generate, open_model
 from dsv2quant.model.load import load_options
+from dsv2quant.progress import Progress, no_progress
 from dsv2quant.text.chat import Chat
 from dsv2quant.text.tokenizer import Detokenizer
 
@@ -31,24 +33,32 @@ MOST_NEW = 256  # tokens, where a task doesn't say: as `hf`
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens of the context, of the continuation
 
 
+@contextmanager
+def bars(total: int, unit: str, label: str) -> Iterator[Callable[[int], object]]:
+    """Progress as lm_eval shows its own."""
+    with tqdm(total=total, desc=label) as bar:
+        yield bar.update
+
+
 @register_model("dsv2quant")
 class Dsv2quantLM(TemplateLM):
     """`pretrained` is what `dsv2quant.open` takes; `dtype`, `backend` and `device` are `evaluate`'s. `batch_size` are
     the requests of a batch, "auto" as many as have 4096 tokens; `max_length` is the model's context where it is None.
-    Without a GPU it computes on the CPU, whatever `device` says, as `hf` does.
+    `progress` is told of requests. Without a GPU it computes on the CPU, whatever `device` says, as `hf` does.
 
     Raises InputError for what is no language model, and UsageError for options that can't be had.
     """
 
     def __init__(
-        self, pretrained: str, dtype: str = "auto", backend: str = "auto", max_length: int | None = None,
+        self, pretrained: api.Model, dtype: str = "auto", backend: str = "auto", max_length: int | None = None,
         batch_size: int | str = "auto", max_batch_size: int | None = None, device: str | None = None,
+        progress: Progress = bars,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.checkpoint = api.open(pretrained)
+        self.checkpoint, self._progress = api.open(pretrained), progress
         if self.checkpoint.config.is_classifier:
             fix = "lm_eval needs a language model"
-            raise InputError(f"is a {self.checkpoint.config.architecture}", where=pretrained, fix=fix)
+            raise InputError(f"is a {self.checkpoint.config.architecture}", where=self.checkpoint.model, fix=fix)
         self._tokenizer = self.checkpoint.tokenizer()
         self._stop = self.checkpoint.stop_ids(self._tokenizer)
         self._batch = None if str(batch_size).startswith("auto") else int(batch_size)
@@ -102,7 +112,7 @@ class Dsv2quantLM(TemplateLM):
         long is cut from the left."""
         rows = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         answers = [(0.0, False)] * len(requests)
-        with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
+        with self._shown(disable_tqdm)(len(rows), "", "loglikelihood") as advance:
             for batch in self._batches([len(row) - 1 for row in rows]):
                 padded = np.zeros((len(batch), len(rows[batch[0]]) - 1), np.int64)  # behind: no token sees it
                 for place, index in enumerate(batch):
@@ -118,7 +128,7 @@ class Dsv2quantLM(TemplateLM):
                     answers[index] = total, bool((logp.argmax(1) == wanted).all())
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, answers[index])
-                bar.update(len(batch))
+                advance(len(batch))
         return answers
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -132,10 +142,15 @@ class Dsv2quantLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         found = []
-        for text, asked in tqdm([request.args for request in requests], desc="generate_until", disable=disable_tqdm):
-            found.append(self._generate(text, asked))
-            self.cache_hook.add_partial("generate_until", (text, asked), found[-1])
+        with self._shown(disable_tqdm)(len(requests), "", "generate_until") as advance:
+            for text, asked in (request.args for request in requests):
+                found.append(self._generate(text, asked))
+                self.cache_hook.add_partial("generate_until", (text, asked), found[-1])
+                advance(1)
         return found
+
+    def _shown(self, disabled: bool) -> Progress:
+        return no_progress if disabled else self._progress
 
     def _generate(self, text: str, asked: dict[str, Any]) -> str:
         options: dict[str, Any] = dict(normalize_gen_kwargs(asked, MOST_NEW))

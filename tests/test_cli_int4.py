@@ -33,6 +33,9 @@ def schemes(folder: Path) -> set[str]:
         (("{model}", "--int4", "-q"), "int4-mixed"),
         (("--int4", "pure", "{model}"), "int4-pure"),
         (("{model}", "--int4=experts"), "int4-experts"),
+        (("--int3", "{model}"), "int3-mixed"),
+        (("{model}", "--int2"), "int2-mixed"),
+        (("--int2", "experts", "{model}"), "int2-experts"),
         (("{model}",), "fp8-block"),
     ],
 )
@@ -41,7 +44,7 @@ def test_int4_may_stand_alone_before_or_after_the_model(verb, args, name, cli):
     ran = cli(*verb, *(word.format(model=tiny.MINI) for word in args))
     assert ran.code == 0
     assert f"recipe {name}, for vllm" in ran.out
-    assert ("note: calibration takes" in ran.out) == name.startswith("int4")
+    assert ("note: calibration takes" in ran.out) == name.startswith("int")
 
 
 def test_rounding_needs_no_calibration(tmp_path, cli):
@@ -68,8 +71,17 @@ def test_rounding_does_not_import_torch(wordy, tmp_path):
         (("--fp8", "--method", "rtn"), "--method and --group-size go with --int4"),
         (("--group-size", "64"), "--method and --group-size go with --int4"),
         (("--recipe", "x.yaml", "--method", "gptq"), "a recipe names them itself"),
-        (("--fp8", "--int4"), "--fp8, --int4, --int8, --w4a8 and --recipe exclude each other"),
-        (("--int4", "--recipe", "x.yaml"), "--fp8, --int4, --int8, --w4a8 and --recipe exclude each other"),
+        (("--fp8", "--int4"), "--fp8, --int4, --int3, --int2, --int8, --w4a8 and --recipe exclude each other"),
+        (("--int4", "--int2"), "--fp8, --int4, --int3, --int2, --int8, --w4a8 and --recipe exclude each other"),
+        (("--int4", "--recipe", "x.yaml"), "--w4a8 and --recipe exclude each other"),
+        (("--int3", "--group-size", "channel"), "--int3 has scales per group alone: --group-size 128, 64 or 32"),
+        (("--int2", "--method", "awq"), "--int2 has no method awq (take gptq, mse or rtn)"),
+        (("--int2", "--format", "gptq"), "--format gptq: gptq and awq go with --int4"),
+        (("--int2=pure",), "'pure' is not one of 'mixed', 'experts'"),
+        (
+            ("--int3", "--target", "sglang"),
+            "no int3 for --target sglang: it loads packed integers of 4 and 8 bits alone",
+        ),
         (("--fp8", "--calibration", "{fox}"), "--calibration: nothing of this recipe calibrates"),
         (("--int4", "--method", "rtn", "--calibration", "{fox}"), "nothing of this recipe calibrates here"),
         (("--int4=quarter",), "'quarter' is not one of 'mixed', 'pure', 'experts'"),

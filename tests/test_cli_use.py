@@ -92,7 +92,7 @@ def test_help_groups_many_options(cli):
     shown = cli("convert", "--help").out
     sections = [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
     assert sections == [
-        "Examples", "Output", "FP8, INT8 and INT4", "Consumers of FP8, INT8 and INT4", "GGUF", "Budget", "Calibration",
+        "Examples", "Output", "FP8 and integers", "Consumers of FP8 and integers", "GGUF", "Budget", "Calibration",
         "Computing", "Hub", "Output style",
     ][1:]  # fmt: skip
     for verb in VERBS:

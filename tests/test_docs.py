@@ -26,7 +26,8 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w/.-])(?:dsv2quant|tests|tools|benchmarks|examples|docs)/[\w./*-]*[\w/*]")
 # Options of programs that are not ours, and of tools/artifact_hashes.py.
 OTHERS = {
-    "--enable-expert-parallel", "--tensor-parallel-size", "--data-parallel-size", "--tp-size", "--ep-size",
+    "--enable-expert-parallel", "--tensor-parallel-size", "--data-parallel-size", "--pipeline-parallel-size",
+    "--tp-size", "--ep-size",
     "--model", "--tasks", "--apply", "--extra-index-url", "--compare", "--help", "--hf-overrides", "--cpu-moe",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The INT4 codecs: packing and scales bit for bit compressed-tensors', codes and searched scales against float64."""
+"""INT4, INT3 and INT2: packing and scales bit for bit compressed-tensors', codes and searches against float64."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from test_fp8 import as_float32, divide, to_bf16
 
 from dsv2quant.formats.codec import Inputs, NonFiniteError
-from dsv2quant.formats.cpu import FACTORS, nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.cpu import nearest_codes, rtn_scales, search_scales
+from dsv2quant.formats.integers import factors, levels
 from dsv2quant.formats.schemes import CODECS
 
 SCHEMES = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
+FEW = ("int3-g128", "int3-g64", "int3-g32", "int2-g128", "int2-g64", "int2-g32")
 # Rows around the search's tiles of 16; columns of one and several groups.
 SHAPES = [(1, 128), (3, 256), (16, 128), (17, 384), (40, 128)]
 NUMPY = {"I32": np.int32, "BF16": np.uint16, "I64": np.int64}
@@ -34,6 +36,10 @@ def group_of(scheme: str, cols: int) -> int:
     return CODECS[scheme].group_size or cols
 
 
+def bits_of(scheme: str) -> int:
+    return CODECS[scheme].integers.bits
+
+
 def flat(weight: np.ndarray) -> Inputs:
     """Inputs that make no difference between channels."""
     return Inputs(np.ones(weight.shape[1], np.float32), 1.0)
@@ -46,7 +52,7 @@ def encode(
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     (parts,) = CODECS[scheme].encode([weight], method=method, inputs=[inputs or flat(weight)])
-    codes = unpack_from_int32(torch.from_numpy(parts["weight_packed"]), 4, torch.Size(weight.shape))
+    codes = unpack_from_int32(torch.from_numpy(parts["weight_packed"]), bits_of(scheme), torch.Size(weight.shape))
     return codes.numpy(), as_float32(parts["weight_scale"])
 
 
@@ -58,12 +64,12 @@ def expected_rtn(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarra
     x = as_float32(weight)
     rows, cols = x.shape
     amax = np.abs(x).reshape(rows, -1, group_of(scheme, cols)).max(2)
-    scales = as_float32(to_bf16(divide(amax, np.full_like(amax, 7.5))))
+    scales = as_float32(to_bf16(divide(amax, np.full_like(amax, {4: 7.5, 3: 3.5, 2: 1.5}[bits_of(scheme)]))))
     scales[scales == 0] = 1
     # Two BF16 values: the exact quotient is never so near a tie that float32 would move it there.
     quotient = x.astype(np.float64) / spread(scales, cols)
     quotient = quotient if weight.dtype == np.uint16 else divide(x, spread(scales, cols)).astype(np.float64)
-    return np.clip(np.rint(quotient), -8, 7), scales
+    return np.clip(np.rint(quotient), *levels(bits_of(scheme))), scales
 
 
 def assert_rtn(weight: np.ndarray, scheme: str) -> None:
@@ -73,38 +79,37 @@ def assert_rtn(weight: np.ndarray, scheme: str) -> None:
     np.testing.assert_array_equal(codes, want_codes)
 
 
-def candidate_errors(x: np.ndarray, importance: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every candidate scale [rows, groups, 61] and, in float64, what it loses."""
+def candidate_errors(x: np.ndarray, importance: np.ndarray, group: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every candidate scale [rows, groups, factors] and, in float64, what it loses."""
+    low, high = levels(bits)
     amax = np.abs(x).reshape(len(x), -1, group).max(2)
-    unit = divide(amax, np.full_like(amax, 7))
-    scales = as_float32(to_bf16(unit[..., None] * FACTORS)).astype(np.float64)
+    unit = divide(amax, np.full_like(amax, high))
+    scales = as_float32(to_bf16(unit[..., None] * factors(bits))).astype(np.float64)
     scales[scales == 0] = 1
     values = x.astype(np.float64).reshape(len(x), -1, 1, group)
     weighted = np.broadcast_to(importance.astype(np.float64), x.shape).reshape(values.shape)
     steps = scales[..., None]
-    lost = weighted * (np.clip(np.rint(values / steps), -8, 7) * steps - values) ** 2
+    lost = weighted * (np.clip(np.rint(values / steps), low, high) * steps - values) ** 2
     return scales, lost.sum(-1)
 
 
-def assert_searched(x: np.ndarray, importance: np.ndarray, group: int) -> int:
+def assert_searched(x: np.ndarray, importance: np.ndarray, group: int, bits: int = 4) -> int:
     """The scale of least error, up to what float32 can tell; how many groups have another than float64's choice.
 
     In float32 each term is rounded four times (the difference, twice, and two products) and the sum of `group` terms
     as often. A quotient of 8 or less is off by 8 U, and rounding it to the wrong side of a tie makes a term larger by
     (1/2 + 8U)² / (1/2 - 8U)² ≈ 1 + 64 U. Two candidates within twice that can change places.
     """
-    got = search_scales(x, importance, group)
-    scales, errors = candidate_errors(x, importance, group)
+    got = search_scales(x, importance, group, bits)
+    scales, errors = candidate_errors(x, importance, group, bits)
     assert (scales == got[..., None]).any(-1).all()
     of_got = np.where(scales == got[..., None], errors, np.inf).min(-1)
     assert (of_got <= errors.min(-1) * (1 + 2 * (group + 68) * U)).all()
-    unscaled = errors[..., FACTORS == 1][..., 0]
-    assert (of_got <= unscaled * (1 + 2 * (group + 68) * U)).all()
     best = np.take_along_axis(scales, errors.argmin(-1)[..., None], -1)[..., 0]
     return int((best != got).sum())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + FEW)
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rtn_codes_and_scales_equal_float64_arithmetic(scheme, dtype, shape):
@@ -133,7 +138,11 @@ def test_scales_at_ties_round_to_even():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 3), st.sampled_from(SCHEMES), st.sampled_from(["bf16", "f32"]), st.integers(0)
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from(SCHEMES + FEW),
+    st.sampled_from(["bf16", "f32"]),
+    st.integers(0),
 )
 def test_any_shape(rows, groups, scheme, dtype, seed):
     cols = groups * (CODECS[scheme].group_size or 8)
@@ -141,7 +150,7 @@ def test_any_shape(rows, groups, scheme, dtype, seed):
     assert_rtn(weight, scheme)
     rng = np.random.default_rng(seed)
     importance = rng.chisquare(1, (rng.choice([1, rows]), cols)).astype(np.float32)
-    assert_searched(as_float32(weight), importance, group_of(scheme, cols))
+    assert_searched(as_float32(weight), importance, group_of(scheme, cols), bits_of(scheme))
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,10 +160,11 @@ def test_any_finite_row(row):
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
-def test_zero_and_tiny_weights_have_usable_scales(method):
+@pytest.mark.parametrize("scheme", ["int4-g32", "int3-g32", "int2-g32"])
+def test_zero_and_tiny_weights_have_usable_scales(method, scheme):
     smallest = np.full((2, 32), 1e-45, np.float32)  # amax / 7 underflows to zero in BF16
     for x in (np.zeros((2, 32), np.float32), np.full((2, 32), -0.0, np.float32), smallest):
-        codes, scales = encode(x, "int4-g32", method)
+        codes, scales = encode(x, scheme, method)
         assert (scales == 1).all()
         assert not codes.any()
 
@@ -165,7 +175,7 @@ def test_subnormal_scales_are_scales_too():
     assert (codes == -8).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + FEW)
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 def test_packing_equals_compressed_tensors(scheme, method):
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -175,9 +185,11 @@ def test_packing_equals_compressed_tensors(scheme, method):
     (parts,) = CODECS[scheme].encode([weight], method=method, inputs=[flat(weight)])
     ours = {name: torch.from_numpy(array) for name, array in parts.items()}
     scales = torch.from_numpy(as_float32(parts["weight_scale"]))
-    codes = nearest_codes(weight, scales.numpy())
-    assert set(np.unique(codes)) == set(range(-8, 8))
-    assert torch.equal(ours["weight_packed"], pack_to_int32(torch.from_numpy(codes), 4))
+    bits = bits_of(scheme)
+    low, high = levels(bits)
+    codes = nearest_codes(weight, scales.numpy(), low, high)
+    assert set(np.unique(codes)) == set(range(low, high + 1))
+    assert torch.equal(ours["weight_packed"], pack_to_int32(torch.from_numpy(codes), bits))
     # Their compressor takes codes with our scales, in float32: in BF16 it would round the quotients.
     args = scheme_of(scheme)
     theirs = PackedQuantizationCompressor.compress({"weight": torch.from_numpy(weight), "weight_scale": scales}, args)
@@ -197,7 +209,7 @@ def scheme_of(scheme: str):
 
     size = CODECS[scheme].group_size
     group = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, dynamic=False, **group)
+    args = QuantizationArgs(num_bits=bits_of(scheme), type="int", symmetric=True, dynamic=False, **group)
     return QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
 
 
@@ -216,14 +228,15 @@ def test_the_scale_of_every_bf16_amax_is_compressed_tensors():
 @pytest.mark.parametrize("group", [32, 64, 128, 384])
 @pytest.mark.parametrize("kind", ["equal", "per column", "per weight"])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_searched_scales_equal_a_search_in_float64(group, kind, dtype):
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_searched_scales_equal_a_search_in_float64(group, kind, dtype, bits):
     x = as_float32(weights((50, 384), dtype, seed=group))
     shape = {"equal": (1, 1), "per column": (1, 384), "per weight": x.shape}[kind]
     rng = np.random.default_rng(group)
     importance = np.ones((1, 384), np.float32) if kind == "equal" else rng.chisquare(1, shape).astype(np.float32)
     if kind != "equal":
         importance[:, ::7] = 0
-    others = assert_searched(x, importance, group)
+    others = assert_searched(x, importance, group, bits)
     assert others <= 2  # of 50 to 600 groups: ties within 2^-15 are rare
 
 
@@ -251,6 +264,19 @@ def test_importance_decides_whom_the_scale_serves():
     np.testing.assert_array_equal(search_scales(x, never, 64), search_scales(x, never * 1024, 64))
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+def test_the_sign_of_a_scale_gives_the_code_more_to_the_side_that_needs_it(bits):
+    """Weights that are a grid's codes, and the same turned round: both are found without loss."""
+    low, high = levels(bits)
+    codes = np.random.default_rng(0).integers(low, high + 1, (20, 64)).astype(np.float32)
+    codes[:, ::8] = low
+    for x in (codes, -codes):
+        scales = search_scales(x, np.ones((1, 64), np.float32), 64, bits)
+        turned = nearest_codes(x, scales, low, high) * scales
+        assert (np.sign(scales) == np.sign(x[0, 0] * low)).all()
+        assert np.abs(turned - x).max() < 0.05  # the candidates stand 2% apart
+
+
 @pytest.mark.parametrize("method", ["mse", "awq"])
 def test_mse_is_the_search_weighted_by_the_inputs_and_loses_less_than_rtn(method):
     importance = np.random.default_rng(1).chisquare(1, 384).astype(np.float32)
@@ -265,7 +291,7 @@ def test_mse_is_the_search_weighted_by_the_inputs_and_loses_less_than_rtn(method
         assert lost < 0.9 * (importance * (plain_codes * spread(plain_scales, 384) - x) ** 2).sum()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + FEW)
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 def test_layout_predicts_what_encode_returns(scheme, method):
     codec = CODECS[scheme]

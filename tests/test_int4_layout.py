@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from dsv2quant.kernels.reference import dequantize_int4
 
 FROM = {
     "int4": int4_layout.from_compressed_tensors,
+    "int3": partial(int4_layout.from_compressed_tensors, bits=3),
+    "int2": partial(int4_layout.from_compressed_tensors, bits=2),
     "gptq": int4_layout.from_gptq,
     "awq": int4_layout.from_awq,
 }

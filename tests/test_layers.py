@@ -29,9 +29,9 @@ ORDER = [
     "bench",
     "api",
     "allocation",
+    "lm_eval",
     "publishing",
     "__init__",
-    "lm_eval",
     "cli",
     "__main__",
 ]

@@ -344,7 +344,7 @@ def test_every_row_says_what_it_stands_on():
     stands = {target: {scheme: evidence(target, scheme) for scheme in rows} for target, rows in ROWS.items()}
     assert all(RAN[target].keys() <= rows.keys() for target, rows in stands.items())
     assert {scheme for scheme, on in stands["vllm"].items() if on.startswith("read")} == {
-        "gptq-g32", "gptq-channel", "awq-g32",
+        "gptq-g32", "gptq-channel", "awq-g32", *(f"int{bits}-g{size}" for bits in (3, 2) for size in (128, 64, 32)),
     }  # fmt: skip
     assert stands["sglang"]["int4-g128"] == "run, SGLang 0.5.16 on a GPU"
     assert stands["sglang"]["awq-g64"] == "read, SGLang 0.5.23"

@@ -12,7 +12,7 @@ import torch
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.families import model_config
 from dsv2quant.bench.model import MODELS, RandomWeights, configuration, matrices
-from dsv2quant.formats.int4 import Int4
+from dsv2quant.formats.int4 import FewBits, Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
@@ -55,7 +55,10 @@ def test_parts_are_those_of_the_codecs(name):
     assert met == chosen.schemes
 
 
-@pytest.mark.parametrize("codec", [Int4(32), Int4(64), Int4(128), Int4(None), Int8()], ids=lambda codec: codec.name)
+INTEGERS = [Int4(32), Int4(64), Int4(128), Int4(None), FewBits(3, 32), FewBits(3, 128), FewBits(2, 64), Int8()]
+
+
+@pytest.mark.parametrize("codec", INTEGERS, ids=lambda codec: codec.name)
 def test_integers_of_awkward_weights(codec):
     """Zeros, ties, outliers, subnormals, and rows far apart in size."""
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsv2quant.errors import InputError
-from dsv2quant.publishing.wanted import Gates, load, named
+from dsv2quant.publishing.wanted import Gates, Task, Tasks, load, named
 
 FULL = """
 artifacts:
@@ -16,7 +16,12 @@ artifacts:
   - {recipe: own.yaml}
 calibration: {text: chats.jsonl, samples: 64, length: 512}
 evaluation: {ctx: 512, limit: 60}
-gates: {max-kld: 0.1, max-ppl-increase: 3}
+tasks:
+  names: [gsm8k, {task: arc_challenge, fewshot: 25}, {task: mine, limit: 7}]
+  include: my-tasks
+  limit: 200
+  apply-chat-template: true
+gates: {max-kld: 0.1, max-ppl-increase: 3, min-recovery: 98.5}
 engines: [{engine: vllm, python: venv/bin/python, windows: 4}]
 """
 
@@ -30,9 +35,9 @@ def test_everything_a_file_can_say(tmp_path):
     ]  # fmt: skip
     block, mixed, pure, gguf, own = release.artifacts
     assert block.options == {"scheme": "fp8-block"}
-    assert block.gates == Gates(0.1, 3.0)
+    assert block.gates == Gates(0.1, 3.0, None, 98.5)
     assert mixed.options == {"scheme": "int4-mixed", "method": "rtn", "targets": ["vllm", "sglang"], "tp": 2}
-    assert mixed.gates == Gates(0.06, 3.0)
+    assert mixed.gates == Gates(0.06, 3.0, None, 98.5)
     assert pure.options == {"scheme": "int4-pure", "group_size": "channel", "kv_scales": True}
     assert gguf.into_gguf
     assert gguf.options == {
@@ -42,13 +47,15 @@ def test_everything_a_file_can_say(tmp_path):
     assert release.calibration == {"calibration": str(tmp_path / "chats.jsonl"), "samples": 64, "length": 512}
     assert release.evaluation == {"ctx": 512, "limit": 60}
     assert release.engines == ({"engine": "vllm", "engine_python": str(tmp_path / "venv/bin/python"), "windows": 4},)
+    each = Task("gsm8k", None, 200), Task("arc_challenge", 25, 200), Task("mine", None, 7)
+    assert release.tasks == Tasks(each, str(tmp_path / "my-tasks"), chat=True)
     assert release.text == FULL
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("artifact: [fp8-block]", "unknown key 'artifact' (keys: artifacts, calibration, engines, evaluation, gates)"),
+        ("artifact: [fp8-block]", "unknown key 'artifact' (keys: artifacts, calibration, engines, evaluation, gates, "),
         ("artifacts: fp8-block", "`artifacts` must be a list"),
         ("artifacts: []", "`artifacts` must be a list"),
         ("gates: {max-kld: 1}", "names no artifact"),
@@ -63,6 +70,19 @@ def test_everything_a_file_can_say(tmp_path):
         ("artifacts: [fp8-block]\nevaluation: {windows: 3}", "evaluation: unknown key 'windows'"),
         ("artifacts: [fp8-block]\nevaluation: {ctx: [3]}", "evaluation: `ctx` is ['3']"),
         ("artifacts: [fp8-block]\nengines: [{engine: tgi}]", "engine 1: unknown engine 'tgi' (vllm, sglang,"),
+        ("artifacts: [fp8-block]\ntasks: [gsm8k]", "tasks: not a mapping (keys: apply-chat-template, "),
+        ("artifacts: [fp8-block]\ntasks: {}", "tasks: `names` must be a list"),
+        ("artifacts: [fp8-block]\ntasks: {names: gsm8k}", "tasks: `names` must be a list"),
+        ("artifacts: [fp8-block]\ntasks: {names: [gsm8k], shots: 5}", "tasks: unknown key 'shots'"),
+        ("artifacts: [fp8-block]\ntasks: {names: [gsm8k], limit: 0}", "tasks: `limit` is 0 (at least 1)"),
+        ("artifacts: [fp8-block]\ntasks: {names: [gsm8k], fewshot: few}", "tasks: `fewshot` is 'few' (give a number)"),
+        ("artifacts: [fp8-block]\ntasks: {names: [gsm8k, gsm8k]}", "tasks: gsm8k is there twice (leave one out)"),
+        ("artifacts: [fp8-block]\ntasks: {names: [gsm8k, {fewshot: 5}]}", "task 2: `task` is None (give a name)"),
+        ("artifacts: [fp8-block]\ntasks: {names: [{task: gsm8k, include: x}]}", "task 1: unknown key 'include'"),
+        ("artifacts: [fp8-block]\ntasks: {names: [{task: gsm8k, fewshot: -1}]}", "task 1: `fewshot` is -1 (at least 0"),
+        ("artifacts: [fp8-block]\ntasks: {names: [x], apply-chat-template: 1}", "`apply-chat-template` is '1' (true"),
+        ("artifacts: [fp8-block]\ngates: {min-recovery: 98}", "`min-recovery` is of tasks, and it has none (name some"),
+        ("artifacts: [{artifact: fp8-block, min-recovery: 98}]", "`min-recovery` is of tasks, and it has none"),
         ("artifacts: [&a fp8-block]", "an anchor or alias"),
         ("artifacts: [fp8-block", "not valid YAML"),
     ],

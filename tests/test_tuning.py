@@ -16,6 +16,7 @@ import dsv2quant as dq
 from dsv2quant.calib import tuning
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.formats.integers import levels
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -53,11 +54,11 @@ def divergence(source: Path, artifact: Path, ids: torch.Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(-1).double().mean())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_codes_and_scales_come_back_from_what_they_were_packed_into(layout):
-    integers = CODECS[CODECS["int4-g32"].variant(layout=layout)].integers
-    rng = np.random.default_rng(0)
-    codes = rng.integers(-8, 8, (16, 96)).astype(np.int8)
+@pytest.mark.parametrize("scheme", ["int4-g32", "gptq-g32", "awq-g32", "int3-g32", "int2-g32"])
+def test_codes_and_scales_come_back_from_what_they_were_packed_into(scheme):
+    integers = CODECS[scheme].integers
+    rng, (low, high) = np.random.default_rng(0), levels(integers.bits)
+    codes = rng.integers(low, high + 1, (16, 96)).astype(np.int8)
     scales = integers.storable(rng.random((16, 3), np.float32))
     found = integers.unpack(integers.pack(codes, scales))
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, (codes, scales), strict=True))
@@ -200,7 +201,7 @@ def test_another_number_of_tokens_is_another_artifact(wordy, fox, tmp_path, quic
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--fp8", "--tune", "2M"], "--tune trains the scales of INT4 weights"),
+        (["--fp8", "--tune", "2M"], "--tune trains the scales of integer weights"),
         (["--int4", "--tune", "2X"], "--tune 2X (give a number of tokens"),
         (["--int4=pure", "--group-size", "32", "--tune", "100", "--max-seq-length", "32"], "3 windows of 32 tokens"),
         (["--gguf", "Q4_K_M", "--tune", "2M"], "--tune does not go with --gguf"),

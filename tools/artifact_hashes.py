@@ -44,6 +44,11 @@ INT4 = [
     ("--int4=pure", "--method", "rtn", "--group-size", "32", "--format", "gptq", "--target", "vllm"),
     ("--int4=pure", "--method", "rtn", "--group-size", "32", "--format", "awq", "--target", "vllm"),
 ]
+FEW_BITS = [
+    ("--int3", "--method", "rtn", "--group-size", "32"),
+    ("--int2=experts", "--method", "mse", "--group-size", "32", *CALIBRATION),
+    ("--int2", "--group-size", "32", *CALIBRATION),
+]
 ACTIVATIONS = [
     ("--int8",),
     ("--int8", "--target", "transformers"),
@@ -125,7 +130,7 @@ def cases(found: dict[str, Path]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name in found:
         yield from ((name, options) for options in (*FP8, *INT4))
     for name in ("dsv2-mini", "wordy"):
-        yield from ((name, options) for options in (*STATIC, *CALIBRATED))
+        yield from ((name, options) for options in (*STATIC, *CALIBRATED, *FEW_BITS))
     for name in ("dsv2-mini", "tiny-lite", "tiny-v2", "tiny-odd"):
         yield from ((name, ("--gguf", kind, "--drop-expert-groups")) for kind in GGUF)
     yield "dsv2-mini", ("--gguf", "Q4_K_M", "--split-max-size", "3MB")

@@ -97,7 +97,8 @@ def only_type(kind: str, ends: str) -> GgufRecipe:
     return gguf.parse(_text(kind, (), "gguf", rules), kind)
 
 
-def only_scheme(name: str, methods: Mapping[str, str]) -> Recipe:
-    """Every matrix in one scheme, as far as it takes it."""
-    rule = f'{{roles: ["*"], scheme: {name}, method: {methods[name]}}}'
-    return folder.parse(_text(name, (), "rules", [*KEPT, rule]), name)
+def only_scheme(name: str, methods: Mapping[str, str], rest: str | None = None) -> Recipe:
+    """Every matrix in one scheme, as far as it takes it; given a `rest`, routed experts, and all others in that."""
+    wanted = {"*": name} if rest is None else {"routed.*": name, "*": rest}
+    rules = [f'{{roles: ["{roles}"], scheme: {s}, method: {methods[s]}}}' for roles, s in wanted.items()]
+    return folder.parse(_text(name, (), "rules", [*KEPT, *rules]), name)

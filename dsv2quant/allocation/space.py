@@ -38,9 +38,12 @@ from dsv2quant.version import __version__
 WINDOWS = 32  # of calibration text that swaps are measured on
 # Schemes that a folder is mixed of, with the method of each; kv_b_proj is none's: engines decode it.
 SCHEMES = {
-    "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq", "int8-channel": "rtn", "fp8-channel": "rtn",
-    "bf16": "rtn",
+    "int2-g64": "gptq", "int3-g64": "gptq", "int4-g128": "gptq", "int4-g64": "gptq", "int4-g32": "gptq",
+    "int8-channel": "rtn", "fp8-channel": "rtn", "bf16": "rtn",
 }  # fmt: skip
+# Of these routed experts alone, and all else in FP8: GPTQ would fit each layer to what such attention leaves of its
+# inputs, and no mix has that.
+OF_EXPERTS = ("int2-g64", "int3-g64")
 STATE = "state"  # what was measured, in the folder of candidates
 NEEDING = 3.1  # bits up to which block types are useless, or refused, without importance
 # Block types that no mix is made of: BF16 holds as much, and the ternary ones are for models trained so.
@@ -95,6 +98,9 @@ def prepare(
     if checkpoint.config.is_classifier:
         fix = "a search needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
+    if "transformers" in given.get("targets", ()) and checkpoint.config.n_routed_experts:
+        what = "--target transformers: it reads all routed experts in one scheme, and a search mixes theirs by layer"
+        raise UsageError(what, fix="search for vllm or sglang")
     recipes, weighted = _candidates(checkpoint, into_gguf, given), importance(given)
     plans = {name: planned(checkpoint, recipe, given, weighted) for name, recipe in recipes.items()}
     name, plan = next(iter(plans.items()))
@@ -130,7 +136,9 @@ def _candidates(checkpoint: HfCheckpoint, gguf: bool, given: Mapping[str, Any]) 
     takes = [
         name for name in SCHEMES if not _is_refused(name, given.get("targets", consumers.ENGINES), checkpoint.config)
     ]
-    return {name: only_scheme(name, SCHEMES) for name in takes}
+    experts = checkpoint.config.n_routed_experts
+    rest = {name: "fp8-channel" if name in OF_EXPERTS else None for name in takes if experts or name not in OF_EXPERTS}
+    return {name: only_scheme(name, SCHEMES, beside) for name, beside in rest.items()}
 
 
 def _is_refused(scheme: str, targets: Sequence[str], config: ModelConfig) -> bool:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsv2quant.formats.cpu import FACTORS, search_scales
+from dsv2quant.formats.cpu import search_scales
+from dsv2quant.formats.integers import factors, levels
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
@@ -137,10 +138,10 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
     return weight + count / (count + DOUBT * weight.shape[2]) * factored.solve(weight @ moments.s)
 
 
-def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> torch.Tensor:
+def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor, bits: int = 4) -> torch.Tensor:
     """Codes, int8 [batch, R, K], of weights [batch, R, K] under scales [batch, R, groups], computed in the weights'
     dtype."""
-    columns = weight.shape[2]
+    columns, (low, high) = weight.shape[2], levels(bits)
     w = _columns(weight, factored.order).clone()
     step = scales.to(w.dtype).repeat_interleave(columns // scales.shape[2], -1)
     step = _columns(step, factored.order)
@@ -152,7 +153,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> to
         errors = torch.empty_like(block)
         for j in range(end - begin):
             column, scale = block[:, :, j], step[:, :, begin + j]
-            code = (column / scale).round_().clamp_(-8, 7)
+            code = (column / scale).round_().clamp_(low, high)
             codes[:, :, begin + j] = code
             errors[:, :, j] = (column - code * scale) / u[:, j, j, None]
             block[:, :, j + 1 :] -= errors[:, :, j, None] * u[:, None, j, j + 1 : end - begin]
@@ -160,35 +161,43 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor) -> to
     return _columns(codes, factored.order.argsort(-1)).to(torch.int8)
 
 
-def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
+def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
     """The BF16 scale of each group with the least error weighted by importance [batch, K]: `cpu.search_scales`."""
     if weight.device.type == "cpu":
         found = [
-            torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group))
+            torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group, bits))
             for w, i in zip(weight.float().contiguous(), importance.float(), strict=True)
         ]
         return torch.stack(found)
+    return _searched(weight, importance, group, bits)
+
+
+def _searched(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int) -> torch.Tensor:
+    """`best_scales` of any device."""
     w = weight.float().unflatten(2, (-1, group))
     weights = importance.float().unflatten(1, (-1, group))[:, None]
-    unit = w.abs().amax(-1, keepdim=True) / torch.full((), 7.0, device=weight.device)
+    low, high = levels(bits)
+    unit = w.abs().amax(-1, keepdim=True) / torch.full((), float(high), device=weight.device)
 
     def scaled(factor: float) -> torch.Tensor:
         found = (unit * factor).bfloat16().float()
-        return torch.where(found > 0, found, 1.0)
+        return torch.where(found != 0, found, 1.0)
 
-    best, least = scaled(float(FACTORS[0])), torch.full_like(unit, float("inf"))
-    for value in FACTORS:
+    best, least = scaled(float(factors(bits)[0])), torch.full_like(unit, float("inf"))
+    for value in factors(bits):
         candidate = scaled(float(value))
-        error = ((w / candidate).round_().clamp_(-8, 7) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
+        error = (
+            ((w / candidate).round_().clamp_(low, high) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
+        )
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best.squeeze(-1)
 
 
-def nearest(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def nearest(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> torch.Tensor:
     """int8 codes nearest to weight / scale; weight [..., K], scales [..., groups]."""
     groups = weight.unflatten(-1, (scales.shape[-1], -1))
-    return (groups / scales.unsqueeze(-1)).round_().clamp_(-8, 7).flatten(-2).to(torch.int8)
+    return (groups / scales.unsqueeze(-1)).round_().clamp_(*levels(bits)).flatten(-2).to(torch.int8)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

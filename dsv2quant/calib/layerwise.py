@@ -317,15 +317,15 @@ def _choose(job: Job, linears: Sequence[Sequence[Linear]], moments: Split) -> No
         wished = gptq.fit(weight, train, factored)
         codec = CODECS[scheme].integers
         if codec is not None:
-            group = codec.group_size or weight.shape[2]
-            scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group))
-            codes = gptq.quantize(wished, scales, factored)
-            plain_scales = gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group)
+            group, bits = codec.group_size or weight.shape[2], codec.bits
+            scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group, bits))
+            codes = gptq.quantize(wished, scales, factored, bits)
+            plain_scales = gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group, bits)
             for linear, needed in zip(alike, plain_scales, strict=True):
                 if not codec.holds(needed.cpu().numpy()):
                     raise too_large(linear.module, scheme)
             plain_scales = _stored(codec, plain_scales)
-            plain_codes = gptq.nearest(weight, plain_scales)
+            plain_codes = gptq.nearest(weight, plain_scales, bits)
             quantized, plain = gptq.dequantize(codes, scales), gptq.dequantize(plain_codes, plain_scales)
         else:
             quantized, plain = wished.bfloat16().float(), weight

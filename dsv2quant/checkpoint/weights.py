@@ -307,8 +307,9 @@ def check_declared(weights: Iterable[Weight], quantization: Mapping[str, Any] | 
         if is_left_out(weight.spec.module):
             wrong = "is quantized, but quantization_config lists it as left out"
         elif PACKED in weight.parts:
-            groups = weight.parts["weight_scale"].shape[1]
-            wrong = contradiction(quantization, weight.spec.shape[1], groups, weight.parts)
+            columns, groups = weight.spec.shape[1], weight.parts["weight_scale"].shape[1]
+            bits = 32 * weight.parts[PACKED].shape[1] // columns
+            wrong = contradiction(quantization, bits, columns, groups, weight.parts)
         if wrong is not None:
             fix = "weights and config.json must be of one publication: get both again"
             raise InputError(f"{weight.spec.module} {wrong}", where=where, fix=fix)

@@ -19,13 +19,14 @@ from dsv2quant.planning import options as known
 F = TypeVar("F", bound=Callable[..., Any])
 FP8_GRIDS = tuple(name.removeprefix("fp8-") for name in known.SCHEMES if name.startswith("fp8-"))
 INT4_KINDS = tuple(name.removeprefix("int4-") for name in known.SCHEMES if name.startswith("int4-"))
-KINDS = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS}
+FEW_KINDS = tuple(name.removeprefix("int3-") for name in known.SCHEMES if name.startswith("int3-"))
+KINDS = {"--fp8": FP8_GRIDS, "--int4": INT4_KINDS, "--int3": FEW_KINDS, "--int2": FEW_KINDS}
 PATH = click.Path(readable=False)  # as text: whether it exists is for those to say who read it
 
 
 class Command(click.Command):
-    """A verb. `--fp8` and `--int4` may stand alone, before or after MODEL: then they mean their first kind. --help
-    groups the options by the sections that `stack` gave them.
+    """A verb. `--fp8`, `--int4`, `--int3` and `--int2` may stand alone, before or after MODEL: then they mean their
+    first kind. --help groups the options by the sections that `stack` gave them.
 
     An option that takes a value doesn't take another option for it, and one that can't be repeated is not given twice.
     """
@@ -157,23 +158,27 @@ scheme_options = stack(
                  "per tensor, and activations with calibrated scales."),
     click.option("--int4", "int4", type=Kind(INT4_KINDS), metavar="[=mixed|pure|experts]",
                  help="INT4 experts and FP8 for the rest (the default), INT4 everywhere, or INT4 experts alone."),
+    click.option("--int3", "int3", type=Kind(FEW_KINDS), metavar="[=mixed|experts]",
+                 help="INT3 routed experts, and FP8 (the default) or BF16 for the rest."),
+    click.option("--int2", "int2", type=Kind(FEW_KINDS), metavar="[=mixed|experts]",
+                 help="INT2 routed experts, and FP8 (the default) or BF16 for the rest."),
     click.option("--int8", is_flag=True, help="INT8 weights with one scale per output channel, INT8 activations."),
     click.option("--w4a8", is_flag=True,
                  help="INT4 weights in groups of 128, FP8 activations, for vLLM on Hopper; what can't have it: INT4."),
     click.option("--method", type=click.Choice(known.METHODS),
-                 help="How INT4 codes are chosen; all but rtn calibrate. Default: gptq."),
+                 help="How integer codes are chosen; all but rtn calibrate. Default: gptq."),
     click.option("--group-size", type=click.Choice(tuple(map(str, known.GROUP_SIZES))), callback=_whole,
-                 help="Columns that share an INT4 scale. Default: 128."),
+                 help="Columns that share a scale of integers. Default: 128, of --int3 and --int2 64."),
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--tune", metavar="TOKENS",
-                 help="Then train scales, norms and routers of INT4 on so many tokens of the calibration text, as 2M."),
+                 help="Then train integers' scales, norms and routers on so many tokens of the same text, as 2M."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
     click.option("--language-only", is_flag=True,
                  help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),
     click.option("--recipe", type=PATH, metavar="FILE", help="A YAML recipe of your own instead."),
     click.option("--base-model", metavar="OWNER/NAME", help="The base model that the card names. Default: MODEL."),
-    section="FP8, INT8 and INT4",
+    section="FP8 and integers",
 )  # fmt: skip
 consumer_options = stack(
     click.option("--target", "targets", multiple=True, type=click.Choice(known.CONSUMERS),
@@ -183,7 +188,7 @@ consumer_options = stack(
     click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Over how many GPUs they will spread whole routed experts; --tp then splits the rest."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file, as 5GB or 500MB."),
-    section="Consumers of FP8, INT8 and INT4",
+    section="Consumers of FP8 and integers",
 )  # fmt: skip
 _gguf_options = stack(
     click.option("--gguf", shell_complete=_names(*NAMES), metavar="TYPE",
@@ -247,10 +252,10 @@ def asked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that the command line gives, as the API takes them: of the others it has the defaults. Raises a usage
     error for several schemes."""
     found = {name: value for name, value in options.items() if _is_given(name)}
-    schemes = [f"{family}-{found.pop(family)}" for family in ("fp8", "int4") if family in found]
+    schemes = [f"{family}-{found.pop(family)}" for family in ("fp8", "int4", "int3", "int2") if family in found]
     schemes += [family for family in ("int8", "w4a8") if found.pop(family, False)]
     if len(schemes) + ("recipe" in found) > 1:
-        raise click.UsageError("--fp8, --int4, --int8, --w4a8 and --recipe exclude each other")
+        raise click.UsageError("--fp8, --int4, --int3, --int2, --int8, --w4a8 and --recipe exclude each other")
     return found | ({"scheme": schemes[0]} if schemes else {})
 
 

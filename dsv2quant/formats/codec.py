@@ -65,7 +65,11 @@ def eight_bits(kind: str, strategy: str, *, dynamic: bool) -> dict[str, Any]:
 
 
 class Integers(Protocol):
-    """What GPTQ and AWQ need of a scheme whose weights are integers −8 … 7 times the scales of groups of columns."""
+    """What GPTQ and AWQ need of a scheme whose weights are integers times the scales of groups of columns."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code, which has every value of `levels`."""
 
     @property
     def group_size(self) -> int | None:
@@ -79,7 +83,7 @@ class Integers(Protocol):
         chosen."""
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes (int8 [out, in], −8 … 7) and scales (float32 [out, groups], `storable`) → the stored parts."""
+        """Codes (int8 [out, in], of `levels`) and scales (float32 [out, groups], `storable`) → the stored parts."""
 
     def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales of what `pack` made."""

@@ -19,10 +19,9 @@ from numba.extending import intrinsic
 
 from dsv2quant.formats.compiled import compiled
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.formats.integers import factors, levels
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
-# Candidate scales in units of amax / 7. 1 comes first and stays where no error tells candidates apart.
-FACTORS = np.roll(np.linspace(0.45, 1.05, 61), 6).astype(np.float32)
 LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
 _LANES = 16
 
@@ -195,26 +194,28 @@ def round_to_float16(x: np.ndarray) -> np.ndarray:
     return np.clip(round_to_bf16(x), np.float32(2.0**-24), LARGEST_FLOAT16).astype(np.float16).astype(np.float32)
 
 
-def rtn_scales(weight: np.ndarray, group: int) -> np.ndarray:
+def rtn_scales(weight: np.ndarray, group: int, bits: int = 4) -> np.ndarray:
     """amax / 7.5 of each group, rounded to BF16: weight float32 [rows, cols] → [rows, cols / group].
 
-    The range is that of 16 levels (compressed-tensors, quantization/utils/helpers.py, calculate_qparams). All-zero
-    groups get scale 1.
+    The range is that of 16 levels, of fewer bits of fewer (compressed-tensors, quantization/utils/helpers.py,
+    calculate_qparams). All-zero groups get scale 1.
     """
-    scales = round_to_bf16(group_amax(weight, group) / np.float32(7.5))
+    scales = round_to_bf16(group_amax(weight, group) / np.float32((2**bits - 1) / 2))
     return np.where(scales > 0, scales, np.float32(1))
 
 
-def search_scales(weight: np.ndarray, importance: np.ndarray, group: int) -> np.ndarray:
-    """The BF16 scale of each group with the least Σ importance · (code × scale − weight)², of `FACTORS` × amax / 7.
+def search_scales(weight: np.ndarray, importance: np.ndarray, group: int, bits: int = 4) -> np.ndarray:
+    """The BF16 scale of each group with the least Σ importance · (code × scale − weight)², of `factors`.
 
     weight float32 [rows, cols], importance float32 [1 or rows, cols] → float32 [rows, cols / group].
     """
-    unit = group_amax(weight, group) / np.float32(7)
-    candidates = round_to_bf16(unit[:, :, None] * FACTORS)  # [rows, groups, factors]
-    candidates = np.where(candidates > 0, candidates, np.float32(1))
+    low, high = levels(bits)
+    unit = group_amax(weight, group) / np.float32(high)
+    candidates = round_to_bf16(unit[:, :, None] * factors(bits))  # [rows, groups, factors]
+    candidates = np.where(candidates != 0, candidates, np.float32(1))
     best = candidates[:, :, 0].copy()
-    _search(np.ascontiguousarray(weight), np.ascontiguousarray(importance), candidates, best)
+    limits = np.float32(low), np.float32(high)
+    _search(np.ascontiguousarray(weight), np.ascontiguousarray(importance), candidates, best, *limits)
     return best
 
 
@@ -242,7 +243,7 @@ def _round(weight, scales, codes, low, high):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _search(weight, importance, candidates, best):  # type: ignore[no-untyped-def]
+def _search(weight, importance, candidates, best, low, high):  # type: ignore[no-untyped-def]
     rows, cols = weight.shape
     groups, factors = candidates.shape[1], candidates.shape[2]
     group = cols // groups
@@ -263,7 +264,7 @@ def _search(weight, importance, candidates, best):  # type: ignore[no-untyped-de
             for f in range(factors):
                 for lane in range(lanes):
                     scale[lane] = candidates[first + lane, g, f]
-                _errors(tile, weights, scale, error)
+                _errors(tile, weights, scale, error, low, high)
                 for lane in range(lanes):
                     if error[lane] < least[lane]:
                         least[lane] = error[lane]
@@ -271,12 +272,12 @@ def _search(weight, importance, candidates, best):  # type: ignore[no-untyped-de
 
 
 @compiled
-def _errors(tile, weights, scale, error):  # type: ignore[no-untyped-def]
+def _errors(tile, weights, scale, error, low, high):  # type: ignore[no-untyped-def]
     """error[lane] = Σ_k weights · (code × scale − tile)²."""
     error[:] = 0
     for k in range(tile.shape[0]):
         for lane in range(_LANES):
             x = tile[k, lane]
-            code = min(max(np.rint(x / scale[lane]), np.float32(-8)), np.float32(7))
+            code = min(max(np.rint(x / scale[lane]), low), high)
             off = code * scale[lane] - x
             error[lane] += weights[k, lane] * off * off

@@ -37,8 +37,8 @@ def readable_codecs(config: Mapping[str, Any] | None) -> Callable[[str], list[Co
     def readable(codec: Codec, mine: Sequence[Mapping[str, Any]]) -> bool:
         if codec.integers is None or codec.quant_method != "compressed-tensors":
             return True in inputs if codec.activation == "static" else codec.name != "fp8-tensor" or inputs != {True}
-        size = codec.integers.group_size
-        alike = [group for group in mine if is_int4(group["weights"]) and group_size(group["weights"]) == size]
+        kind = codec.integers.bits, codec.integers.group_size
+        alike = [group for group in mine if (packed_bits(group["weights"]), group_size(group["weights"])) == kind]
         served = {bool(group.get("input_activations")) for group in alike} or {False}
         return (codec.activation is not None) in served
 
@@ -80,11 +80,11 @@ _READ_FORMATS = (
 )  # fmt: skip
 # By type and bits: the strategies of weights, and how they may be stored.
 _WEIGHTS: dict[str, dict[int, tuple[str, ...]]] = {
-    "int": {4: ("group", "channel"), 8: ("channel",)},
+    "int": {2: ("group",), 3: ("group",), 4: ("group", "channel"), 8: ("channel",)},
     "float": {8: ("channel", "tensor")},
 }
 _FORMATS_OF = {
-    ("int", 4): ("pack-quantized",),
+    **dict.fromkeys((("int", 2), ("int", 3), ("int", 4)), ("pack-quantized",)),
     ("int", 8): ("int-quantized", "naive-quantized"),
     ("float", 8): ("float-quantized", "naive-quantized"),
 }
@@ -101,16 +101,19 @@ def unread(config: Mapping[str, Any]) -> str | None:
     return next(_refusals(config), None)
 
 
-def contradiction(config: Mapping[str, Any], columns: int, groups: int, suffixes: Mapping[str, object]) -> str | None:
-    """Where the INT4 weight that has these parts, of so many columns in so many groups, is not what the configuration
-    declares; None where it is. The configuration is one of which `unread` finds nothing."""
+def contradiction(
+    config: Mapping[str, Any], bits: int, columns: int, groups: int, suffixes: Mapping[str, object]
+) -> str | None:
+    """Where the packed weight that has these parts, codes of so many bits and so many columns in so many groups, is not
+    what the configuration declares; None where it is. The configuration is one of which `unread` finds nothing."""
     declared = [
         weights
         for weights in (group["weights"] for group in config["config_groups"].values())
-        if is_int4(weights) and columns == groups * (group_size(weights) or columns)
+        if packed_bits(weights) == bits and columns == groups * (group_size(weights) or columns)
     ]
     if not declared:
-        return f"has {groups} groups of {columns // groups} columns, which no group of quantization_config declares"
+        what = f"{groups} groups of {columns // groups} columns in INT{bits}"
+        return f"has {what}, which no group of quantization_config declares"
     for part, said, have in (
         (ZERO_POINT, "symmetric: false", {not weights.get("symmetric", True) for weights in declared}),
         (GROUP_INDEX, "actorder: group", {_actorder(weights) == "group" for weights in declared}),
@@ -178,7 +181,7 @@ def _of_group(group: Mapping[str, Any], default: object) -> Iterator[str]:
     if ways is None:
         yield f"weights of type {kind!r}"
         return
-    bits = 4 if is_int4(weights) else 8
+    bits = packed_bits(weights) or 8
     yield from (f"weights with {what}" for what in _of_args(weights, kind, ways))
     if weights.get("dynamic"):
         yield "dynamic weights"
@@ -199,8 +202,8 @@ def _of_inputs(inputs: Any, weights: Mapping[str, Any], kind: str, bits: int) ->
             yield "no input_activations of INT8 weights"
         return
     plain = weights.get("symmetric", True) and _actorder(weights) != "group"
-    if bits == 4 and not (plain and group_size(weights) == 128):  # as W4A8 has it
-        yield "input_activations of INT4 weights"
+    if bits < 8 and not (bits == 4 and plain and group_size(weights) == 128):  # as W4A8 has it
+        yield f"input_activations of INT{bits} weights"
         return
     of = "int" if (kind, bits) == ("int", 8) else "float"
     strategies = ("token", "tensor") if _strategy(weights) == "tensor" else ("token",)
@@ -226,7 +229,7 @@ def _of_args(args: object, kind: str, strategies: Mapping[int, tuple[str, ...]])
     if args.get("is_mx"):
         yield "is_mx"
     symmetric = args.get("symmetric", True)
-    if not isinstance(symmetric, bool) or not (symmetric or is_int4(args)):
+    if not isinstance(symmetric, bool) or not (symmetric or packed_bits(args)):
         yield f"symmetric {args['symmetric']!r}"
     if not isinstance(args.get("dynamic", False), bool):
         yield f"dynamic {args['dynamic']!r}"
@@ -241,9 +244,10 @@ def _strategy(args: Mapping[str, Any]) -> object:
     return args.get("strategy") or inferred
 
 
-def is_int4(args: Mapping[str, Any]) -> bool:
-    """Whether these arguments are of integers of 4 bits."""
-    return args.get("type", "int") == "int" and args.get("num_bits", 8) == 4
+def packed_bits(args: Mapping[str, Any]) -> int | None:
+    """The bits of integers that are packed: 2, 3 or 4; None for anything else."""
+    bits = args.get("num_bits", 8)
+    return bits if args.get("type", "int") == "int" and bits in (2, 3, 4) else None
 
 
 def group_size(weights: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv2quant.formats.codec import F32, Bf16, Codec, as_float32
 from dsv2quant.formats.fp8 import Fp8, decode_block_to_float32
-from dsv2quant.formats.int4 import W4A8, Int4
+from dsv2quant.formats.int4 import W4A8, FewBits, Int4
 from dsv2quant.formats.int8 import Int8
 from dsv2quant.formats.transposed import Awq, Gptq
 
@@ -18,6 +18,7 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Bf16(), F32(), Fp8("block"), Fp8("channel"), Fp8("tensor", "static"), Fp8("tensor", "autofp8"), Fp8("tensor"),
         Int8(), W4A8(), Int4(128), Int4(64), Int4(32), Int4(None),
+        FewBits(3, 128), FewBits(3, 64), FewBits(3, 32), FewBits(2, 128), FewBits(2, 64), FewBits(2, 32),
         Gptq(128), Gptq(64), Gptq(32), Gptq(None), Awq(128), Awq(64), Awq(32),
     )
 }  # fmt: skip

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, Spec
+from dsv2quant.formats.gguf.layouts import Spec
+from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, held_bits
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, finish, output
 
 MANY = 128  # tokens, from which on the weight is dequantized
@@ -181,7 +182,7 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def constants(spec: Spec) -> tuple[int, int, int, bool]:
     """BITS, ZERO, GROUP and AFFINE of the kernels."""
-    return spec.bits, spec.zero, spec.group, spec.affine
+    return held_bits(spec), spec.zero, spec.group, spec.affine
 
 
 def strides(weight: GgufWeight) -> tuple[int, int, int]:

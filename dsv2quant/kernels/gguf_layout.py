@@ -23,63 +23,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dsv2quant.formats.gguf import layouts
+from dsv2quant.formats.gguf.layouts import Plane, Spec
+
+# The types that have the layout; the others with codes are dequantized.
+SPECS = {name: spec for name, spec in layouts.SPECS.items() if name not in ("TQ1_0", "TQ2_0", "MXFP4")}
 ROWS, DEPTH = 64, 128  # padding of rows and of columns
 BIAS = 128  # of stored multiples
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 _AXES = "bwhrkuscqp"  # of codes: block of rows, warp, h, r, block of columns, u: 32 of them, s, c, q, p
-
-
-class Plane(NamedTuple):
-    """Bytes begin … end of a block, `width` to a row: first all low digits, of `bits`, of a row, then the next."""
-
-    begin: int
-    end: int
-    width: int
-    bits: int
-    order: tuple[int, ...] | None = None  # which of the sequences of `width` digits are meant; None: all
-
-
-class Spec(NamedTuple):
-    """A block type (structs of ggml/src/ggml-common.h). Digits of several planes make a number, the lowest first."""
-
-    values: int  # of a block
-    bytes: int
-    codes: tuple[Plane, ...]
-    bits: int  # of a code as it runs
-    zero: int
-    halves: tuple[int, ...]  # where the float16 step lies and, if any, that of offsets
-    group: int = 32  # columns that share a multiple
-    multiples: tuple[Plane, ...] = ()  # of steps, then those of offsets
-    low: int = 0  # what a multiple stored as 0 means
-
-    @property
-    def affine(self) -> bool:
-        return len(self.halves) == 2
-
-
-# Twelve bytes hold 8 multiples of steps and 8 of offsets, of 6 bits each (get_scale_min_k4).
-_SIXES = (Plane(4, 16, 4, 2, (0, 8, 4, 10)), Plane(4, 16, 4, 2, (1, 9, 5, 11)), Plane(4, 16, 4, 2, (2, 3, 6, 7)))
-SPECS = {
-    "Q4_0": Spec(32, 18, (Plane(2, 18, 16, 4),), 4, 8, (0,)),
-    "Q4_1": Spec(32, 20, (Plane(4, 20, 16, 4),), 4, 0, (0, 2)),
-    "Q5_0": Spec(32, 22, (Plane(6, 22, 16, 4), Plane(2, 6, 1, 1)), 6, 16, (0,)),
-    "Q5_1": Spec(32, 24, (Plane(8, 24, 16, 4), Plane(4, 8, 1, 1)), 6, 0, (0, 2)),
-    "Q8_0": Spec(32, 34, (Plane(2, 34, 32, 8),), 8, 0, (0,)),
-    "Q2_K": Spec(256, 84, (Plane(16, 80, 32, 2),), 4, 0, (80, 82), 16, (Plane(0, 16, 16, 4),)),
-    "Q3_K": Spec(
-        256, 110, (Plane(32, 96, 32, 2), Plane(0, 32, 32, 1)), 4, 4, (108,), 16,
-        (Plane(96, 104, 8, 4), Plane(104, 108, 4, 2)), -32,
-    ),
-    "Q4_K": Spec(256, 144, (Plane(16, 144, 32, 4),), 4, 0, (0, 2), 32, _SIXES),
-    "Q5_K": Spec(256, 176, (Plane(48, 176, 32, 4), Plane(16, 48, 32, 1)), 6, 0, (0, 2), 32, _SIXES),
-    "Q6_K": Spec(
-        256, 210, (Plane(0, 128, 64, 4), Plane(128, 192, 32, 2)), 6, 32, (208,), 16, (Plane(192, 208, 16, 8),)
-    ),
-    "IQ4_NL": Spec(32, 18, (Plane(2, 18, 16, 4),), 8, 0, (0,)),
-    "IQ4_XS": Spec(
-        256, 136, (Plane(8, 136, 16, 4),), 8, 0, (0,), 32, (Plane(4, 8, 1, 4), Plane(2, 4, 1, 2)), -32
-    ),
-}  # fmt: skip
 
 
 class GgufWeight(NamedTuple):
@@ -102,6 +53,11 @@ def supported(name: str) -> bool:
     return name in SPECS
 
 
+def held_bits(spec: Spec) -> int:
+    """Of a code as it runs."""
+    return 8 if spec.table else next(bits for bits in (4, 6, 8) if spec.numbers <= 1 << bits)
+
+
 def from_blocks(name: str, data: torch.Tensor, columns: int) -> GgufWeight:
     """`data` uint8 [rows, bytes of a row] or [matrices, rows, bytes of a row], as a file has it.
 
@@ -115,9 +71,9 @@ def from_blocks(name: str, data: torch.Tensor, columns: int) -> GgufWeight:
         raise ValueError(f"{data.dtype} rows of {row_bytes} are not {columns} columns of {name}")
     blocks = data.reshape(-1, spec.bytes)
     codes = _numbers(blocks, spec.codes)
-    if name.startswith("IQ4"):
-        codes = torch.tensor(_IQ4, dtype=torch.int8, device=data.device).view(torch.uint8)[codes.int()]
-    words = _to_words(codes.view(*stack, rows, columns), spec.bits)
+    if spec.table:
+        codes = torch.tensor(spec.table, dtype=torch.int8, device=data.device).view(torch.uint8)[codes.int()]
+    words = _to_words(codes.view(*stack, rows, columns), held_bits(spec))
     halves = torch.stack([blocks[:, at : at + 2].contiguous().view(torch.int16)[:, 0] for at in spec.halves], -1)
     if not spec.affine and spec.multiples:
         halves = F.pad(halves, (0, 1))
@@ -139,8 +95,8 @@ def blocks_of(weight: GgufWeight) -> torch.Tensor:
     """The inverse of `from_blocks`: uint8 [rows, bytes of a row], with the matrices of a stack before."""
     spec, stack = SPECS[weight.type], weight.words.shape[:-5]
     codes, halves, multiples = unpack(weight)
-    if weight.type.startswith("IQ4"):
-        values = torch.tensor(_IQ4, dtype=torch.int16, device=codes.device)
+    if spec.table:
+        values = torch.tensor(spec.table, dtype=torch.int16, device=codes.device)
         codes = torch.searchsorted(values, codes.view(torch.int8).short()).to(torch.uint8)
     blocks = codes.new_zeros(codes.numel() // spec.values, spec.bytes)
     _put(codes.reshape(len(blocks), -1), spec.codes, blocks)
@@ -156,7 +112,7 @@ def unpack(weight: GgufWeight) -> tuple[torch.Tensor, list[torch.Tensor], list[t
     """Codes uint8 [rows, columns] (of 8 bits: the bytes of int8); the float16 of steps and, if any, of offsets
     [rows, blocks]; where there are any, the multiples of both, int16 [rows, groups]."""
     spec, columns = SPECS[weight.type], weight.columns
-    codes = _from_words(weight.words, spec.bits)[..., : weight.rows, :columns]
+    codes = _from_words(weight.words, held_bits(spec))[..., : weight.rows, :columns]
     halves = _by_row(weight.steps).view(torch.float16)
     if spec.affine or spec.multiples:
         halves = halves.unflatten(-1, (-1, 2))[..., : len(spec.halves)]

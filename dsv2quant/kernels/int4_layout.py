@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from dsv2quant.formats.int4 import GROUP_INDEX, OFFSET, PER_WORD, group_of_columns, unpack_words, unpack_zero_points
+from dsv2quant.formats.int4 import (
+    GROUP_INDEX,
+    OFFSET,
+    PER_WORD,
+    group_of_columns,
+    unpack_bits,
+    unpack_words,
+    unpack_zero_points,
+)
+from dsv2quant.formats.integers import levels
 from dsv2quant.formats.transposed import ORDER
 
 ROWS = 64  # of a block: the rows of one wgmma
@@ -105,13 +114,15 @@ def join(weights: Sequence[Int4Weight]) -> Int4Weight | None:
     )
 
 
-def from_compressed_tensors(parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-    """`weight_packed` int32 [rows, columns / 8] and `weight_scale` [rows, groups]; of others' files also
-    `weight_zero_point` and `weight_g_idx` (formats/int4.py). Raises as `_scattered`."""
-    codes, scales = unpack_words(parts["weight_packed"]).to(torch.uint8), parts["weight_scale"].T
-    zeros, group = unpack_zero_points(parts), group_of_columns(parts)
+def from_compressed_tensors(parts: Mapping[str, torch.Tensor], bits: int = 4) -> Int4Weight:
+    """`weight_packed` int32 [rows, columns · bits / 32] and `weight_scale` [rows, groups]; of others' files also
+    `weight_zero_point` and `weight_g_idx` (formats/int4.py). Codes of fewer bits are held as codes of 4, which have
+    their values too. Raises as `_scattered`."""
+    off = OFFSET + levels(bits)[0]
+    codes, scales = unpack_bits(parts["weight_packed"], bits).add_(off).to(torch.uint8), parts["weight_scale"].T
+    zeros, group = unpack_zero_points(parts, bits), group_of_columns(parts)
     if zeros is not None:
-        zeros = zeros.T
+        zeros = zeros.T + off
     return pack(codes, scales, zeros) if group is None else _scattered(codes, scales, zeros, group, GROUP_INDEX)
 
 

@@ -325,7 +325,7 @@ def dequantize_gguf(weight: GgufWeight) -> torch.Tensor:
         parts = [a.repeat_interleave(per_block, -1) * b for a, b in zip(parts, multiples, strict=True)]
         parts[1:] = [-part for part in parts[1:]]  # such blocks have offsets to subtract
     scale, *offset = (part.repeat_interleave(columns // part.shape[-1], -1) for part in parts)
-    values = (codes.view(torch.int8) if spec.bits == 8 else codes.short() - spec.zero).float() * scale
+    values = (codes.view(torch.int8) if gguf_layout.held_bits(spec) == 8 else codes.short() - spec.zero).float() * scale
     return values + offset[0] if offset else values
 
 

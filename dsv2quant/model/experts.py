@@ -224,5 +224,5 @@ def _int4(source: Source, at: str, scheme: str) -> Int4Stack:
 
 # By `Codec.runtime`; what is not there is decoded.
 LOADERS: dict[str, Callable[[Source, str, str], Stack]] = {
-    "fp8": _fp8, "int4": _int4, "gptq": _int4, "awq": _int4,
+    "fp8": _fp8, **dict.fromkeys(("int4", "int3", "int2", "gptq", "awq"), _int4),
 }  # fmt: skip

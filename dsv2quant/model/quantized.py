@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -256,10 +257,11 @@ def _decoded(source: Source, module: str, scheme: str, parts: Parts) -> Linear:
 
 # By `Codec.runtime`; what is not there is decoded.
 LOADERS: dict[str, Callable[[Source, str, str, Parts], Linear]] = {
-    "fp8": _fp8, "int4": _int4, "gptq": _int4, "awq": _int4,
+    "fp8": _fp8, **dict.fromkeys(("int4", "int3", "int2", "gptq", "awq"), _int4),
 }  # fmt: skip
-INT4_READERS = {
+INT4_READERS: dict[str, Callable[[Parts], Int4Weight]] = {
     "int4": int4_layout.from_compressed_tensors, "gptq": int4_layout.from_gptq, "awq": int4_layout.from_awq,
+    **{f"int{bits}": partial(int4_layout.from_compressed_tensors, bits=bits) for bits in (3, 2)},
 }  # fmt: skip
 
 

@@ -22,10 +22,12 @@ TARGETS = (*ENGINES, "transformers")
 # Which targets take a scheme in part, other tensors in another: they are targets only where they are asked for.
 _IN_PART = {("transformers", "int8-channel")}
 _3D = "keeps routed experts in 3-D parameters, and this layout is loaded into Linear modules alone"
-# Why a target has no row for a quant method or scheme.
+# Why a target has no row for a quant method, a scheme or a kind of scheme.
 _NEVER = {
     # integrations/finegrained_fp8.py
     ("transformers", "fp8-autofp8"): "knows `weight_scale_inv` alone, and takes AutoFP8's codes for weights",
+    # schemes/compressed_tensors_wNa16_moe.py and compressed_tensors_wNa16.py, WNA16_SUPPORTED_BITS
+    **{("sglang", family): "loads packed integers of 4 and 8 bits alone" for family in ("int3", "int2")},
 }
 # Why a target loads nothing of a quant method where a model has routed experts.
 _NOT_EXPERTS = {
@@ -75,16 +77,19 @@ class Parallel:
         return f" at {said}" * bool(said)
 
 
-def choose(asked: Sequence[str] | None, schemes: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
+def choose(
+    asked: Sequence[str] | None, schemes: Iterable[str], config: ModelConfig, routed: Iterable[str] = ()
+) -> tuple[str, ...]:
     """The targets asked for, in order; for None, all that load artifacts of these schemes of such a model, and not in
-    part alone.
+    part alone. `routed` are the schemes of routed experts.
 
     Raises UsageError where one asked for can't, where none does, and for an unknown scheme.
     """
     used = sorted({*schemes} - UNQUANTIZED)
     if unknown := [scheme for scheme in used if scheme not in CODECS]:
         raise UsageError(f"unknown scheme {unknown[0]}", fix=f"schemes: {', '.join(CODECS)}")
-    errors = {target: _refused(target, used, config) for target in TARGETS}
+    experts = sorted({*routed} - UNQUANTIZED)
+    errors = {target: _refused(target, used, experts, config) for target in TARGETS}
     if asked is not None:
         for error in (errors[target] for target in asked):
             if error is not None:
@@ -97,12 +102,12 @@ def choose(asked: Sequence[str] | None, schemes: Iterable[str], config: ModelCon
     return loading
 
 
-def _refused(target: str, schemes: Sequence[str], config: ModelConfig) -> UsageError | None:
+def _refused(target: str, schemes: Sequence[str], routed: Sequence[str], config: ModelConfig) -> UsageError | None:
     """Why a target loads no artifact of these schemes of such a model; None where it does."""
-    fix = "compressed-tensors loads in every target"
     for scheme in schemes:
-        layout = str(CODECS[scheme].quant_method)
-        reasons = {name: _NEVER.get((target, name)) for name in (scheme, layout)}
+        layout, family = str(CODECS[scheme].quant_method), scheme.partition("-")[0]
+        reasons = {name: _NEVER.get((target, name)) for name in (scheme, family, layout)}
+        fix = "take --int4, or --target vllm" if reasons[family] else "compressed-tensors loads in every target"
         if config.n_routed_experts:
             reasons[layout] = reasons[layout] or _NOT_EXPERTS.get((target, layout))
         for name, reason in reasons.items():
@@ -114,6 +119,10 @@ def _refused(target: str, schemes: Sequence[str], config: ModelConfig) -> UsageE
         if scheme not in ROWS[target]:
             known = ", ".join(other for other in TARGETS if scheme in ROWS[other])
             return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")
+    if target == "transformers" and len(routed) > 1:
+        # integrations/compressed_tensors.py, get_experts_scheme, takes the first that it finds for those of all layers.
+        what = f"--target transformers: it reads all routed experts in one scheme, not in {' and '.join(routed)}"
+        return UsageError(what, fix="take --target vllm, or one scheme for all")
     if schemes and config.n_routed_experts and not config.is_mla and target in _NOT_PLAIN_EXPERTS:
         return UsageError(f"--target {target}: it {_NOT_PLAIN_EXPERTS[target]}", fix="take --target vllm")
     return None

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 SCHEMES = (
-    "fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "int4-mixed", "int4-pure", "int4-experts", "int8", "w4a8",
+    "fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", "int4-mixed", "int4-pure", "int4-experts",
+    "int3-mixed", "int3-experts", "int2-mixed", "int2-experts", "int8", "w4a8",
 )  # fmt: skip
 METHODS = ("rtn", "mse", "awq", "gptq")
 GROUP_SIZES = (128, 64, 32, "channel")
-LAYOUTS = {"compressed-tensors": ("int4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
+FEW_BITS = ("int3", "int2")
+LAYOUTS = {"compressed-tensors": ("int4", *FEW_BITS, "fp8"), "gptq": ("int4",), "awq": ("int4",), "autofp8": ("fp8",)}
 SERVERS = ("vllm", "sglang")
 CONSUMERS = (*SERVERS, "transformers")
 ENGINES = (*CONSUMERS, "llama.cpp")
@@ -52,14 +54,15 @@ class HubOptions(TypedDict, total=False):
 class Options(HubOptions, total=False):
     """What a conversion is asked for; None, False and nothing are as if not given.
 
-    Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 the `method` (gptq) and
-    `group_size` (128); `layout` of LAYOUTS; `targets`, consumers that must load it (all that can), with their
-    tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in bytes or as text
-    ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else written whole. What
-    calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a data set of the hub,
-    "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that `calibrate` wrote;
-    `figure` is a picture of tokens per expert to draw.
-    `tune` trains what is continuous in an INT4 artifact on so many tokens of that text, a number or "2M".
+    Into a folder: a `scheme` of SCHEMES (fp8-block) or a `recipe`, a YAML file; of INT4 and of fewer bits the `method`
+    (gptq) and `group_size` (128, of fewer bits 64); `layout` of LAYOUTS; `targets`, consumers that must load it (all
+    that can), with their tensor-parallel size `tp` and GPUs `ep` that experts are spread over (1); `max_shard_size` in
+    bytes or as text ("5GB"); `kv_scales` for an FP8 KV cache; `language_only` of a multimodal model, which is else
+    written whole. What calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a
+    data set of the hub, "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that
+    `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
+    `tune` trains what is continuous in an artifact of INT4 or fewer bits on so many tokens of that text, a number or
+    "2M".
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
@@ -206,8 +209,12 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
     kind, _, variant = (scheme or "").partition("-")
     if kind == "w4a8" and group:
         raise UsageError("--w4a8 has groups of 128 columns: --group-size goes with --int4")
-    if (method or group) and kind not in ("int4", "w4a8"):
-        raise UsageError("--method and --group-size go with --int4; a recipe names them itself")
+    if (method or group) and kind not in ("int4", "w4a8", *FEW_BITS):
+        raise UsageError("--method and --group-size go with --int4, --int3 and --int2; a recipe names them itself")
+    if kind in FEW_BITS and group == "channel":
+        raise UsageError(f"--{kind} has scales per group alone: --group-size 128, 64 or 32")
+    if kind in FEW_BITS and method == "awq":
+        raise UsageError(f"--{kind} has no method awq", fix="take gptq, mse or rtn")
     if (layout and kind not in LAYOUTS[layout]) or (layout and kind == "fp8" and variant != "static"):
         raise UsageError(f"--format {layout}: gptq and awq go with --int4, autofp8 with --fp8=static")
     if (layout, group) == ("awq", "channel"):
@@ -228,7 +235,7 @@ def check_tune(schemes: Iterable[str], given: Mapping[str, Any]) -> None:
     if "tune" in given:
         parse_tokens(given["tune"])
         if not any(CODECS[scheme].integers for scheme in schemes):
-            raise UsageError("--tune trains the scales of INT4 weights, and there would be none", fix="leave it out")
+            raise UsageError("--tune trains the scales of integer weights, and there would be none", fix="leave it out")
 
 
 def parse_tokens(text: int | str) -> int:

@@ -195,7 +195,9 @@ def make_plan(
     `tp` and `ep` do not split the model or a target does not load what the recipe makes.
     """
     checkpoint = checkpoint.as_source()
-    chosen, parallel = targets.choose(for_targets, recipe.schemes, checkpoint.config), Parallel(tp, ep)
+    routed = {recipe.assign(weight.spec)[0] for weight in checkpoint.weights if weight.spec.expert is not None}
+    chosen = targets.choose(for_targets, recipe.schemes, checkpoint.config, routed)
+    parallel = Parallel(tp, ep)
     if set(chosen) & set(targets.ENGINES):
         targets.check_parallel(checkpoint.config, parallel, chosen)
     where = f"recipe {recipe.name}"

@@ -100,7 +100,7 @@ def builtin(
     name: str, *, method: str | None = None, group_size: int | None = None, layout: str | None = None
 ) -> Recipe:
     """A recipe that comes with the package, such as 'fp8-block'; `int4-*` with another method, group size (0: whole
-    rows) or layout ('gptq', 'awq'), 'fp8-static' with 'autofp8'."""
+    rows) or layout ('gptq', 'awq'), `int3-*` and `int2-*` with the first two, 'fp8-static' with 'autofp8'."""
     text = resources.files("dsv2quant").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     recipe = parse(text, f"recipe {name}")
     rules = tuple(_adapted(rule, method, group_size, layout) for rule in recipe.rules)

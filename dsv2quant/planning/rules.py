@@ -206,11 +206,28 @@ def _w4a8(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None
     return found or _multiple(target, "rows", rows, tp if spec.parallel == "rows" else 1, 128, finer)
 
 
+def _humming(spec: TensorSpec, scheme: str, target: str, tp: int) -> Refusal | None:
+    # compressed_tensors_moe_wna16.py, CompressedTensorsWNA16MoEMethod.create_weights. fused_humming_moe.py takes
+    # codes of 2 to 8 bits; what is no multiple of its tiles is padded (utils/humming/moe.py and linear.py).
+    group, finer = _group(scheme) or 1, CODECS[scheme].finer
+    if spec.expert is not None:
+        width, hidden = _expert(spec)
+        found = _multiple(target, "the hidden size", hidden, 1, group, finer)
+        return found or _multiple(target, "the experts' width", width, tp, group, finer)
+    return _multiple(target, "columns", spec.shape[1], tp if spec.parallel == "columns" else 1, group, finer)
+
+
 _PACKED = ("int4-g128", "int4-g64", "int4-g32", "int4-channel")
+_FEW = ("int3-g128", "int3-g64", "int3-g32", "int2-g128", "int2-g64", "int2-g32")
 _GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
 _AWQ = ("awq-g128", "awq-g64", "awq-g32")
 _marlin, _marlin_words = (_all(_plain_kv_b, rule) for rule in (_int4, partial(_int4, word=PER_WORD)))
-NEEDS = {("vllm", "w4a8-g128"): "a Hopper GPU (sm90), and BF16"}  # what serving takes besides
+# What serving takes besides. Humming comes with vLLM 0.33; no other kernel has fewer than 4 bits (oracle/int_wna16.py,
+# kernels/linear/__init__.py).
+NEEDS = {
+    ("vllm", "w4a8-g128"): "a Hopper GPU (sm90), and BF16",
+    **{("vllm", scheme): "vLLM's Humming kernels, and a GPU from sm75 on" for scheme in _FEW},
+}
 # By consumer, then scheme. INT8 has any shape in vLLM: what CUTLASS does not take, Triton does (_custom_ops.py,
 # cutlass_scaled_mm). In SGLang its experts run on Ascend alone (compressed_tensors_w8a8_int8_moe.py).
 ROWS: dict[str, dict[str, Rule]] = {
@@ -220,6 +237,7 @@ ROWS: dict[str, dict[str, Rule]] = {
         "fp8-tensor": _tensor_experts,
         **dict.fromkeys(("fp8-static", "fp8-autofp8"), _static_kv_b),
         **dict.fromkeys(_PACKED, _marlin),
+        **dict.fromkeys(_FEW, _all(_plain_kv_b, _humming)),
         **dict.fromkeys(_GPTQ + _AWQ, _marlin_words),
         "w4a8-g128": _all(_plain_kv_b, _w4a8),
     },
@@ -233,7 +251,7 @@ ROWS: dict[str, dict[str, Rule]] = {
     },
     "transformers": {
         "fp8-block": _whole_blocks,
-        **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, *_GPTQ, *_AWQ, "w4a8-g128"), _any),
+        **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, *_FEW, *_GPTQ, *_AWQ, "w4a8-g128"), _any),
         "int8-channel": _no_int8_experts,
     },
 }
@@ -250,7 +268,7 @@ RAN: dict[str, dict[str, str]] = {
     },
     "sglang": dict.fromkeys((*_FP8, *_PACKED, "gptq-g128", "awq-g128"), _SGLANG),
     "transformers": dict.fromkeys(
-        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, "int8-channel", "w4a8-g128"),
+        ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-static", *_PACKED, *_FEW, "int8-channel", "w4a8-g128"),
         "run, transformers 5.23.0 on a CPU",
     ),
 }

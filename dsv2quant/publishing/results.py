@@ -8,6 +8,7 @@ from dsv2quant.publishing.made import Released
 from dsv2quant.publishing.publish import report
 from dsv2quant.report.artifacts import report_json
 from dsv2quant.report.scores import Scored, engines_table, scores_table
+from dsv2quant.report.tasks import beside_table
 
 
 def released_text(released: Released) -> str:
@@ -15,6 +16,8 @@ def released_text(released: Released) -> str:
     artifacts = report(released).artifacts
     rows = [Scored(a.name, a.nbytes, a.bits_per_weight, a.measured.scores) for a in artifacts]
     parts = [scores_table(rows)]
+    if tasks := beside_table([(a.name, a.measured.tasks) for a in artifacts]):
+        parts.append(f"in tasks:\n{tasks}")
     parts += [f"{a.name} in engines:\n{engines_table(a.measured.engines)}" for a in artifacts if a.measured.engines]
     parts += [f"{a.name}: {what}" for a in artifacts for what in a.failed]
     return "\n".join([*parts, f"{released.out}: {len(artifacts)} artifacts, report.html"])

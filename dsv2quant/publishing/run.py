@@ -3,7 +3,7 @@ in engines; then cards, checksums and a report. What is done is kept: a run that
 
     OUT/MODEL-FP8-BLOCK/, …, MODEL-GGUF/MODEL-Q4_K_M.gguf, …    the artifacts
     OUT/report.html, report.json, SHA256SUMS, release.yaml      publish.py
-    OUT/.release.state, .reference.safetensors                  what a later run goes on from
+    OUT/.release.state, .reference.safetensors, .tasks/         what a later run goes on from
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
+from dsv2quant.publishing.gates import failed
+from dsv2quant.publishing.harness import Row
 from dsv2quant.publishing.made import Made, Released
-from dsv2quant.publishing.wanted import Gates, Release, Wanted
+from dsv2quant.publishing.tasks import TaskRun, weights_of
+from dsv2quant.publishing.wanted import Release, Wanted
 from dsv2quant.report.measured import Measured, measured_from, measured_json
 from dsv2quant.storage.durable import StateLog, disk_errors
 
@@ -37,22 +40,24 @@ Known = Mapping[str, dict[str, Any]]  # what was measured before, by key
 
 
 class _Found(NamedTuple):
-    """An artifact: its `Conversion`, the key of what was measured, and that, as JSON."""
+    """An artifact: its `Conversion`, the key of what was measured, that, as JSON, and its scores in tasks."""
 
     conversion: Any
     key: str
     measured: dict[str, Any]
+    tasks: list[Row]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What every step of a release has in common; `options` are those of `convert`, by artifact. Another process takes
-    it with `no_progress`."""
+    """What every step of a release has in common; `options` are those of `convert`, by artifact, and `tasks` None where
+    none are asked for. Another process takes it with `no_progress`."""
 
     checkpoint: Checkpoint
     out: Path
     release: Release
     options: Mapping[str, Mapping[str, Any]]
+    tasks: TaskRun | None
     device: str
     progress: Progress
 
@@ -77,19 +82,23 @@ class _Run:
         conversion = dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **options)
         key = self.key(conversion.files)
         measured = known.get(key) or measured_json(self.measure(wanted, conversion.plan, reference))
-        return _Found(conversion, key, measured)
+        return _Found(conversion, key, measured, self.scored(path, _hashes(conversion.files)))
 
-    def made(self, wanted: Wanted, found: _Found) -> Made:
-        """The same for people, with the gates that it doesn't keep to."""
+    def scored(self, model: dq.Model, weights: object) -> list[Row]:
+        """A model's scores in tasks, which lie beside what was measured; `weights` tell it from others."""
+        return [] if self.tasks is None else self.tasks.rows(model, weights, self.progress)
+
+    def made(self, wanted: Wanted, found: _Found, of_model: list[Row]) -> Made:
+        """The same for people, with the gates that it doesn't keep to. `of_model` are the model's scores in tasks."""
         measured = measured_from(found.measured)
-        failed = tuple(_failed(measured, wanted.gates))
-        return Made(wanted, self.path(wanted), found.conversion, measured, failed)
+        if self.tasks is not None:
+            measured = replace(measured, tasks=self.tasks.compared(self.checkpoint.model, found.tasks, of_model))
+        return Made(wanted, self.path(wanted), found.conversion, measured, tuple(failed(measured, wanted.gates)))
 
     def key(self, files: Mapping[str, Any]) -> str:
         """Of what was measured: an artifact's files, on what text, and in which engines."""
-        hashes = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")
         ways = [dict(self.release.evaluation), [dict(engine) for engine in self.release.engines]]
-        return hashlib.sha256(json.dumps([hashes, ways]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_hashes(files), ways]).encode()).hexdigest()
 
     def measure(self, wanted: Wanted, plan: Any, reference: Any) -> Measured:
         """What comes of an artifact. Raises GateError where its weights can't be what the model's were quantized to."""
@@ -120,14 +129,16 @@ def release(
     planned before anything is written. A gate that fails leaves the others done: `Released.check` raises for it.
     `jobs` artifacts are made at a time, each in a process of its own, which share the processors.
 
-    Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, and InputError where another run works in
-    `out`."""
+    Raises as `plan`, `convert`, `verify`, `evaluate` and `verify_engine` do, for tasks as `TaskRun` does, and
+    InputError where another run works in `out`."""
     asked.check_values(wanted.evaluation)
     for engine in wanted.engines:
         asked.check_engine(engine["engine"], engine.get("engine_python"), None, engine.get("tp", 1), "auto", "bfloat16")
     checkpoint = dq.open(model, **hub)
     options = {each.name: _options(checkpoint, each, wanted.calibration, base_model) for each in wanted.artifacts}
-    run = _Run(checkpoint, Path(out), wanted, options, device, progress)
+    dtype, tasks = wanted.evaluation.get("dtype", "auto"), wanted.tasks
+    in_tasks = None if tasks is None else TaskRun.of(tasks, Path(out), device, dtype)
+    run = _Run(checkpoint, Path(out), wanted, options, in_tasks, device, progress)
     for each in wanted.artifacts:
         dq.check_conversion(run.path(each), device, **options[each.name])
     from dsv2quant.publishing.publish import publish
@@ -136,11 +147,13 @@ def release(
         run.out.mkdir(parents=True, exist_ok=True)
     with closing(StateLog(run.out / STATE, run.out)) as log:
         known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
+        # First: data that can't be had is told before hours of work.
+        of_model = [] if tasks is None else run.scored(checkpoint, weights_of(checkpoint))
         made = {}
         for each, found in _each(run, known, jobs):
             if found.key not in known:
                 log.append({"name": each.name, "key": found.key, "measured": found.measured})
-            made[each.name] = run.made(each, found)
+            made[each.name] = run.made(each, found, of_model)
         released = Released(run.out, checkpoint, base_model, tuple(made[each.name] for each in wanted.artifacts))
         publish(released, wanted.text)
     return released
@@ -157,6 +170,11 @@ def _options(
         options["base_model"] = base_model
     plan = dq.plan(checkpoint, **options)
     return options | (dict(calibration) if isinstance(plan, Plan) and needs_calibration(plan) else {})
+
+
+def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What tells an artifact from others, whatever its card says."""
+    return sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")
 
 
 def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
@@ -218,19 +236,3 @@ def _apart(run: _Run, wanted: Wanted, reference: Path, known: Known) -> _Found:
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:
     """Whether an engine runs an artifact."""
     return engine == "llama.cpp" if wanted.into_gguf else engine in plan.targets
-
-
-def _failed(measured: Measured, gates: Gates) -> Iterator[str]:
-    """What is wrong with an artifact, a line each."""
-    scores = measured.scores
-    if scores is not None:
-        growth = 100 * (scores.perplexity.value / scores.reference_perplexity.value - 1)
-        # A number that is none keeps to nothing.
-        if gates.max_kld is not None and not scores.kld.value <= gates.max_kld:
-            yield f"mean KLD is {scores.kld.value:.5f} nats, more than {gates.max_kld:g}"
-        if gates.max_ppl_increase is not None and not growth <= gates.max_ppl_increase:
-            yield f"perplexity grew by {growth:.3f}%, more than {gates.max_ppl_increase:g}%"
-        if gates.min_top1 is not None and not scores.top1.value >= gates.min_top1:
-            yield f"the likeliest token is the same for {scores.top1.value:.2%}, less than {gates.min_top1:.2%}"
-    for engine in measured.engines:
-        yield from (f"in {engine.engine}: {fault}" for fault in engine.faults)

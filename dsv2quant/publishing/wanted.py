@@ -6,7 +6,8 @@
       - {artifact: Q4_K_M, name: model-Q4_K_M}
     calibration: {text: chats.jsonl, samples: 512, length: 2048}
     evaluation: {dataset: wikitext2, ctx: 2048, limit: 64}
-    gates: {max-kld: 0.1, max-ppl-increase: 3}
+    tasks: {names: [gsm8k, {task: arc_challenge, fewshot: 25}], limit: 200}
+    gates: {max-kld: 0.1, max-ppl-increase: 3, min-recovery: 98}
     engines:
       - {engine: vllm, python: ~/vllm/bin/python}
 
@@ -35,24 +36,29 @@ _OPTIONS = {
     for name in (*asked.FOLDER, *GGUF)
     if name not in ("scheme", "gguf", "recipe")
 }
-_NUMBERS = {"tp", "ep", "samples", "length", "seed", "ctx", "limit", "windows"}
-_FLAGS = {"kv_scales", "language_only", "imatrix_shrink", "drop_expert_groups", "stream"}
+_NUMBERS = {"tp", "ep", "samples", "length", "seed", "ctx", "limit", "windows", "fewshot"}
+_FLAGS = {"kv_scales", "language_only", "imatrix_shrink", "drop_expert_groups", "stream", "apply-chat-template"}
 _LISTS = {"targets", "tensor_types"}
-_PATHS = {"text", "recipe", "imatrix", "python"}
-_GATES = {"max-kld": "max_kld", "max-ppl-increase": "max_ppl_increase", "min-top1": "min_top1"}
+_PATHS = {"text", "recipe", "imatrix", "python", "include"}
+_GATES = {
+    "max-kld": "max_kld", "max-ppl-increase": "max_ppl_increase", "min-top1": "min_top1",
+    "min-recovery": "min_recovery",
+}  # fmt: skip
 _CALIBRATION = ("text", "samples", "length", "seed")
 _EVALUATION = ("text", "dataset", "ctx", "limit", "protocol", "dtype", "stream")
 _ENGINE = ("engine", "python", "windows", "ctx", "tp")
+_COUNTS = {"fewshot": 0, "limit": 1}  # of tasks, with the least that each may be
 
 
 @dataclass(frozen=True)
 class Gates:
     """What an artifact must keep to: mean KLD in nats, percent that perplexity grows by, share of tokens with the same
-    likeliest one; None asks nothing."""
+    likeliest one, percent of the model's mean over tasks; None asks nothing."""
 
     max_kld: float | None = None
     max_ppl_increase: float | None = None
     min_top1: float | None = None
+    min_recovery: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,36 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A task of lm_eval by its `name`, or a group or tag of some: `fewshot` examples shown before a question, and the
+    first `limit` questions; None is what the task says, and all of them."""
+
+    name: str
+    fewshot: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks for the model and for each artifact: lm_eval's own, and those of the folder `include`. `chat` puts
+    questions in the model's chat template."""
+
+    each: tuple[Task, ...]
+    include: str | None = None
+    chat: bool = False
+
+
+@dataclass(frozen=True)
 class Release:
     """What is wanted; `text` is the file it came from, which the cards show. `calibration`, `evaluation` and each of
-    `engines` hold options of `convert`, `evaluate` and `verify_engine` by their names in Python."""
+    `engines` hold options of `convert`, `evaluate` and `verify_engine` by their names in Python. `tasks` are None where
+    none are to be done."""
 
     artifacts: tuple[Wanted, ...]
     calibration: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     engines: tuple[Mapping[str, Any], ...] = ()
+    tasks: Tasks | None = None
     text: str = ""
 
 
@@ -87,7 +115,7 @@ def load(path: Path, model: str) -> Release:
     key or value, with its place."""
     text = plain_yaml.read(path)
     raw = plain_yaml.parse(text, path, ADVICE)
-    known_keys(raw, ("artifacts", "calibration", "evaluation", "gates", "engines"), path)
+    known_keys(raw, ("artifacts", "calibration", "evaluation", "tasks", "gates", "engines"), path)
     for name in ("artifacts", "engines"):
         if not isinstance(raw.get(name, [""]), list) or not raw.get(name, [""]):
             raise InputError(f"`{name}` must be a list", where=path, fix=ADVICE)
@@ -101,6 +129,7 @@ def load(path: Path, model: str) -> Release:
         calibration=read.section(raw.get("calibration") or {}, _CALIBRATION, "calibration"),
         evaluation=read.section(raw.get("evaluation") or {}, _EVALUATION, "evaluation"),
         engines=tuple(read.engine(item, f"engine {i}") for i, item in enumerate(raw.get("engines") or (), 1)),
+        tasks=None if raw.get("tasks") is None else read.tasks(raw["tasks"]),
         text=text,
     )
     return _checked(release, path)
@@ -120,6 +149,8 @@ def _checked(release: Release, where: object) -> Release:
     names = [wanted.name for wanted in release.artifacts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two artifacts are named {twice[0]}", where=where, fix="give one of them a `name`")
+    if release.tasks is None and any(wanted.gates.min_recovery is not None for wanted in release.artifacts):
+        raise InputError("`min-recovery` is of tasks, and it has none", where=where, fix="name some: `tasks`")
     return release
 
 
@@ -167,6 +198,34 @@ class _Reader:
             raise InputError(
                 f"unknown engine {short(found.get('engine'))}", where=self.at(part), fix=", ".join(ENGINES)
             )
+        return found
+
+    def tasks(self, raw: Any) -> Tasks:
+        part = "tasks"
+        known_keys(raw, ("names", "include", "apply-chat-template", *_COUNTS), self.at(part))
+        names = raw.get("names")
+        if not isinstance(names, list) or not names:
+            raise InputError("`names` must be a list", where=self.at(part), fix=ADVICE)
+        usual = self.counts(raw, part)
+        each = tuple(self.task(item, usual, f"task {i}") for i, item in enumerate(names, 1))
+        called = [task.name for task in each]
+        if twice := [name for name in called if called.count(name) > 1]:
+            raise InputError(f"{twice[0]} is there twice", where=self.at(part), fix="leave one out")
+        more = {name: self.value(name, raw[name], part) for name in ("include", "apply-chat-template") if name in raw}
+        return Tasks(each, more.get("include"), more.get("apply-chat-template", False))
+
+    def task(self, raw: Any, usual: Mapping[str, int], part: str) -> Task:
+        given = {"task": raw} if isinstance(raw, str) else raw
+        known_keys(given, ("task", *_COUNTS), self.at(part))
+        if not isinstance(given.get("task"), str):
+            raise InputError(f"`task` is {short(given.get('task'))}", where=self.at(part), fix="give a name")
+        return Task(given["task"], **{**usual, **self.counts(given, part)})
+
+    def counts(self, raw: Mapping[str, Any], part: str) -> dict[str, int]:
+        found = {key: self.value(key, raw[key], part) for key in _COUNTS if key in raw}
+        for key, count in found.items():
+            if count < _COUNTS[key]:
+                raise InputError(f"`{key}` is {count}", where=self.at(part), fix=f"at least {_COUNTS[key]}")
         return found
 
     def section(self, raw: Any, keys: Sequence[str], part: str) -> dict[str, Any]:

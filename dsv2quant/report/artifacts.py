@@ -9,6 +9,7 @@ from typing import Any
 from dsv2quant.report.fallbacks import Fallback
 from dsv2quant.report.measured import Measured, measured_json
 from dsv2quant.report.tables import values_of
+from dsv2quant.report.tasks import recovery
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def artifacts_json(report: Report) -> dict[str, Any]:
         "artifacts": [
             {
                 **values_of(a, "name", "bits_per_weight"), "bytes": a.nbytes, **measured_json(a.measured),
+                "recovery": recovery(a.measured.tasks),
                 "fallbacks": [asdict(fallback) for fallback in a.fallbacks],
                 "coverage": [dict(row) for row in a.coverage], "failed": list(a.failed),
             }

@@ -25,6 +25,7 @@ from dsv2quant.report.origin import Origin
 from dsv2quant.report.plans import beside, serving_notes, types_table
 from dsv2quant.report.scores import Scored, engines_table, growth, scored_on, scores_table
 from dsv2quant.report.tables import folded, gigabytes, roles_table, summarize, table
+from dsv2quant.report.tasks import beside_table, done_by, task_table
 from dsv2quant.report.usage import llama_cpp, usage
 from dsv2quant.storage.card import sealed
 from dsv2quant.storage.durable import MANIFEST_FILE
@@ -91,7 +92,7 @@ def folder_card(
     measured = measured or Measured()
     library = "transformers" if "transformers" in plan.targets else plan.targets[0]
     size = sum(shard.nbytes for shard in plan.shards)
-    rows = [Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores)]
+    rows = [Scored(plan.recipe.name, size, plan.bits_per_weight, measured.scores, measured.tasks)]
     model = CardModel.of(plan.checkpoint, base)
     tags = [*sorted({str(CODECS[scheme].quant_method) for scheme in plan.schemes}), *sorted(plan.schemes)]
     tags += sorted({entry.method for entry in plan.entries} & {"gptq", "awq"} - set(tags))
@@ -138,7 +139,7 @@ def gguf_card(
     imatrices = {m.source: m for m in (plan.options.imatrix for plan in plans) if m is not None}
     names = _names(files)
     rows = [
-        Scored(name, sum(file.files.values()), file.bits_per_weight, file.measured.scores)
+        Scored(name, sum(file.files.values()), file.bits_per_weight, file.measured.scores, file.measured.tasks)
         for name, file in zip(names, files, strict=True)
     ]
     sections = [
@@ -248,12 +249,24 @@ def _evaluation(rows: Sequence[Scored], measured: Sequence[Measured], base: Orig
         ran = f"dsv2quant eval-ppl ARTIFACT --reference {base.name} --ctx {scores.ctx} --limit {scores.windows}"
         parts += [scores_table(rows, markdown=True), f"Perplexity grew by: {grew}."]
         parts += [_sentence(scored_on([s for _, s in found])), f"```\n{ran}\n```"]
-        parts += ["Tasks, other texts and longer contexts were not measured."]
+        unmeasured = "Other" if any(row.tasks for row in rows) else "Tasks, other"
+        parts += [f"{unmeasured} texts and longer contexts were not measured."]
     for row, each in zip(rows, measured, strict=True):
         if each.engines:
             parts += [f"{row.name} in engines, beside dsv2quant's runtime:", engines_table(each.engines, markdown=True)]
         parts += _verified(row, each, base)
+    parts += _tasks(rows)
     return ["## Evaluation", *parts] if parts else []
+
+
+def _tasks(rows: Sequence[Scored]) -> list[str]:
+    """Scores in tasks: of one artifact by every metric, of several by one of each task, beside each other."""
+    done = [(row.name, row.tasks) for row in rows if row.tasks is not None]
+    if not done:
+        return []
+    name, tasks = done[0]
+    shown = task_table(tasks, name, markdown=True) if len(done) == 1 else beside_table(done, markdown=True)
+    return ["### Tasks", shown, _sentence(done_by(tasks)), "```\n" + "\n".join(tasks.commands) + "\n```"]
 
 
 def _verified(row: Scored, measured: Measured, base: Origin) -> list[str]:

@@ -14,6 +14,8 @@ from dsv2quant.report.scores import Scored
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
+
 
 def dataset_ids(sources: Iterable[str]) -> list[str]:
     """The ids of data sets among the names of texts, without what follows them: a split, a column, a revision."""
@@ -29,27 +31,32 @@ def front_matter(
     from huggingface_hub import ModelCardData
 
     related = {} if base.id is None else {"base_model_relation": "quantized"}
-    results = [result for row in rows for result in _results(row, several=len(rows) > 1)]
+    several = len(rows) > 1
+    results = [result for row in rows for result in (*_results(row, several), *_task_results(row, several))]
     measured: dict[str, Any] = {"eval_results": results, "model_name": name} if results else {}
     data = ModelCardData(
         base_model=base.id, datasets=list(datasets) or None, library_name=library,
         pipeline_tag=base.pipeline_tag or ("image-text-to-text" if checkpoint.whole else "text-generation"),
         tags=[str(checkpoint.raw_config.get("model_type", "deepseek_v2")), *tags],
-        metrics=["perplexity"] if results else None,
+        metrics=[*dict.fromkeys(metric for row in rows for metric in _metrics(row))] or None,
         **base.carried, **related, quantized_by="dsv2quant", **measured,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _results(row: Scored, *, several: bool) -> Iterator[EvalResult]:
+def _metrics(row: Scored) -> list[str]:
+    tasks = [] if row.tasks is None else [score.metric for score in row.tasks.scores]
+    return ["perplexity"] * (row.scores is not None) + tasks
+
+
+def _results(row: Scored, several: bool) -> Iterator[EvalResult]:
     """What the hub shows beside a card, a number each; the card itself has their errors."""
     from huggingface_hub import EvalResult
 
     s = row.scores
     if s is None:
         return
-    # How the hub spells what a text is called: a data set's id, or letters, digits, '-', '_' and '.'.
-    kind = (dataset_ids([s.text]) or [re.sub(r"[^\w.-]+", "-", s.text, flags=re.ASCII)])[0]
+    kind = (dataset_ids([s.text]) or [_spelled(s.text)])[0]
     args = {"windows": s.windows, "ctx": s.ctx, "protocol": s.protocol, "sha256": s.text_sha256}
     of = f" of {row.name}" * several
     for metric, title, value in (
@@ -62,3 +69,28 @@ def _results(row: Scored, *, several: bool) -> Iterator[EvalResult]:
                 task_type="text-generation", dataset_type=kind, dataset_name=s.text, dataset_args=args,
                 metric_type=metric, metric_name=title, metric_value=float(f"{value:.6g}"),
             )  # fmt: skip
+
+
+def _task_results(row: Scored, several: bool) -> Iterator[EvalResult]:
+    """The same of tasks: of the hub's data set where a task names one, else under the task's own name."""
+    from huggingface_hub import EvalResult
+
+    if row.tasks is None:
+        return
+    for s in row.tasks.scores:
+        words = [s.task, s.metric, *([] if s.filter == "none" else [s.filter])]
+        what: dict[str, Any] = {"dataset_type": _spelled(s.task)}
+        if s.dataset is not None and ID.fullmatch(s.dataset):
+            what = {"dataset_type": s.dataset, "dataset_config": s.config, "dataset_split": s.split}
+        yield EvalResult(
+            task_type="text-generation", dataset_name=s.task, **what,
+            dataset_args=None if s.shots is None else {"num_few_shot": s.shots},
+            metric_type=s.metric, metric_name=f"{', '.join(words)}{f' of {row.name}' * several}",
+            metric_args={"version": s.version, "samples": s.samples}, metric_value=float(f"{s.value:.6g}"),
+            source_name=f"lm_eval {row.tasks.lm_eval}", source_url=LM_EVAL,
+        )  # fmt: skip
+
+
+def _spelled(name: str) -> str:
+    """A name as the hub spells those of data sets: letters, digits, '-', '_' and '.'."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)

@@ -89,12 +89,55 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """What lm_eval made of a task by one metric, of the artifact and of the `reference`; `version` is the task's,
+    `filter` says which part of an answer counts. `shots` examples were shown before each of so many `samples`, None
+    where the tasks of a group were shown different numbers; `dataset`, `config` and `split` are what a task names, None
+    of a group. Standard errors are lm_eval's, None where it has none."""
+
+    task: str
+    version: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    shots: int | None
+    samples: int
+    dataset: str | None
+    config: str | None
+    split: str | None
+    value: float
+    stderr: float | None
+    reference: float
+    reference_stderr: float | None
+
+    @property
+    def recovery(self) -> float | None:
+        """Percent of the reference's score; None of what is better when lower, or where the reference has none."""
+        return 100 * (self.value / self.reference) if self.higher_is_better and self.reference > 0 else None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores in tasks, by this version of `lm_eval` over the runtime in `dtype`; `commands` give them again. `chat` is
+    whether questions were put in the model's chat template."""
+
+    reference: str
+    lm_eval: str
+    dtype: str
+    chat: bool
+    commands: tuple[str, ...]
+    scores: tuple[TaskScore, ...]
+
+
+@dataclass(frozen=True)
 class Measured:
-    """All of an artifact: `scores` are None where it was not scored, `cells` in the order of the model."""
+    """All of an artifact: `scores` are None where it was not scored, `cells` in the order of the model, `tasks` None
+    where it did none."""
 
     scores: Scores | None = None
     engines: tuple[EngineRun, ...] = ()
     cells: tuple[Cell, ...] = ()
+    tasks: TaskScores | None = None
 
 
 def measured_json(measured: Measured) -> dict[str, Any]:
@@ -104,7 +147,7 @@ def measured_json(measured: Measured) -> dict[str, Any]:
 
 def measured_from(found: Mapping[str, Any]) -> Measured:
     """What `measured_json` made."""
-    scores = found["scores"]
+    scores, tasks = found["scores"], found.get("tasks")  # a release that was made before tasks has none
     return Measured(
         None if scores is None else _scores(scores),
         tuple(
@@ -112,6 +155,7 @@ def measured_from(found: Mapping[str, Any]) -> Measured:
             for run in found["engines"]
         ),
         tuple(Cell(**cell | {"schemes": tuple(cell["schemes"])}) for cell in found["cells"]),
+        None if tasks is None else _tasks(tasks),
     )
 
 
@@ -119,6 +163,11 @@ def _scores(found: Mapping[str, Any]) -> Scores:
     stretches = tuple(Stretch(**stretch | _estimates(stretch, "kld")) for stretch in found["by_position"])
     numbers = _estimates(found, "perplexity", "reference_perplexity", "ln_ratio", "kld", "top1")
     return Scores(**dict(found) | numbers | {"by_position": stretches})
+
+
+def _tasks(found: Mapping[str, Any]) -> TaskScores:
+    scores = tuple(TaskScore(**score) for score in found["scores"])
+    return TaskScores(**dict(found) | {"commands": tuple(found["commands"]), "scores": scores})
 
 
 def _estimates(found: Mapping[str, Any], *names: str) -> dict[str, Estimate]:

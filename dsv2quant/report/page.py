@@ -13,6 +13,7 @@ from dsv2quant.report.measured import Scores
 from dsv2quant.report.scores import cells_of, percent, pm, scored_on
 from dsv2quant.report.svg import STYLE
 from dsv2quant.report.tables import gigabytes
+from dsv2quant.report.tasks import beside_rows, done_by, task_header, task_rows
 from dsv2quant.version import __version__
 
 _STYLE = """
@@ -29,7 +30,7 @@ max-width:660px;margin:0 auto}
 .wide{overflow-x:auto;border:1px solid var(--rule);border-radius:6px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:5px 8px;text-align:left;border-bottom:1px solid var(--rule);white-space:nowrap}
-.told td{white-space:normal}.told td:last-child{min-width:150px}
+.told td,.wraps th{white-space:normal}.told td:last-child{min-width:150px}
 tr:last-child td{border-bottom:0}th{background:var(--soft);font-weight:600}
 .best td:first-child,th:first-child{position:sticky;left:0}.best td:first-child{background:var(--paper)}
 .num{text-align:right}.bad{color:var(--bad)}.good{color:var(--good)}
@@ -55,6 +56,7 @@ def page(report: Report) -> str:
         f"<p>{_e(scored_on(scored))}.</p>" if scored else "",
         _grid([*(drawn for drawn in beside if drawn), *seen]),
         f"<h2>Errors of weights</h2>{_grid(maps)}" if maps else "",
+        _tasks(report.artifacts),
         _engines(report.artifacts),
         _fallen(report.artifacts),
         _cells(report.artifacts),
@@ -112,6 +114,25 @@ def _verdict(artifact: Artifact) -> str:
     runs = artifact.measured.engines
     engines = " and ".join(f"{run.engine} {run.version}".strip() for run in runs)
     return f'<span class="good">{_e(engines)} agree{"s" * (len(runs) == 1)}</span>' if runs else ""
+
+
+def _tasks(artifacts: Sequence[Artifact]) -> str:
+    """Artifacts beside each other by one score of each task; every metric of each, folded."""
+    done = [(a.name, a.measured.tasks) for a in artifacts if a.measured.tasks is not None]
+    if not done:
+        return ""
+    header, rows = beside_rows(done)
+    parts = ["<h2>Tasks</h2>", _told(header, rows, kind="best wraps"), f"<p>{_e(done_by(done[0][1]))}.</p>"]
+    for name, tasks in done:
+        shown = _told(task_header(tasks, name), task_rows(tasks))
+        parts.append(f"<details><summary>{_e(name)}</summary>{shown}</details>")
+    return "".join(parts)
+
+
+def _told(header: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
+    """A table of scores, whose cells are plain text."""
+    numbers = len(header) - (1 if kind else 2)
+    return _table([*map(_e, header)], [[*map(_e, row)] for row in rows], numbers=numbers, kind=kind)
 
 
 def _engines(artifacts: Sequence[Artifact]) -> str:

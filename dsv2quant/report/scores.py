@@ -6,18 +6,20 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsv2quant.report.measured import EngineRun, Estimate, Scores
+from dsv2quant.report.measured import EngineRun, Estimate, Scores, TaskScores
 from dsv2quant.report.tables import gigabytes, table
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A row: an artifact, the bytes of its weights' files, bits per weight, and its scores, if it has any."""
+    """A row: an artifact, the bytes of its weights' files, bits per weight, and its scores, if it has any, of texts
+    and of tasks."""
 
     name: str
     nbytes: int
     bits_per_weight: float
     scores: Scores | None
+    tasks: TaskScores | None = None
 
 
 def scores_table(rows: Sequence[Scored], *, markdown: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""INT4 artifacts as transformers loads them: the same weights bit for bit, and on these the logits of our runtime.
+"""INT4, INT3 and INT2 as transformers loads them: the same weights bit for bit, and on these our runtime's logits.
 
 transformers stores every part as the checkpoint does and multiplies in the scales' dtype, BF16. By default the linears
 it keeps as modules follow the model's dtype; routed experts, and with `dequantize=True` all INT4, are the BF16-rounded
@@ -19,7 +19,7 @@ from dsv2quant.calib.calibration import Calibration
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.layers import Linear, MoE
+from dsv2quant.model.layers import Linear, MoE, Served
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -34,6 +34,8 @@ ARTIFACTS = {
     "mixed": ("int4-mixed", 64, "rtn"),
     "folded": ("int4-pure", 64, "awq"),
     "tuned": ("int4-pure", 64, "rtn"),
+    "INT3": ("int3-mixed", 32, "mse"),
+    "INT2": ("int2-experts", 64, "mse"),
 }
 # `dequantize=True` takes one group of the configuration for all linears but experts: not for two sizes.
 MODES = [
@@ -56,13 +58,13 @@ def artifacts(tmp_path_factory, awkward):
             out = folder / f"{source}-{name.replace(' ', '-')}"
             chosen = recipe.builtin(asked, method=method, group_size=group_size)
             plan = make_plan(open_checkpoint(path), chosen, for_targets=("vllm", "transformers"))
-            assert len(plan.schemes) == (2 if name in ("two sizes", "mixed") else 1)
+            assert len(plan.schemes) == (2 if name in ("two sizes", "mixed", "INT3") else 1)
             tuning = replace(tokens, ids=tokens.ids.reshape(32, 16)) if name == "tuned" else None
             held_out = iter((1.0, 0.5))  # so few tokens say nothing of others
             with pytest.MonkeyPatch.context() as m:
                 m.setattr("dsv2quant.calib.tuning.STEP_TOKENS", 32)
                 m.setattr("dsv2quant.calib.tuning._held_out", lambda whole, tokens, held_out=held_out: next(held_out))
-                found = convert(plan, out, command="", calibration=tokens if method == "awq" else None, tuning=tuning)
+                found = convert(plan, out, command="", calibration=None if method == "rtn" else tokens, tuning=tuning)
             assert found.tuned is None or found.tuned["accepted"]
             made[source, name] = out
     return made
@@ -70,15 +72,15 @@ def artifacts(tmp_path_factory, awkward):
 
 def dtype_there(weight: Weight, dtype: torch.dtype, dequantize: bool) -> torch.dtype:
     """What transformers rounds a weight to."""
-    int4, routed = weight.scheme.startswith("int4"), weight.spec.role.startswith("routed.")
+    int4, routed = weight.scheme.startswith("int"), weight.spec.role.startswith("routed.")
     return torch.bfloat16 if int4 and (routed or dequantize) else dtype
 
 
 class InBf16(Linear):
     """A routed expert's linear as transformers computes it on BF16 weights, in a float32 model too."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return super().__call__(x.to(torch.bfloat16))
+    def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
+        return super().__call__((x.x if isinstance(x, Served) else x).to(torch.bfloat16))
 
 
 def experts_in_bf16(model: Model) -> Model:
@@ -110,7 +112,7 @@ def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, deq
     theirs = load(checkpoint.folder, torch_dtype, dequantize)
     tokens, want = their_logits(theirs, checkpoint)
     state = theirs.state_dict()  # after the first forward pass, which is when compressed-tensors decompresses
-    served = name == "mixed" and not dequantize
+    served = name in ("mixed", "INT3") and not dequantize
     # Loaded by default, compressed-tensors keeps FP8 scales in parameters of the model's dtype. INT4's are BF16 anyway.
     scale_dtype = torch.bfloat16 if served and torch_dtype == torch.bfloat16 else None
     for weight in checkpoint.weights:

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, quants
 from dsv2quant.formats.cpu import amax_bits
 from dsv2quant.formats.gguf import iq1, kquants, lattice, legacy, ternary
 from dsv2quant.formats.gguf.grids import grid
+from dsv2quant.formats.gguf.layouts import HALVES
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.storage.gguf import SIZES, BlockType, dequantize
 
@@ -39,12 +40,8 @@ def _halves(*offsets: int) -> tuple[tuple[tuple[int, int], ...], ...]:
 # (offset, mask), have all bits of their masks set. Structs of ggml/src/ggml-common.h.
 _EXPONENTS = {
     "F32": (((2, 0x80), (3, 0x7F)),), "F16": _halves(0), "BF16": (((0, 0x80), (1, 0x7F)),),
-    "Q1_0": _halves(0), "Q2_0": _halves(0), "Q4_0": _halves(0), "Q4_1": _halves(0, 2), "Q5_0": _halves(0),
-    "Q5_1": _halves(0, 2), "Q8_0": _halves(0),
-    "Q2_K": _halves(80, 82), "Q3_K": _halves(108), "Q4_K": _halves(0, 2), "Q5_K": _halves(0, 2), "Q6_K": _halves(208),
-    "IQ1_S": _halves(0), "IQ1_M": (((53, 0xC0), (55, 0x70)),), "IQ2_XXS": _halves(0), "IQ2_XS": _halves(0),
-    "IQ2_S": _halves(0), "IQ3_XXS": _halves(0), "IQ3_S": _halves(0), "IQ4_NL": _halves(0), "IQ4_XS": _halves(0),
-    "TQ1_0": _halves(52), "TQ2_0": _halves(64), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
+    **{name: _halves(*offsets) for name, offsets in HALVES.items()},
+    "IQ1_M": (((53, 0xC0), (55, 0x70)),), "MXFP4": (((0, 0xFF),),), "NVFP4": (),
 }  # fmt: skip
 DECODABLE = tuple(_EXPONENTS)
 # The largest magnitude in any block of several values but MXFP4's, that of Q6_K and IQ4_XS. The search for scales
@@ -119,15 +116,23 @@ def encode(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np
     return out.reshape(rows, row_bytes)
 
 
+def count_blocks(name: str, data: np.ndarray) -> int:
+    """How many blocks a row of `data` has, uint8 [rows, bytes of a row] of a type of DECODABLE.
+
+    Raises ValueError where a row is not whole blocks.
+    """
+    size, row_bytes = SIZES[name].bytes, data.shape[-1]
+    if row_bytes % size:
+        raise ValueError(f"{name} stores blocks of {size} bytes: a row of {row_bytes} is not whole blocks")
+    return int(row_bytes // size)
+
+
 def decode(name: str, data: np.ndarray) -> np.ndarray:
     """uint8 [rows, bytes of a row] of a type of DECODABLE → float32 [rows, cols], as ggml's dequantize_row does.
 
     Raises ValueError where a row is not whole blocks.
     """
-    values, size = SIZES[name]
-    if data.shape[-1] % size:
-        raise ValueError(f"{name} stores blocks of {size} bytes: a row of {data.shape[-1]} is not whole blocks")
-    out = np.empty((len(data), data.shape[-1] // size * values), np.float32)
+    out = np.empty((len(data), count_blocks(name, data) * SIZES[name].values), np.float32)
     for first in range(0, len(data), _ROWS):  # the library would hold everything twice
         out[first : first + _ROWS] = dequantize(name, data[first : first + _ROWS])
     return out

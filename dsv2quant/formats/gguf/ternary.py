@@ -15,9 +15,7 @@ def encode_tq1_0(x, out):  # type: ignore[no-untyped-def]
     levels = np.zeros(260, np.int32)  # the last four are the fifth levels of the last bytes
     for i in range(len(x)):
         put_half(out[i], 52, _round(x[i], levels))
-        _pack5(levels, out[i], 32)
-        _pack5(levels[160:], out[i, 32:], 16)
-        _pack5(levels[240:], out[i, 48:], 4)
+        pack_tq1_0(levels, out[i])
 
 
 @compiled
@@ -48,6 +46,22 @@ def _round(x, levels):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def pack_tq1_0(levels, row):  # type: ignore[no-untyped-def]
+    """levels [260], the last four 0 → row[:52]."""
+    _pack5(levels, row, 32)
+    _pack5(levels[160:], row[32:], 16)
+    _pack5(levels[240:], row[48:], 4)
+
+
+@compiled
+def unpack_tq1_0(row, levels):  # type: ignore[no-untyped-def]
+    """The levels [260] of row[:52], as dequantize_row_tq1_0 has them."""
+    _unpack5(row, levels, 32)
+    _unpack5(row[32:], levels[160:], 16)
+    _unpack5(row[48:], levels[240:], 4)
+
+
+@compiled
 def _pack5(levels, row, width):  # type: ignore[no-untyped-def]
     """row[k]: levels k, k + width … k + 4 width as the digits of a fraction in base 3, rounded up to 256ths."""
     for k in range(width):
@@ -55,3 +69,13 @@ def _pack5(levels, row, width):  # type: ignore[no-untyped-def]
         for digit in range(1, 5):
             value = np.int32(value * np.int32(3) + levels[k + digit * width])
         row[k] = np.uint8((np.uint32(value) * np.uint32(256) + np.uint32(242)) // np.uint32(243))
+
+
+@compiled
+def _unpack5(row, levels, width):  # type: ignore[no-untyped-def]
+    for k in range(width):
+        fraction = row[k]
+        for digit in range(5):
+            tripled = np.int32(fraction) * np.int32(3)
+            levels[k + digit * width] = tripled >> np.int32(8)
+            fraction = np.uint8(tripled & np.int32(255))

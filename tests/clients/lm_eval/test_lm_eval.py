@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import tiny
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from local_tasks import written
 
 import dsv2quant.lm_eval  # noqa: F401 - what registers the model
 from dsv2quant.api import convert
@@ -44,18 +44,7 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
     """A folder of tasks over files."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, (records, task) in TASKS.items():
-        data = folder / f"{name}.json"
-        data.write_text(json.dumps(records))
-        files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **files, **task}))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return written(tmp_path_factory.mktemp("tasks"), TASKS)
 
 
 @pytest.fixture
