@@ -6,6 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from gguf_tiny import PUBLISHED
+
+from dsv2quant.arch.families import model_config
 
 ROOT = Path(__file__).parent.parent
 SIZES = runpy.run_path(str(ROOT / "tools/sizes.py"))
@@ -19,9 +22,6 @@ def test_the_tables_are_those_of_the_plans(model: str, tmp_path: Path) -> None:
 
 
 def test_what_a_gpu_holds_is_counted_with_its_cache() -> None:
-    from dsv2quant.arch.families import model_config
-    from gguf_tiny import PUBLISHED
-
     config = model_config(PUBLISHED["lite"], "config.json")
     room = SIZES["card_capacity"]("16GB") - SIZES["cached"](config) - SIZES["COMPUTING"]
     assert SIZES["cached"](config) == 32_768 * 27 * (512 + 64) * 2
