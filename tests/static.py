@@ -15,7 +15,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.model.layers import Linear
+from dsv2quant.model.layers import Linear, Served
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.consumers import input_group
@@ -36,8 +36,8 @@ class Watched(Linear):
 
     seen = 0.0
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen = max(self.seen, float(x.abs().max()))
+    def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
+        self.seen = max(self.seen, float((x.x if isinstance(x, Served) else x).abs().max()))
         return super().__call__(x)
 
 

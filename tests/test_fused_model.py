@@ -19,6 +19,7 @@ from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import open_model
+from dsv2quant.model.experts import Int4Stack
 from dsv2quant.model.fused_model import FusedModel
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
@@ -226,8 +227,15 @@ def test_static_activations(source, scheme, sources, tmp_path):
     assert all(len(set(scales.tolist())) > 4 for scales in layer.ffn.experts.inputs)
 
 
-def test_int4_experts_beside_fp8(converted):
-    check_near(converted("biases", "--int4=mixed", *INT4))
+@pytest.mark.parametrize("scheme", ["--int4=mixed", "--int3=mixed", "--int2=mixed"])
+def test_packed_experts_beside_fp8(scheme, converted):
+    _, ours = check_near(converted("biases", scheme, *INT4))
+    assert isinstance([*ours.layers()][-1].ffn.experts, Int4Stack)
+
+
+@pytest.mark.parametrize("scheme", ["--int3=experts", "--int2=experts"])
+def test_experts_of_few_bits(scheme, converted):
+    check_same(converted("grouped", scheme, *INT4))
 
 
 MIXED = """

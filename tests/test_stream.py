@@ -335,6 +335,7 @@ def test_ctrl_c_ends_a_download_where_it_is_and_leaves_no_thread(hub, tmp_path, 
     ("args", "message"),
     [
         (("--int4",), "--stream-hub: gptq runs text through the whole model"),
+        (("--gguf", "Q4_0", "--tune", "1M"), "--stream-hub: tuning runs text through the whole model"),
         (("--fp8=static",), "--stream-hub: what it calibrates runs text through the whole model: give --statistics"),
         (("--fp8", "--offline"), "--stream-hub downloads shard by shard: it goes neither with --offline"),
         (("--int4", "--method", "awq", "--statistics", "x"), "--stream-hub: awq looks for its scales in all layers"),

@@ -27,6 +27,8 @@ ARTIFACTS = {
     "fp8-tensor": ["--fp8=tensor"],
     "int4-mixed": ["--int4=mixed", "--method", "rtn"],
     "int4-pure-g32": ["--int4=pure", "--method", "rtn", "--group-size", "32"],
+    "int3-mixed": ["--int3=mixed", "--method", "rtn"],
+    "int2-experts-g128": ["--int2=experts", "--method", "rtn", "--group-size", "128"],
     "gptq": ["--int4=pure", "--method", "rtn", "--format", "gptq", "--group-size", "64"],
     "awq": ["--int4=pure", "--method", "rtn", "--format", "awq", "--group-size", "64"],
     "q8_0": ["--gguf", "Q8_0"],
