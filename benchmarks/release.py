@@ -4,7 +4,8 @@
 
 The commands score the reference anew each time, as they do without a kept one. The same artifacts come of both, which
 is checked. `plain` are artifacts that don't calibrate; of `demo`, those of examples/release.yaml, two choose INT4 by
-GPTQ, which takes as long in both.
+GPTQ, which takes as long in both. On a machine that does other things as well, processors' seconds tell more than the
+clock; with OMP_NUM_THREADS=1 no thread spends them on waiting for another.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,27 +45,31 @@ def run(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "dsv2quant", *map(str, words), "-q"], check=True, stdout=subprocess.DEVNULL)
 
 
-def one_by_one(artifacts: dict[str, list[str]], out: Path) -> float:
-    """Seconds of all commands."""
-    begin = time.perf_counter()
+@contextmanager
+def timed(found: dict[str, float], name: str) -> Iterator[None]:
+    """Note seconds of the clock, and of processors in all processes begun meanwhile."""
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found[f"{name}, s"] = time.perf_counter() - begin
+    found[f"{name}, CPU s"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def one_by_one(artifacts: dict[str, list[str]], out: Path) -> None:
     for name, options in artifacts.items():
         path = out / (f"{name}.gguf" if "--gguf" in options else name)
         run("convert", MINI, *options, "-o", path)
         run("verify", path, "--source", MINI)
         run("eval-ppl", path, "--reference", MINI, *SCORED)
-    return time.perf_counter() - begin
 
 
-def together(artifacts: dict[str, list[str]], out: Path, jobs: int) -> float:
-    """Seconds of one release."""
+def together(artifacts: dict[str, list[str]], out: Path, jobs: int) -> None:
     recipe = out / "release.yaml"
     recipe.write_text(
         f"artifacts: [{', '.join(artifacts)}]\ncalibration: {{samples: 64, length: 512}}\n"
         "evaluation: {ctx: 512, limit: 60}\n"
     )
-    begin = time.perf_counter()
     run("release", MINI, "--recipe", recipe, "-o", out / "release", "--jobs", jobs)
-    return time.perf_counter() - begin
 
 
 def weights(out: Path) -> list[bytes]:
@@ -73,19 +81,28 @@ def weights(out: Path) -> list[bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--machine", default="idle", help="what else it does: idle, shared")
+    parser.add_argument("--set", choices=SETS, action="append", help="default: both")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    for name, artifacts in SETS.items():
+    for name in args.set or SETS:
+        artifacts = SETS[name]
         with tempfile.TemporaryDirectory() as folder:
             single, whole = Path(folder, "single"), Path(folder, "whole")
             for each in (single, whole):
                 each.mkdir()
-            apart, at_once = one_by_one(artifacts, single), together(artifacts, whole, args.jobs)
+            found: dict[str, float] = {}
+            with timed(found, "one by one"):
+                one_by_one(artifacts, single)
+            with timed(found, "release"):
+                together(artifacts, whole, args.jobs)
             assert weights(single) == weights(whole), "other bytes"
         row = {
-            "set": name, "artifacts": len(artifacts), "one by one, s": apart, "release, s": at_once,
-            "times as fast": apart / at_once, "jobs": args.jobs, "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(), "versions": f"dsv2quant {__version__}, torch {torch.__version__}",
+            "set": name, "artifacts": len(artifacts), **found,
+            "times as fast": found["one by one, s"] / found["release, s"], "jobs": args.jobs,
+            "threads": os.environ.get("OMP_NUM_THREADS", ""), "machine": args.machine,
+            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "versions": f"dsv2quant {__version__}, torch {torch.__version__}",
         }  # fmt: skip
         print(row)
         append(args.results, [row])

@@ -180,6 +180,22 @@ def test_two_at_a_time_make_the_same_files(wordy, recipe, released, cli, tmp_pat
     assert files(tmp_path / "out") == files(released)
 
 
+def test_other_processes_end_with_the_one_that_is_killed():
+    begun = """if True:
+        import os, signal
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from dsv2quant.publishing.run import _ready
+        with ProcessPoolExecutor(1, get_context("spawn"), _ready, (1,)) as workers:
+            print(workers.submit(os.getpid).result(), flush=True)
+            signal.pause()
+    """
+    with subprocess.Popen([sys.executable, "-c", begun], cwd=ROOT, stdout=subprocess.PIPE, text=True) as ran:
+        assert ran.stdout.readline().strip().isdecimal()
+        ran.kill()
+        assert ran.communicate(timeout=60)[0] == ""  # at an end: nobody holds the pipe any more
+
+
 def test_what_fails_in_another_process_is_one_line(wordy, fox, cli, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     path = tmp_path / "release.yaml"

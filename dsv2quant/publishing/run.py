@@ -16,8 +16,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import dsv2quant.api as dq
@@ -185,7 +187,8 @@ def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]
     # A fresh interpreter for each process: torch's threads don't outlive a fork.
     threads, quiet = max(1, (os.cpu_count() or 1) // jobs), replace(run, progress=no_progress)
     with ProcessPoolExecutor(min(jobs, len(artifacts)), get_context("spawn"), _ready, (threads,)) as workers:
-        workers.submit(int)  # all processes start with the first task: they import while the reference is made
+        for _ in range(jobs):
+            workers.submit(int)  # starts a process each: they import while the reference is made
         reference = run.reference()
         begun = {workers.submit(_apart, quiet, each, reference, known): each for each in artifacts}
         with run.progress(len(artifacts), "artifacts", "release") as advance:
@@ -198,7 +201,9 @@ def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]
 
 
 def _ready(threads: int) -> None:
-    """Have a process its part of the processors, and what every artifact needs imported."""
+    """Have a process end with the one that began it, which a kill may take away, have its part of the processors, and
+    what every artifact needs imported."""
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     import torch
 
     import dsv2quant.conversion.convert
@@ -206,6 +211,11 @@ def _ready(threads: int) -> None:
     import dsv2quant.evaluation.verify  # noqa: F401
 
     torch.set_num_threads(threads)
+
+
+def _end_with(parent: Any) -> None:
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _opened(reference: Path) -> Any:
