@@ -19,15 +19,15 @@ MEASURED = Measured(SCORES, (ENGINE,))
 TASKS = TaskScores(
     "base", "0.4.13", "bfloat16", False, ("python -m dsv2quant.lm_eval --tasks arc,gsm8k,wikitext",),
     (
-        TaskScore("arc", "1.0", "acc", "none", True, 25, 200, "allenai/ai2_arc", "ARC-Easy", "test",
+        TaskScore("arc", "1.0", "acc", "none", True, 25, 200, 2376, "allenai/ai2_arc", "ARC-Easy", "test",
                   0.80, 0.028, 0.82, 0.027),
-        TaskScore("arc", "1.0", "acc_norm", "none", True, 25, 200, "allenai/ai2_arc", "ARC-Easy", "test",
+        TaskScore("arc", "1.0", "acc_norm", "none", True, 25, 200, 2376, "allenai/ai2_arc", "ARC-Easy", "test",
                   0.76, 0.030, 0.80, 0.028),
-        TaskScore("gsm8k", "3.0", "exact_match", "strict-match", True, 5, 150, "json", None, "test",
+        TaskScore("gsm8k", "3.0", "exact_match", "strict-match", True, 5, 150, 1319, "json", None, "test",
                   0.38, 0.034, 0.40, 0.035),
-        TaskScore("gsm8k", "3.0", "exact_match", "flexible-extract", True, 5, 150, "json", None, "test",
+        TaskScore("gsm8k", "3.0", "exact_match", "flexible-extract", True, 5, 150, 1319, "json", None, "test",
                   0.44, 0.035, 0.40, 0.035),
-        TaskScore("wikitext", "2.0", "word_perplexity", "none", False, 0, 62, None, None, None,
+        TaskScore("wikitext", "2.0", "word_perplexity", "none", False, 0, 62, 62, None, None, None,
                   11.5, None, 11.0, None),
     ),
 )  # fmt: skip

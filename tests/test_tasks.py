@@ -87,7 +87,9 @@ def plan(tmp_path_factory):
 def test_a_card_has_the_scores_and_how_they_came(plan):
     card = folder_card(plan, "", origin(plan.checkpoint), measured=DONE).decode()
     assert "\n### Tasks\n\n" + task_table(TASKS, "fp8-channel", markdown=True) in card
-    assert "arc (version 1.0) 200, gsm8k (version 3.0) 150, wikitext (version 2.0) 62; ±" in card
+    assert (
+        "arc (version 1.0) 200 of 2,376, gsm8k (version 3.0) 150 of 1,319, wikitext (version 2.0) 62 of 62; ±" in card
+    )
     assert "\n```\npython -m dsv2quant.lm_eval --tasks arc,gsm8k,wikitext\n```\n" in card
     assert "\nOther texts and longer contexts were not measured.\n" in card
     without = folder_card(plan, "", origin(plan.checkpoint), measured=MEASURED).decode()
@@ -157,10 +159,11 @@ def test_rows_are_of_a_task_or_of_a_groups_own_scores_or_of_what_is_in_it():
     (row,) = harness.rows_of(ANSWER, "one_a")
     assert row == {
         "task": "one_a", "version": "1.0", "metric": "acc", "filter": "none", "higher_is_better": True, "shots": 5,
-        "samples": 10, "dataset": "o/n", "config": "c", "split": "v", "value": 0.25, "stderr": None,
+        "samples": 10, "total": 99, "dataset": "o/n", "config": "c", "split": "v", "value": 0.25, "stderr": None,
     }  # fmt: skip
     (group,) = harness.rows_of(ANSWER, "two")
-    assert (group["task"], group["samples"], group["shots"], group["dataset"]) == ("two", 30, None, None)
+    assert (group["task"], group["samples"], group["total"], group["shots"]) == ("two", 30, 119, None)
+    assert group["dataset"] is None
     assert [row["task"] for row in harness.rows_of(ANSWER, "all")] == ["two", "one_b"]
     assert [row["task"] for row in harness.rows_of(ANSWER, "a tag")] == ["one_a", "one_b"]
 

@@ -135,6 +135,7 @@ def _scored_in(found: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def _rows(found: Mapping[str, Any], name: str) -> Iterator[Row]:
     result, config = found["results"][name], found["configs"].get(name, {})
+    total = sum(found["n-samples"][task]["original"] for task in _tasks_of(found, name))
     for key, value in result.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or (number := _number(value)) is None:
@@ -142,11 +143,17 @@ def _rows(found: Mapping[str, Any], name: str) -> Iterator[Row]:
         yield {
             "task": name, "version": str(found["versions"].get(name, "")), "metric": metric, "filter": kind,
             "higher_is_better": bool(found["higher_is_better"].get(name, {}).get(metric)),
-            "shots": found["n-shot"].get(name), "samples": int(result["sample_len"]),
+            "shots": found["n-shot"].get(name), "samples": int(result["sample_len"]), "total": total,
             "dataset": config.get("dataset_path"), "config": config.get("dataset_name"),
             "split": config.get("test_split") or config.get("validation_split"),
             "value": number, "stderr": _number(result.get(f"{metric}_stderr,{kind}")),
         }  # fmt: skip
+
+
+def _tasks_of(found: Mapping[str, Any], name: str) -> set[str]:
+    """The tasks that a group holds, or the task itself."""
+    children = found["group_subtasks"].get(name)
+    return {name} if children is None else {task for child in children for task in _tasks_of(found, child)}
 
 
 def _number(value: object) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import dsv2quant.api as dq
@@ -53,7 +53,8 @@ class TaskRun:
     def rows(self, model: dq.Model, weights: object, progress: Progress) -> list[Row]:
         """A model's scores, in the order of the tasks, found or made; `weights` tell it from others. Raises InputError
         where the data of a task can't be had."""
-        how = [weights, self.wanted.chat, self._included(), self.dtype, harness.installed()]
+        kept = [field.name for field in fields(TaskScore)]
+        how = [weights, self.wanted.chat, self._included(), self.dtype, harness.installed(), kept]
         keys = [hashlib.sha256(json.dumps([asdict(task), *how]).encode()).hexdigest() for task in self.wanted.each]
         paths = {task: self.out / FOLDER / f"{key}.json" for task, key in zip(self.wanted.each, keys, strict=True)}
         if missing := [task for task, path in paths.items() if not is_regular(path)]:

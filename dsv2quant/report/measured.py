@@ -91,9 +91,9 @@ class Cell:
 @dataclass(frozen=True)
 class TaskScore:
     """What lm_eval made of a task by one metric, of the artifact and of the `reference`; `version` is the task's,
-    `filter` says which part of an answer counts. `shots` examples were shown before each of so many `samples`, None
-    where the tasks of a group were shown different numbers; `dataset`, `config` and `split` are what a task names, None
-    of a group. Standard errors are lm_eval's, None where it has none."""
+    `filter` says which part of an answer counts. `shots` examples were shown before each of so many `samples`, of a
+    `total` that the task has; None where the tasks of a group were shown different numbers. `dataset`, `config` and
+    `split` are what a task names, None of a group. Standard errors are lm_eval's, None where it has none."""
 
     task: str
     version: str
@@ -102,6 +102,7 @@ class TaskScore:
     higher_is_better: bool
     shots: int | None
     samples: int
+    total: int
     dataset: str | None
     config: str | None
     split: str | None

@@ -94,7 +94,7 @@ def beside_table(rows: Sequence[tuple[str, TaskScores | None]], *, markdown: boo
 
 def done_by(tasks: TaskScores) -> str:
     """What scores in tasks rest on, in a line."""
-    counts = ", ".join(f"{s.task} (version {s.version}) {s.samples:,}" for s in heads(tasks))
+    counts = ", ".join(f"{s.task} (version {s.version}) {s.samples:,} of {s.total:,}" for s in heads(tasks))
     chat = ", in the chat template" * tasks.chat
     return (
         f"lm_eval {tasks.lm_eval} over dsv2quant's runtime in {tasks.dtype}, activations as served{chat}; samples: "
