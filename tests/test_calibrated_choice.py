@@ -68,7 +68,7 @@ def plain_values(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [WINDOWS, 1], ids=["windows held out", "one window"])
 def test_plain_rounding_is_kept_where_gptq_is_worse(count, grouped, tmp_path, monkeypatch):
-    def garbage(weight, scales, factored):
+    def garbage(weight, scales, factored, bits):
         return torch.randint(-8, 8, weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
 
     monkeypatch.setattr(gptq, "quantize", garbage)

@@ -23,7 +23,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.layers import Linear, MoE, route
+from dsv2quant.model.layers import Linear, MoE, Served, route
 from dsv2quant.model.runtime import Model
 
 WINDOWS, CTX = 5, 12
@@ -75,7 +75,7 @@ def test_every_input_is_measured_as_a_forward_pass_shows_it(measured, monkeypatc
 
     def record(self, x):
         if id(self.weight) in names:  # the head's input is not measured
-            seen[names[id(self.weight)]].append(x.flatten(0, -2))
+            seen[names[id(self.weight)]].append((x.x if isinstance(x, Served) else x).flatten(0, -2))
         return linear(self, x)
 
     def recorded_route(x, *router):

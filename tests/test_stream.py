@@ -342,7 +342,8 @@ def test_ctrl_c_ends_a_download_where_it_is_and_leaves_no_thread(hub, tmp_path, 
     ],
 )
 def test_what_needs_the_whole_model_is_one_line_before_a_shard_is_fetched(args, message, hub, tmp_path, cli):
-    ran = cli("convert", "owner/name", *args, "--stream-hub", "-q", "-o", tmp_path / "out")
+    out = tmp_path / ("out.gguf" if "--gguf" in args else "out")
+    ran = cli("convert", "owner/name", *args, "--stream-hub", "-q", "-o", out)
     assert ran.code == 2, ran.err
     assert message in ran.err
     assert fetched(hub) == []

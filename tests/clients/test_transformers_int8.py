@@ -19,7 +19,7 @@ from dsv2quant.arch.spec import LINEAR_ROLES
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.model.layers import Linear
+from dsv2quant.model.layers import Linear, Served
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
@@ -55,7 +55,8 @@ class TheirInt8(Linear):
         super().__init__(linear.weight, linear.bias)
         self.per_sequence = per_sequence
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
+        x = x.x if isinstance(x, Served) else x
         kept = (len(x), 1, -1) if self.per_sequence else (*x.shape[:-1], -1)
         rows = x.reshape(kept)
         scales, zeros = calculate_qparams(rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True), INT8)
