@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from test_tuning import divergence
 import dsv2quant as dq
 from dsv2quant.calib import trained, tuning
 from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.storage.durable import dump_json
+from dsv2quant.storage.manifest import DIGEST, sealed
 from dsv2quant.text.calibration import load, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,3 +185,22 @@ def test_it_is_told_what_came_of_it(model, fox, tmp_path, cli):
     assert ran.out.startswith("tuned on {:,} tokens: KLD of {:,} held out".format(*counts))
     assert said["command"].endswith(f"--tune {TOKENS} --gguf Q4_0 --calibration fox.txt --max-seq-length 32 --seed 0")
     assert said["calibration"]["tuning"]["tokens"] == TOKENS
+
+
+def test_tuned_scales_are_no_wrong_scales_but_larger_ones_are(model, fox, mix, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "RATE", 5e-3)
+    tuned = made(model, tmp_path / "tuned.gguf", fox, mix)
+    assert cli("verify", tuned, "--source", model).code == 0
+    folder = tmp_path / "m"
+    folder.mkdir()
+    blocks = bytearray(tuned.read_bytes())
+    tensor = next(t for t in GGUFReader(tuned).tensors if t.name == "blk.1.attn_q_a.weight")
+    rows = np.frombuffer(blocks, np.uint8, tensor.n_bytes, tensor.data_offset).reshape(-1, 210)
+    rows[:, 208:] = (rows[:, 208:].copy().view(np.float16) * np.float16(1.2)).view(np.uint8)
+    (folder / "m.gguf").write_bytes(blocks)
+    said = about(tuned)
+    said["files"] = {"m.gguf": {"size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}}
+    del said[DIGEST]
+    (folder / "m.gguf.json").write_bytes(dump_json(sealed(said)))
+    ran = cli("verify", folder / "m.gguf", "--source", model)
+    assert (ran.code, "model.layers.1.self_attn.q_a_proj.weight" in ran.err) == (4, True), ran.err
