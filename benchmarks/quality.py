@@ -7,9 +7,9 @@ Both sides quantize the same modules: all linears but kv_b_proj, router and head
 down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoint in float32, weights decoded in
 float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
 quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
-`--tune` instead tunes our GPTQ of group size 64 on 2M tokens of the same text, of which the calibration's come first.
+`--tune` instead tunes our GPTQ of group size 64 on 8M tokens of the same text, of which the calibration's come first.
 `--few-bits` instead has routed experts alone in INT4, INT3 and INT2, by each method; INT3 and INT2 in groups of
-64 also tuned on 250,000 tokens.
+64 also tuned on as many tokens.
 `--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
 """
 
@@ -32,7 +32,7 @@ import torch
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
-from dsv2quant.calib.calibration import Calibration, needs_calibration, needs_statistics
+from dsv2quant.calib.calibration import Calibration, Tuning, needs_calibration, needs_statistics
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compare, run
@@ -46,7 +46,7 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TUNED, TUNED_FEW = 2_000_000 // CTX, 250_000 // CTX
+TUNED = 8_000_000  # tokens
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -98,12 +98,16 @@ def planned(name: str, **options: Any) -> Plan:
     return make_plan(open_checkpoint(MODEL), chosen, for_targets=TARGETS)
 
 
-def ours(plan: Plan, ids: np.ndarray, out: Path, tuned: np.ndarray | None = None) -> Made:
-    """The plan's artifact, calibrated on token windows where it needs that, and tuned on others."""
+def text_of(ids: np.ndarray) -> Calibration:
+    """Token windows as a text."""
+    return Calibration(ids, "benchmark", "", 0, [])
+
+
+def ours(plan: Plan, ids: np.ndarray, out: Path, tuning: Tuning | None = None, device: str = "cpu") -> Made:
+    """The plan's artifact, calibrated on token windows where it needs that, and tuned."""
     calibrates = needs_calibration(plan) or needs_statistics(plan)
-    calibration = Calibration(ids, "benchmark", "", 0, []) if calibrates else None
-    tuning = None if tuned is None else Calibration(tuned, "benchmark", "", 0, [])
-    result = convert(plan, out, command="", calibration=calibration, tuning=tuning)
+    calibration = text_of(ids) if calibrates else None
+    result = convert(plan, out, command="", calibration=calibration, tuning=tuning, device=device)
     kept = f"{sum(o.kept_rtn for o in result.outcomes)} of {len(result.outcomes)}" if result.outcomes else ""
     versions = f"dsv2quant {__version__}, torch {torch.__version__}"
     return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--starved", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--device", default="cpu", help="Of what is tuned.")
     parser.add_argument("--few-bits", action="store_true")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
@@ -135,8 +140,8 @@ def main() -> None:
     if options.peer is None and not (options.tune or options.few_bits):
         parser.error("--peer goes with all but --tune and --few-bits")
     options.scratch.mkdir(parents=True, exist_ok=True)
-    all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED), CTX, seed=0)
-    evaluate = Evaluator()
+    all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED // CTX), CTX, seed=0)
+    evaluate, tuning = Evaluator(), Tuning(text_of(all_ids), TUNED)
     rows: list[dict[str, Any]] = []
 
     def record(tool: str, method: str, group: int, count: int, made: Made, out: Path) -> None:
@@ -148,7 +153,7 @@ def main() -> None:
 
     if options.tune:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
-        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, all_ids[:TUNED])
+        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, tuning, options.device)
         record("dsv2quant pure", "gptq, tuned", 64, options.windows, made, out)
         append(options.results, rows)
         return
@@ -159,7 +164,7 @@ def main() -> None:
                 made = ours(planned(name, method=method, group_size=group), ids, out)
                 record(f"dsv2quant {name}", method, group, options.windows, made, out)
             if group == 64 and name != "int4-experts":
-                made = ours(planned(name, method="gptq", group_size=group), ids, out, all_ids[:TUNED_FEW])
+                made = ours(planned(name, method="gptq", group_size=group), ids, out, tuning, options.device)
                 record(f"dsv2quant {name}", "gptq, tuned", group, options.windows, made, out)
         append(options.results, rows)
         return

@@ -5,7 +5,8 @@ importance matrix, and of schemes that vLLM takes against the recipe `int4-mixed
 
 KL divergence from BF16 in nats, with the weights that each file holds (of a folder with activations as served), on the
 first 60 windows of 512 tokens of Python's help topics; mixes are chosen on docstrings and sources of Python's library.
-`ratio` is of the two means, with the standard error of resampled windows. What llama-quantize would write is what
+`ratio` is of the two means, with the standard error of resampled windows. With `--tune 8M` the mix is tuned as well, on
+so many tokens of the text it was chosen on: `tuned`. What llama-quantize would write is what
 `convert` writes, byte for byte (tests/clients).
 """
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stock", nargs="*", default=STOCK)
+    parser.add_argument("--tune", metavar="TOKENS")
     parser.add_argument("--folder", action="store_true", help="Also schemes of a folder, against int4-mixed.")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
@@ -73,10 +75,17 @@ def main() -> None:
         given: dict[str, Any] = {"gguf" if space.into_gguf else "recipe": str(recipe)}
         dq.convert(checkpoint, ours, **given, **options)
         found, stock_kld = evaluate.compare(ours).kld.mean(1), evaluate.compare(theirs).kld.mean(1)
+        tuned = {"tuned KLD": "", "tuned ratio": "", "tuned on": "", "tuning seconds": ""}
+        if asked.tune:
+            begun, given = time.perf_counter(), given | {"tune": asked.tune, "length": LENGTH["length"]}
+            dq.convert(checkpoint, ours, force=True, **given | options | {"device": asked.device})
+            kld = evaluate.compare(ours).kld.mean(1)
+            tuned = {"tuned KLD": mean(kld), "tuned ratio": ratio(kld, stock_kld), "tuned on": asked.tune}
+            tuned["tuning seconds"] = f"{time.perf_counter() - begun:.0f}"
         made = {
             "model": checkpoint.model, "stock": stock, "stock bytes": most, "mix bytes": size(ours),
             "bits/weight": f"{8 * size(ours) / space.parameters:.3f}", "stock KLD": mean(stock_kld),
-            "mix KLD": mean(found), "ratio": ratio(found, stock_kld),
+            "mix KLD": mean(found), "ratio": ratio(found, stock_kld), **tuned,
             "predicted": f"{mix.point.predicted:.5f}", "measured there": f"{mix.point.measured:.5f}",
             "unrefined": f"{mix.first.measured:.5f}", "unrefined predicted": f"{mix.first.predicted:.5f}",
             "bound": f"{mix.bound:.5f}", "tokens": evaluate.tokens, "seconds": f"{seconds:.0f}",

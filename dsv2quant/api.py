@@ -145,7 +145,8 @@ def convert(
     if stream_hub and not isinstance(model, str | os.PathLike):
         raise UsageError("--stream-hub goes with a hub id, which is not opened yet")
     if isinstance(model, Plan | GgufPlan):
-        takes = ("split_max_size",) if isinstance(model, GgufPlan) else (*asked.CALIBRATION, "statistics", "tune")
+        of_kind = ("split_max_size",) if isinstance(model, GgufPlan) else ("samples", "figure", "statistics")
+        takes = (*of_kind, *asked.TUNING)
         if useless := [name for name in given if name not in takes]:
             raise UsageError(f"{asked.spelled(useless[0], given)} does not go with a plan, which is made already")
         asked.check_run(out, isinstance(model, GgufPlan), device, given)
@@ -168,6 +169,10 @@ def convert(
         from dsv2quant.calib.calibration import calibrated_on
 
         calibration, statistics, tuning, words = calibrated_on(made, given, progress)
+    elif "tune" in given:
+        from dsv2quant.calib.calibration import tuned_on
+
+        calibration, statistics, tuning, words = tuned_on(checkpoint, given, progress)
     size = given.get("split_max_size")
     found = run(
         made, out, command=" ".join(["dsv2quant convert", checkpoint.model, *made.asked, *words]),

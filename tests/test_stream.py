@@ -335,13 +335,15 @@ def test_ctrl_c_ends_a_download_where_it_is_and_leaves_no_thread(hub, tmp_path, 
     ("args", "message"),
     [
         (("--int4",), "--stream-hub: gptq runs text through the whole model"),
+        (("--gguf", "Q4_0", "--tune", "1M"), "--stream-hub: tuning runs text through the whole model"),
         (("--fp8=static",), "--stream-hub: what it calibrates runs text through the whole model: give --statistics"),
         (("--fp8", "--offline"), "--stream-hub downloads shard by shard: it goes neither with --offline"),
         (("--int4", "--method", "awq", "--statistics", "x"), "--stream-hub: awq looks for its scales in all layers"),
     ],
 )
 def test_what_needs_the_whole_model_is_one_line_before_a_shard_is_fetched(args, message, hub, tmp_path, cli):
-    ran = cli("convert", "owner/name", *args, "--stream-hub", "-q", "-o", tmp_path / "out")
+    out = tmp_path / ("out.gguf" if "--gguf" in args else "out")
+    ran = cli("convert", "owner/name", *args, "--stream-hub", "-q", "-o", out)
     assert ran.code == 2, ran.err
     assert message in ran.err
     assert fetched(hub) == []

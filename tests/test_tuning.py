@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from calibrated import files, interrupt, manifest
 from test_convert import contents
 
 import dsv2quant as dq
-from dsv2quant.calib import tuning
+from dsv2quant.calib import trained, tuning, whole
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.integers import levels
@@ -30,7 +31,7 @@ LAYOUTS = ("compressed-tensors", "gptq", "awq")
 @pytest.fixture
 def quickly(monkeypatch):
     """Few steps that are large."""
-    monkeypatch.setattr(tuning, "RATE", 1e-2)
+    monkeypatch.setattr(trained, "RATE", 1e-2)
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
 
 
@@ -72,7 +73,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, dense, fox, tmp_path, quickly):
+def test_codes_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, dense, fox, tmp_path, quickly):
     model = wordy if layout == "compressed-tensors" else dense
     before = weights(made(model, tmp_path / "plain", fox, None, layout))
     after = weights(made(model, tmp_path / "tuned", fox, layout=layout))
@@ -82,10 +83,10 @@ def test_scales_norms_and_routers_are_trained_and_nothing_else(layout, wordy, de
         for suffix, array in parts.items()
         if not torch.equal(array, after[name][suffix])
     }
-    scales = "weight_scale" if layout == "compressed-tensors" else "scales"
+    both = ("weight_packed", "weight_scale") if layout == "compressed-tensors" else ("qweight", "scales")
     stored = open_checkpoint(tmp_path / "plain").weights
-    trained = {(w.spec.name, scales) for w in stored if w.scheme != "bf16"}
-    assert changed == trained | {(w.spec.name, "weight") for w in stored if w.spec.role in ("norm", "router")}
+    learnt = {(w.spec.name, part) for w in stored if w.scheme != "bf16" for part in both}
+    assert changed == learnt | {(w.spec.name, "weight") for w in stored if w.spec.role in ("norm", "router")}
     assert manifest(tmp_path / "tuned")["tuned"]["accepted"]
 
 
@@ -103,7 +104,7 @@ def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fo
 
 
 def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypatch):
-    monkeypatch.setattr(tuning, "RATE", 1.0)
+    monkeypatch.setattr(trained, "RATE", 1.0)
     found = iter([1.0, 0.5])  # as if it had fallen
     monkeypatch.setattr(tuning, "_held_out", lambda whole, tokens: next(found))
     folders = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
@@ -114,11 +115,11 @@ def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypa
         for suffix in parts
         if suffix == "weight_scale" or name.endswith(("norm.weight", "gate.weight"))
     ]
-    assert 0.9 * tuning.BOUND < max(moved) < tuning.BOUND + 2**-8  # BF16's rounding
+    assert 0.9 * trained.BOUND < max(moved) < trained.BOUND + 2**-8  # BF16's rounding
 
 
 def test_where_it_rises_nothing_is_taken(wordy, fox, tmp_path, quickly, monkeypatch):
-    monkeypatch.setattr(tuning, "RATE", -1e-2)
+    monkeypatch.setattr(trained, "RATE", -1e-2)
     plain, tuned = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
     about = manifest(tuned)["tuned"]
     assert about["kld_after"] > about["kld_before"]
@@ -147,7 +148,8 @@ def test_gptqs_windows_are_the_first_of_those_it_is_tuned_on(wordy, fox, tmp_pat
     before, after = (weights(tmp_path / name) for name in ("plain", "tuned"))
     codes = [name for name, parts in before.items() if "weight_packed" in parts]
     assert codes
-    assert all(torch.equal(before[name]["weight_packed"], after[name]["weight_packed"]) for name in codes)
+    moved = [(before[name]["weight_packed"] != after[name]["weight_packed"]).float().mean() for name in codes]
+    assert max(moved) < 0.5  # of eight codes in a word: these began where GPTQ had left them
 
 
 @pytest.mark.parametrize("at", ["layer", "snapshot", "end"])
@@ -165,8 +167,8 @@ def test_cut_anywhere_it_continues_to_the_same_bytes(at, wordy, fox, tmp_path, q
             made(wordy, tmp_path / "cut", fox)
     assert "config.json" not in files(tmp_path / "cut")
     taken = []
-    rate = tuning._rate
-    monkeypatch.setattr(tuning, "_rate", lambda step, steps: taken.append(step) or rate(step, steps))
+    share = tuning._share
+    monkeypatch.setattr(tuning, "_share", lambda step, steps: taken.append(step) or share(step, steps))
     made(wordy, tmp_path / "cut", fox)
     assert contents(tmp_path / "cut") == contents(whole)
     assert taken == list(range({"layer": 0, "snapshot": 7, "end": steps}[at], steps))
@@ -174,8 +176,8 @@ def test_cut_anywhere_it_continues_to_the_same_bytes(at, wordy, fox, tmp_path, q
 
 def _interrupt_at(m: pytest.MonkeyPatch, wanted: int) -> None:
     """Ctrl-C in the midst of a step of the training."""
-    rate = tuning._rate
-    m.setattr(tuning, "_rate", lambda step, steps: interrupt() if step == wanted else rate(step, steps))
+    share = tuning._share
+    m.setattr(tuning, "_share", lambda step, steps: interrupt() if step == wanted else share(step, steps))
 
 
 def test_a_damaged_snapshot_is_not_used(wordy, fox, tmp_path, quickly, monkeypatch):
@@ -192,6 +194,21 @@ def test_a_damaged_snapshot_is_not_used(wordy, fox, tmp_path, quickly, monkeypat
     assert contents(tmp_path / "cut") == contents(whole)
 
 
+def test_a_short_text_is_gone_over_again_in_another_order(wordy, fox, tmp_path, quickly, monkeypatch):
+    seen = []
+    learn = whole.Whole.learn
+    monkeypatch.setattr(whole.Whole, "learn", lambda one, ids, *rest: seen.append(ids) or learn(one, ids, *rest))
+    short = tmp_path / "short.txt"
+    short.write_text(fox.read_text()[:1500])
+    about = manifest(made(wordy, tmp_path / "out", short))["tuned"]
+    windows_seen = [tuple(window) for ids in seen for window in ids.tolist()]
+    each = Counter(windows_seen)
+    assert len(each) < 20
+    assert max(each.values()) - min(each.values()) <= 1 < max(each.values())
+    assert windows_seen[: len(each)] != windows_seen[len(each) : 2 * len(each)]
+    assert about["tokens"] + about["held_out_tokens"] == TOKENS
+
+
 def test_another_number_of_tokens_is_another_artifact(wordy, fox, tmp_path, quickly):
     made(wordy, tmp_path / "out", fox)
     with pytest.raises(InputError, match="is not empty"):
@@ -201,14 +218,15 @@ def test_another_number_of_tokens_is_another_artifact(wordy, fox, tmp_path, quic
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--fp8", "--tune", "2M"], "--tune trains the scales of integer weights"),
+        (["--fp8", "--tune", "2M"], "--tune trains integers and their scales"),
         (["--int4", "--tune", "2X"], "--tune 2X (give a number of tokens"),
         (["--int4=pure", "--group-size", "32", "--tune", "100", "--max-seq-length", "32"], "3 windows of 32 tokens"),
-        (["--gguf", "Q4_K_M", "--tune", "2M"], "--tune does not go with --gguf"),
+        (["--gguf", "BF16", "--tune", "2M"], "--tune trains codes of blocks and their scales"),
+        (["--gguf", "Q4_K_M", "--calibration", "x"], "--calibration does not go with --gguf"),
     ],
 )
 def test_what_can_not_be_tuned_is_refused(asked, message, wordy, fox, tmp_path, cli):
-    text = [] if "--gguf" in asked else ["--calibration", fox]
+    text = [] if "--calibration" in asked else ["--calibration", fox]
     ran = cli("convert", wordy, "-o", tmp_path / ("x.gguf" if "--gguf" in asked else "x"), *asked, *text)
     assert ran.code == 2
     assert message in ran.err

@@ -102,8 +102,8 @@ def convert_within(
     calibrating: dict[str, Any] = {name: given.pop(name) for name in asked.CALIBRATION if name in given}
     given["gguf" if into_gguf else "recipe"] = os.fspath(recipe)
     plan = dq.plan(checkpoint, **given)
-    if isinstance(plan, Plan) and (needs_calibration(plan) or "tune" in given):
-        given |= calibrating
+    if "tune" in given or (isinstance(plan, Plan) and needs_calibration(plan)):
+        given |= calibrating if isinstance(plan, Plan) else {n: v for n, v in calibrating.items() if n != "samples"}
     return dq.convert(checkpoint, out, device=device, force=force, progress=progress, **given)
 
 

@@ -129,6 +129,22 @@ class Tuned:
     about: dict[str, Any]
 
 
+class Tuning(NamedTuple):
+    """What an artifact is tuned on: so many tokens of a text, which is gone over again where it is shorter."""
+
+    text: Calibration
+    tokens: int
+
+    @property
+    def windows(self) -> int:
+        """Windows that are trained on, over and over, and held out."""
+        return self.tokens // self.text.ids.shape[1]
+
+    def describe(self, device: str) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return self.text.describe(device) | {"tokens": self.tokens}
+
+
 def needs_calibration(plan: Plan) -> bool:
     """Whether any tensor's method needs calibration."""
     return any(entry.method in CALIBRATED for entry in plan.entries)
@@ -154,9 +170,11 @@ def work_bytes(plan: Plan, calibration: Calibration) -> int:
     return encoded + 2 * 4 * calibration.ids.size * width
 
 
-def tuning_bytes(plan: Plan, tuning: Calibration) -> int:
-    """Disk that tuning takes at most: the unquantized model's hidden states before and behind a layer."""
-    return 2 * 4 * tuning.ids.size * plan.checkpoint.config.hidden_size
+def tuning_bytes(checkpoint: Checkpoint, tuning: Tuning) -> int:
+    """Disk that tuning takes at most: the unquantized model's hidden states before and behind a layer, and two
+    snapshots of what is trained, 6 bytes for each weight."""
+    weights = sum(weight.spec.size for weight in checkpoint.weights)
+    return 2 * 4 * tuning.text.ids.size * checkpoint.config.hidden_size + 2 * 6 * weights
 
 
 def work_memory(plan: Plan) -> int:
@@ -266,7 +284,7 @@ class Used(NamedTuple):
 
     calibration: Calibration | None
     statistics: Statistics | None
-    tuning: Calibration | None
+    tuning: Tuning | None
     words: list[str]
 
 
@@ -285,25 +303,43 @@ def calibrated_on(plan: Plan, given: Mapping[str, Any], progress: Progress) -> U
     words = []
     calibration, tuning = None, None
     if calibrates or "tune" in given:
-        text, samples = given.get("calibration"), (given.get("samples") or 512) if calibrates else 0
-        length = window_length(plan.checkpoint, given.get("length"))
-        tuned = options.parse_tokens(given["tune"]) // length if "tune" in given else 0
-        with progress(0, "", "tokenize"):
-            found = read_calibration(
-                plan.checkpoint, text, max(samples, tuned), length, given.get("seed"),
-                cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
-            )  # fmt: skip
-        words += [f"--calibration {found.source}"] * (text is not None)
+        samples = (given.get("samples") or 512) if calibrates else 0
+        found, tuning = _read_for(plan.checkpoint, samples, given, progress)
+        words += [f"--calibration {found.source}"] * ("calibration" in given)
         if calibrates:
             calibration = replace(found, ids=found.ids[:samples])
             words.append(f"--num-calibration-samples {samples}")
-        if "tune" in given:
-            tuning = replace(found, ids=found.ids[:tuned])
-            if len(tuning.ids) < LEAST_TUNED:
-                what = f"--tune {given['tune']}: {len(tuning.ids)} windows of {length} tokens, too few to hold one out"
-                raise UsageError(what, fix="tune on more tokens, or give a longer text")
-        words.append(f"--max-seq-length {length} --seed {found.seed}")
+        words.append(f"--max-seq-length {found.ids.shape[1]} --seed {found.seed}")
     statistics = Statistics(Path(given["statistics"])) if "statistics" in given else None
     if statistics is not None:
         words.append(f"--statistics {statistics.path.name}")
     return Used(calibration, statistics, tuning, words)
+
+
+def tuned_on(checkpoint: Checkpoint, given: Mapping[str, Any], progress: Progress) -> Used:
+    """What a GGUF file is tuned on, if it is. Raises UsageError for fewer tokens than tuning can have."""
+    if "tune" not in given:
+        return Used(None, None, None, [])
+    found, tuning = _read_for(checkpoint, 0, given, progress)
+    words = [f"--calibration {found.source}"] * ("calibration" in given)
+    return Used(None, None, tuning, [*words, f"--max-seq-length {found.ids.shape[1]} --seed {found.seed}"])
+
+
+def _read_for(
+    checkpoint: Checkpoint, samples: int, given: Mapping[str, Any], progress: Progress
+) -> tuple[Calibration, Tuning | None]:
+    """Windows for calibration on `samples` of them, and for tuning where it is asked for."""
+    length = window_length(checkpoint, given.get("length"))
+    tokens = options.parse_tokens(given["tune"]) if "tune" in given else 0
+    with progress(0, "", "tokenize"):
+        found = read_calibration(
+            checkpoint, given.get("calibration"), max(samples, tokens // length), length, given.get("seed"),
+            cache_dir=given.get("cache_dir"), offline=given.get("offline", False),
+        )  # fmt: skip
+    if "tune" not in given:
+        return found, None
+    text = replace(found, ids=found.ids[: tokens // length])
+    if len(text.ids) < LEAST_TUNED:
+        what = f"--tune {given['tune']}: {len(text.ids)} windows of {length} tokens, too few to hold one out"
+        raise UsageError(what, fix="tune on more tokens, or give a longer text")
+    return found, Tuning(text, tokens)

@@ -172,7 +172,7 @@ scheme_options = stack(
     click.option("--format", "layout", type=click.Choice(tuple(known.LAYOUTS)),
                  help="Layout: gptq and awq of INT4, autofp8 of --fp8=static. Default: compressed-tensors."),
     click.option("--tune", metavar="TOKENS",
-                 help="Then train integers' scales, norms and routers on so many tokens of the same text, as 2M."),
+                 help="Then train codes, scales, norms and routers on so many tokens of the calibration text, as 8M."),
     click.option("--kv-scales", is_flag=True, help="Add scales for an FP8 KV cache, one per layer."),
     click.option("--language-only", is_flag=True,
                  help="Of a model that sees, the language model alone. Default: the whole, the rest as it is."),

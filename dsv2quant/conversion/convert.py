@@ -23,7 +23,7 @@ from dsv2quant.storage.durable import FileEntry, dump_json, file_entry, resumabl
 from dsv2quant.storage.manifest import CARD_FILE, sealed
 
 if TYPE_CHECKING:
-    from dsv2quant.calib.calibration import Calibration
+    from dsv2quant.calib.calibration import Calibration, Tuning
     from dsv2quant.calib.statistics import Statistics
     from dsv2quant.planning.gguf_plan import GgufPlan
 
@@ -37,7 +37,7 @@ def convert(
     command: str = "",
     calibration: Calibration | None = None,
     statistics: Statistics | None = None,
-    tuning: Calibration | None = None,
+    tuning: Tuning | None = None,
     split_max_size: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -48,8 +48,8 @@ def convert(
     those that it is split into.
 
     Where the plan's methods need it, `calibration` is what they calibrate on; `statistics`, measured before, save the
-    pass that measures. What is continuous is then tuned on `tuning`, where that is given (calib/tuning.py). `inputs`
-    are further files that were read for it: neither they nor the checkpoint are ever written to. `command` is what
+    pass that measures. The artifact is then tuned on `tuning`, where that is given (calib/tuning.py). `inputs` are
+    further files that were read for it: neither they nor the checkpoint are ever written to. `command` is what
     manifest and card say. GGUF files have the same bytes from every device.
 
     A run that was killed continues from its finished layers and shards, or tensors of a GGUF file. Raises InputError
@@ -66,10 +66,17 @@ def convert(
             plan, Path(out), command, calibration, statistics, tuning, device,
             force=force, inputs=inputs, progress=progress,
         )  # fmt: skip
-    else:
+    elif tuning is None:
         from dsv2quant.conversion.gguf import GgufFiles
 
         sink = GgufFiles(plan, Path(out), split_max_size, device, force=force, inputs=inputs, progress=progress)
+    else:
+        from dsv2quant.conversion.gguf_tuned import TunedGgufFiles
+
+        untuned = partial(convert, plan, command=command, device=device, inputs=inputs, progress=progress)
+        sink = TunedGgufFiles(
+            plan, Path(out), split_max_size, device, tuning, untuned, force=force, inputs=inputs, progress=progress
+        )
     resumed, files = sink.resumed, sink.complete
     with tell_kept(sink.out, partial(resumable, sink.out)), closing(sink):
         if files is None:

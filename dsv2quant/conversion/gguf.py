@@ -68,6 +68,8 @@ class GgufFiles(Sink):
         force: bool,
         inputs: Iterable[Path],
         progress: Progress,
+        calibration: Mapping[str, Any] | None = None,
+        aside: int = 0,
     ) -> None:
         self.plan, self._device, imatrix = plan, device, plan.options.imatrix
         with progress(0, "", "prepare"):
@@ -87,7 +89,7 @@ class GgufFiles(Sink):
         read = [*plan.checkpoint.inputs, *([Path(imatrix.source)] if imatrix is not None else []), *inputs]
         super().__init__(
             out, gguf_manifest(out), files, digest, source, force=force, inputs=read, progress=progress,
-            stream=plan.checkpoint.stream,
+            stream=plan.checkpoint.stream, calibration=calibration, aside=aside,
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:

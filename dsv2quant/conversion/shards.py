@@ -20,6 +20,7 @@ from dsv2quant.calib.calibration import (
     Calibration,
     Prepared,
     Tuned,
+    Tuning,
     needs_calibration,
     needs_statistics,
     tuning_bytes,
@@ -75,7 +76,7 @@ class Folder(Sink):
         command: str,
         calibration: Calibration | None,
         statistics: Statistics | None,
-        tuning: Calibration | None,
+        tuning: Tuning | None,
         device: str,
         *,
         force: bool,
@@ -105,7 +106,7 @@ class Folder(Sink):
         aside = _ASIDE + sum(map(len, small.values())) + (work_bytes(plan, calibration) if calibration else 0)
         if tuning is not None:
             described |= {"tuning": tuning.describe(device)}
-            aside += tuning_bytes(plan, tuning)
+            aside += tuning_bytes(plan.checkpoint, tuning)
         read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
             out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
@@ -125,7 +126,8 @@ class Folder(Sink):
             content["calibration"] = self._calibration
         if self.tuned is not None:
             content["tuned"] = self.tuned
-        if (text := self._given or self._tuning) is not None:
+        text = self._given or (None if self._tuning is None else self._tuning.text)
+        if text is not None:
             content["calibration_fingerprint"] = text.fingerprint
         elif prepared.statistics is not None:
             content["calibration_fingerprint"] = prepared.statistics.about["fingerprint"]
@@ -186,8 +188,9 @@ class Folder(Sink):
             self._tuned, self.tuned = tuned.parts, tuned.about
         return self._jobs()
 
-    def _tune(self, windows: Calibration, progress: Progress) -> Tuned:
+    def _tune(self, tuning: Tuning, progress: Progress) -> Tuned:
         with progress(0, "", "starting"):  # imports torch
+            from dsv2quant.calib.held import of_folder
             from dsv2quant.calib.tuning import tune
 
         steps = {entry.spec.name: step for step in self.plan.steps for entry in step.entries}
@@ -197,8 +200,12 @@ class Folder(Sink):
             found = self._found(step)[step.entries.index(entry)]
             return {name.removeprefix(f"{entry.module}."): array for name, array in found.items()}
 
-        with disk_errors(self.out), progress(2 * windows.ids.size, "tok", "tune") as advance:
-            return tune(self.plan, self.work / "tuning", windows, stored, self._device, advance)
+        entries, total = self.plan.entries, tuning.text.ids.size + tuning.tokens
+        with disk_errors(self.out), progress(total, "tok", "tune") as advance:
+            return tune(
+                self.plan.checkpoint, [entry.spec for entry in entries], of_folder(entries, stored), tuning,
+                self.work / "tuning", self._device, advance,
+            )  # fmt: skip
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}

@@ -23,11 +23,11 @@ Samples = Mapping[str, Sequence[tuple[int, int]]]
 
 def check_streamed(plan: Plan | GgufPlan, given: Mapping[str, Any]) -> None:
     """Raise UsageError where a plan needs all weights before the first can be written."""
-    if isinstance(plan, GgufPlan):
-        return
     why = None
     if "tune" in given:
         why = "tuning runs text through the whole model"
+    elif isinstance(plan, GgufPlan):
+        return
     elif needs_calibration(plan):
         why = "gptq runs text through the whole model"
     elif needs_statistics(plan) and "statistics" not in given:

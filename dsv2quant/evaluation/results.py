@@ -219,6 +219,8 @@ LEAST_SQNR = 3.0  # dB: noise of half the signal; one bit a weight leaves more
 MOST_OF_SCALES = 0.4  # of the noise: see evaluation/verify.py
 # dB. Rounding to BF16 alone leaves 55, and that may be common to all that share a scale and have few codes.
 ROUNDED = 49.0
+# Of the signal. Tuning moves a scale by a factor of at most e^0.1 (calib/trained.py), which leaves noise of its own.
+TUNED = math.expm1(0.1) ** 2
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,12 @@ class TensorError:
     max_error: float
     scale_share: float
 
-    @property
-    def is_wrong(self) -> bool:
-        """Whether no method of quantizing leaves such an error: these are other weights, or their scales are."""
-        return self.sqnr < LEAST_SQNR or (self.scale_share > MOST_OF_SCALES and self.sqnr < ROUNDED)
+    def is_wrong(self, *, tuned: bool) -> bool:
+        """Whether no method of quantizing, or of tuning it, leaves such an error: these are other weights, or their
+        scales are."""
+        beyond = (self.scale_share - MOST_OF_SCALES) * self.noise
+        of_scales = beyond > (TUNED * self.signal if tuned else 0.0) and self.sqnr < ROUNDED
+        return self.sqnr < LEAST_SQNR or of_scales
 
     @property
     def sqnr(self) -> float:

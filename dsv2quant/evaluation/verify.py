@@ -30,7 +30,7 @@ from dsv2quant.planning.smoothing import SMOOTHING_FILE, Smoothing
 from dsv2quant.progress import Progress
 from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
-from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, read_manifest
+from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, own_manifest, read_manifest
 from dsv2quant.storage.verified import record
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
@@ -276,5 +276,6 @@ def summarize(artifact: Checkpoint, errors: Sequence[TensorError]) -> SourceErro
         for (role, scheme), members in ordered
     ]
     noisy = sorted((e for e in errors if e.noise), key=lambda e: e.sqnr)
-    wrong = [e for e in noisy if e.is_wrong]
+    tuned = bool(((own_manifest(artifact.manifest) or {}).get("tuned") or {}).get("accepted"))
+    wrong = [e for e in noisy if e.is_wrong(tuned=tuned)]
     return SourceErrors(artifact.served_dtype, roles, list(errors), noisy[:WORST], wrong)

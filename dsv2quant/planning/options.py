@@ -61,13 +61,12 @@ class Options(HubOptions, total=False):
     written whole. What calibrates takes `samples` (512) windows of `length` tokens of `calibration`, a text file or a
     data set of the hub, "ORG/NAME:SPLIT#COLUMN" (Python's library), in the order of `seed` (0), or `statistics` that
     `calibrate` wrote; `figure` is a picture of tokens per expert to draw.
-    `tune` trains what is continuous in an artifact of INT4 or fewer bits on so many tokens of that text, a number or
-    "2M".
+    `tune` trains codes, scales, norms and routers on so many tokens of that text, a number or "8M".
     `base_model` is the hub id that the card names, by default the model's own, or what its card says.
 
     Into a GGUF file: `gguf`, its file type or preset; an `imatrix` file, and `imatrix_shrink` to draw experts with few
     tokens toward their layer's mean; `tensor_types`, each "PATTERN=TYPE"; `output_type`, `token_embedding_type`;
-    `drop_expert_groups`; `split_max_size` of a file.
+    `drop_expert_groups`; `split_max_size` of a file; `tune`, with `calibration`, `length` and `seed`, as of a folder.
     """
 
     scheme: str | None
@@ -110,6 +109,7 @@ GGUF = (
 )  # fmt: skip
 WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of `memory`
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
+TUNING = ("tune", "calibration", "length", "seed")
 _SPELLED = {
     "layout": "--format", "targets": "--target", "tensor_types": "--tensor-type",
     "samples": "--num-calibration-samples", "length": "--max-seq-length", "engine_dtype": "--dtype", "serving": "--as",
@@ -184,11 +184,16 @@ def check_options(given: Mapping[str, Any]) -> Recipe | None:
     """Raise UsageError for options that contradict each other. The recipe, None of GGUF."""
     check_values(given)
     into_gguf = "gguf" in given
+    tuned = TUNING if "tune" in given else ()
     for name in (*FOLDER, *CALIBRATION, "statistics") if into_gguf else GGUF:
-        if name in given:
+        if name in given and not (into_gguf and name in tuned):
             raise UsageError(f"{spelled(name, given)} {'does not go' if into_gguf else 'goes'} with --gguf")
     if not into_gguf:
         return _recipe(given)
+    if "tune" in given:
+        parse_tokens(given["tune"])
+        if given["gguf"].upper() in ("F32", "F16", "BF16"):
+            raise UsageError("--tune trains codes of blocks and their scales: there would be none", fix="leave it out")
     if "imatrix_shrink" in given and "imatrix" not in given:
         raise UsageError("--imatrix-shrink goes with --imatrix")
     return None
@@ -235,14 +240,14 @@ def check_tune(schemes: Iterable[str], given: Mapping[str, Any]) -> None:
     if "tune" in given:
         parse_tokens(given["tune"])
         if not any(CODECS[scheme].integers for scheme in schemes):
-            raise UsageError("--tune trains the scales of integer weights, and there would be none", fix="leave it out")
+            raise UsageError("--tune trains integers and their scales: there would be none", fix="leave it out")
 
 
 def parse_tokens(text: int | str) -> int:
     """'500k' or '2M' → tokens. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", str(text))
     if match is None:
-        raise UsageError(f"--tune {text}", fix="give a number of tokens, as 500k or 2M")
+        raise UsageError(f"--tune {text}", fix="give a number of tokens, as 500k or 8M")
     return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]])
 
 

@@ -174,7 +174,7 @@ def conversion_json(c: Conversion) -> dict[str, Any]:
     run = {"already_complete": c.already_complete, "seconds": c.seconds}
     if isinstance(c.plan, GgufPlan):
         about = {"schema": "dsv2quant.convert-gguf/2", "out": str(c.out), "files": c.files}
-        return about | sizes | {"resumed_tensors": c.resumed} | run
+        return about | sizes | {"tuned": c.tuned, "resumed_tensors": c.resumed} | run
     return {
         "schema": "dsv2quant.convert/2",
         "out": str(c.out),

@@ -1,0 +1,168 @@
+"""A quantized model that is trained: how far its distributions are from the unquantized model's, and what each of its
+weights learns of that.
+
+Weights are held as `Trained` has them. A layer's are expanded while it computes, and once more, layer after layer from
+the last to the first, for their gradients, which are used at once: one layer is there in float32 at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dsv2quant.arch.spec import TensorSpec
+from dsv2quant.calib.layerwise import copied, every_linear
+from dsv2quant.calib.trained import Trained
+from dsv2quant.model.layers import RMSNorm
+from dsv2quant.model.load import DecoderLayer, Ends, Loader
+
+ROWS = 2048  # tokens whose distributions over the vocabulary are there at once
+
+Put = Callable[[torch.Tensor], object]
+# A weight of the artifact as what is trained of it, or as its values; `put` gives the model values.
+Held = Callable[[TensorSpec, Put, torch.device], Trained | torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The quantized model, what is trained of each of its layers and of what is behind them, and the ends of the
+    unquantized one. A layer's trained weights exist while it computes."""
+
+    layers: list[DecoderLayer]
+    ends: Ends
+    ideal: Ends
+    rope: torch.Tensor
+    of_layers: list[list[Trained]]
+    of_ends: list[Trained]
+
+    @property
+    def trained(self) -> list[Trained]:
+        """All of them."""
+        return [*(one for some in self.of_layers for one in some), *self.of_ends]
+
+    @torch.no_grad()
+    def divergence(self, ids: torch.Tensor, hidden: torch.Tensor) -> float:
+        """KL(unquantized ‖ quantized) in nats, the mean over all positions of windows ids [windows, ctx], of which the
+        unquantized model's last hidden states are `hidden` [windows, ctx, hidden]."""
+        *_, x = self._states(ids)
+        for one in self.of_ends:
+            one.put(one.values())
+        parts = [self._divergence(*pair) for pair in _split(x, hidden)]
+        return float(torch.stack(parts).sum()) / ids.numel()
+
+    def learn(self, ids: torch.Tensor, hidden: torch.Tensor, share: float) -> None:
+        """Take a step of all weights that brings the divergence down, `share` of the largest."""
+        with torch.no_grad():
+            *states, x = self._states(ids)
+        gradients = []
+        values = [one.values().requires_grad_() for one in self.of_ends]
+        sums = [torch.zeros_like(some) for some in values]
+        for one, some in zip(self.of_ends, values, strict=True):
+            one.put(some)
+        for rows, wanted in _split(x, hidden):
+            rows = rows.requires_grad_()
+            found, *others = torch.autograd.grad(self._divergence(rows, wanted) / ids.numel(), [rows, *values])
+            gradients.append(found)
+            for total, other in zip(sums, others, strict=True):
+                total.add_(other)
+        for one, some, gradient in zip(self.of_ends, values, sums, strict=True):
+            one.learn(some.detach(), gradient, share)
+        behind = torch.cat(gradients).view_as(x)
+        for index in reversed(range(len(self.layers))):
+            behind = self._learn(index, states.pop(), behind, share)
+
+    def _learn(self, index: int, x: torch.Tensor, behind: torch.Tensor, share: float) -> torch.Tensor:
+        """Take the step of a layer's weights, given the gradient by its output. Returns that by its input x."""
+        trained, x = self.of_layers[index], x.requires_grad_()
+        values = [one.values().requires_grad_() for one in trained]
+        for one, some in zip(trained, values, strict=True):
+            one.put(some)
+        out, _ = self.layers[index](x, self.rope)
+        before, *gradients = torch.autograd.grad(out, [x, *values], behind, allow_unused=True)
+        del out
+        for one, some, gradient in zip(trained, values, gradients, strict=True):
+            one.put(one.numbers)
+            if gradient is not None:  # as of an expert that no token was routed to
+                with torch.no_grad():
+                    one.learn(some.detach(), gradient, share)
+        return before
+
+    def _states(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The hidden states before each layer, and behind the last: [windows, ctx, hidden]."""
+        x = self.ends.embed(ids)
+        for layer, trained in zip(self.layers, self.of_layers, strict=True):
+            yield x
+            for one in trained:
+                one.put(one.values())
+            x, _ = layer(x, self.rope)
+            for one in trained:
+                one.put(one.numbers)  # lets go of the values
+        yield x
+
+    def _divergence(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The sum over rows [n, hidden]."""
+        with torch.no_grad():
+            wanted = self.ideal.logits(hidden).log_softmax(-1)
+        return F.kl_div(self.ends.logits(x).log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+
+def _split(x: torch.Tensor, hidden: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Both [windows, ctx, hidden], by rows."""
+    return zip(x.detach().flatten(0, 1).split(ROWS), hidden.flatten(0, 1).split(ROWS), strict=True)
+
+
+def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec], held: Held) -> Whole:
+    """The model whose weights are `held`: `loader` is of the unquantized one."""
+    ideal = loader.ends()
+    ends: Ends = copied(ideal)
+    layers: list[DecoderLayer] = []
+    of_layers: list[list[Trained]] = []
+    for index in range(loader.config.num_hidden_layers):
+        layer = loader.layer(index)
+        modules = {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
+        of_layers.append(_trained([spec for spec in specs if spec.layer == index], modules, held))
+        layers.append(layer)
+    behind: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
+    outside = [spec for spec in specs if spec.layer is None]
+    of_ends = _trained(outside, behind, held)
+    for spec in outside:
+        if spec.role == "embed":
+            found = held(spec, lambda values: None, ends.embedding.device)
+            ends.embedding = found.values() if isinstance(found, Trained) else found
+            if loader.config.tie_word_embeddings:
+                behind["lm_head"].weight = ends.embedding
+    return Whole(layers, ends, ideal, rope, of_layers, of_ends)
+
+
+def _trained(specs: Iterable[TensorSpec], modules: Mapping[str, Any], held: Held) -> list[Trained]:
+    """What is trained of these weights, which `modules` get as they are stored where nothing is."""
+    found = []
+    for spec in specs:
+        module = modules.get(spec.module)
+        if module is None or not spec.name.endswith(".weight"):
+            continue
+        original = module.weight
+        one = held(spec, partial(setattr, module, "weight"), original.device)
+        if isinstance(one, Trained):
+            one.begin_at(original)
+            found.append(one)
+            one.put(one.numbers)
+        else:
+            module.weight = one
+    return found
+
+
+def _norms(index: int, layer: DecoderLayer) -> Iterator[tuple[str, RMSNorm]]:
+    """A layer's norms by their modules' names."""
+    at = f"model.layers.{index}"
+    yield f"{at}.input_layernorm", layer.input_layernorm
+    yield f"{at}.post_attention_layernorm", layer.post_attention_layernorm
+    for name in ("q_a_layernorm", "kv_a_layernorm"):
+        norm = getattr(layer.attention, name, None)
+        if norm is not None:
+            yield f"{at}.self_attn.{name}", norm
