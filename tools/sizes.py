@@ -33,7 +33,8 @@ from dsv2quant.planning.memory import GIB, Workload, cache_per_token, card_capac
 MODELS = {"DeepSeek-V2-Lite": "lite", "DeepSeek-V2": "v2"}
 FOLDERS = {
     "--fp8=block": "fp8-block", "--fp8=channel": "fp8-channel", "--int8": "int8", "--int4=mixed": "int4-mixed",
-    "--int4=experts": "int4-experts", "--int4=pure": "int4-pure",
+    "--int4=experts": "int4-experts", "--int4=pure": "int4-pure", "--int3=mixed": "int3-mixed",
+    "--int2=mixed": "int2-mixed",
 }  # fmt: skip
 GGUF = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "DSV2_Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M",

@@ -48,28 +48,42 @@ class Pass:
         return Pass(self.head, self.hidden[windows], [r if r is None else r[windows] for r in self.routes], self.begin)
 
 
-class _Applied:
-    """The head of a pass whose hidden states are logits already."""
+@dataclass(frozen=True)
+class Held:
+    """A pass whose distributions are held: logits [windows, ctx − 1 − begin, vocabulary], and of each position, float64
+    [windows, ctx − 1 − begin, 1], the largest and what ln p there is below 0. ln p is then made without an exponential,
+    to the same bit."""
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    logits: torch.Tensor
+    largest: torch.Tensor
+    below: torch.Tensor
+    routes: Routes
+    begin: int
 
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, run: Pass) -> Held:
+        """Those of a pass, made in the blocks that `log_probabilities` makes them in."""
+        windows, positions, _ = run.hidden.shape
+        vocabulary = run.head.logits(run.hidden[:1, 0]).shape[1]
+        logits = run.hidden.new_empty(windows, positions - 1, vocabulary)
+        largest, below = logits.new_empty(2, windows, positions - 1, 1, dtype=torch.float64)
+        for window, rows in enumerate(run.hidden[:, :-1]):
+            for into, block in zip(logits[window].split(ROWS), rows.split(ROWS), strict=True):
+                into.copy_(run.head.logits(block))
+            for at in batches_of(positions - 1, WIDE_ROWS):
+                wide = logits[window, at].double()
+                largest[window, at] = wide.amax(1, keepdim=True)
+                below[window, at] = wide.log_softmax(-1).amax(1, keepdim=True)
+        return cls(logits, largest, below, run.routes, run.begin)
 
-@torch.inference_mode()
-def with_logits(run: Pass) -> Pass:
-    """The same pass with logits in place of hidden states, made in the blocks that `log_probabilities` makes them in:
-    of every position but the last, which predicts nothing."""
-    made: torch.Tensor | None = None
-    for window, rows in enumerate(run.hidden):
-        done = 0
-        for block in rows[:-1].split(ROWS):
-            logits = run.head.logits(block)
-            if made is None:
-                made = logits.new_empty(*run.hidden.shape[:2], logits.shape[1])
-            made[window, done : done + len(logits)] = logits
-            done += len(logits)
-    assert made is not None
-    return Pass(_Applied(), made, run.routes, run.begin)
+    def log_probabilities(self, window: int, first: int) -> Iterator[torch.Tensor]:
+        """As the function."""
+        parts = (
+            part[window, first - self.begin :].split(WIDE_ROWS) for part in (self.logits, self.largest, self.below)
+        )
+        for logits, largest, below in zip(*parts, strict=True):
+            yield logits.double().sub_(largest).add_(below)
 
 
 @torch.inference_mode()
@@ -118,8 +132,11 @@ def batches_of(windows: int, size: int) -> list[slice]:
 
 
 @torch.inference_mode()
-def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tensor]:
+def log_probabilities(run: Pass | Held, window: int, first: int) -> Iterator[torch.Tensor]:
     """ln p over the vocabulary, float64, in blocks of positions of one window: from `first` to the last but one."""
+    if isinstance(run, Held):
+        yield from run.log_probabilities(window, first)
+        return
     rows = run.hidden[window, first - run.begin : -1]
     for block in rows.split(ROWS):
         for logits in run.head.logits(block).split(WIDE_ROWS):
@@ -127,7 +144,7 @@ def log_probabilities(run: Pass, window: int, first: int) -> Iterator[torch.Tens
 
 
 def negative_log_likelihoods(
-    run: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+    run: Pass | Held, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
 ) -> np.ndarray:
     """−ln p of every scored token, [windows, ctx − 1 − first], in nats. `progress` is called with tokens scored."""
     result = np.empty((len(ids), ids.shape[1] - 1 - first))
@@ -159,7 +176,11 @@ class Divergence:
 
 @torch.inference_mode()
 def compare(
-    model: Pass, reference: Pass, ids: np.ndarray, first: int, progress: Callable[[int], object] = lambda tokens: None
+    model: Pass,
+    reference: Pass | Held,
+    ids: np.ndarray,
+    first: int,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Divergence:
     """Both passes must be over the windows `ids` [windows, ctx]. `progress` is called with tokens compared."""
     shape = (len(ids), ids.shape[1] - 1 - first)
@@ -181,7 +202,7 @@ def compare(
     return Divergence(nll, reference_nll, kld, same, _router_agreement(model, reference))
 
 
-def _router_agreement(model: Pass, reference: Pass) -> dict[int, np.ndarray]:
+def _router_agreement(model: Pass, reference: Pass | Held) -> dict[int, np.ndarray]:
     agreement = {}
     for layer, (chosen, wanted) in enumerate(zip(model.routes, reference.routes, strict=True)):
         if chosen is not None and wanted is not None:

@@ -95,7 +95,7 @@ def evaluate(
 def _compare(passed: Pass, reference: Reference, windows: Windows, progress: Progress) -> tuple[np.ndarray, Comparison]:
     """−ln p of the model [windows, tokens], and how far its pass is from the reference's."""
     with progress(len(windows.ids) * windows.scored, "tok", "compare") as advance:
-        compared = divergence.compare(passed, reference.passed, windows.ids, windows.first, advance)
+        compared = divergence.compare(passed, reference.distributions, windows.ids, windows.first, advance)
     referred = Scored(**reference.weights, perplexity=divergence.perplexity(compared.reference_nll))
     distance = vars(divergence.summarize(compared))
     return compared.nll, Comparison(**distance, reference=referred, noise_floor=reference.noise_floor)

@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 from dsv2quant.calib.statistics import digest_of
 from dsv2quant.errors import InputError, listing
-from dsv2quant.evaluation.divergence import Pass, Routes, with_logits
+from dsv2quant.evaluation.divergence import Held, Pass, Routes
 from dsv2quant.evaluation.results import NoiseFloor
 from dsv2quant.kernels.reference import linear
 from dsv2quant.model.layers import RMSNorm
@@ -83,11 +83,18 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # key → whether its value is wh
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model is compared with: `weights` as `Scored` names them, their pass over the windows, and its noise."""
+    """What a model is compared with: `weights` as `Scored` names them, their pass over the windows, which may be held,
+    too, and its noise."""
 
     weights: Mapping[str, Any]
     passed: Pass
     noise_floor: NoiseFloor
+    held: Held | None = None
+
+    @property
+    def distributions(self) -> Pass | Held:
+        """What ln p is made of."""
+        return self.held or self.passed
 
 
 @dataclass(frozen=True)
@@ -197,18 +204,22 @@ class KeptReference:
 
 @dataclass(frozen=True)
 class HeldReference(KeptReference):
-    """One that a process compares several models with: its logits are made once, where they fit into HELD bytes."""
+    """One that a process compares several models with: where they fit into HELD bytes, its logits are made once."""
 
     _made: dict[tuple[int, str], Reference] = field(default_factory=dict, compare=False)
 
     def reference(self, windows: int, device: str) -> Reference:
         if (windows, device) not in self._made:
             found = super().reference(windows, device)
-            states = found.passed.hidden
-            if device == "cpu" and states[..., 0].numel() * self.about["vocabulary"] * states.itemsize <= HELD:
-                found = replace(found, passed=with_logits(found.passed))
+            if device == "cpu" and self._logits_bytes(windows) <= HELD:
+                found = replace(found, held=Held.of(found.passed))
             self._made[windows, device] = found
         return self._made[windows, device]
+
+    def _logits_bytes(self, windows: int) -> int:
+        a = self.about
+        size: int = windows * (a["ctx"] - 1 - a["first"]) * a["vocabulary"] * getattr(torch, a["dtype"]).itemsize
+        return size
 
 
 def kept_at(model: object) -> KeptReference | None:

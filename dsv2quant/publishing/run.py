@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context, parent_process
@@ -134,28 +134,42 @@ def release(
     asked.check_values(wanted.evaluation)
     for engine in wanted.engines:
         asked.check_engine(engine["engine"], engine.get("engine_python"), None, engine.get("tp", 1), "auto", "bfloat16")
-    checkpoint = dq.open(model, **hub)
+    with _workers(min(jobs, len(wanted.artifacts))) as workers:
+        run = _planned(dq.open(model, **hub), Path(out), wanted, base_model, device, progress)
+        with disk_errors(run.out):
+            run.out.mkdir(parents=True, exist_ok=True)
+        with closing(StateLog(run.out / STATE, run.out)) as log:
+            return _made(run, base_model, log, workers)
+
+
+def _planned(
+    checkpoint: Checkpoint, out: Path, wanted: Release, base_model: str | None, device: str, progress: Progress
+) -> _Run:
+    """All that is asked, checked: nothing is written."""
     options = {each.name: _options(checkpoint, each, wanted.calibration, base_model) for each in wanted.artifacts}
     dtype, tasks = wanted.evaluation.get("dtype", "auto"), wanted.tasks
-    in_tasks = None if tasks is None else TaskRun.of(tasks, Path(out), device, dtype)
-    run = _Run(checkpoint, Path(out), wanted, options, in_tasks, device, progress)
+    in_tasks = None if tasks is None else TaskRun.of(tasks, out, device, dtype)
+    run = _Run(checkpoint, out, wanted, options, in_tasks, device, progress)
     for each in wanted.artifacts:
         dq.check_conversion(run.path(each), device, **options[each.name])
+    return run
+
+
+def _made(run: _Run, base_model: str | None, log: StateLog, workers: ProcessPoolExecutor | None) -> Released:
+    """What comes of it; what is measured is logged."""
     from dsv2quant.publishing.publish import publish
 
-    with disk_errors(run.out):
-        run.out.mkdir(parents=True, exist_ok=True)
-    with closing(StateLog(run.out / STATE, run.out)) as log:
-        known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
-        # First: data that can't be had is told before hours of work.
-        of_model = [] if tasks is None else run.scored(checkpoint, weights_of(checkpoint))
-        made = {}
-        for each, found in _each(run, known, jobs):
-            if found.key not in known:
-                log.append({"name": each.name, "key": found.key, "measured": found.measured})
-            made[each.name] = run.made(each, found, of_model)
-        released = Released(run.out, checkpoint, base_model, tuple(made[each.name] for each in wanted.artifacts))
-        publish(released, wanted.text)
+    checkpoint, artifacts = run.checkpoint, run.release.artifacts
+    known: dict[str, dict[str, Any]] = {line["key"]: line["measured"] for line in log.lines}
+    # First: data that can't be had is told before hours of work.
+    of_model = [] if run.tasks is None else run.scored(checkpoint, weights_of(checkpoint))
+    made = {}
+    for each, found in _each(run, known, workers):
+        if found.key not in known:
+            log.append({"name": each.name, "key": found.key, "measured": found.measured})
+        made[each.name] = run.made(each, found, of_model)
+    released = Released(run.out, checkpoint, base_model, tuple(made[each.name] for each in artifacts))
+    publish(released, run.release.text)
     return released
 
 
@@ -177,27 +191,37 @@ def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted((name, entry["sha256"]) for name, entry in files.items() if name != "README.md")
 
 
-def _each(run: _Run, known: Known, jobs: int) -> Iterator[tuple[Wanted, _Found]]:
-    """Artifacts, as they are done, held against the reference, which is made first."""
-    artifacts = run.release.artifacts
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for so many artifacts at a time, which import while all is planned and the reference made; None for
+    one."""
     if jobs == 1:
-        reference = _opened(run.reference())
-        yield from ((each, run.found(each, reference, known)) for each in artifacts)
+        yield None
         return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     # A fresh interpreter for each process: torch's threads don't outlive a fork.
-    threads, quiet = max(1, (os.cpu_count() or 1) // jobs), replace(run, progress=no_progress)
-    with ProcessPoolExecutor(min(jobs, len(artifacts)), get_context("spawn"), _ready, (threads,)) as workers:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _ready, (threads,)) as workers:
         for _ in range(jobs):
-            workers.submit(int)  # starts a process each: they import while the reference is made
-        reference = run.reference()
+            workers.submit(int)  # starts a process each
+        yield workers
+
+
+def _each(run: _Run, known: Known, workers: ProcessPoolExecutor | None) -> Iterator[tuple[Wanted, _Found]]:
+    """Artifacts, as they are done, held against the reference, which is made first."""
+    artifacts, reference = run.release.artifacts, run.reference()
+    if workers is None:
+        held = _opened(reference)
+        yield from ((each, run.found(each, held, known)) for each in artifacts)
+        return
+    quiet = replace(run, progress=no_progress)
+    with run.progress(len(artifacts), "artifacts", "release") as advance:
         begun = {workers.submit(_apart, quiet, each, reference, known): each for each in artifacts}
-        with run.progress(len(artifacts), "artifacts", "release") as advance:
-            try:
-                for done in as_completed(begun):
-                    yield begun[done], done.result()
-                    advance(1)
-            finally:
-                workers.shutdown(cancel_futures=True)
+        try:
+            for done in as_completed(begun):
+                yield begun[done], done.result()
+                advance(1)
+        finally:
+            workers.shutdown(cancel_futures=True)
 
 
 def _ready(threads: int) -> None:
