@@ -18,7 +18,8 @@ from engine_stand_in import program
 from hub_server import serve
 
 import dsv2quant as dq
-from dsv2quant.publishing.run import REFERENCE, STATE
+from dsv2quant.publishing import wanted
+from dsv2quant.publishing.run import REFERENCE, STATE, _options
 
 KINDS = {
     "wordy-FP8-CHANNEL": {"scheme": "fp8-channel"},
@@ -53,8 +54,6 @@ engines: [{{engine: vllm, python: {python}, windows: 2, ctx: 32}}]
 
 @pytest.fixture(scope="module")
 def released(wordy, recipe, tmp_path_factory) -> Path:
-    from dsv2quant.publishing import wanted
-
     out = tmp_path_factory.mktemp("released") / "out"
     dq.release(wordy, out, wanted.load(recipe, "wordy")).check()
     return out
@@ -127,6 +126,24 @@ def test_a_gate_that_fails_leaves_the_others_done(wordy, fox, cli, tmp_path):
     assert (tmp_path / "out" / "wordy-GGUF" / "wordy-Q8_0.gguf").exists()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [bool(each["failed"]) for each in report["artifacts"]] == [True, False]
+
+
+def test_text_goes_to_what_calibrates_and_to_what_is_tuned(wordy, fox, tmp_path):
+    path = tmp_path / "release.yaml"
+    path.write_text(f"""
+artifacts:
+  - fp8-channel
+  - int4-pure
+  - {{artifact: int4-experts, method: rtn, tune: 1k}}
+  - {{artifact: Q4_0, tune: 1k}}
+calibration: {{text: {fox}, samples: 8, length: 32}}
+""")
+    release = wanted.load(path, "wordy")
+    found = [_options(dq.open(wordy), each, release.calibration, None) for each in release.artifacts]
+    text = {"calibration": str(fox), "length": 32}
+    assert [{k: v for k, v in options.items() if k in ("calibration", "samples", "length")} for options in found] == [
+        {}, text | {"samples": 8}, text, text,
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_made_is_told_before_anything_is_written(wordy, cli, tmp_path):

@@ -176,14 +176,18 @@ def _made(run: _Run, base_model: str | None, log: StateLog, workers: ProcessPool
 def _options(
     checkpoint: Checkpoint, wanted: Wanted, calibration: Mapping[str, Any], base_model: str | None
 ) -> dict[str, Any]:
-    """Options of `convert`, by which the artifact was planned: the calibration goes to those that calibrate."""
+    """Options of `convert`, by which the artifact was planned: the calibration goes to those that calibrate, its text
+    to those that are tuned."""
     from dsv2quant.calib.calibration import needs_calibration
 
     options = dict(wanted.options)
     if base_model is not None and not wanted.into_gguf:
         options["base_model"] = base_model
     plan = dq.plan(checkpoint, **options)
-    return options | (dict(calibration) if isinstance(plan, Plan) and needs_calibration(plan) else {})
+    if isinstance(plan, Plan) and needs_calibration(plan):
+        return options | dict(calibration)
+    text = {name: value for name, value in calibration.items() if name in asked.TUNING}
+    return options | (text if "tune" in options else {})
 
 
 def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:
