@@ -15,7 +15,7 @@ import tiny
 import torch
 from test_transformers import DTYPES, like_transformers, load, their_weight
 
-from dsv2quant.calib.calibration import Calibration
+from dsv2quant.calib.calibration import Calibration, Tuning
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint, Weight
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
@@ -59,7 +59,7 @@ def artifacts(tmp_path_factory, awkward):
             chosen = recipe.builtin(asked, method=method, group_size=group_size)
             plan = make_plan(open_checkpoint(path), chosen, for_targets=("vllm", "transformers"))
             assert len(plan.schemes) == (2 if name in ("two sizes", "mixed", "INT3") else 1)
-            tuning = replace(tokens, ids=tokens.ids.reshape(32, 16)) if name == "tuned" else None
+            tuning = Tuning(replace(tokens, ids=tokens.ids.reshape(32, 16)), 512) if name == "tuned" else None
             held_out = iter((1.0, 0.5))  # so few tokens say nothing of others
             with pytest.MonkeyPatch.context() as m:
                 m.setattr("dsv2quant.calib.tuning.STEP_TOKENS", 32)

@@ -33,15 +33,24 @@ def on_path(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[[str, str], Path]:
-    """A model's GGUF file of a type, made once."""
+def made(tmp_path_factory, fox) -> Callable[[str, str], Path]:
+    """A model's GGUF file of a type, made once; of 'Q4_0, tuned' one that was trained for few steps, which are taken
+    whatever they do."""
     folder = tmp_path_factory.mktemp("files")
     models = gguf_tiny.write(tmp_path_factory.mktemp("models"), ("dsv2-mini", "tiny-v2", "tiny-v3", "tiny-llama"))
 
     def file(model: str, file_type: str) -> Path:
         out = folder / f"{model}-{file_type}.gguf"
-        if not out.exists():
-            convert(models[model], out, gguf=file_type)
+        if out.exists():
+            return out
+        kind, is_tuned, _ = file_type.partition(", tuned")
+        with pytest.MonkeyPatch.context() as m:
+            held_out = iter((1.0, 0.5))
+            m.setattr("dsv2quant.calib.trained.RATE", 2e-2)
+            m.setattr("dsv2quant.calib.tuning.STEP_TOKENS", 64)
+            m.setattr("dsv2quant.calib.tuning._held_out", lambda whole, tokens: next(held_out))
+            tuning = {"tune": 512, "calibration": fox, "length": 32} if is_tuned else {}
+            convert(models[model], out, gguf=kind, **tuning)
         return out
 
     return file
@@ -59,8 +68,8 @@ def verify(cli):
 @pytest.mark.parametrize(
     ("model", "file_type"),
     [
-        *(("dsv2-mini", file_type) for file_type in ("F16", "Q8_0", "Q4_K_M")),
-        ("tiny-v3", "Q4_K_M"), ("tiny-llama", "Q8_0"),
+        *(("dsv2-mini", file_type) for file_type in ("F16", "Q8_0", "Q4_K_M", "Q4_K_M, tuned", "DSV2_Q3_K_M, tuned")),
+        ("tiny-v3", "Q4_K_M"), ("tiny-llama", "Q8_0"), ("tiny-llama", "IQ4_XS, tuned"),
     ],
 )  # fmt: skip
 def test_weights_expanded_to_f32_give_the_runtimes_numbers(model, file_type, made, tmp_path) -> None:
