@@ -95,9 +95,8 @@ def test_one_that_is_held_makes_its_logits_once(wide, quantized, kept, monkeypat
         found, live = (dq.evaluate(model, reference=given, **SCORED) for given in (held, kept))
         assert same(found, live)
     windows, scored = SCORED["limit"], SCORED["ctx"] - 1
-    assert (
-        sum(made) == (1 + 2) * windows * scored + 1
-    )  # once for what is held, of one position before, and each time else
+    # What is held once, one position before it, and the rest each time.
+    assert sum(made) == (1 + 2) * windows * scored + 1
     monkeypatch.setattr("dsv2quant.evaluation.reference.HELD", 4 * 4096 * windows * scored - 1)
     large = HeldReference.opened(kept)
     assert all(same(dq.evaluate(wide, reference=large, **SCORED), live) for _ in range(2))
