@@ -154,7 +154,7 @@ def main() -> None:
     if options.tune:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
         made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, tuning, options.device)
-        record("dsv2quant pure", "gptq, tuned", 64, options.windows, made, out)
+        record("dsv2quant pure", f"gptq, tuned on {TUNED // 10**6}M tokens", 64, options.windows, made, out)
         append(options.results, rows)
         return
     if options.few_bits:
@@ -165,7 +165,9 @@ def main() -> None:
                 record(f"dsv2quant {name}", method, group, options.windows, made, out)
             if group == 64 and name != "int4-experts":
                 made = ours(planned(name, method="gptq", group_size=group), ids, out, tuning, options.device)
-                record(f"dsv2quant {name}", "gptq, tuned", group, options.windows, made, out)
+                record(
+                    f"dsv2quant {name}", f"gptq, tuned on {TUNED // 10**6}M tokens", group, options.windows, made, out
+                )
         append(options.results, rows)
         return
     counts = [2, 4, 8] if options.starved else [options.windows]

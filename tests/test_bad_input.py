@@ -316,7 +316,7 @@ CASES: list[tuple[str, Callable[[Path], object] | None, tuple[str, ...], int, st
         None,
         (*CONVERT, "--recipe", "x.yaml"),
         2,
-        "--fp8, --int4, --int8, --w4a8 and --recipe exclude each other",
+        "--fp8, --int4, --int3, --int2, --int8, --w4a8 and --recipe exclude each other",
     ),
     ("unknown grid", None, ("convert", "{model}", "--fp8=row", "-o", "{out}"), 2, "'row' is not one of"),
     ("unknown target", None, (*CONVERT, "--target", "tgi"), 2, "'tgi' is not one of"),
