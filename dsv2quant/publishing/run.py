@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -72,20 +73,16 @@ class _Run:
         )
         return path
 
-    def converted(self, wanted: Wanted) -> Any:
-        """The `Conversion` of an artifact that is made, or found made."""
+    def found(self, wanted: Wanted, reference: Any, known: Known) -> _Found:
+        """An artifact that is made, or found made; with what was measured of these very files before, or now."""
         path = self.path(wanted)
         with disk_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
-        return dq.convert(
-            self.checkpoint, path, device=self.device, progress=self.progress, **self.options[wanted.name]
-        )
-
-    def found(self, wanted: Wanted, conversion: Any, reference: Any, known: Known) -> _Found:
-        """The same with what was measured of these very files before, or now."""
+        options = self.options[wanted.name]
+        conversion = dq.convert(self.checkpoint, path, device=self.device, progress=self.progress, **options)
         key = self.key(conversion.files)
         measured = known.get(key) or measured_json(self.measure(wanted, conversion.plan, reference))
-        return _Found(conversion, key, measured, self.scored(self.path(wanted), _hashes(conversion.files)))
+        return _Found(conversion, key, measured, self.scored(path, _hashes(conversion.files)))
 
     def scored(self, model: dq.Model, weights: object) -> list[Row]:
         """A model's scores in tasks, which lie beside what was measured; `weights` tell it from others."""
@@ -214,51 +211,21 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _each(run: _Run, known: Known, workers: ProcessPoolExecutor | None) -> Iterator[tuple[Wanted, _Found]]:
-    """Artifacts, as they are done, held against the reference: the workers convert while it is made, but on a GPU, of
-    which it has the memory alone."""
-    artifacts = run.release.artifacts
+    """Artifacts, as they are done, held against the reference, which is made first."""
+    artifacts, reference = run.release.artifacts, run.reference()
     if workers is None:
-        held = _opened(run.reference())
-        yield from ((each, run.found(each, run.converted(each), held, known)) for each in artifacts)
+        held = _opened(reference)
+        yield from ((each, run.found(each, held, known)) for each in artifacts)
         return
-    quiet, pending = replace(run, progress=no_progress), dict[Future[Any], Wanted]()
-
-    def convert() -> None:
-        pending.update({workers.submit(quiet.converted, each): each for each in artifacts})
-
-    try:
-        if run.device == "cpu":
-            convert()
-            with _half_of_the_processors():
-                reference = run.reference()
-        else:
-            reference = run.reference()
-            convert()
-        with run.progress(len(artifacts), "artifacts", "release") as advance:
-            while pending:
-                for done in wait(pending, return_when=FIRST_COMPLETED).done:
-                    each, made = pending.pop(done), done.result()
-                    if isinstance(made, _Found):
-                        yield each, made
-                        advance(1)
-                    else:
-                        pending[workers.submit(_found, quiet, each, made, reference, known)] = each
-    finally:
-        workers.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _half_of_the_processors() -> Iterator[None]:
-    """For torch's operations here. With threads for all of them these would wait for each other behind what the workers
-    run: ten times as long, measured."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    quiet = replace(run, progress=no_progress)
+    with run.progress(len(artifacts), "artifacts", "release") as advance:
+        begun = {workers.submit(_apart, quiet, each, reference, known): each for each in artifacts}
+        try:
+            for done in as_completed(begun):
+                yield begun[done], done.result()
+                advance(1)
+        finally:
+            workers.shutdown(cancel_futures=True)
 
 
 def _ready(threads: int) -> None:
@@ -275,7 +242,7 @@ def _ready(threads: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    connection.wait([parent.sentinel])
+    wait([parent.sentinel])
     os._exit(1)
 
 
@@ -289,9 +256,9 @@ def _opened(reference: Path) -> Any:
 _held = cache(_opened)  # of a process that is made for one release
 
 
-def _found(run: _Run, wanted: Wanted, conversion: Any, reference: Path, known: Known) -> _Found:
+def _apart(run: _Run, wanted: Wanted, reference: Path, known: Known) -> _Found:
     """`_Run.found`, in such a process."""
-    return run.found(wanted, conversion, _held(reference), known)
+    return run.found(wanted, _held(reference), known)
 
 
 def _takes(engine: str, wanted: Wanted, plan: Any) -> bool:
