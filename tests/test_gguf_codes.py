@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from gguf_cases import bell, importances, matrices
 
-from dsv2quant.formats.gguf.blocks import NEEDY, TYPES, UNWEIGHTED, encode
+from dsv2quant.formats.gguf.blocks import NEEDY, TYPES, UNWEIGHTED, decode, encode
 from dsv2quant.formats.gguf.codes import Levels, levels, with_codes, with_factors
 
 MATRICES = matrices()
@@ -164,7 +164,7 @@ def test_values_follow_their_factors(name: str) -> None:
         before, factors = blocks.copy(), factors_for(name, blocks, 7)
         made = with_factors(name, blocks, factors)
         assert made is not None
-        new, values = made
+        new, values = made, decode(name, made)
         old, found = dequantized(name, blocks), levels(name, blocks)
         size = np.abs(old)
         if found is not None and found.offset is not None:  # two terms, each with its rounding
@@ -175,7 +175,7 @@ def test_values_follow_their_factors(name: str) -> None:
         np.testing.assert_array_equal(blocks, before)
         twice = with_factors(name, blocks, np.full_like(factors, 2))
         assert twice is not None
-        np.testing.assert_array_equal(twice[1], old * np.float32(2))
+        np.testing.assert_array_equal(decode(name, twice), old * np.float32(2))
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -184,7 +184,7 @@ def test_factors_leave_all_but_scales(name: str) -> None:
         factors = factors_for(name, blocks, 8)
         made = with_factors(name, blocks, factors)
         assert made is not None
-        new, values = made
+        new, values = made, decode(name, made)
         before, after = (data.reshape(-1, TYPES[name].bytes) for data in (blocks, new))
         changed = np.flatnonzero((before != after).any(0))
         assert len(changed) <= (4 if name in AFFINE or name == "IQ1_M" else 2)
@@ -198,7 +198,7 @@ def test_scales_do_not_become_zero_or_infinite(name: str) -> None:
     for factor in (0, 1e-9, 1e9, np.inf, np.nan):
         made = with_factors(name, blocks, np.full((3, 512 // TYPES[name].values), factor, np.float32))
         assert made is not None
-        np.testing.assert_array_equal(made[0], blocks)
+        np.testing.assert_array_equal(made, blocks)
 
 
 def q4_1(d: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -223,7 +223,7 @@ def test_scales_are_rounded_once() -> None:
         fits = np.isfinite(expected) & ((expected != 0) | (d[:, None] == 0))
         made = with_factors("Q4_1", q4_1(d, -d), factors)
         assert made is not None
-        np.testing.assert_array_equal(made[0], np.where(fits, q4_1(expected[:, 0], -expected[:, 0]), q4_1(d, -d)))
+        np.testing.assert_array_equal(made, np.where(fits, q4_1(expected[:, 0], -expected[:, 0]), q4_1(d, -d)))
     assert twice
 
 
@@ -234,5 +234,5 @@ def test_a_block_keeps_both_scales_or_none() -> None:
     made = with_factors("Q4_1", q4_1(d, low), factors)
     assert made is not None
     expected = q4_1(np.array([0, 2, 3, 1, 1, 0, 6 * least]), np.array([-2, 0, -least, -most, -0.0, 0, 10 * least]))
-    np.testing.assert_array_equal(made[0], expected)
-    np.testing.assert_array_equal(made[1], dequantized("Q4_1", expected))
+    np.testing.assert_array_equal(made, expected)
+    np.testing.assert_array_equal(decode("Q4_1", made), dequantized("Q4_1", expected))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Mix
 from dsv2quant.allocation.space import Space, importance, planned, prepare
-from dsv2quant.calib.calibration import needs_calibration
+from dsv2quant.calib.calibration import used_by
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.gguf_plan import GgufPlan
@@ -101,9 +101,7 @@ def convert_within(
         search(checkpoint, recipe, **budgets, into_gguf=into_gguf, device=device, progress=progress, **searching)
     calibrating: dict[str, Any] = {name: given.pop(name) for name in asked.CALIBRATION if name in given}
     given["gguf" if into_gguf else "recipe"] = os.fspath(recipe)
-    plan = dq.plan(checkpoint, **given)
-    if "tune" in given or (isinstance(plan, Plan) and needs_calibration(plan)):
-        given |= calibrating if isinstance(plan, Plan) else {n: v for n, v in calibrating.items() if n != "samples"}
+    given |= used_by(dq.plan(checkpoint, **given), given, calibrating)
     return dq.convert(checkpoint, out, device=device, force=force, progress=progress, **given)
 
 

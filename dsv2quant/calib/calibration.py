@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -30,6 +30,9 @@ from dsv2quant.text.calibration import MAX_OVERLAP, fingerprint, load, overlap, 
 from dsv2quant.text.dataset import named
 from dsv2quant.text.text import StrPath, python_topics
 from dsv2quant.text.tokenizer import Protocol
+
+if TYPE_CHECKING:
+    from dsv2quant.planning.gguf_plan import GgufPlan
 
 logger = logging.getLogger(__name__)
 LEAST_TUNED = 16  # windows: of as many, one is held out
@@ -148,6 +151,14 @@ class Tuning(NamedTuple):
 def needs_calibration(plan: Plan) -> bool:
     """Whether any tensor's method needs calibration."""
     return any(entry.method in CALIBRATED for entry in plan.entries)
+
+
+def used_by(plan: Plan | GgufPlan, given: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options of a calibration those that a conversion has a use for: all where it calibrates, its text where it is
+    tuned alone. `given` are the conversion's own."""
+    if isinstance(plan, Plan) and needs_calibration(plan):
+        return dict(calibration)
+    return {name: value for name, value in calibration.items() if name != "samples"} if "tune" in given else {}
 
 
 def needs_statistics(plan: Plan) -> bool:
@@ -317,9 +328,7 @@ def calibrated_on(plan: Plan, given: Mapping[str, Any], progress: Progress) -> U
 
 
 def tuned_on(checkpoint: Checkpoint, given: Mapping[str, Any], progress: Progress) -> Used:
-    """What a GGUF file is tuned on, if it is. Raises UsageError for fewer tokens than tuning can have."""
-    if "tune" not in given:
-        return Used(None, None, None, [])
+    """What a GGUF file is tuned on. Raises UsageError for fewer tokens than tuning can have."""
     found, tuning = _read_for(checkpoint, 0, given, progress)
     words = [f"--calibration {found.source}"] * ("calibration" in given)
     return Used(None, None, tuning, [*words, f"--max-seq-length {found.ids.shape[1]} --seed {found.seed}"])

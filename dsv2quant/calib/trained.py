@@ -195,7 +195,7 @@ class Blocks(Trained):
     ) -> None:
         self._kind, self._blocks = kind, blocks
         found, factors = block_codes.levels(kind, blocks), count_blocks(kind, blocks)
-        if block_codes.with_factors(kind, blocks[:1], np.ones((1, factors), np.float32)) is None:
+        if not block_codes.has_scale(kind):
             self.bound = 0.0
         if found is None:
             super().__init__(name, put, torch.from_numpy(decode(kind, blocks)).to(device), factors)
@@ -211,7 +211,7 @@ class Blocks(Trained):
             self._blocks = block_codes.with_codes(self._kind, self._blocks, codes)
         scaled = block_codes.with_factors(self._kind, self._blocks, self.state["m"].exp().cpu().numpy())
         if scaled is not None:
-            self._blocks, _ = scaled
+            self._blocks = scaled
         again = Blocks(self.name, self.put, self._kind, self._blocks, self.numbers.device)
         self.numbers, self.step, self.offset, self.state = again.numbers, again.step, again.offset, again.state
         return {BLOCKS: self._blocks}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ class TunedGgufFiles(GgufFiles):
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
-        versions = {"dsv2quant": __version__, "torch": self._tuning.describe(self._device)["torch"]}
         return {
-            "versions": versions,
+            "versions": {"dsv2quant": __version__, "torch": version("torch")},
             "tuned": self.tuned,
             "calibration": self._calibration,
             "calibration_fingerprint": self._tuning.text.fingerprint,

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import dsv2quant.api as dq
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.planning import options as asked
-from dsv2quant.planning.plan import Plan
 from dsv2quant.progress import Progress, no_progress
 from dsv2quant.publishing.gates import failed
 from dsv2quant.publishing.harness import Row
@@ -176,18 +175,13 @@ def _made(run: _Run, base_model: str | None, log: StateLog, workers: ProcessPool
 def _options(
     checkpoint: Checkpoint, wanted: Wanted, calibration: Mapping[str, Any], base_model: str | None
 ) -> dict[str, Any]:
-    """Options of `convert`, by which the artifact was planned: the calibration goes to those that calibrate, its text
-    to those that are tuned."""
-    from dsv2quant.calib.calibration import needs_calibration
+    """Options of `convert`, by which the artifact was planned, and what it uses of the calibration."""
+    from dsv2quant.calib.calibration import used_by
 
     options = dict(wanted.options)
     if base_model is not None and not wanted.into_gguf:
         options["base_model"] = base_model
-    plan = dq.plan(checkpoint, **options)
-    if isinstance(plan, Plan) and needs_calibration(plan):
-        return options | dict(calibration)
-    text = {name: value for name, value in calibration.items() if name in asked.TUNING}
-    return options | (text if "tune" in options else {})
+    return options | used_by(dq.plan(checkpoint, **options), options, calibration)
 
 
 def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv2quant.formats.compiled import compiled
-from dsv2quant.formats.gguf.blocks import count_blocks, decode
+from dsv2quant.formats.gguf.blocks import count_blocks
 from dsv2quant.formats.gguf.layouts import HALVES, SPECS, Plane, Spec
 from dsv2quant.formats.gguf.ternary import pack_tq1_0, unpack_tq1_0
 
@@ -71,24 +71,27 @@ def with_codes(name: str, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return out.reshape(blocks.shape)
 
 
-def with_factors(name: str, blocks: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """A copy of `blocks`, uint8 [rows, bytes of a row], with each block's values times a factor, and these values.
+def has_scale(name: str) -> bool:
+    """Whether blocks of this type have a float16 scale: all but floats, MXFP4 and NVFP4."""
+    return name in HALVES or name == _PIECES
+
+
+def with_factors(name: str, blocks: np.ndarray, factors: np.ndarray) -> np.ndarray | None:
+    """A copy of `blocks`, uint8 [rows, bytes of a row], with each block's values times a factor.
 
     factors float32 [rows, blocks of a row] go to the float16 scales, d and with it dmin or m, and are rounded there to
-    nearest. Where that would make one 0 or infinite, the block stays as it was. Values are float32 [rows, columns], as
-    `decode` has them. None where the type has no such scale: floats, MXFP4 and NVFP4.
+    nearest. Where that would make one 0 or infinite, the block stays as it was. None where the type has no such scale.
 
     Raises ValueError where a row is not whole blocks or factors are not one for each.
     """
-    if name not in HALVES and name != _PIECES:
+    if not has_scale(name):
         return None
     shape = (len(blocks), count_blocks(name, blocks))
     if factors.shape != shape:
         raise ValueError(f"factors have shape {factors.shape}; blocks of {name} need {shape}")
     out = _flat(name, blocks).copy()
     _put_scales(name, out, _multiplied(_scales(name, out), factors.reshape(-1, 1)))
-    out = out.reshape(blocks.shape)
-    return out, decode(name, out)
+    return out.reshape(blocks.shape)
 
 
 def _flat(name: str, blocks: np.ndarray) -> np.ndarray:
