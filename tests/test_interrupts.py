@@ -144,3 +144,24 @@ def test_a_process_ends_with_the_signals_code_and_nohup_is_heeded(lite):
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
         assert ran.returncode == code
         assert ("terminated" in ran.stderr) == (before is None)
+
+
+def test_a_signal_that_another_thread_gets_ends_what_the_main_one_waits_for(lite):
+    program = (
+        "import signal, sys, threading; from dsv2quant.cli import main\n"
+        "number = getattr(signal, sys.argv.pop())\n"
+        "never = threading.Condition()\n"
+        "def get():\n"
+        "  while not never._waiters: pass\n"
+        "  signal.pthread_kill(threading.get_ident(), number)\n"
+        "  threading.Event().wait()\n"
+        "def stop(*args, **kwargs):\n"
+        "  threading.Thread(target=get, daemon=True).start()\n"
+        "  with never: never.wait()\n"
+        "from dsv2quant.checkpoint import open as opening; opening.open_checkpoint = stop\n"
+        "main.main()"
+    )
+    for name, code, word in (("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")):
+        command = [sys.executable, "-c", program, "inspect", str(lite), name]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60)
+        assert (ran.returncode, ran.stderr.split()) == (code, [word])

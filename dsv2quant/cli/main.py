@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn
 
 import click
 
+from dsv2quant.cli.signals import Stopped, stopping
 from dsv2quant.cli.terminal import logging_shown, take_any_text
 from dsv2quant.errors import Dsv2quantError, printable
 from dsv2quant.version import __version__
@@ -71,29 +70,6 @@ def cli() -> None:
       dsv2quant convert deepseek-ai/DeepSeek-V2-Lite --fp8 -o DeepSeek-V2-Lite-FP8-BLOCK
       dsv2quant eval-ppl DeepSeek-V2-Lite-FP8-BLOCK --reference deepseek-ai/DeepSeek-V2-Lite
     """
-
-
-class Stopped(BaseException):
-    """A signal asks for an end, which cleans up as an interrupt does."""
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Stopped in here, once: a second one ends the process at once."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
-
-    # What nohup ignores stays ignored.
-    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def main() -> NoReturn:
