@@ -147,7 +147,8 @@ def beside_llm_compressor(model: Path, table: Table, options: argparse.Namespace
         shutil.rmtree(out, ignore_errors=True)
         table.add("dsv2quant", name, ours(plan, ids, out).versions, out, calibrated=method == "gptq")
         shutil.rmtree(out)
-        made = peers(options.peer, model, method, GROUP, tokens, kept, out)
+        given = ["--tokens", tokens, "--method", method, "--group-size", GROUP, *(f"--ignore={each}" for each in kept)]
+        made = peers(options.peer, "llmcompressor_oneshot.py", model, out, *given)
         if name == "fp8-block":
             respell(out)
         table.add("llm-compressor", name, made.versions, out, calibrated=method == "gptq")

@@ -23,7 +23,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +68,14 @@ class Evaluator:
         stream = tokenizer.encode(python_topics().content)
         self._ids = cut(stream, CTX, tokenizer.bos_id, "default", "topics").ids[:EVALUATED]
         self.tokens = EVALUATED * (CTX - 1)
-        self._reference = self._pass(model)
+        self._reference = self._pass(self.opened(model))
 
-    def compare(self, artifact: Path) -> Divergence:
-        return compare(self._pass(artifact), self._reference, self._ids, 0)
+    def opened(self, folder: Path) -> Model:
+        return Model(open_checkpoint(folder), self._options)
+
+    def compare(self, artifact: Path | Model) -> Divergence:
+        model = artifact if isinstance(artifact, Model) else self.opened(artifact)
+        return compare(self._pass(model), self._reference, self._ids, 0)
 
     def __call__(self, folder: Path) -> dict[str, Any]:
         compared = self.compare(folder)
@@ -84,8 +87,7 @@ class Evaluator:
             "ppl": f"{math.exp(compared.nll.mean()):.3f}",
         }
 
-    def _pass(self, folder: Path) -> Pass:
-        model = Model(open_checkpoint(folder), self._options)
+    def _pass(self, model: Model) -> Pass:
         return run(model, self._ids, batches_of(EVALUATED, 8))
 
 
@@ -113,14 +115,12 @@ def ours(plan: Plan, ids: np.ndarray, out: Path, tuning: Tuning | None = None, d
     return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
 
 
-def peers(python: str, model: Path, method: str, group: int, tokens: Path, ignored: Iterable[str], out: Path) -> Made:
-    """llm-compressor."""
-    script = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
-    command = [python, str(script), str(model), "--tokens", str(tokens), "--method", method]
-    command += ["--group-size", str(group), "-o", str(out), *(f"--ignore={name}" for name in ignored)]
+def peers(python: str, script: str, model: Path, out: Path, *options: object) -> Made:
+    """What a peer's script makes in its own environment."""
+    command = [python, str(Path(__file__).parent / "peers" / script), str(model), "-o", str(out), *map(str, options)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     printed = json.loads(ran.stdout)
-    bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    bits = 8 * sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     size = sum(weight.spec.size for weight in open_checkpoint(model).weights)
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
     return Made(printed["quantize_s"], bits / size, "", versions)
@@ -176,9 +176,10 @@ def main() -> None:
         np.save(tokens, ids)
         for group in (64,) if options.starved else (64, 128):
             shutil.rmtree(out, ignore_errors=True)
-            ignored = [r"re:.*kv_b_proj$"] + ["model.layers.0.mlp.down_proj"] * (group == 128)
+            ignored = [r"--ignore=re:.*kv_b_proj$"] + ["--ignore=model.layers.0.mlp.down_proj"] * (group == 128)
             for method in ("rtn", "gptq"):
-                made = peers(options.peer, MODEL, method, group, tokens, ignored, out)
+                given = ["--tokens", tokens, "--method", method, "--group-size", group, *ignored]
+                made = peers(options.peer, "llmcompressor_oneshot.py", MODEL, out, *given)
                 record("llm-compressor", method, group, count, made, out)
             for method in ("rtn", "mse", "awq", "gptq"):
                 made = ours(planned("int4-pure", method=method, group_size=group), ids, out)

@@ -35,10 +35,10 @@ class Whole:
 
     layers: list[DecoderLayer]
     ends: Ends
+    of_ends: list[Trained]
     ideal: Ends
     rope: torch.Tensor
     of_layers: list[list[Trained]]
-    of_ends: list[Trained]
 
     @property
     def trained(self) -> list[Trained]:
@@ -118,25 +118,36 @@ def _split(x: torch.Tensor, hidden: torch.Tensor) -> Iterable[tuple[torch.Tensor
 
 def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec], held: Held) -> Whole:
     """The model whose weights are `held`: `loader` is of the unquantized one."""
-    ideal = loader.ends()
-    ends: Ends = copied(ideal)
-    layers: list[DecoderLayer] = []
-    of_layers: list[list[Trained]] = []
+    layers, of_layers = [], []
     for index in range(loader.config.num_hidden_layers):
-        layer = loader.layer(index)
-        modules = {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
-        of_layers.append(_trained([spec for spec in specs if spec.layer == index], modules, held))
+        layer, trained = held_layer(loader, index, specs, held)
         layers.append(layer)
+        of_layers.append(trained)
+    return Whole(layers, *held_ends(loader, specs, held), loader.ends(), rope, of_layers)
+
+
+def held_layer(
+    loader: Loader, index: int, specs: Iterable[TensorSpec], held: Held
+) -> tuple[DecoderLayer, list[Trained]]:
+    """A layer whose weights are `held`, and what is trained of them."""
+    layer = loader.layer(index)
+    modules = {linear.module: linear for linear in every_linear(layer)} | dict(_norms(index, layer))
+    return layer, _trained([spec for spec in specs if spec.layer == index], modules, held)
+
+
+def held_ends(loader: Loader, specs: Iterable[TensorSpec], held: Held) -> tuple[Ends, list[Trained]]:
+    """What is before and behind the layers, and what is trained of what is behind."""
+    ends: Ends = copied(loader.ends())
     behind: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
     outside = [spec for spec in specs if spec.layer is None]
-    of_ends = _trained(outside, behind, held)
+    trained = _trained(outside, behind, held)
     for spec in outside:
         if spec.role == "embed":
             found = held(spec, lambda values: None, ends.embedding.device)
             ends.embedding = found.values() if isinstance(found, Trained) else found
             if loader.config.tie_word_embeddings:
                 behind["lm_head"].weight = ends.embedding
-    return Whole(layers, ends, ideal, rope, of_layers, of_ends)
+    return ends, trained
 
 
 def _trained(specs: Iterable[TensorSpec], modules: Mapping[str, Any], held: Held) -> list[Trained]:
