@@ -7,7 +7,8 @@ Both sides quantize the same modules: all linears but kv_b_proj, router and head
 down_proj, whose 704 columns don't fill groups. KLD is against the BF16 checkpoint in float32, weights decoded in
 float32, on windows of the default evaluation text; calibration is on the default calibration text. Times are of the
 quantization: llm-compressor's `oneshot` call without loading or saving, our whole conversion.
-`--tune` instead tunes our GPTQ of group size 64 on 8M tokens of the same text, of which the calibration's come first.
+`--tune` instead tunes our GPTQ of group size 64 on 8M tokens of the same text, of which the calibration's come first;
+`--by-layers` does so as where the device can't hold the model.
 `--few-bits` instead has routed experts alone in INT4, INT3 and INT2, by each method; INT3 and INT2 in groups of
 64 also tuned on as many tokens.
 `--starved` instead gives GPTQ 2, 4 and 8 windows of 512 tokens, and compares with rounding on tokens neither saw.
@@ -31,6 +32,7 @@ import torch
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
+from dsv2quant.calib import tuning
 from dsv2quant.calib.calibration import Calibration, Tuning, needs_calibration, needs_statistics
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
@@ -45,7 +47,6 @@ from dsv2quant.text.tokenizer import Tokenizer, cut
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
 CTX, EVALUATED = 512, 60
-TUNED = 8_000_000  # tokens
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -105,11 +106,11 @@ def text_of(ids: np.ndarray) -> Calibration:
     return Calibration(ids, "benchmark", "", 0, [])
 
 
-def ours(plan: Plan, ids: np.ndarray, out: Path, tuning: Tuning | None = None, device: str = "cpu") -> Made:
+def ours(plan: Plan, ids: np.ndarray, out: Path, tuned_on: Tuning | None = None, device: str = "cpu") -> Made:
     """The plan's artifact, calibrated on token windows where it needs that, and tuned."""
     calibrates = needs_calibration(plan) or needs_statistics(plan)
     calibration = text_of(ids) if calibrates else None
-    result = convert(plan, out, command="", calibration=calibration, tuning=tuning, device=device)
+    result = convert(plan, out, command="", calibration=calibration, tuning=tuned_on, device=device)
     kept = f"{sum(o.kept_rtn for o in result.outcomes)} of {len(result.outcomes)}" if result.outcomes else ""
     versions = f"dsv2quant {__version__}, torch {torch.__version__}"
     return Made(result.seconds, 8 * plan.bytes_out / plan.parameters, kept, versions)
@@ -132,6 +133,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--starved", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--by-layers", action="store_true")
+    parser.add_argument("--tuned", type=int, default=8_000_000, help="Tokens.")
     parser.add_argument("--device", default="cpu", help="Of what is tuned.")
     parser.add_argument("--few-bits", action="store_true")
     parser.add_argument("--scratch", type=Path, required=True)
@@ -140,8 +143,9 @@ def main() -> None:
     if options.peer is None and not (options.tune or options.few_bits):
         parser.error("--peer goes with all but --tune and --few-bits")
     options.scratch.mkdir(parents=True, exist_ok=True)
-    all_ids = windows(standard_library(), Tokenizer.open(MODEL), max(options.windows, TUNED // CTX), CTX, seed=0)
-    evaluate, tuning = Evaluator(), Tuning(text_of(all_ids), TUNED)
+    count = max(options.windows, options.tuned // CTX)
+    all_ids = windows(standard_library(), Tokenizer.open(MODEL), count, CTX, seed=0)
+    evaluate, tuned_on = Evaluator(), Tuning(text_of(all_ids), options.tuned)
     rows: list[dict[str, Any]] = []
 
     def record(tool: str, method: str, group: int, count: int, made: Made, out: Path) -> None:
@@ -151,10 +155,13 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in list(row.items())), file=sys.stderr)
         shutil.rmtree(out)
 
+    how = f"tuned on {options.tuned / 10**6:g}M tokens" + ", each layer by itself" * options.by_layers
+    if options.by_layers:
+        tuning._fits = lambda model, specs, device: False
     if options.tune:
         out, ids = options.scratch / "tuned", all_ids[: options.windows]
-        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, tuning, options.device)
-        record("dsv2quant pure", f"gptq, tuned on {TUNED // 10**6}M tokens", 64, options.windows, made, out)
+        made = ours(planned("int4-pure", method="gptq", group_size=64), ids, out, tuned_on, options.device)
+        record("dsv2quant pure", f"gptq, {how}", 64, options.windows, made, out)
         append(options.results, rows)
         return
     if options.few_bits:
@@ -164,10 +171,8 @@ def main() -> None:
                 made = ours(planned(name, method=method, group_size=group), ids, out)
                 record(f"dsv2quant {name}", method, group, options.windows, made, out)
             if group == 64 and name != "int4-experts":
-                made = ours(planned(name, method="gptq", group_size=group), ids, out, tuning, options.device)
-                record(
-                    f"dsv2quant {name}", f"gptq, tuned on {TUNED // 10**6}M tokens", group, options.windows, made, out
-                )
+                made = ours(planned(name, method="gptq", group_size=group), ids, out, tuned_on, options.device)
+                record(f"dsv2quant {name}", f"gptq, {how}", group, options.windows, made, out)
         append(options.results, rows)
         return
     counts = [2, 4, 8] if options.starved else [options.windows]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from calibrated import files, interrupt, manifest
 from test_convert import contents
 
 import dsv2quant as dq
-from dsv2quant.calib import trained, tuning, whole
+from dsv2quant.calib import local, trained, tuning, whole
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.formats.integers import levels
@@ -33,6 +35,14 @@ def quickly(monkeypatch):
     """Few steps that are large."""
     monkeypatch.setattr(trained, "RATE", 1e-2)
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
+
+
+@pytest.fixture(params=[True, False], ids=["whole", "by-layers"])
+def way(request, monkeypatch) -> bool:
+    """Whether the model is held whole, or each layer is tuned by itself."""
+    if not request.param:
+        monkeypatch.setattr(tuning, "_fits", lambda *args: False)
+    return request.param
 
 
 def made(model: Path, out: Path, fox: Path, tune: int | None = TOKENS, layout: str = "compressed-tensors") -> Path:
@@ -90,10 +100,11 @@ def test_codes_scales_norms_and_routers_are_trained_and_nothing_else(layout, wor
     assert manifest(tmp_path / "tuned")["tuned"]["accepted"]
 
 
-def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fox, tmp_path, quickly):
+def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fox, tmp_path, quickly, way):
     plain, tuned = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
     about = manifest(tuned)["tuned"]
     assert about["accepted"]
+    assert about["together"] == way
     assert about["kld_after"] < 0.9 * about["kld_before"]
     tokenizer = open_checkpoint(wordy).tokenizer()
     ids = torch.from_numpy(windows(load(fox, wordy), tokenizer, TOKENS // CTX, CTX, 0))
@@ -101,6 +112,19 @@ def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(wordy, fo
     assert (about["tokens"], about["held_out_tokens"]) == (ids.numel() - held.numel(), held.numel())
     for key, folder in (("kld_before", plain), ("kld_after", tuned)):
         assert divergence(wordy, folder, held) == pytest.approx(about[key], rel=1e-4)
+
+
+def test_the_bar_ends_where_it_said(wordy, fox, tmp_path, quickly, way):
+    told = Counter[str]()
+
+    @contextmanager
+    def progress(total: int, unit: str, label: str) -> Iterator[Any]:
+        told[f"{label}, in all"] += total
+        yield lambda amount: told.update({label: amount})
+
+    dq.convert(wordy, tmp_path / "x", scheme="int4-pure", method="rtn", group_size=32, targets=["transformers"],
+               calibration=fox, length=CTX, tune=TOKENS, progress=progress)  # fmt: skip
+    assert told["tune"] == told["tune, in all"] == TOKENS + manifest(tmp_path / "x")["tuned"]["tokens"]
 
 
 def test_no_scale_moves_beyond_the_bound(wordy, fox, tmp_path, quickly, monkeypatch):
@@ -237,7 +261,68 @@ def test_what_only_calibrates_is_refused_beside_tuning_alone(wordy, fox, tmp_pat
         dq.convert(wordy, tmp_path / "x", scheme="int4-pure", method="rtn", samples=20, tune=TOKENS, calibration=fox)
 
 
-def test_a_model_that_memory_can_not_hold_is_refused(wordy, fox, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning.os, "sysconf", lambda name: 64)
-    with pytest.raises(InputError, match="tuning holds the whole model"):
-        made(wordy, tmp_path / "x", fox)
+def test_what_memory_holds_decides_how_it_is_tuned(wordy):
+    specs = [weight.spec for weight in open_checkpoint(wordy).weights]
+    layers = Counter[int | None]()
+    for spec in specs:
+        layers[spec.layer] += spec.size
+    whole, layer = 4 * layers.total() + 12 * max(layers.values()), 16 * max(layers.values())
+    assert layer < whole
+
+    def fits(nbytes: int) -> bool:
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(tuning.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": nbytes}.__getitem__)
+            return tuning._fits("model", specs, "cpu")
+
+    assert fits(whole)
+    assert not fits(whole - 1)
+    assert not fits(layer)
+    with pytest.raises(InputError, match=f"tuning holds its largest layer, {layer:,} bytes; cpu has {layer - 1:,}"):
+        fits(layer - 1)
+
+
+def test_by_layers_all_but_what_lies_outside_of_them_is_trained(wordy, fox, tmp_path, quickly, monkeypatch):
+    monkeypatch.setattr(tuning, "_fits", lambda *args: False)
+    before = weights(made(wordy, tmp_path / "plain", fox, None))
+    after = weights(made(wordy, tmp_path / "tuned", fox))
+    same = {name for name in before if all(torch.equal(before[name][part], after[name][part]) for part in before[name])}
+    stored = open_checkpoint(tmp_path / "plain").weights
+    trained_ones = {w.spec.name for w in stored if w.scheme != "bf16" or w.spec.role in ("norm", "router")}
+    assert before.keys() - same == trained_ones - {"model.norm.weight"}
+
+
+def test_a_layer_whose_own_error_rises_stays(wordy, fox, tmp_path, quickly, monkeypatch):
+    monkeypatch.setattr(tuning, "_fits", lambda *args: False)
+    learn = local._Layer.learn
+
+    def worse(layer, module, parts, windows, share):
+        learn(layer, module, parts, windows, -share if layer.index == 1 else share)
+
+    monkeypatch.setattr(local._Layer, "learn", worse)
+    plain, tuned = made(wordy, tmp_path / "plain", fox, None), made(wordy, tmp_path / "tuned", fox)
+    before, after = weights(plain), weights(tuned)
+    same = {name for name in before if all(torch.equal(before[name][part], after[name][part]) for part in before[name])}
+    of_layer = {name for name in before if ".layers.1." in name}
+    assert of_layer <= same
+    assert manifest(tuned)["tuned"]["accepted"]
+
+
+def test_by_layers_cut_in_the_second_it_continues_to_the_same_bytes(wordy, fox, tmp_path, quickly, monkeypatch):
+    monkeypatch.setattr(tuning, "_fits", lambda *args: False)
+    whole = made(wordy, tmp_path / "whole", fox)
+    seen, learn = [], local._Layer.learn
+
+    def counted(layer, *rest):
+        seen.append(layer.index)
+        learn(layer, *rest)
+
+    monkeypatch.setattr(local._Layer, "learn", counted)
+    with monkeypatch.context() as m:
+        m.setattr(local._Layer, "learn", lambda one, *rest: interrupt() if one.index == 1 else counted(one, *rest))
+        with pytest.raises(KeyboardInterrupt):
+            made(wordy, tmp_path / "cut", fox)
+    assert set(seen) == {0}
+    seen.clear()
+    made(wordy, tmp_path / "cut", fox)
+    assert set(seen) == {1}
+    assert contents(tmp_path / "cut") == contents(whole)

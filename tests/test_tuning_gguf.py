@@ -117,9 +117,11 @@ def test_the_divergence_of_what_is_held_out_falls_as_the_manifest_says(model, fo
         assert divergence(model, path, held) == pytest.approx(said[key], rel=1e-3)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["whole", "by-layers"])
 @pytest.mark.parametrize("config", [gguf_tiny.LLAMA, gguf_tiny.ODD], ids=["llama", "tied"])
-def test_rows_in_another_order_and_tied_heads_are_trained_in_place(config, fox, tmp_path, monkeypatch):
+def test_rows_in_another_order_and_tied_heads_are_trained_in_place(config, together, fox, tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "RATE", 5e-3)
+    monkeypatch.setattr(tuning, "_fits", lambda *args: together)
     source = tiny.write_checkpoint(tmp_path / "model", config, gguf_tiny.weights(config))
     path = made(source, tmp_path / "m.gguf", fox, "Q4_0")
     said = about(path)["tuned"]
@@ -128,6 +130,8 @@ def test_rows_in_another_order_and_tied_heads_are_trained_in_place(config, fox, 
     tokenizer = open_checkpoint(source).tokenizer()
     held = torch.from_numpy(windows(load(fox, source), tokenizer, TOKENS // CTX, CTX, 0))[8::16]
     assert divergence(source, path, held) == pytest.approx(said["kld_after"], rel=1e-3)
+    before = divergence(source, tmp_path / "p.gguf", held)
+    assert before == pytest.approx(said["kld_before"], rel=1e-3)
 
 
 def test_where_it_rises_the_file_is_the_untuned_one(model, fox, mix, plain, tmp_path, monkeypatch):

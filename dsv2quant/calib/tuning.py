@@ -5,13 +5,15 @@ KL(unquantized ‖ quantized), as mlx-lm's DWQ does with scales (its pull reques
 tenth of the steps and falls by a cosine. Weights and activations are float32, activations unquantized.
 
 The unquantized model goes through all tokens first, a layer at a time, and leaves its last hidden states on disk; the
-quantized one is held whole (whole.py). One window in 16, at most 64, is held out: what is trained is rounded to what
-is stored, and where the divergence of these windows has not fallen, nothing of it is taken.
+quantized one is held whole (whole.py). Where the device has no room for that, each layer is trained by itself
+(local.py). One window in 16, at most 64, is held out: what is trained is rounded to what is stored, and where the
+divergence of these windows has not fallen, nothing of it is taken.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import defaultdict
@@ -26,13 +28,16 @@ from safetensors import safe_open
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import Tuned, Tuning
 from dsv2quant.calib.layerwise import HELD
+from dsv2quant.calib.local import tune_layers
 from dsv2quant.calib.streams import Made, Pieces, Spool, batches, save_layer, through_layers
 from dsv2quant.calib.whole import Held, Whole, whole_model
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
 from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.progress import Progress, no_progress
 
+logger = logging.getLogger(__name__)
 WARM = 0.1  # the share of all steps over which the largest step is reached
 STEP_TOKENS = 8192  # that a step takes, at least one window
 HELD_MOST = 64  # windows held out, at most
@@ -61,35 +66,44 @@ def tune(
     tuning: Tuning,
     folder: Path,
     device: str = "cpu",
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Progress = no_progress,
 ) -> Tuned:
     """Train `tuning.tokens` tokens on windows of its text, at least HELD of them, in `folder`, which keeps what is
-    finished: hidden states, and snapshots from which a killed run continues with the same numbers. `checkpoint` is the
-    unquantized model, and `held` what the artifact has of each of its weights, `specs`. `progress` is called with
-    tokens that went through the unquantized model, and again with those that were trained on.
+    finished: hidden states, and snapshots or layers from which a killed run continues with the same numbers.
+    `checkpoint` is the unquantized model, and `held` what the artifact has of each of its weights, `specs`. `progress`
+    counts tokens that go through the unquantized model, and again those that are trained on.
 
-    Raises InputError where the model does not fit into the device's memory, and OSError.
+    Raises InputError where a layer does not fit into the device's memory, and OSError.
     """
     ids = tuning.text.ids
+    ctx = ids.shape[1]
     loader = Loader(checkpoint, LoadOptions(torch.float32, device, weight_only=True))
-    check_memory(checkpoint.model, specs, device)
-    rope = Rope(checkpoint.config, torch.device(device)).table(torch.arange(ids.shape[1], device=device))
-    hidden = _ideal(loader, folder / "ideal", ids, rope, progress)
+    fits = _fits(checkpoint.model, specs, device)
+    rope = Rope(checkpoint.config, torch.device(device)).table(torch.arange(ctx, device=device))
     apart = np.arange(HELD // 2, len(ids), HELD)[:HELD_MOST]
-    together = max(1, STEP_TOKENS // ids.shape[1])
+    together = max(1, STEP_TOKENS // ctx)
     order = _order(np.setdiff1d(np.arange(len(ids)), apart), tuning)
     steps = np.split(order, range(together, len(order), together))
-    checks = np.split(apart, range(together, len(apart), together))
-    tokens = Tokens(torch.from_numpy(ids), hidden, steps, checks)
-    whole = whole_model(loader, rope, specs, held)
-    with Pieces(folder / "training") as pieces:
-        before = _train(whole, tokens, pieces, progress)
-    parts = {one.name: one.settle() for one in whole.trained}
-    after = _held_out(whole, tokens)
+    with progress(ids.size + order.size * ctx, "tok", "tune") as advance:
+        if fits:
+            hidden = _ideal(loader, folder / "ideal", ids, rope, advance)
+            checks = np.split(apart, range(together, len(apart), together))
+            tokens = Tokens(torch.from_numpy(ids), hidden, steps, checks)
+            whole = whole_model(loader, rope, specs, held)
+            with Pieces(folder / "training") as pieces:
+                before = _train(whole, tokens, pieces, advance)
+            parts = {one.name: one.settle() for one in whole.trained}
+            after = _held_out(whole, tokens)
+        else:
+            logger.info("%s: %s can't hold it whole: each layer is tuned by itself", checkpoint.model, device)
+            shared = [(windows, _share(step, len(steps))) for step, windows in enumerate(steps)]
+            layers = folder / "layers"
+            parts, before, after = tune_layers(loader, rope, specs, held, ids, apart, shared, layers, advance)
     accepted = after < before
     about = {
-        "tokens": int(order.size * ids.shape[1]),
-        "held_out_tokens": int(apart.size * ids.shape[1]),
+        "together": fits,
+        "tokens": int(order.size * ctx),
+        "held_out_tokens": int(apart.size * ctx),
         "kld_before": before,
         "kld_after": after,
         "accepted": accepted,
@@ -105,20 +119,21 @@ def _order(windows: np.ndarray, tuning: Tuning) -> np.ndarray:
     return np.concatenate([rng.permutation(windows) for _ in range(times)])[:count]
 
 
-def check_memory(model: str, specs: Sequence[TensorSpec], device: str) -> None:
-    """Raise InputError where the model can't be held: 4 bytes per weight, and 12 per weight of the largest layer, which
-    is there in float32 with its gradient."""
+def _fits(model: str, specs: Sequence[TensorSpec], device: str) -> bool:
+    """Whether the model can be held: 4 bytes per weight, and 12 per weight of the largest layer, which is there in
+    float32 with its gradient. Raises InputError where not even that layer can."""
     layers: dict[int | None, int] = defaultdict(int)
     for spec in specs:
         layers[spec.layer] += spec.size
-    needed = 4 * sum(layers.values()) + 12 * max(layers.values())
+    largest = max(layers.values())
     if device == "cpu":
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         there = torch.cuda.get_device_properties(device).total_memory
-    if needed > there:
-        what = f"tuning holds the whole model, {needed:,} bytes; {device} has {there:,}"
+    if 16 * largest > there:
+        what = f"tuning holds its largest layer, {16 * largest:,} bytes; {device} has {there:,}"
         raise InputError(what, where=model, fix="leave out --tune")
+    return 4 * sum(layers.values()) + 12 * largest <= there
 
 
 @torch.inference_mode()

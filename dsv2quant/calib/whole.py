@@ -29,48 +29,70 @@ Held = Callable[[TensorSpec, Put, torch.device], Trained | torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Behind:
+    """What is before and behind the layers, of the quantized model and of the unquantized one, and what is trained."""
+
+    ends: Ends
+    ideal: Ends
+    trained: list[Trained]
+
+    def put(self) -> None:
+        """Have what is trained in place."""
+        for one in self.trained:
+            one.put(one.values())
+
+    def divergence(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """KL(unquantized ‖ quantized) in nats, the sum over rows [n, hidden] of both models' last hidden states."""
+        parts = [self.rows_divergence(*pair) for pair in _split(x, hidden)]
+        return torch.stack(parts).sum()
+
+    def rows_divergence(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The same of rows whose distributions are there at once."""
+        with torch.no_grad():
+            wanted = self.ideal.logits(hidden).log_softmax(-1)
+        return F.kl_div(self.ends.logits(x).log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+
+@dataclass(frozen=True)
 class Whole:
-    """The quantized model, what is trained of each of its layers and of what is behind them, and the ends of the
-    unquantized one. A layer's trained weights exist while it computes."""
+    """The quantized model's layers, what is trained of each, and what is around them. A layer's trained weights exist
+    while it computes."""
 
     layers: list[DecoderLayer]
-    ends: Ends
-    of_ends: list[Trained]
-    ideal: Ends
-    rope: torch.Tensor
     of_layers: list[list[Trained]]
+    behind: Behind
+    rope: torch.Tensor
 
     @property
     def trained(self) -> list[Trained]:
         """All of them."""
-        return [*(one for some in self.of_layers for one in some), *self.of_ends]
+        return [*(one for some in self.of_layers for one in some), *self.behind.trained]
 
     @torch.no_grad()
     def divergence(self, ids: torch.Tensor, hidden: torch.Tensor) -> float:
         """KL(unquantized ‖ quantized) in nats, the mean over all positions of windows ids [windows, ctx], of which the
         unquantized model's last hidden states are `hidden` [windows, ctx, hidden]."""
         *_, x = self._states(ids)
-        for one in self.of_ends:
-            one.put(one.values())
-        parts = [self._divergence(*pair) for pair in _split(x, hidden)]
-        return float(torch.stack(parts).sum()) / ids.numel()
+        self.behind.put()
+        return float(self.behind.divergence(x.flatten(0, 1), hidden.flatten(0, 1))) / ids.numel()
 
     def learn(self, ids: torch.Tensor, hidden: torch.Tensor, share: float) -> None:
         """Take a step of all weights that brings the divergence down, `share` of the largest."""
         with torch.no_grad():
             *states, x = self._states(ids)
-        gradients = []
-        values = [one.values().requires_grad_() for one in self.of_ends]
+        gradients, of_ends = [], self.behind.trained
+        values = [one.values().requires_grad_() for one in of_ends]
         sums = [torch.zeros_like(some) for some in values]
-        for one, some in zip(self.of_ends, values, strict=True):
+        for one, some in zip(of_ends, values, strict=True):
             one.put(some)
-        for rows, wanted in _split(x, hidden):
+        for rows, wanted in _split(x.detach().flatten(0, 1), hidden.flatten(0, 1)):
             rows = rows.requires_grad_()
-            found, *others = torch.autograd.grad(self._divergence(rows, wanted) / ids.numel(), [rows, *values])
+            kld = self.behind.rows_divergence(rows, wanted) / ids.numel()
+            found, *others = torch.autograd.grad(kld, [rows, *values])
             gradients.append(found)
             for total, other in zip(sums, others, strict=True):
                 total.add_(other)
-        for one, some, gradient in zip(self.of_ends, values, sums, strict=True):
+        for one, some, gradient in zip(of_ends, values, sums, strict=True):
             one.learn(some.detach(), gradient, share)
         behind = torch.cat(gradients).view_as(x)
         for index in reversed(range(len(self.layers))):
@@ -94,7 +116,7 @@ class Whole:
 
     def _states(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """The hidden states before each layer, and behind the last: [windows, ctx, hidden]."""
-        x = self.ends.embed(ids)
+        x = self.behind.ends.embed(ids)
         for layer, trained in zip(self.layers, self.of_layers, strict=True):
             yield x
             for one in trained:
@@ -104,16 +126,10 @@ class Whole:
                 one.put(one.numbers)  # lets go of the values
         yield x
 
-    def _divergence(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The sum over rows [n, hidden]."""
-        with torch.no_grad():
-            wanted = self.ideal.logits(hidden).log_softmax(-1)
-        return F.kl_div(self.ends.logits(x).log_softmax(-1), wanted, reduction="sum", log_target=True)
-
 
 def _split(x: torch.Tensor, hidden: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Both [windows, ctx, hidden], by rows."""
-    return zip(x.detach().flatten(0, 1).split(ROWS), hidden.flatten(0, 1).split(ROWS), strict=True)
+    """Both [tokens, hidden], by rows."""
+    return zip(x.split(ROWS), hidden.split(ROWS), strict=True)
 
 
 def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec], held: Held) -> Whole:
@@ -123,7 +139,8 @@ def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec],
         layer, trained = held_layer(loader, index, specs, held)
         layers.append(layer)
         of_layers.append(trained)
-    return Whole(layers, *held_ends(loader, specs, held), loader.ends(), rope, of_layers)
+    ends, of_ends = held_ends(loader, specs, held)
+    return Whole(layers, of_layers, Behind(ends, loader.ends(), of_ends), rope)
 
 
 def held_layer(

@@ -73,12 +73,9 @@ class TunedGgufFiles(GgufFiles):
             from dsv2quant.calib.held import of_gguf
             from dsv2quant.calib.tuning import tune
 
-        specs, windows = [weight.spec for weight in file.weights], self._tuning
-        total = windows.text.ids.size + windows.tokens
-        with disk_errors(self.out), progress(total, "tok", "tune") as advance:
-            tuned = tune(
-                self.plan.checkpoint, specs, of_gguf(file), windows, self.work / "tuning", self._device, advance
-            )  # fmt: skip
+        specs, folder = [weight.spec for weight in file.weights], self.work / "tuning"
+        with disk_errors(self.out):
+            tuned = tune(self.plan.checkpoint, specs, of_gguf(file), self._tuning, folder, self._device, progress)
         self._parts, self.tuned = tuned.parts, tuned.about
         held = read(before)
         begins = {tensor.name: tensor.begin for tensor in held.tensors}

@@ -200,12 +200,9 @@ class Folder(Sink):
             found = self._found(step)[step.entries.index(entry)]
             return {name.removeprefix(f"{entry.module}."): array for name, array in found.items()}
 
-        entries, total = self.plan.entries, tuning.text.ids.size + tuning.tokens
-        with disk_errors(self.out), progress(total, "tok", "tune") as advance:
-            return tune(
-                self.plan.checkpoint, [entry.spec for entry in entries], of_folder(entries, stored), tuning,
-                self.work / "tuning", self._device, advance,
-            )  # fmt: skip
+        held, specs = of_folder(self.plan.entries, stored), [entry.spec for entry in self.plan.entries]
+        with disk_errors(self.out):
+            return tune(self.plan.checkpoint, specs, held, tuning, self.work / "tuning", self._device, progress)
 
     def _jobs(self) -> Iterator[Job]:
         places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}

@@ -207,7 +207,8 @@ def conversion_text(c: Conversion) -> str:
 def _tuned_text(tuned: Mapping[str, Any]) -> str:
     fallen = f"{tuned['kld_before']:.4f} → {tuned['kld_after']:.4f} nats"
     taken = "taken" if tuned["accepted"] else "not taken, because it has not fallen"
-    return f"tuned on {tuned['tokens']:,} tokens: KLD of {tuned['held_out_tokens']:,} held out {fallen}, {taken}"
+    how = "" if tuned["together"] else ", each layer by itself"
+    return f"tuned on {tuned['tokens']:,} tokens{how}: KLD of {tuned['held_out_tokens']:,} held out {fallen}, {taken}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Tuning a layer at a time, of a model that the device can't hold whole: each layer of the artifact is trained to give
+what the unquantized layer gives, from what the tuned layers before it give.
+
+Three streams of hidden states go through the layers: the unquantized model's, the artifact's as it was, and as it is
+tuned. The loss is each token's squared error over its own mean square, as the last norm takes lengths away: else the
+few tokens whose states are huge, a window's first among them, would be all that counts. What lies outside of the
+layers stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from dsv2quant.arch.spec import TensorSpec
+from dsv2quant.calib.calibration import layer_file
+from dsv2quant.calib.streams import Made, Spool, batches, through_layers
+from dsv2quant.calib.trained import Parts, Trained
+from dsv2quant.calib.whole import Behind, Held, held_ends, held_layer
+from dsv2quant.model.load import DecoderLayer, Ends, Loader
+
+SIDES = ("ideal", "before", "tuned")
+IDEAL, BEFORE, TUNED = range(3)
+Steps = Sequence[tuple[np.ndarray, float]]  # windows, and the share of the largest step
+
+
+def tune_layers(
+    loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec], held: Held, ids: np.ndarray, apart: np.ndarray,
+    steps: Steps, folder: Path, progress: Callable[[int], object],
+) -> tuple[dict[str, Parts], float, float]:  # fmt: skip
+    """Train each layer by all steps, on windows of ids [windows, ctx] without those that are held `apart`, in `folder`,
+    where a killed run continues behind the last layer that is finished. `loader` is of the unquantized model, and
+    `held` what the artifact has of each of its weights, `specs`. `progress` is called with tokens that went through
+    all layers, and again with those that all were trained on.
+
+    Returns what is stored of each weight that was trained, and the divergence of what is held apart, before and after.
+    """
+    config, ctx = loader.config, ids.shape[1]
+    ends, of_ends = held_ends(loader, specs, held)
+    behind = Behind(ends, loader.ends(), of_ends)
+    behind.put()
+    count, told = config.num_hidden_layers, 0
+    of_layer = ids.size + sum(len(windows) for windows, _ in steps) * ctx
+
+    def tell(passed: int) -> None:
+        """Tokens by layers so far."""
+        nonlocal told
+        progress(passed // count - told)
+        told = passed // count
+
+    def process(index: int, before: Sequence[Spool], out: Sequence[Spool]) -> Made:
+        layer = _Layer(index, rope, ids, apart, ends, before, out)
+        layer.through(loader.layer(index), IDEAL)
+        module, trained = held_layer(loader, index, specs, held)
+        _put(trained)
+        layer.through(module, BEFORE)
+        layer.through(module, TUNED)
+        passed = index * of_layer + ids.size
+        tell(passed)
+        loss = layer.loss()
+        for windows, share in steps:
+            layer.learn(module, trained, windows, share)
+            passed += len(windows) * ctx
+            tell(passed)
+        parts = {one.name: one.settle() for one in trained}
+        _put(trained)
+        layer.through(module, TUNED)
+        if not layer.loss() < loss:
+            module, trained = held_layer(loader, index, specs, held)
+            _put(trained)
+            layer.through(module, TUNED)
+            parts = {}
+        return {f"{name}/{suffix}": array for name, some in parts.items() for suffix, array in some.items()}, None
+
+    through_layers(folder, loader, ids, SIDES, process, lambda layers: tell(layers * of_layer))
+    found: dict[str, Parts] = {}
+    for index in range(count):
+        for key, array in load_file(layer_file(folder, index)).items():
+            name, suffix = key.split("/")
+            found.setdefault(name, {})[suffix] = array
+    last = [
+        Spool(folder / f"hidden-{count:05d}-{side}", ids.size, config.hidden_size, loader.options.device)
+        for side in SIDES
+    ]
+    rows = _rows(apart, ctx)
+    with torch.no_grad():
+        before, after = (float(behind.divergence(last[s][rows], last[IDEAL][rows])) for s in (BEFORE, TUNED))
+    return found, before / len(rows), after / len(rows)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The streams before a layer and behind it, [tokens, hidden] each; `ends` are the artifact's."""
+
+    index: int
+    rope: torch.Tensor
+    ids: np.ndarray
+    apart: np.ndarray
+    ends: Ends
+    before: Sequence[Spool]
+    out: Sequence[Spool]
+
+    @torch.no_grad()
+    def through(self, module: DecoderLayer, side: int) -> None:
+        """A stream goes through the layer."""
+        ctx = self.ids.shape[1]
+        for rows in batches(self.ids.size, ctx):
+            out, _ = module(self._inputs(side, np.arange(rows.start, rows.stop)), self.rope)
+            self.out[side][rows] = out.flatten(0, 1)
+
+    def _inputs(self, side: int, rows: np.ndarray) -> torch.Tensor:
+        """[windows, ctx, hidden], of whole windows."""
+        x = self.before[side][rows]
+        if self.index == 0 and side != IDEAL:  # an embedding that is quantized
+            x = self.ends.embed(torch.from_numpy(self.ids.reshape(-1)[rows]).to(x.device))
+        return x.unflatten(0, (-1, self.ids.shape[1]))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Of what is held apart."""
+        rows = _rows(self.apart, self.ids.shape[1])
+        return float(_error(self.out[TUNED][rows], self.out[IDEAL][rows]))
+
+    def learn(self, module: DecoderLayer, trained: Sequence[Trained], windows: np.ndarray, share: float) -> None:
+        """Take a step of all weights that brings the windows' loss down."""
+        rows = _rows(windows, self.ids.shape[1])
+        values = [one.values().requires_grad_() for one in trained]
+        for one, some in zip(trained, values, strict=True):
+            one.put(some)
+        out, _ = module(self._inputs(TUNED, rows), self.rope)
+        gradients = torch.autograd.grad(_error(out.flatten(0, 1), self.out[IDEAL][rows]), values, allow_unused=True)
+        for one, some, gradient in zip(trained, values, gradients, strict=True):
+            if gradient is not None:  # as of an expert that no token was routed to
+                with torch.no_grad():
+                    one.learn(some.detach(), gradient, share)
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens [tokens, hidden] of the squared error over the mean square."""
+    return ((found - wanted).square().sum(-1) / wanted.square().mean(-1).clamp(min=1e-20)).mean()
+
+
+def _put(trained: Sequence[Trained]) -> None:
+    for one in trained:
+        one.put(one.values())
+
+
+def _rows(windows: np.ndarray, ctx: int) -> np.ndarray:
+    """The tokens of some windows."""
+    return (windows[:, None] * ctx + np.arange(ctx)).ravel()
