@@ -139,10 +139,10 @@ def test_gradients_are_those_of_the_whole_model(wordy, monkeypatch):
     values = {one.name: one.values().requires_grad_() for one in model.trained}
     for one in model.trained:
         one.put(values[one.name])
-    out = model.ends.embed(ids)
+    out = model.behind.ends.embed(ids)
     for layer in model.layers:
         out, _ = layer(out, rope)
-    loss = model._divergence(out.flatten(0, 1), x.flatten(0, 1)) / ids.numel()
+    loss = model.behind.rows_divergence(out.flatten(0, 1), x.flatten(0, 1)) / ids.numel()
     assert loss.item() == pytest.approx(model.divergence(ids, x), rel=1e-5)
     wanted = dict(zip(values, torch.autograd.grad(loss, list(values.values()), allow_unused=True), strict=True))
     found = {}
