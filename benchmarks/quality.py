@@ -121,7 +121,7 @@ def peers(python: str, script: str, model: Path, out: Path, *options: object) ->
     command = [python, str(Path(__file__).parent / "peers" / script), str(model), "-o", str(out), *map(str, options)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     printed = json.loads(ran.stdout)
-    bits = 8 * sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    bits = 8 * sum(path.stat().st_size for path in out.glob("*.safetensors"))
     size = sum(weight.spec.size for weight in open_checkpoint(model).weights)
     versions = ", ".join(f"{name} {version}" for name, version in printed["versions"].items())
     return Made(printed["quantize_s"], bits / size, "", versions)

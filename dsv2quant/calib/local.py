@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import layer_file
-from dsv2quant.calib.streams import Made, Spool, batches, through_layers
+from dsv2quant.calib.streams import Made, Spool, batches, rows_of, through_layers
 from dsv2quant.calib.trained import Parts, Trained
-from dsv2quant.calib.whole import Behind, Held, held_ends, held_layer
+from dsv2quant.calib.whole import Held, held_ends, held_layer, put_values
 from dsv2quant.model.load import DecoderLayer, Ends, Loader
 
 SIDES = ("ideal", "before", "tuned")
@@ -41,9 +41,8 @@ def tune_layers(
     Returns what is stored of each weight that was trained, and the divergence of what is held apart, before and after.
     """
     config, ctx = loader.config, ids.shape[1]
-    ends, of_ends = held_ends(loader, specs, held)
-    behind = Behind(ends, loader.ends(), of_ends)
-    behind.put()
+    behind = held_ends(loader, specs, held)
+    put_values(behind.trained)
     count, told = config.num_hidden_layers, 0
     of_layer = ids.size + sum(len(windows) for windows, _ in steps) * ctx
 
@@ -54,10 +53,10 @@ def tune_layers(
         told = passed // count
 
     def process(index: int, before: Sequence[Spool], out: Sequence[Spool]) -> Made:
-        layer = _Layer(index, rope, ids, apart, ends, before, out)
+        layer = _Layer(index, rope, ids, apart, behind.ends, before, out)
         layer.through(loader.layer(index), IDEAL)
         module, trained = held_layer(loader, index, specs, held)
-        _put(trained)
+        put_values(trained)
         layer.through(module, BEFORE)
         layer.through(module, TUNED)
         passed = index * of_layer + ids.size
@@ -68,11 +67,11 @@ def tune_layers(
             passed += len(windows) * ctx
             tell(passed)
         parts = {one.name: one.settle() for one in trained}
-        _put(trained)
+        put_values(trained)
         layer.through(module, TUNED)
         if not layer.loss() < loss:
             module, trained = held_layer(loader, index, specs, held)
-            _put(trained)
+            put_values(trained)
             layer.through(module, TUNED)
             parts = {}
         return {f"{name}/{suffix}": array for name, some in parts.items() for suffix, array in some.items()}, None
@@ -87,7 +86,7 @@ def tune_layers(
         Spool(folder / f"hidden-{count:05d}-{side}", ids.size, config.hidden_size, loader.options.device)
         for side in SIDES
     ]
-    rows = _rows(apart, ctx)
+    rows = rows_of(apart, ctx)
     with torch.no_grad():
         before, after = (float(behind.divergence(last[s][rows], last[IDEAL][rows])) for s in (BEFORE, TUNED))
     return found, before / len(rows), after / len(rows)
@@ -123,12 +122,12 @@ class _Layer:
     @torch.no_grad()
     def loss(self) -> float:
         """Of what is held apart."""
-        rows = _rows(self.apart, self.ids.shape[1])
+        rows = rows_of(self.apart, self.ids.shape[1])
         return float(_error(self.out[TUNED][rows], self.out[IDEAL][rows]))
 
     def learn(self, module: DecoderLayer, trained: Sequence[Trained], windows: np.ndarray, share: float) -> None:
         """Take a step of all weights that brings the windows' loss down."""
-        rows = _rows(windows, self.ids.shape[1])
+        rows = rows_of(windows, self.ids.shape[1])
         values = [one.values().requires_grad_() for one in trained]
         for one, some in zip(trained, values, strict=True):
             one.put(some)
@@ -143,13 +142,3 @@ class _Layer:
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The mean over tokens [tokens, hidden] of the squared error over the mean square."""
     return ((found - wanted).square().sum(-1) / wanted.square().mean(-1).clamp(min=1e-20)).mean()
-
-
-def _put(trained: Sequence[Trained]) -> None:
-    for one in trained:
-        one.put(one.values())
-
-
-def _rows(windows: np.ndarray, ctx: int) -> np.ndarray:
-    """The tokens of some windows."""
-    return (windows[:, None] * ctx + np.arange(ctx)).ravel()

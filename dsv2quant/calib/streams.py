@@ -194,6 +194,11 @@ def batches(tokens: int, ctx: int) -> list[slice]:
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
+def rows_of(windows: np.ndarray, ctx: int) -> np.ndarray:
+    """The tokens of some windows, of which each has ctx."""
+    return (windows[:, None] * ctx + np.arange(ctx)).ravel()
+
+
 def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Spool], pieces: Pieces) -> None:
     ends = loader.ends()
     for stream in streams:

@@ -29,7 +29,7 @@ from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import Tuned, Tuning
 from dsv2quant.calib.layerwise import HELD
 from dsv2quant.calib.local import tune_layers
-from dsv2quant.calib.streams import Made, Pieces, Spool, batches, save_layer, through_layers
+from dsv2quant.calib.streams import Made, Pieces, Spool, batches, rows_of, save_layer, through_layers
 from dsv2quant.calib.whole import Held, Whole, whole_model
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -55,8 +55,7 @@ class Tokens(NamedTuple):
     def of(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Some windows: tokens, and hidden states."""
         ctx = self.ids.shape[1]
-        rows = (windows[:, None] * ctx + np.arange(ctx)).ravel()
-        return self.ids[windows].to(self.hidden.device), self.hidden[rows].unflatten(0, (-1, ctx))
+        return self.ids[windows].to(self.hidden.device), self.hidden[rows_of(windows, ctx)].unflatten(0, (-1, ctx))
 
 
 def tune(

@@ -36,11 +36,6 @@ class Behind:
     ideal: Ends
     trained: list[Trained]
 
-    def put(self) -> None:
-        """Have what is trained in place."""
-        for one in self.trained:
-            one.put(one.values())
-
     def divergence(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """KL(unquantized ‖ quantized) in nats, the sum over rows [n, hidden] of both models' last hidden states."""
         parts = [self.rows_divergence(*pair) for pair in _split(x, hidden)]
@@ -73,7 +68,7 @@ class Whole:
         """KL(unquantized ‖ quantized) in nats, the mean over all positions of windows ids [windows, ctx], of which the
         unquantized model's last hidden states are `hidden` [windows, ctx, hidden]."""
         *_, x = self._states(ids)
-        self.behind.put()
+        put_values(self.behind.trained)
         return float(self.behind.divergence(x.flatten(0, 1), hidden.flatten(0, 1))) / ids.numel()
 
     def learn(self, ids: torch.Tensor, hidden: torch.Tensor, share: float) -> None:
@@ -119,8 +114,7 @@ class Whole:
         x = self.behind.ends.embed(ids)
         for layer, trained in zip(self.layers, self.of_layers, strict=True):
             yield x
-            for one in trained:
-                one.put(one.values())
+            put_values(trained)
             x, _ = layer(x, self.rope)
             for one in trained:
                 one.put(one.numbers)  # lets go of the values
@@ -139,8 +133,7 @@ def whole_model(loader: Loader, rope: torch.Tensor, specs: Sequence[TensorSpec],
         layer, trained = held_layer(loader, index, specs, held)
         layers.append(layer)
         of_layers.append(trained)
-    ends, of_ends = held_ends(loader, specs, held)
-    return Whole(layers, of_layers, Behind(ends, loader.ends(), of_ends), rope)
+    return Whole(layers, of_layers, held_ends(loader, specs, held), rope)
 
 
 def held_layer(
@@ -152,9 +145,10 @@ def held_layer(
     return layer, _trained([spec for spec in specs if spec.layer == index], modules, held)
 
 
-def held_ends(loader: Loader, specs: Iterable[TensorSpec], held: Held) -> tuple[Ends, list[Trained]]:
+def held_ends(loader: Loader, specs: Iterable[TensorSpec], held: Held) -> Behind:
     """What is before and behind the layers, and what is trained of what is behind."""
-    ends: Ends = copied(loader.ends())
+    ideal = loader.ends()
+    ends: Ends = copied(ideal)
     behind: dict[str, Any] = {"model.norm": ends.norm, "lm_head": ends.head, "score": ends.head}
     outside = [spec for spec in specs if spec.layer is None]
     trained = _trained(outside, behind, held)
@@ -164,7 +158,13 @@ def held_ends(loader: Loader, specs: Iterable[TensorSpec], held: Held) -> tuple[
             ends.embedding = found.values() if isinstance(found, Trained) else found
             if loader.config.tie_word_embeddings:
                 behind["lm_head"].weight = ends.embedding
-    return ends, trained
+    return Behind(ends, ideal, trained)
+
+
+def put_values(trained: Iterable[Trained]) -> None:
+    """Give the model the values of its trained weights."""
+    for one in trained:
+        one.put(one.values())
 
 
 def _trained(specs: Iterable[TensorSpec], modules: Mapping[str, Any], held: Held) -> list[Trained]:
