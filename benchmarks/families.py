@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 from convert import processor
-from quality import CTX, EVALUATED, Evaluator, ours, peers
+from domains import CTX, EVALUATED
+from quality import Evaluator, ours, peers
 from safetensors.torch import load_file, save_file
 
 import dsv2quant

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from domains import CTX, prose
 
 from dsv2quant import __version__
 from dsv2quant.bench.device import append
@@ -36,17 +37,15 @@ from dsv2quant.calib import tuning
 from dsv2quant.calib.calibration import Calibration, Tuning, needs_calibration, needs_statistics
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
-from dsv2quant.evaluation.divergence import Divergence, Pass, batches_of, compare, run
+from dsv2quant.evaluation.divergence import Divergence, Held, Pass, batches_of, compare, run
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
 from dsv2quant.text.calibration import standard_library, windows
-from dsv2quant.text.text import python_topics
-from dsv2quant.text.tokenizer import Tokenizer, cut
+from dsv2quant.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parent.parent / "examples" / "dsv2-mini"
-CTX, EVALUATED = 512, 60
 # vLLM would have the experts, which are 128 wide, in groups of 64; SGLang would leave kv_a's 144 rows unquantized.
 TARGETS = ("transformers",)
 
@@ -61,15 +60,15 @@ class Made(NamedTuple):
 
 
 class Evaluator:
-    """KLD from a BF16 checkpoint on windows of the default evaluation text."""
+    """KLD from a BF16 checkpoint on token windows, by default of the default evaluation text."""
 
-    def __init__(self, model: Path = MODEL, *, weight_only: bool = True) -> None:
-        self._options = LoadOptions(weight_only=weight_only)
-        tokenizer = Tokenizer.open(model)
-        stream = tokenizer.encode(python_topics().content)
-        self._ids = cut(stream, CTX, tokenizer.bos_id, "default", "topics").ids[:EVALUATED]
-        self.tokens = EVALUATED * (CTX - 1)
-        self._reference = self._pass(self.opened(model))
+    def __init__(
+        self, model: Path = MODEL, *, weight_only: bool = True, ids: np.ndarray | None = None, device: str = "cpu"
+    ) -> None:
+        self._options = LoadOptions(torch.float32, device, weight_only=weight_only)
+        self._ids = prose(model) if ids is None else ids
+        self.tokens = self._ids[:, 1:].size
+        self._reference = Held.of(self._pass(self.opened(model)))
 
     def opened(self, folder: Path) -> Model:
         return Model(open_checkpoint(folder), self._options)
@@ -81,7 +80,7 @@ class Evaluator:
     def __call__(self, folder: Path) -> dict[str, Any]:
         compared = self.compare(folder)
         by_window = compared.kld.mean(1)
-        stderr = by_window.std(ddof=1) / math.sqrt(EVALUATED)
+        stderr = by_window.std(ddof=1) / math.sqrt(len(by_window))
         return {
             "KLD": f"{by_window.mean():.4f}",
             "stderr": f"{stderr:.4f}",
@@ -89,7 +88,7 @@ class Evaluator:
         }
 
     def _pass(self, model: Model) -> Pass:
-        return run(model, self._ids, batches_of(EVALUATED, 8))
+        return run(model, self._ids, batches_of(len(self._ids), 8))
 
 
 def planned(name: str, **options: Any) -> Plan:
