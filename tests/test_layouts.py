@@ -28,6 +28,7 @@ from dsv2quant.planning.plan import make_plan
 
 GPTQ = ("gptq-g128", "gptq-g64", "gptq-g32", "gptq-channel")
 AWQ = ("awq-g128", "awq-g64", "awq-g32")
+FEWER = tuple(f"gptq{bits}-g{size}" for bits in (3, 2) for size in (128, 64, 32))
 EXPERT = "model.layers.1.mlp.experts.2.down_proj"
 NUMPY = {"I32": np.int32, "F16": np.float16}
 
@@ -43,6 +44,12 @@ AWQ_WORDS = """
     b97520ec 31fda864 51d9b73f 51d9b73f f93d4e82 71b5c60a 9191d5d5 9191d5d5
     39f56c28 b17de4a0 d159f37b d159f37b 79bd8ace f1350246 11111111 11111111
     b975a864 31fd20ec 51d93fb7 51d93fb7 f93dc60a 71b54e82 91915d5d 91915d5d"""
+# u[k, n] = (3k + 5n + kn / 4) mod 8 for k < 32, n < 8, as GPTQModel 7.7.0 packs it: TorchLinear.pack_original.
+U3 = np.fromfunction(lambda k, n: (3 * k + 5 * n + k * n // 4) % 8, (32, 8), dtype=np.int64)
+GPTQ3_WORDS = """
+    98abc398 5762acc5 4e5d886a 0534e597 04104104 fbcb2a69 f2a607d6 a99d633b
+    c398abc3 e5e1abc1 886acfc1 acb3efc1 41041041 634d104e 07d6344e 2a1f544e
+    abc398ab 398873f0 cfc14e5d 7d8821a6 10410410 8207df59 344ef2a6 c6078d0f"""
 
 
 def words(text: str, columns: int) -> np.ndarray:
@@ -53,18 +60,26 @@ def tensors(parts: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {suffix: torch.from_numpy(array) for suffix, array in parts.items()}
 
 
-def sample(rows: int, cols: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def sample(rows: int, cols: int, groups: int, seed: int = 0, bits: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Codes int8 [rows, cols], and scales [rows, groups] that float16 and BF16 hold."""
     rng = np.random.default_rng(seed)
     scales = as_float32(to_bf16(np.exp2(rng.uniform(-12, 4, (rows, groups))).astype(np.float32)))
-    return rng.integers(-8, 8, (rows, cols), dtype=np.int8), scales
+    return rng.integers(-(1 << bits - 1), 1 << bits - 1, (rows, cols), dtype=np.int8), scales
 
 
 def nibble(packed: torch.Tensor, row: int, column: int, which: int) -> int:
     return (int(packed[row, column]) >> 4 * which) & 15
 
 
-def by_hand(parts: dict[str, torch.Tensor], rows: int, cols: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def code(words: torch.Tensor, bits: int, which: int) -> int:
+    """One of the codes that lie in int32 words without gaps."""
+    places = range(bits * which, bits * which + bits)
+    return sum((int(words[at // 32]) >> at % 32 & 1) << i for i, at in enumerate(places))
+
+
+def by_hand(
+    parts: dict[str, torch.Tensor], rows: int, cols: int, kind: str, bits: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     """(u − zero, scales), both [rows, cols], one element at a time from what the formats' descriptions say."""
     codes, scales = np.empty((rows, cols), np.float64), np.empty((rows, cols), np.float64)
     place = {column: i for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7))}
@@ -73,8 +88,7 @@ def by_hand(parts: dict[str, torch.Tensor], rows: int, cols: int, kind: str) -> 
         for k in range(cols):
             if kind == "gptq":
                 group = int(parts["g_idx"][k])
-                u = nibble(parts["qweight"], k // 8, n, k % 8)
-                zero = nibble(parts["qzeros"], group, n // 8, n % 8) + 1
+                u, zero = code(parts["qweight"][:, n], bits, k), code(parts["qzeros"][group], bits, n) + 1
             else:
                 group = k // size
                 u = nibble(parts["qweight"], k, n // 8, place[n % 8])
@@ -90,10 +104,16 @@ def test_words_are_those_of_vllms_packing():
     np.testing.assert_array_equal(CODECS["awq-g32"].pack(codes, ones)["qweight"], words(AWQ_WORDS, 2))
 
 
-@pytest.mark.parametrize("scheme", [*GPTQ, *AWQ])
+def test_words_of_fewer_bits_are_those_of_gptqmodels_packing():
+    codes = np.tile((U3.T - 4).astype(np.int8), (4, 1))
+    packed = CODECS["gptq3-g32"].pack(codes, np.ones((32, 1), np.float32))["qweight"]
+    np.testing.assert_array_equal(packed, np.tile(words(GPTQ3_WORDS, 8), 4))
+
+
+@pytest.mark.parametrize("scheme", [*GPTQ, *AWQ, *FEWER])
 def test_layout_predicts_what_encode_returns(scheme):
     codec = CODECS[scheme]
-    for shape in ((8, 128), (24, 384)):
+    for shape in ((32, 128), (96, 384)) if scheme in FEWER else ((8, 128), (24, 384)):
         weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         (parts,) = codec.encode([weight])
         assert [(suffix, array.shape, array.dtype) for suffix, array in parts.items()] == [
@@ -102,15 +122,17 @@ def test_layout_predicts_what_encode_returns(scheme):
         assert all(array.flags.c_contiguous for array in parts.values())
 
 
-@pytest.mark.parametrize("scheme", ["gptq-g32", "gptq-channel", "awq-g32"])
-def test_every_nibble_is_where_the_format_says(scheme):
+@pytest.mark.parametrize("scheme", ["gptq-g32", "gptq-channel", "awq-g32", "gptq3-g32", "gptq2-g32"])
+def test_every_code_is_where_the_format_says(scheme):
     codec = CODECS[scheme]
-    codes, scales = sample(16, 64, 64 // (codec.group_size or 64))
+    codes, scales = sample(32, 64, 64 // (codec.group_size or 64), bits=codec.bits)
     parts = tensors(codec.pack(codes, scales))
-    got_codes, got_scales = by_hand(parts, 16, 64, codec.family)
+    got_codes, got_scales = by_hand(parts, 32, 64, codec.quant_method, codec.bits)
     np.testing.assert_array_equal(got_codes, codes)
     spread = scales.repeat(64 // scales.shape[1], 1)
     np.testing.assert_array_equal(got_scales, spread)
+    for got, want in zip(codec.unpack(codec.pack(codes, scales)), (codes, scales), strict=True):
+        np.testing.assert_array_equal(got, want)
     exact = torch.from_numpy(codes * spread)  # 4 bits × 8 bits
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(codec.decode(parts, dtype), exact.to(dtype))
@@ -136,18 +158,19 @@ def test_compressed_tensors_converts_our_awq_files(scheme):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from(["gptq", "awq"]), st.integers(0, 2**32))
-def test_others_zero_points_and_orders_are_read_as_stored(octets, groups, kind, seed):
-    rows, cols = 8 * octets, 32 * groups
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from(["gptq", "awq", "gptq3", "gptq2"]), st.integers(0, 2**32))
+def test_others_zero_points_and_orders_are_read_as_stored(octets, groups, family, seed):
+    codec = CODECS[f"{family}-g32"]
+    rows, cols, kind = (8 if codec.bits == 4 else 32) * octets, 32 * groups, codec.quant_method
     rng = np.random.default_rng(seed)
-    layout = CODECS[f"{kind}-g32"].layout((rows, cols))
+    layout = codec.layout((rows, cols))
     parts = {p.suffix: rng.integers(-(2**31), 2**31, p.shape).astype(np.int32) for p in layout if p.dtype == "I32"}
     parts["scales"] = rng.uniform(0.001, 2, (groups, rows)).astype(np.float16)
     if kind == "gptq":
         parts["g_idx"] = rng.permutation(np.arange(cols) // 32).astype(np.int32)  # ordered by activation
     read = tensors(parts)
-    codes, scales = by_hand(read, rows, cols, kind)
-    got = CODECS[f"{kind}-g32"].decode(read, torch.float32)
+    codes, scales = by_hand(read, rows, cols, kind, codec.bits)
+    got = codec.decode(read, torch.float32)
     np.testing.assert_array_equal(got.numpy(), (codes * scales).astype(np.float32))
 
 
@@ -166,6 +189,14 @@ def test_rows_and_columns_must_fill_words_and_groups(scheme):
     assert codec.refusal((16, 3 * unit)) is None
     assert codec.refusal((12, 3 * unit)) == "12 rows are not a multiple of 8"
     assert codec.refusal((16, 3 * unit + unit // 2)) == f"{3 * unit + unit // 2} columns are not a multiple of {unit}"
+
+
+def test_codes_of_fewer_bits_need_more_rows_to_fill_words():
+    for bits, unit in ((3, 32), (2, 16)):
+        assert CODECS[f"gptq{bits}-g32"].refusal((3 * unit, 32)) is None
+        assert (
+            CODECS[f"gptq{bits}-g32"].refusal((3 * unit + 8, 32)) == f"{3 * unit + 8} rows are not a multiple of {unit}"
+        )
 
 
 @pytest.mark.parametrize("scheme", ["gptq-g128", "awq-g64"])

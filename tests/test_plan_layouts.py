@@ -17,6 +17,9 @@ from test_plan_int4 import ROUTED, UNTOUCHED
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.formats.schemes import CODECS
+from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.runtime import Model
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.planning.rules import RAN, ROWS, evidence
@@ -293,7 +296,7 @@ def widen(config: dict, tensors: dict[str, torch.Tensor]) -> None:
         ("gptq", reshape("qweight"), "qweight, I32 [32, 255], does not fit a weight of shape [256, 256]"),
         ("awq", reshape("qzeros"), "qzeros, I32 [4, 31], does not fit a weight of shape [256, 256]"),
         ("awq", widen, "scales, I32 [4, 256], does not fit"),
-        ("gptq", declare(bits=8), "is GPTQ with bits 8 (only 4 is read)"),
+        ("gptq", declare(bits=8), "is GPTQ with bits 8 (only 4 or 3 or 2 is read)"),
         ("awq", declare(bits=None), "is AWQ with bits None (only 4 is read)"),
         ("gptq", declare(checkpoint_format="gptq_v2"), "GPTQ with checkpoint_format 'gptq_v2' (only 'gptq' is read)"),
         ("gptq", declare(checkpoint_format="marlin"), "GPTQ with checkpoint_format 'marlin' (only 'gptq' is read)"),
@@ -326,6 +329,29 @@ def test_others_spellings_are_read(family, changes, artifacts, tmp_path, cli):
     config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v != "absent"}
     (folder / "config.json").write_text(json.dumps(config))
     assert cli("inspect", folder).code == 0
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_fewer_bits_in_gptqs_layout_are_read_and_taken_by_none(bits, artifacts, models, tmp_path, cli):
+    folder, scheme = tmp_path / "few", f"gptq{bits}-g64"
+    shutil.copytree(artifacts / "gptq", folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config["quantization_config"]["bits"] = bits
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = {weight.spec.module: weight for weight in models["mini"].weights}
+    modules = [name for name, weight in plain.items() if weight.spec.expert is not None]
+    for module in modules:  # the rest keeps four, as GPTQModel's `dynamic` has it
+        (parts,) = CODECS[scheme].encode([models["mini"].parts(plain[module])["weight"].float().numpy()])
+        tensors |= {f"{module}.{suffix}": torch.from_numpy(part) for suffix, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    found = open_checkpoint(folder)
+    assert {weight.spec.module for weight in found.weights if weight.scheme == scheme} == {*modules}
+    assert {weight.scheme for weight in found.weights} == {"bf16", "gptq-g64", scheme}
+    tokens = torch.arange(2, 34).view(1, 32)
+    got, want = (Model(which, LoadOptions()).forward(tokens) for which in (found, models["mini"]))
+    assert 0.02 < float((got - want).norm() / want.norm()) < {3: 0.4, 2: 1.0}[bits]
+    with pytest.raises(UsageError, match=f"no rule for scheme {scheme} .it is made for no consumer"):
+        make_plan(models["mini"], custom(f"{{roles: ['routed.*'], scheme: {scheme}}}"))
 
 
 def test_a_damaged_g_idx_is_one_line(artifacts, tmp_path, cli):

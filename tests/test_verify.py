@@ -261,7 +261,8 @@ def test_sums_of_squares_that_float32_does_not_hold(scale):
 @pytest.mark.parametrize("scheme", [s for s in CODECS if s != "bf16"])
 def test_rows_decode_as_the_whole_does(scheme):
     codec, generator = CODECS[scheme], np.random.default_rng(0)
-    weight = generator.standard_normal((328, 256)).astype(np.float32)
+    rows = 328 if codec.refusal((328, 256)) is None else 352
+    weight = generator.standard_normal((rows, 256)).astype(np.float32)
     (arrays,) = codec.encode([weight], inputs=[Inputs(np.ones(256, np.float32), 1.0)])
     torch_types = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16}
     parts = {
@@ -271,7 +272,7 @@ def test_rows_decode_as_the_whole_does(scheme):
         for part in codec.layout(weight.shape)
     }
     whole = codec.decode(parts, torch.bfloat16)
-    for begin, end in ((0, 128), (128, 328), (256, 328)):
+    for begin, end in ((0, 128), (128, rows), (256, rows)):
         assert torch.equal(codec.decode(codec.rows(parts, begin, end), torch.bfloat16), whole[begin:end])
 
 

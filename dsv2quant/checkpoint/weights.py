@@ -103,12 +103,12 @@ def check_quantization(quantization: Mapping[str, Any] | None, where: object) ->
         raise InputError(f"quantization_config has {unknown}", where=f"{where}/config.json", fix=fix)
     if method not in ("gptq", "awq"):
         return
-    key, layout = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
+    key, layout, bits = ("checkpoint_format", "gptq", (4, 3, 2)) if method == "gptq" else ("version", "gemm", (4,))
     found = {key: quantization.get(key, layout), "bits": quantization.get("bits", quantization.get("w_bit"))}
-    for name, value in {key: layout, "bits": 4}.items():
-        if (found[name].lower() if isinstance(found[name], str) else found[name]) != value:
+    for name, values in {key: (layout,), "bits": bits}.items():
+        if (found[name].lower() if isinstance(found[name], str) else found[name]) not in values:
             what = f"is {method.upper()} with {name} {found[name]!r}"
-            raise InputError(what, where=where, fix=f"only {value!r} is read")
+            raise InputError(what, where=where, fix=f"only {' or '.join(map(repr, values))} is read")
 
 
 def index_tensors(headers: Mapping[str, Mapping[str, Any]], where: object) -> dict[str, StoredTensor]:

@@ -20,6 +20,7 @@ CODECS: dict[str, Codec] = {
         Int8(), W4A8(), Int4(128), Int4(64), Int4(32), Int4(None),
         FewBits(3, 128), FewBits(3, 64), FewBits(3, 32), FewBits(2, 128), FewBits(2, 64), FewBits(2, 32),
         Gptq(128), Gptq(64), Gptq(32), Gptq(None), Awq(128), Awq(64), Awq(32),
+        Gptq(128, 3), Gptq(64, 3), Gptq(32, 3), Gptq(128, 2), Gptq(64, 2), Gptq(32, 2),
     )
 }  # fmt: skip
 UNQUANTIZED = frozenset(name for name, codec in CODECS.items() if codec.quant_method is None)

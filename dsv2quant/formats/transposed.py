@@ -7,6 +7,9 @@ lowest bits; `qzeros` [groups, out / 8] holds zero − 1, along the output; `sca
 (AutoGPTQ, nn_modules/qlinear/qlinear_cuda.py; SGLang 0.5.23, gptq/schemes/gptq_marlin.py). vLLM 0.33 drops `g_idx`
 and, in symmetric files, takes every zero for 8. The layout can be had with every method that INT4 has, not just `gptq`.
 
+INT3 and INT2 in it are read, as others make them, with u = code + 4 or + 2 and 32 INT3 to three words without gaps
+(GPTQModel 7.7.0, nn_modules/qlinear/__init__.py, PackableQuantLinear); no consumer has a row for them.
+
 INT4 in AutoAWQ's layout, `version: gemm`: codes with zero points, ours all 8, and float16 scales.
 
     weight'[n, k] = (u − zero[g, n]) × scale[g, n]      g = k // group size; u = code + 8, zero = 8
@@ -19,6 +22,7 @@ that INT4 has, not just `awq`. Per-row scales don't exist in it: vLLM and SGLang
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,13 +30,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv2quant.formats.codec import as_float32, loaded
-from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_codes, unpack_words
+from dsv2quant.formats.int4 import OFFSET, PER_WORD, Int4, pack_words, unpack_bits, unpack_codes, unpack_words
+from dsv2quant.formats.integers import levels
 from dsv2quant.storage.safetensors import Part
 
 if TYPE_CHECKING:
     import torch
-
-_GPTQ_ZEROS = np.int32(0x77777777)  # eight zero points of 8, less one
 
 
 class Transposed(Int4):
@@ -42,12 +45,13 @@ class Transposed(Int4):
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """As INT4's; and rows must fill the words that are packed along the output."""
-        ragged = f"{shape[0]} rows are not a multiple of {PER_WORD}" if shape[0] % PER_WORD else None
+        unit = 32 // math.gcd(32, self.bits)
+        ragged = f"{shape[0]} rows are not a multiple of {unit}" if shape[0] % unit else None
         return super().refusal(shape) or ragged
 
     def rows(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> dict[str, torch.Tensor]:
         """The columns of transposed parts; `g_idx` is that of all."""
-        mine, words = slice(begin, end), slice(begin // PER_WORD, end // PER_WORD)
+        mine, words = slice(begin, end), slice(begin * self.bits // 32, end * self.bits // 32)
         cut = {"qweight": words if self.family == "awq" else mine, "qzeros": words, "scales": mine}
         return {suffix: part[:, cut[suffix]] if suffix in cut else part for suffix, part in parts.items()}
 
@@ -71,9 +75,15 @@ class Transposed(Int4):
 
 
 class Gptq(Transposed):
-    """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`."""
+    """The codec of `gptq-g128`, `gptq-g64`, `gptq-g32` and, without a group size, `gptq-channel`; of INT3 and INT2 in
+    groups, `gptq3-g128` and so on."""
 
-    family = quant_method = runtime = "gptq"
+    quant_method = "gptq"
+
+    def __init__(self, group_size: int | None, bits: int = 4) -> None:
+        self.bits = bits
+        self.family, self.runtime = ("gptq", "gptq") if bits == 4 else (f"gptq{bits}", "decoded")
+        super().__init__(group_size)
 
     def declared(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
         """As AutoGPTQ and GPTQModel write it. What is left out are patterns of `dynamic`, matched from the start of a
@@ -81,7 +91,7 @@ class Gptq(Transposed):
         hold integers."""
         return {
             "quant_method": "gptq",
-            "bits": 4,
+            "bits": self.bits,
             "group_size": self.group_size or -1,
             "desc_act": False,
             "sym": True,
@@ -94,23 +104,23 @@ class Gptq(Transposed):
         rows, cols = shape
         groups = cols // (self.group_size or cols)
         return (
-            Part("qweight", "I32", (cols // PER_WORD, rows)),
-            Part("qzeros", "I32", (groups, rows // PER_WORD)),
+            Part("qweight", "I32", (cols * self.bits // 32, rows)),
+            Part("qzeros", "I32", (groups, rows * self.bits // 32)),
             Part("scales", "F16", (groups, rows)),
             Part("g_idx", "I32", (cols,)),
         )
 
     def pack(self, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-        (rows, cols), groups = codes.shape, scales.shape[1]
+        (rows, cols), groups, offset = codes.shape, scales.shape[1], -levels(self.bits)[0]
         return {
-            "qweight": np.ascontiguousarray(pack_words((codes + np.int8(OFFSET)).view(np.uint8)).T),
-            "qzeros": np.full((groups, rows // PER_WORD), _GPTQ_ZEROS),
+            "qweight": np.ascontiguousarray(pack_words((codes + np.int8(offset)).view(np.uint8), self.bits).T),
+            "qzeros": pack_words(np.full((groups, rows), offset - 1, np.uint8), self.bits),
             "scales": np.ascontiguousarray(scales.T.astype(np.float16)),
             "g_idx": (np.arange(cols) // (cols // groups)).astype(np.int32),
         }
 
     def unpack(self, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return unpack_codes(parts["qweight"].T), as_float32(parts["scales"].T)
+        return unpack_codes(parts["qweight"].T, self.bits), as_float32(parts["scales"].T)
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None = None
@@ -122,8 +132,8 @@ class Gptq(Transposed):
         scales, group = loaded(parts["scales"], scale_dtype), parts["g_idx"].long()
         if int(group.min()) < 0 or int(group.max()) >= len(scales):
             raise ValueError(f"g_idx names groups beyond its {len(scales)}")
-        zeros, scales = (unpack_words(parts["qzeros"]) + 1).float().T, scales.T  # [out, groups]
-        weight = unpack_words(parts["qweight"].T.contiguous()).float()  # [out, in]
+        zeros, scales = (unpack_bits(parts["qzeros"], self.bits) + 1).float().T, scales.T  # [out, groups]
+        weight = unpack_bits(parts["qweight"].T.contiguous(), self.bits).float()  # [out, in]
         groups = weight.unflatten(1, (scales.shape[1], -1))
         if bool((group.view(groups.shape[1:]) == torch.arange(len(groups[0]), device=group.device)[:, None]).all()):
             return groups.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).flatten(1).to(dtype)

@@ -118,7 +118,7 @@ def _refused(target: str, schemes: Sequence[str], routed: Sequence[str], config:
             return UsageError(f"no {scheme} for --target {target}: it {reason}", fix="take --fp8=channel")
         if scheme not in ROWS[target]:
             known = ", ".join(other for other in TARGETS if scheme in ROWS[other])
-            return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known}")
+            return UsageError(f"{target}: no rule for scheme {scheme}", fix=f"it is made for {known or 'no consumer'}")
     if target == "transformers" and len(routed) > 1:
         # integrations/compressed_tensors.py, get_experts_scheme, takes the first that it finds for those of all layers.
         what = f"--target transformers: it reads all routed experts in one scheme, not in {' and '.join(routed)}"
