@@ -22,9 +22,12 @@ from engine_stand_in import DRIVERS, program
 
 from dsv2quant.api import convert
 from dsv2quant.checkpoint.open import open_checkpoint
-from dsv2quant.engines.answers import Answer, Report, Scores
+from dsv2quant.engines.answers import Answer, Generated, Report, Scores
 from dsv2quant.engines.compare import compare
+from dsv2quant.engines.generation import check, prompts_of
 from dsv2quant.evaluation.divergence import batches_of, run
+from dsv2quant.model.completion import Sampling, generate, open_model, prompt_ids
+from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
 from dsv2quant.text.tokenizer import Windows
 
@@ -118,6 +121,27 @@ def test_another_end_of_text_is_seen(artifact, wordy, verify, tmp_path, monkeypa
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": int(ids[0])}))
     ran = verify(artifact, "--generate", model=bad)
     assert (ran.code, f"ends with [{int(ids[0])}], which ends no text" in ran.err) == (4, True)
+
+
+def test_choices_may_fall_short_by_what_noise_is(artifact, wordy):
+    """Of two right computations one chooses a token that the other has behind its own by the noise of both tokens at
+    most. The artifact chooses here, for an engine; to its source that is too far, unless its own noise is as large."""
+    source, checkpoint = open_checkpoint(wordy), open_checkpoint(artifact)
+    exact, other = (open_model(each, LoadOptions(), stream=False) for each in (source, checkpoint))
+    prompts = prompts_of(source)
+    asked = [prompt_ids(source, source.tokenizer(), prompt.get("text") or prompt["messages"]) for prompt in prompts]
+    greedy = [list(generate(other, p, stop=(), max_new_tokens=8, sampling=Sampling())) for p in asked]
+    found = [Generated(p, ids, "", "length") for p, ids in zip(asked, greedy, strict=True)]
+
+    def faults_of(rounded: Model, apart: float) -> list[str]:
+        checked = check(exact, rounded, source, prompts, found, apart)
+        assert max(made.regret for made in checked) > 0.01
+        return [fault for made in checked for fault in made.faults]
+
+    assert faults_of(other, apart=0.0) == []
+    worst = max(made.regret for made in check(exact, other, source, prompts, found, 0.0))
+    assert faults_of(exact, apart=worst * 0.501) == []
+    assert any("short of the likeliest" in fault for fault in faults_of(exact, apart=worst * 0.499))
 
 
 def test_tokens_are_decoded_over_an_fp8_cache(verify, tmp_path):

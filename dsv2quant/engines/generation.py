@@ -48,18 +48,21 @@ class Continued:
 
 def check(
     model: Model | FusedModel,
+    rounded: Model | FusedModel,
     tokens_from: Checkpoint,
     prompts: Sequence[Prompt],
     found: Sequence[Generated],
-    most: float,
+    apart: float,
 ) -> list[Continued]:
-    """Compare what an engine made of prompts: with the tokens that `tokens_from` gives them, and with the runtime's
-    logits behind them. A choice that falls short by more than `most` nats is a fault."""
+    """Compare what an engine made of prompts: with the tokens that `tokens_from` gives them, and with the logits of
+    `model`, the runtime's, behind them. Of two tokens ln p may be off by as much as it is on a text, by `apart` nats,
+    or here of `rounded`, which is `model` in the dtype of its own noise: what an engine makes of a short prompt
+    soon is unlike any text, where rounding weighs more. A choice that falls short by more is a fault."""
     tokenizer = tokens_from.tokenizer()
     stop = tokens_from.stop_ids(tokenizer)
-    regrets = _regrets(model, found)
     checked = []
-    for prompt, made, regret in zip(prompts, found, regrets, strict=True):
+    for prompt, made, (regret, noise) in zip(prompts, found, _regrets(model, rounded, found), strict=True):
+        most = 2 * max(apart, noise)
         asked = prompt["text"] if "text" in prompt else prompt["messages"]
         wanted = prompt_ids(tokens_from, tokenizer, asked)
         faults = []
@@ -86,20 +89,26 @@ def _end(made: Generated, stop: list[int], ends: list[int]) -> str:
 
 
 @torch.inference_mode()
-def _regrets(model: Model | FusedModel, found: Sequence[Generated]) -> list[float]:
-    """By how much each continuation's worst token falls short, in nats. All go through the model together, padded
-    behind: no token sees what comes after it."""
+def _regrets(
+    model: Model | FusedModel, rounded: Model | FusedModel, found: Sequence[Generated]
+) -> list[tuple[float, float]]:
+    """By how much each continuation's worst token falls short, and how far `rounded` is from `model` at most in ln p of
+    the tokens chosen and of the likeliest, in nats. All go through a model together, padded behind: no token sees what
+    comes after it."""
     rows = [[*made.prompt_ids, *made.ids] for made in found]
     if any(not made.prompt_ids or not made.ids for made in found):
         raise InputError("the engine gave no token for a prompt", fix="see what it says with -vv")
     padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for row, tokens in zip(padded, rows, strict=True):
         row[: len(tokens)] = tokens
-    passed = run(model, padded, [slice(0, len(rows))])
+    passes = [run(each, padded, [slice(0, len(rows))]) for each in (model, rounded)]
     regrets = []
     for window, made in enumerate(found):
         first, count = len(made.prompt_ids) - 1, len(made.ids)
-        logp = torch.cat(list(log_probabilities(passed, window, first)))[:count]  # [≥ count, vocabulary]
-        chosen = logp.gather(1, torch.tensor(made.ids, device=logp.device)[:, None])[:, 0]
-        regrets.append(float((logp.amax(1) - chosen).max()))
+        exact, other = (torch.cat(list(log_probabilities(each, window, first)))[:count] for each in passes)
+        chosen = torch.tensor(made.ids, device=exact.device)
+        both = torch.stack([exact.argmax(1), chosen], 1)  # [count, 2], of rows [count, vocabulary]
+        likeliest, taken = exact.gather(1, both).unbind(1)
+        noise = (other.gather(1, both) - exact.gather(1, both)).abs().max()
+        regrets.append((float((likeliest - taken).max()), float(noise)))
     return regrets

@@ -76,8 +76,9 @@ def verify(
         floor = _floor(answer, passed, source, text, request, settings, progress)
     continued = []
     if prompts:
-        most = 2 * max(apart.p999, floor.apart.p999 if floor else 0.0)
-        continued = generation.check(runtime.model(artifact), source or artifact, prompts, answer.generated, most)
+        models = runtime.model(artifact), runtime.model(artifact, getattr(torch, runtime.own_dtype(artifact)))
+        on_text = max(apart.p999, floor.apart.p999 if floor else 0.0)
+        continued = generation.check(*models, source or artifact, prompts, answer.generated, on_text)
     return Verdict(
         model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own,
         own_dtype=runtime.own_dtype(artifact), floor=floor,
