@@ -265,6 +265,7 @@ RAN: dict[str, dict[str, str]] = {
     "vllm": {
         **dict.fromkeys((*_FP8, *_PACKED, "int8-channel", "w4a8-g128", "gptq-g128", "awq-g128"), _ON_GPU),
         **dict.fromkeys(("gptq-g64", "awq-g64"), _ON_CPU),
+        **dict.fromkeys(_FEW, f"read, {READ['vllm']}; its Humming kernels run by themselves on a GPU"),
     },
     "sglang": dict.fromkeys((*_FP8, *_PACKED, "gptq-g128", "awq-g128"), _SGLANG),
     "transformers": dict.fromkeys(
