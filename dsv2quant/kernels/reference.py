@@ -103,7 +103,7 @@ def linear(
     second rounding enters.
     """
     if activation is None:
-        return F.linear(x, weight.to(x.dtype), bias)
+        return product(x, weight.to(x.dtype), bias)
     return served_linear(served_activation(x, activation, input_scale), weight, bias, x.dtype)
 
 
@@ -111,7 +111,16 @@ def served_linear(
     served: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """`linear` of what `served_activation` left, in `dtype`."""
-    return F.linear(served, weight.float(), None if bias is None else bias.float()).to(dtype)
+    return product(served, weight.float(), None if bias is None else bias.float()).to(dtype)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] @ weight [N, K]ᵀ + bias, of one dtype. On a CPU float32 goes through oneDNN, as torch.compile has it,
+    where no gradient is asked for, which that has not: F.linear asks MKL, which takes twice the time on AMD's
+    processors (benchmarks/results/product.csv). In neither does a row depend on others or on the number of threads."""
+    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def fp8_matmul(
