@@ -42,7 +42,8 @@ STOCK = (
     "Q8_0",
 )  # fmt: skip
 SEARCHED = ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-FOLDERS = ("fp8-block", "fp8-channel", "int8", "int4-pure")
+PLAIN = ("fp8-block", "fp8-channel", "int8")
+CALIBRATED = ("int4-pure", "int4-pure-g64")  # in groups of 128, and of 64
 OF_EXPERTS = ("int4-mixed", "int4-experts", "int3-mixed", "int3-experts", "int2-mixed", "int2-experts")
 # Of whom an artifact is.
 LLAMA_CPP, PRESET, SEARCH, FOLDER, PEER = "llama.cpp", "preset", "search", "folder", "peer"
@@ -83,10 +84,13 @@ def artifacts(checkpoint: HfCheckpoint, options: argparse.Namespace) -> Iterator
             found = space.choose(size(scratch / f"{stock}.gguf"), None, no_progress)
             recipe.write_text(space.recipe(stock, (), found).text)
         yield mix(SEARCH, f"{stock}-mix", str(recipe), stock)
-    for scheme in (*FOLDERS, *(OF_EXPERTS if checkpoint.config.n_routed_experts else ())):
-        calibrating = LENGTH if scheme.startswith("int") and scheme != "int8" else {}
-        dq.convert(checkpoint, scratch / scheme, scheme=scheme, targets=["vllm"], device=options.device, **calibrating)
-        yield Artifact(FOLDER, scheme, scratch / scheme)
+    of_no_use = () if checkpoint.config.n_routed_experts else OF_EXPERTS
+    for name in (name for name in options.folders if name not in of_no_use):
+        scheme, _, group = name.partition("-g")
+        asked: dict[str, Any] = {"scheme": scheme, "targets": ["vllm"]} | ({"group_size": int(group)} if group else {})
+        calibrating = {} if name in PLAIN else LENGTH
+        dq.convert(checkpoint, scratch / name, device=options.device, **asked, **calibrating)
+        yield Artifact(FOLDER, name, scratch / name)
     for beside in options.beside:
         name, _, path = beside.rpartition("=")
         yield Artifact(PEER, name, Path(path))
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budgets", nargs="*", default=SEARCHED, help="Stock mixes whose bytes a search spends.")
+    parser.add_argument("--folders", nargs="*", default=(*PLAIN, *CALIBRATED, *OF_EXPERTS), help="Schemes of them.")
     parser.add_argument("--searched", type=int, default=LENGTH["length"], help="Tokens of each window of a search.")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=FOLDER", help="Anybody's artifacts.")
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from dsv2quant.report.measured import Scores
 from dsv2quant.report.scores import pm
 from dsv2quant.report.svg import (
     CHARACTER,
+    SMALLER,
     Scale,
     axes,
     figure,
@@ -54,17 +55,17 @@ def size_against_kld(artifacts: Sequence[Artifact]) -> str | None:
     x = spread([size for size, _ in points], LEFT, RIGHT)
     y = spread([end for pair in ends for end in pair], 262, 34, log=True)
     parts = axes(x, y, f"size, {'GB' if unit == 1e9 else 'MB'}", "mean KLD, nats")
-    best = frontier(points)
-    parts += [path([(x(points[i][0]), y(points[i][1])) for i in best], "muted")]
-    boxes = [_around(x(size), y(kld), 6) for size, kld in points]
-    boxes += [_around(at, up, 2) for a, b in pairwise(best) for at, up in _between(x, y, points[a], points[b])]
+    best = [(x(points[i][0]), y(points[i][1])) for i in frontier(points)]
+    parts += [path(best, "muted")]
+    boxes = [around(x(size), y(kld), 6) for size, kld in points]
+    boxes += [around(at, up, 2) for a, b in pairwise(best) for at, up in between(a, b)]
     names, nameless = short_names(artifacts), {}
     for (i, artifact, scores), (size, kld), (low, high) in zip(scored, points, ends, strict=True):
         about = f"{artifact.name}: {gigabytes(artifact.nbytes)}, KLD {pm(scores.kld, 5)}"
         parts += [whisker(x(size), y(high), y(low), i), mark(x(size), y(kld), i, about)]
-        label = _label(x(size), y(kld), names[i], boxes)
-        parts += label
-        if not label:
+        named = label(x(size), y(kld), names[i], boxes, (LEFT + 2, 24, RIGHT + 6, 260))
+        parts += named
+        if not named:
             nameless[i] = names[i]
     told, end = legend(nameless, 314)
     return figure("Size against distance from the reference", end if nameless else 304, [*parts, *told])
@@ -85,30 +86,31 @@ def _ends(scores: Scores) -> tuple[float, float]:
     return max(kld.value - 2 * kld.stderr, kld.value / 10), kld.value + 2 * kld.stderr
 
 
-def _around(x: float, y: float, radius: float) -> Box:
+def around(x: float, y: float, radius: float) -> Box:
     return x - radius, y - radius, x + radius, y + radius
 
 
-def _between(x: Scale, y: Scale, a: tuple[float, float], b: tuple[float, float]) -> list[tuple[float, float]]:
-    """Points of the line from one point to another, which names should not lie on."""
-    return [
-        (x(a[0]) + (x(b[0]) - x(a[0])) * i / 40, y(a[1]) + (y(b[1]) - y(a[1])) * i / 40) for i in range(1, 40)
-    ]  # fmt: skip
+def between(a: tuple[float, float], b: tuple[float, float]) -> list[tuple[float, float]]:
+    """Points of the line from one to another, which names should not lie on."""
+    return [(a[0] + (b[0] - a[0]) * i / 40, a[1] + (b[1] - a[1]) * i / 40) for i in range(1, 40)]
 
 
-def _label(x: float, y: float, name: str, boxes: list[Box]) -> list[str]:
-    """A point's name where nothing else lies, near enough to be seen as its; nothing where no place is left."""
-    width = len(name) * CHARACTER
-    for away in (0, 8, 16):
+def label(
+    x: float, y: float, name: str, boxes: list[Box], within: Box, *, kind: str = "", reach: Sequence[float] = (0, 8, 16)
+) -> list[str]:
+    """A point's name where nothing else lies, `reach` away: near enough to be seen as its; nothing where no place is
+    left."""
+    width = len(name) * CHARACTER * (SMALLER if kind == "small" else 1)
+    for away in reach:
         for left, base in (
             (x + 8, y + 4 - away), (x - 8 - width, y + 4 - away), (x + 8, y + 4 + away), (x - 8 - width, y + 4 + away),
             (x - width / 2, y - 10 - away), (x - width / 2, y + 18 + away),
         ):  # fmt: skip
             box = (left, base - 10, left + width, base + 3)
-            inside = box[0] >= LEFT + 2 and box[2] <= RIGHT + 6 and box[1] >= 24 and box[3] <= 260
+            inside = box[0] >= within[0] and box[1] >= within[1] and box[2] <= within[2] and box[3] <= within[3]
             if inside and not any(_meet(box, other) for other in boxes):
                 boxes.append(box)
-                return [text(left, base, name)]
+                return [text(left, base, name, kind=kind)]
     return []
 
 

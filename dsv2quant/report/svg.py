@@ -14,6 +14,7 @@ from dsv2quant.errors import printable
 
 WIDTH = 400.0
 CHARACTER = 6.7  # of text at 11 units, about
+SMALLER = 9.5 / 11  # what `small` text takes of that
 MOST = 48  # characters of a title
 COLOURS = 8
 # Eight hues that are told apart on white and on near-black, by people who see fewer colours too (Okabe and Ito's, with
