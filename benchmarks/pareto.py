@@ -72,7 +72,7 @@ def artifacts(checkpoint: HfCheckpoint, options: argparse.Namespace) -> Iterator
     for name in STOCK:
         yield mix(LLAMA_CPP, name, name)
     if checkpoint.config.is_mla:
-        for name, (stock, _) in PRESETS.items():
+        for name, stock in PRESETS.items():
             yield mix(PRESET, name, name, stock)
     if options.budgets:
         given: dict[str, Any] = LENGTH | {"imatrix": imatrix, "length": options.searched}
