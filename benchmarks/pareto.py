@@ -38,8 +38,8 @@ from dsv2quant.formats.gguf.file_types import PRESETS
 from dsv2quant.progress import no_progress
 
 STOCK = (
-    "IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K",
-    "Q8_0",
+    "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M",
+    "Q5_K_M", "Q6_K", "Q8_0",
 )  # fmt: skip
 SEARCHED = ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "Q3_K_M", "Q4_K_M", "Q5_K_M")
 PLAIN = ("fp8-block", "fp8-channel", "int8")
@@ -73,7 +73,7 @@ def artifacts(checkpoint: HfCheckpoint, options: argparse.Namespace) -> Iterator
     for name in STOCK:
         yield mix(LLAMA_CPP, name, name)
     if checkpoint.config.is_mla:
-        for name, (stock, _) in PRESETS.items():
+        for name, stock in PRESETS.items():
             yield mix(PRESET, name, name, stock)
     if options.budgets:
         given: dict[str, Any] = LENGTH | {"imatrix": imatrix, "length": options.searched}

@@ -24,7 +24,7 @@ from gguf_expected import (
 )  # fmt: skip
 from gguf_tiny import MODELS, write
 
-from dsv2quant.planning.gguf_types import FILE_TYPES
+from dsv2quant.formats.gguf.file_types import FILE_TYPES
 from dsv2quant.storage import gguf as container
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf_files.json").read_text())

@@ -20,12 +20,15 @@ from dsv2quant.errors import UsageError
 from dsv2quant.evaluation import divergence
 from dsv2quant.evaluation import divergence as perplexity
 from dsv2quant.formats.gguf import blocks
-from dsv2quant.formats.gguf.file_types import PRESETS
+from dsv2quant.formats.gguf.file_types import FILE_TYPES, PRESETS
 from dsv2quant.model.load import LoadOptions
 from dsv2quant.model.runtime import Model
+from dsv2quant.planning import gguf_presets
 from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan
-from dsv2quant.planning.gguf_types import Overrides, choose_preset
+from dsv2quant.planning.gguf_presets import ENDS, ERROR, WEIGHT, choose_preset
+from dsv2quant.planning.gguf_types import Overrides, quantizable
+from dsv2quant.storage.gguf import padded
 from dsv2quant.text import text
 from dsv2quant.text.tokenizer import Tokenizer, cut
 
@@ -39,7 +42,8 @@ every_model = pytest.mark.parametrize("model", CONFIGS)
 def chosen(model: str, preset: str, **overrides) -> dict[str, str]:
     """{tensor: type}."""
     tensors = TENSORS[model]
-    choices = choose_preset(tensors, preset, CONFIGS[model], Overrides(**overrides))
+    asked = Overrides(**overrides)
+    choices = choose_preset(tensors, preset, CONFIGS[model], has_imatrix=True, overrides=asked)
     return {tensor.name: kind for tensor, (kind, _) in zip(tensors, choices, strict=True)}
 
 
@@ -47,17 +51,43 @@ def chosen(model: str, preset: str, **overrides) -> dict[str, str]:
 @every_preset
 def test_a_preset_is_never_larger_than_its_stock_mix(preset, model):
     tensors = TENSORS[model]
-    stock = types.choose(tensors, PRESETS[preset][0], CONFIGS[model])
+    stock = types.choose(tensors, PRESETS[preset], CONFIGS[model], has_imatrix=True)
     theirs = sum(blocks.nbytes(kind, tensor.shape) for tensor, (kind, _) in zip(tensors, stock, strict=True))
     ours = sum(blocks.nbytes(kind, t.shape) for t, kind in zip(tensors, chosen(model, preset).values(), strict=True))
-    assert 0.9 * theirs < ours <= theirs
+    assert 0.99 * theirs < ours <= theirs
+
+
+@every_model
+@every_preset
+def test_hardly_any_choice_within_the_bytes_costs_less(preset, model):
+    """By weak duality: for any price of a byte, no choice within the budget costs less than what every tensor does at
+    its best under that price, less the price of the budget. No step of any tensor of dsv2-mini is small."""
+    tensors, config = TENSORS[model], CONFIGS[model]
+    parts = [gguf_presets._Part(tensor, PRESETS[preset], config.num_hidden_layers) for tensor in tensors]
+    stock = types.choose(tensors, PRESETS[preset], config, has_imatrix=True)
+    budget = sum(padded(blocks.nbytes(kind, tensor.shape)) for tensor, (kind, _) in zip(tensors, stock, strict=True))
+    kinds = chosen(model, preset).values()
+    cost = sum(part.weight * ERROR.get(kind, 0.0) for part, kind in zip(parts, kinds, strict=True))
+    costs = [np.array([part.weight * ERROR.get(kind, 0.0) for kind, _ in part.ladder]) for part in parts]
+    sizes = [np.array(part.sizes) for part in parts]
+    bound = max(
+        sum((c + price * b).min() for c, b in zip(costs, sizes, strict=True)) - price * budget
+        for price in cost / budget * np.geomspace(0.1, 100, 300)
+    )
+    assert bound <= cost < (1.05 if model == "mini" else 1.02) * bound
+
+
+@every_model
+def test_every_kind_of_tensor_has_its_weight(model):
+    assert {tensor.kind for tensor in TENSORS[model] if quantizable(tensor)} <= {*WEIGHT, *ENDS}
 
 
 @pytest.mark.parametrize("raw", [tiny.LLAMA, tiny.DEEPSEEK_MOE])
 def test_presets_are_for_latent_attention_and_experts(raw) -> None:
     config = model_config(raw, "config.json")
+    tensors = architecture(config).gguf_tensors()
     with pytest.raises(UsageError, match=r"DSV2_Q4_K_M is a mix for latent attention .* \(give Q4_K_M\)"):
-        choose_preset(architecture(config).gguf_tensors(), "DSV2_Q4_K_M", config, Overrides())
+        choose_preset(tensors, "DSV2_Q4_K_M", config, has_imatrix=False, overrides=Overrides())
 
 
 @every_model
@@ -95,7 +125,7 @@ def test_a_preset_is_deterministic_and_says_its_stock_number(tmp_path, cli):
         assert cli("convert", tiny.MINI, "--gguf", "dsv2_q4_k_m", "-o", tmp_path / name, "-q").code == 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     reader = GGUFReader(tmp_path / "a.gguf")
-    assert reader.fields["general.file_type"].contents() == types.FILE_TYPES["Q4_K_M"].number
+    assert reader.fields["general.file_type"].contents() == FILE_TYPES["Q4_K_M"].number
     assert {t.name: t.tensor_type.name for t in reader.tensors} == chosen("mini", "DSV2_Q4_K_M")
 
 

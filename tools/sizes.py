@@ -37,11 +37,13 @@ FOLDERS = {
     "--int2=mixed": "int2-mixed",
 }  # fmt: skip
 GGUF = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "DSV2_Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M",
-    "IQ2_XXS", "IQ1_M", "TQ1_0",
+    "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "DSV2_Q4_K_M", "IQ4_XS", "Q3_K_M", "DSV2_Q3_K_M", "IQ3_XS", "IQ3_XXS",
+    "DSV2_IQ3_XXS", "Q2_K", "IQ2_M", "DSV2_IQ2_M", "IQ2_XXS", "DSV2_IQ2_XXS", "IQ1_M", "TQ1_0",
 )  # fmt: skip
-# Types that llama-quantize wants an importance matrix for.
-MEASURED = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_XXS", "IQ1_M")
+# Mixes with types that llama-quantize wants an importance matrix for.
+MEASURED = (
+    "IQ3_XS", "IQ3_XXS", "DSV2_IQ3_XXS", "IQ2_M", "DSV2_IQ2_M", "IQ2_XXS", "DSV2_IQ2_XXS", "IQ1_M",
+)  # fmt: skip
 CONTEXT = 32_768  # tokens of the cache, of one text
 CARDS = (8, 16, 24, 48, 80, 141)  # GB
 RAM = (16, 32, 64, 128, 192, 256, 384)  # GB

@@ -22,10 +22,19 @@ import torch
 
 from dsv2quant.formats.cpu import search_scales
 from dsv2quant.formats.integers import factors, levels
+from dsv2quant.kernels.reference import product
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """total [K, K] += xᵀ y, of [tokens, K] each: on a CPU by what is faster there, else in place."""
+    if total.is_cpu:
+        total += product(x.T, y.T, None)
+    else:
+        total.addmm_(x.T, y)
 
 
 @dataclass
@@ -44,8 +53,8 @@ class Moments:
     def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
         weighted = x if weight is None else x * weight[:, None]
-        self.h[which].addmm_(x.T, weighted)
-        self.s[which].addmm_((ideal - x).T, weighted)
+        _add_product(self.h[which], x, weighted)
+        _add_product(self.s[which], ideal - x, weighted)
         self.count[which] += len(x)
 
     def shrunk(self, prior: Moments) -> Moments:

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import layer_file
-from dsv2quant.calib.streams import Made, Spool, batches, rows_of, through_layers
+from dsv2quant.calib.streams import Made, Spool, batches, by_layers, rows_of, streams_at, through_layers
 from dsv2quant.calib.trained import Parts, Trained
-from dsv2quant.calib.whole import Held, held_ends, held_layer, put_values
+from dsv2quant.calib.whole import Held, asked_values, held_ends, held_layer, put_values, take_step
 from dsv2quant.model.load import DecoderLayer, Ends, Loader
 
 SIDES = ("ideal", "before", "tuned")
@@ -40,17 +40,11 @@ def tune_layers(
 
     Returns what is stored of each weight that was trained, and the divergence of what is held apart, before and after.
     """
-    config, ctx = loader.config, ids.shape[1]
+    count, ctx = loader.config.num_hidden_layers, ids.shape[1]
     behind = held_ends(loader, specs, held)
     put_values(behind.trained)
-    count, told = config.num_hidden_layers, 0
     of_layer = ids.size + sum(len(windows) for windows, _ in steps) * ctx
-
-    def tell(passed: int) -> None:
-        """Tokens by layers so far."""
-        nonlocal told
-        progress(passed // count - told)
-        told = passed // count
+    tell = by_layers(progress, count)
 
     def process(index: int, before: Sequence[Spool], out: Sequence[Spool]) -> Made:
         layer = _Layer(index, rope, ids, apart, behind.ends, before, out)
@@ -82,10 +76,7 @@ def tune_layers(
         for key, array in load_file(layer_file(folder, index)).items():
             name, suffix = key.split("/")
             found.setdefault(name, {})[suffix] = array
-    last = [
-        Spool(folder / f"hidden-{count:05d}-{side}", ids.size, config.hidden_size, loader.options.device)
-        for side in SIDES
-    ]
+    last = streams_at(folder, count, SIDES, loader, ids.size)
     rows = rows_of(apart, ctx)
     with torch.no_grad():
         before, after = (float(behind.divergence(last[s][rows], last[IDEAL][rows])) for s in (BEFORE, TUNED))
@@ -128,15 +119,10 @@ class _Layer:
     def learn(self, module: DecoderLayer, trained: Sequence[Trained], windows: np.ndarray, share: float) -> None:
         """Take a step of all weights that brings the windows' loss down."""
         rows = rows_of(windows, self.ids.shape[1])
-        values = [one.values().requires_grad_() for one in trained]
-        for one, some in zip(trained, values, strict=True):
-            one.put(some)
+        values = asked_values(trained)
         out, _ = module(self._inputs(TUNED, rows), self.rope)
         gradients = torch.autograd.grad(_error(out.flatten(0, 1), self.out[IDEAL][rows]), values, allow_unused=True)
-        for one, some, gradient in zip(trained, values, gradients, strict=True):
-            if gradient is not None:  # as of an expert that no token was routed to
-                with torch.no_grad():
-                    one.learn(some.detach(), gradient, share)
+        take_step(trained, values, gradients, share)
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -148,14 +148,13 @@ def through_layers(
     `ids` are token windows [windows, ctx]; each of `sides` names a stream, all of which begin with their embeddings.
     `kept` is called with how many layers were finished before.
     """
-    config, device, tokens = loader.checkpoint.config, loader.options.device, ids.size
-    count = config.num_hidden_layers
+    count = loader.config.num_hidden_layers
 
     def files(layer: int) -> list[Path]:
-        return [folder / f"hidden-{layer:05d}-{side}" for side in sides]
+        return [_stream(folder, layer, side) for side in sides]
 
     def streams(layer: int) -> list[Spool]:
-        return [Spool(path, tokens, config.hidden_size, device) for path in files(layer)]
+        return streams_at(folder, layer, sides, loader, ids.size)
 
     with Pieces(folder) as pieces:
         start = _finished(pieces, count, files)
@@ -175,6 +174,29 @@ def through_layers(
             save_layer(layer_file(folder, layer), tensors, pieces, about)
             for spool in before:
                 spool.remove()
+
+
+def streams_at(folder: Path, layer: int, sides: Sequence[str], loader: Loader, tokens: int) -> list[Spool]:
+    """The hidden states in front of a layer, or behind the last, [tokens, hidden]."""
+    width, device = loader.config.hidden_size, loader.options.device
+    return [Spool(_stream(folder, layer, side), tokens, width, device) for side in sides]
+
+
+def _stream(folder: Path, layer: int, side: str) -> Path:
+    return folder / f"hidden-{layer:05d}-{side}"
+
+
+def by_layers(progress: Callable[[int], object], count: int) -> Callable[[int], None]:
+    """Takes how many tokens went through layers so far, each as often as it did, and counts those that went through
+    all `count`."""
+    told = 0
+
+    def tell(passed: int) -> None:
+        nonlocal told
+        progress(passed // count - told)
+        told = passed // count
+
+    return tell
 
 
 def _finished(pieces: Pieces, count: int, streams: Callable[[int], list[Path]]) -> int:

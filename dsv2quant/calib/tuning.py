@@ -29,7 +29,17 @@ from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import Tuned, Tuning
 from dsv2quant.calib.layerwise import HELD
 from dsv2quant.calib.local import tune_layers
-from dsv2quant.calib.streams import Made, Pieces, Spool, batches, rows_of, save_layer, through_layers
+from dsv2quant.calib.streams import (
+    Made,
+    Pieces,
+    Spool,
+    batches,
+    by_layers,
+    rows_of,
+    save_layer,
+    streams_at,
+    through_layers,
+)
 from dsv2quant.calib.whole import Held, Whole, whole_model
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -140,14 +150,8 @@ def _ideal(
     loader: Loader, folder: Path, ids: np.ndarray, rope: torch.Tensor, progress: Callable[[int], object]
 ) -> Spool:
     """The unquantized model's hidden states behind its last layer, [tokens, hidden]."""
-    config, ctx = loader.checkpoint.config, int(ids.shape[1])
-    count, told = config.num_hidden_layers, 0
-
-    def tell(passed: int) -> None:
-        """Tokens times layers so far, as tokens that went through all layers."""
-        nonlocal told
-        progress(passed // count - told)
-        told = passed // count
+    count, ctx = loader.config.num_hidden_layers, int(ids.shape[1])
+    tell = by_layers(progress, count)
 
     def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
         layer = loader.layer(index)
@@ -158,8 +162,8 @@ def _ideal(
         return {}, None
 
     through_layers(folder, loader, ids, ("ideal",), process, lambda layers: tell(layers * ids.size))
-    last = folder / f"hidden-{count:05d}-ideal"
-    return Spool(last, ids.size, config.hidden_size, loader.options.device)
+    (last,) = streams_at(folder, count, ("ideal",), loader, ids.size)
+    return last
 
 
 def _held_out(whole: Whole, tokens: Tokens) -> float:

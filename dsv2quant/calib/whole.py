@@ -76,10 +76,8 @@ class Whole:
         with torch.no_grad():
             *states, x = self._states(ids)
         gradients, of_ends = [], self.behind.trained
-        values = [one.values().requires_grad_() for one in of_ends]
+        values = asked_values(of_ends)
         sums = [torch.zeros_like(some) for some in values]
-        for one, some in zip(of_ends, values, strict=True):
-            one.put(some)
         for rows, wanted in _split(x.detach().flatten(0, 1), hidden.flatten(0, 1)):
             rows = rows.requires_grad_()
             kld = self.behind.rows_divergence(rows, wanted) / ids.numel()
@@ -87,8 +85,7 @@ class Whole:
             gradients.append(found)
             for total, other in zip(sums, others, strict=True):
                 total.add_(other)
-        for one, some, gradient in zip(of_ends, values, sums, strict=True):
-            one.learn(some.detach(), gradient, share)
+        take_step(of_ends, values, sums, share)
         behind = torch.cat(gradients).view_as(x)
         for index in reversed(range(len(self.layers))):
             behind = self._learn(index, states.pop(), behind, share)
@@ -96,17 +93,13 @@ class Whole:
     def _learn(self, index: int, x: torch.Tensor, behind: torch.Tensor, share: float) -> torch.Tensor:
         """Take the step of a layer's weights, given the gradient by its output. Returns that by its input x."""
         trained, x = self.of_layers[index], x.requires_grad_()
-        values = [one.values().requires_grad_() for one in trained]
-        for one, some in zip(trained, values, strict=True):
-            one.put(some)
+        values = asked_values(trained)
         out, _ = self.layers[index](x, self.rope)
         before, *gradients = torch.autograd.grad(out, [x, *values], behind, allow_unused=True)
         del out
-        for one, some, gradient in zip(trained, values, gradients, strict=True):
+        for one in trained:
             one.put(one.numbers)
-            if gradient is not None:  # as of an expert that no token was routed to
-                with torch.no_grad():
-                    one.learn(some.detach(), gradient, share)
+        take_step(trained, values, gradients, share)
         return before
 
     def _states(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -165,6 +158,29 @@ def put_values(trained: Iterable[Trained]) -> None:
     """Give the model the values of its trained weights."""
     for one in trained:
         one.put(one.values())
+
+
+def asked_values(trained: Iterable[Trained]) -> list[torch.Tensor]:
+    """The values of trained weights, which the model gets, to be asked for their gradients."""
+    values = []
+    for one in trained:
+        values.append(one.values().requires_grad_())
+        one.put(values[-1])
+    return values
+
+
+@torch.no_grad()
+def take_step(
+    trained: Iterable[Trained],
+    values: Iterable[torch.Tensor],
+    gradients: Iterable[torch.Tensor | None],
+    share: float,
+) -> None:
+    """Each trained weight learns from the gradient by its values, `share` of the largest step; an expert that no token
+    was routed to has none."""
+    for one, some, gradient in zip(trained, values, gradients, strict=True):
+        if gradient is not None:
+            one.learn(some.detach(), gradient, share)
 
 
 def _trained(specs: Iterable[TensorSpec], modules: Mapping[str, Any], held: Held) -> list[Trained]:

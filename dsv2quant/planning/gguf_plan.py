@@ -26,6 +26,7 @@ from dsv2quant.planning import gguf_types as types
 from dsv2quant.planning.gguf_loadable import check_loadable
 from dsv2quant.planning.gguf_metadata import warnings
 from dsv2quant.planning.gguf_mixes import PLAIN
+from dsv2quant.planning.gguf_presets import choose_preset
 from dsv2quant.planning.gguf_recipe import GgufRecipe
 from dsv2quant.planning.gguf_types import Overrides, is_tied, quantizable
 from dsv2quant.storage.gguf import Metadata, TensorHeader, pack_header, padded
@@ -87,7 +88,7 @@ class GgufPlan:
         whose default is the type of most weights."""
         mix = self.options.mix
         if isinstance(mix, str):
-            return FILE_TYPES[PRESETS.get(mix, (mix,))[0]].number
+            return FILE_TYPES[PRESETS.get(mix, mix)].number
         held: Counter[str] = Counter()
         for entry in self.entries:
             held[entry.type] += entry.tensor.size
@@ -140,11 +141,10 @@ def make_gguf_plan(checkpoint: Checkpoint, options: Options) -> GgufPlan:
     check_types(tensors, options.file_type, options.overrides)
     if isinstance(options.mix, GgufRecipe):
         choices = options.mix.choose(tensors, options.overrides)
-    elif options.file_type in PRESETS:
-        choices = types.choose_preset(tensors, options.file_type, config, options.overrides)
     else:
+        choose = choose_preset if options.file_type in PRESETS else types.choose
         weighted = options.imatrix is not None
-        choices = types.choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
+        choices = choose(tensors, options.file_type, config, has_imatrix=weighted, overrides=options.overrides)
     entries = tuple(Entry(tensor, kind, reason) for tensor, (kind, reason) in zip(tensors, choices, strict=True))
     for entry in entries:
         if entry.tensor.shape[-1] % blocks.TYPES[entry.type].values:

@@ -30,10 +30,9 @@ FILE_TYPES = {
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp
 NOT_WRITTEN = ("Q1_0", "Q2_0", "COPY")  # what else llama-quantize offers there
-# Presets: the stock mix whose bytes are spent, and the type between its default and Q8_0 that many tensors are raised
-# to (planning/gguf_types.py).
+# Presets, and the stock mix whose bytes each spends (planning/gguf_presets.py).
 PRESETS = {
-    "DSV2_Q3_K_M": ("Q3_K_M", "Q4_K"), "DSV2_Q4_K_S": ("Q4_K_S", "Q5_K"), "DSV2_Q4_K_M": ("Q4_K_M", "Q5_K"),
-    "DSV2_Q5_K_M": ("Q5_K_M", "Q6_K"),
-}  # fmt: skip
+    f"DSV2_{stock}": stock
+    for stock in ("IQ2_XXS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_M", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+}
 NAMES = (*FILE_TYPES, *PRESETS)  # all that can be written

@@ -11,7 +11,7 @@ import llama_cpp_tools as llama
 import numpy as np
 import pytest
 
-from dsv2quant.api import convert
+from dsv2quant.api import calibrate, convert
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.engines import llama_cpp
 from dsv2quant.engines.answers import Request
@@ -35,7 +35,7 @@ def on_path(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, fox) -> Callable[[str, str], Path]:
     """A model's GGUF file of a type, made once; of 'Q4_0, tuned' one that was trained for few steps, which are taken
-    whatever they do."""
+    whatever they do. Presets of few bits have an importance matrix."""
     folder = tmp_path_factory.mktemp("files")
     models = gguf_tiny.write(tmp_path_factory.mktemp("models"), ("dsv2-mini", "tiny-v2", "tiny-v3", "tiny-llama"))
 
@@ -50,7 +50,14 @@ def made(tmp_path_factory, fox) -> Callable[[str, str], Path]:
             m.setattr("dsv2quant.calib.tuning.STEP_TOKENS", 64)
             m.setattr("dsv2quant.calib.tuning._held_out", lambda whole, tokens: next(held_out))
             tuning = {"tune": 512, "calibration": fox, "length": 32} if is_tuned else {}
-            convert(models[model], out, gguf=kind, **tuning)
+            weighted = {"imatrix": importance(model)} if kind.startswith("DSV2_IQ") else {}
+            convert(models[model], out, gguf=kind, **tuning, **weighted)
+        return out
+
+    def importance(model: str) -> Path:
+        out = folder / f"{model}.imatrix.gguf"
+        if not out.exists():
+            calibrate(models[model], folder / f"{model}.safetensors", imatrix=out, samples=8, length=256)
         return out
 
     return file
@@ -93,7 +100,9 @@ def test_weights_expanded_to_f32_give_the_runtimes_numbers(model, file_type, mad
         np.testing.assert_allclose(theirs[reached], ours[reached], rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("file_type", ["BF16", "Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS", "IQ3_S", "MXFP4_MOE"])
+@pytest.mark.parametrize(
+    "file_type", ["BF16", "Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS", "IQ3_S", "MXFP4_MOE", "DSV2_Q3_K_M", "DSV2_IQ2_XXS"]
+)
 def test_it_computes_what_the_runtime_computes(file_type, made, verify) -> None:
     ran = verify(made("dsv2-mini", file_type))
     assert ran.code == 0, ran.err
