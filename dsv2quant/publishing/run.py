@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context, parent_process
@@ -34,6 +34,8 @@ from dsv2quant.publishing.wanted import Release, Wanted
 from dsv2quant.report.measured import Measured, measured_from, measured_json
 from dsv2quant.storage.durable import StateLog, disk_errors
 
+# What every artifact needs.
+_IMPORTED = ("dsv2quant.conversion.convert", "dsv2quant.evaluation.measure", "dsv2quant.evaluation.verify")
 STATE, REFERENCE = ".release.state", ".reference.safetensors"
 Known = Mapping[str, dict[str, Any]]  # what was measured before, by key
 
@@ -191,17 +193,29 @@ def _hashes(files: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes for so many artifacts at a time, which import while all is planned and the reference made; None for
+    """Processes for so many artifacts at a time, which start while all is planned and the reference made; None for
     one."""
     if jobs == 1:
         yield None
         return
+    # One process imports for all, and forks them before any thread of torch's is there, which would not outlive that.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # A fresh interpreter for each process: torch's threads don't outlive a fork.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _ready, (threads,)) as workers:
+    with ProcessPoolExecutor(jobs, context, _ready, (threads,)) as workers:
+        starting = Thread(target=_start, args=(workers, jobs))  # it waits for what is imported
+        starting.start()
+        try:
+            yield workers
+        finally:
+            starting.join()
+
+
+def _start(workers: ProcessPoolExecutor, jobs: int) -> None:
+    """Start all processes."""
+    with suppress(RuntimeError):  # the release ended before
         for _ in range(jobs):
-            workers.submit(int)  # starts a process each
-        yield workers
+            workers.submit(int)
 
 
 def _each(run: _Run, known: Known, workers: ProcessPoolExecutor | None) -> Iterator[tuple[Wanted, _Found]]:
@@ -223,14 +237,10 @@ def _each(run: _Run, known: Known, workers: ProcessPoolExecutor | None) -> Itera
 
 
 def _ready(threads: int) -> None:
-    """Have a process end with the one that began it, which a kill may take away, have its part of the processors, and
-    what every artifact needs imported."""
+    """Have a process end with the one that began it, which a kill may take away, and have its part of the
+    processors."""
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     import torch
-
-    import dsv2quant.conversion.convert
-    import dsv2quant.evaluation.measure
-    import dsv2quant.evaluation.verify  # noqa: F401
 
     torch.set_num_threads(threads)
 
