@@ -78,3 +78,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_library(monkeypatch) -> None:
+    """Products by the library that torch's own modules ask, as a consumer on this CPU computes them: two libraries
+    differ in last places, and where activations are quantized a code that falls the other way for it moves what
+    follows by far more."""
+    monkeypatch.setattr("dsv2quant.kernels.reference.product", torch.nn.functional.linear)

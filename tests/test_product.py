@@ -39,7 +39,7 @@ def test_it_is_the_product(tokens, columns, rows, threads) -> None:
 
 
 @torch.inference_mode()
-def test_any_strides_and_no_rows() -> None:
+def test_any_strides_no_rows_and_no_columns() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 96).T  # [96, 64]
     for x in (
@@ -50,6 +50,7 @@ def test_any_strides_and_no_rows() -> None:
         torch.randn(64),
     ):
         torch.testing.assert_close(product(x, weight, None), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+    assert torch.equal(product(torch.randn(5, 0), torch.randn(3, 0), None), torch.zeros(5, 3))
 
 
 def test_it_has_a_gradient() -> None:

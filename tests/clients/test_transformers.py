@@ -90,7 +90,7 @@ mode_ids = [f"{name}-{dtype}{'-dequantize' * dequantize}".replace(" ", "-") for 
 
 @pytest.mark.parametrize("source", ["mini", "awkward"])
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES, ids=mode_ids)
-def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts):
+def test_weights_are_our_decode_and_logits_our_runtimes(source, name, dtype, dequantize, artifacts, one_library):
     folder, torch_dtype = artifacts[source, name], DTYPES[dtype]
     theirs = load(folder, torch_dtype, dequantize)
     checkpoint = open_checkpoint(folder)

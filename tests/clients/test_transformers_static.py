@@ -28,7 +28,7 @@ def artifacts(tmp_path_factory):
 @pytest.mark.parametrize("name", ARTIFACTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequantize, artifacts):
+def test_weights_and_scales_are_ours_and_logits_our_runtimes(name, dtype, dequantize, artifacts, one_library):
     folder, torch_dtype = artifacts[name], DTYPES[dtype]
     theirs = load(folder, torch_dtype, dequantize)
     given = {module: child.input_scale for module, child in theirs.named_modules() if hasattr(child, "input_scale")}
