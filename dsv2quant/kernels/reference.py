@@ -117,7 +117,7 @@ def served_linear(
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] @ weight [N, K]ᵀ + bias, of one dtype. On a CPU float32 goes through oneDNN, as torch.compile has it,
     where no gradient is asked for, which that has not: F.linear asks MKL, which takes twice the time on an AMD EPYC
-    with AVX-512 (benchmarks/results/product.csv). In neither does a row depend on others or on the number of threads."""
+    with AVX-512 (benchmarks/results/product.csv). In neither does a row depend on others, or on how many threads."""
     if x.is_cpu and x.dtype == torch.float32 and x.numel() and _has_onednn() and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
