@@ -77,6 +77,24 @@ def test_hardly_any_choice_within_the_bytes_costs_less(preset, model):
     assert bound <= cost < (1.05 if model == "mini" else 1.02) * bound
 
 
+@every_preset
+@pytest.mark.parametrize("hidden", [64, 256, 320])
+def test_tensors_of_few_blocks_have_steps_that_take_nothing(preset, hidden):
+    """Where the padding takes what two types differ by."""
+    raw = tiny.V2 | {"hidden_size": hidden, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 2}
+    config = model_config(raw, "config.json")
+    tensors = architecture(config).gguf_tensors()
+    ours, theirs = (
+        [kind for kind, _ in choose(tensors, name, config, has_imatrix=True, overrides=Overrides())]
+        for choose, name in ((choose_preset, preset), (types.choose, PRESETS[preset]))
+    )
+    room, taken = (
+        sum(padded(blocks.nbytes(kind, tensor.shape)) for tensor, kind in zip(tensors, kinds, strict=True))
+        for kinds in (theirs, ours)
+    )
+    assert taken <= room
+
+
 @every_model
 def test_every_kind_of_tensor_has_its_weight(model):
     assert {tensor.kind for tensor in TENSORS[model] if quantizable(tensor)} <= {*WEIGHT, *ENDS}

@@ -79,17 +79,17 @@ class _Part:
         return self.ladder[self.at]
 
     def extra(self, place: int) -> int:
-        """Bytes that a place takes more than where it stands."""
+        """Bytes that a place takes more than where it stands: none, where both are padded to the same."""
         return self.sizes[place] - self.sizes[self.at]
 
     def step(self, room: int) -> tuple[float, int] | None:
         """The place, of those that fit, that takes most cost away for a byte, behind how much, negative."""
         above = [place for place in range(self.at + 1, len(self.ladder)) if self.extra(place) <= room]
-        error = ERROR[self.choice[0]] if above else 0.0
-        return min(
-            ((self.weight * (ERROR[self.ladder[place][0]] - error) / self.extra(place), place) for place in above),
-            default=None,
-        )
+        costs = [self.weight * ERROR[self.ladder[place][0]] for place in (self.at, *above)] if above else []
+        steps = [
+            ((cost - costs[0]) / max(1, self.extra(place)), place) for cost, place in zip(costs[1:], above, strict=True)
+        ]
+        return min(steps, default=None)
 
 
 def _ladder(tensor: GgufTensor, stock: str) -> list[Choice]:
