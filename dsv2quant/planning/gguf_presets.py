@@ -82,13 +82,13 @@ class _Part:
         """Bytes that a place takes more than where it stands: none, where both are padded to the same."""
         return self.sizes[place] - self.sizes[self.at]
 
+    def cost(self, place: int) -> float:
+        return self.weight * ERROR[self.ladder[place][0]]
+
     def step(self, room: int) -> tuple[float, int] | None:
         """The place, of those that fit, that takes most cost away for a byte, behind how much, negative."""
-        above = [place for place in range(self.at + 1, len(self.ladder)) if self.extra(place) <= room]
-        costs = [self.weight * ERROR[self.ladder[place][0]] for place in (self.at, *above)] if above else []
-        steps = [
-            ((cost - costs[0]) / max(1, self.extra(place)), place) for cost, place in zip(costs[1:], above, strict=True)
-        ]
+        fitting = (place for place in range(self.at + 1, len(self.ladder)) if self.extra(place) <= room)
+        steps = [((self.cost(p) - self.cost(self.at)) / max(1, self.extra(p)), p) for p in fitting]
         return min(steps, default=None)
 
 
