@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from quality import CTX, MODEL, Evaluator, windows
+from search import LENGTH, importance
 
 import dsv2quant as dq
 from dsv2quant import __version__
@@ -38,7 +39,6 @@ from dsv2quant.planning.gguf_types import quantizable
 from dsv2quant.text.calibration import standard_library
 from dsv2quant.text.tokenizer import Tokenizer
 
-MEASURED = 128  # windows that the importance matrix is measured on
 IN_EVERY_TYPE = ("attn_output", "ffn_up_exps")
 VERSIONS = f"dsv2quant {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
 
@@ -75,7 +75,7 @@ def compared(model: Path, scratch: Path, imatrix: Path, results: Path | None) ->
 
 def costs(model: Path, scratch: Path, imatrix: Path, results: Path | None) -> None:
     """One kind of tensors in one type, all else in BF16."""
-    ids = windows(standard_library(), Tokenizer.open(model), MEASURED + 16, CTX, seed=0)[MEASURED:]
+    ids = windows(standard_library(), Tokenizer.open(model), LENGTH["samples"] + 16, CTX, seed=0)[LENGTH["samples"] :]
     evaluate, recipe, out = Evaluator(model, ids=ids), scratch / "one.yaml", scratch / "one.gguf"
     tensors = [t for t in architecture(open_checkpoint(model).config).gguf_tensors() if quantizable(t)]
     for kind in dict.fromkeys(tensor.kind for tensor in tensors):
@@ -100,9 +100,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    imatrix, statistics = options.scratch / "imatrix.gguf", options.scratch / "statistics.safetensors"
-    if not imatrix.exists():
-        dq.calibrate(options.model, statistics, imatrix=imatrix, samples=MEASURED, length=CTX)
+    imatrix = importance(options.model, options.scratch)
     (costs if options.costs else compared)(options.model, options.scratch, imatrix, options.results)
 
 

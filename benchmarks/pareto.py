@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from domains import DOMAINS
 from quality import Evaluator
-from search import LENGTH, ratio, size
+from search import LENGTH, importance, ratio, size
 
 import dsv2quant as dq
 from dsv2quant import __version__
@@ -60,10 +60,7 @@ class Artifact(NamedTuple):
 
 def artifacts(checkpoint: HfCheckpoint, options: argparse.Namespace) -> Iterator[Artifact]:
     """Made in the scratch folder, or found there."""
-    scratch, imatrix = options.scratch, options.scratch / "imatrix.gguf"
-    if not imatrix.exists():
-        statistics = scratch / "statistics.safetensors"
-        dq.calibrate(checkpoint, statistics, imatrix=imatrix, device=options.device, **LENGTH)
+    scratch, imatrix = options.scratch, importance(checkpoint, options.scratch, options.device)
 
     def mix(kind: str, name: str, gguf: str, stock: str = "") -> Artifact:
         out = scratch / f"{name}.gguf"

@@ -47,6 +47,14 @@ def size(path: Path) -> int:
     return sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors")))
 
 
+def importance(model: Any, scratch: Path, device: str = "cpu") -> Path:
+    """The importance matrix in a scratch folder, measured where it is not there."""
+    imatrix = scratch / "imatrix.gguf"
+    if not imatrix.exists():
+        dq.calibrate(model, scratch / "statistics.safetensors", imatrix=imatrix, device=device, **LENGTH)
+    return imatrix
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -58,11 +66,8 @@ def main() -> None:
     parser.add_argument("--folder", action="store_true", help="Also schemes of a folder, against int4-mixed.")
     asked = parser.parse_args()
     asked.scratch.mkdir(parents=True, exist_ok=True)
-    checkpoint, imatrix = dq.open(asked.model).as_source(), asked.scratch / "imatrix.gguf"
-    if not imatrix.exists():
-        dq.calibrate(
-            checkpoint, asked.scratch / "statistics.safetensors", imatrix=imatrix, device=asked.device, **LENGTH
-        )
+    checkpoint = dq.open(asked.model).as_source()
+    imatrix = importance(checkpoint, asked.scratch, asked.device)
     weights, served = Evaluator(asked.model), Evaluator(asked.model, weight_only=False)
 
     def row(space: Space, stock: str, theirs: Path, evaluate: Evaluator, **options: Any) -> None:
