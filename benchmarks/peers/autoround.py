@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
-from pathlib import Path
+
+from asked import answer, parser
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -60,29 +59,15 @@ def quantize(options: argparse.Namespace) -> dict[str, object]:
     for path in folder.iterdir():
         path.rename(options.out / path.name)
     folder.rmdir()
-    return {
-        "bits": options.bits,
-        "group_size": options.group_size,
-        "windows": len(ids),
-        "ignore": list(layers),
-        "quantize_s": round(seconds, 2),
-        "threads": torch.get_num_threads(),
-        "device": str(torch.accelerator.current_accelerator() or "cpu"),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    device = str(torch.accelerator.current_accelerator() or "cpu")
+    more = {"windows": len(ids), "ignore": list(layers), "threads": torch.get_num_threads(), "device": device}
+    return answer(options, PACKAGES, seconds, **more)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=Path, required=True, help=".npy of int64 [windows, ctx], complete windows")
-    parser.add_argument("--bits", type=int, default=4, choices=[2, 3, 4])
-    parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128])
-    parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="module name or a part of it")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--iters", type=int, default=200)
+    options = asked.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
         result = quantize(options)
     print(json.dumps(result))

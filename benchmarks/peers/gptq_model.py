@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from asked import answer, parser
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -59,32 +58,16 @@ def quantize(options: argparse.Namespace) -> dict[str, object]:
     model.quantize(windows)
     seconds = time.perf_counter() - started
     model.save(str(options.out))
-    return {
-        "bits": options.bits,
-        "group_size": options.group_size,
-        "desc_act": options.desc_act,
-        "mse": options.mse,
-        "windows": len(ids),
-        "ignore": options.ignore,
-        "quantize_s": round(seconds, 2),
-        "threads": torch.get_num_threads(),
-        "device": str(config.device),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    more = {"desc_act": options.desc_act, "mse": options.mse, "windows": len(ids), "ignore": options.ignore}
+    more |= {"threads": torch.get_num_threads(), "device": str(config.device)}
+    return answer(options, PACKAGES, seconds, **more)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=Path, required=True, help=".npy of int64 [windows, ctx], complete windows")
-    parser.add_argument("--bits", type=int, default=4, choices=[2, 3, 4])
-    parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128])
-    parser.add_argument("--mse", type=float, default=0.0, metavar="POWER", help="2.4 is what it recommends")
-    parser.add_argument("--desc-act", action="store_true")
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="module name or a part of it")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--mse", type=float, default=0.0, metavar="POWER", help="2.4 is what it recommends")
+    asked.add_argument("--desc-act", action="store_true")
+    options = asked.parse_args()
     options.model, options.tokens, options.out = (
         path.resolve() for path in (options.model, options.tokens, options.out)
     )
