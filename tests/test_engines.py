@@ -134,12 +134,13 @@ def test_choices_may_fall_short_by_what_noise_is(artifact, wordy):
     found = [Generated(p, ids, "", "length") for p, ids in zip(asked, greedy, strict=True)]
 
     def faults_of(rounded: Model, apart: float) -> list[str]:
-        checked = check(exact, rounded, source, prompts, found, apart)
+        checked = check(exact, lambda: rounded, source, prompts, found, apart)
         assert max(made.regret for made in checked) > 0.01
         return [fault for made in checked for fault in made.faults]
 
     assert faults_of(other, apart=0.0) == []
-    worst = max(made.regret for made in check(exact, other, source, prompts, found, 0.0))
+    worst = max(made.regret for made in check(exact, lambda: other, source, prompts, found, 0.0))
+    check(exact, lambda: pytest.fail("opened for nothing"), source, prompts, found, worst)
     assert faults_of(exact, apart=worst * 0.501) == []
     assert any("short of the likeliest" in fault for fault in faults_of(exact, apart=worst * 0.499))
 

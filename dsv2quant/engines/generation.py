@@ -3,7 +3,7 @@ runtime also finds best, and the same end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ class Continued:
 
 def check(
     model: Model | FusedModel,
-    rounded: Model | FusedModel,
+    rounded: Callable[[], Model | FusedModel],
     tokens_from: Checkpoint,
     prompts: Sequence[Prompt],
     found: Sequence[Generated],
@@ -56,12 +56,17 @@ def check(
 ) -> list[Continued]:
     """Compare what an engine made of prompts: with the tokens that `tokens_from` gives them, and with the logits of
     `model`, the runtime's, behind them. Of two tokens ln p may be off by as much as it is on a text, by `apart` nats,
-    or here of `rounded`, which is `model` in the dtype of its own noise: what an engine makes of a short prompt
+    or here of `rounded`, which opens `model` in the dtype of its own noise: what an engine makes of a short prompt
     soon is unlike any text, where rounding weighs more. A choice that falls short by more is a fault."""
     tokenizer = tokens_from.tokenizer()
     stop = tokens_from.stop_ids(tokenizer)
+    exact = _behind(model, found)
+    regrets = [_regret(logp, made) for logp, made in zip(exact, found, strict=True)]
+    noises = [0.0] * len(found)
+    if max(regrets, default=0.0) > 2 * apart:  # seldom: a model of many layers is read once more for it
+        noises = [_noise(*three) for three in zip(exact, _behind(rounded(), found), found, strict=True)]
     checked = []
-    for prompt, made, (regret, noise) in zip(prompts, found, _regrets(model, rounded, found), strict=True):
+    for prompt, made, regret, noise in zip(prompts, found, regrets, noises, strict=True):
         most = 2 * max(apart, noise)
         asked = prompt["text"] if "text" in prompt else prompt["messages"]
         wanted = prompt_ids(tokens_from, tokenizer, asked)
@@ -89,26 +94,34 @@ def _end(made: Generated, stop: list[int], ends: list[int]) -> str:
 
 
 @torch.inference_mode()
-def _regrets(
-    model: Model | FusedModel, rounded: Model | FusedModel, found: Sequence[Generated]
-) -> list[tuple[float, float]]:
-    """By how much each continuation's worst token falls short, and how far `rounded` is from `model` at most in ln p of
-    the tokens chosen and of the likeliest, in nats. All go through a model together, padded behind: no token sees what
-    comes after it."""
+def _behind(model: Model | FusedModel, found: Sequence[Generated]) -> list[torch.Tensor]:
+    """ln p of each continuation's tokens, [count, vocabulary]. All go through the model together, padded behind: no
+    token sees what comes after it."""
     rows = [[*made.prompt_ids, *made.ids] for made in found]
     if any(not made.prompt_ids or not made.ids for made in found):
         raise InputError("the engine gave no token for a prompt", fix="see what it says with -vv")
     padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for row, tokens in zip(padded, rows, strict=True):
         row[: len(tokens)] = tokens
-    passes = [run(each, padded, [slice(0, len(rows))]) for each in (model, rounded)]
-    regrets = []
-    for window, made in enumerate(found):
-        first, count = len(made.prompt_ids) - 1, len(made.ids)
-        exact, other = (torch.cat(list(log_probabilities(each, window, first)))[:count] for each in passes)
-        chosen = torch.tensor(made.ids, device=exact.device)
-        both = torch.stack([exact.argmax(1), chosen], 1)  # [count, 2], of rows [count, vocabulary]
-        likeliest, taken = exact.gather(1, both).unbind(1)
-        noise = (other.gather(1, both) - exact.gather(1, both)).abs().max()
-        regrets.append((float((likeliest - taken).max()), float(noise)))
-    return regrets
+    passed = run(model, padded, [slice(0, len(rows))])
+    return [
+        torch.cat(list(log_probabilities(passed, window, len(made.prompt_ids) - 1)))[: len(made.ids)]
+        for window, made in enumerate(found)
+    ]
+
+
+def _two(logp: torch.Tensor, made: Generated) -> torch.Tensor:
+    """The likeliest tokens and those that were chosen, [count, 2]."""
+    return torch.stack([logp.argmax(1), torch.tensor(made.ids, device=logp.device)], 1)
+
+
+def _regret(logp: torch.Tensor, made: Generated) -> float:
+    """By how many nats the worst choice falls short."""
+    likeliest, chosen = logp.gather(1, _two(logp, made)).unbind(1)
+    return float((likeliest - chosen).max())
+
+
+def _noise(exact: torch.Tensor, rounded: torch.Tensor, made: Generated) -> float:
+    """How far ln p of these tokens are from each other at most, in nats."""
+    both = _two(exact, made)
+    return float((rounded.gather(1, both) - exact.gather(1, both)).abs().max())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,9 +77,11 @@ def verify(
         floor = _floor(answer, passed, source, text, request, settings, progress)
     continued = []
     if prompts:
-        models = runtime.model(artifact), runtime.model(artifact, getattr(torch, runtime.own_dtype(artifact)))
+        rounded = partial(runtime.model, artifact, getattr(torch, runtime.own_dtype(artifact)))
         on_text = max(apart.p999, floor.apart.p999 if floor else 0.0)
-        continued = generation.check(*models, source or artifact, prompts, answer.generated, on_text)
+        continued = generation.check(
+            runtime.model(artifact), rounded, source or artifact, prompts, answer.generated, on_text
+        )
     return Verdict(
         model=artifact.model, engine=settings.engine, report=answer.report, apart=apart, own_noise=own,
         own_dtype=runtime.own_dtype(artifact), floor=floor,
