@@ -123,6 +123,17 @@ class Ranks:
             dist.gather_object(value, found)
         return found
 
+    def everywhere(self, value: T) -> list[T]:
+        """The small Python objects of all ranks, in their order, at each."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with _reaching():
+            dist.all_gather_object(found, value)
+        return found
+
     def agreed(self, value: T) -> T:
         """Rank 0's small Python object."""
         if self.size == 1:
