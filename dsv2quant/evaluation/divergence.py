@@ -181,10 +181,13 @@ class Divergence:
     @classmethod
     def joined(cls, parts: Sequence[Divergence]) -> Divergence:
         """Those of windows behind each other."""
-        names = ("nll", "reference_nll", "kld", "same_top1")
-        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-        router = {layer: np.concatenate([part.router[layer] for part in parts]) for layer in parts[0].router}
-        return cls(*arrays, router)
+        return cls(
+            np.concatenate([part.nll for part in parts]),
+            np.concatenate([part.reference_nll for part in parts]),
+            np.concatenate([part.kld for part in parts]),
+            np.concatenate([part.same_top1 for part in parts]),
+            {layer: np.concatenate([part.router[layer] for part in parts]) for layer in parts[0].router},
+        )
 
 
 @torch.inference_mode()
