@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import Calibration, layer_file
+from dsv2quant.calib.hidden import batches, make_streams
 from dsv2quant.calib.statistics import inputs
-from dsv2quant.calib.hidden import Stream, batches
 from dsv2quant.calib.streams import Made, through_layers
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -97,8 +97,10 @@ def collect(
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
     sites = {site for site, *_ in inputs(config)}
 
-    def process(index: int, streams: Sequence[Stream]) -> Made:
-        layer, sums, hidden = loader.layer(index), Sums(sites), streams[0]
+    (hidden,) = make_streams(1, ids.size, config.hidden_size, device, folder)
+
+    def process(index: int) -> Made:
+        layer, sums = loader.layer(index), Sums(sites)
         for rows in batches(len(hidden), ctx):
             x = hidden[rows].unflatten(0, (-1, ctx))
             hidden[rows] = _measured(layer, f"model.layers.{index}", x, rope, halves, sums).flatten(0, 1)
@@ -109,7 +111,7 @@ def collect(
                 sums.unseen(expert.down_proj.module, config.moe_intermediate_size)
         return sums.arrays(), dict(sorted(sums.counts.items()))
 
-    (hidden,) = through_layers(folder, loader, ids, ("ideal",), process, lambda layers: progress(layers * ids.size))
+    through_layers(folder, loader, ids, {"ideal": hidden}, process, lambda layers: progress(layers * ids.size))
     hidden.remove()
     counts: dict[str, int] = {}
     for index in range(config.num_hidden_layers):

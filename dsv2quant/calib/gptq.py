@@ -34,7 +34,7 @@ BLOCK = 64  # columns whose updates of the rest are gathered into one product
 def _as_fast_as_can_be() -> Iterator[None]:
     """Products of float32 on a CPU through oneDNN, which rounds to BF16 first where the processor multiplies that in
     hardware (AMX), and sums in float32."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -43,12 +43,18 @@ def _as_fast_as_can_be() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class Moments(NamedTuple):
+@dataclass
+class Moments:
     """Second moments of a batch of linears' inputs: H and S, [batch, K, K], and token counts [batch]."""
 
     h: torch.Tensor
     s: torch.Tensor
     count: torch.Tensor
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """All there is, in order."""
+        return self.h, self.s, self.count
 
     @classmethod
     def zeros(cls, batch: int, columns: int, device: torch.device | str) -> Moments:
@@ -104,12 +110,12 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[torch.Tensor]) -> Sums:
-        """Of h, s and count of either, in order."""
+        """Of the `parts` of both."""
         return cls(Moments(*parts[:3]), Moments(*parts[3:]))
 
     def split(self) -> Split:
         """What is not held out, and what is."""
-        fit = (every - held for every, held in zip(self.every, self.held, strict=True))
+        fit = (every - held for every, held in zip(self.every.parts, self.held.parts, strict=True))
         return Split(Moments(*fit), self.held)
 
 

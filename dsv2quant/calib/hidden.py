@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -14,23 +15,22 @@ from dsv2quant.model.layers import add_rows
 from dsv2quant.storage.durable import FileEntry, write_whole
 
 ROWS = 8192  # tokens that go through a layer at once
+LANES = 16  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
 
 
 class Stream:
     """A float32 array [tokens, width], handed out on `device`."""
 
     def __init__(self, tokens: int, width: int, device: str, at: Path | str) -> None:
-        """`at` is "device", "memory", or the file to make, of which the operating system keeps in memory what fits.
-        Raises OSError where the disk is full."""
+        """`at` is "device", "memory", or the folder of a file without a name, of which the operating system keeps in
+        memory what fits. Raises OSError where the disk is full."""
         self.device = device
-        self._file = at if isinstance(at, Path) else None
         if isinstance(at, Path):
-            at.unlink(missing_ok=True)
-            array = np.memmap(at, np.float32, "w+", shape=(tokens, width))
-            with at.open("rb+") as file:
+            at.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=at) as file:
                 # On a full disk, writing to a hole that is mapped would kill the process (SIGBUS).
-                os.posix_fallocate(file.fileno(), 0, array.nbytes)
-            self._rows = torch.from_numpy(array)
+                os.posix_fallocate(file.fileno(), 0, 4 * tokens * width)
+                self._rows = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(tokens, width)))
         else:
             pinned = at == "memory" and device != "cpu"  # a GPU's copies run at the bus's rate
             with torch.inference_mode(False):  # what is trained later may be handed out as it lies
@@ -72,8 +72,6 @@ class Stream:
     def remove(self) -> None:
         """Give back what it takes."""
         self._rows = self._rows.new_empty(0, self.width)
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
 
     def write(self, path: Path) -> FileEntry:
         """Write all to a file, durable under its name; its manifest entry. Raises OSError."""
@@ -96,30 +94,39 @@ class Stream:
 
 
 def make_streams(
-    tokens: int, width: int, names: Sequence[str], device: str, folder: Path | None, beside: int = 0
+    count: int, tokens: int, width: int, device: str, folder: Path | None, beside: int = 0
 ) -> list[Stream]:
-    """One for each name: on a GPU that has room for them and for `beside`, what else is computed there; in memory, where
-    they take no more than half of the machine's; else in files in `folder`, if one is given."""
-    nbytes = 4 * tokens * width * len(names)
-    if device != "cpu" and nbytes + beside <= free_on(device):
-        return [Stream(tokens, width, device, "device") for _ in names]
-    if folder is None or 2 * nbytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        return [Stream(tokens, width, device, "memory") for _ in names]
-    return [Stream(tokens, width, device, folder / f"{name}.states") for name in names]
+    """So many: on a GPU that has room for them and for `beside`, what else is computed there; in memory, where that
+    holds them; else in files in `folder`, if one is given."""
+    nbytes = 4 * tokens * width * count
+    if device != "cpu" and nbytes + beside <= room_on(device):
+        return [Stream(tokens, width, device, "device") for _ in range(count)]
+    if folder is None or nbytes + (beside if device == "cpu" else 0) <= room_on("cpu"):
+        return [Stream(tokens, width, device, "memory") for _ in range(count)]
+    return [Stream(tokens, width, device, folder) for _ in range(count)]
 
 
-def free_on(device: str) -> int:
-    """Bytes that torch can still have of a GPU's memory, within the share that it may use."""
+def room_on(device: str) -> int:
+    """Bytes that may be taken: what torch can still have of a GPU, within its share, or three quarters of the machine's
+    memory."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free + held, share) - torch.cuda.memory_allocated(device)
+    return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
 
 
 def batches(tokens: int, ctx: int) -> list[slice]:
     """Slices of whole windows, about `ROWS` tokens each."""
     size = max(1, ROWS // ctx) * ctx
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+def lanes(tokens: int, ctx: int) -> list[list[slice]]:
+    """The batches, in `LANES` parts or fewer."""
+    every = batches(tokens, ctx)
+    each = -(-len(every) // LANES)
+    return [every[first : first + each] for first in range(0, len(every), each)]
 
 
 def rows_of(windows: np.ndarray, ctx: int) -> np.ndarray:

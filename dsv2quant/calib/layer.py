@@ -1,4 +1,4 @@
-"""One layer under calibration: what is planned for its matrices, both models' parts, and a walk through their stages."""
+"""One layer under calibration: what is planned for its matrices, both models' parts, a walk through their stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.calib.calibration import Outcome
 from dsv2quant.calib.distributed import Ranks
-from dsv2quant.calib.hidden import batches
+from dsv2quant.calib.hidden import lanes
 from dsv2quant.model.layers import Linear, Stage, Stages, finish
 from dsv2quant.model.load import DecoderLayer
 from dsv2quant.planning.recipe import CALIBRATED
@@ -58,23 +58,22 @@ class Job:
         return 4 * (2 * c.hidden_size + max(attention, c.intermediate_size))
 
     @property
-    def batch_count(self) -> int:
-        """Of all ranks' tokens."""
-        return len(batches(self.windows * self.ctx, self.ctx))
+    def lanes(self) -> list[list[slice]]:
+        """All ranks' tokens, in parts of batches."""
+        return lanes(self.windows * self.ctx, self.ctx)
 
     @property
     def tokens(self) -> range:
         """Those of this rank."""
-        every = batches(self.windows * self.ctx, self.ctx)
-        own = self.ranks.share(len(every))
-        return range(every[own.start].start, every[own.stop - 1].stop)
+        own = [rows for lane in self.ranks.share(len(self.lanes)) for rows in self.lanes[lane]]
+        return range(own[0].start, own[-1].stop)
 
-    def batches(self) -> list[tuple[int, slice]]:
-        """This rank's tokens in turn: the number of each batch among all, and its tokens among the rank's."""
-        every = batches(self.windows * self.ctx, self.ctx)
-        own = self.ranks.share(len(every))
-        first = every[own.start].start
-        return [(i, slice(every[i].start - first, every[i].stop - first)) for i in own]
+    def batches(self) -> Iterator[tuple[int, slice]]:
+        """This rank's tokens in turn: the lane that each batch is of, and its tokens' numbers among the rank's."""
+        every, first = self.lanes, self.tokens.start
+        for lane in self.ranks.share(len(every)):
+            for rows in every[lane]:
+                yield lane, slice(rows.start - first, rows.stop - first)
 
     def held(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens, by their number among this rank's, are held out."""
@@ -89,11 +88,11 @@ class Job:
 
 
 class Walk:
-    """A part of a layer applied to batches of the rank's tokens in both models, stage by stage. A batch goes on from the
-    stage that it is at, as long as there is room for what that takes; without, it begins anew, up to the same stage."""
+    """A part of a layer applied to batches of the rank's tokens in both models, stage by stage. A batch goes on from
+    the stage that it is at, as long as there is room for what that takes; else it begins anew, up to the same stage."""
 
     def __init__(self, begin: Callable[[int, slice], Stages[torch.Tensor]], token_bytes: int, room: int) -> None:
-        """`begin` gives the stages of a side and some tokens, of which each takes `token_bytes` while it is suspended."""
+        """`begin` gives the stages of a side and some tokens, each of which takes `token_bytes` meanwhile."""
         self.begin, self._tokens = begin, room // (len(SIDES) * token_bytes)
         self._at: dict[tuple[int, int], tuple[int, Stages[torch.Tensor]]] = {}
 

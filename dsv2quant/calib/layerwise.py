@@ -11,7 +11,7 @@ matrix is quantized by one rank, an expert by the one that all its tokens go to,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -31,8 +31,8 @@ from dsv2quant.calib.calibration import (
 )
 from dsv2quant.calib.choosing import choose
 from dsv2quant.calib.distributed import ALONE, Ranks, TreeSum
-from dsv2quant.calib.gptq import Split, Sums
-from dsv2quant.calib.hidden import Stream, batches, free_on, make_streams
+from dsv2quant.calib.gptq import Moments, Split, Sums
+from dsv2quant.calib.hidden import Stream, lanes, make_streams, room_on
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Choice, Job, Walk, copied, every_linear
 from dsv2quant.calib.routed import Routed, quantize_experts
 from dsv2quant.calib.streams import Made, through_layers
@@ -65,48 +65,47 @@ def quantize_layers(
     config, ids = plan.checkpoint.config, calibration.ids
     loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     windows, ctx = (int(n) for n in ids.shape)
-    count = len(batches(ids.size, ctx))
+    count = len(lanes(ids.size, ctx))
     if ranks.size > count:
-        what = f"{ranks.size} ranks for {windows} windows of {ctx} tokens, which go in {count} batches"
+        what = f"{ranks.size} ranks for {windows} windows of {ctx} tokens, which go in {count} parts"
         raise UsageError(what, fix=f"start {count} at most, or calibrate on more tokens")
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
     job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks)
     own = job({}, (None, None), room=0).tokens  # type: ignore[arg-type]
-    # The experts' outputs take one stream more.
-    beside = work_memory(plan) + 4 * len(own) * config.hidden_size
-    (added,) = make_streams(len(own), config.hidden_size, ["experts"], device, folder, work_memory(plan))
+    beside = work_memory(plan)
+    real, ideal, added = make_streams(3, len(own), config.hidden_size, device, folder, beside)
 
-    def room(streams: Sequence[Stream]) -> int:
-        if device == "cpu":
-            return streams[0].nbytes * 4
-        return max(0, free_on(device) - work_memory(plan))
+    def room() -> int:
+        """What suspended stages may take."""
+        taken = real.nbytes + ideal.nbytes + added.nbytes if device == "cpu" else 0
+        return max(0, room_on(device) - beside - taken)
 
-    def process(index: int, streams: Sequence[Stream]) -> Made:
-        ideal = loader.layer(index)
-        real = copied(ideal)
-        choices = _planned(plan, index, real, device, prepared)
-        asked = job(choices, (real, ideal), room=room(streams), progress=progress)
-        quantize_layer(asked, streams, added)
+    def process(index: int) -> Made:
+        layer = loader.layer(index)
+        layers = copied(layer), layer
+        choices = _planned(plan, index, layers[REAL], device, prepared)
+        asked = job(choices, layers, room=room(), progress=progress)
+        quantize_layer(asked, (real, ideal), added)
         parts = _joined(asked.ranks.gather(asked.parts))
         outcomes = asked.ranks.gather(asked.outcomes) or []
         tensors = {f"{module}.{suffix}": bits for module, some in parts.items() for suffix, bits in some.items()}
         return tensors, [asdict(outcome) for some in outcomes for outcome in some]
 
-    def again(index: int, streams: Sequence[Stream]) -> None:
-        ideal = loader.layer(index)
-        real = copied(ideal)
-        choices = _planned(plan, index, real, device, prepared)
-        saved = ranks.agreed(None if folder is None else load_file(layer_file(folder, index)))
-        done = _restored(plan, index, real, device, saved)
+    def again(index: int) -> None:
+        layer = loader.layer(index)
+        layers = copied(layer), layer
+        choices = _planned(plan, index, layers[REAL], device, prepared)
+        saved = ranks.agreed({} if folder is None else load_file(layer_file(folder, index)))
+        done = _restored(plan, index, layers[REAL], device, saved)
         settled = {module: (*choice[:2], "settled") if module in done else choice for module, choice in choices.items()}
-        quantize_layer(job(settled, (real, ideal), room=room(streams)), streams, added)
+        quantize_layer(job(settled, layers, room=room()), (real, ideal), added)
 
+    mine = ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx)
+    streams = {"real": real, "ideal": ideal}
     with fast_products(device):
-        streams = through_layers(
-            folder, loader, ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx), ("real", "ideal"), process,
-            lambda layers: progress(work_weights(plan, range(layers))), again, ranks, beside,
-        )  # fmt: skip
-    for stream in (*streams, added):
+        kept = partial(_kept, plan, progress)
+        through_layers(folder, loader, mine, streams, process, kept, again, ranks)
+    for stream in (real, ideal, added):
         stream.remove()
     return None if folder is None else Encoded(folder, config.num_hidden_layers)
 
@@ -124,6 +123,10 @@ def fast_products(device: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def _kept(plan: Plan, progress: Callable[[int], object], layers: int) -> None:
+    progress(work_weights(plan, range(layers)))
 
 
 def _joined(parts: list[dict[str, dict[str, np.ndarray]]] | None) -> dict[str, dict[str, np.ndarray]]:
@@ -169,7 +172,7 @@ def _check_finite(plan: Plan, entry: Entry, weight: torch.Tensor) -> None:
         raise plan.checkpoint.not_finite(entry.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())
 
 
-def _restored(plan: Plan, index: int, layer: DecoderLayer, device: str, saved: dict[str, np.ndarray]) -> set[str]:
+def _restored(plan: Plan, index: int, layer: DecoderLayer, device: str, saved: Mapping[str, np.ndarray]) -> set[str]:
     """Give `layer` the weights of what calibration `saved` of it. Returns their modules."""
     linears = {linear.module: linear for linear in every_linear(layer)}
     done = set()
@@ -216,8 +219,8 @@ Deliver = Callable[[int, slice, torch.Tensor], None]  # side, tokens, what the p
 
 
 def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None) -> None:
-    """Quantize the linears of one stage after the other; what comes out behind the last is delivered, of the ideal model
-    as soon as it can be. `known` are the sums of the first stage's input."""
+    """Quantize the linears of one stage after the other; what comes out behind the last is delivered, of the ideal
+    model as soon as it can be. `known` are the moments of the first stage's input."""
     found = walk.stages(slice(0, job.ctx))
     groups = [[0]]
     for index, stage in enumerate(found[1:], 1):
@@ -228,12 +231,11 @@ def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None)
     delivered = False
     for group in groups:
         wanted = [index for index in group if job.wanted(found[index].linears)]
-        summed = {index: TreeSum(job.batch_count) for index in wanted if index or known is None}
+        summed = {index: LaneSums(job) for index in wanted if index or known is None}
         if summed:
-            for number, rows in job.batches():
+            for lane, rows in job.batches():
                 for index in summed:
-                    x, y = (walk.input(side, rows, index) for side in SIDES)
-                    summed[index].add(number, _sums(job, rows, x, y))
+                    summed[index].add(lane, rows, *(walk.input(side, rows, index) for side in SIDES))
                 if group is groups[-1]:
                     deliver(IDEAL, rows, walk.output(IDEAL, rows))
                 walk.leave(rows)
@@ -244,21 +246,39 @@ def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None)
             deliver(side, rows, walk.output(side, rows))
 
 
-def _sums(job: Job, rows: slice, x: torch.Tensor, y: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The sums of a batch's inputs to a stage, flat."""
-    sums = Sums.zeros(1, x.shape[-1], x.device)
-    sums.add(0, job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
-    return [*sums.every, *sums.held]
+class LaneSums:
+    """The sums of all tokens' inputs to a stage: lane by lane, and these in a tree."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._tree = job, TreeSum(len(job.lanes))
+        self._lane = -1
+        self._sums: Sums | None = None
+
+    def add(self, lane: int, rows: slice, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A batch of the rank's, in turn: inputs [tokens, columns] in the real and the ideal model."""
+        if self._sums is None or lane != self._lane:
+            self._close()
+            self._lane, self._sums = lane, Sums.zeros(1, x.shape[-1], x.device)
+        self._sums.add(0, self._job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
+
+    def total(self, owner: int) -> Split | None:
+        """The moments at the rank `owner`, None elsewhere."""
+        self._close()
+        total = self._tree.total(self._job.ranks, owner)
+        return None if total is None else Sums.of(total).split()
+
+    def _close(self) -> None:
+        if self._sums is not None:
+            self._tree.add(self._lane, [*self._sums.every.parts, *self._sums.held.parts])
 
 
-def _settle(job: Job, stages: Sequence[tuple[Stage, TreeSum | None]], known: Split | None) -> None:
+def _settle(job: Job, stages: Sequence[tuple[Stage, LaneSums | None]], known: Split | None) -> None:
     """Quantize the linears of stages that don't depend on each other, each by another rank."""
     ranks = job.ranks
     for number, (stage, summed) in enumerate(stages):
         owner = number % ranks.size
-        total = None if summed is None else summed.total(ranks, owner)
+        moments = known if summed is None else summed.total(owner)
         if ranks.rank == owner:
-            moments = known if total is None else Sums.of(total).split()
             assert moments is not None
             choose(job, [job.wanted(stage.linears)], moments)
     for number, (stage, _) in enumerate(stages):
@@ -275,13 +295,13 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
     """Routed experts, each on all its tokens, and shared ones. `added` takes what the real routed ones make."""
     real, ideal = moes
     wanted = bool(job.wanted(linear for part in (*real.experts, real.shared) for linear in every_linear(part)))
-    routes, summed = [], TreeSum(job.batch_count)
-    for number, rows in job.batches():
+    routes, summed = [], LaneSums(job)
+    for lane, rows in job.batches():
         x = inputs(REAL, rows)
         routes.append(route(x, real.router.weight, real.routing, real.router_bias))
         if wanted:
-            summed.add(number, _sums(job, rows, x, inputs(IDEAL, rows)))
-    pool = _everywhere(job, summed).split() if wanted else None  # of all tokens, which shared experts see
+            summed.add(lane, rows, x, inputs(IDEAL, rows))
+    pool = _everywhere(job, summed) if wanted else None  # of all tokens, which shared experts see
     weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
     added.zero()
     for tokens, made in quantize_experts(job, Routed(real.experts, ideal.experts, weights, chosen), inputs, pool):
@@ -302,8 +322,7 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
     _through(job, walk, behind, pool)
 
 
-def _everywhere(job: Job, summed: TreeSum) -> Sums:
-    """The sums of all ranks, at each."""
-    total = summed.total(job.ranks)
-    sums = Sums.zeros(1, job.config.hidden_size, job.device) if total is None else Sums.of(total)
-    return Sums.of([job.ranks.broadcast(part) for moments in sums for part in moments])
+def _everywhere(job: Job, summed: LaneSums) -> Split:
+    """The moments of all ranks' sums, at each."""
+    split = summed.total(0) or Split(*Sums.zeros(1, job.config.hidden_size, job.device))
+    return Split(*(Moments(*(job.ranks.broadcast(part) for part in moments.parts)) for moments in split))

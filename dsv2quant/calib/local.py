@@ -46,12 +46,13 @@ def tune_layers(
     put_values(behind.trained)
     of_layer = ids.size + sum(len(windows) for windows, _ in steps) * ctx
     tell = by_layers(progress, count)
-    names, width = [f"before-{side}" for side in SIDES], loader.config.hidden_size
-    before = make_streams(ids.size, width, names, loader.options.device, folder)
+    device, width = loader.options.device, loader.config.hidden_size
+    out = make_streams(len(SIDES), ids.size, width, device, folder)
+    before = make_streams(len(SIDES), ids.size, width, device, folder)
 
-    def process(index: int, out: Sequence[Stream]) -> Made:
-        for stream, behind in zip(before, out, strict=True):
-            stream.take(behind)
+    def process(index: int) -> Made:
+        for stream, last in zip(before, out, strict=True):
+            stream.take(last)
         layer = _Layer(index, rope, ids, apart, behind.ends, before, out)
         layer.through(loader.layer(index), IDEAL)
         module, trained = held_layer(loader, index, specs, held)
@@ -75,7 +76,9 @@ def tune_layers(
             parts = {}
         return {f"{name}/{suffix}": array for name, some in parts.items() for suffix, array in some.items()}, None
 
-    last = through_layers(folder, loader, ids, SIDES, process, lambda layers: tell(layers * of_layer))
+    through_layers(
+        folder, loader, ids, dict(zip(SIDES, out, strict=True)), process, lambda layers: tell(layers * of_layer)
+    )
     found: dict[str, Parts] = {}
     for index in range(count):
         for key, array in load_file(layer_file(folder, index)).items():
@@ -83,8 +86,8 @@ def tune_layers(
             found.setdefault(name, {})[suffix] = array
     rows = rows_of(apart, ctx)
     with torch.no_grad():
-        was, now = (float(behind.divergence(last[s][rows], last[IDEAL][rows])) for s in (BEFORE, TUNED))
-    for stream in (*before, *last):
+        was, now = (float(behind.divergence(out[s][rows], out[IDEAL][rows])) for s in (BEFORE, TUNED))
+    for stream in (*before, *out):
         stream.remove()
     return found, was / len(rows), now / len(rows)
 

@@ -1,7 +1,7 @@
 """The finished files of a work folder, each recorded with the hash it had when it was finished: only what still has its
 hash is used by a later run. The record is a state log in the folder itself.
 
-Taking calibration tokens through a model layer by layer, in streams of hidden states; one layer's weights are in memory.
+Taking calibration tokens through a model layer by layer, in streams of hidden states; one layer is in memory.
 A work folder holds what was made of each finished layer (`layer-N.safetensors`), and snapshots of the streams
 (`hidden-N-SIDE`, in front of layer N). A killed run goes on behind the last finished layer: from a snapshot there, or
 from an earlier one through the layers between, by what was made of them.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
 from dsv2quant.calib.distributed import ALONE, Ranks
-from dsv2quant.calib.hidden import ROWS, Stream, make_streams
+from dsv2quant.calib.hidden import ROWS, Stream
 from dsv2quant.model.load import Loader
 from dsv2quant.storage.durable import FileEntry, StateLog, damaged_files, file_entry, is_regular, write_whole
 
@@ -82,60 +82,56 @@ class Pieces:
 
 
 Made = tuple[dict[str, np.ndarray], Any]  # tensors, and what goes beside them as JSON
-Process = Callable[[int, Sequence[Stream]], Made]  # layer, hidden states before it, then behind it → what was made of it
-Again = Callable[[int, Sequence[Stream]], object]  # the same of a finished layer, by what was made of it
+Process = Callable[[int], Made]  # takes the hidden states in front of a layer behind it
+Again = Callable[[int], object]  # the same of a finished layer, by what was made of it
 
 
 def through_layers(
     folder: Path | None,
     loader: Loader,
     ids: np.ndarray,
-    sides: Sequence[str],
+    streams: Mapping[str, Stream],
     process: Process,
     kept: Callable[[int], object],
     again: Again | None = None,
     ranks: Ranks = ALONE,
-    beside: int = 0,
-) -> list[Stream]:
+) -> None:
     """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
 
-    `ids` are this rank's token windows [windows, ctx]; each of `sides` names a stream, all of which begin with their
-    embeddings. `kept` is called with how many layers were finished before. Where layers can be gone through `again`, one
-    rank takes a snapshot every `SNAPSHOT_AFTER` seconds, and several none; otherwise there is one behind each layer.
-    `beside` are bytes of the device that are used for other things. The first rank alone has a folder.
-
-    Returns the streams behind the last layer; where all was finished before and layers can be gone through again, they
-    are not made.
+    `ids` are this rank's token windows [windows, ctx]. All streams, by name, begin with their embeddings and end behind
+    the last layer; they are left alone where nothing is left to do and layers can be gone through `again`.
+    `kept` is called with how many layers were finished before. Where layers can be gone through again, a single rank
+    takes a snapshot every `SNAPSHOT_AFTER` seconds, several none; otherwise there is one behind each layer. The first
+    rank alone has a folder.
     """
     count = loader.config.num_hidden_layers
     with Pieces(folder) if folder is not None else nullcontext() as pieces:
-        found = None if pieces is None else _finished(pieces, count, sides, replayed=again is not None)
+        found = (0, 0) if pieces is None else _finished(pieces, count, list(streams), replayed=again is not None)
         made, start = ranks.agreed(found)
         kept(made)
         if made == count and again is not None:
-            return []
+            return
         if made:
             logger.info("calibration continues at layer %d of %d", made, count)
         elif pieces is not None:
             pieces.clear()
-        streams = make_streams(ids.size, loader.config.hidden_size, sides, loader.options.device, folder, beside)
         if start:
             assert folder is not None
-            for side, stream in zip(sides, streams, strict=True):
+            for side, stream in streams.items():
                 stream.read(_snapshot(folder, start, side))
         else:
-            _embed(loader, torch.from_numpy(ids.reshape(-1)), streams)
+            _embed(loader, torch.from_numpy(ids.reshape(-1)), streams.values())
         for layer in range(start, made):
             assert again is not None
-            again(layer, streams)
+            again(layer)
         snapshot = start
         last = time.monotonic()
         for layer in range(made, count):
-            tensors, about = process(layer, streams)
+            tensors, about = process(layer)
             if pieces is None:
                 continue
             if again is None or (ranks.size == 1 and time.monotonic() - last >= SNAPSHOT_AFTER):
-                for side, stream in zip(sides, streams, strict=True):
+                for side, stream in streams.items():
                     path = _snapshot(pieces.folder, layer + 1, side)
                     pieces.record(path, stream.write(path))
                 snapshot, last = layer + 1, time.monotonic()
@@ -144,7 +140,6 @@ def through_layers(
                 for path in pieces.folder.glob("hidden-*"):
                     if not path.name.startswith(f"hidden-{snapshot:05d}-"):
                         path.unlink()
-        return streams
 
 
 def _snapshot(folder: Path, layer: int, side: str) -> Path:
@@ -186,7 +181,7 @@ def _finished(pieces: Pieces, count: int, sides: Sequence[str], *, replayed: boo
     return (made, start) if replayed or start == made else (0, 0)
 
 
-def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Stream]) -> None:
+def _embed(loader: Loader, tokens: torch.Tensor, streams: Iterable[Stream]) -> None:
     ends = loader.ends()
     for stream in streams:
         for first in range(0, len(tokens), ROWS):

@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import Tuned, Tuning
-from dsv2quant.calib.hidden import Stream, batches, rows_of
+from dsv2quant.calib.hidden import Stream, batches, make_streams, rows_of
 from dsv2quant.calib.layer import HELD
 from dsv2quant.calib.local import tune_layers
 from dsv2quant.calib.streams import Made, Pieces, by_layers, save_layer, through_layers
@@ -144,16 +144,18 @@ def _ideal(
     count, ctx = loader.config.num_hidden_layers, int(ids.shape[1])
     tell = by_layers(progress, count)
 
-    def process(index: int, streams: Sequence[Stream]) -> Made:
-        layer, (hidden,) = loader.layer(index), streams
+    (hidden,) = make_streams(1, ids.size, loader.config.hidden_size, loader.options.device, folder)
+
+    def process(index: int) -> Made:
+        layer = loader.layer(index)
         for rows in batches(ids.size, ctx):
             out, _ = layer(hidden[rows].unflatten(0, (-1, ctx)), rope)
             hidden[rows] = out.flatten(0, 1)
             tell(index * ids.size + rows.stop)
         return {}, None
 
-    (last,) = through_layers(folder, loader, ids, ("ideal",), process, lambda layers: tell(layers * ids.size))
-    return last
+    through_layers(folder, loader, ids, {"ideal": hidden}, process, lambda layers: tell(layers * ids.size))
+    return hidden
 
 
 def _held_out(whole: Whole, tokens: Tokens) -> float:
