@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ import tiny
 import torch
 from test_convert import KILLER
 
+from dsv2quant.calib import layerwise
 from dsv2quant.calib.calibration import Calibration, needs_calibration
-from dsv2quant.calib.layerwise import Job
+from dsv2quant.calib.hidden import Stream
+from dsv2quant.calib.layer import Job
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.model.layers import Linear, Served
@@ -114,6 +116,22 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """{module: weight in float32} of a checkpoint's matrices."""
     opened = open_checkpoint(folder)
     return {w.spec.module: opened.decode(w, torch.float32) for w in opened.weights if len(w.spec.shape) == 2}
+
+
+def recorded(m: pytest.MonkeyPatch) -> dict[tuple[int, str], torch.Tensor]:
+    """Hidden states in front of each layer, and behind the last, on each side, as they will be: [tokens, hidden]."""
+    found, original = {}, layerwise.quantize_layer
+
+    def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
+        index = layer_of(job)
+        for number in (index, index + 1):
+            for side, stream in zip(("real", "ideal"), streams, strict=True):
+                found[number, side] = stream[:].clone()
+            if number == index:
+                original(job, streams, added)
+
+    m.setattr(layerwise, "quantize_layer", quantize_layer)
+    return found
 
 
 def layer_of(job: Job) -> int:

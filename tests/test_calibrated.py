@@ -10,13 +10,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, rules, run
+from calibrated import CTX, WINDOWS, aside, calibration, inputs, manifest, planned, raw, recorded, rules, run
 from test_convert import bits, tensors
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
-from dsv2quant.calib import gptq, layerwise, streams
+from dsv2quant.calib import choosing, gptq, hidden, layerwise, routed
 from dsv2quant.calib.calibration import Calibration, Encoded
-from dsv2quant.calib.streams import Spool
 from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
@@ -37,11 +36,11 @@ U = 2.0**-24  # float32's largest relative rounding error
 
 
 class Made(NamedTuple):
-    """A checkpoint, and what became of it; `work` is a work folder from which nothing was removed."""
+    """A checkpoint, and what became of it; `states` are the hidden states on the way."""
 
     model: Path
     plan: Plan
-    work: Path
+    states: dict[tuple[int, str], torch.Tensor]
     encoded: Encoded
     out: Path
 
@@ -64,10 +63,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     plan = planned(tiny.write_checkpoint(folder / "model", config), name)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(Spool, "remove", lambda self: None)
+        states = recorded(m)
         encoded = layerwise.quantize_layers(plan, folder / "work", calibration())
     run(plan, folder / "out")
-    return Made(folder / "model", plan, folder / "work", encoded, folder / "out")
+    return Made(folder / "model", plan, states, encoded, folder / "out")
 
 
 # What is computed
@@ -133,12 +132,11 @@ def test_the_streams_are_the_forward_passes_of_source_and_artifact(made):
         with torch.inference_mode():
             x = model.ends.embed(ids)
             for i, layer in enumerate((*model.layers(), None)):
-                spool = np.fromfile(made.work / f"hidden-{i:05d}-{side}", np.float32).reshape(x.shape)
-                assert (torch.from_numpy(spool) - x).norm() <= tolerance * x.norm(), (side, i)
+                assert (made.states[i, side].view_as(x) - x).norm() <= tolerance * x.norm(), (side, i)
                 if layer is not None:
                     x, _ = layer(x, model.rope(0, CTX))
-    real, ideal = (np.fromfile(made.work / f"hidden-00003-{side}", np.float32) for side in ("real", "ideal"))
-    assert np.linalg.norm(real - ideal) > 0.01 * np.linalg.norm(ideal)
+    real, ideal = (made.states[3, side] for side in ("real", "ideal"))
+    assert (real - ideal).norm() > 0.01 * ideal.norm()
 
 
 @pytest.mark.parametrize("dtype", ["block FP8", "float32"])
@@ -152,13 +150,13 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
         model = convert(fp8, tmp_path / "fp8", command="").out
     plan = planned(model, "int4-experts")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(Spool, "remove", lambda self: None)
+        states = recorded(m)
         layerwise.quantize_layers(plan, tmp_path / "work", calibration())
     run(plan, tmp_path / "out")
     passed = perplexity.run(Model(open_checkpoint(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
-    real = np.fromfile(tmp_path / "work" / "hidden-00003-real", np.float32).reshape(passed.hidden.shape)
+    real = states[3, "real"].view_as(passed.hidden)
     # Unrounded, it would be off by BF16's 2⁻⁹.
-    assert (torch.from_numpy(real) - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
+    assert (real - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
 
 
 def assert_moments(found: gptq.Moments, which: int, x: torch.Tensor, ideal: torch.Tensor, keep: torch.Tensor) -> None:
@@ -186,7 +184,7 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
     # Everything in front of a matrix is settled before it: its inputs are those of the finished artifact.
     model, using = tiny.write_checkpoint(tmp_path / "model", config), calibration()
     plan = planned(model)
-    choose, shrink = layerwise._choose, gptq.Moments.shrunk
+    choose, shrink = choosing.choose, gptq.Moments.shrunk
     chosen: dict[str, tuple[gptq.Moments, gptq.Moments]] = {}
     # A layer's experts: gate and up to fit on, the same held out, down to fit on, held out.
     own: list[gptq.Moments] = []
@@ -207,7 +205,9 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         shrunk.append(shrink(self, prior))
         return shrunk[-1]
 
-    monkeypatch.setattr(layerwise, "_choose", record)
+    for module in (layerwise, routed):
+        monkeypatch.setattr(module, "choose", record)
+    monkeypatch.setattr(routed, "TURNS", 1)  # all experts at once
     monkeypatch.setattr(gptq.Moments, "shrunk", record_shrinking)
     run(plan, tmp_path / "out", using)
     (real, artifact), (ideal, source) = inputs(tmp_path / "out", using), inputs(model, using)
@@ -222,10 +222,10 @@ def test_every_matrix_is_fitted_to_what_it_sees_in_the_artifact(config, tmp_path
         if not isinstance(ours.ffn, MoE):
             continue
         x, y = (seen[f"{i}.ffn.shared.gate_proj"] for seen in (real, ideal))
-        weights, routed = route(x.float(), ours.ffn.router.weight, ours.ffn.routing, ours.ffn.router_bias)
+        weights, experts = route(x.float(), ours.ffn.router.weight, ours.ffn.routing, ours.ffn.router_bias)
         first = 4 * (i - 1)
         for e, (expert, original) in enumerate(zip(ours.ffn.experts, theirs.ffn.experts, strict=True)):
-            tokens, specs = (routed == e).nonzero(as_tuple=True)
+            tokens, specs = (experts == e).nonzero(as_tuple=True)
             weight = weights[tokens, specs, None].double()
             a, b = before_down(expert, x[tokens].float()), before_down(original, y[tokens].float())
             every_a, every_b = before_down(expert, x.float()).double(), before_down(original, y.float()).double()
@@ -254,8 +254,10 @@ def test_outcomes_count_the_tokens_that_the_artifact_routes(made):
 def test_in_small_pieces_it_computes_the_same(grouped, tmp_path, monkeypatch):
     # One expert and one window at a time, on inputs read from disk, as where memory is short.
     run(planned(grouped), tmp_path / "whole")
-    monkeypatch.setattr(layerwise, "MOMENT_BYTES", 1)
-    monkeypatch.setattr(streams, "ROWS", 1)
+    monkeypatch.setattr(routed, "MOMENT_BYTES", 1)
+    monkeypatch.setattr(hidden, "ROWS", 1)
+    monkeypatch.setattr(hidden, "room_on", lambda device: 0)
+    monkeypatch.setattr(layerwise, "room_on", lambda device: 0)
     run(planned(grouped), tmp_path / "pieces")
     whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
     same = [(whole[n].view(torch.uint8) == pieces[n].view(torch.uint8)).double().mean() for n in whole if "packed" in n]

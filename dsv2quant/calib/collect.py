@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.calib.calibration import Calibration, layer_file
+from dsv2quant.calib.hidden import batches, make_streams
 from dsv2quant.calib.statistics import inputs
-from dsv2quant.calib.streams import Made, Spool, batches, through_layers
+from dsv2quant.calib.streams import Made, through_layers
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
 from dsv2quant.model.attention import Rope
@@ -96,11 +97,13 @@ def collect(
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
     sites = {site for site, *_ in inputs(config)}
 
-    def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
+    (hidden,) = make_streams(1, ids.size, config.hidden_size, device, folder)
+
+    def process(index: int) -> Made:
         layer, sums = loader.layer(index), Sums(sites)
-        for rows in batches(len(before[0]), ctx):
-            x = before[0][rows].unflatten(0, (-1, ctx))
-            behind[0][rows] = _measured(layer, f"model.layers.{index}", x, rope, halves, sums).flatten(0, 1)
+        for rows in batches(len(hidden), ctx):
+            x = hidden[rows].unflatten(0, (-1, ctx))
+            hidden[rows] = _measured(layer, f"model.layers.{index}", x, rope, halves, sums).flatten(0, 1)
             progress(rows.stop - rows.start)
         if isinstance(layer.ffn, MoE):
             for expert in layer.ffn.experts:
@@ -108,7 +111,8 @@ def collect(
                 sums.unseen(expert.down_proj.module, config.moe_intermediate_size)
         return sums.arrays(), dict(sorted(sums.counts.items()))
 
-    through_layers(folder, loader, ids, ("ideal",), process, lambda layers: progress(layers * ids.size))
+    through_layers(folder, loader, ids, {"ideal": hidden}, process, lambda layers: progress(layers * ids.size))
+    hidden.remove()
     counts: dict[str, int] = {}
     for index in range(config.num_hidden_layers):
         counts |= json.loads(safe_open(layer_file(folder, index), "np").metadata()["about"])

@@ -15,6 +15,8 @@ leaves plain rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,19 +24,23 @@ import torch
 
 from dsv2quant.formats.cpu import search_scales
 from dsv2quant.formats.integers import factors, levels
-from dsv2quant.kernels.reference import product
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
 
 
-def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    """total [K, K] += xᵀ y, of [tokens, K] each: on a CPU by what is faster there, else in place."""
-    if total.is_cpu:
-        total += product(x.T, y.T, None)
-    else:
-        total.addmm_(x.T, y)
+@contextmanager
+def _as_fast_as_can_be() -> Iterator[None]:
+    """Products of float32 on a CPU through oneDNN, which rounds to BF16 first where the processor multiplies that in
+    hardware (AMX), and sums in float32."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @dataclass
@@ -45,16 +51,22 @@ class Moments:
     s: torch.Tensor
     count: torch.Tensor
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """All there is, in order."""
+        return self.h, self.s, self.count
+
     @classmethod
-    def zeros(cls, batch: int, columns: int, device: torch.device) -> Moments:
+    def zeros(cls, batch: int, columns: int, device: torch.device | str) -> Moments:
         h, s = (torch.zeros(batch, columns, columns, device=device) for _ in range(2))
         return cls(h, s, torch.zeros(batch, device=device))
 
     def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
         weighted = x if weight is None else x * weight[:, None]
-        _add_product(self.h[which], x, weighted)
-        _add_product(self.s[which], ideal - x, weighted)
+        with _as_fast_as_can_be():
+            for total, left in ((self.h[which], x), (self.s[which], ideal - x)):
+                total.addmm_(left.T, weighted) if total.is_cuda else total.add_(left.T @ weighted)
         self.count[which] += len(x)
 
     def shrunk(self, prior: Moments) -> Moments:
@@ -78,22 +90,40 @@ class Moments:
         return DAMPING + self.h.shape[1] / self.count.double().clamp(min=1)
 
 
-class Split(NamedTuple):
-    """Moments of the tokens to fit on, and of those held out."""
+class Sums(NamedTuple):
+    """Moments of all tokens, and of those held out among them."""
 
-    fit: Moments
+    every: Moments
     held: Moments
 
     @classmethod
-    def zeros(cls, batch: int, columns: int, device: torch.device) -> Split:
+    def zeros(cls, batch: int, columns: int, device: torch.device | str) -> Sums:
         return cls(Moments.zeros(batch, columns, device), Moments.zeros(batch, columns, device))
 
     def add(
         self, which: int, held: torch.Tensor, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None
     ) -> None:
-        """`Moments.add`, each token to its part: `held` [tokens] is true for those held out."""
-        for moments, keep in ((self.fit, ~held), (self.held, held)):
-            moments.add(which, x[keep], ideal[keep], None if weight is None else weight[keep])
+        """`Moments.add`; `held` [tokens] is true for those held out."""
+        self.every.add(which, x, ideal, weight)
+        if held.any():
+            self.held.add(which, x[held], ideal[held], None if weight is None else weight[held])
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> Sums:
+        """Of the `parts` of both."""
+        return cls(Moments(*parts[:3]), Moments(*parts[3:]))
+
+    def split(self) -> Split:
+        """What is not held out, and what is."""
+        fit = (every - held for every, held in zip(self.every.parts, self.held.parts, strict=True))
+        return Split(Moments(*fit), self.held)
+
+
+class Split(NamedTuple):
+    """Moments of the tokens to fit on, and of those held out."""
+
+    fit: Moments
+    held: Moments
 
     def shrunk(self, prior: Split) -> Split:
         """`Moments.shrunk`, each part toward its own; toward `fit` where nothing of the prior is held out."""

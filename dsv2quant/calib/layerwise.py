@@ -4,88 +4,133 @@ Two streams run side by side over all calibration tokens: `ideal`, through the u
 what has been quantized so far. A linear is refitted so that it gives on the real stream what its original gives on the
 ideal one, rounded with GPTQ, and used at once for everything behind it. One window in 16 is held out, of fewer
 windows the last 16th of each: there each matrix's codes compete with those of rounding, and the better ones stay.
+
+Of several ranks each has some of the tokens. Moments are summed in an order that doesn't depend on their number, each
+matrix is quantized by one rank, an expert by the one that all its tokens go to, and everybody gets the weights.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
-from dsv2quant.arch.config import ModelConfig
-from dsv2quant.arch.spec import Router
-from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import (
-    MOMENT_BYTES,
     Calibration,
     Encoded,
-    Outcome,
     Prepared,
-    expert_bytes,
+    layer_file,
+    work_memory,
     work_weights,
 )
-from dsv2quant.calib.gptq import Split
-from dsv2quant.calib.streams import Made, Spool, batches, through_layers
+from dsv2quant.calib.choosing import choose
+from dsv2quant.calib.distributed import ALONE, Ranks, TreeSum
+from dsv2quant.calib.gptq import Moments, Split, Sums
+from dsv2quant.calib.hidden import Stream, lanes, make_streams, room_on
+from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Choice, Job, Walk, copied, every_linear
+from dsv2quant.calib.routed import Routed, quantize_experts
+from dsv2quant.calib.streams import Made, through_layers
 from dsv2quant.checkpoint.dtypes import torch_dtype
-from dsv2quant.errors import InputError
-from dsv2quant.formats.codec import Integers, TooLargeError, to_bf16, too_large
+from dsv2quant.errors import UsageError
+from dsv2quant.formats.codec import TooLargeError, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.layers import FFN, Linear, MoE, Stage, Stages, finish, route
+from dsv2quant.model.layers import FFN, MoE, Stage, Stages, finish, route
 from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
-
-HELD = 16  # one window in so many is held out, or one token
-SIDES = (REAL, IDEAL) = (0, 1)
-
-Parts = dict[str, np.ndarray]
-Spools = tuple[Spool, Spool]  # of the real and of the ideal stream
 
 
 @torch.inference_mode()
 def quantize_layers(
     plan: Plan,
-    folder: Path,
+    folder: Path | None,
     calibration: Calibration,
     device: str = "cpu",
     progress: Callable[[int], object] = lambda weights: None,
     prepared: Prepared | None = None,
-) -> Encoded:
-    """Encode every entry whose method needs calibration, in `folder`, which keeps what is finished; `progress` is
-    called with weights whose codes are chosen. Other entries may need statistics, in `prepared`."""
+    ranks: Ranks = ALONE,
+) -> Encoded | None:
+    """Encode every entry whose method needs calibration, in `folder`, which keeps what is finished and is the first
+    rank's alone; `progress` is called with weights whose codes are chosen. Other entries may need statistics, in
+    `prepared`. Returns what was encoded to the first rank. Raises UsageError for more ranks than batches of tokens."""
     prepared = prepared or Prepared(plan)
     config, ids = plan.checkpoint.config, calibration.ids
     loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
     windows, ctx = (int(n) for n in ids.shape)
+    count = len(lanes(ids.size, ctx))
+    if ranks.size > count:
+        what = f"{ranks.size} ranks for {windows} windows of {ctx} tokens, which go in {count} parts"
+        raise UsageError(what, fix=f"start {count} at most, or calibrate on more tokens")
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
-    width = config.num_attention_heads * config.v_head_dim
+    job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks)
+    own = job({}, (None, None), room=0).tokens  # type: ignore[arg-type]
+    beside = work_memory(plan)
+    real, ideal, added = make_streams(3, len(own), config.hidden_size, device, folder, beside)
 
-    def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
-        ideal = loader.layer(index)
-        real = copied(ideal)
-        job = Job(_planned(plan, index, real, device, prepared), (real, ideal), rope, windows, ctx, progress)
-        scratch = [Spool(folder / f"context-{side}", ids.size, width, device) for side in ("real", "ideal")]
-        quantize_layer(job, (before[0], before[1]), (behind[0], behind[1]), (scratch[0], scratch[1]))
-        for spool in scratch:
-            spool.remove()
-        tensors = {f"{module}.{suffix}": bits for module, parts in job.parts.items() for suffix, bits in parts.items()}
-        return tensors, [asdict(outcome) for outcome in job.outcomes]
+    def room() -> int:
+        """What suspended stages may take."""
+        taken = real.nbytes + ideal.nbytes + added.nbytes if device == "cpu" else 0
+        return max(0, room_on(device) - beside - taken)
 
-    through_layers(
-        folder, loader, ids, ("real", "ideal"), process, lambda layers: progress(work_weights(plan, range(layers)))
-    )
-    return Encoded(folder, config.num_hidden_layers)
+    def process(index: int) -> Made:
+        layer = loader.layer(index)
+        layers = copied(layer), layer
+        choices = _planned(plan, index, layers[REAL], device, prepared)
+        asked = job(choices, layers, room=room(), progress=progress)
+        quantize_layer(asked, (real, ideal), added)
+        parts = _joined(asked.ranks.gather(asked.parts))
+        outcomes = asked.ranks.gather(asked.outcomes) or []
+        tensors = {f"{module}.{suffix}": bits for module, some in parts.items() for suffix, bits in some.items()}
+        return tensors, [asdict(outcome) for some in outcomes for outcome in some]
+
+    def again(index: int) -> None:
+        layer = loader.layer(index)
+        layers = copied(layer), layer
+        choices = _planned(plan, index, layers[REAL], device, prepared)
+        saved = ranks.agreed({} if folder is None else load_file(layer_file(folder, index)))
+        done = _restored(plan, index, layers[REAL], device, saved)
+        settled = {module: (*choice[:2], "settled") if module in done else choice for module, choice in choices.items()}
+        quantize_layer(job(settled, layers, room=room()), (real, ideal), added)
+
+    mine = ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx)
+    streams = {"real": real, "ideal": ideal}
+    with fast_products(device):
+        kept = partial(_kept, plan, progress)
+        through_layers(folder, loader, mine, streams, process, kept, again, ranks)
+    for stream in (real, ideal, added):
+        stream.remove()
+    return None if folder is None else Encoded(folder, config.num_hidden_layers)
 
 
-Choice = tuple[str, str, str]  # role, scheme and method of a matrix
+@contextmanager
+def fast_products(device: str) -> Iterator[None]:
+    """Products of float32 on a GPU in TF32, whose 11 bits are more than BF16's 8 that the model is served in."""
+    matmul = torch.backends.cuda.matmul
+    if device == "cpu":
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _kept(plan: Plan, progress: Callable[[int], object], layers: int) -> None:
+    progress(work_weights(plan, range(layers)))
+
+
+def _joined(parts: list[dict[str, dict[str, np.ndarray]]] | None) -> dict[str, dict[str, np.ndarray]]:
+    return {module: arrays for some in parts or [] for module, arrays in some.items()}
 
 
 def _planned(plan: Plan, index: int, layer: DecoderLayer, device: str, prepared: Prepared) -> dict[str, Choice]:
@@ -127,222 +172,157 @@ def _check_finite(plan: Plan, entry: Entry, weight: torch.Tensor) -> None:
         raise plan.checkpoint.not_finite(entry.weight, (~weight.bfloat16().isfinite()).nonzero()[0].tolist())
 
 
-@dataclass
-class Job:
-    """One layer: what is planned for its modules, the real and the ideal model's layer, and what came out so far."""
-
-    choices: Mapping[str, Choice]
-    layers: tuple[DecoderLayer, DecoderLayer]
-    rope: torch.Tensor
-    windows: int
-    ctx: int
-    progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
-    parts: dict[str, Parts] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    def held(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which of these tokens are held out."""
-        if self.windows >= HELD:
-            return (tokens // self.ctx) % HELD == HELD // 2
-        return tokens % self.ctx >= self.ctx - self.ctx // HELD
-
-    def wanted(self, linears: Iterable[Linear]) -> list[Linear]:
-        """Those of the layer's linears that need calibration."""
-        return [linear for linear in linears if self.choices[linear.module][2] in CALIBRATED]
-
-    def batches(self) -> list[slice]:
-        """All tokens in turn."""
-        return batches(self.windows * self.ctx, self.ctx)
+def _restored(plan: Plan, index: int, layer: DecoderLayer, device: str, saved: Mapping[str, np.ndarray]) -> set[str]:
+    """Give `layer` the weights of what calibration `saved` of it. Returns their modules."""
+    linears = {linear.module: linear for linear in every_linear(layer)}
+    done = set()
+    for entry in plan.entries:
+        if entry.spec.layer != index or entry.method not in CALIBRATED:
+            continue
+        codec, module = CODECS[entry.scheme], entry.spec.module
+        tensors = {
+            part.suffix: torch.from_numpy(saved[f"{module}.{part.suffix}"]).view(torch_dtype(part.dtype)).to(device)
+            for part in codec.layout(entry.spec.shape)
+        }
+        linears[module].weight = codec.decode(tensors, torch.float32)
+        done.add(module)
+    return done
 
 
-def copied(part: Any) -> Any:
-    """A copy of a layer's structure that shares its tensors."""
-    if is_dataclass(part) and not isinstance(part, (ModelConfig, Router)):
-        made = copy.copy(part)
-        for item in fields(part):
-            setattr(made, item.name, copied(getattr(part, item.name)))
-        return made
-    return [copied(item) for item in part] if isinstance(part, list) else part
+def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
+    """Fill `job.parts`; hidden states in `streams` go through the layer. `added` is scratch."""
+    layers = job.layers
 
-
-def every_linear(part: Any) -> Iterator[Linear]:
-    """The linears of a layer, its router among them."""
-    if isinstance(part, Linear):
-        yield part
-    elif isinstance(part, list) or is_dataclass(part):
-        for item in part if isinstance(part, list) else [getattr(part, item.name) for item in fields(part)]:
-            yield from every_linear(item)
-
-
-def quantize_layer(job: Job, streams: Spools, out: Spools, context: Spools) -> None:
-    """Fill `job.parts`; hidden states go from `streams` to `out`. `context` is scratch."""
-    layers, every = job.layers, list(itertools.product(SIDES, job.batches()))
+    def deliver(side: int, rows: slice, output: torch.Tensor) -> None:
+        streams[side][rows] = streams[side][rows] + output
 
     def attention(side: int, rows: slice) -> Stages[torch.Tensor]:
         x = layers[side].input_layernorm(streams[side][rows])
-        return layers[side].attention.context(x.unflatten(0, (-1, job.ctx)), job.rope)
+        return layers[side].attention.stages(x.unflatten(0, (-1, job.ctx)), job.rope)
 
-    def output(side: int, rows: slice) -> Stages[torch.Tensor]:
-        return layers[side].attention.output(context[side][rows])
+    _through(job, Walk(attention, job.token_bytes, job.room), deliver)
+    real, ideal = (layer.ffn for layer in layers)
 
-    _settle(job, attention)
-    for side, rows in every:
-        context[side][rows] = finish(attention(side, rows)).flatten(0, 1)
-    _settle(job, output)
-    for side, rows in every:
-        out[side][rows] = streams[side][rows] + finish(output(side, rows))
-    _feed_forward(job, lambda side, rows: layers[side].post_attention_layernorm(out[side][rows]))
-    for side, rows in every:
-        out[side][rows], _ = finish(layers[side].feed_forward(out[side][rows]))
+    def inputs(side: int, rows: slice | torch.Tensor) -> torch.Tensor:
+        return layers[side].post_attention_layernorm(streams[side][rows])
 
-
-Replay = Callable[[int, slice], Stages[torch.Tensor]]  # side, tokens → the stages that these go through there
-
-
-def _settle(job: Job, replay: Replay) -> None:
-    """Quantize the linears of one stage after the other; all tokens are replayed up to each."""
-    found: list[Stage] = []
-    finish(replay(REAL, slice(0, job.ctx)), found.append)  # a window shows what stages there are
-    for index, stage in enumerate(found):
-        linears = job.wanted(stage.linears)
-        if not linears:
-            continue
-        moments = Split.zeros(1, stage.x.shape[-1], stage.x.device)
-        for rows in job.batches():
-            x, y = (_input(replay(side, rows), index).flatten(0, -2) for side in SIDES)
-            moments.add(0, job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
-        _choose(job, [linears], moments)
-
-
-def _input(stages: Stages[torch.Tensor], index: int) -> torch.Tensor:
-    """The input of one of the stages."""
-    return next(itertools.islice(stages, index, None)).x
-
-
-Inputs = Callable[[int, slice | np.ndarray], torch.Tensor]  # side, tokens → what the FFN is applied to there
-
-
-def _feed_forward(job: Job, inputs: Inputs) -> None:
-    """A dense FFN, or routed experts in batches and shared ones."""
-    real, ideal = (layer.ffn for layer in job.layers)
     if isinstance(real, FFN):
         assert isinstance(ideal, FFN)
-        _settle(job, lambda side, rows: (real, ideal)[side].stages(inputs(side, rows)))
+        dense = Walk(lambda side, rows: (real, ideal)[side].stages(inputs(side, rows)), job.token_bytes, job.room)
+        _through(job, dense, deliver)
         return
     assert isinstance(ideal, MoE)
-    _routed(job, real, ideal, inputs)
-    if real.shared is not None:
-        assert ideal.shared is not None
-        shared = real.shared, ideal.shared
-        _settle(job, lambda side, rows: shared[side].stages(inputs(side, rows)))
+    _experts(job, (real, ideal), inputs, added, deliver)
 
 
-def _routed(job: Job, real: MoE, ideal: MoE, inputs: Inputs) -> None:
-    """The experts, in batches that fit into memory."""
-    c, device = job.layers[REAL].attention.config, real.router.weight.device
-    if not job.wanted(linear for expert in real.experts for linear in every_linear(expert)):
-        return
-    routes, pool = [], Split.zeros(1, c.hidden_size, device)
-    for rows in job.batches():
-        x, y = (inputs(side, rows) for side in SIDES)
-        routes.append(route(x, real.router.weight, real.routing, real.router_bias))
-        pool.add(0, job.held(torch.arange(rows.start, rows.stop, device=device)), x, y)
-    weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
-    stride = max(1, len(chosen) // (4 * c.moe_intermediate_size))
-    sample = torch.arange(stride // 2, len(chosen), stride, device=device)
-    gather = _gatherer(job, inputs, c.hidden_size)
-    batch = max(1, MOMENT_BYTES // expert_bytes(c))
-    for first in range(0, len(real.experts), batch):
-        pairs = list(zip(real.experts, ideal.experts, strict=True))[first : first + batch]
-        members = [(chosen == first + i).nonzero(as_tuple=True) for i in range(len(pairs))]
-        _experts(job, pairs, [(tokens, weights[tokens, k]) for tokens, k in members], gather, pool, sample)
+Deliver = Callable[[int, slice, torch.Tensor], None]  # side, tokens, what the part made of them
 
 
-Gather = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # tokens → real and ideal FFN inputs
-
-
-def _gatherer(job: Job, inputs: Inputs, hidden: int) -> Gather:
-    """The FFN's inputs by token: held on the device if they fit into the budget, otherwise read from the spools."""
-    if 2 * 4 * job.windows * job.ctx * hidden <= MOMENT_BYTES:
-        x, y = (torch.cat([inputs(side, rows) for rows in job.batches()]) for side in SIDES)
-        return lambda tokens: (x[tokens], y[tokens])
-
-    def read(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        index = tokens.cpu().numpy()
-        return inputs(REAL, index), inputs(IDEAL, index)
-
-    return read
-
-
-def _experts(
-    job: Job,
-    pairs: Sequence[tuple[FFN, FFN]],
-    routed: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    gather: Gather,
-    pool: Split,
-    sample: torch.Tensor,
-) -> None:
-    """Quantize experts, real and ideal, to which tokens are routed with weights: gate and up on these tokens, drawn
-    toward the `pool` of all; down with squared weights, drawn toward what the expert makes of a `sample` of all."""
-    gate_up = [job.wanted((real.gate_proj, real.up_proj)) for real, _ in pairs]
-    if gate_up[0]:
-        found = Split.zeros(len(pairs), gate_up[0][0].weight.shape[1], sample.device)
-        for i, (tokens, _) in enumerate(routed):
-            found.add(i, job.held(tokens), *gather(tokens))
-        _choose(job, gate_up, found.shrunk(pool))
-    down = [job.wanted((real.down_proj,)) for real, _ in pairs]
-    if not down[0]:
-        return
-    found, prior = (Split.zeros(len(pairs), pairs[0][REAL].down_proj.weight.shape[1], sample.device) for _ in range(2))
-    for i, (pair, (tokens, weights)) in enumerate(zip(pairs, routed, strict=True)):
-        for into, some, squared in ((found, tokens, weights.square()), (prior, sample, None)):
-            x, y = (_input(expert.stages(z), 1) for expert, z in zip(pair, gather(some), strict=True))
-            into.add(i, job.held(some), x, y, squared)
-    _choose(job, down, found.shrunk(prior))
-
-
-def _choose(job: Job, linears: Sequence[Sequence[Linear]], moments: Split) -> None:
-    """Quantize linears by inputs: `linears[i]` are those on input i, alike for every i; `moments` are of the tokens to
-    fit on and of those held out, one batch entry per input."""
-    train, held = moments
-    held = held if held.count.sum() else train
-    try:
-        factored = gptq.factor(train.h, train.damping)
-    except ValueError:
-        fix = "the checkpoint is damaged, or its activations overflow float32"
-        raise InputError("its inputs are not finite", where=linears[0][0].module, fix=fix) from None
-    for alike in zip(*linears, strict=True):
-        role, scheme, _ = job.choices[alike[0].module]
-        weight = torch.stack([linear.weight for linear in alike])  # [batch, R, K]
-        wished = gptq.fit(weight, train, factored)
-        codec = CODECS[scheme].integers
-        if codec is not None:
-            group, bits = codec.group_size or weight.shape[2], codec.bits
-            scales = _stored(codec, gptq.best_scales(wished, train.h.diagonal(dim1=-2, dim2=-1), group, bits))
-            codes = gptq.quantize(wished, scales, factored, bits)
-            plain_scales = gptq.best_scales(weight, torch.ones_like(weight[:, 0]), group, bits)
-            for linear, needed in zip(alike, plain_scales, strict=True):
-                if not codec.holds(needed.cpu().numpy()):
-                    raise too_large(linear.module, scheme)
-            plain_scales = _stored(codec, plain_scales)
-            plain_codes = gptq.nearest(weight, plain_scales, bits)
-            quantized, plain = gptq.dequantize(codes, scales), gptq.dequantize(plain_codes, plain_scales)
+def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None) -> None:
+    """Quantize the linears of one stage after the other; what comes out behind the last is delivered, of the ideal
+    model as soon as it can be. `known` are the moments of the first stage's input."""
+    found = walk.stages(slice(0, job.ctx))
+    groups = [[0]]
+    for index, stage in enumerate(found[1:], 1):
+        if stage.beside:
+            groups[-1].append(index)
         else:
-            quantized, plain = wished.bfloat16().float(), weight
-        worse = gptq.output_error(weight, quantized, held) > gptq.output_error(weight, plain, held)
-        errors = [gptq.relative_error(*pair, held).tolist() for pair in ((wished, quantized), (weight, plain))]
-        for i, linear in enumerate(alike):
-            linear.weight = (plain if worse[i] else quantized)[i]
-            if codec is not None:
-                best = (plain_codes, plain_scales) if worse[i] else (codes, scales)
-                job.parts[linear.module] = codec.pack(*(x[i].cpu().numpy() for x in best))
-            else:
-                job.parts[linear.module] = {"weight": to_bf16(linear.weight.cpu().numpy())}
-            seen = int(train.count[i])
-            job.outcomes.append(Outcome(linear.module, role, seen, errors[0][i], errors[1][i], bool(worse[i])))
-        job.progress(weight.numel())
+            groups.append([index])
+    delivered = False
+    for group in groups:
+        wanted = [index for index in group if job.wanted(found[index].linears)]
+        summed = {index: LaneSums(job) for index in wanted if index or known is None}
+        if summed:
+            for lane, rows in job.batches():
+                for index in summed:
+                    summed[index].add(lane, rows, *(walk.input(side, rows, index) for side in SIDES))
+                if group is groups[-1]:
+                    deliver(IDEAL, rows, walk.output(IDEAL, rows))
+                walk.leave(rows)
+            delivered = group is groups[-1]
+        _settle(job, [(found[index], summed.get(index)) for index in wanted], known)
+    for _, rows in job.batches():
+        for side in SIDES[: 1 if delivered else 2]:
+            deliver(side, rows, walk.output(side, rows))
 
 
-def _stored(codec: Integers, scales: torch.Tensor) -> torch.Tensor:
-    """The scales that the codec stores in place of these."""
-    return torch.from_numpy(codec.storable(scales.cpu().numpy())).to(scales.device)
+class LaneSums:
+    """The sums of all tokens' inputs to a stage: lane by lane, and these in a tree."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._tree = job, TreeSum(len(job.lanes))
+        self._lane = -1
+        self._sums: Sums | None = None
+
+    def add(self, lane: int, rows: slice, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A batch of the rank's, in turn: inputs [tokens, columns] in the real and the ideal model."""
+        if self._sums is None or lane != self._lane:
+            self._close()
+            self._lane, self._sums = lane, Sums.zeros(1, x.shape[-1], x.device)
+        self._sums.add(0, self._job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
+
+    def total(self, owner: int) -> Split | None:
+        """The moments at the rank `owner`, None elsewhere."""
+        self._close()
+        total = self._tree.total(self._job.ranks, owner)
+        return None if total is None else Sums.of(total).split()
+
+    def _close(self) -> None:
+        if self._sums is not None:
+            self._tree.add(self._lane, [*self._sums.every.parts, *self._sums.held.parts])
+
+
+def _settle(job: Job, stages: Sequence[tuple[Stage, LaneSums | None]], known: Split | None) -> None:
+    """Quantize the linears of stages that don't depend on each other, each by another rank."""
+    ranks = job.ranks
+    for number, (stage, summed) in enumerate(stages):
+        owner = number % ranks.size
+        moments = known if summed is None else summed.total(owner)
+        if ranks.rank == owner:
+            assert moments is not None
+            choose(job, [job.wanted(stage.linears)], moments)
+    for number, (stage, _) in enumerate(stages):
+        for linear in job.wanted(stage.linears):
+            if ranks.size > 1:
+                own = linear.weight if ranks.rank == number % ranks.size else torch.empty_like(linear.weight)
+                linear.weight = ranks.broadcast(own, number % ranks.size)
+
+
+Inputs = Callable[[int, slice | torch.Tensor], torch.Tensor]  # side, tokens → what the FFN is applied to there
+
+
+def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, deliver: Deliver) -> None:
+    """Routed experts, each on all its tokens, and shared ones. `added` takes what the real routed ones make."""
+    real, ideal = moes
+    wanted = bool(job.wanted(linear for part in (*real.experts, real.shared) for linear in every_linear(part)))
+    routes, summed = [], LaneSums(job)
+    for lane, rows in job.batches():
+        x = inputs(REAL, rows)
+        routes.append(route(x, real.router.weight, real.routing, real.router_bias))
+        if wanted:
+            summed.add(lane, rows, x, inputs(IDEAL, rows))
+    pool = _everywhere(job, summed) if wanted else None  # of all tokens, which shared experts see
+    weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
+    added.zero()
+    for tokens, made in quantize_experts(job, Routed(real.experts, ideal.experts, weights, chosen), inputs, pool):
+        added.add(tokens, made)
+
+    def behind(side: int, rows: slice, output: torch.Tensor) -> None:
+        routed = added[rows] if side == REAL else finish(ideal.routed(inputs(IDEAL, rows)))[0]
+        deliver(side, rows, routed + output)
+
+    if real.shared is None:
+        for _, rows in job.batches():
+            for side in SIDES:
+                behind(side, rows, torch.zeros((), device=job.device))
+        return
+    assert ideal.shared is not None
+    shared = real.shared, ideal.shared
+    walk = Walk(lambda side, rows: shared[side].stages(inputs(side, rows)), job.token_bytes, job.room)
+    _through(job, walk, behind, pool)
+
+
+def _everywhere(job: Job, summed: LaneSums) -> Split:
+    """The moments of all ranks' sums, at each."""
+    split = summed.total(0) or Split(*Sums.zeros(1, job.config.hidden_size, job.device))
+    return Split(*(Moments(*(job.ranks.broadcast(part) for part in moments.parts)) for moments in split))

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import layer_file
-from dsv2quant.calib.streams import Made, Spool, batches, by_layers, rows_of, streams_at, through_layers
+from dsv2quant.calib.hidden import Stream, batches, make_streams, rows_of
+from dsv2quant.calib.streams import Made, by_layers, through_layers
 from dsv2quant.calib.trained import Parts, Trained
 from dsv2quant.calib.whole import Held, asked_values, held_ends, held_layer, put_values, take_step
 from dsv2quant.model.load import DecoderLayer, Ends, Loader
@@ -45,8 +46,13 @@ def tune_layers(
     put_values(behind.trained)
     of_layer = ids.size + sum(len(windows) for windows, _ in steps) * ctx
     tell = by_layers(progress, count)
+    device, width = loader.options.device, loader.config.hidden_size
+    out = make_streams(len(SIDES), ids.size, width, device, folder)
+    before = make_streams(len(SIDES), ids.size, width, device, folder)
 
-    def process(index: int, before: Sequence[Spool], out: Sequence[Spool]) -> Made:
+    def process(index: int) -> Made:
+        for stream, last in zip(before, out, strict=True):
+            stream.take(last)
         layer = _Layer(index, rope, ids, apart, behind.ends, before, out)
         layer.through(loader.layer(index), IDEAL)
         module, trained = held_layer(loader, index, specs, held)
@@ -70,17 +76,20 @@ def tune_layers(
             parts = {}
         return {f"{name}/{suffix}": array for name, some in parts.items() for suffix, array in some.items()}, None
 
-    through_layers(folder, loader, ids, SIDES, process, lambda layers: tell(layers * of_layer))
+    through_layers(
+        folder, loader, ids, dict(zip(SIDES, out, strict=True)), process, lambda layers: tell(layers * of_layer)
+    )
     found: dict[str, Parts] = {}
     for index in range(count):
         for key, array in load_file(layer_file(folder, index)).items():
             name, suffix = key.split("/")
             found.setdefault(name, {})[suffix] = array
-    last = streams_at(folder, count, SIDES, loader, ids.size)
     rows = rows_of(apart, ctx)
     with torch.no_grad():
-        before, after = (float(behind.divergence(last[s][rows], last[IDEAL][rows])) for s in (BEFORE, TUNED))
-    return found, before / len(rows), after / len(rows)
+        was, now = (float(behind.divergence(out[s][rows], out[IDEAL][rows])) for s in (BEFORE, TUNED))
+    for stream in (*before, *out):
+        stream.remove()
+    return found, was / len(rows), now / len(rows)
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ class _Layer:
     ids: np.ndarray
     apart: np.ndarray
     ends: Ends
-    before: Sequence[Spool]
-    out: Sequence[Spool]
+    before: Sequence[Stream]
+    out: Sequence[Stream]
 
     @torch.no_grad()
     def through(self, module: DecoderLayer, side: int) -> None:

@@ -1,21 +1,19 @@
-"""The finished files of a work folder, each recorded with the hash it had when it was finished.
+"""The finished files of a work folder, each recorded with the hash it had when it was finished: only what still has its
+hash is used by a later run. The record is a state log in the folder itself.
 
-Only what still has its hash is used by a later run. The record is a state log in the folder itself.
-
-Activations of all calibration tokens, in a file: the operating system keeps in memory what fits.
-
-Taking calibration tokens through a model layer by layer, resumable after each.
-
-A work folder holds, per finished layer, what was made of it (`layer-N.safetensors`), and one or two streams of hidden
-states in front of the next. Only one layer's weights are in memory.
+Taking calibration tokens through a model layer by layer, in streams of hidden states; one layer is in memory.
+A work folder holds what was made of each finished layer (`layer-N.safetensors`), and snapshots of the streams
+(`hidden-N-SIDE`, in front of layer N). A killed run goes on behind the last finished layer: from a snapshot there, or
+from an earlier one through the layers between, by what was made of them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,14 @@ import torch
 from safetensors.numpy import save
 
 from dsv2quant.calib.calibration import layer_file
+from dsv2quant.calib.distributed import ALONE, Ranks
+from dsv2quant.calib.hidden import ROWS, Stream
 from dsv2quant.model.load import Loader
-from dsv2quant.storage.durable import FileEntry, StateLog, damaged_files, file_entry, hash_file, is_regular, write_whole
+from dsv2quant.storage.durable import FileEntry, StateLog, damaged_files, file_entry, is_regular, write_whole
 
 logger = logging.getLogger(__name__)
 LOG_FILE = "pieces.json"
+SNAPSHOT_AFTER = 300.0  # seconds of work, where finished layers can be gone through again
 _FIRST = {"schema": "dsv2quant.pieces/1"}
 
 
@@ -80,109 +81,68 @@ class Pieces:
                 path.unlink()
 
 
-ROWS = 8192  # tokens that go through a layer at once
-
-
-class Spool:
-    """A float32 array [tokens, width] on disk; `device` is where its parts are handed out.
-
-    A new one lies under `<name>.partial` until `keep` makes it durable under its own name.
-    """
-
-    def __init__(self, path: Path, tokens: int, width: int, device: str) -> None:
-        self.path, self.device = path, device
-        self._partial = path.with_name(path.name + ".partial")
-        self._array: np.memmap
-        if path.exists():
-            self._array = np.memmap(path, np.float32, "c", shape=(tokens, width))
-        else:
-            self._array = np.memmap(self._partial, np.float32, "w+", shape=(tokens, width))
-            with self._partial.open("rb+") as file:
-                # On a full disk, writing to a hole that is mapped would kill the process (SIGBUS).
-                os.posix_fallocate(file.fileno(), 0, self._array.nbytes)
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    @property
-    def width(self) -> int:
-        return int(self._array.shape[1])
-
-    def __getitem__(self, rows: slice | np.ndarray) -> torch.Tensor:
-        """Some tokens, [·, width]; not to be changed."""
-        return torch.from_numpy(self._array[rows]).to(self.device)
-
-    def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        torch.from_numpy(self._array[rows]).copy_(values)
-
-    def keep(self, pieces: Pieces) -> None:
-        """Write everything to disk, record it among the finished pieces, and give the file its name. Its hash takes
-        one more read: of V2's 21 GB for a million tokens about 15 s, from memory."""
-        self._array.flush()
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        pieces.record(self.path, hash_file(self._partial))
-        self._partial.rename(self.path)
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
-
-
 Made = tuple[dict[str, np.ndarray], Any]  # tensors, and what goes beside them as JSON
-# layer, hidden states before it, where those behind it go → what was made of it
-Process = Callable[[int, Sequence[Spool], Sequence[Spool]], Made]
+Process = Callable[[int], Made]  # takes the hidden states in front of a layer behind it
+Again = Callable[[int], object]  # the same of a finished layer, by what was made of it
 
 
 def through_layers(
-    folder: Path,
+    folder: Path | None,
     loader: Loader,
     ids: np.ndarray,
-    sides: Sequence[str],
+    streams: Mapping[str, Stream],
     process: Process,
     kept: Callable[[int], object],
+    again: Again | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
 
-    `ids` are token windows [windows, ctx]; each of `sides` names a stream, all of which begin with their embeddings.
-    `kept` is called with how many layers were finished before.
+    `ids` are this rank's token windows [windows, ctx]. All streams, by name, begin with their embeddings and end behind
+    the last layer; they are left alone where nothing is left to do and layers can be gone through `again`.
+    `kept` is called with how many layers were finished before. Where layers can be gone through again, a single rank
+    takes a snapshot every `SNAPSHOT_AFTER` seconds, several none; otherwise there is one behind each layer. The first
+    rank alone has a folder.
     """
     count = loader.config.num_hidden_layers
-
-    def files(layer: int) -> list[Path]:
-        return [_stream(folder, layer, side) for side in sides]
-
-    def streams(layer: int) -> list[Spool]:
-        return streams_at(folder, layer, sides, loader, ids.size)
-
-    with Pieces(folder) as pieces:
-        start = _finished(pieces, count, files)
-        kept(start)
-        if start:
-            logger.info("calibration continues at layer %d of %d", start, count)
-        else:
+    with Pieces(folder) if folder is not None else nullcontext() as pieces:
+        found = (0, 0) if pieces is None else _finished(pieces, count, list(streams), replayed=again is not None)
+        made, start = ranks.agreed(found)
+        kept(made)
+        if made == count and again is not None:
+            return
+        if made:
+            logger.info("calibration continues at layer %d of %d", made, count)
+        elif pieces is not None:
             pieces.clear()
-            _embed(loader, torch.from_numpy(ids.reshape(-1)), streams(0), pieces)
-        for layer in range(start, count):
-            for path in files(layer + 1):
-                path.unlink(missing_ok=True)
-            before, behind = streams(layer), streams(layer + 1)
-            tensors, about = process(layer, before, behind)
-            for spool in behind:
-                spool.keep(pieces)
-            save_layer(layer_file(folder, layer), tensors, pieces, about)
-            for spool in before:
-                spool.remove()
+        if start:
+            assert folder is not None
+            for side, stream in streams.items():
+                stream.read(_snapshot(folder, start, side))
+        else:
+            _embed(loader, torch.from_numpy(ids.reshape(-1)), streams.values())
+        for layer in range(start, made):
+            assert again is not None
+            again(layer)
+        snapshot = start
+        last = time.monotonic()
+        for layer in range(made, count):
+            tensors, about = process(layer)
+            if pieces is None:
+                continue
+            if again is None or (ranks.size == 1 and time.monotonic() - last >= SNAPSHOT_AFTER):
+                for side, stream in streams.items():
+                    path = _snapshot(pieces.folder, layer + 1, side)
+                    pieces.record(path, stream.write(path))
+                snapshot, last = layer + 1, time.monotonic()
+            save_layer(layer_file(pieces.folder, layer), tensors, pieces, about)
+            if snapshot == layer + 1:
+                for path in pieces.folder.glob("hidden-*"):
+                    if not path.name.startswith(f"hidden-{snapshot:05d}-"):
+                        path.unlink()
 
 
-def streams_at(folder: Path, layer: int, sides: Sequence[str], loader: Loader, tokens: int) -> list[Spool]:
-    """The hidden states in front of a layer, or behind the last, [tokens, hidden]."""
-    width, device = loader.config.hidden_size, loader.options.device
-    return [Spool(_stream(folder, layer, side), tokens, width, device) for side in sides]
-
-
-def _stream(folder: Path, layer: int, side: str) -> Path:
+def _snapshot(folder: Path, layer: int, side: str) -> Path:
     return folder / f"hidden-{layer:05d}-{side}"
 
 
@@ -199,34 +159,33 @@ def by_layers(progress: Callable[[int], object], count: int) -> Callable[[int], 
     return tell
 
 
-def _finished(pieces: Pieces, count: int, streams: Callable[[int], list[Path]]) -> int:
-    """Of how many layers a run before left what is needed: themselves and, if any is missing, the streams in front of
-    the next. A layer can't be made again alone, so if one of these files isn't what was written, it is none."""
+def _finished(pieces: Pieces, count: int, sides: Sequence[str], *, replayed: bool) -> tuple[int, int]:
+    """How many layers a run before left, and the layer in front of which it left the streams, 0 for none. Where layers
+    can't be gone through again, a layer without the streams behind it is of no use."""
     layers = [layer_file(pieces.folder, layer) for layer in range(count)]
-    start = next((layer for layer, path in enumerate(layers) if not pieces.holds(path)), count)
-    damaged = pieces.damaged([*layers[:start], *(streams(start) if 0 < start < count else ())])
+    made = next((layer for layer, path in enumerate(layers) if not pieces.holds(path)), count)
+    damaged = pieces.damaged(layers[:made])
+    if damaged:
+        made = layers.index(damaged[0])
+    start = made
+    while start:
+        snapshots = [_snapshot(pieces.folder, start, side) for side in sides]
+        if all(pieces.holds(path) for path in snapshots):
+            lost = pieces.damaged(snapshots)
+            damaged += lost
+            if not lost:
+                break
+        start -= 1
     for path in damaged:
-        logger.warning("%s: is not what was written to it; calibration starts over", path)
-    return 0 if damaged else start
+        logger.warning("%s: is not what was written to it; what it held is made again", path)
+    return (made, start) if replayed or start == made else (0, 0)
 
 
-def batches(tokens: int, ctx: int) -> list[slice]:
-    """Slices of whole windows, about `ROWS` tokens each."""
-    size = max(1, ROWS // ctx) * ctx
-    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
-
-
-def rows_of(windows: np.ndarray, ctx: int) -> np.ndarray:
-    """The tokens of some windows, of which each has ctx."""
-    return (windows[:, None] * ctx + np.arange(ctx)).ravel()
-
-
-def _embed(loader: Loader, tokens: torch.Tensor, streams: Sequence[Spool], pieces: Pieces) -> None:
+def _embed(loader: Loader, tokens: torch.Tensor, streams: Iterable[Stream]) -> None:
     ends = loader.ends()
     for stream in streams:
         for first in range(0, len(tokens), ROWS):
             stream[slice(first, first + ROWS)] = ends.embed(tokens[first : first + ROWS].to(stream.device))
-        stream.keep(pieces)
 
 
 def save_layer(path: Path, tensors: dict[str, np.ndarray], pieces: Pieces, about: Any = None) -> None:

@@ -27,19 +27,10 @@ from safetensors import safe_open
 
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.calibration import Tuned, Tuning
-from dsv2quant.calib.layerwise import HELD
+from dsv2quant.calib.hidden import Stream, batches, make_streams, rows_of
+from dsv2quant.calib.layer import HELD
 from dsv2quant.calib.local import tune_layers
-from dsv2quant.calib.streams import (
-    Made,
-    Pieces,
-    Spool,
-    batches,
-    by_layers,
-    rows_of,
-    save_layer,
-    streams_at,
-    through_layers,
-)
+from dsv2quant.calib.streams import Made, Pieces, by_layers, save_layer, through_layers
 from dsv2quant.calib.whole import Held, Whole, whole_model
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError
@@ -58,7 +49,7 @@ class Tokens(NamedTuple):
     """Windows [windows, ctx] with the unquantized model's last hidden states, and which are trained on and held out."""
 
     ids: torch.Tensor
-    hidden: Spool
+    hidden: Stream
     trained: Sequence[np.ndarray]  # of each step
     held: Sequence[np.ndarray]  # what goes together
 
@@ -148,22 +139,23 @@ def _fits(model: str, specs: Sequence[TensorSpec], device: str) -> bool:
 @torch.inference_mode()
 def _ideal(
     loader: Loader, folder: Path, ids: np.ndarray, rope: torch.Tensor, progress: Callable[[int], object]
-) -> Spool:
+) -> Stream:
     """The unquantized model's hidden states behind its last layer, [tokens, hidden]."""
     count, ctx = loader.config.num_hidden_layers, int(ids.shape[1])
     tell = by_layers(progress, count)
 
-    def process(index: int, before: Sequence[Spool], behind: Sequence[Spool]) -> Made:
+    (hidden,) = make_streams(1, ids.size, loader.config.hidden_size, loader.options.device, folder)
+
+    def process(index: int) -> Made:
         layer = loader.layer(index)
         for rows in batches(ids.size, ctx):
-            out, _ = layer(before[0][rows].unflatten(0, (-1, ctx)), rope)
-            behind[0][rows] = out.flatten(0, 1)
+            out, _ = layer(hidden[rows].unflatten(0, (-1, ctx)), rope)
+            hidden[rows] = out.flatten(0, 1)
             tell(index * ids.size + rows.stop)
         return {}, None
 
-    through_layers(folder, loader, ids, ("ideal",), process, lambda layers: tell(layers * ids.size))
-    (last,) = streams_at(folder, count, ("ideal",), loader, ids.size)
-    return last
+    through_layers(folder, loader, ids, {"ideal": hidden}, process, lambda layers: tell(layers * ids.size))
+    return hidden
 
 
 def _held_out(whole: Whole, tokens: Tokens) -> float:

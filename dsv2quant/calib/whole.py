@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.arch.spec import TensorSpec
-from dsv2quant.calib.layerwise import copied, every_linear
+from dsv2quant.calib.layer import copied, every_linear
 from dsv2quant.calib.trained import Trained
 from dsv2quant.model.layers import RMSNorm
 from dsv2quant.model.load import DecoderLayer, Ends, Loader

@@ -138,7 +138,7 @@ class LatentAttention(Attention):
         latent, k_pe = self.kv_a_layernorm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
         if cache is not None:
             latent, k_pe = cache.append(latent, k_pe, as_stored=absorbed)  # [batch, all, ·]
-        yield Stage((self.kv_b_proj,), latent)
+        yield Stage((self.kv_b_proj,), latent, beside=self.q_proj is None)
         q = q_linear(q_input).unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).transpose(1, 2)
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
         q_pe = Rope.rotate(q_pe, rope, c.rope_halves)

@@ -64,12 +64,14 @@ class Served:
 
 class Stage(NamedTuple):
     """Linear layers that share the input x [..., columns]; of a routed expert, x are its tokens [n, columns], each
-    weighted by `routed` [n]. Absorbed attention applies a `half` of kv_b_proj, by heads: x [batch, heads, new, ·]."""
+    weighted by `routed` [n]. Absorbed attention applies a `half` of kv_b_proj, by heads: x [batch, heads, new, ·].
+    `beside` says that x does not depend on the linear layers of the stage before."""
 
     linears: tuple[Linear, ...]
     x: torch.Tensor
     routed: torch.Tensor | None = None
     half: Literal["k", "v"] | None = None
+    beside: bool = False
 
 
 T = TypeVar("T")
@@ -153,6 +155,13 @@ class MoE:
 
     def stages(self, x: torch.Tensor) -> Stages[tuple[torch.Tensor, torch.Tensor]]:
         """x [..., hidden] → (output of that shape, chosen experts [tokens, k])."""
+        out, chosen = yield from self.routed(x)
+        if self.shared is not None:
+            out = out + (yield from self.shared.stages(x))
+        return out, chosen
+
+    def routed(self, x: torch.Tensor) -> Stages[tuple[torch.Tensor, torch.Tensor]]:
+        """The same of the routed experts alone."""
         tokens = x.flatten(0, -2)
         yield Stage((self.router,), tokens)
         weights, chosen = route(tokens, self.router.weight, self.routing, self.router_bias)
@@ -160,7 +169,4 @@ class MoE:
         for expert, rows, routed in dispatch(weights, chosen, len(self.experts)):
             made = yield from self.experts[expert].stages(served.rows(rows), routed)
             add_rows(out, rows, made.float() * routed[:, None])
-        out = out.to(x.dtype).view_as(x)
-        if self.shared is not None:
-            out = out + (yield from self.shared.stages(x))
-        return out, chosen
+        return out.to(x.dtype).view_as(x), chosen

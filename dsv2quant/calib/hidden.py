@@ -1,0 +1,134 @@
+"""Hidden states of all calibration tokens: on the device, in memory, or in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+
+from dsv2quant.model.layers import add_rows
+from dsv2quant.storage.durable import FileEntry, write_whole
+
+ROWS = 8192  # tokens that go through a layer at once
+LANES = 16  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
+
+
+class Stream:
+    """A float32 array [tokens, width], handed out on `device`."""
+
+    def __init__(self, tokens: int, width: int, device: str, at: Path | str) -> None:
+        """`at` is "device", "memory", or the folder of a file without a name, of which the operating system keeps in
+        memory what fits. Raises OSError where the disk is full."""
+        self.device = device
+        if isinstance(at, Path):
+            at.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=at) as file:
+                # On a full disk, writing to a hole that is mapped would kill the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, 4 * tokens * width)
+                self._rows = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(tokens, width)))
+        else:
+            pinned = at == "memory" and device != "cpu"  # a GPU's copies run at the bus's rate
+            with torch.inference_mode(False):  # what is trained later may be handed out as it lies
+                self._rows = torch.empty(tokens, width, device=device if at == "device" else "cpu", pin_memory=pinned)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def width(self) -> int:
+        return int(self._rows.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self._rows.numel()
+
+    def __getitem__(self, rows: slice | torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Some tokens, [·, width], on the device; not to be changed."""
+        if isinstance(rows, slice):
+            return self._rows[rows].to(self.device, non_blocking=True)
+        index = torch.as_tensor(rows, device=self._rows.device)
+        return self._rows.index_select(0, index).to(self.device, non_blocking=True)
+
+    def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
+        self._rows[rows] = values.to(self._rows.device)
+
+    def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Add values [n, width] to distinct tokens."""
+        add_rows(self._rows, rows.to(self._rows.device), values.to(self._rows.device))
+
+    def take(self, other: Stream) -> None:
+        """Take the values of another."""
+        self._rows.copy_(other._rows)
+
+    def zero(self) -> None:
+        """Set all to 0."""
+        self._rows.zero_()
+
+    def remove(self) -> None:
+        """Give back what it takes."""
+        self._rows = self._rows.new_empty(0, self.width)
+
+    def write(self, path: Path) -> FileEntry:
+        """Write all to a file, durable under its name; its manifest entry. Raises OSError."""
+        digest = hashlib.sha256()
+
+        def blocks() -> Iterator[bytes]:
+            for first in range(0, len(self), ROWS):
+                block = self._rows[first : first + ROWS].cpu().numpy().tobytes()
+                digest.update(block)
+                yield block
+
+        write_whole(path, blocks())
+        return {"size": self.nbytes, "sha256": digest.hexdigest()}
+
+    def read(self, path: Path) -> None:
+        """Take all from such a file."""
+        saved = np.memmap(path, np.float32, "r", shape=tuple(self._rows.shape))
+        for first in range(0, len(self), ROWS):
+            self._rows[first : first + ROWS] = torch.from_numpy(np.array(saved[first : first + ROWS]))
+
+
+def make_streams(
+    count: int, tokens: int, width: int, device: str, folder: Path | None, beside: int = 0
+) -> list[Stream]:
+    """So many: on a GPU that has room for them and for `beside`, what else is computed there; in memory, where that
+    holds them; else in files in `folder`, if one is given."""
+    nbytes = 4 * tokens * width * count
+    if device != "cpu" and nbytes + beside <= room_on(device):
+        return [Stream(tokens, width, device, "device") for _ in range(count)]
+    if folder is None or nbytes + (beside if device == "cpu" else 0) <= room_on("cpu"):
+        return [Stream(tokens, width, device, "memory") for _ in range(count)]
+    return [Stream(tokens, width, device, folder) for _ in range(count)]
+
+
+def room_on(device: str) -> int:
+    """Bytes that may be taken: what torch can still have of a GPU, within its share, or three quarters of the machine's
+    memory."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
+
+
+def batches(tokens: int, ctx: int) -> list[slice]:
+    """Slices of whole windows, about `ROWS` tokens each."""
+    size = max(1, ROWS // ctx) * ctx
+    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+def lanes(tokens: int, ctx: int) -> list[list[slice]]:
+    """The batches, in `LANES` parts or fewer."""
+    every = batches(tokens, ctx)
+    each = -(-len(every) // LANES)
+    return [every[first : first + each] for first in range(0, len(every), each)]
+
+
+def rows_of(windows: np.ndarray, ctx: int) -> np.ndarray:
+    """The tokens of some windows, of which each has ctx."""
+    return (windows[:, None] * ctx + np.arange(ctx)).ravel()

@@ -1,0 +1,159 @@
+"""Routed experts under calibration: each is gone through once, on all its tokens, by the rank that owns it.
+
+Tokens go to the owners of their experts, and what the quantized experts make of them comes back. An expert's sums are
+those of all its tokens in order, and which experts are calibrated together doesn't depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dsv2quant.calib.calibration import MOMENT_BYTES, expert_bytes
+from dsv2quant.calib.choosing import choose
+from dsv2quant.calib.gptq import Split, Sums
+from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Job, every_linear
+from dsv2quant.model.layers import FFN, Stages, finish
+
+SAMPLE = 4  # tokens for each column of a prior
+TURNS = 16  # so many groups of experts at least, where there are as many, for as many ranks to share
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The experts of both models, and which of them this rank's tokens go to in the real one: weights float32 and
+    experts, [tokens, k]."""
+
+    real: list[FFN]
+    ideal: list[FFN]
+    weights: torch.Tensor
+    chosen: torch.Tensor
+
+
+class Seen(NamedTuple):
+    """What some experts are applied to: inputs [tokens, hidden] in the real and the ideal model, the tokens' routing
+    weights and whether they are held out, [tokens]."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    weights: torch.Tensor
+    held: torch.Tensor
+
+
+Inputs = Callable[[int, torch.Tensor], torch.Tensor]  # side, tokens → what the FFN is applied to there
+
+
+def quantize_experts(
+    job: Job, routed: Routed, inputs: Inputs, pool: Split | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Quantize what is wanted of the experts: gate and up on their tokens' inputs, drawn toward the `pool` of all; down
+    with squared weights, drawn toward what the expert makes of a sample of all. Yields, expert by expert, tokens [n] of
+    this rank and what the quantized expert adds to them, [n, hidden]."""
+    ranks, k = job.ranks, routed.chosen.shape[1]
+    wanted = bool(job.wanted(linear for expert in routed.real for linear in every_linear(expert)))
+    sample = _sample(job, inputs) if wanted else None
+    counts = routed.chosen.flatten().bincount(minlength=len(routed.real)).tolist()
+    pairs = routed.chosen.flatten().argsort(stable=True).split(counts)  # of a token and its choice, by expert
+    everyones = ranks.gather(counts)
+    totals = ranks.agreed([sum(some) for some in zip(*everyones, strict=True)] if everyones else [])
+    groups = _groups(job, totals)
+    for first in range(0, len(groups), ranks.size):
+        by_owner = [*groups[first : first + ranks.size], *[range(0)] * ranks.size][: ranks.size]
+        lengths = [[counts[expert] for expert in group] for group in by_owner]
+        sent = [_joined([pairs[expert] for expert in group], pairs[0]) for group in by_owner]
+        seen = [
+            Seen(inputs(REAL, p // k), inputs(IDEAL, p // k if wanted else p[:0]), routed.weights.flatten()[p],
+                 job.held(p // k))
+            for p in sent
+        ]  # fmt: skip
+        arrived = [Seen(*parts) for parts in zip(*map(ranks.exchange, zip(*seen, strict=True)), strict=True)]
+        theirs = [some.tolist() for some in ranks.exchange([torch.tensor(some) for some in lengths])]
+        made = _owned(job, routed, by_owner[ranks.rank], arrived, theirs, pool, sample)
+        for p, some, returned in zip(sent, lengths, ranks.exchange(made), strict=True):
+            yield from zip((p // k).split(some), returned.split(some), strict=True)
+
+
+def _groups(job: Job, totals: Sequence[int]) -> list[range]:
+    """Experts that are calibrated together, whose moments and tokens fit into `MOMENT_BYTES`, or one. `totals` are the
+    tokens of each."""
+    c = job.config
+    most = max(1, min(MOMENT_BYTES // expert_bytes(c), len(totals) // TURNS))
+    room = MOMENT_BYTES // (len(SIDES) * 4 * (c.hidden_size + 2 * c.moe_intermediate_size))  # tokens
+    groups, first = [], 0
+    for last in range(1, len(totals) + 1):
+        if last == len(totals) or last - first == most or sum(totals[first : last + 1]) > room:
+            groups.append(range(first, last))
+            first = last
+    return groups
+
+
+def _sample(job: Job, inputs: Inputs) -> Seen:
+    """Some tokens of all ranks, alike for all experts."""
+    ranks, tokens = job.ranks, job.windows * job.ctx
+    stride = max(1, tokens // (SAMPLE * job.config.moe_intermediate_size))
+    every = torch.arange(stride // 2, tokens, stride, device=job.device) - job.tokens.start
+    own = every[(every >= 0) & (every < len(job.tokens))]
+    x, y = (_joined(ranks.exchange([inputs(side, own)] * ranks.size)) for side in SIDES)
+    return Seen(x, y, torch.ones(len(x), device=job.device), job.held(every))
+
+
+def _owned(
+    job: Job, routed: Routed, experts: range, arrived: Sequence[Seen], lengths: Sequence[Sequence[int]],
+    pool: Split | None, sample: Seen | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Quantize these experts by what arrived from each rank, of which each expert has so many tokens. Returns what they
+    add to these, by rank."""
+    if not experts:
+        return [some.x for some in arrived]
+    by_rank = [[part.split(some) for part in seen] for seen, some in zip(arrived, lengths, strict=True)]
+    seen = [Seen(*(_joined([of[part][i] for of in by_rank]) for part in range(4))) for i in range(len(experts))]
+    pairs = [(routed.real[expert], routed.ideal[expert]) for expert in experts]
+    outputs = _settle(job, pairs, seen, pool, sample)
+    for real, _ in pairs:  # what they were used for is done
+        for linear in every_linear(real):
+            linear.weight = linear.weight.new_empty(0)
+    of_rank = zip(*(o.split([some[i] for some in lengths]) for i, o in enumerate(outputs)), strict=True)
+    return [_joined(some) for some in of_rank]
+
+
+def _settle(
+    job: Job, pairs: Sequence[tuple[FFN, FFN]], seen: Sequence[Seen], pool: Split | None, sample: Seen | None
+) -> list[torch.Tensor]:
+    """Quantize what is wanted of experts, real and ideal. Returns their weighted outputs."""
+    c = job.config
+    gate_up = [job.wanted((real.gate_proj, real.up_proj)) for real, _ in pairs]
+    down = [job.wanted((real.down_proj,)) for real, _ in pairs]
+    stages = [(real.stages(some.x), ideal.stages(some.y)) for (real, ideal), some in zip(pairs, seen, strict=True)]
+    if gate_up[0]:
+        assert pool is not None
+        found = Sums.zeros(len(pairs), c.hidden_size, job.device)
+        for i, some in enumerate(seen):
+            found.add(i, some.held, some.x, some.y)
+        choose(job, gate_up, found.split().shrunk(pool))
+    if down[0]:
+        assert sample is not None
+        found, prior = (Sums.zeros(len(pairs), c.moe_intermediate_size, job.device) for _ in range(2))
+        for i, some in enumerate(seen):
+            x, y = (_before_down(of) for of in stages[i])
+            found.add(i, some.held, x, y, some.weights.square())
+            x, y = (_before_down(ffn.stages(z)) for ffn, z in zip(pairs[i], (sample.x, sample.y), strict=True))
+            prior.add(i, sample.held, x, y)
+        choose(job, down, found.split().shrunk(prior.split()))
+    return [finish(of[REAL]) * some.weights[:, None] for of, some in zip(stages, seen, strict=True)]
+
+
+def _before_down(stages: Stages[torch.Tensor]) -> torch.Tensor:
+    """What an expert's down is applied to."""
+    next(stages)
+    return next(stages).x
+
+
+def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor after the other; none of something like `like` where there is none."""
+    if not parts:
+        assert like is not None
+        return like[:0]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
