@@ -123,6 +123,7 @@ def convert(
     force: bool = False,
     stream_hub: bool = False,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
     **options: Unpack[Options],
 ) -> Conversion:
     """Write an artifact: folder `out`, or with `gguf` the file `out`. A plan has what shapes it; beside one, only
@@ -175,12 +176,17 @@ def convert(
         from dsv2quant.calib.calibration import tuned_on
 
         calibration, statistics, tuning, words = tuned_on(checkpoint, given, progress)
+    if ranks.size > 1:
+        from dsv2quant.calib.calibration import check_ranks
+
+        check_ranks(made, statistics, ranks)
     size = given.get("split_max_size")
     found = run(
         made, out, command=" ".join(["dsv2quant convert", checkpoint.model, *made.asked, *words]),
         calibration=calibration, statistics=statistics, tuning=tuning, device=device, force=force, inputs=inputs,
-        split_max_size=None if size is None else parse_size(str(size)), progress=progress,
+        split_max_size=None if size is None else parse_size(str(size)), progress=progress, ranks=ranks,
     )  # fmt: skip
+    ranks.dismiss()
     if figure is not None and found.expert_tokens:
         draw(found.expert_tokens, checkpoint.config.hidden_size, os.fspath(figure))
     return found
@@ -190,7 +196,7 @@ def calibrate(
     model: Model, out: StrPath, *, text: StrPath | None = None, samples: int | None = None, length: int | None = None,
     seed: int | None = None, protocol: Protocol = "default", imatrix: StrPath | None = None,
     figure: StrPath | None = None, device: str = "cpu", force: bool = False, progress: Progress = no_progress,
-    **hub: Unpack[HubOptions],
+    ranks: Ranks = ALONE, **hub: Unpack[HubOptions],
 ) -> Calibrated:  # fmt: skip
     """Run text through a model and write statistics of every linear's inputs to `out`, a safetensors file that many
     conversions take; with `imatrix` also an importance matrix for llama-quantize, a GGUF file.
@@ -225,8 +231,9 @@ def calibrate(
     with tell_kept(out, partial(calib.is_begun, out)):
         found = calib.calibrate(
             checkpoint, out, calibration, device=device, halves=imatrix is not None, force=force, inputs=inputs,
-            progress=progress,
+            progress=progress, ranks=ranks,
         )  # fmt: skip
+    ranks.dismiss()
     if imatrix is not None:
         calib.write_imatrix(imatrix, found, checkpoint.config, force)
     made = Calibrated(checkpoint, found, out, imatrix)

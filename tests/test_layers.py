@@ -28,6 +28,7 @@ ORDER = [
     "engines",
     "bench",
     "api",
+    "following",
     "allocation",
     "lm_eval",
     "publishing",

@@ -28,6 +28,7 @@ from dsv2quant.calib.calibration import (
     needs_statistics,
     work_weights,
 )
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.calib.statistics import K_HALF, SCHEMA, V_HALF, Statistics, digest_of, read_about
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.checkpoint.identity import Source, configured
@@ -43,6 +44,7 @@ from dsv2quant.version import __version__
 
 logger = logging.getLogger(__name__)
 STATE_FILE, LAYERS = "state.json", "layers"
+MEASURE, QUANTIZE = "measure", "quantize"  # what ranks do together
 _STATES = "dsv2quant.calibration/"  # schema of state files, in whichever version
 
 
@@ -65,13 +67,14 @@ def calibrate(
     force: bool = False,
     inputs: Iterable[Path] = (),
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Measure `checkpoint` on `calibration` and write the statistics file `out`; what is there already is opened.
 
     `halves` adds what an importance matrix needs of kv_b_proj's halves. Work goes into the folder `<out>.work`, from
     which a killed run continues. `inputs` are further files that were read for it. Raises InputError where `out` holds
     something else or is an input, another run is making it, the source changes meanwhile, or the disk is too small.
-    `force` replaces statistics, nothing else.
+    `force` replaces statistics, nothing else. Of several `ranks` this is the first, which the others `follow`.
     """
     with progress(0, "", "starting"):  # imports torch
         from dsv2quant.calib.collect import collect
@@ -90,7 +93,7 @@ def calibrate(
                 pass
         return made
     config = checkpoint.config
-    total = calibration.ids.size * config.num_hidden_layers
+    total = calibration.ids.size * config.num_hidden_layers // ranks.size  # about, of several
     state = {"schema": f"{_STATES}1", "dsv2quant": __version__, "halves": halves, "stats": source.stats}
     with disk_errors(out), _claimed(work, state | wanted, force):
         needed = 2 * statistics_bytes(config) + 2 * 4 * calibration.ids.size * config.hidden_size
@@ -98,8 +101,9 @@ def calibrate(
         if needed > (free := shutil.disk_usage(out.parent).free):
             what = f"needs {needed:,} bytes beside it, the disk has {free:,} free"
             raise InputError(what, where=out, fix="free space, or give a file on another disk")
+        ranks.announce(MEASURE)
         with progress(total, "tok·layer", "calibrate") as advance:
-            counts = collect(checkpoint, work / LAYERS, calibration, device, halves, advance)
+            counts = collect(checkpoint, work / LAYERS, calibration, device, halves, advance, ranks)
         source.check_unchanged(checkpoint)
         about = {
             "schema": SCHEMA,
@@ -250,10 +254,12 @@ def prepare(
     statistics: Statistics | None,
     device: str,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Calibrate what the plan needs calibrated, in the folder `work`, which keeps what is finished.
 
     `calibration` is needed where the plan has methods that run the model on it, or needs statistics that aren't given.
+    Of several `ranks` this is the first, which the others `follow`.
     """
     if needs_statistics(plan) and statistics is None:
         assert calibration is not None
@@ -265,7 +271,7 @@ def prepare(
         except InputError as error:
             logger.warning("%s; it is made again", error)
             path.unlink()
-        statistics = calibrate(plan.checkpoint, path, calibration, device=device, progress=progress)
+        statistics = calibrate(plan.checkpoint, path, calibration, device=device, progress=progress, ranks=ranks)
     smoothing = Smoothing({})
     wanted = sum(entry.spec.size for entry in plan.entries if entry.method == "awq")
     if wanted:
@@ -282,6 +288,27 @@ def prepare(
         from dsv2quant.calib.layerwise import quantize_layers
 
     assert calibration is not None
+    uses = statistics is not None and any(entry.needs_inputs for entry in plan.entries)
+    ranks.announce(QUANTIZE, statistics.path.resolve() if statistics is not None and uses else None, smoothing)
     with disk_errors(work.parent), progress(work_weights(plan), "weights", "gptq") as advance:
-        encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared)
+        encoded = quantize_layers(plan, work / "gptq", calibration, device, advance, prepared, ranks)
     return Prepared(plan, statistics, smoothing, encoded)
+
+
+def follow(
+    checkpoint: Checkpoint, calibration: Calibration, ranks: Ranks, *, plan: Plan | None = None, halves: bool = False
+) -> None:
+    """On every rank but the first: compute a share of what that does in `calibrate`, or for a `plan` in `prepare`, and
+    write nothing. Statistics that layers are quantized with are read from its file."""
+    from dsv2quant.calib.collect import collect
+    from dsv2quant.calib.layerwise import quantize_layers
+
+    def measure() -> None:
+        collect(checkpoint, None, calibration, ranks.device, halves, ranks=ranks)
+
+    def quantize(statistics: Path | None, smoothing: Smoothing) -> None:
+        assert plan is not None
+        prepared = Prepared(plan, None if statistics is None else Statistics(statistics), smoothing)
+        quantize_layers(plan, None, calibration, ranks.device, prepared=prepared, ranks=ranks)
+
+    ranks.follow({MEASURE: measure, QUANTIZE: quantize})

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dsv2quant.arch.config import ModelConfig
+from dsv2quant.calib.distributed import Ranks
 from dsv2quant.calib.statistics import Statistics, kv_scales
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
@@ -164,6 +165,14 @@ def used_by(plan: Plan | GgufPlan, given: Mapping[str, Any], calibration: Mappin
 def needs_statistics(plan: Plan) -> bool:
     """Whether any tensor's method or scheme needs statistics."""
     return any(entry.needs_inputs or entry.kv_scales for entry in plan.entries)
+
+
+def check_ranks(plan: Plan | GgufPlan, statistics: Statistics | None, ranks: Ranks) -> None:
+    """Raise UsageError where several ranks would have nothing to do together."""
+    measures = isinstance(plan, Plan) and needs_statistics(plan) and statistics is None
+    if ranks.size > 1 and not measures and not (isinstance(plan, Plan) and needs_calibration(plan)):
+        what = f"{ranks.size} ranks share out what is calibrated, and nothing of this recipe calibrates here"
+        raise UsageError(what, fix="run it without torchrun")
 
 
 def work_weights(plan: Plan, layers: range | None = None) -> int:

@@ -9,7 +9,7 @@ NCCL: there the end of a process closes its connections and is noticed at once, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -154,6 +154,20 @@ class Ranks:
         with _reaching():
             dist.broadcast_object_list(held)
         return held[0]
+
+    def announce(self, name: str, *about: object) -> None:
+        """By rank 0: let the others do their part of a stage, which `follow` knows by its name."""
+        self.agreed((name, *about))
+
+    def dismiss(self) -> None:
+        """By rank 0: there is no more to do together."""
+        self.agreed(None)
+
+    def follow(self, stages: Mapping[str, Callable[..., object]]) -> None:
+        """By the other ranks: do what rank 0 announces, until it dismisses all."""
+        while (announced := self.agreed(None)) is not None:
+            name, *about = announced
+            stages[name](*about)
 
     def _meet(self, device: torch.device) -> None:
         """Before something goes over NCCL: wait over gloo until all ranks are here."""

@@ -9,6 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.cli.ranks import together
 from dsv2quant.planning.options import PROTOCOLS
 
 
@@ -40,7 +41,17 @@ def command(model: str, out: str, as_json: bool, verbose: int, quiet: bool, **op
       dsv2quant calibrate MODEL --protocol llama.cpp --calibration text.txt -o m.safetensors --imatrix m.imatrix.gguf
     """
     terminal.set_verbosity(verbose, quiet)
-    made = dq.calibrate(model, out, progress=terminal.progress(quiet), **shared.asked(options))
+    asked = shared.asked(options)
+    with together(asked.pop("device", "cpu")) as ranks:
+        if not ranks.is_first:
+            from dsv2quant.following import follow_calibration
+
+            used = {name: value for name, value in asked.items() if name not in ("figure", "force")}
+            follow_calibration(model, ranks, **used)
+            return
+        made = dq.calibrate(
+            model, out, device=ranks.device, progress=terminal.progress(quiet), ranks=ranks, **asked
+        )  # fmt: skip
     from dsv2quant.report.calibration import calibrated_json, calibrated_text
 
     if as_json or not quiet:

@@ -11,6 +11,8 @@ from dsv2quant.api import check_conversion
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
 from dsv2quant.cli.plan import show
+from dsv2quant.cli.ranks import place, together
+from dsv2quant.errors import UsageError
 
 
 @click.command(cls=shared.Command)
@@ -68,6 +70,9 @@ def command(
         raise click.UsageError(
             f"{'--dry-run' if dry_run else '--stream-hub'} does not go with a budget: a search reads all of MODEL"
         )
+    for name, is_asked in (("a budget", is_searched), ("--dry-run", dry_run), ("--stream-hub", stream_hub)):
+        if is_asked and place() is not None:
+            raise UsageError(f"{name} is for one process", fix="run it without torchrun")
     if dry_run or out is None:
         check_conversion(out, device, **asked)
         show(model, asked, as_json, every_tensor=verbose > 0)
@@ -79,6 +84,15 @@ def command(
         budget: dict[str, Any] = {"bits": bits, "size": size, "max_kld": max_kld}
         made = convert_within(model, out, **budget, device=device, force=force, progress=progress, **asked)
     else:
-        made = dq.convert(model, out, device=device, force=force, stream_hub=stream_hub, progress=progress, **asked)
+        with together(device) as ranks:
+            if not ranks.is_first:
+                from dsv2quant.following import follow_conversion
+
+                follow_conversion(model, ranks, **asked)
+                return
+            made = dq.convert(
+                model, out, device=ranks.device, force=force, stream_hub=stream_hub, progress=progress, ranks=ranks,
+                **asked,
+            )  # fmt: skip
     if as_json or not quiet:
         terminal.show(made, conversion_json, conversion_text, as_json)

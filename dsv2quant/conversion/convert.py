@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.checkpoint.identity import sampled_bytes
 from dsv2quant.conversion.sink import Sink
 from dsv2quant.conversion.stream import streamed
@@ -43,6 +44,7 @@ def convert(
     force: bool = False,
     inputs: Iterable[Path] = (),
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Conversion:
     """Write the plan's artifact: into folder `out`, or of a GGUF plan the file `out`, or with `split_max_size` bytes
     those that it is split into.
@@ -50,7 +52,8 @@ def convert(
     Where the plan's methods need it, `calibration` is what they calibrate on; `statistics`, measured before, save the
     pass that measures. The artifact is then tuned on `tuning`, where that is given (calib/tuning.py). `inputs` are
     further files that were read for it: neither they nor the checkpoint are ever written to. `command` is what
-    manifest and card say. GGUF files have the same bytes from every device.
+    manifest and card say. GGUF files have the same bytes from every device. Of several `ranks` this is the first, and
+    calibration of a folder all that the others take part in (`follow` of calib/calibrate.py).
 
     A run that was killed continues from its finished layers and shards, or tensors of a GGUF file. Raises InputError
     where the plan quantizes nothing, the tokenizer is damaged or another model's, a weight is NaN, infinite or beyond
@@ -64,7 +67,7 @@ def convert(
 
         sink = Folder(
             plan, Path(out), command, calibration, statistics, tuning, device,
-            force=force, inputs=inputs, progress=progress,
+            force=force, inputs=inputs, progress=progress, ranks=ranks,
         )  # fmt: skip
     elif tuning is None:
         from dsv2quant.conversion.gguf import GgufFiles

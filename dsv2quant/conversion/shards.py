@@ -26,6 +26,7 @@ from dsv2quant.calib.calibration import (
     tuning_bytes,
     work_bytes,
 )
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.calib.statistics import Statistics
 from dsv2quant.checkpoint.checkpoint import Weight
 from dsv2quant.checkpoint.identity import Source
@@ -82,9 +83,10 @@ class Folder(Sink):
         force: bool,
         inputs: Iterable[Path],
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
         _check(plan, out, calibration, statistics)
-        self.plan, self._device, self._command = plan, device, command
+        self.plan, self._device, self._command, self._ranks = plan, device, command, ranks
         self._base = origin(plan.checkpoint, plan.base_model)
         self._given, self._statistics, self._tuning = calibration, statistics, tuning
         self._prepared: Prepared
@@ -176,7 +178,9 @@ class Folder(Sink):
         super().finish()
 
     def jobs(self, progress: Progress) -> Iterator[Job]:
-        self._prepared = prepare(self.plan, self.work, self._given, self._statistics, self._device, progress)
+        self._prepared = prepare(
+            self.plan, self.work, self._given, self._statistics, self._device, progress, self._ranks
+        )
         self.outcomes, self.expert_tokens = self._prepared.outcomes, expert_tokens(self._prepared)
         coverage = coverage_json(self.expert_tokens, self.plan.checkpoint.config.hidden_size)
         calibrated = CalibratedOn.of(self._calibration or {}, coverage)
