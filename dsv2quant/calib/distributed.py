@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsv2quant.errors import Dsv2quantError, UsageError
+from dsv2quant.planning.options import check_device
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,19 @@ class Ranks:
             dist.gather_object(value, found)
         return found
 
-    def agreed(self, value: T) -> T:
-        """Rank 0's small Python object."""
+    def everywhere(self, value: T) -> list[T]:
+        """The small Python objects of all ranks, in their order, at each."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with _reaching():
+            dist.all_gather_object(found, value)
+        return found
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's small Python object; what others pass doesn't matter."""
         if self.size == 1:
             return value
         import torch.distributed as dist
@@ -158,19 +170,15 @@ def joined(device: str, rank: int, local_rank: int, size: int, store: Store) -> 
     if device.startswith("cuda:"):
         raise UsageError(f"--device {device}: several ranks have a GPU each", fix="give --device cuda")
     if device != "cpu":
-        if local_rank >= torch.cuda.device_count():
-            what = f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
-            raise UsageError(what, fix="start as many ranks as there are GPUs")
-        device = f"cuda:{local_rank}"
+        device = f"{device}:{local_rank}"
+        check_device(device)
         torch.cuda.set_device(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     with _reaching():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         dist.all_reduce(torch.zeros(1, device=device))  # connects all: NCCL does so at the first call of all ranks
-    try:
-        yield Ranks(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, size, device)
+    dist.destroy_process_group()  # where this is left early the process ends, and NCCL might wait for what never comes
 
 
 @contextmanager
