@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from calibrated import (
     CTX,
     WINDOWS,
@@ -22,16 +24,18 @@ from calibrated import (
     killer,
     layer_of,
     planned,
+    recorded,
     run,
 )
 from test_convert import contents
 
 from dsv2quant.calib import gptq, layerwise, streams
 from dsv2quant.calib.calibration import Calibration
-from dsv2quant.calib.streams import Spool
+from dsv2quant.calib.hidden import Stream
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
+from dsv2quant.planning.recipe import CALIBRATED
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, WORK_FOLDER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,11 +152,12 @@ def interrupt_in_layer(m: pytest.MonkeyPatch, layer: int) -> None:
 
 
 def calibrated_layers(m: pytest.MonkeyPatch) -> list[int]:
-    """Layers that are calibrated from here on, in the order in which they will be."""
+    """Layers that are calibrated from here on, in the order in which they will be; not those gone through again."""
     original, layers = layerwise.quantize_layer, []
 
     def quantize_layer(job, *args):
-        layers.append(layer_of(job))
+        if any(method in CALIBRATED for _, _, method in job.choices.values()):
+            layers.append(layer_of(job))
         original(job, *args)
 
     m.setattr(layerwise, "quantize_layer", quantize_layer)
@@ -192,28 +197,63 @@ def test_calibration_is_not_repeated_for_shards_that_are_missing(grouped, tmp_pa
     assert resumed.outcomes == whole.outcomes
 
 
+@pytest.fixture(params=["snapshots", "layers gone through again"])
+def snapshots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether hidden states are kept behind each layer, or never."""
+    kept = request.param == "snapshots"
+    monkeypatch.setattr(streams, "SNAPSHOT_AFTER", 0.0 if kept else float("inf"))
+    return kept
+
+
 @pytest.mark.parametrize("lost", ["hidden-00002-real", "hidden-00002-ideal", "layer-00000.safetensors"])
-def test_what_is_lost_of_the_work_folder_is_made_again(lost, grouped, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True], ids=["lost", "damaged"])
+def test_what_is_lost_of_the_work_folder_is_made_again(lost, damaged, snapshots, grouped, tmp_path, monkeypatch):
     plan = planned(grouped)
     with monkeypatch.context() as m:
         interrupt_in_layer(m, 2)
         with pytest.raises(KeyboardInterrupt):
             run(plan, tmp_path / "out")
-    (tmp_path / "out" / WORK_FOLDER / "gptq" / lost).unlink()
+    path = tmp_path / "out" / WORK_FOLDER / "gptq" / lost
+    assert path.exists() == (snapshots or lost.startswith("layer"))
+    if damaged and path.exists():
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink(missing_ok=True)
+    layers = calibrated_layers(monkeypatch)
     run(plan, tmp_path / "out")
+    assert layers == ([0, 1, 2] if lost.startswith("layer") else [2])
     run(plan, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_what_was_made_of_a_layer_is_gone_through_again_to_the_last_bit(grouped, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "SNAPSHOT_AFTER", float("inf"))
+    plan = planned(grouped, "int4-mixed")
+    with monkeypatch.context() as m:
+        whole = recorded(m)
+        run(plan, tmp_path / "whole")
+    with monkeypatch.context() as m:
+        interrupt_in_layer(m, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, tmp_path / "out")
+    again = recorded(monkeypatch)
+    run(plan, tmp_path / "out")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(states, again[at]) for at, states in whole.items())
+
+
 @pytest.mark.parametrize(
-    # Layer 0 has two streams of embeddings and two behind it to keep, and removes four files.
+    # With layer 0 behind it: two snapshots, a layer, and a layer more.
     ("owner", "name", "calls", "repeated"),
-    [(Spool, "keep", 5, [1, 2]), (streams, "save_layer", 2, [1, 2]), (Spool, "remove", 7, [2])],
-    ids=["before its streams are kept", "before it is saved", "before its files go"],
+    [(Stream, "write", 3, [1, 2]), (streams, "save_layer", 2, [1, 2])],
+    ids=["before its streams are kept", "before it is saved"],
 )
 def test_interrupted_at_a_layers_end_no_finished_layer_is_repeated(
     owner, name, calls, repeated, grouped, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(streams, "SNAPSHOT_AFTER", 0.0)
     original, left = getattr(owner, name), iter(range(1, calls))
     plan = planned(grouped)
     with monkeypatch.context() as m:
@@ -229,12 +269,15 @@ def test_interrupted_at_a_layers_end_no_finished_layer_is_repeated(
 
 
 @pytest.mark.parametrize(
-    # A hidden state is 32 × 128 float32 for each window, 16 kB; layer 0's matrices take 50 kB, layer 1's 120 kB.
+    # A snapshot is 32 × 128 float32 for each window, 16 kB; layer 0's matrices take 50 kB, layer 1's 120 kB.
     ("count", "nbytes", "layers"),
     [(12, 150_000, 0), (2, 80_000, 1)],
     ids=["hidden states", "a layer"],
 )
-def test_a_full_disk_while_calibrating_ends_in_one_line_and_resumes(count, nbytes, layers, command, tmp_path, cli):
+def test_a_full_disk_while_calibrating_ends_in_one_line_and_resumes(
+    count, nbytes, layers, command, tmp_path, cli, monkeypatch
+):
+    monkeypatch.setattr(streams, "SNAPSHOT_AFTER", 0.0)
     out = tmp_path / "out"
     with files_no_larger_than(nbytes):
         ran = cli(*command(out, count))
@@ -248,11 +291,15 @@ def test_a_full_disk_while_calibrating_ends_in_one_line_and_resumes(count, nbyte
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_activations_have_their_disk_space_before_they_are_mapped(tmp_path):
+def test_hidden_states_have_their_disk_space_before_they_are_mapped(tmp_path):
     # Writing to a hole of a mapped file on a full disk would kill the process with SIGBUS.
-    Spool(tmp_path / "spool", 1000, 300, "cpu")
-    stat = (tmp_path / "spool.partial").stat()
-    assert stat.st_size == 4 * 1000 * 300 <= 512 * stat.st_blocks
+    with files_no_larger_than(100_000), pytest.raises(OSError, match="File too large"):
+        Stream(1000, 300, "cpu", tmp_path)
+    before = os.statvfs(tmp_path).f_bfree
+    stream = Stream(100_000, 300, "cpu", tmp_path)
+    statvfs = os.statvfs(tmp_path)
+    assert (before - statvfs.f_bfree) * statvfs.f_frsize >= 0.9 * stream.nbytes
+    assert not list(tmp_path.iterdir())  # nothing is left of it where the process is killed
 
 
 def test_the_space_check_counts_the_work_folder(grouped, tmp_path, monkeypatch):
@@ -267,19 +314,7 @@ def test_the_space_check_counts_the_work_folder(grouped, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     plan = planned(grouped, "int4-experts")
     encoded = sum(line.nbytes for line in plan.entries if line.method == "gptq")
-    one = 2 * 4 * CTX * (2 * 128 + 4 * 16)  # both streams of a window before and behind a layer, and in front of o_proj
+    one = (3 + 2 * 2) * 4 * CTX * 128  # of a window three streams, and two snapshots of two of them
     longer = len("gptq") - len("rtn") + len("- gptq\n")  # the model card shows the recipe, and has a tag
     assert needed(None, calibration()) - needed("rtn") == encoded + WINDOWS * one + longer
     assert needed(None, calibration(100)) - needed(None, calibration()) == (100 - WINDOWS) * one
-    # Just that is what lies there when most does.
-    largest, remove = [], Spool.remove
-
-    def measure(self):
-        largest.append(
-            sum(p.stat().st_size for p in self.path.parent.iterdir() if p.name.startswith(("hidden", "context")))
-        )
-        remove(self)
-
-    monkeypatch.setattr(Spool, "remove", measure)
-    run(plan, tmp_path / "out")
-    assert max(largest) == WINDOWS * one

@@ -221,7 +221,7 @@ def test_compiled_functions_read_nothing_from_outside_their_folder():
             inside = all(n.startswith("dsv2quant.formats.") for n in names if n.partition(".")[0] == "dsv2quant")
             assert inside, (path, names)
     gguf = {"codes.py", "grids.py", "iq1.py", "kquants.py", "lattice.py", "legacy.py", "search.py", "ternary.py"}
-    assert seen == {"cpu.py", *gguf}
+    assert seen == {"cpu.py", "gptq.py", *gguf}
     other = [p for p in PACKAGE.rglob("*.py") if "njit" in p.read_text(encoding="utf-8") and p.name != "compiled.py"]
     assert not other  # one place keeps compiled code
 

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from test_fp8 import as_float32, to_bf16
 from test_gptq import inputs, moments_of, problem, textbook
 
-from dsv2quant.calib import gptq, layerwise
+from dsv2quant.calib import gptq
 from dsv2quant.calib.calibration import Calibration
+from dsv2quant.calib.choosing import choose
+from dsv2quant.calib.distributed import ALONE
 from dsv2quant.calib.gptq import Moments
+from dsv2quant.calib.layer import Job
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.formats.codec import TooLargeError
@@ -278,8 +281,8 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     # Inputs like none that GPTQ saw: what it makes up for there is lost here.
     held = Moments(torch.eye(64)[None], torch.zeros(1, 64, 64), torch.ones(1)) if plain_wins else train
     linear = Linear(weight, module="m.self_attn.o_proj")
-    job = layerwise.Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96)
-    layerwise._choose(job, [[linear]], (train, held))
+    job = Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96, ALONE, 0)
+    choose(job, [[linear]], (train, held))
     assert job.outcomes[0].kept_rtn == plain_wins
     parts = job.parts["m.self_attn.o_proj"]
     assert torch.equal(linear.weight, CODECS[scheme].decode(tensors(parts), torch.float32))

@@ -41,8 +41,8 @@ def compile_for_hopper(
     aligned: Collection[str] = ("N", "K"),
     **options: int | None,
 ) -> Compiled:
-    """`kernel` for sm_90, with FP fusion. Arguments that have no type are int32; pointers and `aligned` are multiples
-    of 16, as Triton finds at a launch: without that it makes other code."""
+    """`kernel` for sm_90, with FP fusion unless an option says otherwise. Arguments that have no type are int32;
+    pointers and `aligned` are multiples of 16, as Triton finds at a launch: without that it makes other code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,7 +59,7 @@ def compile_for_hopper(
             if signature[name].startswith("*") or (name in aligned and signature[name] != "constexpr")
         },
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | {"enable_fp_fusion": True})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True} | options)
     cubin.write_bytes(made.asm["cubin"])
     usage = _run("cuobjdump", "-res-usage", cubin)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

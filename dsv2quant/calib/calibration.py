@@ -182,12 +182,10 @@ def work_weights(plan: Plan, layers: range | None = None) -> int:
 
 
 def work_bytes(plan: Plan, calibration: Calibration) -> int:
-    """Disk that the work folder takes at most: encoded matrices, the two streams before and behind a layer, and the
-    attention's output on both."""
-    c = plan.checkpoint.config
-    width = 2 * c.hidden_size + c.num_attention_heads * c.v_head_dim
+    """Disk that the work folder takes at most: encoded matrices, three streams of hidden states, where neither the
+    device nor memory has room for them, and two snapshots of two."""
     encoded = sum(entry.nbytes for entry in plan.entries if entry.method in CALIBRATED)
-    return encoded + 2 * 4 * calibration.ids.size * width
+    return encoded + (3 + 2 * 2) * 4 * calibration.ids.size * plan.checkpoint.config.hidden_size
 
 
 def tuning_bytes(checkpoint: Checkpoint, tuning: Tuning) -> int:

@@ -16,18 +16,22 @@ leaves plain rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from dsv2quant.formats import gptq as loop
 from dsv2quant.formats.cpu import search_scales
-from dsv2quant.formats.integers import factors, levels
+from dsv2quant.formats.integers import levels
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
+SEARCHED = 64  # rows whose scales a thread searches at a time
 
 
 @contextmanager
@@ -179,58 +183,59 @@ def fit(weight: torch.Tensor, moments: Moments, factored: Factor) -> torch.Tenso
 
 def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor, bits: int = 4) -> torch.Tensor:
     """Codes, int8 [batch, R, K], of weights [batch, R, K] under scales [batch, R, groups], computed in the weights'
-    dtype."""
-    columns, (low, high) = weight.shape[2], levels(bits)
-    w = _columns(weight, factored.order).clone()
-    step = scales.to(w.dtype).repeat_interleave(columns // scales.shape[2], -1)
-    step = _columns(step, factored.order)
-    codes = torch.empty_like(w)
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
-        u = factored.u[:, begin:end, begin:]  # [batch, block, rest]
-        block = w[:, :, begin:end]
-        errors = torch.empty_like(block)
-        for j in range(end - begin):
-            column, scale = block[:, :, j], step[:, :, begin + j]
-            code = (column / scale).round_().clamp_(low, high)
-            codes[:, :, begin + j] = code
-            errors[:, :, j] = (column - code * scale) / u[:, j, j, None]
-            block[:, :, j + 1 :] -= errors[:, :, j, None] * u[:, None, j, j + 1 : end - begin]
-        w[:, :, end:] -= errors @ u[:, :, end - begin :]
-    return _columns(codes, factored.order.argsort(-1)).to(torch.int8)
+    dtype: on a CUDA device, float32."""
+    columns = weight.shape[2]
+    w, scales = _columns(weight, factored.order), scales.to(weight.dtype).contiguous()
+    group = factored.order // (columns // scales.shape[2])  # [batch, K]: of each permuted column
+    codes = torch.empty_like(w, dtype=torch.int8)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for begin in range(0, columns, BLOCK):
+            end = min(begin + BLOCK, columns)
+            u = factored.u[:, begin:end, begin:]  # [batch, block, rest]
+            within = u[:, :, : end - begin].contiguous()
+            errors = _quantize_block(w, scales, group, within, codes, begin, bits, threads)
+            w[:, :, end:] -= errors @ u[:, :, end - begin :]
+    return _columns(codes, factored.order.argsort(-1))
+
+
+def _quantize_block(
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    group: torch.Tensor,
+    u: torch.Tensor,
+    codes: torch.Tensor,
+    begin: int,
+    bits: int,
+    threads: ThreadPoolExecutor,
+) -> torch.Tensor:
+    """`reference_gptq.quantize_block` of contiguous tensors, compiled; on a CPU by these threads."""
+    if not w.is_cpu:
+        from dsv2quant.kernels.gptq import quantize_block
+
+        return quantize_block(w, scales, group, u, codes, begin, bits)
+    errors = w.new_empty(*w.shape[:2], u.shape[1])
+    arrays = [x.numpy() for x in (w, scales, group, u, codes, errors)]
+    limits = [arrays[0].dtype.type(level) for level in levels(bits)]
+    tiles, parts = loop.tiles(*w.shape[:2]), torch.get_num_threads()
+    ends = [tiles * i // parts for i in range(parts + 1)]
+    list(threads.map(lambda first, last: loop.quantize_block(*arrays, begin, *limits, first, last), ends, ends[1:]))
+    return errors
 
 
 def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
-    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `cpu.search_scales`."""
-    if weight.device.type == "cpu":
-        found = [
-            torch.from_numpy(search_scales(w.numpy(), i[None].numpy(), group, bits))
-            for w, i in zip(weight.float().contiguous(), importance.float(), strict=True)
-        ]
-        return torch.stack(found)
-    return _searched(weight, importance, group, bits)
+    """The BF16 scale of each group with the least error weighted by importance [batch, K]: `cpu.search_scales`, on a
+    CUDA device `kernels.gptq.search_scales`."""
+    weight, importance = weight.float().contiguous(), importance.float().contiguous()
+    if not weight.is_cpu:
+        from dsv2quant.kernels.gptq import search_scales as search_on_device
 
-
-def _searched(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int) -> torch.Tensor:
-    """`best_scales` of any device."""
-    w = weight.float().unflatten(2, (-1, group))
-    weights = importance.float().unflatten(1, (-1, group))[:, None]
-    low, high = levels(bits)
-    unit = w.abs().amax(-1, keepdim=True) / torch.full((), float(high), device=weight.device)
-
-    def scaled(factor: float) -> torch.Tensor:
-        found = (unit * factor).bfloat16().float()
-        return torch.where(found != 0, found, 1.0)
-
-    best, least = scaled(float(factors(bits)[0])), torch.full_like(unit, float("inf"))
-    for value in factors(bits):
-        candidate = scaled(float(value))
-        error = (
-            ((w / candidate).round_().clamp_(low, high) * candidate - w).square_().mul_(weights).sum(-1, keepdim=True)
-        )
-        better = error < least
-        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-    return best.squeeze(-1)
+        return search_on_device(weight, importance, group, bits)
+    parts = [
+        (rows, one[None]) for matrix, one in zip(weight, importance, strict=True) for rows in matrix.split(SEARCHED)
+    ]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        found = threads.map(lambda part: search_scales(part[0].numpy(), part[1].numpy(), group, bits), parts)
+        return torch.from_numpy(np.concatenate(list(found))).unflatten(0, weight.shape[:2])
 
 
 def nearest(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> torch.Tensor:

@@ -112,7 +112,9 @@ def room_on(device: str) -> int:
     if device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     free, total = torch.cuda.mem_get_info(device)
-    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    index = torch.device(device).index
+    fraction = torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device() if index is None else index)
+    share = int(total * fraction)
     return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device)
 
 

@@ -64,16 +64,19 @@ def quantize_experts(
         by_owner = [*groups[first : first + ranks.size], *[range(0)] * ranks.size][: ranks.size]
         lengths = [[counts[expert] for expert in group] for group in by_owner]
         sent = [_joined([pairs[expert] for expert in group], pairs[0]) for group in by_owner]
-        seen = [
-            Seen(inputs(REAL, p // k), inputs(IDEAL, p // k if wanted else p[:0]), routed.weights.flatten()[p],
-                 job.held(p // k))
-            for p in sent
-        ]  # fmt: skip
+        seen = [_seen(job, routed, inputs, p, ideal=wanted) for p in sent]
         arrived = [Seen(*parts) for parts in zip(*map(ranks.exchange, zip(*seen, strict=True)), strict=True)]
         theirs = [some.tolist() for some in ranks.exchange([torch.tensor(some) for some in lengths])]
         made = _owned(job, routed, by_owner[ranks.rank], arrived, theirs, pool, sample)
         for p, some, returned in zip(sent, lengths, ranks.exchange(made), strict=True):
             yield from zip((p // k).split(some), returned.split(some), strict=True)
+
+
+def _seen(job: Job, routed: Routed, inputs: Inputs, pairs: torch.Tensor, *, ideal: bool) -> Seen:
+    """Of pairs of a token and its choice; what is not wanted of the ideal model is the real one's."""
+    tokens = pairs // routed.chosen.shape[1]
+    x = inputs(REAL, tokens)
+    return Seen(x, inputs(IDEAL, tokens) if ideal else x, routed.weights.flatten()[pairs], job.held(tokens))
 
 
 def _groups(job: Job, totals: Sequence[int]) -> list[range]:

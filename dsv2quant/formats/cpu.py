@@ -3,8 +3,9 @@
 Magnitudes of floats order as their bits without the sign do, so integers are compared, and weights come as bits: BF16
 as uint16, float32 as uint32. A few operations are written in LLVM IR because numba widens every small integer to 64
 bits, which costs a factor of eight in vector width. FP8's loops work on whole rows so that they vectorize. INT4's
-search takes sixteen rows at a time, with the innermost loop over rows: each row's sum adds in order of its columns, so
-that the result does not depend on the processor's vector width. All use one thread and release the GIL; callers run
+search takes 64 rows at a time, with the innermost loop over rows (of 16, checks before each loop that its arrays don't
+overlap took nine times as long as the loops): each row's sum adds in order of its columns, so that the result does not
+depend on the processor's vector width. All use one thread and release the GIL; callers run
 several tensors at once.
 """
 
@@ -23,7 +24,7 @@ from dsv2quant.formats.integers import factors, levels
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 LARGEST_FLOAT16 = np.float32(65280)  # that BF16 holds too
-_LANES = 16
+_LANES = 64
 
 
 @intrinsic
