@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "dsv2quant.evaluation.measure"])
+CONTEXT.set_forkserver_preload(
+    ["torch.distributed", "dsv2quant.evaluation.measure", "dsv2quant.calib.collect", "dsv2quant.following"]
+)
 
 
 def on_ranks(size: int, call: Callable[..., Any], *args: Any) -> list[Any]:

@@ -27,6 +27,14 @@ def test_shares_join_to_the_whole_and_each_item_has_its_owner(size: int, count: 
     ]
 
 
+def test_a_rank_has_whole_batches() -> None:
+    batches = [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert ALONE.span(batches) == slice(0, 9)
+    assert [Ranks(rank, 2).span(batches) for rank in range(2)] == [slice(0, 8), slice(8, 9)]
+    with pytest.raises(UsageError, match=r"4 ranks for 3 batches of windows \(start 3 at most"):
+        Ranks(0, 4).span(batches)
+
+
 def test_alone_nothing_is_copied() -> None:
     x = torch.ones(3)
     assert ALONE.broadcast(x, 0) is x

@@ -9,6 +9,7 @@ NCCL: there the end of a process closes its connections and is noticed at once, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,11 +207,12 @@ def joined(device: str, rank: int, local_rank: int, size: int, store: Store) -> 
 
 @contextmanager
 def _reaching() -> Iterator[None]:
-    """What torch.distributed says of a rank that is gone is one line."""
+    """What torch.distributed says of a rank that is gone is one line, of which the first sentence tells."""
     try:
         yield
     except RuntimeError as error:
-        raise RankLostError(f"another rank has ended or can't be reached: {str(error).splitlines()[0]}") from error
+        said = re.sub(r"^\[[^]]*\] ", "", str(error)).splitlines()[0].partition(". ")[0]
+        raise RankLostError(f"another rank has ended or can't be reached: {said}") from error
 
 
 def _transfer(calls: list[P2POp]) -> None:
