@@ -28,6 +28,7 @@ PATH = re.compile(r"(?<![\w/.-])(?:dsv2quant|tests|tools|benchmarks|examples|doc
 OTHERS = {
     "--enable-expert-parallel", "--tensor-parallel-size", "--data-parallel-size", "--pipeline-parallel-size",
     "--tp-size", "--ep-size",
+    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
     "--model", "--tasks", "--apply", "--extra-index-url", "--compare", "--help", "--hf-overrides", "--cpu-moe",
 }  # fmt: skip
 
