@@ -100,7 +100,7 @@ def evaluate(
         serving=options.serving,
         decode_path=settings.decode_path,
         kv_cache=KV_NAMES[options.kv_cache or options.dtype] if settings.decode_path else None,
-        device=device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        device=device if device == "cpu" else f"{_named(device, ranks)} ({torch.cuda.get_device_name(device)})",
         backend=options.backend,
         stream=settings.stream,
         torch=torch.__version__,
@@ -108,6 +108,11 @@ def evaluate(
         gates={} if comparison is None else _gates(comparison, settings),
         saved=None if settings.save is None else Saved(settings.save.name, settings.save.stat().st_size),
     )
+
+
+def _named(device: str, ranks: Ranks) -> str:
+    """As it was asked for: of several ranks each has the GPU of its number."""
+    return device if ranks.size == 1 else device.partition(":")[0]
 
 
 def _refer(
