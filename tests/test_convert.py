@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.conversion import shards
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
+from dsv2quant.storage import engine
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
 
 KILLER = Path(__file__).parent / "killer.py"
@@ -171,6 +173,23 @@ def test_nan_in_copied_fp8_codes_is_found(tmp_path, awkward):
         run(tmp_path / "bad", tmp_path / "out", "fp8-block")
 
 
+def test_shards_written_side_by_side_have_the_same_bytes(lite, tmp_path, monkeypatch):
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=60_000)
+    assert len(made.shards) > 4
+    start, orders = engine._Writing.start, {}
+    for count in (1, 3):
+        order = orders[count] = []
+        monkeypatch.setattr(shards, "lanes", lambda count=count: count)
+        monkeypatch.setattr(
+            engine._Writing, "start", lambda self, job, order=order: (order.append(job.file), start(self, job))
+        )
+        convert(made, tmp_path / str(count), command="")
+    assert orders[1] == sorted(orders[1]) == sorted(orders[3])
+    assert orders[3][:6] == [0, 1, 2, 0, 1, 2]
+    assert max(len({*orders[3][:i]} & {*orders[3][i:]}) for i in range(len(orders[3]))) == 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
 # Interruptions
 
 
@@ -203,6 +222,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(lite, tmp_path)
 
 
 def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "lanes", lambda: 1)  # side by side, these three would end together
     made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
     encode, calls = CODECS["fp8-channel"].encode, []
 

@@ -160,20 +160,30 @@ class Checkpoint(ABC):
         given, otherwise in a new array."""
         if buffer is None:
             buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
+        self._fill(tensor, [(begin, buffer.nbytes)], buffer)
+        return buffer
+
+    def pieces(self, tensor: StoredTensor, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The bytes (uint8) of a tensor at some places, (offset, how many), one behind the other."""
+        buffer = np.empty(sum(nbytes for _, nbytes in places), np.uint8)
+        self._fill(tensor, places, buffer)
+        return buffer
+
+    def _fill(self, tensor: StoredTensor, places: Sequence[tuple[int, int]], buffer: np.ndarray) -> None:
         path, start = self._path_and_start(tensor.file)
-        offset = start + tensor.begin + begin
-        view, done = buffer.data, 0
+        view = buffer.data
         with reading(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], offset + done)
-                    if count == 0:
-                        raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
-                    done += count
+                for begin, nbytes in places:
+                    offset, piece, view = start + tensor.begin + begin, view[:nbytes], view[nbytes:]
+                    while piece:
+                        count = os.preadv(descriptor, [piece], offset)
+                        if count == 0:
+                            raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
+                        offset, piece = offset + count, piece[count:]
             finally:
                 os.close(descriptor)
-        return buffer
 
     def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
         """A whole tensor in its shape, as `HELD_AS` has its dtype: BF16 as its bits (uint16), FP8 as its codes."""

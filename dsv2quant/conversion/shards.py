@@ -51,7 +51,7 @@ from dsv2quant.storage.durable import (
     dump_json,
     refuse_inputs,
 )
-from dsv2quant.storage.engine import File, Job
+from dsv2quant.storage.engine import File, Job, lanes, side_by_side
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
 from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
@@ -205,8 +205,16 @@ class Folder(Sink):
             return tune(self.plan.checkpoint, specs, held, tuning, self.work / "tuning", self._device, progress)
 
     def _jobs(self) -> Iterator[Job]:
-        places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
+        """Those of several shards in turns; of a stream's in their order, so that few of its shards lie on disk."""
+        steps: list[list[Step]] = [[] for _ in self.plan.shards]
         for step in self.plan.steps:
+            steps[step.shard].append(step)
+        shards = [self._shard_jobs(number, steps[number]) for number in range(len(steps))]
+        return side_by_side(shards, 1 if self.stream is not None else lanes())
+
+    def _shard_jobs(self, number: int, steps: Sequence[Step]) -> Iterator[Job]:
+        places = {output.name: begin for output, begin in self.plan.shards[number].placed()}
+        for step in steps:
             if all(entry.is_copy and entry.spec.name not in self._tuned for entry in step.entries):
                 for entry in step.entries:
                     for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
@@ -219,7 +227,8 @@ class Folder(Sink):
             reads = frozenset(part.file for entry in step.entries for part in entry.weight.parts.values())
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode, reads)
         for copy in self.plan.copies:
-            yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
+            if copy.shard == number:
+                yield from self._copies(copy.stored, number, places[copy.stored.name])
 
     def _copies(self, part: StoredTensor, shard: int, begin: int, weight: Weight | None = None) -> Iterator[Job]:
         """The jobs that write a tensor's bytes from `begin` on."""
