@@ -250,6 +250,29 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
     )
 
 
+def test_resuming_goes_on_amid_a_shard(lite, tmp_path, monkeypatch):
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"))
+    convert(made, tmp_path / "whole", command="")
+    monkeypatch.setattr(engine, "RECORD_EVERY", 1)
+    monkeypatch.setattr(shards, "KEPT_EVERY", 20_000)
+    encode, calls = CODECS["fp8-channel"].encode, []
+
+    def fail_late(weights, device, method, inputs):
+        calls.append(1)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return encode(weights, device, method, inputs)
+
+    monkeypatch.setattr(CODECS["fp8-channel"], "encode", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        convert(made, tmp_path / "out", command="")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors.partial", STATE_FILE}
+    continued = convert(made, tmp_path / "out", command="")
+    assert continued.resumed == 0  # of shards
+    assert 60 < len(calls) < 60 + sum(line.scheme == "fp8-channel" for line in made.entries) - 20
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_verbose_says_what_is_continued(lite, tmp_path, cli, monkeypatch, caplog):
     command = ("convert", lite, "--fp8=channel", "-o", tmp_path / "out", "--max-shard-size", "120KB", "-v")
     with monkeypatch.context() as m:

@@ -54,11 +54,12 @@ from dsv2quant.storage.durable import (
 from dsv2quant.storage.engine import File, Job, lanes, side_by_side
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
-from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
+from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, Shard, StoredTensor
 from dsv2quant.storage.verified import VERIFIED_FILE
 from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
+KEPT_EVERY = 256 << 20  # bytes of a shard that come between two places where a later run can go on
 _ASIDE = 1 << 20  # what the manifest may need, and the file system
 _scratch = Scratch()
 
@@ -109,7 +110,7 @@ class Folder(Sink):
             aside += tuning_bytes(plan.checkpoint, tuning)
         read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
-            out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
+            out, out / MANIFEST_FILE, [File(out / s.file, s.header, _marks(s)) for s in plan.shards], plan.digest,
             source, force=force, inputs=read, progress=progress, small=small,
             calibration=described or None, aside=aside, stream=plan.checkpoint.stream,
         )  # fmt: skip
@@ -314,6 +315,15 @@ class Folder(Sink):
         ]
         inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
         return CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
+
+
+def _marks(shard: Shard) -> tuple[int, ...]:
+    """Behind which bytes of a shard a later run can go on: a tensor's last, now and then, and the last of all."""
+    marks = [len(shard.header)]
+    for _, begin in shard.placed():
+        if begin - marks[-1] >= KEPT_EVERY:
+            marks.append(begin)
+    return (*marks[1:], shard.nbytes)
 
 
 def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: Statistics | None) -> None:
