@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert import processor
+
 from dsv2quant import __version__, api
 from dsv2quant.bench.device import append
 from dsv2quant.checkpoint import identity
@@ -92,6 +94,7 @@ def main() -> None:
         "GB in": round(made.plan.bytes_in / 1e9, 2),
         "GB out": round(made.bytes_out / 1e9, 2),
         "cores": os.cpu_count(),
+        "processor": processor(),
         "versions": f"dsv2quant {__version__}, Python {platform.python_version()}",
     }
     columns = ["stage", "calls", "threads", "GB", "wall s", "CPU s", "CPU s a GB", "bound s"]
