@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
 from dsv2quant.storage import engine
-from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, StateLog
 
 KILLER = Path(__file__).parent / "killer.py"
 
@@ -339,6 +340,16 @@ def test_a_finished_artifact_is_recognised(lite, tmp_path):
     assert contents(tmp_path / "out") == before
     with pytest.raises(InputError, match="is not empty"):
         run(lite, tmp_path / "out", "fp8-tensor")
+
+
+def test_shards_that_end_together_are_all_recorded(tmp_path):
+    log = StateLog(tmp_path / "state", tmp_path)
+    log.start({})
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(log.append, ({"file": n} for n in range(400))))
+    log.close()
+    recorded = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    assert sorted(line["file"] for line in recorded[1:]) == list(range(400))
 
 
 def test_two_runs_into_one_folder_do_not_mix(lite, tmp_path):

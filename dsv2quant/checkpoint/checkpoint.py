@@ -38,7 +38,7 @@ from dsv2quant.formats.declared import readable_codecs
 from dsv2quant.formats.schemes import CODECS, DECODERS, SOURCES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
-from dsv2quant.storage.files import AGAIN, carried_files, reading
+from dsv2quant.storage.files import carried_files, fill, reading
 from dsv2quant.storage.manifest import beside
 from dsv2quant.storage.safetensors import (
     HELD_AS,
@@ -160,30 +160,14 @@ class Checkpoint(ABC):
         given, otherwise in a new array."""
         if buffer is None:
             buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
-        self._fill(tensor, [(begin, buffer.nbytes)], buffer)
-        return buffer
+        path, start = self._path_and_start(tensor.file)
+        return fill(buffer, path, [(start + tensor.begin + begin, buffer.nbytes)], tensor.name)
 
     def pieces(self, tensor: StoredTensor, places: Sequence[tuple[int, int]]) -> np.ndarray:
         """The bytes (uint8) of a tensor at some places, (offset, how many), one behind the other."""
-        buffer = np.empty(sum(nbytes for _, nbytes in places), np.uint8)
-        self._fill(tensor, places, buffer)
-        return buffer
-
-    def _fill(self, tensor: StoredTensor, places: Sequence[tuple[int, int]], buffer: np.ndarray) -> None:
         path, start = self._path_and_start(tensor.file)
-        view = buffer.data
-        with reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                for begin, nbytes in places:
-                    offset, piece, view = start + tensor.begin + begin, view[:nbytes], view[nbytes:]
-                    while piece:
-                        count = os.preadv(descriptor, [piece], offset)
-                        if count == 0:
-                            raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
-                        offset, piece = offset + count, piece[count:]
-            finally:
-                os.close(descriptor)
+        buffer = np.empty(sum(nbytes for _, nbytes in places), np.uint8)
+        return fill(buffer, path, [(start + tensor.begin + begin, nbytes) for begin, nbytes in places], tensor.name)
 
     def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
         """A whole tensor in its shape, as `HELD_AS` has its dtype: BF16 as its bits (uint16), FP8 as its codes."""
