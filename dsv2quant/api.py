@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.errors import UsageError
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.options import HubOptions, Options, StrPath
+from dsv2quant.planning.scoring import check_evaluation
 from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -240,7 +242,7 @@ def evaluate(
     stream: bool = False, device: str = "cpu", dtype: str = "auto", backend: str = "auto", weight_only: bool = False,
     decode_path: bool = False, kv_cache: str = "auto", serving: str | None = None,
     max_ppl_increase: float | None = None, max_kld: float | None = None, progress: Progress = no_progress,
-    **hub: Unpack[HubOptions],
+    ranks: Ranks = ALONE, **hub: Unpack[HubOptions],
 ) -> Evaluation:  # fmt: skip
     """A model's perplexity and, with `reference`, its divergence from that, on a `text` file, a `dataset`
     ("wikitext2"), or Python's own help topics.
@@ -250,26 +252,17 @@ def evaluate(
     `ctx` tokens are in a window (2048, or the trained context), `limit` windows are scored, `batch` of them go through
     a layer together; `stream` holds one layer's weights at a time. `max_ppl_increase`, in percent, and `max_kld`, in
     nats, set gates: `Evaluation.check_gates` raises for what failed. `decode_path` scores token by token, over a cache
-    that stores `kv_cache`; `serving` computes as that consumer does where it departs from what the artifact says.
+    that stores `kv_cache`; `serving` computes as that consumer does where it departs from what the artifact says. Of
+    several `ranks` each scores some windows, and all get the whole.
     Raises UsageError where options contradict each other or can't be had, and InputError where model, reference and
     text don't go together, or the file of a reference can't be read or written.
     """
-    asked.check_values(
+    check_evaluation(
         {"ctx": ctx, "limit": limit, "batch": batch, "protocol": protocol, "dataset": dataset, "dtype": dtype,
-         "backend": backend, "kv_cache": kv_cache, "serving": serving}
+         "backend": backend, "kv_cache": kv_cache, "serving": serving, "text": text, "reference": reference,
+         "save_reference": save_reference, "max_ppl_increase": max_ppl_increase, "max_kld": max_kld},
+        weight_only=weight_only, decode_path=decode_path, ranks=ranks.size,
     )  # fmt: skip
-    if serving is not None and weight_only:
-        raise UsageError("--as and --weight-only exclude each other: a consumer does as it does")
-    if reference is None and (max_ppl_increase is not None or max_kld is not None):
-        raise UsageError("--max-ppl-increase and --max-kld need --reference")
-    if save_reference is not None and reference is not None:
-        raise UsageError("--save-reference and --reference exclude each other: what is kept is MODEL itself")
-    if save_reference is not None and kv_cache != "auto":
-        raise UsageError(f"--kv-cache {kv_cache}: a reference that is kept has the compute dtype in its cache")
-    if text is not None and dataset is not None:
-        raise UsageError("--text and --dataset exclude each other")
-    if kv_cache != "auto" and not decode_path:
-        raise UsageError("--kv-cache needs --decode-path: prefill reads no cache")
     from dsv2quant.text.text import from_dataset, from_file, python_topics
 
     if text is not None:
@@ -292,7 +285,7 @@ def evaluate(
     with progress(0, "", "reference"):
         kept = kept_at(reference)
     against = kept if kept or reference is None else open(reference, **hub | {"revision": None})
-    return measure.evaluate(opened, against, scored, settings, progress)
+    return measure.evaluate(opened, against, scored, settings, progress, ranks)
 
 
 def verify(

@@ -9,6 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.cli.ranks import together
 from dsv2quant.planning.options import ENGINES, PROTOCOLS
 
 
@@ -69,8 +70,10 @@ def command(model: str, as_json: bool, verbose: int, quiet: bool, **options: Any
       dsv2quant eval-ppl OUT --reference bf16.safetensors
     """
     terminal.set_verbosity(verbose, quiet)
-    found = dq.evaluate(model, progress=terminal.progress(quiet), **shared.asked(options))
-    from dsv2quant.evaluation.results import evaluation_json, evaluation_text
+    asked = shared.asked(options)
+    with together(asked.pop("device", "cpu")) as ranks:
+        found = dq.evaluate(model, device=ranks.device, progress=terminal.progress(quiet), ranks=ranks, **asked)
+        from dsv2quant.evaluation.results import evaluation_json, evaluation_text
 
-    terminal.show(found, evaluation_json, evaluation_text, as_json)
-    found.check_gates()
+        terminal.show(found, evaluation_json, evaluation_text, as_json)
+        found.check_gates()

@@ -14,9 +14,11 @@ from typing import NoReturn
 
 import click
 
-from dsv2quant.cli.signals import Stopped, stopping
+from dsv2quant.cli.endings import EARLY, ending
+from dsv2quant.cli.ranks import hushed, place
+from dsv2quant.cli.signals import stopping
 from dsv2quant.cli.terminal import logging_shown, take_any_text
-from dsv2quant.errors import Dsv2quantError, printable
+from dsv2quant.errors import UsageError
 from dsv2quant.version import __version__
 
 # Verb → (module, one line). Listing them needs no import, which keeps --help instant.
@@ -36,6 +38,8 @@ VERBS = {
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 
+SHARED = ("calibrate", "convert", "eval-ppl")  # what several ranks of torchrun can do together
+
 
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -53,6 +57,8 @@ class _Verbs(click.Group):
         if args[0] not in VERBS and args[0][:1].isalnum() and not ctx.resilient_parsing:
             near = get_close_matches(args[0].replace("_", "-"), VERBS, 1)
             raise click.UsageError(f"No such verb {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""), ctx)
+        if args[0] in VERBS and args[0] not in SHARED and place() is not None:
+            raise UsageError(f"{args[0]} runs in one process", fix=f"torchrun is for {', '.join(SHARED)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -75,30 +81,27 @@ def cli() -> None:
 def main() -> NoReturn:
     """Entry point of the console script."""
     take_any_text()
+    with hushed():
+        code = _run()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
     try:
         with logging_shown(), stopping():
-            code = cli.main(standalone_mode=False) or 0
+            return cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as exit_:
-        code = exit_.exit_code
+        return exit_.exit_code
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Stopped as stopped:
-        with suppress(OSError):  # the terminal may be gone
-            print("terminated", file=sys.stderr)
-        code = 128 + stopped.args[0]
-    except Dsv2quantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        return error.exit_code
     except BrokenPipeError:
         # The reader of our output left: `dsv2quant inspect … | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(printable(f"error: {where}{error.strerror or error}"), file=sys.stderr)
-        code = 3
-    sys.exit(code)
+        return 0
+    except EARLY as error:
+        code, line = ending(error)
+        with suppress(OSError):  # the terminal may be gone
+            print(line, file=sys.stderr)
+        return code

@@ -77,6 +77,11 @@ class Held:
                 below[window, at] = wide.log_softmax(-1).amax(1, keepdim=True)
         return cls(logits, largest, below, run.routes, run.begin)
 
+    def part(self, windows: slice) -> Held:
+        """The same, of some of its windows."""
+        routes = [r if r is None else r[windows] for r in self.routes]
+        return Held(self.logits[windows], self.largest[windows], self.below[windows], routes, self.begin)
+
     def log_probabilities(self, window: int, first: int) -> Iterator[torch.Tensor]:
         """As the function."""
         parts = (
@@ -172,6 +177,17 @@ class Divergence:
     kld: np.ndarray
     same_top1: np.ndarray
     router: dict[int, np.ndarray]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Divergence]) -> Divergence:
+        """Those of windows behind each other."""
+        return cls(
+            np.concatenate([part.nll for part in parts]),
+            np.concatenate([part.reference_nll for part in parts]),
+            np.concatenate([part.kld for part in parts]),
+            np.concatenate([part.same_top1 for part in parts]),
+            {layer: np.concatenate([part.router[layer] for part in parts]) for layer in parts[0].router},
+        )
 
 
 @torch.inference_mode()

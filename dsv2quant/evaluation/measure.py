@@ -5,16 +5,27 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation import divergence
-from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, Pass, batches_of, negative_log_likelihoods
-from dsv2quant.evaluation.passes import Settings, conditions_of, kept_of, refer, run_model, source_of, weights_of
+from dsv2quant.evaluation.divergence import TOKENS_TOGETHER, Divergence, Pass, batches_of, negative_log_likelihoods
+from dsv2quant.evaluation.passes import (
+    FLOOR_WINDOWS,
+    Settings,
+    conditions_of,
+    kept_of,
+    refer,
+    run_model,
+    source_of,
+    weights_of,
+)
 from dsv2quant.evaluation.reference import KeptReference, Reference
 from dsv2quant.evaluation.results import Comparison, Evaluation, Gate, Saved, Scored
 from dsv2quant.model.cache import KV_NAMES
@@ -34,10 +45,14 @@ def evaluate(
     text: Text,
     settings: Settings,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Score a text. Raises InputError where model, reference and text don't go together, and UsageError for a length of
-    windows that the model can't have. Warns of a text that the model was calibrated on, of windows beyond what it was
-    trained for, and of a kept reference that is of other weights than the model was made from."""
+    """Score a text. Several `ranks` have windows each, and all get the same numbers, which are those of one.
+
+    Raises InputError where model, reference and text don't go together, and UsageError for a length of windows that the
+    model can't have, and for more ranks than batches of windows. Warns of a text that the model was calibrated on, of
+    windows beyond what it was trained for, and of a kept reference that is of other weights than the model was made
+    from."""
     started = time.perf_counter()
     _warn(checkpoint, text, settings)
     with progress(0, "", "tokenize"):
@@ -52,26 +67,29 @@ def evaluate(
     elif reference is not None and (theirs := reference.config.vocab_size) != checkpoint.config.vocab_size:
         what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {checkpoint.config.vocab_size}"
         raise InputError(what, where=reference.model, fix="give the model it was made from")
-    scored = len(ids) * windows.scored
-    comparison = None
+    own = _share(len(ids), batch, ranks)
+    mine = Windows(ids[own], first)
     if settings.save is not None:
         kept = kept_of(checkpoint, settings.save, windows, conditions, settings, progress)
         passed = kept.reference(len(ids), device).passed
     else:
-        passed = run_model(checkpoint, ids, batches_of(len(ids), batch), settings, progress, checkpoint.model)
+        batches = batches_of(len(mine.ids), batch)
+        passed = run_model(checkpoint, mine.ids, batches, settings, progress, checkpoint.model)
+    comparison = None
     if reference is None:
-        with progress(scored, "tok", "score") as advance:
-            nll = negative_log_likelihoods(passed, ids, first, advance)
+        with progress(len(mine.ids) * windows.scored, "tok", "score") as advance:
+            part = negative_log_likelihoods(passed, mine.ids, first, advance)
+        nll = np.concatenate(ranks.everywhere(part))
     else:
         if isinstance(reference, KeptReference):
-            referred = reference.reference(len(ids), device)
+            referred = reference.reference(len(ids), device).part(own)
         else:
-            referred = refer(reference, windows, batch, settings, progress)
-        nll, comparison = _compare(passed, referred, windows, progress)
+            referred = _refer(reference, windows, own, batch, settings, progress, ranks)
+        nll, comparison = _compare(passed, referred, mine, progress, ranks)
     return Evaluation(
         scored=Scored(**weights_of(checkpoint), perplexity=divergence.perplexity(nll)),
         comparison=comparison,
-        tokens=scored,
+        tokens=len(ids) * windows.scored,
         windows=len(ids),
         ctx=int(ids.shape[1]),
         protocol=settings.protocol,
@@ -92,10 +110,46 @@ def evaluate(
     )
 
 
-def _compare(passed: Pass, reference: Reference, windows: Windows, progress: Progress) -> tuple[np.ndarray, Comparison]:
-    """−ln p of the model [windows, tokens], and how far its pass is from the reference's."""
+def _share(count: int, batch: int, ranks: Ranks) -> slice:
+    """Of so many windows those of this rank: whole batches, which are then the same ones however many ranks there are.
+    Raises UsageError where a rank would have none."""
+    batches = batches_of(count, batch)
+    if ranks.size > len(batches):
+        what = f"{ranks.size} ranks for {count} windows, which go in {len(batches)} batches of {batch}"
+        raise UsageError(what, fix=f"start {len(batches)} at most, or score more windows")
+    share = ranks.share(len(batches))
+    return slice(batches[share[0]].start, batches[share[-1]].stop)
+
+
+def _refer(
+    reference: Checkpoint,
+    windows: Windows,
+    own: slice,
+    batch: int,
+    settings: Settings,
+    progress: Progress,
+    ranks: Ranks,
+) -> Reference:
+    """A model as a reference over this rank's own windows. Rank 0 also runs what its noise floor needs."""
+    needed = min(len(windows.ids), -(-FLOOR_WINDOWS // batch) * batch)  # in the batches that one rank has them in
+    if ranks.is_first:
+        some = Windows(windows.ids[: max(own.stop, needed)], windows.first)
+        found = refer(reference, some, batch, settings, progress).part(own)
+        ranks.agreed(found.noise_floor)
+        return found
+    ids = windows.ids[own]
+    unquantized = replace(settings, options=replace(settings.options, kv_cache=None))
+    passed = run_model(reference, ids, batches_of(len(ids), batch), unquantized, progress, "reference")
+    return Reference(weights_of(reference), passed, ranks.agreed(None))
+
+
+def _compare(
+    passed: Pass, reference: Reference, windows: Windows, progress: Progress, ranks: Ranks
+) -> tuple[np.ndarray, Comparison]:
+    """−ln p of the model [windows, tokens], and how far its pass is from the reference's, of all ranks' windows."""
     with progress(len(windows.ids) * windows.scored, "tok", "compare") as advance:
-        compared = divergence.compare(passed, reference.distributions, windows.ids, windows.first, advance)
+        part = divergence.compare(passed, reference.distributions, windows.ids, windows.first, advance)
+    compared = Divergence.joined(ranks.everywhere(part))
     referred = Scored(**reference.weights, perplexity=divergence.perplexity(compared.reference_nll))
     distance = vars(divergence.summarize(compared))
     return compared.nll, Comparison(**distance, reference=referred, noise_floor=reference.noise_floor)

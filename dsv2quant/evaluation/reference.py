@@ -96,6 +96,11 @@ class Reference:
         """What ln p is made of."""
         return self.held or self.passed
 
+    def part(self, windows: slice) -> Reference:
+        """The same over some of its windows."""
+        held = None if self.held is None else self.held.part(windows)
+        return Reference(self.weights, self.passed.part(windows), self.noise_floor, held)
+
 
 @dataclass(frozen=True)
 class KeptHead:
