@@ -5,7 +5,9 @@
 The copy reads all of the input and writes as many bytes as the output, with fsync: what any converter must at least do.
 Both start with the input out of the page cache (`cold`, as any checkpoint larger than memory is) or in it (`warm`).
 Convert is the whole command, interpreter start included; each pair of runs gives one ratio, and the median is kept.
-Peak anonymous memory (RssAnon) is sampled every 10 ms; `above` subtracts that of an interpreter that imported numpy.
+Peak anonymous memory (RssAnon) and the number of threads are sampled every 10 ms; `above` subtracts the memory of an
+interpreter that imported numpy. CPU seconds are the whole command's, in the program and in the system. One more run
+shows where the time went (convert_stages.py), in a file beside the results.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +119,35 @@ def copy(source: Path, target: Path, bytes_out: int) -> float:
     return seconds
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak RssAnon in bytes) of a command."""
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Ran:
+    """What a command took: seconds, CPU seconds in the program and in the system, peak RssAnon in bytes, threads."""
+
+    seconds: float
+    user: float
+    system: float
+    peak: int
+    threads: int
+
+
+def run(command: list[str]) -> Ran:
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
+    peak = threads = 0
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             break
-        anonymous = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-        peak = max(peak, *(1024 * int(kilobytes) for kilobytes in anonymous), 0)
+        said = dict(line.split(":", 1) for line in status.splitlines())
+        peak = max(peak, 1024 * int(said.get("RssAnon", "0 kB").split()[0]))
+        threads = max(threads, int(said["Threads"]))
         time.sleep(0.01)
-    seconds = time.perf_counter() - started
+    process.wait()
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-    return seconds, peak
+    return Ran(seconds, after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime, peak, threads)
 
 
 def processor() -> str:
@@ -156,20 +172,26 @@ def main() -> None:
     convert = [sys.executable, "-m", "dsv2quant", "convert", str(source), f"--fp8={options.fp8}", "-o", str(out), "-q"]
     run([*convert, "--force"])  # compiles the encoder once; its cache then lies beside the package
     bytes_out = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    _, bare = run([sys.executable, "-c", "import numpy, time; time.sleep(0.5)"])
+    bare = run([sys.executable, "-c", "import numpy, time; time.sleep(0.5)"]).peak
 
     def prepare() -> None:
         set_cache(source, options.cache == "warm")
         touch_memory(min(bytes_in * (options.cache == "cold") + bytes_out, 12 << 30))
 
-    pairs = []
+    pairs: list[tuple[float, Ran]] = []
     for _ in range(options.runs):
         shutil.rmtree(out)
         prepare()
         copied = copy(source, options.scratch / "copy.bin", bytes_out)
         prepare()
-        pairs.append((copied, *run(convert)))
-        print(f"copy {copied:.2f} s, convert {pairs[-1][1]:.2f} s, ratio {pairs[-1][1] / copied:.3f}", file=sys.stderr)
+        ran = run(convert)
+        pairs.append((copied, ran))
+        print(f"copy {copied:.2f} s, convert {ran.seconds:.2f} s, ratio {ran.seconds / copied:.3f}", file=sys.stderr)
+    shutil.rmtree(out)
+    prepare()
+    stages = [sys.executable, str(Path(__file__).with_name("convert_stages.py")), str(source), str(out)]
+    named = ["--results", str(options.results.with_name("convert_stages.csv"))] if options.results else []
+    subprocess.run([*stages, "--fp8", options.fp8, *named], check=True)
     shutil.rmtree(source)
     shutil.rmtree(out)
     row = {
@@ -179,14 +201,17 @@ def main() -> None:
         "GB in": round(bytes_in / 1e9, 2),
         "GB out": round(bytes_out / 1e9, 2),
         "copy s": round(statistics.median(p[0] for p in pairs), 2),
-        "convert s": round(statistics.median(p[1] for p in pairs), 2),
-        "ratio": round(statistics.median(p[1] / p[0] for p in pairs), 3),
-        "ratios": " ".join(f"{p[1] / p[0]:.3f}" for p in pairs),
-        "peak MiB above": round((max(p[2] for p in pairs) - bare) / 2**20),
+        "convert s": round(statistics.median(ran.seconds for _, ran in pairs), 2),
+        "ratio": round(statistics.median(ran.seconds / copied for copied, ran in pairs), 3),
+        "ratios": " ".join(f"{ran.seconds / copied:.3f}" for copied, ran in pairs),
+        "peak MiB above": round((max(ran.peak for _, ran in pairs) - bare) / 2**20),
         "interpreter MiB": round(bare / 2**20),
         "cores": os.cpu_count(),
         "processor": processor(),
         "versions": f"dsv2quant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
+        "user s": round(statistics.median(ran.user for _, ran in pairs), 2),
+        "system s": round(statistics.median(ran.system for _, ran in pairs), 2),
+        "threads": max(ran.threads for _, ran in pairs),
     }
     print("\n".join(f"{key}: {value}" for key, value in row.items()))
     append(options.results, [row])

@@ -119,7 +119,7 @@ def convert(options: argparse.Namespace) -> None:
                 compiled = out.parent / "numba"
                 shutil.rmtree(compiled, ignore_errors=True)
                 os.environ["NUMBA_CACHE_DIR"] = str(compiled)
-                cold, peak = run(own)
+                cold = run(own).seconds
                 continue
             before = time.perf_counter()
             subprocess.run([*first, "--outtype", "bf16"], check=True, capture_output=True)
@@ -127,8 +127,8 @@ def convert(options: argparse.Namespace) -> None:
             subprocess.run(second, check=True, capture_output=True)
             quantized = time.perf_counter()
             bf16.unlink()
-            seconds, peak = run(own)
-            found.append((converted - before, quantized - converted, seconds, peak))
+            ran = run(own)
+            found.append((converted - before, quantized - converted, ran.seconds, ran.peak))
             print(f"{kind}: {found[-1]}", file=sys.stderr, flush=True)
         ratios = [(a + b) / c for a, b, c, _ in found]
         row = {

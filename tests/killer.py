@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 
+os.cpu_count = lambda: 8  # on any machine: several shards are written side by side
 kill_at = changes = 0
 lock = threading.Lock()
 
@@ -52,10 +53,11 @@ from dsv2quant.cli.main import main  # noqa: E402
 def run(n, *args):
     global changes, kill_at
     changes, kill_at = 0, n
-    if "--gguf" in args:
+    if "convert" in args:
+        from dsv2quant.conversion import shards
         from dsv2quant.storage import engine
 
-        engine.RECORD_EVERY = 1  # a small model's tensors, too, are recorded one by one
+        engine.RECORD_EVERY = shards.KEPT_EVERY = 1  # a small model's tensors, too, are recorded one by one
     if "--save-reference" in args:
         from dsv2quant.evaluation import keeping
 

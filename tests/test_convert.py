@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ from safetensors.torch import load_file
 
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
+from dsv2quant.conversion import shards
 from dsv2quant.conversion.convert import convert
 from dsv2quant.errors import InputError
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import make_plan
-from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
+from dsv2quant.storage import engine
+from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE, StateLog
 
 KILLER = Path(__file__).parent / "killer.py"
 
@@ -171,6 +174,23 @@ def test_nan_in_copied_fp8_codes_is_found(tmp_path, awkward):
         run(tmp_path / "bad", tmp_path / "out", "fp8-block")
 
 
+def test_shards_written_side_by_side_have_the_same_bytes(lite, tmp_path, monkeypatch):
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=60_000)
+    assert len(made.shards) > 4
+    start, orders = engine._Writing.start, {}
+    for count in (1, 3):
+        order = orders[count] = []
+        monkeypatch.setattr(shards, "lanes", lambda count=count: count)
+        monkeypatch.setattr(
+            engine._Writing, "start", lambda self, job, order=order: (order.append(job.file), start(self, job))
+        )
+        convert(made, tmp_path / str(count), command="")
+    assert orders[1] == sorted(orders[1]) == sorted(orders[3])
+    assert orders[3][:6] == [0, 1, 2, 0, 1, 2]
+    assert max(len({*orders[3][:i]} & {*orders[3][i:]}) for i in range(len(orders[3]))) == 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
 # Interruptions
 
 
@@ -203,6 +223,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(lite, tmp_path)
 
 
 def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "lanes", lambda: 1)  # side by side, these three would end together
     made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
     encode, calls = CODECS["fp8-channel"].encode, []
 
@@ -228,6 +249,29 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
         json.loads((tmp_path / "whole" / MANIFEST_FILE).read_text())["files"].items()
         >= {name: result.files[name] for name in kept}.items()
     )
+
+
+def test_resuming_goes_on_amid_a_shard(lite, tmp_path, monkeypatch):
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"))
+    convert(made, tmp_path / "whole", command="")
+    monkeypatch.setattr(engine, "RECORD_EVERY", 1)
+    monkeypatch.setattr(shards, "KEPT_EVERY", 20_000)
+    encode, calls = CODECS["fp8-channel"].encode, []
+
+    def fail_late(weights, device, method, inputs):
+        calls.append(1)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return encode(weights, device, method, inputs)
+
+    monkeypatch.setattr(CODECS["fp8-channel"], "encode", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        convert(made, tmp_path / "out", command="")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors.partial", STATE_FILE}
+    continued = convert(made, tmp_path / "out", command="")
+    assert continued.resumed == 0  # of shards
+    assert 60 < len(calls) < 60 + sum(line.scheme == "fp8-channel" for line in made.entries) - 20
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_verbose_says_what_is_continued(lite, tmp_path, cli, monkeypatch, caplog):
@@ -296,6 +340,16 @@ def test_a_finished_artifact_is_recognised(lite, tmp_path):
     assert contents(tmp_path / "out") == before
     with pytest.raises(InputError, match="is not empty"):
         run(lite, tmp_path / "out", "fp8-tensor")
+
+
+def test_shards_that_end_together_are_all_recorded(tmp_path):
+    log = StateLog(tmp_path / "state", tmp_path)
+    log.start({})
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(log.append, ({"file": n} for n in range(400))))
+    log.close()
+    recorded = [json.loads(line) for line in (tmp_path / "state").read_text().splitlines()]
+    assert sorted(line["file"] for line in recorded[1:]) == list(range(400))
 
 
 def test_two_runs_into_one_folder_do_not_mix(lite, tmp_path):

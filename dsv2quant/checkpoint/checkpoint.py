@@ -38,7 +38,7 @@ from dsv2quant.formats.declared import readable_codecs
 from dsv2quant.formats.schemes import CODECS, DECODERS, SOURCES
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import MANIFEST_FILE, STATE_FILE
-from dsv2quant.storage.files import AGAIN, carried_files, reading
+from dsv2quant.storage.files import carried_files, fill, reading
 from dsv2quant.storage.manifest import beside
 from dsv2quant.storage.safetensors import (
     HELD_AS,
@@ -161,19 +161,13 @@ class Checkpoint(ABC):
         if buffer is None:
             buffer = np.empty(tensor.nbytes - begin if nbytes is None else nbytes, np.uint8)
         path, start = self._path_and_start(tensor.file)
-        offset = start + tensor.begin + begin
-        view, done = buffer.data, 0
-        with reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], offset + done)
-                    if count == 0:
-                        raise InputError(f"{tensor.name} ends early", where=path, fix=AGAIN)
-                    done += count
-            finally:
-                os.close(descriptor)
-        return buffer
+        return fill(buffer, path, [(start + tensor.begin + begin, buffer.nbytes)], tensor.name)
+
+    def pieces(self, tensor: StoredTensor, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The bytes (uint8) of a tensor at some places, (offset, how many), one behind the other."""
+        path, start = self._path_and_start(tensor.file)
+        buffer = np.empty(sum(nbytes for _, nbytes in places), np.uint8)
+        return fill(buffer, path, [(start + tensor.begin + begin, nbytes) for begin, nbytes in places], tensor.name)
 
     def array(self, tensor: StoredTensor, buffer: np.ndarray | None = None) -> np.ndarray:
         """A whole tensor in its shape, as `HELD_AS` has its dtype: BF16 as its bits (uint16), FP8 as its codes."""

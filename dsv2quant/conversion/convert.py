@@ -80,11 +80,10 @@ def convert(
         sink = TunedGgufFiles(
             plan, Path(out), split_max_size, device, tuning, untuned, force=force, inputs=inputs, progress=progress
         )
-    resumed, files = sink.resumed, sink.complete
+    (resumed, total), files = sink.counted, sink.complete
     with tell_kept(sink.out, partial(resumable, sink.out)), closing(sink):
         if files is None:
-            if resumed:
-                total = sum(len(written.file.marks) for written in sink.written)
+            if any(written.done for written in sink.written):
                 logger.info("continuing: %d of %d %s are finished", resumed, total, sink.units)
             jobs = sink.jobs(progress)
             with progress(plan.bytes_in, "B", "convert") as advance:

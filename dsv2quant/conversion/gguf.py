@@ -92,6 +92,10 @@ class GgufFiles(Sink):
             stream=plan.checkpoint.stream, calibration=calibration, aside=aside,
         )  # fmt: skip
 
+    @property
+    def counted(self) -> tuple[int, int]:
+        return sum(written.done for written in self.written), sum(len(w.file.marks) for w in self.written)
+
     def about(self) -> dict[str, Any]:
         return {"versions": {"dsv2quant": __version__}}
 

@@ -52,14 +52,15 @@ from dsv2quant.storage.durable import (
     dump_json,
     refuse_inputs,
 )
-from dsv2quant.storage.engine import File, Job
+from dsv2quant.storage.engine import File, Job, lanes, side_by_side
 from dsv2quant.storage.files import Scratch
 from dsv2quant.storage.manifest import CARD_FILE, is_inside
-from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, StoredTensor
+from dsv2quant.storage.safetensors import HELD_AS, INDEX_FILE, Shard, StoredTensor
 from dsv2quant.storage.verified import VERIFIED_FILE
 from dsv2quant.version import __version__
 
 CHUNK = 8 << 20  # a copied tensor is read and written in pieces of this size
+KEPT_EVERY = 256 << 20  # bytes of a shard that come between two places where a later run can go on
 _ASIDE = 1 << 20  # what the manifest may need, and the file system
 _scratch = Scratch()
 
@@ -111,7 +112,7 @@ class Folder(Sink):
             aside += tuning_bytes(plan.checkpoint, tuning)
         read = [*plan.checkpoint.inputs, *([statistics.path] if statistics is not None else []), *inputs]
         super().__init__(
-            out, out / MANIFEST_FILE, [File(out / s.file, s.header, (s.nbytes,)) for s in plan.shards], plan.digest,
+            out, out / MANIFEST_FILE, [File(out / s.file, s.header, _marks(s)) for s in plan.shards], plan.digest,
             source, force=force, inputs=read, progress=progress, small=small,
             calibration=described or None, aside=aside, stream=plan.checkpoint.stream,
         )  # fmt: skip
@@ -209,8 +210,16 @@ class Folder(Sink):
             return tune(self.plan.checkpoint, specs, held, tuning, self.work / "tuning", self._device, progress)
 
     def _jobs(self) -> Iterator[Job]:
-        places = {output.name: begin for shard in self.plan.shards for output, begin in shard.placed()}
+        """Those of several shards in turns; of a stream's in their order, so that few of its shards lie on disk."""
+        steps: list[list[Step]] = [[] for _ in self.plan.shards]
         for step in self.plan.steps:
+            steps[step.shard].append(step)
+        shards = [self._shard_jobs(number, steps[number]) for number in range(len(steps))]
+        return side_by_side(shards, 1 if self.stream is not None else lanes())
+
+    def _shard_jobs(self, number: int, steps: Sequence[Step]) -> Iterator[Job]:
+        places = {output.name: begin for output, begin in self.plan.shards[number].placed()}
+        for step in steps:
             if all(entry.is_copy and entry.spec.name not in self._tuned for entry in step.entries):
                 for entry in step.entries:
                     for part, output in zip(entry.weight.parts.values(), entry.outputs, strict=True):
@@ -223,7 +232,8 @@ class Folder(Sink):
             reads = frozenset(part.file for entry in step.entries for part in entry.weight.parts.values())
             yield Job(step.shard, step.entries[0].spec.name, spans, step.bytes_in, memory, encode, reads)
         for copy in self.plan.copies:
-            yield from self._copies(copy.stored, copy.shard, places[copy.stored.name])
+            if copy.shard == number:
+                yield from self._copies(copy.stored, number, places[copy.stored.name])
 
     def _copies(self, part: StoredTensor, shard: int, begin: int, weight: Weight | None = None) -> Iterator[Job]:
         """The jobs that write a tensor's bytes from `begin` on."""
@@ -309,6 +319,15 @@ class Folder(Sink):
         ]
         inputs = [prepared.inputs(entry) for entry in entries if entry.needs_inputs]
         return CODECS[entries[0].scheme].encode(weights, self._device, entries[0].encoding, inputs)
+
+
+def _marks(shard: Shard) -> tuple[int, ...]:
+    """Behind which bytes of a shard a later run can go on: a tensor's last, now and then, and the last of all."""
+    marks = [len(shard.header)]
+    for _, begin in shard.placed():
+        if begin - marks[-1] >= KEPT_EVERY:
+            marks.append(begin)
+    return (*marks[1:], shard.nbytes)
 
 
 def _check(plan: Plan, out: Path, calibration: Calibration | None, statistics: Statistics | None) -> None:

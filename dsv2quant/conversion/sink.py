@@ -61,7 +61,7 @@ class Sink(ABC):
     kind: ClassVar[str]  # what `out` is
     other: ClassVar[str]  # what to give where something else is there
     of_another: ClassVar[str]  # said of an artifact of another source
-    units: ClassVar[str]  # what a later run keeps of a file
+    units: ClassVar[str]  # what it says that a later run found finished
 
     def __init__(
         self,
@@ -114,9 +114,9 @@ class Sink(ABC):
         """What the manifest says beside plan, command and source."""
 
     @property
-    def resumed(self) -> int:
-        """How many `units` are durable."""
-        return sum(written.done for written in self.written)
+    def counted(self) -> tuple[int, int]:
+        """How many `units` are durable, and how many there are: files, where a sink counts nothing smaller."""
+        return sum(written.is_whole for written in self.written), len(self.written)
 
     def _claim(self, force: bool, inputs: list[Path], aside: int, progress: Progress) -> None:
         self._check_names(inputs)
@@ -125,7 +125,7 @@ class Sink(ABC):
             self._check_complete(manifest, progress)
             return
         wanted = {
-            "schema": f"{_STATE}3",
+            "schema": f"{_STATE}4",
             "plan": self.digest,
             "source": self.source.identity | {"stats": self.source.stats},
             "calibration": self._calibration,

@@ -72,7 +72,7 @@ def row_amax(row):  # type: ignore[no-untyped-def]
 @compiled
 def amax_bits(weight):  # type: ignore[no-untyped-def]
     """Bits of the largest magnitude of a matrix."""
-    most = row_amax(weight[0])
+    most = magnitude(weight[0, 0])
     for i in range(weight.shape[0]):
         most = larger(most, row_amax(weight[i]))
     return most

@@ -209,11 +209,11 @@ def dump_json(value: Mapping[str, Any]) -> bytes:
 
 
 class StateLog:
-    """`lines` are those that it holds; it is locked until it is closed."""
+    """`lines` are those that it holds; it is locked until it is closed. Any thread may append to it."""
 
     def __init__(self, path: Path, where: Path) -> None:
         """Open it, or make it. Raises InputError naming `where` if another run has it, and OSError."""
-        self._descriptor = open_locked(path, where)
+        self._descriptor, self._lock = open_locked(path, where), threading.Lock()
         try:
             self.lines, self._end = _parse(os.pread(self._descriptor, _MAX_STATE, 0))
         except BaseException:
@@ -228,14 +228,14 @@ class StateLog:
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line behind the others, durably. Raises OSError."""
-        content = json.dumps(line).encode() + b"\n"
-        os.ftruncate(self._descriptor, self._end)  # what a power failure left of a line
-        done = 0
-        while done < len(content):
-            done += os.pwrite(self._descriptor, content[done:], self._end + done)
-        os.fsync(self._descriptor)
-        self._end += len(content)
-        self.lines.append(line)
+        content, done = json.dumps(line).encode() + b"\n", 0
+        with self._lock:
+            os.ftruncate(self._descriptor, self._end)  # what a power failure left of a line
+            while done < len(content):
+                done += os.pwrite(self._descriptor, content[done:], self._end + done)
+            os.fsync(self._descriptor)
+            self._end += len(content)
+            self.lines.append(line)
 
     def close(self) -> None:
         """Release the lock."""

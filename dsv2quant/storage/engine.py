@@ -3,7 +3,11 @@
 Workers read, encode and write what they made where it belongs. Every file lies under `<name>.partial` until all its
 bytes came. Behind the workers it is hashed in its own order, while the system still has it in memory, and flushed now
 and then with a record of what is durable, from which a later run goes on; in the end it is renamed. At most
-`MAX_IN_FLIGHT` bytes of jobs are held, or one job if it is larger, so that memory does not grow with the model.
+`max_in_flight()` bytes of jobs are held, or one job if it is larger, so that memory grows with the processor and not
+with the model.
+
+A file is hashed by one thread, and the system lets one thread at a time write to it: what one file can take is soon
+less than what many cores make. So a sink gives the jobs of several files side by side.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ import logging
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,7 @@ from dsv2quant.storage.durable import HASHED_AT_ONCE, PARTIAL, FileEntry, create
 from dsv2quant.storage.files import Scratch
 
 logger = logging.getLogger(__name__)
-MAX_IN_FLIGHT = 192 << 20
+IN_FLIGHT, PER_WORKER = 192 << 20, 16 << 20  # bytes of jobs that are held: at least, and of each worker
 RECORD_EVERY = 64 << 20  # bytes of a file that come between two flushes
 _hashed = Scratch()
 
@@ -91,6 +96,36 @@ class Job:
 Record = Callable[[int, int, str], object]  # number of the file, marks that are durable, sha256 of all before the last
 
 
+def workers() -> int:
+    """How many jobs run at once: one a core."""
+    return max(2, min(64, os.cpu_count() or 2))
+
+
+def max_in_flight() -> int:
+    """How many bytes of jobs are held: each worker's own, and as much that waits for one."""
+    return max(IN_FLIGHT, PER_WORKER * workers())
+
+
+def lanes() -> int:
+    """How many files are written side by side: two fifths of a conversion's work is hashing, for which each has one
+    thread. No more: what is unfinished when a run is killed is made again."""
+    return -(-(os.cpu_count() or 1) // 3)
+
+
+def side_by_side(files: Iterable[Iterator[Job]], count: int) -> Iterator[Job]:
+    """The jobs of each file in their order, those of `count` files in turns; the next file begins where one ends."""
+    waiting = iter(files)
+    begun = deque(islice(waiting, count))
+    while begun:
+        jobs = begun.popleft()
+        job = next(jobs, None)
+        if job is None:
+            begun.extend(islice(waiting, 1))
+        else:
+            begun.append(jobs)
+            yield job
+
+
 def write(
     jobs: Iterable[Job | None],
     files: Sequence[Written],
@@ -102,9 +137,10 @@ def write(
     """Run jobs, except for those whose bytes are durable, until all files are whole and have their names. None among
     them stands for a pause: whoever gives the jobs is asked for the next when all before are done.
 
-    `advance` is called with input bytes, `record` when a mark is durable, and `check` before a file gets its name.
-    Raises PlanViolation where other bytes come than were planned, one comes twice, or one never does; InputError
-    where the disk fails. What is not whole then lies under its partial name, if a mark of it is recorded.
+    `advance` is called with input bytes; `record` when a mark is durable, and `check` before a file gets its name, both
+    by a thread of the file's. Raises PlanViolation where other bytes come than were planned, one comes twice, or one
+    never does; InputError where the disk fails. What is not whole then lies under its partial name, if a mark of it is
+    recorded.
     """
     with _Writing(files, advance, record, check) as writing:
         for job in jobs:
@@ -124,10 +160,9 @@ class _Writing:
         self, files: Sequence[Written], advance: Callable[[int], object], record: Record, check: Callable[[], object]
     ) -> None:
         self._files, self._advance, self._record, self._check = files, advance, record, check
-        self._workers = ThreadPoolExecutor(max(2, min(32, os.cpu_count() or 2)))
-        self._hasher, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._workers = ThreadPoolExecutor(workers())
         self._running: deque[tuple[Job, Future[None]]] = deque()
-        self._held = 0
+        self._held, self._max_held = 0, max_in_flight()
         self._kept = [written.end for written in files]  # what is before it is durable already
         self._begun: dict[int, _Begun] = {}
 
@@ -136,8 +171,6 @@ class _Writing:
 
     def __exit__(self, *exception: object) -> None:
         self._workers.shutdown(cancel_futures=True)
-        self._finisher.shutdown()  # before the hasher: what is recorded waits for its hash
-        self._hasher.shutdown(cancel_futures=True)
         for begun in self._begun.values():
             begun.close()
 
@@ -146,7 +179,7 @@ class _Writing:
         if all(end <= self._kept[job.file] for _, end in job.spans):
             self._advance(job.bytes_in)
             return
-        while self._running and self._held + job.memory > MAX_IN_FLIGHT:
+        while self._running and self._held + job.memory > self._max_held:
             self._settle()
         begun = self._begun.get(job.file) or self._begin(job.file)
         begun.expect(job)
@@ -156,8 +189,7 @@ class _Writing:
     def _begin(self, number: int) -> _Begun:
         for begun in self._begun.values():
             begun.raise_error()  # a disk that fails ends the run now
-        record = partial(self._record, number)
-        begun = self._begun[number] = _Begun(self._files[number], self._hasher, self._finisher, record, self._check)
+        begun = self._begun[number] = _Begun(self._files[number], partial(self._record, number), self._check)
         return begun
 
     def settle(self) -> None:
@@ -185,16 +217,9 @@ class _Writing:
 class _Begun:
     """A file that is written: by workers, each its own bytes, and hashed and made durable behind them."""
 
-    def __init__(
-        self,
-        written: Written,
-        hasher: ThreadPoolExecutor,
-        finisher: ThreadPoolExecutor,
-        record: Callable[[int, str], object],
-        check: Callable[[], object],
-    ) -> None:
+    def __init__(self, written: Written, record: Callable[[int, str], object], check: Callable[[], object]) -> None:
         self._written, self._file, self._record, self._check = written, written.file, record, check
-        self._hasher, self._finisher = hasher, finisher
+        self._hasher, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._position = self._flushed = written.end  # all bytes before it came
         self._hashed = written.end if written.done else 0
         self._expected: set[int] = set()  # first bytes of what is to come, or came
@@ -255,6 +280,8 @@ class _Begun:
         if self._mark == len(self._file.marks):
             logger.debug("%s is written", self._file.path.name)
             self._finishing = self._finisher.submit(self._finish, hashed)
+            for pool in (self._hasher, self._finisher):
+                pool.shutdown(wait=False)  # nothing more comes
         elif self._position - self._flushed >= RECORD_EVERY:
             if self._flushing is not None:
                 self._flushing.result()  # a disk reports an error once: the last fsync may not repeat it
@@ -309,7 +336,9 @@ class _Begun:
             self._finishing.result()
 
     def close(self) -> None:
-        """Give the disk space back of a file of which nothing is durable."""
+        """Let what was begun end, and give the disk space back of a file of which nothing is durable."""
+        self._finisher.shutdown()  # before the hasher: what is recorded waits for its hash
+        self._hasher.shutdown(cancel_futures=True)
         self._opened.close()
         if not self._written.done:
             self._file.partial.unlink(missing_ok=True)

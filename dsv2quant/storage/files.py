@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +58,25 @@ def open_regular(path: Path) -> int:
             kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
             raise InputError(f"is {kind}, not a file", where=path, fix="put the file itself there")
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def fill(buffer: np.ndarray, path: Path, places: Iterable[tuple[int, int]], name: str) -> np.ndarray:
+    """Fill a buffer (uint8) with a file's bytes at some places, (offset, how many), one behind the other, and return
+    it. Raises InputError where the file can't be read, or ends before the tensor `name` does."""
+    view = buffer.data
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for offset, nbytes in places:
+                piece, view = view[:nbytes], view[nbytes:]
+                while piece:
+                    count = os.preadv(descriptor, [piece], offset)
+                    if count == 0:
+                        raise InputError(f"{name} ends early", where=path, fix=AGAIN)
+                    offset, piece = offset + count, piece[count:]
+        finally:
+            os.close(descriptor)
+    return buffer
 
 
 def read_bytes(path: Path, limit: int, folder: Path | None = None) -> bytes:
