@@ -36,9 +36,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def short_batches() -> None:
-    """Two windows go through a layer at once: of seven the last has a batch of its own. And no rank waits for long to
-    hear what rank 0 says."""
+    """Two windows go through a layer at once: of seven the last has a batch of its own."""
     hidden.ROWS = 128
+
+
+def impatient() -> None:
+    """And this rank waits shortly for what rank 0, which was killed, may say."""
+    short_batches()
     ranks.GRACE = 0.2
 
 
@@ -87,12 +91,11 @@ def test_statistics_of_several_ranks_have_the_bytes_of_one(model, text, tmp_path
     assert run(2, *words, tmp_path / "1") == [Ended(0, "", "")] * 2  # there already: the others have nothing to do
 
 
-@pytest.mark.parametrize("killed", [{"_0": killed_at_1}, {"_1": killed_at_2}])
-def test_statistics_that_a_kill_left_are_continued_by_other_ranks(killed, model, text, tmp_path):
+@pytest.mark.parametrize(("dead", "before"), [(0, (killed_at_1, impatient)), (1, (short_batches, killed_at_2))])
+def test_statistics_that_a_kill_left_are_continued_by_other_ranks(dead, before, model, text, tmp_path):
     words = ("calibrate", model, *WORDS, text, "-o")
     run(1, *words, tmp_path / "whole")
-    ended = run(2, *words, tmp_path / "stats", **killed)
-    dead = int(next(iter(killed))[1:])
+    ended = run(2, *words, tmp_path / "stats", _0=before[0], _1=before[1])
     assert ended[dead].code == -signal.SIGKILL
     assert ended[1 - dead].code == 3
     assert "another rank has ended" in ended[1 - dead].err
@@ -105,7 +108,7 @@ def test_statistics_that_a_kill_left_are_continued_by_other_ranks(killed, model,
 def test_what_several_ranks_began_one_finishes(model, text, tmp_path):
     words = ("calibrate", model, *WORDS, text, "-o")
     run(1, *words, tmp_path / "whole")
-    run(2, *words, tmp_path / "stats", _0=killed_at_2)
+    run(2, *words, tmp_path / "stats", _0=killed_at_2, _1=impatient)
     assert (tmp_path / "stats.work").exists()
     assert run(1, *words, tmp_path / "stats") == [Ended(0, "", "")]
     assert (tmp_path / "stats").read_bytes() == (tmp_path / "whole").read_bytes()
