@@ -54,6 +54,15 @@ class Ranks:
         first = rank * length + min(rank, longer)
         return range(first, first + length + (rank < longer))
 
+    def span(self, batches: Sequence[slice]) -> slice:
+        """What this rank's share of adjacent batches covers: whole ones, whose bits don't depend on the number of
+        ranks. Raises UsageError where a rank would have none."""
+        if self.size > len(batches):
+            what = f"{self.size} ranks for {len(batches)} batches of windows"
+            raise UsageError(what, fix=f"start {len(batches)} at most, or take more windows")
+        share = self.share(len(batches))
+        return slice(batches[share[0]].start, batches[share[-1]].stop)
+
     def owner_of(self, item: int, count: int) -> int:
         """The rank in whose share of `count` items this one is."""
         length, longer = divmod(count, self.size)

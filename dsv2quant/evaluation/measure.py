@@ -67,7 +67,7 @@ def evaluate(
     elif reference is not None and (theirs := reference.config.vocab_size) != checkpoint.config.vocab_size:
         what = f"has a vocabulary of {theirs}, {checkpoint.model} one of {checkpoint.config.vocab_size}"
         raise InputError(what, where=reference.model, fix="give the model it was made from")
-    own = _share(len(ids), batch, ranks)
+    own = ranks.span(batches_of(len(ids), batch))
     mine = Windows(ids[own], first)
     if settings.save is not None:
         kept = kept_of(checkpoint, settings.save, windows, conditions, settings, progress)
@@ -108,17 +108,6 @@ def evaluate(
         gates={} if comparison is None else _gates(comparison, settings),
         saved=None if settings.save is None else Saved(settings.save.name, settings.save.stat().st_size),
     )
-
-
-def _share(count: int, batch: int, ranks: Ranks) -> slice:
-    """Of so many windows those of this rank: whole batches, which are then the same ones however many ranks there are.
-    Raises UsageError where a rank would have none."""
-    batches = batches_of(count, batch)
-    if ranks.size > len(batches):
-        what = f"{ranks.size} ranks for {count} windows, which go in {len(batches)} batches of {batch}"
-        raise UsageError(what, fix=f"start {len(batches)} at most, or score more windows")
-    share = ranks.share(len(batches))
-    return slice(batches[share[0]].start, batches[share[-1]].stop)
 
 
 def _refer(
