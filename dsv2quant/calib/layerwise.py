@@ -203,8 +203,12 @@ def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
     _through(job, Walk(attention, job.token_bytes, job.room), deliver)
     real, ideal = (layer.ffn for layer in layers)
 
+    norms = [layer.post_attention_layernorm for layer in layers]
+    held = 2 * streams[REAL].nbytes <= job.room  # experts ask for a token as often as it goes to one
+    states = [norm(stream[:]) if held else stream for norm, stream in zip(norms, streams, strict=True)]
+
     def inputs(side: int, rows: slice | torch.Tensor) -> torch.Tensor:
-        return layers[side].post_attention_layernorm(streams[side][rows])
+        return states[side][rows] if held else norms[side](states[side][rows])
 
     if isinstance(real, FFN):
         assert isinstance(ideal, FFN)
