@@ -131,7 +131,7 @@ INPUTS = ": its inputs are not finite (the checkpoint is damaged, or its activat
         (O_PROJ, np.nan, "int4-mixed", WEIGHT),  # becomes FP8
         (O_PROJ, 3.4e38, "int4-mixed", WEIGHT),  # finite in float32
         ("model.embed_tokens", np.nan, "int4-pure", f"model.layers.0.self_attn.q_proj{INPUTS}"),
-        ("model.layers.2.mlp.gate", np.nan, "int4-pure", f"model.layers.2.mlp.experts.0.down_proj{INPUTS}"),
+        ("model.layers.2.mlp.gate", np.nan, "int4-pure", "model.layers.2.mlp.experts."),
         (f"{SHARED}.gate_proj", 1e25, "int4-pure", f"{SHARED}.down_proj{INPUTS}"),
     ],
 )

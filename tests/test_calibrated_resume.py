@@ -120,9 +120,9 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_pa
         assert status == 0
         expected = contents(tmp_path / "whole")
         assert len([name for name in expected if name.startswith("model-")]) == 3
-        # Two thirds of the changes are the writing of shards, piece by piece.
+        # Few of the changes are calibration's, which keeps a layer's matrices when it is done with it.
         rng, calibrating = random.Random(0), 0
-        early, late = range(1, changes // 3), range(changes // 3, changes + 1)
+        early, late = range(1, 40), range(40, changes + 1)
         for n in sorted(rng.sample(early, 10) + rng.sample(late, 10)):
             out = tmp_path / f"out-{n}"
             assert run_killed(n, *command(out)) == [-signal.SIGKILL]
@@ -136,7 +136,7 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(command, tmp_pa
             calibrating += any(WORK_FOLDER in name for name in left) and not any("model-" in name for name in left)
             assert run_killed(0, *command(out))[1] == 0
             assert contents(out) == expected  # no work folder, no state file
-        assert 5 <= calibrating <= 10
+        assert 3 <= calibrating <= 12
 
 
 def interrupt_in_layer(m: pytest.MonkeyPatch, layer: int) -> None:

@@ -99,7 +99,7 @@ def test_a_damaged_piece_of_calibration_is_made_again(name, damage, made, tmp_pa
         piece.write_bytes(content[:-1] if damage == "truncated" else b"")
     caplog.clear()
     calibrate(checkpoint, tmp_path / "stats", calibration())
-    assert caplog.messages == [f"{piece}: is not what was written to it; calibration starts over"]
+    assert caplog.messages == [f"{piece}: is not what was written to it; what it held is made again"]
     assert (tmp_path / "stats").read_bytes() == whole.read_bytes()
     assert not (tmp_path / "stats.work").exists()
 

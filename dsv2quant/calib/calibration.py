@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LEAST_TUNED = 16  # windows: of as many, one is held out
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
+ROWS = 8192  # tokens that go through a layer at once
+LANES = 16  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
+TURNS = 16  # batches of experts at least, where there are as many experts, for as many ranks to share
 
 
 @dataclass(frozen=True)
@@ -196,15 +199,26 @@ def tuning_bytes(checkpoint: Checkpoint, tuning: Tuning) -> int:
 
 
 def work_memory(plan: Plan) -> int:
-    """Memory that calibration takes beside the runtime's own: the widest layer in float32, unquantized and quantized,
-    one batch of matrices with their moments and factors, and as much again for the experts' inputs."""
+    """Memory that calibration takes at most beside hidden states: the widest layer in float32, what attention makes of a
+    batch of tokens in both models, and either the moments of a matrix, added up lane by lane, or those of a batch of
+    experts with their tokens."""
     layers: dict[int, int] = defaultdict(int)
     for entry in plan.entries:
         if entry.spec.layer is not None:
             layers[entry.spec.layer] += 4 * entry.spec.size
     c = plan.checkpoint.config
-    one = max(expert_bytes(c), matrix_bytes(c.num_attention_heads * c.v_head_dim, c.hidden_size))
-    return 2 * max(layers.values()) + max(one, min(MOMENT_BYTES, c.n_routed_experts * expert_bytes(c))) + MOMENT_BYTES
+    calibrated = [entry.spec for entry in plan.entries if entry.method in CALIBRATED]
+    single = [max(lane_bytes(x.shape[1]), matrix_bytes(x.shape[1], x.shape[0])) for x in calibrated if x.expert is None]
+    experts = any(x.expert is not None for x in calibrated)
+    together = expert_bytes(c) * max(1, min(MOMENT_BYTES // expert_bytes(c), c.n_routed_experts // TURNS))
+    attention = 2 * 4 * ROWS * c.num_attention_heads * 3 * (c.qk_head_dim + c.v_head_dim)
+    return max(layers.values()) + attention + max(*single, experts * (together + MOMENT_BYTES), 0)
+
+
+def lane_bytes(columns: int) -> int:
+    """Memory for a matrix's moments while they are added up: H and S of all tokens and of those held out, in float32, of
+    a lane and of each level of the tree."""
+    return (LANES.bit_length() + 1) * 2 * 2 * 4 * columns**2
 
 
 def expert_bytes(config: ModelConfig) -> int:

@@ -11,11 +11,9 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 
+from dsv2quant.calib.calibration import LANES, ROWS
 from dsv2quant.model.layers import add_rows
 from dsv2quant.storage.durable import FileEntry, write_whole
-
-ROWS = 8192  # tokens that go through a layer at once
-LANES = 16  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
 
 
 class Stream:

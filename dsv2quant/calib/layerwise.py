@@ -86,10 +86,10 @@ def quantize_layers(
         choices = _planned(plan, index, layers[REAL], device, prepared)
         asked = job(choices, layers, room=room(), progress=progress)
         quantize_layer(asked, (real, ideal), added)
-        parts = _joined(asked.ranks.gather(asked.parts))
-        outcomes = asked.ranks.gather(asked.outcomes) or []
+        parts = _joined(ranks.gather(asked.parts))
+        outcomes = {outcome.module: outcome for some in ranks.gather(asked.outcomes) or [] for outcome in some}
         tensors = {f"{module}.{suffix}": bits for module, some in parts.items() for suffix, bits in some.items()}
-        return tensors, [asdict(outcome) for some in outcomes for outcome in some]
+        return tensors, [asdict(outcomes[module]) for module in choices if module in outcomes]
 
     def again(index: int) -> None:
         layer = loader.layer(index)

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from dsv2quant.calib.calibration import MOMENT_BYTES, expert_bytes
+from dsv2quant.calib.calibration import MOMENT_BYTES, TURNS, expert_bytes
 from dsv2quant.calib.choosing import choose
 from dsv2quant.calib.gptq import Split, Sums
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Job, every_linear
 from dsv2quant.model.layers import FFN, Stages, finish
 
 SAMPLE = 4  # tokens for each column of a prior
-TURNS = 16  # so many groups of experts at least, where there are as many, for as many ranks to share
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def through_layers(
     with Pieces(folder) if folder is not None else nullcontext() as pieces:
         found = (0, 0) if pieces is None else _finished(pieces, count, list(streams), replayed=again is not None)
         made, start = ranks.agreed(found)
+        start = start if ranks.size == 1 else 0  # a snapshot is of all tokens
         kept(made)
         if made == count and again is not None:
             return
