@@ -199,8 +199,8 @@ def tuning_bytes(checkpoint: Checkpoint, tuning: Tuning) -> int:
 
 
 def work_memory(plan: Plan) -> int:
-    """Memory that calibration takes at most beside hidden states: the widest layer in float32, what attention makes of a
-    batch of tokens in both models, and either the moments of a matrix, added up lane by lane, or those of a batch of
+    """Memory that calibration takes at most beside hidden states: the widest layer in float32, what attention makes of
+    a batch of tokens in both models, and either the moments of a matrix, added up lane by lane, or those of a batch of
     experts with their tokens."""
     layers: dict[int, int] = defaultdict(int)
     for entry in plan.entries:
@@ -216,8 +216,8 @@ def work_memory(plan: Plan) -> int:
 
 
 def lane_bytes(columns: int) -> int:
-    """Memory for a matrix's moments while they are added up: H and S of all tokens and of those held out, in float32, of
-    a lane and of each level of the tree."""
+    """Memory for a matrix's moments while they are added up: H and S of all tokens and of those held out, in float32,
+    of a lane and of each level of the tree."""
     return (LANES.bit_length() + 1) * 2 * 2 * 4 * columns**2
 
 
