@@ -94,14 +94,16 @@ class Stream:
 def make_streams(
     count: int, tokens: int, width: int, device: str, folder: Path | None, beside: int = 0
 ) -> list[Stream]:
-    """So many: on a GPU that has room for them and for `beside`, what else is computed there; in memory, where that
-    holds them; else in files in `folder`, if one is given."""
-    nbytes = 4 * tokens * width * count
-    if device != "cpu" and nbytes + beside <= room_on(device):
-        return [Stream(tokens, width, device, "device") for _ in range(count)]
-    if folder is None or nbytes + (beside if device == "cpu" else 0) <= room_on("cpu"):
-        return [Stream(tokens, width, device, "memory") for _ in range(count)]
-    return [Stream(tokens, width, device, folder) for _ in range(count)]
+    """So many: as many as there is room for on a GPU, beside `beside`, what else is computed there; the others in
+    memory, where that holds them; else in files in `folder`, if one is given."""
+    streams: list[Stream] = []
+    each = 4 * tokens * width
+    while device != "cpu" and len(streams) < count and each + beside <= room_on(device):
+        streams.append(Stream(tokens, width, device, "device"))
+    others = count - len(streams)
+    needed = others * each + (beside if device == "cpu" else 0)
+    at = "memory" if folder is None or needed <= room_on("cpu") else folder
+    return streams + [Stream(tokens, width, device, at) for _ in range(others)]
 
 
 def room_on(device: str) -> int:
