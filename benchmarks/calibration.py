@@ -132,7 +132,8 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (options.windows, options.ctx))
     work = options.scratch / "work"
     before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(plan, work, ids[: max(2, ranks.size)], ranks)  # kernels are compiled once on a machine
+    if not options.phases_alone:
+        run(plan, work, ids[: 16 * ranks.size], ranks)  # kernels are compiled once on a machine
     with phases() if options.phases_alone else nullcontext({}) as named:
         layers, made = run(plan, work, ids, ranks)
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -50,7 +50,8 @@ class Stream:
         if isinstance(rows, slice):
             return self._rows[rows].to(self.device, non_blocking=True)
         index = torch.as_tensor(rows, device=self._rows.device)
-        return self._rows.index_select(0, index).to(self.device, non_blocking=True)
+        out = torch.empty(len(index), self.width, device=self._rows.device, pin_memory=self._rows.is_pinned())
+        return torch.index_select(self._rows, 0, index, out=out).to(self.device, non_blocking=True)
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
         self._rows[rows] = values.to(self._rows.device)

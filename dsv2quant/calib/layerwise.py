@@ -77,7 +77,8 @@ def quantize_layers(
     job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks, packing=packing)
     own = job({}, (None, None), room=0).tokens  # type: ignore[arg-type]
     beside = work_memory(plan)
-    real, ideal, added = make_streams(3, len(own), config.hidden_size, device, folder, beside)
+    # Experts' outputs are added to more often than states are asked for.
+    added, real, ideal = make_streams(3, len(own), config.hidden_size, device, folder, beside)
 
     def room() -> int:
         """What suspended stages may take."""
