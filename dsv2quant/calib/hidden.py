@@ -49,19 +49,27 @@ class Stream:
         """Some tokens, [·, width], on the device; not to be changed."""
         if isinstance(rows, slice):
             return self._rows[rows].to(self.device, non_blocking=True)
+        self._settle()
         index = torch.as_tensor(rows, device=self._rows.device)
         out = torch.empty(len(index), self.width, device=self._rows.device, pin_memory=self._rows.is_pinned())
         return torch.index_select(self._rows, 0, index, out=out).to(self.device, non_blocking=True)
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        self._rows[rows] = values.to(self._rows.device)
+        self._rows[rows].copy_(values, non_blocking=True)
 
     def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Add values [n, width] to distinct tokens."""
+        self._settle()
         add_rows(self._rows, rows.to(self._rows.device), values.to(self._rows.device))
+
+    def _settle(self) -> None:
+        """Before a processor looks at what a GPU writes."""
+        if self._rows.is_pinned():
+            torch.cuda.synchronize(self.device)
 
     def take(self, other: Stream) -> None:
         """Take the values of another."""
+        other._settle()
         self._rows.copy_(other._rows)
 
     def zero(self) -> None:
@@ -74,6 +82,7 @@ class Stream:
 
     def write(self, path: Path) -> FileEntry:
         """Write all to a file, durable under its name; its manifest entry. Raises OSError."""
+        self._settle()
         digest = hashlib.sha256()
 
         def blocks() -> Iterator[bytes]:
