@@ -206,8 +206,6 @@ def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
         return layers[side].attention.stages(x.unflatten(0, (-1, job.ctx)), job.rope)
 
     _through(job, Walk(attention, job.token_bytes, job.room), deliver)
-    real, ideal = (layer.ffn for layer in layers)
-
     norms = [layer.post_attention_layernorm for layer in layers]
     held = 2 * streams[REAL].nbytes <= job.room  # experts ask for a token as often as it goes to one
     states = [norm(stream[:]) if held else stream for norm, stream in zip(norms, streams, strict=True)]
@@ -215,6 +213,7 @@ def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
     def inputs(side: int, rows: slice | torch.Tensor) -> torch.Tensor:
         return states[side][rows] if held else norms[side](states[side][rows])
 
+    real, ideal = (layer.ffn for layer in layers)
     if isinstance(real, FFN):
         assert isinstance(ideal, FFN)
         dense = Walk(lambda side, rows: (real, ideal)[side].stages(inputs(side, rows)), job.token_bytes, job.room)
@@ -284,10 +283,11 @@ class LaneSums:
 def _settle(job: Job, stages: Sequence[tuple[Stage, LaneSums | None]], known: Split | None) -> None:
     """Quantize the linears of stages that don't depend on each other, each by another rank."""
     ranks = job.ranks
-    for number, (stage, summed) in enumerate(stages):
-        owner = number % ranks.size
-        moments = known if summed is None else summed.total(owner)
-        if ranks.rank == owner:
+    totals = [
+        known if summed is None else summed.total(number % ranks.size) for number, (_, summed) in enumerate(stages)
+    ]
+    for number, ((stage, _), moments) in enumerate(zip(stages, totals, strict=True)):
+        if ranks.rank == number % ranks.size:
             assert moments is not None
             choose(job, [job.wanted(stage.linears)], moments)
     for number, (stage, _) in enumerate(stages):
