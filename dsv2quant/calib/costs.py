@@ -53,7 +53,8 @@ class Share:
 
 @dataclass
 class Spent:
-    """Seconds by phase; bytes sent by the rank over each link; bytes of its node's disk."""
+    """Seconds by phase, and bytes by link: what the rank sends over "nvlink" and "network", what the first one gets
+    over "gloo", what its node's "disk" reads and writes."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     links: Counter[str] = field(default_factory=Counter)
@@ -96,10 +97,11 @@ class Costs:
         encoded = [e for e in entries if e.method not in CALIBRATED and e.scheme not in UNQUANTIZED and not e.is_copy]
         plain = sum(e.spec.size for e in encoded)
         written = sum(e.nbytes for e in made)
-        spent.seconds["read"] += stored / r.loaded
+        spent.seconds["read"] += stored / min(r.loaded, r.disk)
         spent.seconds["encode"] += CODE_BYTES * plain / r.copied
         spent.seconds["pack"] += sum(e.spec.size for e in made) / r.packed / ranks
-        spent.seconds["exchange"] += written * (ranks - 1) / ranks / r.gathered
+        spent.links["gloo"] += written * (ranks - 1) / ranks
+        spent.seconds["exchange"] += spent.links["gloo"] / r.gathered
         spent.seconds["write"] += written / r.saved
         spent.links["disk"] += stored + written
 

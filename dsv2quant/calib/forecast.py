@@ -158,6 +158,7 @@ def _busy(seconds: Counter[str], links: Counter[str], artifact: float, rates: Ra
         "packing": seconds["pack"] / PACKERS,
         "saving": seconds["write"] + artifact,
         "disk": links["disk"] / rates.disk,
+        "gloo": links["gloo"] / rates.gathered,
         "NVLink": links["nvlink"] / rates.nvlink,
         "network": links["network"] / rates.network,
     }
