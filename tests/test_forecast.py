@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import runpy
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import dsv2quant as dq
 from dsv2quant.arch.families import model_config
 from dsv2quant.calib import layerwise, routed
 from dsv2quant.calib.calibration import LANES, Calibration
-from dsv2quant.calib.costs import Costs, Share
+from dsv2quant.calib.costs import Costs, Share, added_up
 from dsv2quant.calib.forecast import USUAL
 from dsv2quant.calib.layer import Job
 from dsv2quant.calib.rates import H200, RATES, Rates
@@ -46,13 +45,13 @@ def plan_of(folder: Path, config: Config, name: str = "int4-mixed", group: int |
     return make_plan(open_checkpoint(tiny.write_headers(folder, config)), recipe.builtin(name, group_size=group))
 
 
-def spent(plan: Plan, rates: Rates, share: Share) -> tuple[Counter[str], Counter[str]]:
+def spent(plan: Plan, rates: Rates, share: Share) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds by phase and bytes by link, of all layers."""
     config = plan.checkpoint.config
     costs = Costs(config, rates, share)
     layers = [[e for e in plan.entries if e.spec.layer == layer] for layer in range(config.num_hidden_layers)]
     found = [costs.layer(entries) for entries in layers]
-    return sum((x.seconds for x in found), Counter()), sum((x.links for x in found), Counter())
+    return added_up(x.seconds for x in found), added_up(x.links for x in found)
 
 
 @pytest.mark.parametrize("room", [ROOMY, 0], ids=["roomy", "anew"])
@@ -181,7 +180,7 @@ def shape_of(name: str) -> Config:
 @pytest.mark.parametrize(
     "row", MEASURED, ids=lambda row: f"{row['model']}-{row['recipe']}-{row['ranks']}-{row['tokens']}"
 )
-def test_measured_layers_are_within_a_fifth(row, tmp_path) -> None:
+def test_measured_layers_are_within_a_fifth(row: dict[str, str], tmp_path: Path) -> None:
     layers, tokens = int(row["layers"]), int(row["tokens"])
     plan = plan_of(tmp_path, shape_of(row["model"]) | {"num_hidden_layers": layers}, row["recipe"])
     (each,) = dq.forecast(plan, gpus=int(row["ranks"]), samples=tokens // 2048, length=2048).each

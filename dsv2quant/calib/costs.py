@@ -6,8 +6,8 @@ elementwise work by its bytes, the loop over columns by its blocks. Every expert
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -26,8 +26,8 @@ FLOAT = 4  # bytes
 MOMENTS = 2 * len(SIDES)  # matrices: H and S, of all tokens and of those held out
 PRODUCTS = 11  # of a matrix and a square one in `choose`: 3 fit it, 8 tell its errors
 TOUCHED = 40  # times that `choose` reads or writes a weight in float32
-PASSES = 6  # times that a number before or behind a product is read or written
-SERVED = 20  # the same of an input that is quantized as when served
+PASSES = 4  # times that a number before or behind a product is read or written
+SERVED = 12  # the same of an input that is quantized as when served
 STATES = 12  # times that a part reads or writes a hidden state: its norm, and adding what it made
 EXPERT_CALLS = 16  # operations that one expert takes for some tokens
 CODE_BYTES = 3  # bytes of a weight that is encoded without calibration: it is read again, and its codes go both ways
@@ -56,8 +56,8 @@ class Spent:
     """Seconds by phase, and bytes by link: what the rank sends over "nvlink" and "network", what the first one gets
     over "gloo", what its node's "disk" reads and writes."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
-    links: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    links: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,8 @@ class Costs:
             seconds += weights / r.copied  # its codes, to the host
             if CODECS[e.scheme].integers is not None:
                 seconds += 2 * weights / r.searched + ceil(columns / BLOCK) * r.block + weights / r.rounded
+                # Behind each block what is left of the weights is read and written.
+                seconds += FLOAT * weights * columns / BLOCK / r.memory
             spent.seconds["quantize"] += turns * seconds
 
     def _sent(self, spent: Spent, nbytes: float) -> None:
@@ -246,6 +248,15 @@ class Costs:
         spent.seconds["forward"] += 2 * 3 * (share.spilled - 1) * state / r.pinned
         if routed:
             spent.seconds["forward"] += c.num_experts_per_tok * state / r.added + state / r.pinned
+
+
+def added_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of what has the same name."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            sums[name] += value
+    return dict(sums)
 
 
 def _of(entries: Sequence[Entry], wanted: Callable[[str], bool]) -> list[Entry]:

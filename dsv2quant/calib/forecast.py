@@ -7,13 +7,13 @@ layer is saved while the next one is computed. Behind the last the artifact is w
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from dsv2quant.calib.calibration import LANES, needs_calibration, window_length, work_memory
-from dsv2quant.calib.costs import PHASES, Costs, Share, Spent
+from dsv2quant.calib.costs import PHASES, Costs, Share, Spent, added_up
 from dsv2quant.calib.hidden import lanes
 from dsv2quant.calib.rates import RATES, Rates
 from dsv2quant.errors import UsageError
@@ -126,21 +126,23 @@ def _forecast(plan: Plan, machines: Machines, tokens: int, ctx: int) -> Forecast
             share = Share(tokens, ctx, machines.ranks, machines.gpus, room, spilled)
             made[kind] = Costs(config, rates, share).layer(entries)
         found.append(made[kind])
+    # Embeddings are read before the first layer, and the head beside them.
+    ends = sum(e.weight.nbytes for e in plan.entries if e.spec.layer is None) / rates.loaded
     artifact = plan.bytes_out / rates.saved / FILES
-    links = sum((spent.links for spent in found), Counter[str]())
-    links["disk"] += 2 * plan.bytes_out
-    seconds = sum((spent.seconds for spent in found), Counter[str]())
+    links = added_up([{"disk": 2 * plan.bytes_out}, *(spent.links for spent in found)])
+    seconds = added_up([dict.fromkeys(PHASES, 0.0), {"read": ends}, *(spent.seconds for spent in found)])
     return Forecast(
-        machines, {phase: seconds[phase] for phase in PHASES}, _finished(found), artifact,
+        machines, seconds, _finished(found, ends), artifact,
         device=beside + on_device * state, host=spilled * state,
         nvlink=int(links["nvlink"]), network=int(links["network"]), disk=int(links["disk"]),
         busy=_busy(seconds, links, artifact, rates),
     )  # fmt: skip
 
 
-def _finished(found: Sequence[Spent]) -> tuple[float, ...]:
-    """Seconds from one layer's file to the next: a layer is saved while the next is computed, and before that is."""
-    layers, computed, saved = [], 0.0, 0.0
+def _finished(found: Sequence[Spent], begin: float) -> tuple[float, ...]:
+    """Seconds from one layer's file to the next, the first of which begins so much later: a layer is saved while the
+    next is computed, and before that is."""
+    layers, computed, saved = [], begin, 0.0
     for spent in found:
         s = spent.seconds
         took = s["read"] + max(sum(s[phase] for phase in COMPUTED), s["pack"] / PACKERS) + s["exchange"]
@@ -150,7 +152,7 @@ def _finished(found: Sequence[Spent]) -> tuple[float, ...]:
     return tuple(layers)
 
 
-def _busy(seconds: Counter[str], links: Counter[str], artifact: float, rates: Rates) -> dict[str, float]:
+def _busy(seconds: Mapping[str, float], links: Mapping[str, float], artifact: float, rates: Rates) -> dict[str, float]:
     """Seconds that each resource is at work, the busiest first."""
     busy = {
         "GPU": sum(seconds[phase] for phase in COMPUTED),
