@@ -4,9 +4,10 @@
     python benchmarks/calibration.py DIR --device cuda --scratch DIR --results benchmarks/results/calibration.csv
     torchrun --nproc-per-node 2 benchmarks/calibration.py DIR --device cuda …
 
-Random weights and tokens. A first run is timed as it is; of a second, every phase is, with the device waited for around
-each. Memory is torch's peak on CUDA and the process's peak resident size on the CPU, above what was held before; on
-CUDA `host GB` is the process's. `--gpu-gb` has torch take no more of the GPU than so much.
+Random weights and tokens; kernels are compiled before. A first run is timed as it is; of a second, every phase is, with
+the device waited for around each; packing and writing go on in threads of their own. Memory is torch's peak on CUDA and
+the process's peak resident size on the CPU, above what was held before; on CUDA `host GB` is the process's. `--gpu-gb`
+has torch take no more of the GPU than so much.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import os
 import platform
 import resource
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,13 +53,16 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
 }
 
 
-def timed(function: Callable[..., Any], name: str, seconds: dict[str, float], inner: list[float]) -> Callable[..., Any]:
+def timed(
+    function: Callable[..., Any], name: str, seconds: dict[str, float], threads: threading.local
+) -> Callable[..., Any]:
     """The function, whose own time is added to its phase's."""
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         begin = time.perf_counter()
+        inner = threads.__dict__.setdefault("inner", [])
         inner.append(0.0)
         try:
             return function(*args, **options)
@@ -75,11 +80,11 @@ def timed(function: Callable[..., Any], name: str, seconds: dict[str, float], in
 def phases() -> Iterator[dict[str, float]]:
     """Seconds by phase of what is computed in here."""
     seconds: dict[str, float] = defaultdict(float)
-    inner: list[float] = []
+    threads = threading.local()
     with ExitStack() as stack:
         for name, places in PHASES.items():
             for owner, attribute in places:
-                wrapped = timed(getattr(owner, attribute), name, seconds, inner)
+                wrapped = timed(getattr(owner, attribute), name, seconds, threads)
                 stack.enter_context(patch.object(owner, attribute, wrapped))
         yield seconds
 
@@ -108,6 +113,7 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=2048)
     parser.add_argument("--gpu-gb", type=float)
     parser.add_argument("--no-phases", action="store_true")
+    parser.add_argument("--phases-alone", action="store_true", help="time phases in the one run")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
@@ -126,15 +132,19 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (options.windows, options.ctx))
     work = options.scratch / "work"
     before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    layers, made = run(plan, work, ids, ranks)
+    if not options.phases_alone:
+        run(plan, work, ids[: 16 * ranks.size], ranks)  # kernels are compiled once on a machine
+    with phases() if options.phases_alone else nullcontext({}) as named:
+        layers, made = run(plan, work, ids, ranks)
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated(ranks.device) if cuda else resident - before
-    named: dict[str, float] = {}
-    if not options.no_phases:
+    timed_layers = layers
+    if not (options.no_phases or options.phases_alone):
         with phases() as named:
-            again, same = run(plan, work, ids, ranks)
+            timed_layers, same = run(plan, work, ids, ranks)
             assert same == made, "other bytes"
-            named["forward and rest"] = sum(again) - sum(named.values())
+    aside = ("pack", "write")  # in threads of their own
+    named["forward and rest"] = sum(timed_layers) - sum(s for name, s in named.items() if name not in aside)
     if not ranks.is_first:
         return
     dense = [s for i, s in enumerate(layers) if not checkpoint.config.is_moe(i)]

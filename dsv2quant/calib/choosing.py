@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dsv2quant.calib import gptq
@@ -51,12 +52,17 @@ def choose(job: Job, linears: Sequence[Sequence[Linear]], moments: Split) -> Non
             linear.weight = (plain if worse[i] else quantized)[i]
             if codec is not None:
                 best = (plain_codes, plain_scales) if worse[i] else (codes, scales)
-                job.parts[linear.module] = codec.pack(*(x[i].cpu().numpy() for x in best))
+                packed = job.packing.submit(codec.pack, *(x[i].cpu().numpy() for x in best))
             else:
-                job.parts[linear.module] = {"weight": to_bf16(linear.weight.cpu().numpy())}
+                packed = job.packing.submit(_as_bf16, linear.weight.cpu().numpy())
+            job.parts[linear.module] = packed
             seen = int(train.count[i])
             job.outcomes.append(Outcome(linear.module, role, seen, errors[0][i], errors[1][i], bool(worse[i])))
         job.progress(weight.numel())
+
+
+def _as_bf16(weight: np.ndarray) -> dict[str, np.ndarray]:
+    return {"weight": to_bf16(weight)}
 
 
 def _stored(codec: Integers, scales: torch.Tensor) -> torch.Tensor:

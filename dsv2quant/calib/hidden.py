@@ -49,18 +49,27 @@ class Stream:
         """Some tokens, [·, width], on the device; not to be changed."""
         if isinstance(rows, slice):
             return self._rows[rows].to(self.device, non_blocking=True)
+        self._settle()
         index = torch.as_tensor(rows, device=self._rows.device)
-        return self._rows.index_select(0, index).to(self.device, non_blocking=True)
+        out = torch.empty(len(index), self.width, device=self._rows.device, pin_memory=self._rows.is_pinned())
+        return torch.index_select(self._rows, 0, index, out=out).to(self.device, non_blocking=True)
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        self._rows[rows] = values.to(self._rows.device)
+        self._rows[rows].copy_(values, non_blocking=True)
 
     def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Add values [n, width] to distinct tokens."""
+        self._settle()
         add_rows(self._rows, rows.to(self._rows.device), values.to(self._rows.device))
+
+    def _settle(self) -> None:
+        """Before a processor looks at what a GPU writes."""
+        if self._rows.is_pinned():
+            torch.cuda.synchronize(self.device)
 
     def take(self, other: Stream) -> None:
         """Take the values of another."""
+        other._settle()
         self._rows.copy_(other._rows)
 
     def zero(self) -> None:
@@ -73,6 +82,7 @@ class Stream:
 
     def write(self, path: Path) -> FileEntry:
         """Write all to a file, durable under its name; its manifest entry. Raises OSError."""
+        self._settle()
         digest = hashlib.sha256()
 
         def blocks() -> Iterator[bytes]:
@@ -94,14 +104,16 @@ class Stream:
 def make_streams(
     count: int, tokens: int, width: int, device: str, folder: Path | None, beside: int = 0
 ) -> list[Stream]:
-    """So many: on a GPU that has room for them and for `beside`, what else is computed there; in memory, where that
-    holds them; else in files in `folder`, if one is given."""
-    nbytes = 4 * tokens * width * count
-    if device != "cpu" and nbytes + beside <= room_on(device):
-        return [Stream(tokens, width, device, "device") for _ in range(count)]
-    if folder is None or nbytes + (beside if device == "cpu" else 0) <= room_on("cpu"):
-        return [Stream(tokens, width, device, "memory") for _ in range(count)]
-    return [Stream(tokens, width, device, folder) for _ in range(count)]
+    """So many: as many as there is room for on a GPU, beside `beside`, what else is computed there; the others in
+    memory, where that holds them; else in files in `folder`, if one is given."""
+    streams: list[Stream] = []
+    each = 4 * tokens * width
+    while device != "cpu" and len(streams) < count and each + beside <= room_on(device):
+        streams.append(Stream(tokens, width, device, "device"))
+    others = count - len(streams)
+    needed = others * each + (beside if device == "cpu" else 0)
+    at = "memory" if folder is None or needed <= room_on("cpu") else folder
+    return streams + [Stream(tokens, width, device, at) for _ in range(others)]
 
 
 def room_on(device: str) -> int:

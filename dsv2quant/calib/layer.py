@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -38,8 +39,9 @@ class Job:
     ctx: int
     ranks: Ranks
     room: int  # bytes that suspended stages may take
+    packing: Executor  # packs what was chosen while more is
     progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
-    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    parts: dict[str, Future[dict[str, np.ndarray]]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property

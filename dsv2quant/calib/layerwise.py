@@ -12,6 +12,7 @@ matrix is quantized by one rank, an expert by the one that all its tokens go to,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -47,6 +48,8 @@ from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 
+PACKERS = 2  # threads
+
 
 @torch.inference_mode()
 def quantize_layers(
@@ -70,10 +73,12 @@ def quantize_layers(
         what = f"{ranks.size} ranks for {windows} windows of {ctx} tokens, which go in {count} parts"
         raise UsageError(what, fix=f"start {count} at most, or calibrate on more tokens")
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
-    job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks)
+    packing = ThreadPoolExecutor(PACKERS)
+    job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks, packing=packing)
     own = job({}, (None, None), room=0).tokens  # type: ignore[arg-type]
     beside = work_memory(plan)
-    real, ideal, added = make_streams(3, len(own), config.hidden_size, device, folder, beside)
+    # Experts' outputs are added to more often than states are asked for.
+    added, real, ideal = make_streams(3, len(own), config.hidden_size, device, folder, beside)
 
     def room() -> int:
         """What suspended stages may take."""
@@ -86,7 +91,7 @@ def quantize_layers(
         choices = _planned(plan, index, layers[REAL], device, prepared)
         asked = job(choices, layers, room=room(), progress=progress)
         quantize_layer(asked, (real, ideal), added)
-        parts = _joined(ranks.gather(asked.parts))
+        parts = _joined(ranks.gather({module: packed.result() for module, packed in asked.parts.items()}))
         outcomes = {outcome.module: outcome for some in ranks.gather(asked.outcomes) or [] for outcome in some}
         tensors = {f"{module}.{suffix}": bits for module, some in parts.items() for suffix, bits in some.items()}
         return tensors, [asdict(outcomes[module]) for module in choices if module in outcomes]
@@ -102,7 +107,7 @@ def quantize_layers(
 
     mine = ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx)
     streams = {"real": real, "ideal": ideal}
-    with fast_products(device):
+    with fast_products(device), packing:
         kept = partial(_kept, plan, progress)
         through_layers(folder, loader, mine, streams, process, kept, again, ranks)
     for stream in (real, ideal, added):

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,22 +126,38 @@ def through_layers(
         for layer in range(start, made):
             assert again is not None
             again(layer)
-        snapshot = start
         last = time.monotonic()
-        for layer in range(made, count):
-            tensors, about = process(layer)
-            if pieces is None:
-                continue
-            if again is None or (ranks.size == 1 and time.monotonic() - last >= SNAPSHOT_AFTER):
-                for side, stream in streams.items():
-                    path = _snapshot(pieces.folder, layer + 1, side)
-                    pieces.record(path, stream.write(path))
-                snapshot, last = layer + 1, time.monotonic()
-            save_layer(layer_file(pieces.folder, layer), tensors, pieces, about)
-            if snapshot == layer + 1:
-                for path in pieces.folder.glob("hidden-*"):
-                    if not path.name.startswith(f"hidden-{snapshot:05d}-"):
-                        path.unlink()
+        with ThreadPoolExecutor(1) as saving:
+            saved: Future[None] | None = None
+            for layer in range(made, count):
+                tensors, about = process(layer)
+                if saved is not None:
+                    saved.result()
+                if pieces is None:
+                    continue
+                if again is None or (ranks.size == 1 and time.monotonic() - last >= SNAPSHOT_AFTER):
+                    _write_snapshot(pieces, layer + 1, streams)
+                    last = time.monotonic()
+                saved = saving.submit(_save, pieces, layer, tensors, about)
+                if again is None:
+                    saved.result()
+            if saved is not None:
+                saved.result()
+
+
+def _write_snapshot(pieces: Pieces, layer: int, streams: Mapping[str, Stream]) -> None:
+    for side, stream in streams.items():
+        path = _snapshot(pieces.folder, layer, side)
+        pieces.record(path, stream.write(path))
+
+
+def _save(pieces: Pieces, layer: int, tensors: dict[str, np.ndarray], about: Any) -> None:
+    """Keep what was made of a layer; of snapshots the last alone is needed then."""
+    save_layer(layer_file(pieces.folder, layer), tensors, pieces, about)
+    snapshots = sorted(pieces.folder.glob("hidden-*"))
+    for path in snapshots:
+        if path.name.split("-")[1] != snapshots[-1].name.split("-")[1]:
+            path.unlink()
 
 
 def _snapshot(folder: Path, layer: int, side: str) -> Path:
