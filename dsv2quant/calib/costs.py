@@ -242,12 +242,14 @@ class Costs:
 
     def _spilled(self, spent: Spent, *, routed: bool) -> None:
         """Streams in the host's memory: attention and FFN read each one and add to it, and what experts make is added
-        up there."""
+        up there. Where the device has no room for both normalised states either, experts' inputs are gathered there."""
         c, r, share = self.config, self.rates, self.share
         state = FLOAT * c.hidden_size * share.own
-        spent.seconds["forward"] += 2 * 3 * (share.spilled - 1) * state / r.pinned
+        streams, choices = share.spilled - 1, c.num_experts_per_tok
+        spent.seconds["forward"] += 2 * 3 * streams * state / r.pinned
         if routed:
-            spent.seconds["forward"] += c.num_experts_per_tok * state / r.added + state / r.pinned
+            gathered = streams * choices if len(SIDES) * state > share.room else 0
+            spent.seconds["forward"] += (gathered + choices) * state / r.added + state / r.pinned
 
 
 def added_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -15,12 +15,12 @@ from math import ceil
 from dsv2quant.calib.calibration import LANES, needs_calibration, window_length, work_memory
 from dsv2quant.calib.costs import PHASES, Costs, Share, Spent, added_up
 from dsv2quant.calib.hidden import lanes
+from dsv2quant.calib.layerwise import PACKERS
 from dsv2quant.calib.rates import RATES, Rates
 from dsv2quant.errors import UsageError
 from dsv2quant.planning.memory import card_capacity
 from dsv2quant.planning.plan import Entry, Plan
 
-PACKERS = 2  # as in layerwise.py
 STREAMS = 3  # of hidden states: real, ideal, and what real experts add
 FILES = 5  # that conversion writes side by side on 16 cores
 COMPUTED = ("encode", "forward", "moments", "factor", "quantize")
@@ -47,9 +47,10 @@ USUAL = ((1, 1), (2, 1), (8, 1), (min(8, LANES // 4), 4))
 @dataclass(frozen=True)
 class Forecast:
     """Of one choice of machines. `seconds` are those of all layers by phase, of the rank that has most to do; `layers`
-    seconds of each, `artifact` of what follows. Bytes are a rank's: of `device` memory, of `host` memory for its
-    streams, and what it sends over `nvlink` and `network`; `disk` is what a node reads and writes. `busy` are the
-    seconds that each resource is at work, of which the first is the one that saturates."""
+    seconds of each, `artifact` of what follows. Bytes are a rank's: of `device` memory, beside what suspended stages
+    take where there is room, of `host` memory for its streams, and what it sends over `nvlink` and `network`; `disk` is
+    what a node reads and writes. `busy` are the seconds that each resource is at work, of which the first is the one
+    that saturates."""
 
     machines: Machines
     seconds: dict[str, float]
