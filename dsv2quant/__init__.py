@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         calibrate,
         convert,
         evaluate,
+        forecast,
         generate,
         inspect,
         memory,
@@ -35,8 +36,8 @@ _ELSEWHERE = {
     "search": "dsv2quant.allocation.search",
 }  # fmt: skip
 __all__ = [
-    "calibrate", "compare", "convert", "evaluate", "generate", "inspect", "memory", "open", "plan", "push", "release",
-    "search", "verify", "verify_engine",
+    "calibrate", "compare", "convert", "evaluate", "forecast", "generate", "inspect", "memory", "open", "plan", "push",
+    "release", "search", "verify", "verify_engine",
 ]  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def test_plans(check, lite):
     digest = check("plan", "plan", lite, "--fp8", "--target", "vllm")["digest"]
     assert len(digest) == 64
     check("memory", "memory", lite, "--gpu", "H200")
+    check("plan --time", "plan", tiny.MINI, "--int4", "--time")
     check("plan --gguf", "plan", tiny.MINI, "--gguf", "Q4_K_M")
 
 

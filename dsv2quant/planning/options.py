@@ -108,6 +108,7 @@ GGUF = (
     "drop_expert_groups",
 )  # fmt: skip
 WORKLOAD = ("batch", "context", "prefill", "kv_cache", "gpu", "tp", "pp")  # of `memory`
+MACHINES = ("gpu", "gpus", "nodes", "samples", "length")  # of `plan --time`
 CALIBRATION = ("calibration", "samples", "length", "seed", "figure")
 TUNING = ("tune", "calibration", "length", "seed")
 _SPELLED = {
@@ -122,7 +123,7 @@ _CHOICES: dict[str, Sequence[object]] = {
 }  # fmt: skip
 _LEAST = {
     "tp": 1, "ep": 1, "samples": 1, "length": 8, "seed": 0, "ctx": 8, "limit": 1, "batch": 1, "max_new_tokens": 1,
-    "windows": 1,
+    "windows": 1, "gpus": 1, "nodes": 1,
 }  # fmt: skip
 
 
