@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 LEAST_TUNED = 16  # windows: of as many, one is held out
 MOMENT_BYTES = 8 << 30  # experts are calibrated in batches that fit into this, on inputs that do
 ROWS = 8192  # tokens that go through a layer at once
-LANES = 16  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
+LANES = 32  # parts of the tokens, at most, whose sums are added up in a tree: as many ranks can share them
 TURNS = 16  # batches of experts at least, where there are as many experts, for as many ranks to share
 
 
