@@ -138,8 +138,8 @@ def test_what_is_refused(tmp_path, cli) -> None:
     folder = tiny.write_checkpoint(tmp_path / "model", tiny.WORDY)
     plan = dq.plan(folder, scheme="int4-mixed", group_size=32)
     assert isinstance(plan, Plan)
-    with pytest.raises(UsageError, match="17 ranks for 512 windows of 2048 tokens, which go in 16 parts"):
-        dq.forecast(plan, gpus=17, length=2048)
+    with pytest.raises(UsageError, match="33 ranks for 512 windows of 2048 tokens, which go in 32 parts"):
+        dq.forecast(plan, gpus=33, length=2048)
     with pytest.raises(UsageError, match="2 ranks for 1 windows"):
         dq.forecast(plan, nodes=2, samples=1)
     assert [x.machines.ranks for x in dq.forecast(plan, samples=1).each] == [1]

@@ -99,7 +99,8 @@ def test_statistics_that_a_kill_left_are_continued_by_other_ranks(dead, before, 
     assert ended[dead].code == -signal.SIGKILL
     assert ended[1 - dead].code == 3
     assert "another rank has ended" in ended[1 - dead].err
-    assert len(list((tmp_path / "stats.work" / "layers").glob("layer-*"))) == 1 + dead
+    kept = len(list((tmp_path / "stats.work" / "layers").glob("layer-*.safetensors")))
+    assert kept in (dead, 1 + dead)  # a layer is written while the next is gone through
     assert run(3, *words, tmp_path / "stats") == [Ended(0, "", "")] * 3
     assert (tmp_path / "stats").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "stats.work").exists()

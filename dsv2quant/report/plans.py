@@ -113,7 +113,8 @@ def notes(plan: Plan) -> list[str]:
     config = plan.checkpoint.config
     found = []
     if needs_calibration(plan):
-        found.append(f"calibration takes at most about {gigabytes(work_memory(plan))} of the device, hidden states aside")
+        beside = gigabytes(work_memory(plan))
+        found.append(f"calibration takes at most about {beside} of the device beside hidden states")
     found += serving_notes(plan)
     for (target, scheme), needed in NEEDS.items():
         if target in plan.targets and scheme in plan.schemes:
