@@ -80,6 +80,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def in_float32() -> Iterator[None]:
+    """Calibration as on a CPU that doesn't multiply BF16 in hardware."""
+    with pytest.MonkeyPatch.context() as patch:
+        for at in ("model.load", "calib.gptq"):
+            patch.setattr(f"dsv2quant.{at}.multiplies_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture
 def one_library(monkeypatch) -> None:
     """Products by the library that torch's own modules ask, as a consumer on this CPU computes them: two libraries

@@ -17,7 +17,7 @@ from dsv2quant.formats.codec import Inputs
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.report.calibration import calibration_text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "in_float32")
 
 # Few tokens
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+import torch
 from family_configs import V2, V2_LITE, V3, Config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,7 @@ from dsv2quant.calib.rates import H200, RATES, Rates
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
 from dsv2quant.kernels import reference
+from dsv2quant.model import attention
 from dsv2quant.planning import recipe
 from dsv2quant.planning.memory import CARDS
 from dsv2quant.planning.plan import Plan, make_plan
@@ -54,6 +56,11 @@ def spent(plan: Plan, rates: Rates, share: Share) -> tuple[dict[str, float], dic
     return added_up(x.seconds for x in found), added_up(x.links for x in found)
 
 
+def values_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Of attention's own shape, without its products."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2)
+
+
 @pytest.mark.parametrize("room", [ROOMY, 0], ids=["roomy", "anew"])
 @pytest.mark.parametrize("name", ["int4-mixed", "int4-pure"])
 @pytest.mark.parametrize("config", [tiny.GROUPED, tiny.GROUPED_V2, tiny.LLAMA], ids=["lite", "v2", "llama"])
@@ -61,6 +68,9 @@ def test_it_counts_the_products_that_calibration_takes(config, name, room, tmp_p
     """But for attention's own, the router's, and those within GPTQ's loop, which count to 2%."""
     monkeypatch.setattr(reference, "_has_onednn", lambda: False)  # whose products torch's counter doesn't know
     monkeypatch.setattr(layerwise, "room_on", lambda device: room)
+    for module in (layerwise, routed):  # torch counts what this thread does
+        monkeypatch.setattr(module, "in_turn", lambda threads, do, items: map(do, items))
+    monkeypatch.setattr(attention, "_by_blocks", values_alone)
     checkpoint = open_checkpoint(tiny.write_checkpoint(tmp_path / "model", config))
     plan = make_plan(checkpoint, recipe.builtin(name, group_size=32))
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (WINDOWS, CTX))
@@ -75,7 +85,7 @@ def test_it_counts_the_products_that_calibration_takes(config, name, room, tmp_p
 @pytest.mark.parametrize("config", [V2_LITE, V2, V3], ids=["V2-Lite", "V2", "V3"])
 def test_experts_and_stages_take_what_calibration_says(config) -> None:
     read = model_config(config, "config.json")
-    job = SimpleNamespace(config=read)
+    job = SimpleNamespace(config=read, threads=0)
     costs = Costs(read, H200, Share(1 << 20, 2048, 1, 1, 0, 0))
     assert costs._token_bytes() == Job.token_bytes.fget(job)  # type: ignore[attr-defined]
     pairs = (1 << 20) * read.num_experts_per_tok // read.n_routed_experts

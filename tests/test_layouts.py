@@ -283,7 +283,7 @@ def test_calibration_chooses_codes_on_the_stored_scales_too(scheme, plain_wins):
     # Inputs like none that GPTQ saw: what it makes up for there is lost here.
     held = Moments(torch.eye(64)[None], torch.zeros(1, 64, 64), torch.ones(1)) if plain_wins else train
     linear = Linear(weight, module="m.self_attn.o_proj")
-    job = Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96, ALONE, 0, ThreadPoolExecutor(1))
+    job = Job({linear.module: ("o_proj", scheme, "gptq")}, None, None, 1, 96, ALONE, 0, ThreadPoolExecutor(1), 0)
     choose(job, [[linear]], (train, held))
     assert job.outcomes[0].kept_rtn == plain_wins
     parts = job.parts["m.self_attn.o_proj"].result()

@@ -211,8 +211,12 @@ def work_memory(plan: Plan) -> int:
     single = [max(lane_bytes(x.shape[1]), matrix_bytes(x.shape[1], x.shape[0])) for x in calibrated if x.expert is None]
     experts = any(x.expert is not None for x in calibrated)
     together = expert_bytes(c) * max(1, min(MOMENT_BYTES // expert_bytes(c), c.n_routed_experts // TURNS))
-    attention = 2 * 4 * ROWS * c.num_attention_heads * 3 * (c.qk_head_dim + c.v_head_dim)
-    return max(layers.values()) + attention + max(*single, experts * (together + MOMENT_BYTES), 0)
+    return max(layers.values()) + batch_bytes(c) + max(*single, experts * (together + MOMENT_BYTES), 0)
+
+
+def batch_bytes(config: ModelConfig) -> int:
+    """Memory for what attention makes of a batch of tokens in both models."""
+    return 2 * 4 * ROWS * config.num_attention_heads * 3 * (config.qk_head_dim + config.v_head_dim)
 
 
 def lane_bytes(columns: int) -> int:

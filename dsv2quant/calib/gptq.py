@@ -15,9 +15,8 @@ leaves plain rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,24 +26,12 @@ import torch
 from dsv2quant.formats import gptq as loop
 from dsv2quant.formats.cpu import search_scales
 from dsv2quant.formats.integers import levels
+from dsv2quant.kernels.reference import multiplies_bf16, product
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
 SEARCHED = 64  # rows whose scales a thread searches at a time
-
-
-@contextmanager
-def _as_fast_as_can_be() -> Iterator[None]:
-    """Products of float32 on a CPU through oneDNN, which rounds to BF16 first where the processor multiplies that in
-    hardware (AMX), and sums in float32."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @dataclass
@@ -68,9 +55,13 @@ class Moments:
     def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
         weighted = x if weight is None else x * weight[:, None]
-        with _as_fast_as_can_be():
-            for total, left in ((self.h[which], x), (self.s[which], ideal - x)):
-                total.addmm_(left.T, weighted) if total.is_cuda else total.add_(left.T @ weighted)
+        for total, left in ((self.h[which], x), (self.s[which], ideal - x)):
+            if total.is_cuda:
+                total.addmm_(left.T, weighted)
+            elif multiplies_bf16():
+                total.add_(left.bfloat16().T @ weighted.bfloat16())
+            else:
+                total.add_(product(left.T.contiguous(), weighted.T.contiguous(), None))
         self.count[which] += len(x)
 
     def shrunk(self, prior: Moments) -> Moments:
@@ -252,14 +243,18 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, moments: Moments) -> torch.Tensor:
     """Σ w ‖W x̂ − Q x‖², up to what does not depend on Q: [batch], of W and Q [batch, R, K]."""
     off = weight - quantized
-    return ((off @ moments.h + 2 * (weight @ moments.s)) * off).sum((1, 2), dtype=torch.float64)
+    return _sum((off @ moments.h + 2 * (weight @ moments.s)) * off)
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, moments: Moments) -> torch.Tensor:
     """‖(W − Q) x‖² / ‖W x‖² over the moments' tokens: [batch], of W and Q [batch, R, K]."""
     off = weight - quantized
-    lost = ((off @ moments.h) * off).sum((1, 2), dtype=torch.float64)
-    return lost / ((weight @ moments.h) * weight).sum((1, 2), dtype=torch.float64).clamp(min=1e-300)
+    return _sum((off @ moments.h) * off) / _sum((weight @ moments.h) * weight).clamp(min=1e-300)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """Σ over [batch, R, K], float64 [batch]: row by row, which has the same bits by any number of threads."""
+    return x.sum(2, dtype=torch.float64).sum(1)
 
 
 def _columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

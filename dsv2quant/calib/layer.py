@@ -40,6 +40,7 @@ class Job:
     ranks: Ranks
     room: int  # bytes that suspended stages may take
     packing: Executor  # packs what was chosen while more is
+    threads: int  # that take batches of tokens: see `in_turn`
     progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
     parts: dict[str, Future[dict[str, np.ndarray]]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -70,12 +71,19 @@ class Job:
         own = [rows for lane in self.ranks.share(len(self.lanes)) for rows in self.lanes[lane]]
         return range(own[0].start, own[-1].stop)
 
-    def batches(self) -> Iterator[tuple[int, slice]]:
-        """This rank's tokens in turn: the lane that each batch is of, and its tokens' numbers among the rank's."""
+    @property
+    def own(self) -> dict[int, list[slice]]:
+        """This rank's lanes, in turn: each one's batches, by their tokens' numbers among the rank's."""
         every, first = self.lanes, self.tokens.start
-        for lane in self.ranks.share(len(every)):
-            for rows in every[lane]:
-                yield lane, slice(rows.start - first, rows.stop - first)
+        return {
+            lane: [slice(rows.start - first, rows.stop - first) for rows in every[lane]]
+            for lane in self.ranks.share(len(every))
+        }
+
+    @property
+    def batches(self) -> list[slice]:
+        """This rank's tokens, by their numbers among the rank's."""
+        return [rows for lane in self.own.values() for rows in lane]
 
     def held(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens, by their number among this rank's, are held out."""

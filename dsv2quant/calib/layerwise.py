@@ -11,12 +11,14 @@ matrix is quantized by one rank, an expert by the one that all its tokens go to,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from dsv2quant.calib.calibration import (
     Calibration,
     Encoded,
     Prepared,
+    batch_bytes,
     layer_file,
     work_memory,
     work_weights,
@@ -37,6 +40,7 @@ from dsv2quant.calib.hidden import Stream, lanes, make_streams, room_on
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Choice, Job, Walk, copied, every_linear
 from dsv2quant.calib.routed import Routed, quantize_experts
 from dsv2quant.calib.streams import Made, through_layers
+from dsv2quant.calib.threads import MOST, in_turn
 from dsv2quant.checkpoint.dtypes import torch_dtype
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import TooLargeError, too_large
@@ -65,8 +69,14 @@ def quantize_layers(
     rank's alone; `progress` is called with weights whose codes are chosen. Other entries may need statistics, in
     `prepared`. Returns what was encoded to the first rank. Raises UsageError for more ranks than batches of tokens."""
     prepared = prepared or Prepared(plan)
+    telling = Lock()
+
+    def tell(weights: int) -> None:
+        with telling:  # experts' codes are chosen by several threads
+            progress(weights)
+
     config, ids = plan.checkpoint.config, calibration.ids
-    loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True))
+    loader = Loader(plan.checkpoint, LoadOptions(torch.float32, device, weight_only=True, calibrates=device == "cpu"))
     windows, ctx = (int(n) for n in ids.shape)
     count = len(lanes(ids.size, ctx))
     if ranks.size > count:
@@ -75,8 +85,13 @@ def quantize_layers(
     rope = Rope(config, torch.device(device)).table(torch.arange(ctx, device=device))
     packing = ThreadPoolExecutor(PACKERS)
     job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks, packing=packing)
-    own = job({}, (None, None), room=0).tokens  # type: ignore[arg-type]
-    beside = work_memory(plan)
+    own = job({}, (None, None), room=0, threads=0).tokens  # type: ignore[arg-type]
+    beside, threads = work_memory(plan), 0
+    if device == "cpu":
+        more = max(0, room_on(device) - beside - 3 * 4 * len(own) * config.hidden_size) // batch_bytes(config)
+        threads = min(torch.get_num_threads(), MOST, 1 + more)
+        beside += (threads - 1) * batch_bytes(config)
+    job = partial(job, threads=threads)
     # Experts' outputs are added to more often than states are asked for.
     added, real, ideal = make_streams(3, len(own), config.hidden_size, device, folder, beside)
 
@@ -89,7 +104,7 @@ def quantize_layers(
         layer = loader.layer(index)
         layers = copied(layer), layer
         choices = _planned(plan, index, layers[REAL], device, prepared)
-        asked = job(choices, layers, room=room(), progress=progress)
+        asked = job(choices, layers, room=room(), progress=tell)
         quantize_layer(asked, (real, ideal), added)
         parts = _joined(ranks.gather({module: packed.result() for module, packed in asked.parts.items()}))
         outcomes = {outcome.module: outcome for some in ranks.gather(asked.outcomes) or [] for outcome in some}
@@ -239,52 +254,70 @@ def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None)
     delivered = False
     for group in groups:
         wanted = [index for index in group if job.wanted(found[index].linears)]
-        summed = {index: LaneSums(job) for index in wanted if index or known is None}
-        if summed:
-            for lane, rows in job.batches():
-                for index in summed:
-                    summed[index].add(lane, rows, *(walk.input(side, rows, index) for side in SIDES))
-                if group is groups[-1]:
+        unknown = [index for index in wanted if index or known is None]
+        last = group is groups[-1]
+
+        def summed(batches: list[slice], unknown: list[int] = unknown, last: bool = last) -> list[Sums]:
+            sums = [LaneSums(job) for _ in unknown]
+            for rows in batches:
+                for index, some in zip(unknown, sums, strict=True):
+                    some.add(rows, *(walk.input(side, rows, index) for side in SIDES))
+                if last:
                     deliver(IDEAL, rows, walk.output(IDEAL, rows))
                 walk.leave(rows)
-            delivered = group is groups[-1]
-        _settle(job, [(found[index], summed.get(index)) for index in wanted], known)
-    for _, rows in job.batches():
+            return [some.sums for some in sums]
+
+        trees = dict(zip(unknown, _trees(job, summed, len(unknown)), strict=True)) if unknown else {}
+        delivered = last and bool(unknown)
+        _settle(job, [(found[index], trees.get(index)) for index in wanted], known)
+
+    def left(rows: slice) -> None:
         for side in SIDES[: 1 if delivered else 2]:
             deliver(side, rows, walk.output(side, rows))
 
+    deque(in_turn(job.threads, left, job.batches), maxlen=0)
+
+
+def _trees(job: Job, summed: Callable[[list[slice]], Sequence[Sums]], count: int) -> list[TreeSum]:
+    """So many sums of all the rank's tokens, of which `summed` gives those of a lane's batches."""
+    trees, own = [TreeSum(len(job.lanes)) for _ in range(count)], job.own
+    for lane, sums in zip(own, in_turn(job.threads, summed, own.values()), strict=True):
+        for tree, some in zip(trees, sums, strict=True):
+            tree.add(lane, [*some.every.parts, *some.held.parts])
+    return trees
+
+
+def _total(job: Job, tree: TreeSum, owner: int) -> Split | None:
+    """The moments at the rank `owner`, None elsewhere."""
+    total = tree.total(job.ranks, owner)
+    return None if total is None else Sums.of(total).split()
+
 
 class LaneSums:
-    """The sums of all tokens' inputs to a stage: lane by lane, and these in a tree."""
+    """The sums of a lane's inputs to a stage."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._tree = job, TreeSum(len(job.lanes))
-        self._lane = -1
+        self._job = job
         self._sums: Sums | None = None
 
-    def add(self, lane: int, rows: slice, x: torch.Tensor, y: torch.Tensor) -> None:
+    def add(self, rows: slice, x: torch.Tensor, y: torch.Tensor) -> None:
         """A batch of the rank's, in turn: inputs [tokens, columns] in the real and the ideal model."""
-        if self._sums is None or lane != self._lane:
-            self._close()
-            self._lane, self._sums = lane, Sums.zeros(1, x.shape[-1], x.device)
+        if self._sums is None:
+            self._sums = Sums.zeros(1, x.shape[-1], x.device)
         self._sums.add(0, self._job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
 
-    def total(self, owner: int) -> Split | None:
-        """The moments at the rank `owner`, None elsewhere."""
-        self._close()
-        total = self._tree.total(self._job.ranks, owner)
-        return None if total is None else Sums.of(total).split()
-
-    def _close(self) -> None:
-        if self._sums is not None:
-            self._tree.add(self._lane, [*self._sums.every.parts, *self._sums.held.parts])
+    @property
+    def sums(self) -> Sums:
+        assert self._sums is not None
+        return self._sums
 
 
-def _settle(job: Job, stages: Sequence[tuple[Stage, LaneSums | None]], known: Split | None) -> None:
+def _settle(job: Job, stages: Sequence[tuple[Stage, TreeSum | None]], known: Split | None) -> None:
     """Quantize the linears of stages that don't depend on each other, each by another rank."""
     ranks = job.ranks
     totals = [
-        known if summed is None else summed.total(number % ranks.size) for number, (_, summed) in enumerate(stages)
+        known if summed is None else _total(job, summed, number % ranks.size)
+        for number, (_, summed) in enumerate(stages)
     ]
     for number, ((stage, _), moments) in enumerate(zip(stages, totals, strict=True)):
         if ranks.rank == number % ranks.size:
@@ -304,14 +337,20 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
     """Routed experts, each on all its tokens, and shared ones. `added` takes what the real routed ones make."""
     real, ideal = moes
     wanted = bool(job.wanted(linear for part in (*real.experts, real.shared) for linear in every_linear(part)))
-    routes, summed = [], LaneSums(job)
-    for lane, rows in job.batches():
-        x = inputs(REAL, rows)
-        routes.append(route(x, real.router.weight, real.routing, real.router_bias))
-        if wanted:
-            summed.add(lane, rows, x, inputs(IDEAL, rows))
-    pool = _everywhere(job, summed) if wanted else None  # of all tokens, which shared experts see
-    weights, chosen = (torch.cat(r) for r in zip(*routes, strict=True))  # [tokens, k]
+    routes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by a batch's first token
+
+    def seen(batches: list[slice]) -> list[Sums]:
+        sums = LaneSums(job)
+        for rows in batches:
+            x = inputs(REAL, rows)
+            routes[rows.start] = route(x, real.router.weight, real.routing, real.router_bias)
+            if wanted:
+                sums.add(rows, x, inputs(IDEAL, rows))
+        return [sums.sums] if wanted else []
+
+    trees = _trees(job, seen, wanted)
+    pool = _everywhere(job, trees[0]) if wanted else None  # of all tokens, which shared experts see
+    weights, chosen = (torch.cat(r) for r in zip(*(routes[rows.start] for rows in job.batches), strict=True))
     added.zero()
     for tokens, made in quantize_experts(job, Routed(real.experts, ideal.experts, weights, chosen), inputs, pool):
         added.add(tokens, made)
@@ -321,7 +360,7 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
         deliver(side, rows, routed + output)
 
     if real.shared is None:
-        for _, rows in job.batches():
+        for rows in job.batches:
             for side in SIDES:
                 behind(side, rows, torch.zeros((), device=job.device))
         return
@@ -331,7 +370,7 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
     _through(job, walk, behind, pool)
 
 
-def _everywhere(job: Job, summed: LaneSums) -> Split:
+def _everywhere(job: Job, tree: TreeSum) -> Split:
     """The moments of all ranks' sums, at each."""
-    split = summed.total(0) or Split(*Sums.zeros(1, job.config.hidden_size, job.device))
+    split = _total(job, tree, 0) or Split(*Sums.zeros(1, job.config.hidden_size, job.device))
     return Split(*(Moments(*(job.ranks.broadcast(part) for part in moments.parts)) for moments in split))

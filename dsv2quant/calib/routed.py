@@ -16,6 +16,7 @@ from dsv2quant.calib.calibration import MOMENT_BYTES, TURNS, expert_bytes
 from dsv2quant.calib.choosing import choose
 from dsv2quant.calib.gptq import Split, Sums
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Job, every_linear
+from dsv2quant.calib.threads import MOST, in_turn
 from dsv2quant.model.layers import FFN, Stages, finish
 
 SAMPLE = 4  # tokens for each column of a prior
@@ -59,15 +60,26 @@ def quantize_experts(
     everyones = ranks.gather(counts)
     totals = ranks.agreed([sum(some) for some in zip(*everyones, strict=True)] if everyones else [])
     groups = _groups(job, totals)
-    for first in range(0, len(groups), ranks.size):
-        by_owner = [*groups[first : first + ranks.size], *[range(0)] * ranks.size][: ranks.size]
-        lengths = [[counts[expert] for expert in group] for group in by_owner]
-        sent = [_joined([pairs[expert] for expert in group], pairs[0]) for group in by_owner]
-        seen = [_seen(job, routed, inputs, p, ideal=wanted) for p in sent]
-        arrived = [Seen(*parts) for parts in zip(*map(ranks.exchange, zip(*seen, strict=True)), strict=True)]
-        theirs = [some.tolist() for some in ranks.exchange([torch.tensor(some) for some in lengths])]
-        made = _owned(job, routed, by_owner[ranks.rank], arrived, theirs, pool, sample)
-        for p, some, returned in zip(sent, lengths, ranks.exchange(made), strict=True):
+    turns = [
+        [*groups[first : first + ranks.size], *[range(0)] * ranks.size][: ranks.size]
+        for first in range(0, len(groups), ranks.size)
+    ]  # of each, a group for each rank
+
+    def sent(by_owner: list[range]) -> list[torch.Tensor]:
+        return [_joined([pairs[expert] for expert in group], pairs[0]) for group in by_owner]
+
+    def asked() -> Iterator[tuple[range, list[Seen], list[list[int]]]]:
+        for by_owner in turns:
+            seen = [_seen(job, routed, inputs, p, ideal=wanted) for p in sent(by_owner)]
+            arrived = [Seen(*parts) for parts in zip(*map(ranks.exchange, zip(*seen, strict=True)), strict=True)]
+            lengths = [torch.tensor([counts[expert] for expert in group]) for group in by_owner]
+            yield by_owner[ranks.rank], arrived, [some.tolist() for some in ranks.exchange(lengths)]
+
+    threads = ranks.agreed(job.threads)  # all ranks send as far ahead
+    owned = in_turn(threads, lambda turn: _owned(job, routed, *turn, pool, sample), asked())
+    for by_owner, made in zip(turns, owned, strict=True):
+        for p, group, returned in zip(sent(by_owner), by_owner, ranks.exchange(made), strict=True):
+            some = [counts[expert] for expert in group]
             yield from zip((p // k).split(some), returned.split(some), strict=True)
 
 
@@ -82,8 +94,9 @@ def _groups(job: Job, totals: Sequence[int]) -> list[range]:
     """Experts that are calibrated together, whose moments and tokens fit into `MOMENT_BYTES`, or one. `totals` are the
     tokens of each."""
     c = job.config
-    most = max(1, min(MOMENT_BYTES // expert_bytes(c), len(totals) // TURNS))
-    room = MOMENT_BYTES // (len(SIDES) * 4 * (c.hidden_size + 2 * c.moe_intermediate_size))  # tokens
+    together = MOMENT_BYTES // MOST if job.threads else MOMENT_BYTES  # each thread has a group
+    most = max(1, min(together // expert_bytes(c), len(totals) // TURNS))
+    room = together // (len(SIDES) * 4 * (c.hidden_size + 2 * c.moe_intermediate_size))  # tokens
     groups, first = [], 0
     for last in range(1, len(totals) + 1):
         if last == len(totals) or last - first == most or sum(totals[first : last + 1]) > room:

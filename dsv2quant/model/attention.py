@@ -9,6 +9,7 @@ its V half behind the weighted sum of latents, so that no key or value is ever f
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from dsv2quant.arch.config import ModelConfig, Yarn
+from dsv2quant.kernels import reference
 from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import Linear, RMSNorm, Served, Stage, Stages
+
+QUERIES = 256  # of a block
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -118,6 +122,7 @@ class LatentAttention(Attention):
     q_a_proj: Linear | None = None
     q_a_layernorm: RMSNorm | None = None
     q_b_proj: Linear | None = None
+    by_blocks: bool = False  # of queries, on a CPU
 
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
@@ -143,7 +148,7 @@ class LatentAttention(Attention):
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
         q_pe = Rope.rotate(q_pe, rope, c.rope_halves)
         if not absorbed:
-            return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
+            return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe, by_blocks=self.by_blocks)
         yield Stage((self.kv_b_proj,), q_nope, half="k")
         mixed = self.mixed(q_nope, q_pe, latent, k_pe)
         yield Stage((self.kv_b_proj,), mixed, half="v")
@@ -178,6 +183,7 @@ class GroupedAttention(Attention):
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    by_blocks: bool = False  # of queries, on a CPU
 
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
@@ -185,12 +191,12 @@ class GroupedAttention(Attention):
         yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
         served = Served(x)
         q, k, v = self.q_proj(served), self.k_proj(served), self.v_proj(served)
-        return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed)
+        return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed, by_blocks=self.by_blocks)
 
 
 def grouped(
     c: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor, cache: Cache | None,
-    *, as_stored: bool,
+    *, as_stored: bool, by_blocks: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The heads' weighted values [batch, new, heads · width], of queries in that shape and of keys and values [batch,
     new, kv heads · width], before rotation; those of earlier tokens are the cache's."""
@@ -199,6 +205,8 @@ def grouped(
     if cache is not None:
         known = cache.append(*(x.transpose(1, 2).flatten(2) for x in (k, v)), as_stored=as_stored)
         k, v = (_by_head(x, c.v_head_dim) for x in known)  # [batch, kv heads, all, width]
+    if by_blocks:
+        return _by_blocks(q, k, v, softmax_scale(c)).flatten(2)
     return _attend(q, k, v, softmax_scale(c), is_grouped=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
 
 
@@ -208,14 +216,17 @@ def _by_head(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def expanded(
-    c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor
-) -> torch.Tensor:
+    c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor,
+    *, by_blocks: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """The heads' weighted values [batch, new, heads · v_head_dim]: of kv_b_proj's output kv [batch, all, ·], queries
     [batch, heads, new, ·] and rotated keys [batch, all, ·]."""
     kv = kv.unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
     k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
     q = torch.cat([q_nope, q_pe], -1)
+    if by_blocks:
+        return _by_blocks(q, k, v, softmax_scale(c)).flatten(2)
     # torch has no fast attention for values narrower than keys.
     padded = F.pad(v, (0, max(0, c.qk_head_dim - c.v_head_dim)))
     return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
@@ -234,6 +245,24 @@ def _attend(
     causal = q.shape[2] == k.shape[2]  # said by flag where it is the usual one: no fast attention takes it as a mask
     mask = None if causal else _causal_mask(q.shape[2], k.shape[2], q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)
+
+
+def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`_attend` of as many queries as keys, head by head and some queries at a time, [batch, new, heads, ·]: on a CPU
+    with AVX-512 in about half the time, since values needn't be padded and no keys behind a block are looked at."""
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
+    later = torch.full((QUERIES, QUERIES), -torch.inf, device=q.device).triu(1)
+    for entry, head in itertools.product(range(batch), range(heads)):
+        shared = head * k.shape[1] // heads
+        queries, keys = q[entry, head] * scale, k[entry, shared].contiguous()
+        values = v[entry, shared].contiguous()  # oneDNN is slow by far where no dimension of theirs is dense
+        for first in range(0, tokens, QUERIES):
+            last = min(first + QUERIES, tokens)
+            scores = reference.product(queries[first:last], keys[:last], None)
+            scores[:, first:] += later[: last - first, : last - first]
+            out[entry, first:last, head] = reference.product(scores.softmax(-1), values[:last].T, None)
+    return out
 
 
 def _causal_mask(new: int, total: int, device: torch.device) -> torch.Tensor:

@@ -22,17 +22,21 @@ from dsv2quant.kernels import reference
 @dataclass
 class Linear:
     """y = x Wᵀ + b. `weight` [out, in] is decoded; `activation` says how x is quantized first, as when served:
-    'static' by `input_scale` (float32 [1]). `module` is its name in the checkpoint."""
+    'static' by `input_scale` (float32 [1]). `module` is its name in the checkpoint. `in_bf16` rounds x, W and y to
+    BF16, whatever their dtype."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     activation: str | None = None
     input_scale: torch.Tensor | None = None
     module: str = ""
+    in_bf16: bool = False
 
     def __call__(self, x: torch.Tensor | Served) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
             x = Served(x)
+        if self.activation is None and self.in_bf16:
+            return reference.linear(x.bf16(), self.weight, None).to(x.x.dtype) + (0 if self.bias is None else self.bias)
         if self.activation is None:
             return reference.linear(x.x, self.weight, self.bias)
         return reference.served_linear(x.by(self), self.weight, self.bias, x.x.dtype)
@@ -45,10 +49,17 @@ class Served:
     def __init__(self, x: torch.Tensor, whole: Served | None = None, rows: torch.Tensor | None = None) -> None:
         self.x, self._whole, self._rows = x, whole, rows
         self._made: dict[tuple[str, float | None], torch.Tensor] = {}
+        self._bf16: torch.Tensor | None = None
 
     def rows(self, rows: torch.Tensor) -> Served:
         """Some of x [tokens, columns]."""
         return Served(self.x[rows], self, rows)
+
+    def bf16(self) -> torch.Tensor:
+        """x in BF16."""
+        if self._bf16 is None:
+            self._bf16 = self.x.bfloat16()
+        return self._bf16
 
     def by(self, linear: Linear) -> torch.Tensor:
         """What a layer that quantizes x multiplies with, in float32."""

@@ -17,6 +17,7 @@ from dsv2quant.checkpoint.weights import Weight
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.declared import activations_quantized
 from dsv2quant.formats.fp8 import INPUT_SCALE
+from dsv2quant.kernels.reference import multiplies_bf16
 from dsv2quant.model.attention import GroupedAttention, LatentAttention
 from dsv2quant.model.cache import KV_DTYPES, Cache
 from dsv2quant.model.layers import FFN, Linear, MoE, RMSNorm, Stages, finish
@@ -32,7 +33,8 @@ class LoadOptions:
     but the routed experts first, as transformers' default load of compressed-tensors does. `kv_cache` is the dtype of
     the latent cache, `dtype` where it is None. `backend` is 'torch', the reference, which decodes weights, or
     'kernels', Triton's, which take them as they are stored: see fused_model.py. `serving` names the consumer whose
-    departures from what an artifact says the torch backend makes, too: see serving.py."""
+    departures from what an artifact says the torch backend makes, too: see serving.py. `calibrates` lets a CPU
+    compute in its fastest way: linear layers in BF16 where it multiplies that, and attention block by block."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -41,6 +43,7 @@ class LoadOptions:
     kv_cache: torch.dtype | None = None
     backend: Backend = "torch"
     serving: Serving | None = None
+    calibrates: bool = False
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -169,7 +172,7 @@ class Loader:
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
         if not c.is_mla:
             q, k, v, o = (self.linear(f"{at}.{name}_proj") for name in "qkvo")
-            return GroupedAttention(c, q, k, v, o)
+            return GroupedAttention(c, q, k, v, o, self.options.calibrates)
         latent_query = c.q_lora_rank is not None
         return LatentAttention(
             config=c,
@@ -181,6 +184,7 @@ class Loader:
             q_a_proj=self.linear(f"{at}.q_a_proj") if latent_query else None,
             q_a_layernorm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,
             q_b_proj=self.linear(f"{at}.q_b_proj") if latent_query else None,
+            by_blocks=self.options.calibrates,
         )
 
     def _moe(self, c: ModelConfig, at: str) -> MoE:
@@ -209,7 +213,14 @@ class Loader:
         if granularity == "static":
             stored = self.checkpoint.tensor(weight.parts[INPUT_SCALE], o.device)
             input_scale = stored.to(o.scale_dtype or torch.float32).float().reshape(1)
-        return Linear(self.tensor(f"{module}.weight", dtype), bias, granularity, input_scale, module)
+        return Linear(
+            self.tensor(f"{module}.weight", dtype),
+            bias,
+            granularity,
+            input_scale,
+            module,
+            o.calibrates and multiplies_bf16(),
+        )
 
     def _activation(self, weight: Weight) -> str | None:
         o = self.options

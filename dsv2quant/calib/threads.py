@@ -1,0 +1,43 @@
+"""Calibration on a CPU: several batches of tokens at a time, each by a thread that computes alone. Most operations on a
+batch are too small to be shared out over threads, and sums that are shared out have other bits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+MOST = 8  # each holds what it works on
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def in_turn(threads: int, do: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """What `do` makes of each item, in their order, by so many threads; by the caller's own where that is 0. `do` must
+    give the same whatever is done to other items meanwhile. Items are taken as they are needed, by the caller's thread.
+    To be exhausted."""
+    if not threads:
+        yield from map(do, items)
+        return
+
+    def alone(item: Item) -> Made:
+        with torch.inference_mode():  # each thread has its own
+            return do(item)
+
+    each = torch.get_num_threads()
+    running: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(alone, item))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for left in running:
+                left.cancel()
+            torch.set_num_threads(each)  # what threads to come begin with, too
