@@ -26,7 +26,6 @@ import torch
 from dsv2quant.formats import gptq as loop
 from dsv2quant.formats.cpu import search_scales
 from dsv2quant.formats.integers import levels
-from dsv2quant.kernels.reference import multiplies_bf16, product
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
@@ -56,12 +55,7 @@ class Moments:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
         weighted = x if weight is None else x * weight[:, None]
         for total, left in ((self.h[which], x), (self.s[which], ideal - x)):
-            if total.is_cuda:
-                total.addmm_(left.T, weighted)
-            elif multiplies_bf16():
-                total.add_(left.bfloat16().T @ weighted.bfloat16())
-            else:
-                total.add_(product(left.T.contiguous(), weighted.T.contiguous(), None))
+            total.addmm_(left.T, weighted) if total.is_cuda else total.add_(left.T @ weighted)
         self.count[which] += len(x)
 
     def shrunk(self, prior: Moments) -> Moments:

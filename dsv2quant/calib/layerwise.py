@@ -19,6 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,17 +133,17 @@ def quantize_layers(
 
 @contextmanager
 def fast_products(device: str) -> Iterator[None]:
-    """Products of float32 on a GPU in TF32, whose 11 bits are more than BF16's 8 that the model is served in."""
-    matmul = torch.backends.cuda.matmul
-    if device == "cpu":
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    """Products of float32 on a GPU in TF32, whose 11 bits are more than BF16's 8 that the model is served in; on a CPU
+    by oneDNN, which rounds to BF16 first where the processor multiplies that in tiles (AMX). Sums stay in float32:
+    moments that are rounded could lose their definiteness."""
+    backends: Any
+    backends, precision = (torch.backends.mkldnn, "bf16") if device == "cpu" else (torch.backends.cuda, "tf32")
+    before = backends.matmul.fp32_precision
+    backends.matmul.fp32_precision = precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        backends.matmul.fp32_precision = before
 
 
 def _kept(plan: Plan, progress: Callable[[int], object], layers: int) -> None:

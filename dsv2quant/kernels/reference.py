@@ -126,8 +126,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether this CPU multiplies BF16 in hardware."""
-    able = torch.cpu.get_capabilities()
+    """Whether this CPU multiplies BF16 in hardware, as far as torch says."""
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
