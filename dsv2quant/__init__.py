@@ -2,7 +2,7 @@
 
     import dsv2quant as dq
 
-The functions are those of api.py, allocation/ and publishing/, which are imported when one is used.
+The functions are those of api.py, calib/forecast.py, allocation/ and publishing/, which are imported when one is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         calibrate,
         convert,
         evaluate,
-        forecast,
         generate,
         inspect,
         memory,
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
         verify,
         verify_engine,
     )
+    from dsv2quant.calib.forecast import forecast
     from dsv2quant.publishing.compare import compare
     from dsv2quant.publishing.run import release
 
 _ELSEWHERE = {
-    "compare": "dsv2quant.publishing.compare", "release": "dsv2quant.publishing.run",
+    "compare": "dsv2quant.publishing.compare", "forecast": "dsv2quant.calib.forecast", "release": "dsv2quant.publishing.run",
     "search": "dsv2quant.allocation.search",
 }  # fmt: skip
 __all__ = [

@@ -1,4 +1,4 @@
-"""The Python API, which the command line calls: open, plan, memory, forecast, calibrate, convert, evaluate, verify,
+"""The Python API, which the command line calls: open, plan, memory, calibrate, convert, evaluate, verify,
 verify_engine, push, generate, inspect.
 
     import dsv2quant as dq
@@ -26,7 +26,6 @@ from dsv2quant.planning.scoring import check_evaluation
 from dsv2quant.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from dsv2quant.calib.forecast import Forecasts
     from dsv2quant.checkpoint.checkpoint import Checkpoint
     from dsv2quant.engines.results import Verdict
     from dsv2quant.evaluation.results import Evaluation, Verification
@@ -106,22 +105,6 @@ def memory(
     else:
         checkpoint, stored = made, [(weight.spec, weight.nbytes) for weight in made.weights]
     return plan_memory(checkpoint.model, checkpoint.config, stored, workload, gpu)
-
-
-def forecast(
-    plan: Plan, *, gpu: str = "H200", gpus: int | None = None, nodes: int | None = None, samples: int = 512,
-    length: int | None = None,
-) -> Forecasts:  # fmt: skip
-    """What calibrating by a plan on `samples` windows of `length` tokens takes, and converting: seconds, memory, bytes
-    over each link, from headers alone.
-
-    It is told of `nodes` machines of `gpus` GPUs each, of a kind "H200" or "H100"; without both, of 1, 2 and 8 GPUs and
-    of four machines. Raises UsageError for a plan that GPTQ has no part in, and for more GPUs than share the windows.
-    """
-    asked.check_values({"gpus": gpus, "nodes": nodes, "samples": samples, "length": length})
-    from dsv2quant.calib.forecast import forecasts
-
-    return forecasts(plan, samples, length, gpu, gpus or 0, nodes or 0)
 
 
 def check_conversion(out: StrPath | None, device: str = "cpu", **options: Unpack[Options]) -> Recipe | None:

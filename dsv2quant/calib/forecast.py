@@ -19,6 +19,7 @@ from dsv2quant.calib.layerwise import PACKERS
 from dsv2quant.calib.rates import RATES, Rates
 from dsv2quant.errors import UsageError
 from dsv2quant.planning.memory import card_capacity
+from dsv2quant.planning.options import check_values
 from dsv2quant.planning.plan import Entry, Plan
 
 STREAMS = 3  # of hidden states: real, ideal, and what real experts add
@@ -81,12 +82,18 @@ class Forecasts:
     each: tuple[Forecast, ...]
 
 
-def forecasts(
-    plan: Plan, samples: int = 512, length: int | None = None, gpu: str = "H200", gpus: int = 0, nodes: int = 0
-) -> Forecasts:
-    """On `nodes` of `gpus` each, of which either may be left out for 1, or on those of USUAL whose ranks can share the
-    windows. Raises UsageError for a plan that calibrates nothing layer by layer, a GPU without rates, and more ranks
-    than can share the windows."""
+def forecast(
+    plan: Plan, *, gpu: str = "H200", gpus: int | None = None, nodes: int | None = None, samples: int = 512,
+    length: int | None = None,
+) -> Forecasts:  # fmt: skip
+    """What calibrating by a plan on `samples` windows of `length` tokens takes, and converting: seconds, memory, bytes
+    over each link, from headers alone.
+
+    It is told of `nodes` machines of `gpus` GPUs each, of a kind "H200" or "H100"; without both, of those of USUAL
+    whose ranks can share the windows. Raises UsageError for a plan that GPTQ has no part in, a GPU without rates, and
+    more GPUs than share the windows.
+    """
+    check_values({"gpus": gpus, "nodes": nodes, "samples": samples, "length": length})
     if not needs_calibration(plan):
         what = f"--time tells what GPTQ takes, and recipe {plan.recipe.name} has none"
         raise UsageError(what, fix="take a scheme of integers by --method gptq, as --int4")

@@ -87,11 +87,8 @@ def quantize_layers(
     packing = ThreadPoolExecutor(PACKERS)
     job = partial(Job, rope=rope, windows=windows, ctx=ctx, ranks=ranks, packing=packing)
     own = job({}, (None, None), room=0, threads=0).tokens  # type: ignore[arg-type]
-    beside, threads = work_memory(plan), 0
-    if device == "cpu":
-        more = max(0, room_on(device) - beside - 3 * 4 * len(own) * config.hidden_size) // batch_bytes(config)
-        threads = min(torch.get_num_threads(), MOST, 1 + more)
-        beside += (threads - 1) * batch_bytes(config)
+    threads = _threads(plan, len(own)) if device == "cpu" else 0
+    beside = work_memory(plan) + max(0, threads - 1) * batch_bytes(config)
     job = partial(job, threads=threads)
     # Experts' outputs are added to more often than states are asked for.
     added, real, ideal = make_streams(3, len(own), config.hidden_size, device, folder, beside)
@@ -129,6 +126,13 @@ def quantize_layers(
     for stream in (real, ideal, added):
         stream.remove()
     return None if folder is None else Encoded(folder, config.num_hidden_layers)
+
+
+def _threads(plan: Plan, tokens: int) -> int:
+    """That take batches of tokens on a CPU: as many as there is memory for, beside three streams of so many tokens."""
+    config = plan.checkpoint.config
+    left = room_on("cpu") - work_memory(plan) - 3 * 4 * tokens * config.hidden_size
+    return min(torch.get_num_threads(), MOST, 1 + max(0, left) // batch_bytes(config))
 
 
 @contextmanager

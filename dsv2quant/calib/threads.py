@@ -1,5 +1,6 @@
-"""Calibration on a CPU: several batches of tokens at a time, each by a thread that computes alone. Most operations on a
-batch are too small to be shared out over threads, and sums that are shared out have other bits."""
+"""Calibration on a CPU: several batches of tokens at a time, each by a thread, which computes alone where there are no
+more processors than threads. Most operations on a batch are too small to be shared out, and some sums that are shared
+out by three or more have other bits."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def in_turn(threads: int, do: Callable[[Item], Made], items: Iterable[Item]) -> 
 
     each = torch.get_num_threads()
     running: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, each // threads),)) as pool:
         try:
             for item in items:
                 running.append(pool.submit(alone, item))
