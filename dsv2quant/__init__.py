@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from dsv2quant.publishing.run import release
 
 _ELSEWHERE = {
-    "compare": "dsv2quant.publishing.compare", "forecast": "dsv2quant.calib.forecast", "release": "dsv2quant.publishing.run",
-    "search": "dsv2quant.allocation.search",
+    "compare": "dsv2quant.publishing.compare", "forecast": "dsv2quant.calib.forecast",
+    "release": "dsv2quant.publishing.run", "search": "dsv2quant.allocation.search",
 }  # fmt: skip
 __all__ = [
     "calibrate", "compare", "convert", "evaluate", "forecast", "generate", "inspect", "memory", "open", "plan", "push",
