@@ -222,9 +222,8 @@ def test_killed_at_20_moments_and_resumed_the_bytes_are_the_same(lite, tmp_path)
         shutil.rmtree(out)
 
 
-def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "lanes", lambda: 1)  # side by side, these three would end together
-    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
+def interrupt_late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C at the 60th weight that is encoded; one item for each that was, and will be."""
     encode, calls = CODECS["fp8-channel"].encode, []
 
     def fail_late(weights, device, method, inputs):
@@ -234,6 +233,13 @@ def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
         return encode(weights, device, method, inputs)
 
     monkeypatch.setattr(CODECS["fp8-channel"], "encode", fail_late)
+    return calls
+
+
+def test_resuming_keeps_finished_shards(lite, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "lanes", lambda: 1)  # side by side, these three would end together
+    made = make_plan(open_checkpoint(lite), recipe.builtin("fp8-channel"), max_shard_size=120_000)
+    interrupt_late(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(made, tmp_path / "out", command="")
     assert (tmp_path / "out" / STATE_FILE).exists()
@@ -256,15 +262,7 @@ def test_resuming_goes_on_amid_a_shard(lite, tmp_path, monkeypatch):
     convert(made, tmp_path / "whole", command="")
     monkeypatch.setattr(engine, "RECORD_EVERY", 1)
     monkeypatch.setattr(shards, "KEPT_EVERY", 20_000)
-    encode, calls = CODECS["fp8-channel"].encode, []
-
-    def fail_late(weights, device, method, inputs):
-        calls.append(1)
-        if len(calls) == 60:
-            raise KeyboardInterrupt
-        return encode(weights, device, method, inputs)
-
-    monkeypatch.setattr(CODECS["fp8-channel"], "encode", fail_late)
+    calls = interrupt_late(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(made, tmp_path / "out", command="")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors.partial", STATE_FILE}

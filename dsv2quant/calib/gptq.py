@@ -15,10 +15,11 @@ leaves plain rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,14 +174,24 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor, bits:
     w, scales = _columns(weight, factored.order), scales.to(weight.dtype).contiguous()
     group = factored.order // (columns // scales.shape[2])  # [batch, K]: of each permuted column
     codes = torch.empty_like(w, dtype=torch.int8)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+    with _mapping() as each:
         for begin in range(0, columns, BLOCK):
             end = min(begin + BLOCK, columns)
             u = factored.u[:, begin:end, begin:]  # [batch, block, rest]
             within = u[:, :, : end - begin].contiguous()
-            errors = _quantize_block(w, scales, group, within, codes, begin, bits, threads)
+            errors = _quantize_block(w, scales, group, within, codes, begin, bits, each)
             w[:, :, end:] -= errors @ u[:, :, end - begin :]
     return _columns(codes, factored.order.argsort(-1))
+
+
+@contextmanager
+def _mapping() -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` by as many threads as torch has here: by none more where that is one, as in threads of calibration."""
+    if torch.get_num_threads() == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        yield threads.map
 
 
 def _quantize_block(
@@ -191,9 +202,9 @@ def _quantize_block(
     codes: torch.Tensor,
     begin: int,
     bits: int,
-    threads: ThreadPoolExecutor,
+    each: Callable[..., Iterable[Any]],
 ) -> torch.Tensor:
-    """`reference_gptq.quantize_block` of contiguous tensors, compiled; on a CPU by these threads."""
+    """`reference_gptq.quantize_block` of contiguous tensors, compiled; on a CPU `each` tile as `map` does."""
     if not w.is_cpu:
         from dsv2quant.kernels.gptq import quantize_block
 
@@ -203,7 +214,7 @@ def _quantize_block(
     limits = [arrays[0].dtype.type(level) for level in levels(bits)]
     tiles, parts = loop.tiles(*w.shape[:2]), torch.get_num_threads()
     ends = [tiles * i // parts for i in range(parts + 1)]
-    list(threads.map(lambda first, last: loop.quantize_block(*arrays, begin, *limits, first, last), ends, ends[1:]))
+    list(each(lambda first, last: loop.quantize_block(*arrays, begin, *limits, first, last), ends, ends[1:]))
     return errors
 
 
@@ -218,8 +229,8 @@ def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int, bits
     parts = [
         (rows, one[None]) for matrix, one in zip(weight, importance, strict=True) for rows in matrix.split(SEARCHED)
     ]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        found = threads.map(lambda part: search_scales(part[0].numpy(), part[1].numpy(), group, bits), parts)
+    with _mapping() as each:
+        found = each(lambda part: search_scales(part[0].numpy(), part[1].numpy(), group, bits), parts)
         return torch.from_numpy(np.concatenate(list(found))).unflatten(0, weight.shape[:2])
 
 

@@ -10,7 +10,7 @@ import torch
 from dsv2quant.arch.spec import TensorSpec
 from dsv2quant.calib.trained import Blocks, Grouped, Parts, Plain
 from dsv2quant.calib.whole import Held, Put
-from dsv2quant.checkpoint.dtypes import torch_dtype
+from dsv2quant.checkpoint.dtypes import tensors_of
 from dsv2quant.checkpoint.gguf import GgufCheckpoint
 from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.formats.schemes import CODECS
@@ -28,11 +28,7 @@ def of_folder(entries: Iterable[Entry], stored: Callable[[Entry], Parts]) -> Hel
         parts, codec = stored(entry), CODECS[entry.scheme]
         if codec.integers is not None:
             return Grouped(spec.name, put, parts, codec.integers, device)
-        tensors = {
-            part.suffix: torch.from_numpy(parts[part.suffix]).view(torch_dtype(part.dtype)).to(device)
-            for part in codec.layout(spec.shape)
-        }
-        values = codec.decode(tensors, torch.float32)
+        values = codec.decode(tensors_of(codec.layout(spec.shape), parts, device), torch.float32)
         return Plain(spec.name, put, values, is_bf16=True) if spec.role in CONTINUOUS else values
 
     return held

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,16 +61,16 @@ class Job:
         attention = c.num_attention_heads * c.v_head_dim + (c.q_lora_rank or 0) + sum(c.cached_widths)
         return 4 * (2 * c.hidden_size + max(attention, c.intermediate_size))
 
-    @property
+    @cached_property
     def lanes(self) -> list[list[slice]]:
         """All ranks' tokens, in parts of batches."""
         return lanes(self.windows * self.ctx, self.ctx)
 
-    @property
+    @cached_property
     def tokens(self) -> range:
         """Those of this rank."""
-        own = [rows for lane in self.ranks.share(len(self.lanes)) for rows in self.lanes[lane]]
-        return range(own[0].start, own[-1].stop)
+        own = self.ranks.span([slice(lane[0].start, lane[-1].stop) for lane in self.lanes])
+        return range(own.start, own.stop)
 
     @property
     def own(self) -> dict[int, list[slice]]:

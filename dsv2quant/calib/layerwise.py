@@ -42,7 +42,7 @@ from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Choice, Job, Walk, copied,
 from dsv2quant.calib.routed import Routed, quantize_experts
 from dsv2quant.calib.streams import Made, through_layers
 from dsv2quant.calib.threads import MOST, in_turn
-from dsv2quant.checkpoint.dtypes import torch_dtype
+from dsv2quant.checkpoint.dtypes import tensors_of
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import TooLargeError, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE
@@ -98,10 +98,14 @@ def quantize_layers(
         taken = real.nbytes + ideal.nbytes + added.nbytes if device == "cpu" else 0
         return max(0, room_on(device) - beside - taken)
 
-    def process(index: int) -> Made:
+    def begun(index: int) -> tuple[tuple[DecoderLayer, DecoderLayer], dict[str, Choice]]:
+        """Both models' layer, and what is planned for its modules."""
         layer = loader.layer(index)
         layers = copied(layer), layer
-        choices = _planned(plan, index, layers[REAL], device, prepared)
+        return layers, _planned(plan, index, layers[REAL], device, prepared)
+
+    def process(index: int) -> Made:
+        layers, choices = begun(index)
         asked = job(choices, layers, room=room(), progress=tell)
         quantize_layer(asked, (real, ideal), added)
         parts = _joined(ranks.gather({module: packed.result() for module, packed in asked.parts.items()}))
@@ -110,9 +114,7 @@ def quantize_layers(
         return tensors, [asdict(outcomes[module]) for module in choices if module in outcomes]
 
     def again(index: int) -> None:
-        layer = loader.layer(index)
-        layers = copied(layer), layer
-        choices = _planned(plan, index, layers[REAL], device, prepared)
+        layers, choices = begun(index)
         saved = ranks.agreed({} if folder is None else load_file(layer_file(folder, index)))
         done = _restored(plan, index, layers[REAL], device, saved)
         settled = {module: (*choice[:2], "settled") if module in done else choice for module, choice in choices.items()}
@@ -121,8 +123,10 @@ def quantize_layers(
     mine = ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx)
     streams = {"real": real, "ideal": ideal}
     with fast_products(device), packing:
-        kept = partial(_kept, plan, progress)
-        through_layers(folder, loader, mine, streams, process, kept, again, ranks)
+        through_layers(
+            folder, loader, mine, streams, process, lambda layers: progress(work_weights(plan, range(layers))), again,
+            ranks,
+        )  # fmt: skip
     for stream in (real, ideal, added):
         stream.remove()
     return None if folder is None else Encoded(folder, config.num_hidden_layers)
@@ -148,10 +152,6 @@ def fast_products(device: str) -> Iterator[None]:
         yield
     finally:
         backends.matmul.fp32_precision = before
-
-
-def _kept(plan: Plan, progress: Callable[[int], object], layers: int) -> None:
-    progress(work_weights(plan, range(layers)))
 
 
 def _joined(parts: list[dict[str, dict[str, np.ndarray]]] | None) -> dict[str, dict[str, np.ndarray]]:
@@ -181,10 +181,7 @@ def _planned(plan: Plan, index: int, layer: DecoderLayer, device: str, prepared:
             entry = entries[error.which]
             raise too_large(entry.spec.module, entry.scheme) from None
         for entry, parts in zip(entries, encoded, strict=True):
-            tensors = {
-                part.suffix: torch.from_numpy(parts[part.suffix]).view(torch_dtype(part.dtype)).to(device)
-                for part in codec.layout(entry.spec.shape)
-            }
+            tensors = tensors_of(codec.layout(entry.spec.shape), parts, device)
             linear = linears[entry.spec.module]
             linear.weight, linear.activation = codec.decode(tensors, torch.float32), codec.activation
             linear.input_scale = tensors.get(INPUT_SCALE)
@@ -205,11 +202,9 @@ def _restored(plan: Plan, index: int, layer: DecoderLayer, device: str, saved: M
         if entry.spec.layer != index or entry.method not in CALIBRATED:
             continue
         codec, module = CODECS[entry.scheme], entry.spec.module
-        tensors = {
-            part.suffix: torch.from_numpy(saved[f"{module}.{part.suffix}"]).view(torch_dtype(part.dtype)).to(device)
-            for part in codec.layout(entry.spec.shape)
-        }
-        linears[module].weight = codec.decode(tensors, torch.float32)
+        layout = codec.layout(entry.spec.shape)
+        parts = {part.suffix: saved[f"{module}.{part.suffix}"] for part in layout}
+        linears[module].weight = codec.decode(tensors_of(layout, parts, device), torch.float32)
         done.add(module)
     return done
 
