@@ -95,7 +95,7 @@ def test_the_cpus_block_is_the_references(case: tuple[int, ...]) -> None:
     given = block(batch, rows, columns, columns // group, width, bits)
     codes = [torch.full((batch, rows, columns), 99, dtype=torch.int8) for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
-        errors = gptq._quantize_block(*given, codes[0], begin, bits, threads)
+        errors = gptq._quantize_block(*given, codes[0], begin, bits, threads.map)
     assert torch.equal(errors, reference_gptq.quantize_block(*given, codes[1], begin, bits))
     assert torch.equal(*codes)
 
