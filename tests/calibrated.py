@@ -119,7 +119,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def recorded(m: pytest.MonkeyPatch) -> dict[tuple[int, str], torch.Tensor]:
-    """Hidden states in front of each layer, and behind the last, on each side, as they will be: [tokens, hidden]."""
+    """Hidden states in front of each layer, and within the last, on each side, as they will be: [tokens, hidden]."""
     found, original = {}, layerwise.quantize_layer
 
     def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:

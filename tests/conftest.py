@@ -84,7 +84,8 @@ def one_thread() -> Iterator[None]:
 def in_float32() -> Iterator[None]:
     """Calibration as on a CPU that doesn't multiply BF16 in hardware."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsv2quant.model.load.multiplies_bf16", lambda: False)
+        for module in ("model.load", "calib.gptq"):
+            patch.setattr(f"dsv2quant.{module}.multiplies_bf16", lambda: False)
         yield
 
 

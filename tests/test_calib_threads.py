@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +14,7 @@ from calibrated import calibration, planned, run
 from test_convert import contents
 
 from dsv2quant.calib import hidden
-from dsv2quant.calib.threads import in_turn
+from dsv2quant.calib.threads import in_turn, kept_heap
 
 
 @pytest.fixture
@@ -60,3 +62,18 @@ def test_what_fails_in_a_thread_fails_at_its_item():
     assert [next(made), next(made)] == [0, 1]
     with pytest.raises(ValueError, match="no more"):
         next(made)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_meanwhile_is_taken_again_without_the_kernel():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            held = [torch.ones(4 << 20) for _ in range(2)]  # 16 MiB each
+            del held
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_heap():
+        faults()
+        kept = faults()
+    assert 10 * kept < faults()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,20 +123,24 @@ def test_gptq_chooses_other_codes_than_rounding(made):
     assert not any(same)
 
 
+def in_front(folder: Path) -> Iterator[torch.Tensor]:
+    """Hidden states in front of each layer, [windows, tokens, hidden]."""
+    model = Model(open_checkpoint(folder))
+    with torch.inference_mode():
+        x = model.ends.embed(torch.from_numpy(calibration().ids))
+        for layer in model.layers():
+            yield x
+            x, _ = layer(x, model.rope(0, CTX))
+
+
 def test_the_streams_are_the_forward_passes_of_source_and_artifact(made):
     # The same operations on tensors of the same shapes: at most rounding lies between them. Where activations are
     # quantized, that may carry single values to the next FP8 code, 1/16 away, in 1 of 61,440 places.
     tolerance = 1e-3 if "fp8-channel" in made.plan.schemes else 64 * U
-    ids = torch.from_numpy(calibration().ids)
     for side, folder in (("ideal", made.model), ("real", made.out)):
-        model = Model(open_checkpoint(folder))
-        with torch.inference_mode():
-            x = model.ends.embed(ids)
-            for i, layer in enumerate((*model.layers(), None)):
-                assert (made.states[i, side].view_as(x) - x).norm() <= tolerance * x.norm(), (side, i)
-                if layer is not None:
-                    x, _ = layer(x, model.rope(0, CTX))
-    real, ideal = (made.states[3, side] for side in ("real", "ideal"))
+        for i, x in enumerate(in_front(folder)):
+            assert (made.states[i, side].view_as(x) - x).norm() <= tolerance * x.norm(), (side, i)
+    real, ideal = (made.states[2, side] for side in ("real", "ideal"))
     assert (real - ideal).norm() > 0.01 * ideal.norm()
 
 
@@ -153,10 +158,9 @@ def test_what_becomes_bf16_is_rounded_in_the_stream_too(dtype, tmp_path):
         states = recorded(m)
         layerwise.quantize_layers(plan, tmp_path / "work", calibration())
     run(plan, tmp_path / "out")
-    passed = perplexity.run(Model(open_checkpoint(tmp_path / "out")), calibration().ids, [slice(0, WINDOWS)])
-    real = states[3, "real"].view_as(passed.hidden)
+    *_, x = in_front(tmp_path / "out")
     # Unrounded, it would be off by BF16's 2⁻⁹.
-    assert (real - passed.hidden).norm() <= 64 * U * passed.hidden.norm()
+    assert (states[2, "real"].view_as(x) - x).norm() <= 64 * U * x.norm()
 
 
 def assert_moments(found: gptq.Moments, which: int, x: torch.Tensor, ideal: torch.Tensor, keep: torch.Tensor) -> None:

@@ -94,17 +94,17 @@ def test_experts_and_stages_take_what_calibration_says(config) -> None:
 
 
 def test_what_ranks_send(tmp_path) -> None:
-    plan = plan_of(tmp_path, tiny.GROUPED | {"num_hidden_layers": 2}, group=32)
+    plan = plan_of(tmp_path, tiny.GROUPED | {"num_hidden_layers": 3}, group=32)
     c = plan.checkpoint.config
     alone, two, eight, nodes = (
         spent(plan, H200, Share(1 << 14, CTX, ranks, local, ROOMY, 0))[1]
         for ranks, local in ((1, 1), (2, 2), (8, 8), (8, 2))
     )
     assert alone["nvlink"] == alone["network"] == two["network"] == eight["network"] == 0
-    # Inputs of both models and the output of each token and expert, half of them elsewhere; H and S of all tokens and
-    # of those held out, summed and sent back.
-    exchanged = 3 * 4 * c.hidden_size * (1 << 13) * c.num_experts_per_tok // 2
-    assert two["nvlink"] == exchanged + 2 * 4 * 4 * c.hidden_size**2
+    # Of both layers with experts, inputs of both models and in the first the output of each token and expert, half of
+    # them elsewhere; H and S of all tokens and of those held out, summed and sent back.
+    exchanged = (3 + 2) * 4 * c.hidden_size * (1 << 13) * c.num_experts_per_tok // 2
+    assert two["nvlink"] == exchanged + 2 * 2 * 4 * 4 * c.hidden_size**2
     assert nodes["network"] == 6 * nodes["nvlink"]  # six others on other machines, one on this
     assert nodes["network"] + nodes["nvlink"] == eight["nvlink"]
 

@@ -276,21 +276,28 @@ def test_errors_are_those_of_the_outputs():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_moments_add_up_over_tokens(weighted):
-    x = inputs(1, 30, 8)[0].float()
-    ideal = x + 0.1 * inputs(1, 30, 8, seed=5)[0].float()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_moments_add_up_over_tokens(weighted, bf16, monkeypatch):
+    monkeypatch.setattr(gptq, "NEAR", 7)
+    monkeypatch.setattr(gptq, "multiplies_bf16", lambda: bf16)
+    columns = gptq.BLOCK + 6
+    x = inputs(1, 30, columns)[0].float()
+    ideal = x + 0.1 * inputs(1, 30, columns, seed=5)[0].float()
     share = torch.rand(30, generator=generator(4)) if weighted else None
-    moments = Moments.zeros(2, 8, torch.device("cpu"))
+    moments = Moments.zeros(2, columns, torch.device("cpu"))
     for rows in (slice(0, 11), slice(11, 11), slice(11, 30)):  # nothing, now and then
         moments.add(1, x[rows], ideal[rows], None if share is None else share[rows])
-    h, s = torch.zeros(8, 8, dtype=F64), torch.zeros(8, 8, dtype=F64)
-    for i in range(30):
-        weight = 1.0 if share is None else share[i].double()
-        h += weight * torch.outer(x[i].double(), x[i].double())
-        s += weight * torch.outer((ideal[i] - x[i]).double(), x[i].double())
+    weights = torch.ones(30, dtype=F64) if share is None else share.double()
+    x, off = x.double(), (ideal - x).double()
+    h, s = (torch.einsum("ti,t,tj->ij", left, weights, x) for left in (x, off))
     # 30 products of float32 values: sums of 30 terms of one sign on the diagonal, of about that size elsewhere
-    for got, want in ((moments.h[1], h), (moments.s[1], s)):
-        assert (got.double() - want).abs().max() < 30 * 2.0**-24 * want.abs().max()
+    assert (moments.h[1].double() - h).abs().max() < 30 * 2.0**-24 * h.abs().max()
+    above, below = moments.h[1, : gptq.BLOCK, gptq.BLOCK :], moments.h[1, gptq.BLOCK :, : gptq.BLOCK]
+    assert torch.equal(above, below.T)
+    # In BF16 both factors of each term are rounded, and the sum of some: each by half of its last bit, 2^-9 at most.
+    rounded = 3.1 * 2.0**-9 * torch.einsum("ti,t,tj->ij", off.abs(), weights, x.abs())
+    allowed = rounded if bf16 else 30 * 2.0**-24 * s.abs().max()
+    assert ((moments.s[1].double() - s).abs() <= allowed).all()
     assert moments.count.tolist() == [0, 30]
     assert not moments.h[0].any()
     assert not moments.s[0].any()

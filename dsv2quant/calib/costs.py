@@ -70,21 +70,22 @@ class Costs:
     share: Share
 
     def layer(self, entries: Sequence[Entry]) -> Spent:
-        """A layer's, of its entries."""
+        """A layer's, of its entries; what comes out of the last is not computed."""
         spent, c = Spent(), self.config
         self._host(spent, entries)
         kinds = {"attention": _of(entries, lambda role: "." not in role), "dense": _of(entries, _starts("dense."))}
         routed, shared = _of(entries, _starts("routed.")), _of(entries, _starts("shared."))
+        asked = entries[0].spec.layer != c.num_hidden_layers - 1
         self._part(spent, kinds["attention"], self._attention())
-        self._part(spent, kinds["dense"], 0.0)
+        self._part(spent, kinds["dense"], 0.0, asked=asked)
         if routed:
             experts = [e for e in routed if e.spec.expert == routed[0].spec.expert]
             wanted = any(e.method in CALIBRATED for e in (*routed, *shared))
             if wanted:  # the moments of all tokens, which every rank gets
                 self._moments(spent, self.share.own, c.hidden_size)
                 self._sent(spent, 2 * MOMENTS * FLOAT * c.hidden_size**2)
-            self._routed(spent, experts)
-            self._part(spent, shared, 0.0, known=wanted)
+            self._routed(spent, experts, asked=asked)
+            self._part(spent, shared, 0.0, known=wanted, asked=asked)
         if self.share.spilled:
             self._spilled(spent, routed=bool(routed))
         return spent
@@ -121,23 +122,30 @@ class Costs:
             touched += FLOAT * (PASSES * (rows + columns) + served * SERVED * columns)
         return sum(2 * e.spec.size for e in entries) / r.product + touched / r.memory
 
-    def _part(self, spent: Spent, entries: Sequence[Entry], last: float, *, known: bool = False) -> None:
+    def _part(
+        self, spent: Spent, entries: Sequence[Entry], last: float, *, known: bool = False, asked: bool = True
+    ) -> None:
         """`_through`: linears by the stage that they share; `last` are seconds a token before the last one. Tokens
-        without room begin anew with every stage that is measured, and the ideal model's go through the last at once."""
+        without room begin anew with every stage that is measured, and the ideal model's go through the last at once.
+        Where nobody asked for the output, nothing is computed behind the input of what is measured last."""
         own, c = self.share.own, self.config
         stages = list(_by_site(entries).values())
         if not stages:
             return
         anew = 1 - min(1.0, self.share.room / (len(SIDES) * self._token_bytes() * own))
-        whole = sum(self._forward(entries, real=real) + last for real in (True, False))
-        spent.seconds["forward"] += whole * own + FLOAT * STATES * c.hidden_size * own / self.rates.memory
         measured = [i for i, stage in enumerate(stages) if any(e.method in CALIBRATED for e in stage)]
+        if asked:
+            whole = sum(self._forward(entries, real=real) + last for real in (True, False))
+            spent.seconds["forward"] += whole * own + FLOAT * STATES * c.hidden_size * own / self.rates.memory
+        elif measured:
+            whole = sum(self._before(stages[: measured[-1]], real=real) for real in (True, False))
+            spent.seconds["forward"] += (1 - anew) * whole * own
         for i in measured:
             columns = stages[i][0].spec.shape[1]
             if i or not known:
                 beside = i + 1 in measured and self._goes_beside(stages[i + 1])
                 ends = i + 1 == len(stages)
-                models = (True,) if ends else (True, False)
+                models = (True,) if ends and asked else (True, False)
                 before = sum(self._before(stages[:i], real=real) + ends * last for real in models)
                 spent.seconds["forward"] += 0 if beside else before * anew * own
                 self._moments(spent, own, columns)
@@ -164,7 +172,7 @@ class Costs:
         attention = c.num_attention_heads * c.v_head_dim + (c.q_lora_rank or 0) + sum(c.cached_widths)
         return FLOAT * (2 * c.hidden_size + max(attention, c.intermediate_size))
 
-    def _routed(self, spent: Spent, expert: Sequence[Entry]) -> None:
+    def _routed(self, spent: Spent, expert: Sequence[Entry], *, asked: bool) -> None:
         """`quantize_experts`, of experts like this one: its owner's, of all ranks' tokens."""
         c, r, share = self.config, self.rates, self.share
         *gate_up, down = expert
@@ -178,8 +186,8 @@ class Costs:
         first, second = self._forward(gate_up, real=False), self._forward([down], real=False)
         sides = len(SIDES)
         calls = EXPERT_CALLS * sides * own * r.launch
-        # Both models up to down, and the real one through it.
-        seconds = pairs * own * ((sides if down_wanted else 1) * first + second)
+        # Both models up to down, and the real one through it where what it makes is asked for.
+        seconds = pairs * own * ((sides if down_wanted else asked) * first + asked * second)
         if wanted:
             self._moments(spent, pairs * own, c.hidden_size)
             self._choose(spent, wanted, together, turns)
@@ -192,9 +200,9 @@ class Costs:
         routed = share.own * c.num_experts_per_tok
         batches = ceil(share.own / ROWS)
         calls = EXPERT_CALLS * batches * c.n_routed_experts * r.launch
-        spent.seconds["forward"] += max(routed * (first + second), calls)
+        spent.seconds["forward"] += asked * max(routed * (first + second), calls)
         # Inputs of both models and outputs are gathered, sent and added.
-        moved = (sides + 1) * FLOAT * c.hidden_size * routed
+        moved = (sides + asked) * FLOAT * c.hidden_size * routed
         spent.seconds["forward"] += 4 * moved / r.memory
         self._exchanged(spent, moved)
 

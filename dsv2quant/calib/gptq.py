@@ -15,6 +15,7 @@ leaves plain rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ import torch
 from dsv2quant.formats import gptq as loop
 from dsv2quant.formats.cpu import search_scales
 from dsv2quant.formats.integers import levels
+from dsv2quant.kernels.reference import multiplies_bf16
 
 DAMPING = 0.05  # λ as a share of the mean of diag H, beside K / m
 DOUBT = 4  # τ trusts a refit by half where there are so many tokens per column
 BLOCK = 64  # columns whose updates of the rest are gathered into one product
+NEAR = 2048  # tokens that a core multiplies from its cache
+WORTH = 1024  # rows that take longer than it takes to wake a thread for them, block after block
 SEARCHED = 64  # rows whose scales a thread searches at a time
 
 
@@ -54,9 +58,18 @@ class Moments:
 
     def add(self, which: int, x: torch.Tensor, ideal: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens of matrix `which`: inputs x [tokens, K], what they would be unquantized, and weights [tokens]."""
-        weighted = x if weight is None else x * weight[:, None]
-        for total, left in ((self.h[which], x), (self.s[which], ideal - x)):
-            total.addmm_(left.T, weighted) if total.is_cuda else total.add_(left.T @ weighted)
+        h, s = self.h[which], self.s[which]
+        near = NEAR if h.is_cpu else max(1, len(x))
+        shares = itertools.repeat(None) if weight is None else weight[:, None].split(near)
+        for some, wanted, share in zip(x.split(near), ideal.split(near), shares, strict=False):
+            off, weighted = wanted - some, some if share is None else some * share
+            if h.is_cpu:
+                _add_symmetric(h, some, weighted)
+                # Rounding H could cost it its definiteness; S has none to lose.
+                s.add_(off.bfloat16().T @ weighted.bfloat16() if multiplies_bf16() else off.T @ weighted)
+            else:
+                h.addmm_(some.T, weighted)
+                s.addmm_(off.T, weighted)
         self.count[which] += len(x)
 
     def shrunk(self, prior: Moments) -> Moments:
@@ -95,8 +108,9 @@ class Sums(NamedTuple):
     ) -> None:
         """`Moments.add`; `held` [tokens] is true for those held out."""
         self.every.add(which, x, ideal, weight)
-        if held.any():
-            self.held.add(which, x[held], ideal[held], None if weight is None else weight[held])
+        rows = held.nonzero().squeeze(1)
+        if len(rows):
+            self.held.add(which, x[rows], ideal[rows], None if weight is None else weight[rows])
 
     @classmethod
     def of(cls, parts: Sequence[torch.Tensor]) -> Sums:
@@ -119,6 +133,15 @@ class Split(NamedTuple):
         """`Moments.shrunk`, each part toward its own; toward `fit` where nothing of the prior is held out."""
         held = prior.held if prior.held.count.all() else prior.fit
         return Split(self.fit.shrunk(prior.fit), self.held.shrunk(held))
+
+
+def _add_symmetric(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """total [K, K] += xᵀ y, which is symmetric, of x and y [tokens, K]: what is above the diagonal computed alone."""
+    for begin in range(0, total.shape[0], BLOCK):
+        end = begin + BLOCK
+        rows = x[:, begin:end].T @ y[:, begin:]
+        total[begin:end, begin:] += rows
+        total[end:, begin:end] += rows[:, BLOCK:].T
 
 
 def _trace(h: torch.Tensor) -> torch.Tensor:
@@ -174,7 +197,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor, bits:
     w, scales = _columns(weight, factored.order), scales.to(weight.dtype).contiguous()
     group = factored.order // (columns // scales.shape[2])  # [batch, K]: of each permuted column
     codes = torch.empty_like(w, dtype=torch.int8)
-    with _mapping() as each:
+    with _mapping(w.shape[0] * w.shape[1]) as each:
         for begin in range(0, columns, BLOCK):
             end = min(begin + BLOCK, columns)
             u = factored.u[:, begin:end, begin:]  # [batch, block, rest]
@@ -185,13 +208,14 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, factored: Factor, bits:
 
 
 @contextmanager
-def _mapping() -> Iterator[Callable[..., Iterable[Any]]]:
-    """`map` by as many threads as torch has here: by none more where that is one, as in threads of calibration."""
-    if torch.get_num_threads() == 1:
+def _mapping(rows: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` by as many threads as torch has here and so many rows are worth; by the caller's where that is one."""
+    threads = min(torch.get_num_threads(), rows // WORTH)
+    if threads < 2:
         yield map
         return
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        yield threads.map
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool.map
 
 
 def _quantize_block(
@@ -229,7 +253,7 @@ def best_scales(weight: torch.Tensor, importance: torch.Tensor, group: int, bits
     parts = [
         (rows, one[None]) for matrix, one in zip(weight, importance, strict=True) for rows in matrix.split(SEARCHED)
     ]
-    with _mapping() as each:
+    with _mapping(len(weight) * weight.shape[1]) as each:
         found = each(lambda part: search_scales(part[0].numpy(), part[1].numpy(), group, bits), parts)
         return torch.from_numpy(np.concatenate(list(found))).unflatten(0, weight.shape[:2])
 

@@ -42,6 +42,7 @@ class Job:
     room: int  # bytes that suspended stages may take
     packing: Executor  # packs what was chosen while more is
     threads: int  # that take batches of tokens: see `in_turn`
+    is_last: bool = False  # nobody asks for what comes out of it
     progress: Callable[[int], object] = lambda weights: None  # called with the weights whose codes are chosen
     parts: dict[str, Future[dict[str, np.ndarray]]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,14 @@ from dsv2quant.calib.hidden import Stream, lanes, make_streams, room_on
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Choice, Job, Walk, copied, every_linear
 from dsv2quant.calib.routed import Routed, quantize_experts
 from dsv2quant.calib.streams import Made, through_layers
-from dsv2quant.calib.threads import MOST, in_turn
+from dsv2quant.calib.threads import MOST, in_turn, kept_heap
 from dsv2quant.checkpoint.dtypes import tensors_of
 from dsv2quant.errors import UsageError
 from dsv2quant.formats.codec import TooLargeError, too_large
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.model.attention import Rope
-from dsv2quant.model.layers import FFN, MoE, Stage, Stages, finish, route
+from dsv2quant.model.layers import FFN, MoE, RMSNorm, Stage, Stages, finish, route
 from dsv2quant.model.load import DecoderLayer, Loader, LoadOptions
 from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
@@ -106,7 +106,7 @@ def quantize_layers(
 
     def process(index: int) -> Made:
         layers, choices = begun(index)
-        asked = job(choices, layers, room=room(), progress=tell)
+        asked = job(choices, layers, room=room(), progress=tell, is_last=index == config.num_hidden_layers - 1)
         quantize_layer(asked, (real, ideal), added)
         parts = _joined(ranks.gather({module: packed.result() for module, packed in asked.parts.items()}))
         outcomes = {outcome.module: outcome for some in ranks.gather(asked.outcomes) or [] for outcome in some}
@@ -122,7 +122,7 @@ def quantize_layers(
 
     mine = ids.reshape(-1)[own.start : own.stop].reshape(-1, ctx)
     streams = {"real": real, "ideal": ideal}
-    with fast_products(device), packing:
+    with fast_products(device), kept_heap() if device == "cpu" else nullcontext(), packing:
         through_layers(
             folder, loader, mine, streams, process, lambda layers: progress(work_weights(plan, range(layers))), again,
             ranks,
@@ -210,7 +210,7 @@ def _restored(plan: Plan, index: int, layer: DecoderLayer, device: str, saved: M
 
 
 def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
-    """Fill `job.parts`; hidden states in `streams` go through the layer. `added` is scratch."""
+    """Fill `job.parts`; hidden states in `streams` go through the layer, into the last. `added` is scratch."""
     layers = job.layers
 
     def deliver(side: int, rows: slice, output: torch.Tensor) -> None:
@@ -222,28 +222,40 @@ def quantize_layer(job: Job, streams: Sequence[Stream], added: Stream) -> None:
 
     _through(job, Walk(attention, job.token_bytes, job.room), deliver)
     norms = [layer.post_attention_layernorm for layer in layers]
-    held = 2 * streams[REAL].nbytes <= job.room  # experts ask for a token as often as it goes to one
-    states = [norm(stream[:]) if held else stream for norm, stream in zip(norms, streams, strict=True)]
+    states = None
+    if 2 * streams[REAL].nbytes <= job.room:  # experts ask for a token as often as it goes to one
+        states = [_normed(job, norm, stream) for norm, stream in zip(norms, streams, strict=True)]
 
     def inputs(side: int, rows: slice | torch.Tensor) -> torch.Tensor:
-        return states[side][rows] if held else norms[side](states[side][rows])
+        if states is None:
+            return norms[side](streams[side][rows])
+        return states[side][rows] if isinstance(rows, slice) else states[side].index_select(0, rows)
 
     real, ideal = (layer.ffn for layer in layers)
     if isinstance(real, FFN):
         assert isinstance(ideal, FFN)
         dense = Walk(lambda side, rows: (real, ideal)[side].stages(inputs(side, rows)), job.token_bytes, job.room)
-        _through(job, dense, deliver)
+        _through(job, dense, None if job.is_last else deliver)
         return
     assert isinstance(ideal, MoE)
     _experts(job, (real, ideal), inputs, added, deliver)
 
 
+def _normed(job: Job, norm: RMSNorm, stream: Stream) -> torch.Tensor:
+    """All of the rank's tokens, [tokens, hidden]."""
+    made = torch.empty(len(job.tokens), job.config.hidden_size, device=job.device)
+    parts = in_turn(job.threads, lambda rows: norm(stream[rows]), job.batches)
+    for rows, some in zip(job.batches, parts, strict=True):
+        made[rows] = some
+    return made
+
+
 Deliver = Callable[[int, slice, torch.Tensor], None]  # side, tokens, what the part made of them
 
 
-def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None) -> None:
+def _through(job: Job, walk: Walk, deliver: Deliver | None, known: Split | None = None) -> None:
     """Quantize the linears of one stage after the other; what comes out behind the last is delivered, of the ideal
-    model as soon as it can be. `known` are the moments of the first stage's input."""
+    model as soon as it can be, or not computed. `known` are the moments of the first stage's input."""
     found = walk.stages(slice(0, job.ctx))
     groups = [[0]]
     for index, stage in enumerate(found[1:], 1):
@@ -262,7 +274,7 @@ def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None)
             for rows in batches:
                 for index, some in zip(unknown, sums, strict=True):
                     some.add(rows, *(walk.input(side, rows, index) for side in SIDES))
-                if last:
+                if last and deliver is not None:
                     deliver(IDEAL, rows, walk.output(IDEAL, rows))
                 walk.leave(rows)
             return [some.sums for some in sums]
@@ -271,9 +283,13 @@ def _through(job: Job, walk: Walk, deliver: Deliver, known: Split | None = None)
         delivered = last and bool(unknown)
         _settle(job, [(found[index], trees.get(index)) for index in wanted], known)
 
+    if deliver is None:
+        return
+    behind = deliver
+
     def left(rows: slice) -> None:
         for side in SIDES[: 1 if delivered else 2]:
-            deliver(side, rows, walk.output(side, rows))
+            behind(side, rows, walk.output(side, rows))
 
     deque(in_turn(job.threads, left, job.batches), maxlen=0)
 
@@ -360,14 +376,14 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
         deliver(side, rows, routed + output)
 
     if real.shared is None:
-        for rows in job.batches:
+        for rows in job.batches if not job.is_last else ():
             for side in SIDES:
                 behind(side, rows, torch.zeros((), device=job.device))
         return
     assert ideal.shared is not None
     shared = real.shared, ideal.shared
     walk = Walk(lambda side, rows: shared[side].stages(inputs(side, rows)), job.token_bytes, job.room)
-    _through(job, walk, behind, pool)
+    _through(job, walk, None if job.is_last else behind, pool)
 
 
 def _everywhere(job: Job, tree: TreeSum) -> Split:

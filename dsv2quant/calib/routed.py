@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv2quant.calib.calibration import MOMENT_BYTES, TURNS, expert_bytes
+from dsv2quant.calib.calibration import MOMENT_BYTES, ROWS, TURNS, expert_bytes
 from dsv2quant.calib.choosing import choose
 from dsv2quant.calib.gptq import Split, Sums
 from dsv2quant.calib.layer import IDEAL, REAL, SIDES, Job, every_linear
@@ -51,7 +51,7 @@ def quantize_experts(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Quantize what is wanted of the experts: gate and up on their tokens' inputs, drawn toward the `pool` of all; down
     with squared weights, drawn toward what the expert makes of a sample of all. Yields, expert by expert, tokens [n] of
-    this rank and what the quantized expert adds to them, [n, hidden]."""
+    this rank and what the quantized expert adds to them, [n, hidden]; of the last layer, nothing."""
     ranks, k = job.ranks, routed.chosen.shape[1]
     wanted = bool(job.wanted(linear for expert in routed.real for linear in every_linear(expert)))
     sample = _sample(job, inputs) if wanted else None
@@ -78,6 +78,8 @@ def quantize_experts(
     threads = ranks.agreed(job.threads)  # all ranks send as far ahead
     owned = in_turn(threads, lambda turn: _owned(job, routed, *turn, pool, sample), asked())
     for by_owner, made in zip(turns, owned, strict=True):
+        if job.is_last:
+            continue
         for p, group, returned in zip(sent(by_owner), by_owner, ranks.exchange(made), strict=True):
             some = [counts[expert] for expert in group]
             yield from zip((p // k).split(some), returned.split(some), strict=True)
@@ -91,8 +93,8 @@ def _seen(job: Job, routed: Routed, inputs: Inputs, pairs: torch.Tensor, *, idea
 
 
 def _groups(job: Job, totals: Sequence[int]) -> list[range]:
-    """Experts that are calibrated together, whose moments and tokens fit into `MOMENT_BYTES`, or one. `totals` are the
-    tokens of each."""
+    """Experts that are calibrated together, whose moments and tokens fit into `MOMENT_BYTES`, or one; those with the
+    most tokens first, so that what is done at the same time takes about as long. `totals` are the tokens of each."""
     c = job.config
     together = MOMENT_BYTES // MOST if job.threads else MOMENT_BYTES  # each thread has a group
     most = max(1, min(together // expert_bytes(c), len(totals) // TURNS))
@@ -102,7 +104,7 @@ def _groups(job: Job, totals: Sequence[int]) -> list[range]:
         if last == len(totals) or last - first == most or sum(totals[first : last + 1]) > room:
             groups.append(range(first, last))
             first = last
-    return groups
+    return sorted(groups, key=lambda group: -sum(totals[group.start : group.stop]))
 
 
 def _sample(job: Job, inputs: Inputs) -> Seen:
@@ -130,6 +132,8 @@ def _owned(
     for real, _ in pairs:  # what they were used for is done
         for linear in every_linear(real):
             linear.weight = linear.weight.new_empty(0)
+    if job.is_last:
+        return []
     of_rank = zip(*(o.split([some[i] for some in lengths]) for i, o in enumerate(outputs)), strict=True)
     return [_joined(some) for some in of_rank]
 
@@ -137,27 +141,39 @@ def _owned(
 def _settle(
     job: Job, pairs: Sequence[tuple[FFN, FFN]], seen: Sequence[Seen], pool: Split | None, sample: Seen | None
 ) -> list[torch.Tensor]:
-    """Quantize what is wanted of experts, real and ideal. Returns their weighted outputs."""
+    """Quantize what is wanted of experts, real and ideal. Returns their weighted outputs, in the last layer none."""
     c = job.config
     gate_up = [job.wanted((real.gate_proj, real.up_proj)) for real, _ in pairs]
     down = [job.wanted((real.down_proj,)) for real, _ in pairs]
-    stages = [(real.stages(some.x), ideal.stages(some.y)) for (real, ideal), some in zip(pairs, seen, strict=True)]
+    pieces = [[Seen(*parts) for parts in zip(*(part.split(ROWS) for part in some), strict=True)] for some in seen]
+    stages = [
+        [(real.stages(some.x), ideal.stages(some.y)) for some in of_one]
+        for (real, ideal), of_one in zip(pairs, pieces, strict=True)
+    ]
     if gate_up[0]:
         assert pool is not None
         found = Sums.zeros(len(pairs), c.hidden_size, job.device)
-        for i, some in enumerate(seen):
-            found.add(i, some.held, some.x, some.y)
+        for i, of_one in enumerate(pieces):
+            for some in of_one:
+                found.add(i, some.held, some.x, some.y)
         choose(job, gate_up, found.split().shrunk(pool))
     if down[0]:
         assert sample is not None
         found, prior = (Sums.zeros(len(pairs), c.moe_intermediate_size, job.device) for _ in range(2))
-        for i, some in enumerate(seen):
-            x, y = (_before_down(of) for of in stages[i])
-            found.add(i, some.held, x, y, some.weights.square())
+        for i, of_one in enumerate(pieces):
+            for some, begun in zip(of_one, stages[i], strict=True):
+                x, y = (_before_down(ffn) for ffn in begun)
+                found.add(i, some.held, x, y, some.weights.square())
             x, y = (_before_down(ffn.stages(z)) for ffn, z in zip(pairs[i], (sample.x, sample.y), strict=True))
             prior.add(i, sample.held, x, y)
         choose(job, down, found.split().shrunk(prior.split()))
-    return [finish(of[REAL]) * some.weights[:, None] for of, some in zip(stages, seen, strict=True)]
+    if job.is_last:
+        return []
+    outputs = [torch.empty_like(some.x) for some in seen]
+    for output, of_one, begun_ones in zip(outputs, pieces, stages, strict=True):
+        for rows, some, (real, _) in zip(output.split(ROWS), of_one, begun_ones, strict=True):
+            torch.mul(finish(real), some.weights[:, None], out=rows)
+    return outputs
 
 
 def _before_down(stages: Stages[torch.Tensor]) -> torch.Tensor:

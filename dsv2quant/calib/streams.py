@@ -99,8 +99,8 @@ def through_layers(
 ) -> None:
     """Call `process` for every layer that `folder` doesn't hold yet, and keep what it returns there.
 
-    `ids` are this rank's token windows [windows, ctx]. All streams, by name, begin with their embeddings and end behind
-    the last layer; they are left alone where nothing is left to do and layers can be gone through `again`.
+    `ids` are this rank's token windows [windows, ctx]. All streams, by name, begin with their embeddings and end as the
+    last layer leaves them; they are left alone where nothing is left to do and layers can be gone through `again`.
     `kept` is called with how many layers were finished before. Where layers can be gone through again, a single rank
     takes a snapshot every `SNAPSHOT_AFTER` seconds, several none; otherwise there is one behind each layer. The first
     rank alone has a folder.

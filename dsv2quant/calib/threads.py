@@ -4,14 +4,19 @@ out by three or more have other bits."""
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 MOST = 8  # each holds what it works on
+KEPT = 1 << 30  # bytes
+# Of mallopt(3), in glibc's malloc.h: a parameter, what it shall be, and what it is by default.
+HEAP = ((-1, KEPT, 128 << 10), (-4, 0, 65536), (-8, 1, 0))
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -31,6 +36,7 @@ def in_turn(threads: int, do: Callable[[Item], Made], items: Iterable[Item]) -> 
     each = torch.get_num_threads()
     running: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, each // threads),)) as pool:
+        torch.set_num_threads(1)  # what the caller does meanwhile takes a processor from the pool
         try:
             for item in items:
                 running.append(pool.submit(alone, item))
@@ -42,3 +48,21 @@ def in_turn(threads: int, do: Callable[[Item], Made], items: Iterable[Item]) -> 
             for left in running:
                 left.cancel()
             torch.set_num_threads(each)  # what threads to come begin with, too
+
+
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Meanwhile glibc keeps `KEPT` bytes of what is freed, in one heap for all threads: it would give each batch's
+    tensors back to the kernel, which clears every page of the next one's. Other C libraries do as they do."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        yield
+        return
+    for parameter, value, _ in HEAP:
+        library.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, _, value in HEAP:
+            library.mallopt(parameter, value)
+        library.malloc_trim(ctypes.c_size_t(0))

@@ -36,7 +36,8 @@ class Linear:
         if isinstance(x, torch.Tensor):
             x = Served(x)
         if self.activation is None and self.in_bf16:
-            return reference.linear(x.bf16(), self.weight, None).to(x.x.dtype) + (0 if self.bias is None else self.bias)
+            y = reference.linear(x.bf16(), self.weight, None).to(x.x.dtype)
+            return y if self.bias is None else y + self.bias
         if self.activation is None:
             return reference.linear(x.x, self.weight, self.bias)
         return reference.served_linear(x.by(self), self.weight, self.bias, x.x.dtype)
