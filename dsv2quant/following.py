@@ -1,5 +1,5 @@
 """What ranks other than the first do while that one makes statistics or an artifact: they read the same model and text,
-compute their share of what it calibrates, and write nothing."""
+compute their share of what it calibrates, and write nothing; and a conversion that all ranks call."""
 
 from __future__ import annotations
 

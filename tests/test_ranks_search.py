@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -35,15 +35,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(windows: Path, dead: int = 0) -> None:
     """Few candidates, four batches of windows and several passes; what was measured stays. A folder `windows` has how
-    many this process measured on, which is killed at the pass `dead`."""
-    remove, measured, passes = shutil.rmtree, measuring.divergences, 0
+    many this process had, and what it measured on them, until it is killed at the pass `dead`."""
+    remove, measured, passes, models = shutil.rmtree, measuring.divergences, 0, 0
 
     def counted(reference: Any, others: Any) -> Any:
-        nonlocal passes
-        passes += 1
+        nonlocal passes, models
+        passes, models = passes + 1, models + len(others)
         if passes == dead:
             os.kill(os.getpid(), signal.SIGKILL)
-        (windows / os.environ.get("RANK", "0")).write_text(f"{passes} {len(reference.hidden)}")
+        (windows / os.environ.get("RANK", "0")).write_text(f"{passes} {models} {len(reference.hidden)}")
         return measured(reference, others)
 
     space.LEFT_OUT = tuple(blocks.TYPES.keys() - {*KINDS})
@@ -63,10 +63,15 @@ def run(size: int, windows: Path, *words: object, killed: dict[int, int] | None 
     return commands(*[(*words, "--max-seq-length", 32)] * size, before=hooks)
 
 
-def measured_by(windows: Path) -> list[tuple[int, int]]:
-    """Passes and windows of each rank."""
-    found = [path.read_text().split() for path in sorted(windows.iterdir())]
-    return [(int(passes), int(count)) for passes, count in found]
+class Measured(NamedTuple):
+    passes: int
+    models: int
+    windows: int
+
+
+def measured_by(windows: Path) -> list[Measured]:
+    """By each rank."""
+    return [Measured(*map(int, path.read_text().split())) for path in sorted(windows.iterdir())]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -78,16 +83,18 @@ def state(recipe: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def found(model: Path, fox: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[str, Any]]:
-    """A search of one process: its recipe, the passes that it took, and what it says."""
+def found(
+    model: Path, fox: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Measured, dict[str, Any]]:  # fmt: skip
+    """A search of one process: its recipe, what it measured, and what it says."""
     folder = tmp_path_factory.mktemp("found")
     recipe = folder / "mix.yaml"
     words = ("search", model, "--gguf", "--bits", 7.5, "--calibration", fox, "--json", "-o", recipe)
     (ended,) = run(1, folder / "windows", *words)
     assert ended.code == 0, ended.err
-    ((passes, windows),) = measured_by(folder / "windows")
-    assert windows == 8
-    return recipe, passes, json.loads(ended.out)
+    (measured,) = measured_by(folder / "windows")
+    assert measured.windows == 8
+    return recipe, measured, json.loads(ended.out)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -101,9 +108,9 @@ def test_a_search_of_several_ranks_has_the_bytes_of_one(size, found, model, fox,
     assert recipe.read_bytes() == found[0].read_bytes()
     assert state(recipe) == state(found[0])
     by_rank = measured_by(tmp_path / "windows")
-    assert [windows for _, windows in by_rank] == [[4, 4], [4, 2, 2]][size - 2]
-    assert len({passes for passes, _ in by_rank}) == 1
-    assert by_rank[0][0] < found[1]  # with fewer windows more swaps go in one pass
+    assert [rank.windows for rank in by_rank] == [[4, 4], [4, 2, 2]][size - 2]
+    assert {rank.models for rank in by_rank} == {found[1].models}
+    assert {rank.passes < found[1].passes for rank in by_rank} == {True}  # of fewer windows more swaps go in one
 
 
 @pytest.mark.parametrize("dead", [0, 1])
@@ -118,7 +125,9 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(dead, found, mode
     kept = state(recipe)
     assert state(found[0]).startswith(kept)
     assert kept.count(b"\n") > 3
+    lacking = state(found[0]).count(b"\n") - kept.count(b"\n")
     assert run(3, tmp_path / "again", *words) == [Ended(0, "", "")] * 3
+    assert [rank.models for rank in measured_by(tmp_path / "again")] == [lacking] * 3
     assert state(recipe) == state(found[0])
     assert recipe.read_bytes() == found[0].read_bytes()
 
@@ -149,6 +158,6 @@ def test_a_file_within_a_budget_is_written_by_one_rank(found, model, fox, tmp_pa
 
 
 def test_more_ranks_than_batches_are_refused_before_anything_is_made(model, fox, tmp_path):
-    with pytest.raises(UsageError, match=r"2 ranks for 1 batches of windows \(start 1 at most, or take more windows\)"):
+    with pytest.raises(UsageError, match=r"2 ranks for 1 batches of windows \(start 1 at most, or take more tokens\)"):
         dq.search(model, tmp_path / "mix.yaml", bits=8, calibration=fox, length=32, ranks=Ranks(0, 2))
     assert list(tmp_path.iterdir()) == []
