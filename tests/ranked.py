@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch.distributed", "dsv2quant.evaluation.measure", "dsv2quant.calib.collect", "dsv2quant.following"]
+    ["torch.distributed", "dsv2quant.evaluation.measure", "dsv2quant.calib.collect", "dsv2quant.allocation.search"]
 )
 
 

@@ -134,7 +134,6 @@ def test_what_is_not_shared_out_is_refused(tmp_path):
     for words, name, line in (
         (("--fp8",), "out", nothing),
         (("--gguf", "Q8_0"), "out.gguf", nothing),
-        (("--bits", 5), "out", "a budget is for one process"),
         (("--int4", "--dry-run"), "out", "--dry-run is for one process"),
     ):
         first, second = run(2, "convert", tiny.MINI, *words, "-q", "-o", tmp_path / name)

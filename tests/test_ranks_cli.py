@@ -92,8 +92,8 @@ def test_where_rank_0_is_asked_to_end_the_others_end_silently(model):
 
 
 def test_verbs_of_one_process_are_refused(tmp_path):
-    first, second = commands(*[("search", tmp_path, "--bits", 4, "-o", tmp_path / "mix.yaml")] * 2)
-    line = "error: search runs in one process (torchrun is for calibrate, convert, eval-ppl)\n"
+    first, second = commands(*[("verify", tmp_path)] * 2)
+    line = "error: verify runs in one process (torchrun is for calibrate, convert, eval-ppl, search)\n"
     assert first == Ended(2, "", line)
     assert second == Ended(2, "", "")
     first, second = commands(*[("eval-ppl",)] * 2)  # refused while options are read

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import dsv2quant as dq
-from dsv2quant.allocation import choosing, swaps
+from dsv2quant.allocation import choosing, measuring, swaps
 from dsv2quant.allocation.search import Searched
 from dsv2quant.allocation.solve import Offer, Offers, solve, solve_for_cost
 from dsv2quant.allocation.space import WINDOWS
@@ -142,7 +142,7 @@ def test_refinement_is_kept_where_it_is_better(found, model: Path, fox: Path, tm
     measured = iter(
         (1.0, 2.0)
     )  # of the first mix, and of what is solved for where it is: steps down cost nothing there
-    monkeypatch.setattr(choosing._Run, "whole", lambda run, mix, reference: np.full(WINDOWS, next(measured)))
+    monkeypatch.setattr(choosing._Run, "whole", lambda run, mix: np.full(WINDOWS, next(measured)))
     worse = dq.search(model, tmp_path / "mix.yaml", into_gguf=True, bits=7.5, calibration=fox, length=32)
     assert worse.mix.point == worse.mix.first
     assert next(measured, None) is None
@@ -151,8 +151,7 @@ def test_refinement_is_kept_where_it_is_better(found, model: Path, fox: Path, tm
 def test_a_killed_search_goes_on_with_what_it_measured(found, model: Path, fox: Path, monkeypatch) -> None:
     first = found.out.read_text()
     found.out.unlink()
-    monkeypatch.setattr(swaps, "divergences", None)  # nothing is measured again
-    monkeypatch.setattr(choosing, "divergences", None)
+    monkeypatch.setattr(measuring, "divergences", None)  # nothing is measured again
     again = dq.search(model, found.out, into_gguf=True, bits=7.5, calibration=fox, length=32)
     assert again.out.read_text() == first
     assert again.mix == found.mix

@@ -13,22 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dsv2quant.allocation.items import Part
+from dsv2quant.allocation.measuring import ERRORS, SWAPS, WHOLE, Measuring
 from dsv2quant.allocation.solve import Offer, Offers, Solution, solve, solve_for_cost
-from dsv2quant.allocation.swaps import Mixture, Swap, Text, divergences, held, measure, passed
-from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.errors import UsageError
-from dsv2quant.evaluation.divergence import Pass, bootstrap
-from dsv2quant.model.load import Loader, LoadOptions
+from dsv2quant.evaluation.divergence import batches_of, bootstrap
 from dsv2quant.progress import Progress
 from dsv2quant.storage.durable import StateLog, disk_errors
 
@@ -97,12 +94,9 @@ class Mix:
 
 @dataclass
 class _Run:
-    """One search: `loaders` are candidates' by name, `known` what `log` has, by key."""
+    """One search; `known` is what `log` has, by key."""
 
-    parts: Mapping[str, Part]
-    loaders: Mapping[str, Loader]
-    base: Loader
-    text: Text
+    measuring: Measuring
     log: StateLog
     progress: Progress
     known: dict[str, Any] = field(init=False)
@@ -110,72 +104,63 @@ class _Run:
     def __post_init__(self) -> None:
         self.known = {line["key"]: line["value"] for line in self.log.lines[1:]}
 
-    def reference(self) -> Pass:
-        with self.progress(0, "", "reference"):
-            return passed(self.base, self.text)
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return self.measuring.parts
 
-    def offers(self, reference: Pass) -> Offers:
+    def offers(self) -> Offers:
         """What each part costs in each candidate, with all else as it is."""
-        wanted = [(part.key, candidate) for part in self.parts.values() for candidate in part.measured]
-        found = {at: float(np.mean(kld)) for at, kld in self.swaps(None, wanted, reference, "swaps").items()}
-        with self.progress(len(self.parts), "parts", "errors") as advance:
-            return {key: self._predicted(part, found, advance) for key, part in self.parts.items()}
-
-    def _predicted(
-        self, part: Part, found: Mapping[tuple[str, str], float], done: Callable[[int], object]
-    ) -> dict[str, Offer]:
-        """Costs of a part that were not measured are in proportion to the squared error of its weights, as those of the
-        candidate with the nearest error."""
-        done(1)
-        costs = {candidate: found[part.key, candidate] for candidate in part.measured}
-        if costs.keys() != part.options.keys():
-            errors = self._errors(part)
-            known = {candidate: error for candidate, error in errors.items() if candidate in costs and error}
-            for candidate in part.options.keys() - costs.keys():
-                error = errors[candidate]
-                near = min(known, key=lambda other: abs(math.log(known[other] / error))) if error else None
-                costs[candidate] = 0.0 if near is None else costs[near] * error / known[near]
-        return {candidate: Offer(option.nbytes, costs[candidate]) for candidate, option in part.options.items()}
-
-    def _errors(self, part: Part) -> dict[str, float]:
-        """Squared errors of a part's weights, by candidate."""
-        errors = dict.fromkeys(part.options, 0.0)
-        swapped = {candidate: held(self.base, [(part, self.loaders[candidate])]) for candidate in errors}
-        for name in part.weights:
-            weight = self.base.tensor(name, torch.float32)
-            for candidate in errors:
-                difference = swapped[candidate][name].tensor(name, torch.float32) - weight
-                errors[candidate] += float(difference.square_().sum(dtype=torch.float64))
-        return errors
+        wanted = [(key, each) for key, part in self.parts.items() for each in part.options if each in part.measured]
+        found = {at: float(np.mean(kld)) for at, kld in self.swaps(None, wanted, "swaps").items()}
+        ranks, predicted = self.measuring.ranks, [key for key, part in self.parts.items() if part.predicted]
+        with self.progress(len(ranks.share(len(predicted))), "parts", "errors") as advance:
+            ranks.announce(ERRORS, predicted)
+            errors = self.measuring.errors(predicted, advance)
+        return {key: _offers(part, found, errors.get(key, {})) for key, part in self.parts.items()}
 
     def swaps(
-        self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], reference: Pass, label: str
+        self, mix: Mapping[str, str] | None, wanted: Iterable[tuple[str, str]], label: str
     ) -> dict[tuple[str, str], list[float]]:
         """Divergence by window of each (part, candidate) that is swapped into a mix, or into the model itself."""
         place = "" if mix is None else _name(mix)[:16]
         keys = {(part, candidate): f"{place}/{part}/{candidate}" for part, candidate in wanted}
-        lacking = [at for at, key in keys.items() if key not in self.known]
-        base = self.base if mix is None else self.mixture(mix)
-        swaps = [Swap(self.parts[key], candidate) for key, candidate in lacking]
-        with self.progress(len(swaps), "swaps", label) as advance:
-            for swap, kld in measure(base, self.loaders, swaps, reference, self.text, advance):
-                self._keep(keys[swap.part.key, swap.candidate], kld.tolist())
+        lacking = sorted((at for at, key in keys.items() if key not in self.known), key=self._layer)
+        with self.progress(len(lacking), "swaps", label) as advance:
+            for some in batches_of(len(lacking), self.measuring.together):
+                self.measuring.ranks.announce(SWAPS, mix, lacking[some])
+                found = self.measuring.swaps(mix, lacking[some], advance)
+                for at, kld in zip(lacking[some], found, strict=True):
+                    self._keep(keys[at], kld.tolist())
         return {at: self.known[key] for at, key in keys.items()}
 
-    def whole(self, mix: Mapping[str, str], reference: Pass) -> np.ndarray:
+    def _layer(self, at: tuple[str, str]) -> int:
+        layer = self.parts[at[0]].layer
+        return -1 if layer is None else layer
+
+    def whole(self, mix: Mapping[str, str]) -> np.ndarray:
         """Divergence of a mix by window, [windows]."""
         key = _name(mix)
         if key not in self.known:
             with self.progress(0, "", "measure the mix"):
-                self._keep(key, divergences(reference, [passed(self.mixture(mix), self.text)])[0].tolist())
+                self.measuring.ranks.announce(WHOLE, mix)
+                self._keep(key, self.measuring.whole(mix).tolist())
         return np.array(self.known[key])
-
-    def mixture(self, mix: Mapping[str, str]) -> Mixture:
-        return Mixture(self.base, held(self.base, ((self.parts[key], self.loaders[c]) for key, c in mix.items())))
 
     def _keep(self, key: str, value: list[float]) -> None:
         self.log.append({"key": key, "value": value})
         self.known[key] = value
+
+
+def _offers(part: Part, found: Mapping[tuple[str, str], float], errors: Mapping[str, float]) -> dict[str, Offer]:
+    """Costs of a part that were not measured are in proportion to the squared error of its weights, as those of the
+    candidate with the nearest error."""
+    costs = {candidate: found[part.key, candidate] for candidate in part.measured}
+    known = {candidate: error for candidate, error in errors.items() if candidate in costs and error}
+    for candidate in part.predicted:
+        error = errors[candidate]
+        near = min(known, key=lambda other: abs(math.log(known[other] / error))) if error else None
+        costs[candidate] = 0.0 if near is None else costs[near] * error / known[near]
+    return {candidate: Offer(option.nbytes, costs[candidate]) for candidate, option in part.options.items()}
 
 
 def _name(mix: Mapping[str, str]) -> str:
@@ -184,34 +169,25 @@ def _name(mix: Mapping[str, str]) -> str:
 
 
 def choose(
-    parts: Sequence[Part],
-    candidates: Mapping[str, Checkpoint],
-    model: Checkpoint,
-    text: Text,
-    budget: Budget,
-    state: Path,
-    about: Mapping[str, Any],
-    options: LoadOptions,
-    progress: Progress,
-) -> Mix:
-    """Find a mix. `state` keeps what was measured `about` what is being done, for every budget; what it has of anything
-    else is forgotten. Raises UsageError where nothing keeps to the budget."""
-    loaders = {name: Loader(checkpoint, options) for name, checkpoint in candidates.items()}
+    measuring: Measuring, budget: Budget, state: Path, about: Mapping[str, Any], progress: Progress
+) -> Mix:  # fmt: skip
+    """Find a mix; of several ranks by the first alone, for which the others measure. `state` keeps what was measured
+    `about` what is being done, for every budget; what it has of anything else is forgotten. Raises UsageError where
+    nothing keeps to the budget."""
     with disk_errors(state), closing(StateLog(state, state)) as log:
         if log.lines[:1] != [dict(about)]:
             log.start(dict(about))
-        run = _Run({part.key: part for part in parts}, loaders, Loader(model, options), text, log, progress)
-        reference = run.reference()
-        offers = run.offers(reference)
+        run = _Run(measuring, log, progress)
+        offers = run.offers()
         solution = _solved(offers, budget)
         bound, curve = solution.bound, tuple(_curve(offers, budget.fixed))
-        first = point = budget.point(solution, run.whole(solution.chosen, reference))
+        first = point = budget.point(solution, run.whole(solution.chosen))
         for _ in range(ROUNDS):
-            steps = _steps(run, offers, solution.chosen, reference, point.measured)
+            steps = _steps(run, offers, solution.chosen, point.measured)
             found = budget.solve(steps, point.measured)
             if found is None or found.chosen == solution.chosen:
                 break
-            better = budget.point(found, run.whole(found.chosen, reference))
+            better = budget.point(found, run.whole(found.chosen))
             if budget.rank(better) >= budget.rank(point):
                 break
             solution, point = found, better
@@ -231,9 +207,7 @@ def _solved(offers: Offers, budget: Budget) -> Solution:
     raise UsageError(f"--max-kld {budget.kld:g}: the best candidates come to {best:.2g}", fix="give a larger one")
 
 
-def _steps(
-    run: _Run, offers: Offers, chosen: Mapping[str, str], reference: Pass, measured: float
-) -> dict[str, dict[str, Offer]]:
+def _steps(run: _Run, offers: Offers, chosen: Mapping[str, str], measured: float) -> dict[str, dict[str, Offer]]:
     """What steps up and down of each part change where the mix is: to candidates that no smaller one is better than."""
     wanted = []
     for key, options in offers.items():
@@ -245,7 +219,7 @@ def _steps(
         here = order.index(chosen[key])
         near = order[max(0, here - STEPS) : here + STEPS + 1]
         wanted += [(key, candidate) for candidate in near if candidate != chosen[key]]
-    found = run.swaps(chosen, wanted, reference, "steps")
+    found = run.swaps(chosen, wanted, "steps")
     steps = {key: {candidate: Offer(offers[key][candidate].nbytes, 0.0)} for key, candidate in chosen.items()}
     for (key, candidate), kld in found.items():
         steps[key][candidate] = Offer(offers[key][candidate].nbytes, float(np.mean(kld)) - measured)

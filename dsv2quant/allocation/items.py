@@ -43,6 +43,10 @@ class Part:
     options: Mapping[str, Option]
     measured: frozenset[str]
 
+    @property
+    def predicted(self) -> list[str]:
+        return [candidate for candidate in self.options if candidate not in self.measured]
+
 
 class _Line(NamedTuple):
     key: str

@@ -19,7 +19,9 @@ import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Mix
 from dsv2quant.allocation.space import Space, importance, planned, prepare
 from dsv2quant.calib.calibration import used_by
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.errors import InputError, UsageError
+from dsv2quant.following import convert_on_all
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.gguf_plan import GgufPlan
 from dsv2quant.planning.options import HubOptions, StrPath
@@ -48,7 +50,7 @@ class Searched:
 def search(
     model: dq.Model, out: StrPath, *, bits: float | None = None, size: int | str | None = None,
     max_kld: float | None = None, into_gguf: bool = False, device: str = "cpu", progress: Progress = no_progress,
-    **options: Unpack[asked.Options],
+    ranks: Ranks = ALONE, **options: Unpack[asked.Options],
 ) -> Searched:  # fmt: skip
     """Find the mix of schemes, or with `into_gguf` of block types, that costs the least divergence from the model in a
     file or folder of at most `bits` for each weight or `size` bytes ("9GB"), or the smallest that costs at most
@@ -57,9 +59,10 @@ def search(
     What each part of the model costs in each type is measured on calibration text; of a folder, on windows that
     candidates were not calibrated on. Of `options` it takes `calibration`, `samples`, `length` and `seed`, and for a
     folder `targets`, `tp` and `ep`, for GGUF `imatrix` and `imatrix_shrink`. Candidates and measurements lie in
-    `<out>.search` until it is done: a run that was killed goes on from there. Raises UsageError for options that
-    contradict each other and a budget that nothing keeps to, InputError where another file has the recipe's name, else
-    as `convert` does.
+    `<out>.search` until it is done: a run that was killed goes on from there. Several `ranks` measure some windows
+    each, and all get the same; the first one writes. Raises UsageError for options that contradict each other, a budget
+    that nothing keeps to and more ranks than batches of windows, InputError where another file has the recipe's name,
+    else as `convert` does.
     """
     started = time.perf_counter()
     given, budgets = asked.given_of(options), {"bits": bits, "size": size, "max_kld": max_kld}
@@ -68,25 +71,28 @@ def search(
         raise InputError("is there already", where=out, fix="give another name, or remove it")
     checkpoint = dq.open(model, **asked.hub_of(given)).as_source()
     path, folder = Path(out), Path(f"{os.fspath(out)}.search")
-    space = prepare(checkpoint, folder, into_gguf, given, device, progress)
+    space = prepare(checkpoint, folder, into_gguf, given, device, progress, ranks)
     most = parse_size(str(size)) if size is not None else None if bits is None else int(bits * space.parameters / 8)
     mix = space.choose(most, max_kld, progress)
     said = [_command(checkpoint.model, into_gguf, given, budgets), *_description(mix, space)]
     recipe = space.recipe(path.stem, said, mix)
     plan = planned(checkpoint, recipe, given, importance(given))
-    with disk_errors(path):
-        write_whole(path, [recipe.text.encode()])
-        shutil.rmtree(folder)
-    return Searched(path, plan, mix, space.text.ids.size, space.source, time.perf_counter() - started)
+    if ranks.is_first:
+        with disk_errors(path):
+            write_whole(path, [recipe.text.encode()])
+            shutil.rmtree(folder)
+    seconds = ranks.agreed(time.perf_counter() - started)  # when it is written
+    return Searched(path, plan, mix, space.text.ids.size, space.source, seconds)
 
 
 def convert_within(
     model: dq.Model, out: StrPath, *, bits: float | None = None, size: int | str | None = None,
     max_kld: float | None = None, device: str = "cpu", force: bool = False, progress: Progress = no_progress,
-    **options: Unpack[asked.Options],
-) -> Conversion:  # fmt: skip
+    ranks: Ranks = ALONE, **options: Unpack[asked.Options],
+) -> Conversion | None:  # fmt: skip
     """Search, as `search` does, and `convert` by the recipe, which stays beside `out` as `<out>.yaml`; one that the
-    same search wrote there is taken as it is. A GGUF file is written where `out` ends in .gguf."""
+    same search wrote there is taken as it is. A GGUF file is written where `out` ends in .gguf. Several `ranks` share
+    in both; None on any but the first."""
     given, into_gguf = asked.given_of(options), os.fspath(out).endswith(".gguf")
     budgets: dict[str, Any] = {"bits": bits, "size": size, "max_kld": max_kld}
     recipe = Path(f"{os.fspath(out)}.yaml")
@@ -97,12 +103,16 @@ def convert_within(
     _check(recipe, into_gguf, searching, budgets, device)
     checkpoint = dq.open(model, **asked.hub_of(given))
     said = f"# {_command(checkpoint.model, into_gguf, searching, budgets)}\n"
-    if not (recipe.is_file() and recipe.read_text(encoding="utf-8").startswith(said)):
-        search(checkpoint, recipe, **budgets, into_gguf=into_gguf, device=device, progress=progress, **searching)
+    if not ranks.agreed(recipe.is_file() and recipe.read_text(encoding="utf-8").startswith(said)):
+        search(
+            checkpoint, recipe, **budgets, into_gguf=into_gguf, device=device, progress=progress, ranks=ranks,
+            **searching,
+        )  # fmt: skip
     calibrating: dict[str, Any] = {name: given.pop(name) for name in asked.CALIBRATION if name in given}
     given["gguf" if into_gguf else "recipe"] = os.fspath(recipe)
-    given |= used_by(dq.plan(checkpoint, **given), given, calibrating)
-    return dq.convert(checkpoint, out, device=device, force=force, progress=progress, **given)
+    plan = dq.plan(checkpoint, **given)
+    given |= used_by(plan, given, calibrating)
+    return convert_on_all(checkpoint, plan, out, given, ranks, device=device, force=force, progress=progress)
 
 
 def _check(out: StrPath, gguf: bool, given: Mapping[str, Any], budgets: Mapping[str, Any], device: str) -> None:

@@ -14,18 +14,21 @@ import torch
 import dsv2quant.api as dq
 from dsv2quant.allocation.choosing import Budget, Mix, choose
 from dsv2quant.allocation.items import Part, parts_of
+from dsv2quant.allocation.measuring import Measuring
 from dsv2quant.allocation.recipes import Recipe, folder_recipe, gguf_recipe, only_scheme, only_type
-from dsv2quant.allocation.swaps import Text
+from dsv2quant.allocation.swaps import Text, passed
 from dsv2quant.arch.config import ModelConfig
-from dsv2quant.calib.calibration import needs_calibration, read_calibration
+from dsv2quant.calib.calibration import calibrates, read_calibration
+from dsv2quant.calib.distributed import ALONE, Ranks
 from dsv2quant.checkpoint.checkpoint import HfCheckpoint
 from dsv2quant.checkpoint.identity import sampled
 from dsv2quant.conversion.gguf import metadata_of
 from dsv2quant.errors import InputError, UsageError
 from dsv2quant.evaluation.divergence import TOKENS_TOGETHER
+from dsv2quant.following import convert_on_all
 from dsv2quant.formats.gguf import blocks, imatrix
 from dsv2quant.formats.gguf.imatrix import Imatrix
-from dsv2quant.model.load import LoadOptions
+from dsv2quant.model.load import Loader, LoadOptions
 from dsv2quant.planning import consumers
 from dsv2quant.planning import options as asked
 from dsv2quant.planning.gguf_plan import GgufPlan, Options, lay_out, make_gguf_plan
@@ -53,8 +56,8 @@ LEFT_OUT = ("F32", "F16", "TQ1_0", "TQ2_0")
 @dataclass(frozen=True)
 class Space:
     """All that a mix is chosen from, whatever the budget: parts of a model, candidates' artifacts by name, and the text
-    that divergences are measured on, from `source`. `fixed` are bytes of a whole artifact that no part takes. `folder`
-    holds the artifacts and what was measured, of which `about` says what it is of."""
+    that divergences are measured on, from `source`; `own` are the windows of this rank. `fixed` are bytes of a whole
+    artifact that no part takes. `folder` holds the artifacts, and what was measured."""
 
     checkpoint: HfCheckpoint
     folder: Path
@@ -62,27 +65,39 @@ class Space:
     parts: Sequence[Part]
     candidates: Mapping[str, dq.Checkpoint]
     text: Text
+    own: Text
     source: str
     fixed: int
     loading: LoadOptions
+    ranks: Ranks
 
     @property
     def parameters(self) -> int:
         return sum(weight.spec.size for weight in self.checkpoint.weights)
 
     def choose(self, most: int | None, max_kld: float | None, progress: Progress) -> Mix:
-        """The best mix of at most so many bytes, or the smallest that costs at most so many nats. Raises UsageError
-        where there is none."""
-        about = {
+        """The best mix of at most so many bytes, or the smallest that costs at most so many nats, for all ranks. Raises
+        UsageError where there is none."""
+        base, *others = (Loader(each, self.loading) for each in (self.checkpoint, *self.candidates.values()))
+        with progress(0, "", "reference"):
+            reference = passed(base, self.own)
+        loaders = dict(zip(self.candidates, others, strict=True))
+        measuring = Measuring({part.key: part for part in self.parts}, base, loaders, self.own, reference, self.ranks)
+        found: Mix | None = None
+        if self.ranks.is_first:
+            found = choose(measuring, Budget(most, max_kld, self.fixed), self.folder / STATE, self._about(), progress)
+            self.ranks.dismiss()
+        else:
+            measuring.follow()
+        mix: Mix = self.ranks.agreed(found)
+        return mix
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "schema": "dsv2quant.search-state/1", "dsv2quant": __version__, "model": sampled(self.checkpoint),
             "tokens": hashlib.sha256(self.text.ids.tobytes()).hexdigest(),
             "candidates": {name: sampled(artifact) for name, artifact in self.candidates.items()},
         }  # fmt: skip
-        budget = Budget(most, max_kld, self.fixed)
-        return choose(
-            self.parts, self.candidates, self.checkpoint, self.text, budget, self.folder / STATE, about, self.loading,
-            progress,
-        )  # fmt: skip
 
     def recipe(self, name: str, said: Sequence[str], mix: Mix) -> Recipe | GgufRecipe:
         """A mix as a recipe, with lines `said` in front."""
@@ -92,9 +107,11 @@ class Space:
 
 
 def prepare(
-    checkpoint: HfCheckpoint, folder: Path, into_gguf: bool, given: Mapping[str, Any], device: str, progress: Progress
-) -> Space:
-    """Make the candidates in a folder, or find them made, for `given` options of `search`."""
+    checkpoint: HfCheckpoint, folder: Path, into_gguf: bool, given: Mapping[str, Any], device: str, progress: Progress,
+    ranks: Ranks = ALONE,
+) -> Space:  # fmt: skip
+    """Make the candidates in a folder, or find them made, for `given` options of `search`. Of several ranks each calls
+    this, and shares in what candidates are calibrated with; the first one alone writes."""
     if checkpoint.config.is_classifier:
         fix = "a search needs a language model"
         raise InputError(f"is a {checkpoint.config.architecture}", where=checkpoint.model, fix=fix)
@@ -107,12 +124,14 @@ def prepare(
     parts = parts_of(plans)
     with progress(0, "", "tokenize"):
         text, source = _text(checkpoint, given)
-    _claim(folder)
-    made = {name: _made(plan, folder / name, given, device, progress) for name, plan in plans.items()}
+    own = text.own(ranks)
+    if ranks.is_first:
+        _claim(folder)
+    made = {name: _made(plan, folder / name, given, device, progress, ranks) for name, plan in plans.items()}
     fixed = _size(plan) - sum(part.options[name].nbytes for part in parts)
     # In bfloat16 what a swap does to the last bits, and so to which experts are chosen, costs more than a good type.
     loading = LoadOptions(torch.float32, device)
-    return Space(checkpoint, folder, into_gguf, parts, made, text, source, fixed, loading)
+    return Space(checkpoint, folder, into_gguf, parts, made, text, own, source, fixed, loading, ranks)
 
 
 def _claim(folder: Path) -> None:
@@ -183,16 +202,13 @@ def _text(checkpoint: HfCheckpoint, given: Mapping[str, Any]) -> tuple[Text, str
 
 
 def _made(
-    plan: Plan | GgufPlan, path: Path, given: Mapping[str, Any], device: str, progress: Progress
+    plan: Plan | GgufPlan, path: Path, given: Mapping[str, Any], device: str, progress: Progress, ranks: Ranks
 ) -> dq.Checkpoint:
     """A candidate's artifact, opened; the model itself where nothing of it is changed."""
     if isinstance(plan, Plan) and not plan.schemes:
         return plan.checkpoint
-    if isinstance(plan, GgufPlan):
-        path = path.with_suffix(".gguf")
-        dq.convert(plan, path, device=device, progress=progress)
-    else:
-        names = asked.CALIBRATION if needs_calibration(plan) else ()
-        calibrating = {name: given[name] for name in names if name in given}
-        dq.convert(plan, path, device=device, progress=progress, **calibrating)
+    path = path.with_suffix(".gguf") if isinstance(plan, GgufPlan) else path
+    names = asked.CALIBRATION if calibrates(plan) else ()
+    calibrating = {name: given[name] for name in names if name in given}
+    convert_on_all(plan, plan, path, calibrating, ranks, device=device, progress=progress)
     return dq.open(path)

@@ -3,13 +3,12 @@ it is.
 
 A swap is a `Mixture`: the model's own linears, and those of another checkpoint of the same model in their place. Every
 swap of a layer branches off the hidden states before it, and all branches go on through the layers behind it together:
-however many there are, each weight is read once. How many are under way at a time is bounded by the memory that their
-hidden states take.
+however many there are, each weight is read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,12 +17,11 @@ import torch
 
 from dsv2quant.allocation.items import Part
 from dsv2quant.arch.spec import Heads
+from dsv2quant.calib.distributed import Ranks
 from dsv2quant.evaluation.divergence import Pass, batches_of, log_probabilities, run
 from dsv2quant.model.layers import Linear
 from dsv2quant.model.load import DecoderLayer, Loader
 from dsv2quant.model.runtime import Runtime
-
-MEMORY = 1 << 30  # bytes of hidden states of branches that are under way at a time
 
 
 class Parts(Protocol):
@@ -96,6 +94,10 @@ class Text:
     def batches(self) -> list[slice]:
         return batches_of(len(self.ids), self.batch)
 
+    def own(self, ranks: Ranks) -> Text:
+        """The windows of a rank. Raises UsageError where one would have none."""
+        return Text(self.ids[ranks.span(self.batches)], self.batch)
+
 
 @torch.inference_mode()
 def divergences(reference: Pass, others: Sequence[Pass]) -> np.ndarray:
@@ -117,31 +119,18 @@ def passed(loader: Loader, text: Text) -> Pass:
 
 
 @torch.inference_mode()
-def measure(
+def branches(
     base: Loader,
     candidates: Mapping[str, Loader],
     swaps: Sequence[Swap],
-    reference: Pass,
     text: Text,
     done: Callable[[int], object] = lambda swaps: None,
-    memory: int = MEMORY,
-) -> Iterator[tuple[Swap, np.ndarray]]:
-    """Mean KL(reference ‖ base with one swap) in nats of each window, [windows], of every swap, in order of layers."""
-    one = text.ids.size * base.config.hidden_size * base.options.dtype.itemsize
-    order = sorted(swaps, key=lambda swap: -1 if swap.part.layer is None else swap.part.layer)
-    for some in batches_of(len(order), max(1, memory // one)):
-        taken = order[some]
-        branches = _branches(Mixture(base, {}), candidates, taken, text, done)
-        yield from zip(taken, divergences(reference, branches), strict=True)
-
-
-def _branches(
-    base: Loader, candidates: Mapping[str, Loader], swaps: Sequence[Swap], text: Text, done: Callable[[int], object]
 ) -> list[Pass]:
-    """What comes of each swap, of one pass through the base."""
+    """What comes of each swap, those of the first layers first, of one pass through the base."""
+    base = Mixture(base, {})
     model, tokens = _model(base), torch.from_numpy(text.ids).to(base.options.device)
     states, rope = model.ends.embed(tokens), model.rope(0, tokens.shape[1])
-    branches: list[Pass] = []  # of as many swaps as the pass has come by
+    found: list[Pass] = []  # of as many swaps as the pass has come by
 
     def go(layer: DecoderLayer, x: torch.Tensor) -> None:
         """Change hidden states [windows, ctx, hidden] to those behind a layer."""
@@ -151,18 +140,19 @@ def _branches(
     for swap in swaps:
         if swap.part.layer is None:
             ends = _with(base, candidates, swap).ends()
-            branches.append(Pass(ends, ends.embed(tokens), []))
+            found.append(Pass(ends, ends.embed(tokens), []))
+            done(1)
     for index, layer in enumerate(model.layers()):
-        for branch in branches:
+        for branch in found:
             go(layer, branch.hidden)
         for swap in swaps:
             if swap.part.layer == index:
-                branches.append(Pass(model.ends, states.clone(), []))
-                go(_with(base, candidates, swap).layer(index), branches[-1].hidden)
+                found.append(Pass(model.ends, states.clone(), []))
+                go(_with(base, candidates, swap).layer(index), found[-1].hidden)
                 done(1)
         if index + 1 < base.config.num_hidden_layers:
             go(layer, states)
-    return branches
+    return found
 
 
 def _with(base: Loader, candidates: Mapping[str, Loader], swap: Swap) -> Mixture:

@@ -170,10 +170,14 @@ def needs_statistics(plan: Plan) -> bool:
     return any(entry.needs_inputs or entry.kv_scales for entry in plan.entries)
 
 
+def calibrates(plan: Plan | GgufPlan, is_measured: bool = False) -> bool:
+    """Whether a conversion runs the model on calibration text. Statistics that were measured before save a pass."""
+    return isinstance(plan, Plan) and (needs_calibration(plan) or (needs_statistics(plan) and not is_measured))
+
+
 def check_ranks(plan: Plan | GgufPlan, statistics: Statistics | None, ranks: Ranks) -> None:
     """Raise UsageError where several ranks would have nothing to do together."""
-    measures = isinstance(plan, Plan) and needs_statistics(plan) and statistics is None
-    if ranks.size > 1 and not measures and not (isinstance(plan, Plan) and needs_calibration(plan)):
+    if ranks.size > 1 and not calibrates(plan, statistics is not None):
         what = f"{ranks.size} ranks share out what is calibrated, and nothing of this recipe calibrates here"
         raise UsageError(what, fix="run it without torchrun")
 
@@ -330,19 +334,19 @@ def calibrated_on(plan: Plan, given: Mapping[str, Any], progress: Progress) -> U
     options.check_tune(plan.schemes, given)
     if "statistics" in given and not needs_statistics(plan):
         raise UsageError("--statistics: no method of this recipe uses them; gptq calibrates by itself")
-    calibrates = needs_calibration(plan) or (needs_statistics(plan) and "statistics" not in given)
-    idle = [] if calibrates else [name for name in ("samples", "figure") if name in given]
-    if not calibrates and "tune" not in given:
+    runs = calibrates(plan, "statistics" in given)
+    idle = [] if runs else [name for name in ("samples", "figure") if name in given]
+    if not runs and "tune" not in given:
         idle = [name for name in options.CALIBRATION if name in given]
     if idle:
         raise UsageError(f"{options.spelled(idle[0], given)}: nothing of this recipe calibrates here")
     words = []
     calibration, tuning = None, None
-    if calibrates or "tune" in given:
-        samples = (given.get("samples") or 512) if calibrates else 0
+    if runs or "tune" in given:
+        samples = (given.get("samples") or 512) if runs else 0
         found, tuning = _read_for(plan.checkpoint, samples, given, progress)
         words += [f"--calibration {found.source}"] * ("calibration" in given)
-        if calibrates:
+        if runs:
             calibration = replace(found, ids=found.ids[:samples])
             words.append(f"--num-calibration-samples {samples}")
         words.append(f"--max-seq-length {found.ids.shape[1]} --seed {found.seed}")

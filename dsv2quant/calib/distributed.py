@@ -60,7 +60,7 @@ class Ranks:
         ranks. Raises UsageError where a rank would have none."""
         if self.size > len(batches):
             what = f"{self.size} ranks for {len(batches)} batches of windows"
-            raise UsageError(what, fix=f"start {len(batches)} at most, or take more windows")
+            raise UsageError(what, fix=f"start {len(batches)} at most, or take more tokens")
         share = self.share(len(batches))
         return slice(batches[share[0]].start, batches[share[-1]].stop)
 

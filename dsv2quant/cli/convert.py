@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from dsv2quant.cli import terminal
 from dsv2quant.cli.plan import show
 from dsv2quant.cli.ranks import place, together
 from dsv2quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsv2quant.report.calibration import Conversion
 
 
 @click.command(cls=shared.Command)
@@ -70,7 +73,7 @@ def command(
         raise click.UsageError(
             f"{'--dry-run' if dry_run else '--stream-hub'} does not go with a budget: a search reads all of MODEL"
         )
-    for name, is_asked in (("a budget", is_searched), ("--dry-run", dry_run), ("--stream-hub", stream_hub)):
+    for name, is_asked in (("--dry-run", dry_run), ("--stream-hub", stream_hub)):
         if is_asked and place() is not None:
             raise UsageError(f"{name} is for one process", fix="run it without torchrun")
     if dry_run or out is None:
@@ -78,21 +81,18 @@ def command(
         show(model, asked, as_json, every_tensor=verbose > 0)
         return
     progress = terminal.progress(quiet)
-    if is_searched:
-        from dsv2quant.allocation.search import convert_within
+    made: Conversion | None = None
+    with together(device) as ranks:
+        running: dict[str, Any] = {"device": ranks.device, "force": force, "progress": progress, "ranks": ranks}
+        if is_searched:
+            from dsv2quant.allocation.search import convert_within
 
-        budget: dict[str, Any] = {"bits": bits, "size": size, "max_kld": max_kld}
-        made = convert_within(model, out, **budget, device=device, force=force, progress=progress, **asked)
-    else:
-        with together(device) as ranks:
-            if not ranks.is_first:
-                from dsv2quant.following import follow_conversion
+            made = convert_within(model, out, bits=bits, size=size, max_kld=max_kld, **running, **asked)
+        elif ranks.is_first:
+            made = dq.convert(model, out, stream_hub=stream_hub, **running, **asked)
+        else:
+            from dsv2quant.following import follow_conversion
 
-                follow_conversion(model, ranks, **asked)
-                return
-            made = dq.convert(
-                model, out, device=ranks.device, force=force, stream_hub=stream_hub, progress=progress, ranks=ranks,
-                **asked,
-            )  # fmt: skip
-    if as_json or not quiet:
+            follow_conversion(model, ranks, **asked)
+    if made is not None and (as_json or not quiet):
         terminal.show(made, conversion_json, conversion_text, as_json)

@@ -38,7 +38,7 @@ VERBS = {
     "verify": ("dsv2quant.cli.verify", "Check an artifact's files, and its error against the source."),
 }
 
-SHARED = ("calibrate", "convert", "eval-ppl")  # what several ranks of torchrun can do together
+SHARED = ("calibrate", "convert", "eval-ppl", "search")  # what several ranks of torchrun can do together
 
 
 class _Verbs(click.Group):

@@ -9,6 +9,7 @@ import click
 import dsv2quant as dq
 from dsv2quant.cli import options as shared
 from dsv2quant.cli import terminal
+from dsv2quant.cli.ranks import together
 
 
 @click.command(cls=shared.Command)
@@ -46,9 +47,10 @@ def command(
     from dsv2quant.allocation.results import searched_json, searched_text
 
     terminal.set_verbosity(verbose, quiet)
-    made = dq.search(
-        model, out, bits=bits, size=size, max_kld=max_kld, into_gguf=gguf, device=device,
-        progress=terminal.progress(quiet), **shared.asked(options),
-    )  # fmt: skip
+    with together(device) as ranks:
+        made = dq.search(
+            model, out, bits=bits, size=size, max_kld=max_kld, into_gguf=gguf, device=ranks.device,
+            progress=terminal.progress(quiet), ranks=ranks, **shared.asked(options),
+        )  # fmt: skip
     if as_json or not quiet:
         terminal.show(made, searched_json, searched_text, as_json)
