@@ -20,7 +20,8 @@ from dsv2quant.arch.config import ModelConfig, Yarn
 from dsv2quant.model.cache import Cache
 from dsv2quant.model.layers import Linear, RMSNorm, Served, Stage, Stages
 
-QUERIES = 128  # of a block
+QUERIES = 128  # of a block, or fewer,
+SCORES = 1 << 23  # so that there are so many at a time
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -120,7 +121,6 @@ class LatentAttention(Attention):
     q_a_proj: Linear | None = None
     q_a_layernorm: RMSNorm | None = None
     q_b_proj: Linear | None = None
-    by_blocks: bool = False  # of queries, on a CPU
 
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
@@ -146,7 +146,7 @@ class LatentAttention(Attention):
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)  # [batch, heads, new, ·]
         q_pe = Rope.rotate(q_pe, rope, c.rope_halves)
         if not absorbed:
-            return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe, by_blocks=self.by_blocks)
+            return expanded(c, self.kv_b_proj(latent), q_nope, q_pe, k_pe)
         yield Stage((self.kv_b_proj,), q_nope, half="k")
         mixed = self.mixed(q_nope, q_pe, latent, k_pe)
         yield Stage((self.kv_b_proj,), mixed, half="v")
@@ -181,7 +181,6 @@ class GroupedAttention(Attention):
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
-    by_blocks: bool = False  # of queries, on a CPU
 
     def context(
         self, x: torch.Tensor, rope: torch.Tensor, cache: Cache | None = None, absorbed: bool = False
@@ -189,12 +188,12 @@ class GroupedAttention(Attention):
         yield Stage((self.q_proj, self.k_proj, self.v_proj), x)
         served = Served(x)
         q, k, v = self.q_proj(served), self.k_proj(served), self.v_proj(served)
-        return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed, by_blocks=self.by_blocks)
+        return grouped(self.config, q, k, v, rope, cache, as_stored=absorbed)
 
 
 def grouped(
     c: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor, cache: Cache | None,
-    *, as_stored: bool, by_blocks: bool = False,
+    *, as_stored: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The heads' weighted values [batch, new, heads · width], of queries in that shape and of keys and values [batch,
     new, kv heads · width], before rotation; those of earlier tokens are the cache's."""
@@ -203,9 +202,7 @@ def grouped(
     if cache is not None:
         known = cache.append(*(x.transpose(1, 2).flatten(2) for x in (k, v)), as_stored=as_stored)
         k, v = (_by_head(x, c.v_head_dim) for x in known)  # [batch, kv heads, all, width]
-    if by_blocks:
-        return _by_blocks(q, k, v, softmax_scale(c)).flatten(2)
-    return _attend(q, k, v, softmax_scale(c), is_grouped=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
+    return _weighed(q, k, v, softmax_scale(c)).flatten(2)
 
 
 def _by_head(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -214,25 +211,29 @@ def _by_head(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def expanded(
-    c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor,
-    *, by_blocks: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    c: ModelConfig, kv: torch.Tensor, q_nope: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor
+) -> torch.Tensor:
     """The heads' weighted values [batch, new, heads · v_head_dim]: of kv_b_proj's output kv [batch, all, ·], queries
     [batch, heads, new, ·] and rotated keys [batch, all, ·]."""
     kv = kv.unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
     k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
     q = torch.cat([q_nope, q_pe], -1)
-    if by_blocks:
-        return _by_blocks(q, k, v, softmax_scale(c)).flatten(2)
-    # torch has no fast attention for values narrower than keys.
-    padded = F.pad(v, (0, max(0, c.qk_head_dim - c.v_head_dim)))
-    return _attend(q, k, padded, softmax_scale(c))[..., : c.v_head_dim].transpose(1, 2).flatten(2)
+    return _weighed(q, k, v, softmax_scale(c)).flatten(2)
 
 
 def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """kv_b_proj's weight [heads · ·, kv_lora_rank] as its halves for keys and values, [heads, ·, kv_lora_rank]."""
     return kv_b.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+
+
+def _weighed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`_attend`, values being no wider than keys: [batch, new, heads, width]."""
+    if q.is_cpu and q.dtype == torch.float32 and q.shape[2] == k.shape[2] and not torch.is_grad_enabled():
+        return _by_blocks(q, k, v, scale)
+    narrower, width = q.shape[-1] - v.shape[-1], v.shape[-1]
+    padded = F.pad(v, (0, narrower)) if narrower else v  # torch has no fast attention for values narrower than keys
+    return _attend(q, k, padded, scale, is_grouped=q.shape[1] != k.shape[1])[..., :width].transpose(1, 2)
 
 
 def _attend(
@@ -246,17 +247,18 @@ def _attend(
 
 
 def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`_attend` of as many queries as keys, window by window and some queries at a time, [batch, new, heads, ·]: on a
-    CPU with AVX-512 in about half the time, since values needn't be padded and no keys behind a block are looked at."""
+    """The same of as many queries as keys, window by window and some queries at a time: on a CPU with AVX-512 in two
+    thirds of the time, since values needn't be padded and no keys behind a block are looked at."""
     batch, heads, tokens, _ = q.shape
     shared = heads // k.shape[1]
     out = q.new_empty(batch, tokens, heads, v.shape[-1])
-    later = torch.full((QUERIES, QUERIES), -torch.inf, device=q.device).triu(1)
+    block = max(16, min(QUERIES, SCORES // (heads * tokens)))
+    later = torch.full((block, block), -torch.inf, device=q.device).triu(1)
     for entry in range(batch):
         queries = q[entry] * scale
         keys, values = (x[entry].repeat_interleave(shared, 0).contiguous() for x in (k, v))  # [heads, tokens, ·]
-        for first in range(0, tokens, QUERIES):
-            last = min(first + QUERIES, tokens)
+        for first in range(0, tokens, block):
+            last = min(first + block, tokens)
             scores = queries[:, first:last] @ keys[:, :last].mT  # [heads, block, tokens]
             scores[:, :, first:] += later[: last - first, : last - first]
             out[entry, first:last] = (scores.softmax(-1) @ values[:, :last]).transpose(0, 1)

@@ -34,7 +34,7 @@ class LoadOptions:
     the latent cache, `dtype` where it is None. `backend` is 'torch', the reference, which decodes weights, or
     'kernels', Triton's, which take them as they are stored: see fused_model.py. `serving` names the consumer whose
     departures from what an artifact says the torch backend makes, too: see serving.py. `calibrates` lets a CPU
-    compute in its fastest way: linear layers in BF16 where it multiplies that, and attention block by block."""
+    compute linear layers in BF16 where it multiplies that."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -172,7 +172,7 @@ class Loader:
     def _attention(self, c: ModelConfig, at: str) -> LatentAttention | GroupedAttention:
         if not c.is_mla:
             q, k, v, o = (self.linear(f"{at}.{name}_proj") for name in "qkvo")
-            return GroupedAttention(c, q, k, v, o, self.options.calibrates)
+            return GroupedAttention(c, q, k, v, o)
         latent_query = c.q_lora_rank is not None
         return LatentAttention(
             config=c,
@@ -184,7 +184,6 @@ class Loader:
             q_a_proj=self.linear(f"{at}.q_a_proj") if latent_query else None,
             q_a_layernorm=self._norm(f"{at}.q_a_layernorm", LATENT_NORM_EPS) if latent_query else None,
             q_b_proj=self.linear(f"{at}.q_b_proj") if latent_query else None,
-            by_blocks=self.options.calibrates,
         )
 
     def _moe(self, c: ModelConfig, at: str) -> MoE:
