@@ -33,6 +33,7 @@ from dsv2quant.arch.decoder import architecture
 from dsv2quant.arch.deepseek_v2 import CAUSAL_LM
 from dsv2quant.arch.families import model_config
 from dsv2quant.bench.device import append
+from dsv2quant.storage.processors import processors
 from dsv2quant.storage.safetensors import Output, Shard
 
 V2_LITE = {
@@ -206,7 +207,7 @@ def main() -> None:
         "ratios": " ".join(f"{ran.seconds / copied:.3f}" for copied, ran in pairs),
         "peak MiB above": round((max(ran.peak for _, ran in pairs) - bare) / 2**20),
         "interpreter MiB": round(bare / 2**20),
-        "cores": os.cpu_count(),
+        "cores": processors(),
         "processor": processor(),
         "versions": f"dsv2quant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
         "user s": round(statistics.median(ran.user for _, ran in pairs), 2),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import platform
 import threading
 import time
@@ -31,6 +30,7 @@ from dsv2quant.checkpoint.checkpoint import Checkpoint
 from dsv2quant.conversion.shards import Folder
 from dsv2quant.formats import fp8
 from dsv2quant.storage import engine
+from dsv2quant.storage.processors import processors
 
 # stage: where its function lies, what it is called, and its bytes of (result, arguments)
 STAGES: dict[str, tuple[Any, str, Any]] = {
@@ -93,7 +93,7 @@ def main() -> None:
         "scheme": f"fp8-{options.fp8}",
         "GB in": round(made.plan.bytes_in / 1e9, 2),
         "GB out": round(made.bytes_out / 1e9, 2),
-        "cores": os.cpu_count(),
+        "cores": processors(),
         "processor": processor(),
         "versions": f"dsv2quant {__version__}, Python {platform.python_version()}",
     }

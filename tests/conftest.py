@@ -91,7 +91,10 @@ def in_float32() -> Iterator[None]:
 
 @pytest.fixture
 def one_library(monkeypatch) -> None:
-    """Products by the library that torch's own modules ask, as a consumer on this CPU computes them: two libraries
+    """Products and attention by what torch's own modules ask, as a consumer on this CPU computes them: two libraries
     differ in last places, and where activations are quantized a code that falls the other way for it moves what
     follows by far more."""
+    from dsv2quant.model import attention
+
     monkeypatch.setattr("dsv2quant.kernels.reference.product", torch.nn.functional.linear)
+    monkeypatch.setattr(attention, "_by_blocks", attention._at_once)

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 
-os.cpu_count = lambda: 8  # on any machine: several shards are written side by side
+os.sched_getaffinity = lambda process: range(8)  # on any machine: several shards are written side by side
 kill_at = changes = 0
 lock = threading.Lock()
 

@@ -116,7 +116,7 @@ def test_shards_and_their_order_do_not_matter(tmp_path):
 PEAK = """
 import os, re, sys
 from pathlib import Path
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda process: range(2)
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.conversion.convert import convert
 from dsv2quant.planning.gguf_plan import Options, make_gguf_plan

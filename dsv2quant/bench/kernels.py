@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +40,7 @@ from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_gemm, int4_gemm, launch
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.int4_held import Held
+from dsv2quant.storage.processors import processors
 
 SECTIONS = {
     "fp8": fp8.SECTION, "int4": weight_only.INT4, "gguf": weight_only.GGUF, "experts": experts.SECTION,
@@ -214,7 +214,7 @@ def precompile(operations: Sequence[Operation]) -> int:
         for tokens in TOKENS
         for share in (operation.rule(tokens, rows, columns), *operation.candidates(tokens, rows, columns))
     }
-    workers = min(os.cpu_count() or 1, 16)
+    workers = min(processors(), 16)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
     return len(jobs)

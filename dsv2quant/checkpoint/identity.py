@@ -15,6 +15,7 @@ from typing import Any
 from dsv2quant.arch.config import ModelConfig
 from dsv2quant.checkpoint.checkpoint import Checkpoint, HfCheckpoint
 from dsv2quant.errors import InputError, listing
+from dsv2quant.storage.processors import processors
 from dsv2quant.storage.safetensors import StoredTensor
 
 SAMPLE = 4096  # bytes
@@ -104,7 +105,7 @@ def sampled(checkpoint: Checkpoint) -> str:
     to it."""
     tensors = _tensors(checkpoint)
     count = _count(tensors)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
+    with ThreadPoolExecutor(min(8, processors())) as workers:
         digests = workers.map(partial(_sampled, checkpoint, count), tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 

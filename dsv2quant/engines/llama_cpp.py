@@ -5,7 +5,6 @@ They are those on PATH, as users run them; options and messages are those of lla
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -23,6 +22,7 @@ from dsv2quant.engines.llama_server import LlamaServer
 from dsv2quant.engines.process import POLL, started, wait
 from dsv2quant.errors import InputError, UsageError, listing
 from dsv2quant.progress import Progress
+from dsv2quant.storage.processors import processors
 from dsv2quant.text.tokenizer import Windows
 
 CONTEXT = 4096  # of the server: prompts and what follows them fit into it
@@ -58,7 +58,7 @@ def command(name: str, model: Path, *words: object) -> list[str]:
     if found is None:
         fix = "get llama.cpp, of github.com/ggml-org/llama.cpp/releases or a package manager, and put it on PATH"
         raise UsageError(f"{name} is not on PATH", where="--engine llama.cpp", fix=fix)
-    return [found, "-m", str(model), "-t", str(os.cpu_count()), *OPTIONS, *map(str, words)]
+    return [found, "-m", str(model), "-t", str(processors()), *OPTIONS, *map(str, words)]
 
 
 def score(model: Path, text: str, request: Request, folder: Path, progress: Progress) -> tuple[Windows, Scores]:

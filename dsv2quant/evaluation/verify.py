@@ -31,6 +31,7 @@ from dsv2quant.progress import Progress
 from dsv2quant.storage.card import is_persons
 from dsv2quant.storage.durable import hash_file, hash_together
 from dsv2quant.storage.manifest import CARD_FILE, check_regular, is_text, own_manifest, read_manifest
+from dsv2quant.storage.processors import processors
 from dsv2quant.storage.verified import record
 
 MAX_IN_FLIGHT = 256 << 20  # bytes of stored weights that are being compared
@@ -120,7 +121,7 @@ def compare_tensors(
         errors.append(future.result())
         progress(nbytes)
 
-    with _single_threaded(), ThreadPoolExecutor(min(16, os.cpu_count() or 1) if device == "cpu" else 2) as workers:
+    with _single_threaded(), ThreadPoolExecutor(min(16, processors()) if device == "cpu" else 2) as workers:
         try:
             for weight in artifact.weights:
                 exact = wanted[weight.spec.name]

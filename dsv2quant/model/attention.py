@@ -228,11 +228,16 @@ def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _weighed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`_attend`, values being no wider than keys: [batch, new, heads, width]."""
+    """`_attend`, [batch, new, heads, values' width]."""
     if q.is_cpu and q.dtype == torch.float32 and q.shape[2] == k.shape[2] and not torch.is_grad_enabled():
         return _by_blocks(q, k, v, scale)
+    return _at_once(q, k, v, scale)
+
+
+def _at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same by torch's own attention, of which none is fast for values narrower than keys."""
     narrower, width = q.shape[-1] - v.shape[-1], v.shape[-1]
-    padded = F.pad(v, (0, narrower)) if narrower else v  # torch has no fast attention for values narrower than keys
+    padded = F.pad(v, (0, narrower)) if narrower > 0 else v
     return _attend(q, k, padded, scale, is_grouped=q.shape[1] != k.shape[1])[..., :width].transpose(1, 2)
 
 

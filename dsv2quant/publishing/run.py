@@ -33,6 +33,7 @@ from dsv2quant.publishing.tasks import TaskRun, weights_of
 from dsv2quant.publishing.wanted import Release, Wanted
 from dsv2quant.report.measured import Measured, measured_from, measured_json
 from dsv2quant.storage.durable import StateLog, disk_errors
+from dsv2quant.storage.processors import processors
 
 # What every artifact needs.
 _IMPORTED = ("dsv2quant.conversion.convert", "dsv2quant.evaluation.measure", "dsv2quant.evaluation.verify")
@@ -201,7 +202,7 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     # One process imports for all, and forks them before any thread of torch's is there, which would not outlive that.
     context = get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, processors() // jobs)
     with ProcessPoolExecutor(jobs, context, _ready, (threads,)) as workers:
         starting = Thread(target=_start, args=(workers, jobs))  # it waits for what is imported
         starting.start()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv2quant.errors import InputError
+from dsv2quant.storage.processors import processors
 
 logger = logging.getLogger(__name__)
 STATE_FILE = ".dsv2quant-state.json"
@@ -180,7 +181,7 @@ def hash_together(
         if ended.is_set():  # Ctrl-C, amid a large file
             raise InterruptedError
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
+    with ThreadPoolExecutor(min(4, processors())) as workers:
         try:
             return list(workers.map(lambda item: call(item, advance), items))
         finally:

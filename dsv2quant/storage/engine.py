@@ -29,6 +29,7 @@ import numpy as np
 from dsv2quant.errors import InputError, PlanViolation
 from dsv2quant.storage.durable import HASHED_AT_ONCE, PARTIAL, FileEntry, create, disk_errors, open_own, sync_folder
 from dsv2quant.storage.files import Scratch
+from dsv2quant.storage.processors import processors
 
 logger = logging.getLogger(__name__)
 IN_FLIGHT, PER_WORKER = 192 << 20, 16 << 20  # bytes of jobs that are held: at least, and of each worker
@@ -98,7 +99,7 @@ Record = Callable[[int, int, str], object]  # number of the file, marks that are
 
 def workers() -> int:
     """How many jobs run at once: one a core."""
-    return max(2, min(64, os.cpu_count() or 2))
+    return max(2, min(64, processors()))
 
 
 def max_in_flight() -> int:
@@ -109,7 +110,7 @@ def max_in_flight() -> int:
 def lanes() -> int:
     """How many files are written side by side: two fifths of a conversion's work is hashing, for which each has one
     thread. No more: what is unfinished when a run is killed is made again."""
-    return -(-(os.cpu_count() or 1) // 3)
+    return -(-processors() // 3)
 
 
 def side_by_side(files: Iterable[Iterator[Job]], count: int) -> Iterator[Job]:

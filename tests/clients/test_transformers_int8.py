@@ -76,7 +76,7 @@ def served_as_theirs(checkpoint: Checkpoint, options: LoadOptions) -> Model:
 
 
 @pytest.mark.parametrize(("name", "dtype", "dequantize"), MODES)
-def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize, artifacts, monkeypatch):
+def test_weights_are_our_decode_and_logits_our_runtimes(name, dtype, dequantize, artifacts, one_library, monkeypatch):
     checkpoint, torch_dtype = open_checkpoint(artifacts / name), DTYPES[dtype]
     dense = {w.scheme for w in checkpoint.weights if w.spec.role in LINEAR_ROLES and w.spec.expert is None}
     assert dense - {"bf16"} == {SCHEMES[name]}
