@@ -68,8 +68,8 @@ def test_what_fails_in_a_thread_fails_at_its_item():
 def test_what_is_freed_meanwhile_is_taken_again_without_the_kernel():
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(20):
-            held = [torch.ones(4 << 20) for _ in range(2)]  # 16 MiB each
+        for _ in range(5):
+            held = [torch.ones(4 << 20) for _ in range(12)]  # 16 MiB each
             del held
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
