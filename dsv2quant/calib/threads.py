@@ -15,9 +15,8 @@ import torch
 
 MOST = 8  # each holds what it works on
 KEPT = 1 << 30  # bytes
-# Of mallopt(3), in glibc's malloc.h: a parameter, what it shall be, and what it is after: what glibc itself would have
-# come to by then, as large blocks are freed.
-HEAP = ((-1, KEPT, 64 << 20), (-3, 32 << 20, 32 << 20), (-8, 1, 0))  # M_TRIM_, M_MMAP_THRESHOLD, M_ARENA_MAX
+# Of mallopt(3), in glibc's malloc.h: a parameter, what it shall be, and what it is afterwards.
+HEAP = ((-1, KEPT, 64 << 20), (-4, 0, 65536), (-8, 1, 0))  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
