@@ -102,8 +102,8 @@ def through_layers(
     `ids` are this rank's token windows [windows, ctx]. All streams, by name, begin with their embeddings and end as the
     last layer leaves them; they are left alone where nothing is left to do and layers can be gone through `again`.
     `kept` is called with how many layers were finished before. Where layers can be gone through again, a single rank
-    takes a snapshot every `SNAPSHOT_AFTER` seconds, several none; otherwise there is one behind each layer. The first
-    rank alone has a folder.
+    takes a snapshot every `SNAPSHOT_AFTER` seconds until the last layer, several none; otherwise there is one behind
+    each layer. The first rank alone has a folder.
     """
     count = loader.config.num_hidden_layers
     with Pieces(folder) if folder is not None else nullcontext() as pieces:
@@ -135,7 +135,8 @@ def through_layers(
                     saved.result()
                 if pieces is None:
                     continue
-                if again is None or (ranks.size == 1 and time.monotonic() - last >= SNAPSHOT_AFTER):
+                due = ranks.size == 1 and layer + 1 < count and time.monotonic() - last >= SNAPSHOT_AFTER
+                if again is None or due:
                     _write_snapshot(pieces, layer + 1, streams)
                     last = time.monotonic()
                 saved = saving.submit(_save, pieces, layer, tensors, about)
