@@ -15,14 +15,13 @@ from math import ceil
 from dsv2quant.calib.calibration import LANES, needs_calibration, window_length, work_memory
 from dsv2quant.calib.costs import PHASES, Costs, Share, Spent, added_up
 from dsv2quant.calib.hidden import lanes
-from dsv2quant.calib.layerwise import PACKERS
+from dsv2quant.calib.layerwise import PACKERS, STREAMS
 from dsv2quant.calib.rates import RATES, Rates
 from dsv2quant.errors import UsageError
 from dsv2quant.planning.memory import card_capacity
 from dsv2quant.planning.options import check_values
 from dsv2quant.planning.plan import Entry, Plan
 
-STREAMS = 3  # of hidden states: real, ideal, and what real experts add
 FILES = 5  # that conversion writes side by side on 16 cores
 COMPUTED = ("encode", "forward", "moments", "factor", "quantize")
 

@@ -94,6 +94,10 @@ class Job:
             return (tokens // self.ctx) % HELD == HELD // 2
         return tokens % self.ctx >= self.ctx - self.ctx // HELD
 
+    def held_in(self, rows: slice) -> torch.Tensor:
+        """The same of a batch of the rank's."""
+        return self.held(torch.arange(rows.start, rows.stop, device=self.device))
+
     def wanted(self, linears: Iterable[Linear]) -> list[Linear]:
         """Those of the layer's linears that need calibration."""
         return [linear for linear in linears if self.choices[linear.module][2] in CALIBRATED]

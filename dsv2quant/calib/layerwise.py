@@ -54,6 +54,7 @@ from dsv2quant.planning.plan import Entry, Plan
 from dsv2quant.planning.recipe import CALIBRATED
 
 PACKERS = 2  # threads
+STREAMS = 3  # of hidden states: real, ideal, and what real experts add
 
 
 @torch.inference_mode()
@@ -91,7 +92,7 @@ def quantize_layers(
     beside = work_memory(plan) + max(0, threads - 1) * batch_bytes(config)
     job = partial(job, threads=threads)
     # Experts' outputs are added to more often than states are asked for.
-    added, real, ideal = make_streams(3, len(own), config.hidden_size, device, folder, beside)
+    added, real, ideal = make_streams(STREAMS, len(own), config.hidden_size, device, folder, beside)
 
     def room() -> int:
         """What suspended stages may take."""
@@ -133,9 +134,9 @@ def quantize_layers(
 
 
 def _threads(plan: Plan, tokens: int) -> int:
-    """That take batches of tokens on a CPU: as many as there is memory for, beside three streams of so many tokens."""
+    """That take batches of tokens on a CPU: as many as there is memory for, beside the streams of so many tokens."""
     config = plan.checkpoint.config
-    left = room_on("cpu") - work_memory(plan) - 3 * 4 * tokens * config.hidden_size
+    left = room_on("cpu") - work_memory(plan) - STREAMS * 4 * tokens * config.hidden_size
     return min(torch.get_num_threads(), MOST, 1 + max(0, left) // batch_bytes(config))
 
 
@@ -270,14 +271,15 @@ def _through(job: Job, walk: Walk, deliver: Deliver | None, known: Split | None 
         last = group is groups[-1]
 
         def summed(batches: list[slice], unknown: list[int] = unknown, last: bool = last) -> list[Sums]:
-            sums = [LaneSums(job) for _ in unknown]
+            sums = [Sums.zeros(1, found[index].x.shape[-1], job.device) for index in unknown]
             for rows in batches:
+                held = job.held_in(rows)
                 for index, some in zip(unknown, sums, strict=True):
-                    some.add(rows, *(walk.input(side, rows, index) for side in SIDES))
+                    some.add(0, held, *(walk.input(side, rows, index) for side in SIDES))
                 if last and deliver is not None:
                     deliver(IDEAL, rows, walk.output(IDEAL, rows))
                 walk.leave(rows)
-            return [some.sums for some in sums]
+            return sums
 
         trees = dict(zip(unknown, _trees(job, summed, len(unknown)), strict=True)) if unknown else {}
         delivered = last and bool(unknown)
@@ -285,11 +287,10 @@ def _through(job: Job, walk: Walk, deliver: Deliver | None, known: Split | None 
 
     if deliver is None:
         return
-    behind = deliver
 
-    def left(rows: slice) -> None:
+    def left(rows: slice, deliver: Deliver = deliver) -> None:
         for side in SIDES[: 1 if delivered else 2]:
-            behind(side, rows, walk.output(side, rows))
+            deliver(side, rows, walk.output(side, rows))
 
     deque(in_turn(job.threads, left, job.batches), maxlen=0)
 
@@ -307,25 +308,6 @@ def _total(job: Job, tree: TreeSum, owner: int) -> Split | None:
     """The moments at the rank `owner`, None elsewhere."""
     total = tree.total(job.ranks, owner)
     return None if total is None else Sums.of(total).split()
-
-
-class LaneSums:
-    """The sums of a lane's inputs to a stage."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._sums: Sums | None = None
-
-    def add(self, rows: slice, x: torch.Tensor, y: torch.Tensor) -> None:
-        """A batch of the rank's, in turn: inputs [tokens, columns] in the real and the ideal model."""
-        if self._sums is None:
-            self._sums = Sums.zeros(1, x.shape[-1], x.device)
-        self._sums.add(0, self._job.held(torch.arange(rows.start, rows.stop, device=x.device)), x, y)
-
-    @property
-    def sums(self) -> Sums:
-        assert self._sums is not None
-        return self._sums
 
 
 def _settle(job: Job, stages: Sequence[tuple[Stage, TreeSum | None]], known: Split | None) -> None:
@@ -356,13 +338,13 @@ def _experts(job: Job, moes: tuple[MoE, MoE], inputs: Inputs, added: Stream, del
     routes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by a batch's first token
 
     def seen(batches: list[slice]) -> list[Sums]:
-        sums = LaneSums(job)
+        sums = Sums.zeros(1, job.config.hidden_size, job.device)
         for rows in batches:
             x = inputs(REAL, rows)
             routes[rows.start] = route(x, real.router.weight, real.routing, real.router_bias)
             if wanted:
-                sums.add(rows, x, inputs(IDEAL, rows))
-        return [sums.sums] if wanted else []
+                sums.add(0, job.held_in(rows), x, inputs(IDEAL, rows))
+        return [sums] if wanted else []
 
     trees = _trees(job, seen, wanted)
     pool = _everywhere(job, trees[0]) if wanted else None  # of all tokens, which shared experts see

@@ -261,7 +261,7 @@ def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     later = torch.full((block, block), -torch.inf, device=q.device).triu(1)
     for entry in range(batch):
         queries = q[entry] * scale
-        keys, values = (x[entry].repeat_interleave(shared, 0).contiguous() for x in (k, v))  # [heads, tokens, ·]
+        keys, values = (x[entry].repeat_interleave(shared, 0) for x in (k, v))  # [heads, tokens, ·]
         for first in range(0, tokens, block):
             last = min(first + block, tokens)
             scores = queries[:, first:last] @ keys[:, :last].mT  # [heads, block, tokens]
