@@ -38,7 +38,8 @@ class Decode(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A program's share for many tokens: `tokens` × `rows` of w, which divide 128; 4 warps for each 64 tokens."""
+    """A program's share for many tokens: `tokens`, which divide 128, × `rows` of w, which divide 128 or are its
+    multiples; 4 warps for each 64 tokens."""
 
     tokens: int
     rows: int
@@ -102,37 +103,45 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
-    GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0."""
-    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS)
+    """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0. A program has
+    PARTS times ROWS of w, one after the other: registers hold all sums, but the products of one part alone."""
+    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS * PARTS)
     band = tl.program_id(0) // (BAND * tiles_n) * BAND
     inner = tl.program_id(0) % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band, BAND)
     first_token = (band + inner % height) * TOKENS
-    first_row = inner // height * ROWS
+    first_row = inner // height * (ROWS * PARTS)
     token = first_token + tl.arange(0, TOKENS)
     token_scales = x_scale + tl.minimum(token, M - 1) * xs_m
-    weight_scales = w_scale + (first_row // DEPTH) * ws_n
-    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    totals = (tl.zeros([TOKENS, ROWS], tl.float32),) * PARTS
     blocks = tl.cdiv(K, DEPTH)
     if GROUPED:
         scale = tl.load(token_scales)
     for block in range(blocks):
         a = x.load([first_token, block * DEPTH])
-        b = w.load([first_row, block * DEPTH]).T
         if GROUPED:
             after = tl.load(token_scales + tl.minimum(block + 1, blocks - 1) * xs_k)
-            weight_scale = tl.load(weight_scales + block * ws_k)
-            total += tl.dot(a, b) * (scale * weight_scale)[:, None]
+        added = ()
+        for part in tl.static_range(PARTS):
+            b = w.load([first_row + part * ROWS, block * DEPTH]).T
+            if GROUPED:
+                band_of_rows = tl.minimum(first_row + part * ROWS, N - 1) // DEPTH
+                weight_scale = tl.load(w_scale + band_of_rows * ws_n + block * ws_k)
+                added = added + (totals[part] + tl.dot(a, b) * (scale * weight_scale)[:, None],)
+            else:
+                added = added + (totals[part] + tl.dot(a, b),)
+        totals = added
+        if GROUPED:
             scale = after
-        else:
-            total += tl.dot(a, b)
-    row = first_row + tl.arange(0, ROWS)
-    if not GROUPED:
-        total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
-    out = y + token[:, None].to(tl.int64) * N + row[None, :]
-    tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
+    for part in tl.static_range(PARTS):
+        row = first_row + part * ROWS + tl.arange(0, ROWS)
+        total = totals[part]
+        if not GROUPED:
+            total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
+        out = y + token[:, None].to(tl.int64) * N + row[None, :]
+        tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
 Share = Vector | Decode | Prefill
@@ -244,11 +253,12 @@ def matmul_into(
                 num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
             )  # fmt: skip
         return out
+    rows = min(share.rows, BLOCK)
     _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,
-        TensorDescriptor.from_tensor(w, [share.rows, BLOCK]), w_scales,
+        TensorDescriptor.from_tensor(w, [rows, BLOCK]), w_scales,
         out, M, N, K, *strides,
-        GROUPED=grouped, TOKENS=share.tokens, ROWS=share.rows,
+        GROUPED=grouped, TOKENS=share.tokens, ROWS=rows, PARTS=share.rows // rows,
         num_warps=share.tokens // 16, num_stages=share.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
