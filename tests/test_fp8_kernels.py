@@ -115,7 +115,7 @@ def test_codes_are_made_where_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", sorted({choose(M, *weight) for M in (256, 1024, 4096) for weight in WEIGHTS}))
 @pytest.mark.parametrize("grouped", [True, False])
 def test_many_tokens_use_hoppers_units_and_tma(share: Prefill, grouped: bool, tmp_path: Path) -> None:
-    constants = {"GROUPED": grouped, "TOKENS": share.tokens, "ROWS": share.rows, "PARTS": 1}
+    constants = {"GROUPED": grouped, "TOKENS": share.tokens, "ROWS": share.rows}
     tiles = {"x": f"tensordesc<fp8e4nv[{share.tokens}, 128]>", "w": f"tensordesc<fp8e4nv[{share.rows}, 128]>"}
     types = POINTERS | tiles | {"y": "*bf16"}
     ptx = compiled(fp8_gemm._prefill_kernel, constants, types, share.tokens // 16, share.stages, tmp_path)

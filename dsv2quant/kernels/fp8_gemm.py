@@ -5,7 +5,8 @@ is scaled and added to the sum outside them (DeepGEMM, deep_gemm/include/deep_ge
 
 Two kernels of those units. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is
 never below 64, and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many
-tokens: tiles come through TMA descriptors. A third kernel, for a few tokens, does without them: fp8_vector.py.
+tokens: tiles come through TMA descriptors. A third kernel, for a few tokens, does without them: fp8_vector.py. And a
+fourth, for very many, leaves TMA to a warp of its own: fp8_prefill.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_vector, launch
+from dsv2quant.kernels import fp8_prefill, fp8_vector, launch
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.launch import PDL, check_rows, wait
@@ -38,8 +39,7 @@ class Decode(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A program's share for many tokens: `tokens`, which divide 128, × `rows` of w, which divide 128 or are its
-    multiples; 4 warps for each 64 tokens."""
+    """A program's share for many tokens: `tokens` × `rows` of w, which divide 128; 4 warps for each 64 tokens."""
 
     tokens: int
     rows: int
@@ -103,58 +103,59 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
 @triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
-    GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0. A program has
-    PARTS times ROWS of w, one after the other: registers hold all sums, but the products of one part alone."""
-    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS * PARTS)
+    """x and w are descriptors of tiles [TOKENS, 128] and [ROWS, 128]; what lies outside them reads as 0."""
+    tiles_m, tiles_n = tl.cdiv(M, TOKENS), tl.cdiv(N, ROWS)
     band = tl.program_id(0) // (BAND * tiles_n) * BAND
     inner = tl.program_id(0) % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band, BAND)
     first_token = (band + inner % height) * TOKENS
-    first_row = inner // height * (ROWS * PARTS)
+    first_row = inner // height * ROWS
     token = first_token + tl.arange(0, TOKENS)
     token_scales = x_scale + tl.minimum(token, M - 1) * xs_m
-    totals = (tl.zeros([TOKENS, ROWS], tl.float32),) * PARTS
+    weight_scales = w_scale + (first_row // DEPTH) * ws_n
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
     blocks = tl.cdiv(K, DEPTH)
     if GROUPED:
         scale = tl.load(token_scales)
     for block in range(blocks):
         a = x.load([first_token, block * DEPTH])
+        b = w.load([first_row, block * DEPTH]).T
         if GROUPED:
             after = tl.load(token_scales + tl.minimum(block + 1, blocks - 1) * xs_k)
-        added = ()
-        for part in tl.static_range(PARTS):
-            b = w.load([first_row + part * ROWS, block * DEPTH]).T
-            if GROUPED:
-                band_of_rows = tl.minimum(first_row + part * ROWS, N - 1) // DEPTH
-                weight_scale = tl.load(w_scale + band_of_rows * ws_n + block * ws_k)
-                added = added + (totals[part] + tl.dot(a, b) * (scale * weight_scale)[:, None],)
-            else:
-                added = added + (totals[part] + tl.dot(a, b),)
-        totals = added
-        if GROUPED:
+            weight_scale = tl.load(weight_scales + block * ws_k)
+            total += tl.dot(a, b) * (scale * weight_scale)[:, None]
             scale = after
-    for part in tl.static_range(PARTS):
-        row = first_row + part * ROWS + tl.arange(0, ROWS)
-        total = totals[part]
-        if not GROUPED:
-            total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
-        out = y + token[:, None].to(tl.int64) * N + row[None, :]
-        tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
+        else:
+            total += tl.dot(a, b)
+    row = first_row + tl.arange(0, ROWS)
+    if not GROUPED:
+        total *= tl.load(token_scales)[:, None] * tl.load(w_scale + tl.minimum(row, N - 1) * ws_n)[None, :]
+    out = y + token[:, None].to(tl.int64) * N + row[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
-Share = Vector | Decode | Prefill
+Share = Vector | Decode | Prefill | fp8_prefill.Share
 KINDS = {"vector": Vector, "decode": Decode, "prefill": Prefill}  # in tables
 
 
-def choose(M: int, N: int, K: int) -> Share:
-    """The shares that this device's table has, or those of `rule`."""
+def choose(M: int, N: int, K: int) -> Vector | Decode | Prefill:
+    """The shares that this device's table has, or those of `rule`, for any scales."""
     tabulated = launch.lookup("fp8_gemm", N, K, M)
     return KINDS[tabulated[0]](*tabulated[1:]) if tabulated else rule(M, N, K)
 
 
-def rule(M: int, N: int, K: int) -> Share:
+def choose_grouped(
+    out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor
+) -> Share:
+    """`choose`, or for many tokens and grouped scales the shares of fp8_prefill's kernel."""
+    if len(x) >= fp8_prefill.MANY and _check(x, x_scales, w, w_scales) and fp8_prefill.takes(out, x_scales):
+        return fp8_prefill.rule(len(x), len(w))
+    return choose(len(x), len(w), x.shape[-1])
+
+
+def rule(M: int, N: int, K: int) -> Vector | Decode | Prefill:
     """The shares that were fastest, or near it, for DeepSeek-V2's shapes on an H200 of 132 multiprocessors."""
     if M <= 2:
         return fp8_vector.rule(N, K)
@@ -183,8 +184,7 @@ def matmul(
     Raises ValueError where shapes, dtypes or layouts are others.
     """
     out = torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device)
-    share = choose(x.shape[0], w.shape[0], x.shape[-1])
-    return matmul_into(out, x, x_scales, w, w_scales, share)
+    return matmul_into(out, x, x_scales, w, w_scales, choose_grouped(out, x, x_scales, w, w_scales))
 
 
 def linear(
@@ -240,6 +240,11 @@ def matmul_into(
     if isinstance(share, Vector):
         fp8_vector.launch(out, x, x_scales, w, w_scales, strides, grouped, share)
         return out
+    if isinstance(share, fp8_prefill.Share):
+        if not grouped or not fp8_prefill.takes(out, x_scales):
+            raise ValueError(f"{share} is for grouped scales, {tuple(x_scales.shape)}, on Hopper")
+        fp8_prefill.matmul_into(out, x, x_scales, w, w_scales, share)
+        return out
     if isinstance(share, Decode):
         sums = out if share.splits == 1 else out.new_empty(share.splits, M, N, dtype=torch.float32)
         _decode_kernel[(triton.cdiv(N, share.rows), share.splits, triton.cdiv(M, share.tokens))](
@@ -253,12 +258,11 @@ def matmul_into(
                 num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
             )  # fmt: skip
         return out
-    rows = min(share.rows, BLOCK)
     _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,
-        TensorDescriptor.from_tensor(w, [rows, BLOCK]), w_scales,
+        TensorDescriptor.from_tensor(w, [share.rows, BLOCK]), w_scales,
         out, M, N, K, *strides,
-        GROUPED=grouped, TOKENS=share.tokens, ROWS=rows, PARTS=share.rows // rows,
+        GROUPED=grouped, TOKENS=share.tokens, ROWS=share.rows,
         num_warps=share.tokens // 16, num_stages=share.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

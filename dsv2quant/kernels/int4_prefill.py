@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dsv2quant.kernels.gather import gather_tokens
+from dsv2quant.kernels.gating import gated
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack
-from dsv2quant.kernels.launch import MULTIPROCESSORS
+from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
 
 DEPTH: gl.constexpr = gl.constexpr(128)  # columns of a step, which are one group's
@@ -32,6 +34,9 @@ BLOCK: gl.constexpr = gl.constexpr(ROWS)  # rows of a product
 GROUPS: gl.constexpr = gl.constexpr(2)
 LINES: gl.constexpr = gl.constexpr(32)  # of as many words, which BLOCK rows of a step are
 HALF: gl.constexpr = gl.constexpr(32)  # pairs of rows r and r + 8 in a block
+
+
+FEWEST = 32  # pairs of an expert, on average; with fewer int4_experts' own kernels take as long, or less
 
 
 class Share(NamedTuple):
@@ -179,7 +184,7 @@ def _store_gated(out, total, begin, end, block, N, TOKENS: gl.constexpr):
     """silu(gate) · up of a block's 32 rows of each, as sorted."""
     into: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     gate, up = gl.split(total.reshape(4, 2, 8, TOKENS).permute(0, 2, 3, 1))
-    h = (gate / (1 + gl.exp(-gate)) * up).to(out.dtype.element_ty).reshape(HALF, TOKENS).permute(1, 0)
+    h = gated(gate, up).to(out.dtype.element_ty).reshape(HALF, TOKENS).permute(1, 0)
     place = begin + gl.arange(0, TOKENS, gl.SliceLayout(1, into))
     n = block * HALF + gl.arange(0, HALF, gl.SliceLayout(0, into))
     at = out + gl.expand_dims(place.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
@@ -228,15 +233,43 @@ def _kernel(
     )
 
 
-def gate_up(x: torch.Tensor, routes: Routes, stack: Int4Experts, share: Share) -> torch.Tensor:
-    """As int4_experts.gate_up, of x [pairs, hidden] in the order of `routes.pairs`, in which the result is too."""
-    out = x.new_empty(len(x), stack.gate_up.rows)
-    _launch(x, stack.gate_up, out, None, routes, share, gated=True)
+def choose(x: torch.Tensor, routes: Routes, stack: Int4Experts) -> tuple[Share, Share] | None:
+    """The shares of `gate_up` and `down`; None where other kernels are for such tiles or weights."""
+    pairs, mean = len(routes.pairs), len(routes.pairs) / len(stack.down.words)
+    if not pairs or routes.block < 64 or mean < FEWEST or x.dtype != torch.bfloat16 or not fits(stack):
+        return None
+    return rule(routes.block, mean)
+
+
+def rule(block: int, mean: float) -> tuple[Share, Share]:
+    """For so many pairs of an expert on average: fitted on an H200, to 1,024 … 32,768 tokens of DeepSeek-V2 and
+    V2-Lite."""
+    if block == 64:
+        return Share(2, 5, 32), Share(2, 5, 32)
+    if 16 <= mean % 128 < 64 and mean > 128:  # an expert's last tile has few
+        return Share(2, 4, 64), Share(2, 3, 64)
+    return (Share(1, 5), Share(1, 4)) if mean <= 256 else (Share(2, 4), Share(2, 3))
+
+
+def fits(stack: Int4Experts) -> bool:
+    """Whether groups are of 128, scales BF16 and there are no zeros, on Hopper."""
+
+    def plain(part: Stack) -> bool:
+        whole = part.columns == 128 * part.scales.shape[1] and part.rows % 8 == 0
+        return whole and part.zeros is None and part.scales.dtype == torch.bfloat16
+
+    return plain(stack.gate_up) and plain(stack.down) and specialized()
+
+
+def gate_up(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts, share: Share) -> torch.Tensor:
+    """As int4_experts.gate_up, but by place in `routes.pairs`."""
+    out = x.new_empty(len(routes.pairs), stack.gate_up.rows)
+    _launch(gather_tokens(x, routes.pairs, k), stack.gate_up, out, None, routes, share, gated=True)
     return out
 
 
 def down(h: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts, share: Share) -> torch.Tensor:
-    """As int4_experts.down, of what `gate_up` gives: float32 [tokens, k, hidden] in the order of pairs."""
+    """As int4_experts.down, but of h by place in `routes.pairs`: float32 [tokens, k, hidden]."""
     out = torch.empty((*weights.shape, stack.down.rows), device=h.device)
     _launch(h, stack.down, out, weights, routes, share, gated=False)
     return out
