@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 
-from gather_cases import CASES, faults
+from gather_cases import CASES, TOKENS, faults, token_faults
 
 
 def main() -> None:
-    print(json.dumps({"gather_rows": {str(case): faults(*case, "cpu") for case in CASES}}))
+    rows = {str(case): faults(*case, "cpu") for case in CASES}
+    tokens = {str(case): token_faults(*case, "cpu") for case in TOKENS}
+    print(json.dumps({"gather_rows": rows, "gather_tokens": tokens}))
 
 
 if __name__ == "__main__":

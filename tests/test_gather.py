@@ -4,22 +4,40 @@ host's memory."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gather_cases import CASES
+from gather_cases import CASES, TOKENS
 from triton_tools import compile_for_hopper, interpreted
 
 from dsv2quant.kernels import gather
 
 
 def test_the_interpreted_kernel_gathers_the_rows() -> None:
-    assert interpreted("gather_interpreted.py") == {"gather_rows": {str(case): [] for case in CASES}}
+    assert interpreted("gather_interpreted.py") == {
+        "gather_rows": {str(case): [] for case in CASES},
+        "gather_tokens": {str(case): [] for case in TOKENS},
+    }
 
 
-def test_the_compiled_kernel_reads_16_bytes_at_once(tmp_path: Path) -> None:
-    types = {"source": "*fp32", "index": "*i64", "out": "*fp32"}
-    made = compile_for_hopper(gather._gather_kernel, types, {"PIECE": gather.PIECE}, tmp_path / "gather", ("columns",))
+ROWS = gather._gather_kernel, {"source": "*fp32", "index": "*i64", "out": "*fp32"}, {"PIECE": gather.PIECE}
+OF_TOKENS = gather._gather_tokens_kernel, {"x": "*i32", "pairs": "*i32", "out": "*i32"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants", "warps"),
+    [
+        (*ROWS, 4),
+        (*OF_TOKENS, {"COLUMNS": 1024, "WIDTH": 1024}, 4),
+        (*OF_TOKENS, {"COLUMNS": 2560, "WIDTH": 4096}, 8),
+        (*OF_TOKENS, {"COLUMNS": 512, "WIDTH": 512}, 2),
+    ],
+)
+def test_compiled_kernels_read_16_bytes_at_once(
+    kernel: Any, types: dict[str, str], constants: dict[str, int], warps: int, tmp_path: Path
+) -> None:
+    made = compile_for_hopper(kernel, types, constants, tmp_path / "gather", ("columns",), num_warps=warps)
     assert "ld.global.v4" in made.ptx
     assert "st.global.v4" in made.ptx
     assert (made.resources["STACK"], made.resources["LOCAL"]) == (0, 0)

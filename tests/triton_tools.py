@@ -50,7 +50,8 @@ def compile_for_hopper(
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},

@@ -60,16 +60,15 @@ def fp8_weights(c: ModelConfig) -> Fp8Experts:
 def fp8_run(
     codes: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts
 ) -> torch.Tensor:
-    h = fp8_experts.gate_up_codes(codes, scales, routes, weights.shape[1], stack, "group128")
-    return fp8_experts.down(*h, weights, routes, stack)
+    return fp8_experts.experts_of_codes(codes, scales, weights, routes, stack, "group128")
 
 
 def fp8_error(
     codes: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes,
     stack: Fp8Experts,
 ) -> float:  # fmt: skip
-    """The larger of gate and up's before quantization and of down's after it; infinite where quantized in one launch
-    are other bytes than in two."""
+    """The largest of gate and up's before quantization, of down's after it and of both together, as they are run, by
+    these; infinite where quantized in one launch are other bytes than in two."""
     k = chosen.shape[1]
     whole = reference.sort_pairs(chosen, len(stack.down), chosen.numel())
     wide = fp8_experts.gate_up(codes, scales, routes, k, stack)
@@ -80,6 +79,7 @@ def fp8_error(
     return max(
         frobenius(wide, reference.gate_up(codes, scales, whole, k, stack).double()),
         frobenius(out, reference.down(h, h_scales, weights, whole, stack).double()),
+        frobenius(fp8_run(codes, scales, weights, routes, stack), out.double()),
     )
 
 
@@ -92,7 +92,7 @@ def int4_weights(c: ModelConfig) -> Int4Experts:
 
 
 def int4_run(x: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts) -> torch.Tensor:
-    return int4_experts.down(int4_experts.gate_up(x, routes, weights.shape[1], stack), weights, routes, stack)
+    return int4_experts.experts(x, weights, routes, stack)
 
 
 def int4_error(
@@ -105,6 +105,7 @@ def int4_error(
     return max(
         frobenius(h, reference.gate_up_int4(x, whole, k, stack).double()),
         frobenius(out, reference.down_int4(h, weights, whole, stack).double()),
+        frobenius(int4_run(x, weights, routes, stack).unflatten(1, (k, -1)).sum(2), out.double()),
     )
 
 
@@ -129,7 +130,7 @@ def measure_layer(
 ) -> Measured:
     form, (E, k) = FORMATS[name], (config.n_routed_experts, config.num_experts_per_tok)
     H, I = config.hidden_size, config.moe_intermediate_size  # noqa: E741
-    block = choose_block(tokens, k, E)
+    block = choose_block(tokens, k, E, wide=True)
     x = random_bf16(tokens, H)
     weights = torch.rand(tokens, k, device="cuda")
     choices = [torch.rand(tokens, E, device="cuda").topk(k).indices for _ in range(CALLS)]

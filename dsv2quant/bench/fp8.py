@@ -18,9 +18,9 @@ import triton
 from dsv2quant.bench.device import Limits, Measured, Row, Section, copies, frobenius, microseconds
 from dsv2quant.bench.model import MODELS, configuration, matrices
 from dsv2quant.formats.e4m3 import BLOCK, expand_blocks
-from dsv2quant.kernels import launch, reference
+from dsv2quant.kernels import fp8_prefill, launch, reference
 from dsv2quant.kernels.activations import quantize_activation
-from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose, matmul_into
+from dsv2quant.kernels.fp8_gemm import KINDS, Decode, Prefill, Share, choose_grouped, matmul_into
 from dsv2quant.kernels.fp8_vector import Vector
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -83,8 +83,9 @@ def measure_product(
     limits: Limits, model: str, what: str, weights: Weights, exact: torch.Tensor, wide: list[torch.Tensor], tokens: int
 ) -> Measured:
     rows, columns = exact.shape
-    share = choose(tokens, rows, columns)
     x, x_scales = quantized_tokens(tokens, columns)
+    out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
+    share = choose_grouped(out, x, x_scales, weights.codes[0], weights.scales)
     ours = calls(weights, (x, x_scales), share)
     expected = (x.double() * x_scales.double().repeat_interleave(BLOCK, 1)[:, :columns]) @ exact.T
     error = frobenius(ours[0](), expected)
@@ -100,7 +101,7 @@ def measure_product(
     rowwise = partial(torch._scaled_mm, scale_a=scales, scale_b=per_row, out_dtype=torch.bfloat16)
     peers["cublaslt rowwise"] = microseconds([partial(rowwise, codes, w.T) for w in weights.codes])
     peers["cublas bf16"] = microseconds([partial(F.linear, many[:tokens], w) for w in wide])
-    label = " ".join(map(str, table_row(share)))
+    label = " ".join(map(str, ["specialized", *share] if isinstance(share, fp8_prefill.Share) else table_row(share)))
     return Measured(
         "fp8", model, what, f"{rows}×{columns}", tokens, error, LIMIT, microseconds(ours), floor, peers, label
     )

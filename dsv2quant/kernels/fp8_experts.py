@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
+from dsv2quant.kernels import fp8_experts_prefill
 from dsv2quant.kernels.activations import encoded, magnitudes, outputs, quantize_activation, scale_of
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
@@ -221,6 +222,22 @@ def _gate_up(
         )  # fmt: skip
 
 
+def experts_of_codes(
+    x: torch.Tensor, x_scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts, granularity: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:  # fmt: skip
+    """`down` of `gate_up_codes`, 'token' or 'group128': between them in the order of `routes.pairs` where a kernel for
+    many tokens takes both."""
+    k = weights.shape[1]
+    shares = fp8_experts_prefill.choose(routes, stack) if granularity == "group128" else None
+    if shares is None:
+        return down(*gate_up_codes(x, x_scales, routes, k, stack, granularity, dtype), weights, routes, stack)
+    _check(x, x_scales, stack.gate_up, stack.gate_up_scales, len(routes.pairs) // k)
+    _check_weights(weights, len(routes.pairs))
+    h, h_scales = fp8_experts_prefill.gate_up_quantized(x, x_scales, routes, k, stack, dtype, shares[0])
+    return fp8_experts_prefill.down(h, h_scales, weights, routes, stack, shares[1])
+
+
 def down(
     h: torch.Tensor, h_scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts,
     share: Share | None = None,
@@ -232,8 +249,7 @@ def down(
     """
     hidden, inner = stack.down.shape[1:]
     grouped = _check(h, h_scales, stack.down, stack.down_scales, len(routes.pairs))
-    if weights.dtype != torch.float32 or weights.numel() != len(h) or not weights.is_contiguous():
-        raise ValueError(f"weights are {weights.dtype}, {tuple(weights.shape)}: need contiguous float32 [tokens, k]")
+    _check_weights(weights, len(h))
     share = share or choose_down(routes.block)
     out = torch.empty(*weights.shape, hidden, dtype=torch.float32, device=h.device)
     if len(h):
@@ -262,6 +278,11 @@ def experts(
     codes, scales = quantize_activation(x, granularity, of_x)
     h, h_scales = gate_up_codes(codes, scales, routes, k, stack, granularity, x.dtype, of_h)
     return down(h, h_scales, weights, routes, stack)
+
+
+def _check_weights(weights: torch.Tensor, pairs: int) -> None:
+    if weights.dtype != torch.float32 or weights.numel() != pairs or not weights.is_contiguous():
+        raise ValueError(f"weights are {weights.dtype}, {tuple(weights.shape)}: need contiguous float32 [tokens, k]")
 
 
 def _strides(scales: torch.Tensor) -> tuple[int, int]:

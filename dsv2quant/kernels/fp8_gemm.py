@@ -5,7 +5,8 @@ is scaled and added to the sum outside them (DeepGEMM, deep_gemm/include/deep_ge
 
 Two kernels of those units. Few tokens: time is that of reading w, so w's rows are the M side of the units, which is
 never below 64, and tokens their N side; K may be split over programs, whose sums a second kernel adds in order. Many
-tokens: tiles come through TMA descriptors. A third kernel, for a few tokens, does without them: fp8_vector.py.
+tokens: tiles come through TMA descriptors. A third kernel, for a few tokens, does without them: fp8_vector.py. And a
+fourth, for very many, leaves TMA to a warp of its own: fp8_prefill.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2quant.formats.e4m3 import BLOCK
-from dsv2quant.kernels import fp8_vector, launch
+from dsv2quant.kernels import fp8_prefill, fp8_vector, launch
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
 from dsv2quant.kernels.launch import PDL, check_rows, wait
@@ -135,17 +136,26 @@ def _prefill_kernel(
     tl.store(out, total.to(y.dtype.element_ty), mask=(token < M)[:, None] & (row < N)[None, :])
 
 
-Share = Vector | Decode | Prefill
+Share = Vector | Decode | Prefill | fp8_prefill.Share
 KINDS = {"vector": Vector, "decode": Decode, "prefill": Prefill}  # in tables
 
 
-def choose(M: int, N: int, K: int) -> Share:
-    """The shares that this device's table has, or those of `rule`."""
+def choose(M: int, N: int, K: int) -> Vector | Decode | Prefill:
+    """The shares that this device's table has, or those of `rule`, for any scales."""
     tabulated = launch.lookup("fp8_gemm", N, K, M)
     return KINDS[tabulated[0]](*tabulated[1:]) if tabulated else rule(M, N, K)
 
 
-def rule(M: int, N: int, K: int) -> Share:
+def choose_grouped(
+    out: torch.Tensor, x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor
+) -> Share:
+    """`choose`, or for many tokens and grouped scales the shares of fp8_prefill's kernel."""
+    if len(x) >= fp8_prefill.MANY and _check(x, x_scales, w, w_scales) and fp8_prefill.takes(out, x_scales):
+        return fp8_prefill.rule(len(x), len(w))
+    return choose(len(x), len(w), x.shape[-1])
+
+
+def rule(M: int, N: int, K: int) -> Vector | Decode | Prefill:
     """The shares that were fastest, or near it, for DeepSeek-V2's shapes on an H200 of 132 multiprocessors."""
     if M <= 2:
         return fp8_vector.rule(N, K)
@@ -174,8 +184,7 @@ def matmul(
     Raises ValueError where shapes, dtypes or layouts are others.
     """
     out = torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device)
-    share = choose(x.shape[0], w.shape[0], x.shape[-1])
-    return matmul_into(out, x, x_scales, w, w_scales, share)
+    return matmul_into(out, x, x_scales, w, w_scales, choose_grouped(out, x, x_scales, w, w_scales))
 
 
 def linear(
@@ -230,6 +239,11 @@ def matmul_into(
     strides = (*_strides(x_scales), *_strides(w_scales))
     if isinstance(share, Vector):
         fp8_vector.launch(out, x, x_scales, w, w_scales, strides, grouped, share)
+        return out
+    if isinstance(share, fp8_prefill.Share):
+        if not grouped or not fp8_prefill.takes(out, x_scales):
+            raise ValueError(f"{share} is for grouped scales, {tuple(x_scales.shape)}, on Hopper")
+        fp8_prefill.matmul_into(out, x, x_scales, w, w_scales, share)
         return out
     if isinstance(share, Decode):
         sums = out if share.splits == 1 else out.new_empty(share.splits, M, N, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Rows of an array in the host's page-locked memory, gathered by the GPU itself over its bus.
+"""Rows gathered by a GPU: of an array in the host's page-locked memory, over its bus, and of tokens for experts.
 
-The processors would have to write a copy of the rows first. A row is read in whole pieces of a kilobyte and more, so
+Of the former the processors would have to write a copy first. A row is read in whole pieces of a kilobyte and more, so
 that the bus is as busy as with one long copy.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from dsv2quant.kernels.launch import PDL, wait
 
 PIECE = 1024  # columns that a program has on their way at once, of each row
 
@@ -37,4 +39,30 @@ def gather_rows(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if out.numel():
         grid = len(index), triton.cdiv(source.shape[1], PIECE)
         _gather_kernel[grid](source, index, out, source.shape[1], PIECE=PIECE, num_warps=4)
+    return out
+
+
+@triton.jit(do_not_specialize=["k"])
+def _gather_tokens_kernel(x, pairs, out, k, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program: a pair."""
+    wait()
+    place = tl.program_id(0).to(tl.int64)
+    token = (tl.load(pairs + place) // k).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < COLUMNS
+    tl.store(out + place * COLUMNS + column, tl.load(x + token * COLUMNS + column, mask=inside), mask=inside)
+
+
+def gather_tokens(x: torch.Tensor, pairs: torch.Tensor, k: int) -> torch.Tensor:
+    """`x[pairs // k]`: x contiguous [tokens, columns], of columns that are 4 bytes or multiples of them, and pairs
+    int32 [n] → [n, columns]."""
+    out = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
+    source, target = x.view(torch.int32), out.view(torch.int32)
+    columns = source.shape[1]
+    width = triton.next_power_of_2(columns)
+    if len(out):
+        _gather_tokens_kernel[(len(out),)](
+            source, pairs, target, k, COLUMNS=columns, WIDTH=width, num_warps=min(max(width // 256, 1), 8),
+            launch_pdl=PDL,
+        )  # fmt: skip
     return out

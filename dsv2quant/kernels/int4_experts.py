@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels import int4_prefill
 from dsv2quant.kernels.int4_held import MAGIC, integers, words_at
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack, depth
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, wait
@@ -204,8 +205,7 @@ def down(
     part = stack.down
     tokens, k = weights.shape
     _check(h, "h", (tokens * k, part.columns), routes, tokens * k)
-    if weights.dtype != torch.float32 or not weights.is_contiguous():
-        raise ValueError("weights must be contiguous float32")
+    _check_weights(weights)
     config = config or choose(len(routes.experts), stack, routes.block)[1]
     out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
     arguments, constants, options = _launch(h, part, config, routes.block)
@@ -214,6 +214,18 @@ def down(
             h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], **constants, SPLIT=config.split, **options
         )
     return out
+
+
+def experts(x: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts) -> torch.Tensor:
+    """`down` of `gate_up`: between them in the order of `routes.pairs` where a kernel for many tokens takes both."""
+    k = weights.shape[1]
+    shares = int4_prefill.choose(x, routes, stack)
+    if shares is None:
+        return down(gate_up(x, routes, k, stack), weights, routes, stack)
+    _check(x, "x", (len(weights), stack.gate_up.columns), routes, weights.numel())
+    _check_weights(weights)
+    h = int4_prefill.gate_up(x, routes, k, stack, shares[0])
+    return int4_prefill.down(h, weights, routes, stack, shares[1])
 
 
 def choose(tiles: int, stack: Int4Experts, block: int) -> tuple[Config, Config]:
@@ -236,6 +248,11 @@ def _check(x: torch.Tensor, name: str, shape: tuple[int, int], routes: Routes, p
         raise ValueError(f"{name} must be contiguous, of shape {shape} and one of {', '.join(map(str, dtypes))}")
     if len(routes.pairs) != pairs:
         raise ValueError(f"the routes are of {len(routes.pairs)} pairs, not {pairs}")
+
+
+def _check_weights(weights: torch.Tensor) -> None:
+    if weights.dtype != torch.float32 or not weights.is_contiguous():
+        raise ValueError("weights must be contiguous float32")
 
 
 def _launch(

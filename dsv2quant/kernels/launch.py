@@ -152,6 +152,12 @@ def _of_this_device() -> Table:
     return read_table(path)
 
 
+@functools.cache
+def specialized() -> bool:
+    """Whether kernels whose warps are of two kinds run on the device that is current at the first call: Hopper's."""
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def capability_of_this_device() -> str:
     """'9.0' on Hopper."""
     return "{}.{}".format(*torch.cuda.get_device_capability())

@@ -257,10 +257,11 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
 
 
 def route_and_sort(
-    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None, wide: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Routes]:
     weights, chosen = route(logits, router, bias)
-    return weights, chosen, sort_pairs(chosen, logits.shape[1], choose_block(len(chosen), router.k, logits.shape[1]))
+    block = choose_block(len(chosen), router.k, logits.shape[1], wide)
+    return weights, chosen, sort_pairs(chosen, logits.shape[1], block)
 
 
 def gate_up_int4(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts) -> torch.Tensor:
@@ -279,6 +280,10 @@ def down_int4(h: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int
         sums = F.linear(h[pairs].double(), _matrix(down_of(stack, expert)))
         outputs.flatten(0, 1)[pairs] = (sums * weights.flatten()[pairs, None]).float()
     return outputs
+
+
+def experts_int4(x: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Int4Experts) -> torch.Tensor:
+    return down_int4(gate_up_int4(x, routes, weights.shape[1], stack), weights, routes, stack)
 
 
 def _matrix(weight: Int4Weight) -> torch.Tensor:
@@ -309,6 +314,14 @@ def gate_up_codes(
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return quantize_activation(gate_up(x, x_scales, routes, k, stack, dtype), granularity)
+
+
+def experts_of_codes(
+    x: torch.Tensor, x_scales: torch.Tensor, weights: torch.Tensor, routes: Routes, stack: Fp8Experts, granularity: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:  # fmt: skip
+    h, h_scales = gate_up_codes(x, x_scales, routes, weights.shape[1], stack, granularity, dtype)
+    return down(h, h_scales, weights, routes, stack)
 
 
 def down(

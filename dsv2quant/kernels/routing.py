@@ -119,10 +119,11 @@ def tiles_needed(pairs: int, experts: int, block: int) -> int:
     return (pairs + min(pairs, experts) * (block - 1)) // block
 
 
-def choose_block(tokens: int, k: int, experts: int) -> int:
-    """Pairs in a tile: about those of an expert, which few tiles then share, and no fewer than MMA units take."""
+def choose_block(tokens: int, k: int, experts: int, wide: bool = False) -> int:
+    """Pairs in a tile: about those of an expert, which few tiles then share, and no fewer than MMA units take. Wide:
+    for products that lose nothing by tiles of 128."""
     mean = tokens * k / experts
-    return 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 256 else 128
+    return 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= (64 if wide else 256) else 128
 
 
 NEVER: tl.constexpr = tl.constexpr(-(1 << 63))  # below every key
@@ -294,10 +295,10 @@ def route(logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
 
 
 def route_and_sort(
-    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None
+    logits: torch.Tensor, router: Router, bias: torch.Tensor | None = None, wide: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Routes]:
     """`route`, and `sort_pairs` of what it chose in tiles of `choose_block`: for one token by one launch."""
-    block = choose_block(logits.shape[0], router.k, logits.shape[1])
+    block = choose_block(logits.shape[0], router.k, logits.shape[1], wide)
     weights, chosen, routes = _route(logits, router, bias, block)
     return weights, chosen, routes or sort_pairs(chosen, logits.shape[1], block)
 

@@ -1,7 +1,8 @@
 """A layer's routed experts as one stack, for the kernels' runtime.
 
 Every stack takes x of T tokens with the weights (float32) and experts (int32), [T, k], that its router chose and their
-routes, and gives weighted outputs, float32 [T, n, hidden], of which the sum over n is the layer's.
+routes, and gives weighted outputs, float32 [T, n, hidden], of which the sum over n is the layer's. It is wide if tiles
+of 128 pairs are good for it as soon as experts have as many (routing.choose_block).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from dsv2quant.checkpoint.weights import BLOCKS
 from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
-from dsv2quant.kernels import int4_layout, ops, reference
+from dsv2quant.kernels import fp8_experts_prefill, int4_layout, int4_prefill, ops, reference
 from dsv2quant.kernels.activations import Normed
 from dsv2quant.kernels.fp8_experts import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
@@ -47,6 +48,7 @@ class PlainStack:
     down: torch.Tensor
     activation: str | None = None
     quantization: ClassVar[Quantization] = Quantization()
+    wide: ClassVar[bool] = False
 
     def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
         pairs = routes.pairs.long()
@@ -68,6 +70,10 @@ class Fp8Stack:
     quantization: Quantization
     inputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def wide(self) -> bool:
+        return self.quantization.granularity == "group128" and fp8_experts_prefill.fits(self.weights)
+
     def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
         granularity = self.quantization.granularity
         if self.inputs is not None:
@@ -76,10 +82,7 @@ class Fp8Stack:
         codes, scales = x.codes, x.scales
         if codes is None or scales is None:
             codes, scales = ops.quantize_activation(x.normed, granularity)
-        h, h_scales = ops.fp8_gate_up_codes(
-            codes, scales, routes, chosen.shape[1], self.weights, granularity, x.normed.dtype
-        )
-        return ops.fp8_down(h, h_scales, weights, routes, self.weights)
+        return ops.fp8_experts_of_codes(codes, scales, weights, routes, self.weights, granularity, x.normed.dtype)
 
     def _static(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes,
@@ -99,9 +102,12 @@ class Int4Stack:
     weights: Int4Experts
     quantization: ClassVar[Quantization] = Quantization()
 
+    @property
+    def wide(self) -> bool:
+        return int4_prefill.fits(self.weights)
+
     def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
-        h = ops.int4_gate_up(x.normed, routes, chosen.shape[1], self.weights)
-        return ops.int4_down(h, weights, routes, self.weights)
+        return ops.int4_experts_of(x.normed, weights, routes, self.weights)
 
 
 @dataclass
@@ -112,6 +118,7 @@ class GgufStack:
     up: GgufWeight
     down: GgufWeight
     quantization: ClassVar[Quantization] = Quantization()
+    wide: ClassVar[bool] = False
 
     def __call__(self, x: Normed, weights: torch.Tensor, chosen: torch.Tensor, routes: Routes) -> torch.Tensor:
         k = chosen.shape[1]

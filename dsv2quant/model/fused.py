@@ -90,7 +90,7 @@ class FusedMoE:
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
         logits = ops.router_logits(x.normed, self.router)
-        weights, chosen, routes = ops.route_and_sort(logits, self.routing, self.router_bias)
+        weights, chosen, routes = ops.route_and_sort(logits, self.routing, self.router_bias, self.experts.wide)
         shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
             x = Normed(x.residual, x.normed, None, None)  # quantized as the shared experts alone want it
