@@ -8,7 +8,7 @@ import torch
 from fp8_cases import E4M3, activations
 from routing_cases import choices
 
-from dsv2quant.kernels.fp8_experts import Fp8Experts
+from dsv2quant.kernels.fp8_layout import Fp8Experts
 
 GRANULARITIES = {"block": "group128", "channel": "token", "tensor": "static"}
 STATIC = (0.02, 0.3)  # scales of gate_up's and down's activations

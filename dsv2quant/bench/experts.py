@@ -22,7 +22,7 @@ from dsv2quant.bench.model import MODELS, configuration
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_experts, int4_experts, int4_layout, reference
 from dsv2quant.kernels.activations import quantize_activation
-from dsv2quant.kernels.fp8_experts import Fp8Experts
+from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 

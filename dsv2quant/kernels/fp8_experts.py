@@ -16,21 +16,12 @@ import triton.language as tl
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_experts_prefill
 from dsv2quant.kernels.activations import encoded, magnitudes, outputs, quantize_activation, scale_of
+from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns in one product
 FEW = 32  # pairs of a tile that is narrower than weights' rows
-
-
-class Fp8Experts(NamedTuple):
-    """Experts of one layer, stacked; I is the intermediate width, H the hidden. Scales are float32: of blocks of
-    128 × 128, of channels, or of whole matrices."""
-
-    gate_up: torch.Tensor  # e4m3 [E, 2, I, H]: gate's rows, then up's
-    gate_up_scales: torch.Tensor  # [E, 2, ⌈I/128⌉, ⌈H/128⌉] | [E, 2, I, 1] | [E, 2, 1, 1]
-    down: torch.Tensor  # e4m3 [E, H, I]
-    down_scales: torch.Tensor  # [E, ⌈H/128⌉, ⌈I/128⌉] | [E, H, 1] | [E, 1, 1]
 
 
 class Share(NamedTuple):

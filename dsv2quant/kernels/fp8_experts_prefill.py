@@ -7,7 +7,7 @@ expert's first pair at a multiple of 16 bytes. A warp group that has no pairs of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,13 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.activations import LARGEST, SMALLEST_SCALE, magnitudes, outputs
+from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.gather import gather_tokens
 from dsv2quant.kernels.gating import gated, rounded
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
-
-if TYPE_CHECKING:
-    from dsv2quant.kernels.fp8_experts import Fp8Experts
 
 DEPTH: gl.constexpr = gl.constexpr(128)
 GROUP: gl.constexpr = gl.constexpr(64)  # pairs of a warp group

@@ -19,7 +19,7 @@ from dsv2quant.kernels.int4_layout import Int4Experts, Int4Weight, down_of, gate
 from dsv2quant.kernels.routing import Routes, check_router, choose_block, tiles_needed
 
 if TYPE_CHECKING:
-    from dsv2quant.kernels.fp8_experts import Fp8Experts
+    from dsv2quant.kernels.fp8_layout import Fp8Experts
 
 GGML_GROUPS = {"q8_0": 32, "q8_k": 256}  # columns under one scale
 

@@ -19,7 +19,7 @@ from dsv2quant.formats.fp8 import INPUT_SCALE
 from dsv2quant.formats.schemes import CODECS
 from dsv2quant.kernels import fp8_experts_prefill, int4_layout, int4_prefill, ops, reference
 from dsv2quant.kernels.activations import Normed
-from dsv2quant.kernels.fp8_experts import Fp8Experts
+from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.gguf_layout import GgufWeight, from_blocks
 from dsv2quant.kernels.int4_layout import Int4Experts
 from dsv2quant.kernels.routing import Routes
