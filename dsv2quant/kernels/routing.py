@@ -15,13 +15,16 @@ import triton
 import triton.language as tl
 
 from dsv2quant.arch.spec import Router
+from dsv2quant.kernels import router as many
+from dsv2quant.kernels import sorting
 from dsv2quant.kernels.launch import PDL, check_rows, wait
+from dsv2quant.kernels.sorting import tiles_of
 
 PIECE: tl.constexpr = tl.constexpr(4)  # columns that a thread loads of a row at once, also of x's narrower ones
 WARPS = 4
 WIDE: tl.constexpr = tl.constexpr(WARPS * 32 * 4)
 HELD = 24  # rows' pieces in a thread's registers before it computes
-FEW = 64  # tokens; the vendor's product takes more of them in less time
+FEW = 64  # tokens; with more of them products on the matrix units take less time
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -64,9 +67,9 @@ def _router_kernel(
         tl.store(logits + token * EXPERTS + expert, tl.sum(totals[t], 1), mask=expert < tl.where(token < T, EXPERTS, 0))
 
 
-def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, H] (bfloat16, float16 or float32, in rows of any stride) · router [E, H]ᵀ, contiguous float32, with
-    products and sums in float32: float32 [T, E].
+    products and sums in float32: float32 [T, E]. Of many tokens by `parts`, where they are of x's dtype: router.split's.
 
     Raises ValueError where shapes, dtypes or layouts are others.
     """
@@ -77,7 +80,8 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         raise ValueError("router must be contiguous")
     tokens = len(x)
     if tokens > FEW:
-        return F.linear(x.float(), router)
+        fitting = parts is not None and parts.dtype == x.dtype
+        return many.many_logits(x, parts) if fitting else F.linear(x.float(), router)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:
         rows, wide, held = share(tokens, columns)
@@ -98,7 +102,7 @@ def share(tokens: int, columns: int) -> tuple[int, int, int]:
 
 SLICE = 32  # pairs whose places one program finds
 CHUNK = 512  # pairs that it compares them to at once
-COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
+COMPARED = 8192  # pairs; more of them are counted and placed
 
 
 class Routes(NamedTuple):
@@ -230,22 +234,7 @@ def _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK: tl.
     for first in range(0, count, CHUNK):
         pair = first + tl.arange(0, CHUNK)
         counts += tl.histogram(tl.load(chosen + pair, mask=pair < count, other=BINS - 1).to(tl.int32), BINS)
-    counts = tl.where(expert < EXPERTS, counts, 0)
-    needed = (counts + BLOCK - 1) // BLOCK
-    after = tl.cumsum(needed, 0)
-    end = tl.cumsum(counts, 0)
-    for i in range(tl.max(needed, 0)):
-        tile = after - needed + i
-        begin = end - counts + i * BLOCK
-        tl.store(tile_experts + tile, expert, mask=i < needed)
-        tl.store(begins + tile, begin, mask=i < needed)
-        tl.store(ends + tile, tl.minimum(begin + BLOCK, end), mask=i < needed)
-    for first in range(0, tiles, BINS):
-        tile = first + tl.arange(0, BINS)
-        idle = (tile >= tl.max(after, 0)) & (tile < tiles)
-        tl.store(tile_experts + tile, -1, mask=idle)
-        tl.store(begins + tile, 0, mask=idle)
-        tl.store(ends + tile, 0, mask=idle)
+    tiles_of(tl.where(expert < EXPERTS, counts, 0), tile_experts, begins, ends, tiles, BLOCK, BINS)
 
 
 @triton.jit(do_not_specialize=["count", "EXPERTS", "tiles"])
@@ -342,12 +331,10 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
         raise ValueError(f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]")
     routes = _empty(chosen, experts, block)
     count = chosen.numel()
-    slices = triton.cdiv(count, SLICE)
     if count > COMPARED:
-        routes = routes._replace(pairs=chosen.flatten().to(torch.int16).sort(stable=True).indices.to(torch.int32))
-        slices = 0
-    if count:
-        _sort_kernel[(1 + slices,)](
+        sorting.place(chosen, *routes[:4], experts, block)
+    elif count:
+        _sort_kernel[(1 + triton.cdiv(count, SLICE),)](
             chosen, *routes[:4], count, experts, len(routes.experts),
             BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
             CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,

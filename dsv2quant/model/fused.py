@@ -17,7 +17,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.activations import Normed
-from dsv2quant.model.attention import Rope, expanded, grouped, softmax_scale
+from dsv2quant.model.attention import grouped, softmax_scale, weighed
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
@@ -34,6 +34,10 @@ class Stream(NamedTuple):
     x: torch.Tensor
     addend: torch.Tensor | None = None
     pairs: torch.Tensor | None = None
+
+    def last(self, batch: int) -> Stream:
+        """The last token of each of so many sequences."""
+        return Stream(*(None if part is None else part.unflatten(0, (batch, -1))[:, -1] for part in self))
 
     def settled(self) -> torch.Tensor:
         total = self.x.float()
@@ -70,11 +74,12 @@ class FusedFFN:
 
 @dataclass
 class FusedMoE:
-    """Routed experts and shared ones; `router` is float32 [experts, hidden], `router_bias` its correction bias, float32
-    [experts], if it has one."""
+    """Routed experts and shared ones; `router` is float32 [experts, hidden], `router_parts` the same as BF16's sum,
+    and `router_bias` its correction bias, float32 [experts], if it has one."""
 
     routing: Router
     router: torch.Tensor
+    router_parts: torch.Tensor
     router_bias: torch.Tensor | None
     experts: Stack
     shared: FusedFFN | None
@@ -89,7 +94,7 @@ class FusedMoE:
         return addend, pairs, chosen
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = ops.router_logits(x.normed, self.router)
+        logits = ops.router_logits(x.normed, self.router, self.router_parts)
         weights, chosen, routes = ops.route_and_sort(logits, self.routing, self.router_bias)
         shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
@@ -175,19 +180,40 @@ class FusedLatentAttention:
         return out
 
     def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        c = self.config
-        q, kv = (y.unflatten(0, (batch, -1)) for y in self.queries(x))  # [batch, new, ·]
-        q_nope, q_pe = (
-            q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
-            .transpose(1, 2)
-            .split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        c, norm = self.config, self.kv_norm
+        q, kv = self.queries(x)
+        granularity, scale = self.kv_b.quantization
+        first = 0 if cache is None else cache.length
+        end = first + len(rope) if cache is None else cache.room(len(rope))
+        made = ops.append_prompt(
+            q,
+            kv,
+            norm.weight,
+            norm.eps,
+            torch.view_as_real(rope),
+            c.num_attention_heads,
+            cache=None if cache is None else cache.store,
+            cache_scale=None if cache is None else scale_of(cache),
+            first=first,
+            halves=c.rope_halves,
+            quantize=granularity,
+            scale=scale,
         )
-        latent, k_pe = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_norm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
+        latents, keys = made.latents, made.keys
+        codes = None if made.codes is None or made.scales is None else (made.codes, made.scales)
         if cache is not None:
-            latent, k_pe = cache.append(latent, k_pe, as_stored=False)
-        values = self.kv_b(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
-        (out,) = self.o(expanded(c, values, q_nope, Rope.rotate(q_pe, rope, c.rope_halves), k_pe).flatten(0, 1))
+            cache.length = end
+            if first:  # behind what earlier prompts left
+                new = (part.unflatten(0, (batch, -1)) for part in (latents, keys))
+                parts = zip(cache.known(first, kv.dtype), new, strict=True)
+                latents, keys = (torch.cat(part, 1).flatten(0, 1) for part in parts)
+                codes = None
+        values = self.kv_b(latents, codes)
+        k = ops.prompt_keys(values, keys, c.num_attention_heads, c.qk_nope_head_dim)
+        q = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
+        v = values.unflatten(1, (c.num_attention_heads, -1))[..., c.qk_nope_head_dim :]
+        by_head = (y.unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, ·]
+        (out,) = self.o(weighed(*by_head, softmax_scale(c)).flatten(2).flatten(0, 1))
         return out
 
 
@@ -240,10 +266,16 @@ class FusedLayer:
         self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
-        rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.quantization)
-        attended = self.attention.prefill(rows, len(x), rope, cache)
-        stream, chosen = self._feed_forward(rows.residual, attended)
+        stream, chosen = self.prefill(Stream(x.flatten(0, 1)), len(x), rope, cache)
         return stream.settled().view_as(x), chosen
+
+    def prefill(
+        self, stream: Stream, batch: int, rope: torch.Tensor, cache: KVCache | None
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The tokens of `batch` sequences, one sequence's after the other: (the stream behind this layer, chosen
+        experts [T, k] or None)."""
+        x = normed(stream, self.input_norm, self.attention.quantization)
+        return self._feed_forward(x.residual, self.attention.prefill(x, batch, rope, cache))
 
     def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token by token: as DecoderLayer's."""
