@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton_tools import compile_for_hopper
 
@@ -22,7 +21,7 @@ from dsv2quant.kernels.prompts import HEADS, _keys_kernel, _prompt_kernel
 from dsv2quant.kernels.router import _logits_kernel
 from dsv2quant.kernels.sorting import _count_kernel, _place_kernel
 
-FOUND = ("wgmma.mma_async", "cp.async", "ld.global.v4", "st.global.v4", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "div.full.f32")
+FOUND = ("wgmma.mma_async", "cp.async", "st.global.v4", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32")
 ALIGNED = ("x_stride", "addend_stride", "q_stride", "kv_stride", "values_stride", "heads", "capacity", "K", "EXPERTS")
 
 
@@ -42,6 +41,7 @@ def kernels() -> Iterator[tuple[str, Any, dict, dict, dict]]:
             constants |= {} if stored else {"cache": None}
             given = types | ({"cache": f"*{stored}"} if stored else {})
             yield f"prompt {stored} {granularity}", _prompt_kernel, given, constants, {"num_warps": 4} | no_fusion
+    yield "prompt without queries", _prompt_kernel, given, constants | {"q": None}, {"num_warps": 4} | no_fusion
     constants = {"NOPE": 128, "HEAD": 256, "ROPE": 64, "HEADS": HEADS, "WIDE": 128, "NARROW": 64}
     types = dict.fromkeys(("values", "keys", "out"), "*bf16")
     yield "keys", _keys_kernel, types, constants, {"num_warps": 4}

@@ -72,7 +72,7 @@ def _prompt_kernel(
             row = cache + ((tl.program_id(0) // new).to(tl.int64) * capacity + first + place) * WIDTH
             tl.store(row + column, as_stored(normed, divisor, STORED, LARGEST, ROUND), mask=inside)
             tl.store(row + RANK + at, as_stored(key, divisor, STORED, LARGEST, ROUND), mask=pair < ROPE)
-    else:
+    elif q is not None:
         head = ((tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS))[:, None, None]
         turned = (head < heads) & (pair < ROPE)[None, :, :]
         target = q + token * q_stride + head * (NOPE + ROPE) + NOPE + at[None, :, :]
@@ -81,12 +81,12 @@ def _prompt_kernel(
 
 
 def append_prompt(
-    q: torch.Tensor,
     kv: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
     table: torch.Tensor,
-    heads: int,
+    q: torch.Tensor | None = None,
+    heads: int = 0,
     *,
     cache: torch.Tensor | None = None,
     cache_scale: torch.Tensor | None = None,
@@ -96,10 +96,10 @@ def append_prompt(
     scale: torch.Tensor | None = None,
 ) -> Prompt:
     """Of the tokens of some sequences, one sequence's after the other: the latents kv[:, :rank], normed, and the
-    rotated keys kv[:, rank:], which also go to cache[sequence, first …], as model/cache.KVCache stores them. The
-    queries' last `rope` columns are turned where they are.
+    rotated keys kv[:, rank:], which also go to cache[sequence, first …], as model/cache.KVCache stores them. Where
+    there are queries q, the last `rope` columns of each of so many heads are turned where they are.
 
-    q [T, heads · (nope + rope)] and kv [T, rank + rope] of one dtype (bfloat16, float16 or float32), in rows of any
+    kv [T, rank + rope] and q [T, heads · (nope + rope)] of one dtype (bfloat16, float16 or float32), in rows of any
     stride; norm_weight [rank] of the same. table float32 [new, rope / 2, 2], contiguous: cosine and sine of the
     positions of a sequence's `new` tokens; RoPE turns neighbours together, or with `halves` elements i and i + rope /
     2. cache [T / new, capacity, rank + rope], contiguous, of a 16- or 32-bit float, or float8 with its `cache_scale`,
@@ -112,9 +112,12 @@ def append_prompt(
     rope = width - rank
     if rope <= 0 or rope % 2:
         raise ValueError(f"of kv's {width} columns {rank} are latents; the others must be pairs")
-    check_rows("q", q, (tokens, None), kv.dtype)
-    if q.shape[1] % heads or q.shape[1] // heads < rope:
-        raise ValueError(f"q has {q.shape[1]} columns, which are not {heads} heads of {rope} or more")
+    width_of_q = rope
+    if q is not None:
+        check_rows("q", q, (tokens, None), kv.dtype)
+        width_of_q, beyond = divmod(q.shape[1], max(heads, 1))
+        if beyond or width_of_q < rope:
+            raise ValueError(f"q has {q.shape[1]} columns, which are not {heads} heads of {rope} or more")
     check_rows("table", table, (None, rope // 2, 2), torch.float32)
     new = table.shape[0]
     if not table.is_contiguous() or tokens % max(new, 1):
@@ -128,14 +131,15 @@ def append_prompt(
     codes, scales = (None, None) if quantize is None else outputs(tokens, rank, quantize, scale, kv.device)
     if tokens:
         groups = triton.next_power_of_2(triton.cdiv(rank, BLOCK))
-        fp8 = cache is not None and cache.dtype in FLOATS_8
-        _prompt_kernel[(tokens, 1 + triton.cdiv(heads, HEADS))](
-            q, kv, norm_weight, table, cache, cache_scale if fp8 else None, latents, keys, codes, scales,
-            q.stride(0), kv.stride(0), 0 if scales is None or scales.ndim < 2 else scales.stride(1), heads,
-            new, first, 0 if cache is None else cache.shape[1], eps,
-            NOPE=q.shape[1] // heads - rope, RANK=rank, ROPE=rope, GROUPS=groups,
-            HALF=triton.next_power_of_2(rope // 2), HALVES=halves, HEADS=min(HEADS, triton.next_power_of_2(heads)),
-            GRANULARITY=quantize, LARGEST=torch.finfo(cache.dtype).max if fp8 else None, ROUND=INTERPRETED,
+        largest = torch.finfo(cache.dtype).max if cache is not None and cache.dtype in FLOATS_8 else None
+        heads_at_once = min(HEADS, triton.next_power_of_2(max(heads, 1)))
+        _prompt_kernel[(tokens, 1 if q is None else 1 + triton.cdiv(heads, HEADS))](
+            q, kv, norm_weight, table, cache, cache_scale if largest else None, latents, keys, codes, scales,
+            0 if q is None else q.stride(0), kv.stride(0), 0 if scales is None or scales.ndim < 2 else scales.stride(1),
+            heads, new, first, 0 if cache is None else cache.shape[1], eps,
+            NOPE=width_of_q - rope, RANK=rank, ROPE=rope, GROUPS=groups,
+            HALF=triton.next_power_of_2(rope // 2), HALVES=halves, HEADS=heads_at_once,
+            GRANULARITY=quantize, LARGEST=largest, ROUND=INTERPRETED,
             num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return Prompt(latents, keys, codes, scales)
@@ -170,7 +174,8 @@ def prompt_keys(values: torch.Tensor, keys: torch.Tensor, heads: int, nope: int)
     check_rows("values", values, (None, None))
     check_rows("keys", keys, (len(values), None), values.dtype)
     if values.shape[1] % heads or values.shape[1] // heads < nope or not keys.is_contiguous():
-        raise ValueError(f"values have {values.shape[1]} columns: need {heads} heads of {nope} or more, contiguous keys")
+        columns = f"values have {values.shape[1]} columns"
+        raise ValueError(f"{columns}: need {heads} heads of {nope} or more, and contiguous keys")
     tokens, rope = keys.shape
     out = values.new_empty(tokens, heads, nope + rope)
     if tokens:

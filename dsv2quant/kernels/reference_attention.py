@@ -52,12 +52,12 @@ def append_latents(
 
 
 def append_prompt(
-    q: torch.Tensor,
     kv: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
     table: torch.Tensor,
-    heads: int,
+    q: torch.Tensor | None = None,
+    heads: int = 0,
     *,
     cache: torch.Tensor | None = None,
     cache_scale: torch.Tensor | None = None,
@@ -72,8 +72,9 @@ def append_prompt(
     turns = torch.view_as_complex(table).repeat(len(kv) // max(new, 1), 1)  # [T, rope / 2]
     latents = rms_norm(kv[:, :rank], norm_weight, eps)
     keys = _rotated(kv[:, rank:], turns, halves)
-    rotated = q.unflatten(1, (heads, -1))[..., -keys.shape[1] :]
-    rotated.copy_(_rotated(rotated, turns[:, None], halves))
+    if q is not None:
+        rotated = q.unflatten(1, (heads, -1))[..., -keys.shape[1] :]
+        rotated.copy_(_rotated(rotated, turns[:, None], halves))
     if cache is not None:
         rows = torch.cat([latents, keys], 1)
         if cache_scale is not None:

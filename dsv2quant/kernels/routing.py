@@ -69,7 +69,8 @@ def _router_kernel(
 
 def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, H] (bfloat16, float16 or float32, in rows of any stride) · router [E, H]ᵀ, contiguous float32, with
-    products and sums in float32: float32 [T, E]. Of many tokens by `parts`, where they are of x's dtype: router.split's.
+    products and sums in float32: float32 [T, E]. Of many tokens by `parts`, router.split's, where they are of
+    x's dtype.
 
     Raises ValueError where shapes, dtypes or layouts are others.
     """
@@ -80,8 +81,9 @@ def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | N
         raise ValueError("router must be contiguous")
     tokens = len(x)
     if tokens > FEW:
-        fitting = parts is not None and parts.dtype == x.dtype
-        return many.many_logits(x, parts) if fitting else F.linear(x.float(), router)
+        if parts is not None and parts.dtype == x.dtype:
+            return many.many_logits(x, parts)
+        return F.linear(x.float(), router)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:
         rows, wide, held = share(tokens, columns)

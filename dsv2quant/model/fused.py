@@ -35,10 +35,6 @@ class Stream(NamedTuple):
     addend: torch.Tensor | None = None
     pairs: torch.Tensor | None = None
 
-    def last(self, batch: int) -> Stream:
-        """The last token of each of so many sequences."""
-        return Stream(*(None if part is None else part.unflatten(0, (batch, -1))[:, -1] for part in self))
-
     def settled(self) -> torch.Tensor:
         total = self.x.float()
         if self.addend is not None:
@@ -186,11 +182,11 @@ class FusedLatentAttention:
         first = 0 if cache is None else cache.length
         end = first + len(rope) if cache is None else cache.room(len(rope))
         made = ops.append_prompt(
-            q,
             kv,
             norm.weight,
             norm.eps,
             torch.view_as_real(rope),
+            q,
             c.num_attention_heads,
             cache=None if cache is None else cache.store,
             cache_scale=None if cache is None else scale_of(cache),
@@ -212,8 +208,8 @@ class FusedLatentAttention:
         k = ops.prompt_keys(values, keys, c.num_attention_heads, c.qk_nope_head_dim)
         q = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
         v = values.unflatten(1, (c.num_attention_heads, -1))[..., c.qk_nope_head_dim :]
-        by_head = (y.unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, ·]
-        (out,) = self.o(weighed(*by_head, softmax_scale(c)).flatten(2).flatten(0, 1))
+        q, k, v = (y.unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, ·]
+        (out,) = self.o(weighed(q, k, v, softmax_scale(c)).flatten(2).flatten(0, 1))
         return out
 
 
@@ -259,23 +255,30 @@ class FusedLayer:
 
     def decode(self, stream: Stream, cache: KVCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
         """One token of each sequence: (the stream behind this layer, chosen experts [T, k] or None)."""
-        x = normed(stream, self.input_norm, self.attention.quantization)
+        x = self.normed(stream)
         return self._feed_forward(x.residual, self.attention.decode(x, cache, step))
 
     def __call__(
         self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
-        stream, chosen = self.prefill(Stream(x.flatten(0, 1)), len(x), rope, cache)
+        stream, chosen = self.prefill(self.normed(Stream(x.flatten(0, 1))), len(x), rope, cache)
         return stream.settled().view_as(x), chosen
 
+    def normed(self, stream: Stream) -> Normed:
+        """What the layer begins with. The stream, whose pairs are large, may be forgotten then."""
+        return normed(stream, self.input_norm, self.attention.quantization)
+
     def prefill(
-        self, stream: Stream, batch: int, rope: torch.Tensor, cache: KVCache | None
+        self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None, *, last: bool = False
     ) -> tuple[Stream, torch.Tensor | None]:
-        """The tokens of `batch` sequences, one sequence's after the other: (the stream behind this layer, chosen
-        experts [T, k] or None)."""
-        x = normed(stream, self.input_norm, self.attention.quantization)
-        return self._feed_forward(x.residual, self.attention.prefill(x, batch, rope, cache))
+        """`normed` of the tokens of `batch` sequences, one sequence's after the other: (the stream behind this layer,
+        chosen experts [T, k] or None); `last`: of each sequence's last token alone, which is all that the next one
+        needs where no layer follows."""
+        residual, attended = x.residual, self.attention.prefill(x, batch, rope, cache)
+        if last:
+            residual, attended = (rows.unflatten(0, (batch, -1))[:, -1] for rows in (residual, attended))
+        return self._feed_forward(residual, attended)
 
     def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token by token: as DecoderLayer's."""

@@ -143,9 +143,11 @@ class FusedModel(Runtime[FusedLayer]):
         batch, new = tokens.shape
         stream = Stream(self.ends.embed(tokens.to(self.options.device).flatten()))
         rope = self.rope(caches[0].length, new)
-        for layer, cache in zip(self.layers(), caches, strict=True):
-            stream, _ = layer.prefill(stream, batch, rope, cache)
-        return self.ends.logits(stream.last(batch).settled())
+        for index, (layer, cache) in enumerate(zip(self.layers(), caches, strict=True), 1):
+            rows = layer.normed(stream)
+            del stream
+            stream, _ = layer.prefill(rows, batch, rope, cache, last=index == len(caches))
+        return self.ends.logits(stream.settled())
 
     def decoder(self, caches: Sequence[KVCache]) -> Decode:
         """As Model's."""
