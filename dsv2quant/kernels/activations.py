@@ -65,10 +65,11 @@ def encoded(values, scale, ROUND: tl.constexpr):
         # A division of its own for each would take most of the time. The product with the scale's reciprocal, and what
         # that leaves added, is the quotient to its last bit (P. Markstein, Computation of elementary functions on the
         # IBM RISC System/6000 processor, 1990). Where that leaves nothing exact the product has the same code.
-        inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
         unit = tl.where(scale < 2.0**-60, 2.0**64, 1.0)  # so that what is left is no denormal
-        ratio = values * inverse
-        left = tl.fma(-ratio, tl.broadcast_to(scale * unit, values.shape), values * unit)
+        inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale * unit)
+        wide = values * unit
+        ratio = wide * inverse
+        left = tl.fma(-ratio, tl.broadcast_to(scale * unit, values.shape), wide)
         exact = tl.fma(left, tl.broadcast_to(inverse, values.shape), ratio)
         ratio = tl.where((tl.abs(ratio) > 2.0**-100) & (tl.abs(ratio) < 2.0**20), exact, ratio)
     return ratio.to(tl.float8e4nv)  # saturates
