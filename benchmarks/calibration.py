@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -43,6 +44,7 @@ from dsv2quant.formats.int4 import Int4
 from dsv2quant.planning import recipe
 from dsv2quant.planning.plan import Plan, make_plan
 
+SAID_EVERY = 5.0  # seconds, on stderr
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "read": [(layerwise.Loader, "layer")],
     "moments": [(gptq.Moments, "add")],
@@ -95,11 +97,22 @@ def run(plan: Plan, work: Path, ids: np.ndarray, ranks: Ranks) -> tuple[list[flo
     shutil.rmtree(work, ignore_errors=True) if ranks.is_first else None
     ranks.agreed(None)
     began = time.time()
-    layerwise.quantize_layers(plan, work if ranks.is_first else None, calibration, ranks.device, ranks=ranks)
+    told, done = began, 0
+
+    def tell(weights: int) -> None:
+        nonlocal told, done
+        done += weights
+        if ranks.is_first and time.time() - told >= SAID_EVERY:
+            told = time.time()
+            print(f"{told - began:.0f} s, {done / 1e9:.2f}e9 weights", file=sys.stderr, flush=True)
+
+    into = work if ranks.is_first else None
+    layerwise.quantize_layers(plan, into, calibration, ranks.device, tell, ranks=ranks)
     if not ranks.is_first:
         return [], ""
     files = [layer_file(work, layer) for layer in range(plan.checkpoint.config.num_hidden_layers)]
     ends = [began, *(file.stat().st_mtime for file in files)]
+    print(*(f"{end - began:.1f} s" for end in ends[1:]), file=sys.stderr, flush=True)
     made = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     return [end - begin for begin, end in itertools.pairwise(ends)], made[:16]
 
@@ -132,8 +145,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (options.windows, options.ctx))
     work = options.scratch / "work"
     before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if not options.phases_alone:
-        run(plan, work, ids[: 16 * ranks.size], ranks)  # kernels are compiled once on a machine
+    run(plan, work, ids[: 16 * ranks.size], ranks)  # kernels are compiled once on a machine
     with phases() if options.phases_alone else nullcontext({}) as named:
         layers, made = run(plan, work, ids, ranks)
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -37,7 +37,8 @@ CODE_BYTES = 3  # bytes of a weight that is encoded without calibration: it is r
 @dataclass(frozen=True)
 class Share:
     """What a rank has of `tokens`, in windows of `ctx`; of `ranks`, `local` are on its node. `room` are the bytes that
-    suspended stages may take; `spilled` streams lie in the host's memory: what experts add, then the ideal one."""
+    suspended stages may take; `spilled` streams lie in the host's memory: the ideal one, the real one, and then what
+    experts add."""
 
     tokens: int
     ctx: int
@@ -250,15 +251,18 @@ class Costs:
         spent.seconds["exchange"] += nvlink / self.rates.nvlink + network / self.rates.network
 
     def _spilled(self, spent: Spent, *, routed: bool) -> None:
-        """Streams in the host's memory: attention and FFN read each one and add to it, and what experts make is added
-        up there. Where the device has no room for both normalised states either, experts' inputs are gathered there."""
+        """Streams in the host's memory: attention and FFN read each one and add to it. Where the device has no room for
+        both normalised states either, experts' inputs are gathered from there. What experts make may be added up
+        there."""
         c, r, share = self.config, self.rates, self.share
         state = FLOAT * c.hidden_size * share.own
-        streams, choices = share.spilled - 1, c.num_experts_per_tok
+        streams, choices = min(share.spilled, len(SIDES)), c.num_experts_per_tok
         spent.seconds["forward"] += 2 * 3 * streams * state / r.pinned
         if routed:
             gathered = streams * choices if len(SIDES) * state > share.room else 0
-            spent.seconds["forward"] += (gathered + choices) * state / r.added + state / r.pinned
+            spent.seconds["forward"] += gathered * state / r.gathered_rows
+            if share.spilled > len(SIDES):
+                spent.seconds["forward"] += choices * state / r.added + state / r.pinned
 
 
 def added_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -72,7 +72,7 @@ class Forecast:
 @dataclass(frozen=True)
 class Forecasts:
     """Those of one plan on `samples` windows of `length` tokens; `experts` says which layer has experts, the last that
-    does, or None."""
+    does but the model's last one, or None."""
 
     plan: Plan
     samples: int
@@ -108,9 +108,11 @@ def forecast(
         what = f"{machines[0].ranks} ranks for {samples} windows of {length} tokens, which go in {most} parts"
         raise UsageError(what, fix=f"take {most} GPUs at most, or more tokens")
     config = plan.checkpoint.config
-    experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    last = config.num_hidden_layers - 1
+    experts = [layer for layer in range(last + 1) if config.is_moe(layer)]
+    usual = [layer for layer in experts if layer < last] or experts  # what comes out of the last is not computed
     each = tuple(_forecast(plan, some, tokens, length) for some in machines)
-    return Forecasts(plan, samples, length, experts[-1] if experts else None, each)
+    return Forecasts(plan, samples, length, usual[-1] if usual else None, each)
 
 
 def _forecast(plan: Plan, machines: Machines, tokens: int, ctx: int) -> Forecast:
@@ -125,8 +127,9 @@ def _forecast(plan: Plan, machines: Machines, tokens: int, ctx: int) -> Forecast
             layers[entry.spec.layer].append(entry)
     made: dict[object, Spent] = {}
     found = []
-    for _, entries in sorted(layers.items()):
-        kind = tuple((e.spec.role, e.spec.shape, e.scheme, e.method, e.spec.expert) for e in entries)
+    for layer, entries in sorted(layers.items()):
+        is_last = layer == config.num_hidden_layers - 1
+        kind = is_last, *((e.spec.role, e.spec.shape, e.scheme, e.method, e.spec.expert) for e in entries)
         if kind not in made:
             held = sum(4 * e.spec.size for e in entries)
             room = max(0, capacity - beside - held - on_device * state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from dsv2quant.calib.calibration import LANES, ROWS
+from dsv2quant.errors import UsageError
 from dsv2quant.model.layers import add_rows
 from dsv2quant.storage.durable import FileEntry, write_whole
 
@@ -21,7 +23,7 @@ class Stream:
 
     def __init__(self, tokens: int, width: int, device: str, at: Path | str) -> None:
         """`at` is "device", "memory", or the folder of a file without a name, of which the operating system keeps in
-        memory what fits. Raises OSError where the disk is full."""
+        memory what fits. Raises OSError where the disk is full, and UsageError where memory can't be locked."""
         self.device = device
         if isinstance(at, Path):
             at.mkdir(parents=True, exist_ok=True)
@@ -30,9 +32,11 @@ class Stream:
                 os.posix_fallocate(file.fileno(), 0, 4 * tokens * width)
                 self._rows = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(tokens, width)))
         else:
-            pinned = at == "memory" and device != "cpu"  # a GPU's copies run at the bus's rate
             with torch.inference_mode(False):  # what is trained later may be handed out as it lies
-                self._rows = torch.empty(tokens, width, device=device if at == "device" else "cpu", pin_memory=pinned)
+                self._rows = torch.empty(tokens, width, device=device if at == "device" else "cpu")
+        # A GPU's copies run at the bus's rate, and its kernels reach the rows.
+        is_beside = at == "memory" and device != "cpu"
+        self._unpin = _pinned(self._rows) if is_beside else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,10 +53,12 @@ class Stream:
         """Some tokens, [·, width], on the device; not to be changed."""
         if isinstance(rows, slice):
             return self._rows[rows].to(self.device, non_blocking=True)
-        self._settle()
+        if self._unpin is not None:
+            from dsv2quant.kernels.gather import gather_rows
+
+            return gather_rows(self._rows, torch.as_tensor(rows, device=self.device))
         index = torch.as_tensor(rows, device=self._rows.device)
-        out = torch.empty(len(index), self.width, device=self._rows.device, pin_memory=self._rows.is_pinned())
-        return torch.index_select(self._rows, 0, index, out=out).to(self.device, non_blocking=True)
+        return self._rows.index_select(0, index).to(self.device)
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
         self._rows[rows].copy_(values, non_blocking=True)
@@ -64,7 +70,7 @@ class Stream:
 
     def _settle(self) -> None:
         """Before a processor looks at what a GPU writes."""
-        if self._rows.is_pinned():
+        if self._unpin is not None:
             torch.cuda.synchronize(self.device)
 
     def take(self, other: Stream) -> None:
@@ -78,6 +84,10 @@ class Stream:
 
     def remove(self) -> None:
         """Give back what it takes."""
+        self._settle()
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         self._rows = self._rows.new_empty(0, self.width)
 
     def write(self, path: Path) -> FileEntry:
@@ -99,6 +109,19 @@ class Stream:
         saved = np.memmap(path, np.float32, "r", shape=tuple(self._rows.shape))
         for first in range(0, len(self), ROWS):
             self._rows[first : first + ROWS] = torch.from_numpy(np.array(saved[first : first + ROWS]))
+
+
+def _pinned(rows: torch.Tensor) -> weakref.finalize[..., torch.Tensor]:
+    """Page-lock an array where it lies; torch's own pinned memory would take the next power of two. What is returned
+    undoes it, when it is called or the array is no more. Raises UsageError where the system refuses."""
+    runtime = torch.cuda.cudart()
+    rows.zero_()  # pages are there before they are locked, brought by all threads
+    if status := int(runtime.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)):
+        what = f"{rows.nbytes / 1e9:.1f} GB of hidden states can't be locked in the host's memory (CUDA error {status})"
+        raise UsageError(what, fix="calibrate on fewer tokens: --num-calibration-samples, --max-seq-length")
+    undo = weakref.finalize(rows, runtime.cudaHostUnregister, rows.data_ptr())
+    undo.atexit = False
+    return undo
 
 
 def make_streams(

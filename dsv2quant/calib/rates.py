@@ -22,8 +22,9 @@ class Rates:
     searched: float = 2e10  # weights whose scales are searched: 64 × 1,408 × 2,048 take 9.4 ms
     loaded: float = 2.8e9  # bytes of weights from the page cache to the device: V2's layer of 7.5 GB takes 3.0 s
     copied: float = 8e9  # bytes between the device and memory that is not pinned
-    pinned: float = 20e9  # bytes between the device and pinned memory
-    added: float = 5e9  # bytes of states added up or gathered in the host's memory; not measured
+    pinned: float = 51e9  # bytes between the device and pinned memory
+    gathered_rows: float = 46e9  # bytes of states that the device gathers from pinned memory: 39,000 rows of 20 KB
+    added: float = 5e9  # bytes of states added up in the host's memory; not measured
     packed: float = 1.08e9  # codes by one core: 3.77e9 of V2's layer take 3.5 s
     saved: float = 0.53e9  # bytes of a layer's file, copied, hashed and made durable: 2 GB take 3.6 s
     gathered: float = 0.5e9  # bytes of encoded matrices that the first rank gets over gloo; not measured

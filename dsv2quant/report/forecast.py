@@ -12,8 +12,8 @@ GB = 10**9
 
 
 def forecast_text(found: Forecasts, *, markdown: bool = False) -> str:
-    """What `dsv2quant plan --time` prints: seconds of all layers and of the last one with experts, minutes of it all;
-    bytes of a rank."""
+    """What `dsv2quant plan --time` prints: seconds of all layers and of one with experts, minutes of it all; bytes of a
+    rank."""
     model, recipe = found.plan.checkpoint.model, found.plan.recipe.name
     times = ["GPUs", *PHASES, "layer", "artifact", "minutes", "bound by"]
     sizes = ["GPUs", "device", "host", "NVLink", "network", "disk"]
