@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
@@ -95,7 +96,7 @@ def quantize_row(
     tl.store(codes, encoded(values, scale, ROUND), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "scale_stride"])
+@jit(do_not_specialize=["M", "scale_stride"])
 def _quantize_kernel(
     x, codes, scales, M, K, x_stride, scale_stride,
     GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -172,7 +173,7 @@ class Normed(NamedTuple):
     scales: torch.Tensor | None
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@jit(do_not_specialize=["scale_stride"])
 def _add_norm_kernel(
     x, addend, pairs, weight, residual, normed, codes, scales, x_stride, addend_stride, scale_stride, eps,
     WIDTH: tl.constexpr, PAIRS: tl.constexpr, HELD: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr,
@@ -271,7 +272,7 @@ def share(tokens: int, groups: int) -> tuple[int, int]:
     return min(max(groups // 2, 1), 32), 3 if groups > 32 else 8
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@jit(do_not_specialize=["scale_stride"])
 def _silu_mul_kernel(
     gate, up, out, codes, scales, gate_stride, up_stride, scale_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr, ROUND: tl.constexpr,

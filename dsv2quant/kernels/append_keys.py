@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
 
 HEADS = 8  # of one program
 
 
-@triton.jit
+@jit
 def _append_kernel(
     q, k, v, table, positions, cache, cache_scale, q_out, q_stride, k_stride, v_stride, heads, groups, capacity, turns,
     HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr,

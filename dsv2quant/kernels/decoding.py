@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.activations import nearest
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, wait
 
 FLOATS = (torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ def as_stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.c
     return x.to(STORED)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _join_kernel(
     parts, lse, lengths, out, heads, splits,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,

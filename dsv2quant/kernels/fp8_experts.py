@@ -15,6 +15,7 @@ import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.activations import encoded, magnitudes, outputs, quantize_activation, scale_of
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -84,7 +85,7 @@ def _places(pairs, begins, ends, tile, TOKENS: tl.constexpr):
     return tl.load(pairs + place, mask=live, other=0), live
 
 
-@triton.jit(do_not_specialize=["k", "bands", "blocks", "xs_m", "xs_k", "hs_k"])
+@jit(do_not_specialize=["k", "bands", "blocks", "xs_m", "xs_k", "hs_k"])
 def _gate_up_kernel(
     x, x_scale, w, w_scale, h, h_scale, pairs, experts, begins, ends, k, INNER, HIDDEN, bands, blocks, xs_m, xs_k, hs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
@@ -124,7 +125,7 @@ def _gate_up_kernel(
         tl.store(out, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["bands", "blocks", "xs_m", "xs_k"])
+@jit(do_not_specialize=["bands", "blocks", "xs_m", "xs_k"])
 def _down_kernel(
     x, x_scale, w, w_scale, routed, out, pairs, experts, begins, ends, INNER, HIDDEN, bands, blocks, xs_m, xs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,

@@ -21,6 +21,7 @@ from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_vector, launch
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
@@ -45,7 +46,7 @@ class Prefill(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n", "splits"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n", "splits"])
 def _decode_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k, splits,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -87,7 +88,7 @@ def _decode_kernel(
     tl.store(out, total.to(y.dtype.element_ty), mask=(row < N)[:, None] & (token < M)[None, :])
 
 
-@triton.jit
+@jit
 def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr):
     """y [count] = the sums of `sums` [SPLITS, count], added in order."""
     wait()
@@ -99,7 +100,7 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
     tl.store(y + element, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
     GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,

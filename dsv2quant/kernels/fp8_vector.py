@@ -16,6 +16,7 @@ import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.activations import encoded, magnitudes, scale_of
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
@@ -115,7 +116,7 @@ def _added(totals, weights, of_rows, codes, scales, i: tl.constexpr, TOKENS: tl.
     return found
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _vector_kernel(
     x, x_scale, w, w_scale, y, M, N, x_m, xs_m, xs_k, ws_n, ws_k,
     K: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,

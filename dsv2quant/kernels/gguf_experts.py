@@ -11,11 +11,12 @@ import triton.language as tl
 
 from dsv2quant.kernels.gguf_gemm import Config, check_dtype, constants, partial_sums, product, split_of, strides
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, finish
 from dsv2quant.kernels.routing import Routes
 
 
-@triton.jit(do_not_specialize=["blocks", "choices"])
+@jit(do_not_specialize=["blocks", "choices"])
 def _experts_kernel(
     x, pairs, experts, begins, ends, weights, words, steps, multiples, lows, out, partial, arrivals,
     N, K, blocks, choices, matrix_words, matrix_steps, matrix_multiples,

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from dsv2quant.formats.gguf.layouts import Spec
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, held_bits
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, finish, output
 
 MANY = 128  # tokens, from which on the weight is dequantized
@@ -36,7 +37,7 @@ class Config(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "blocks"])
+@jit(do_not_specialize=["M", "blocks"])
 def _gemm_kernel(
     x, words, steps, multiples, lows, out, partial, arrivals, M, N, K, blocks,
     BITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EVEN: tl.constexpr,
@@ -60,7 +61,7 @@ def _gemm_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@jit(do_not_specialize=["blocks"])
 def _dequantize_kernel(
     words, steps, multiples, lows, out, N, K, blocks, matrix_words, matrix_steps, matrix_multiples,
     BITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,

@@ -25,6 +25,7 @@ from dsv2quant.kernels.decoding import (
     share_of,
     widened,
 )
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, wait
 
 MAX_GROUP, MAX_WIDTH = 16, 256  # heads of one key, which are the rows of a matrix product; a head's elements
@@ -40,7 +41,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, groups, capacity, splits, scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from dsv2quant.kernels.int4_held import MAGIC, integers, words_at
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack, depth
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, wait
 from dsv2quant.kernels.routing import Routes
 
@@ -120,7 +121,7 @@ def _place(pairs, begins, ends, tile, TOKENS: tl.constexpr):
     return tl.load(pairs + place, present, 0), present
 
 
-@triton.jit(do_not_specialize=["k", "blocks", "spans", "groups"])
+@jit(do_not_specialize=["k", "blocks", "spans", "groups"])
 def _gate_up_kernel(
     x, pairs, experts, begins, ends, words, scales, zeros, out, k, N, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -144,7 +145,7 @@ def _gate_up_kernel(
     tl.store(at, tl.trans(h).to(out.dtype.element_ty), present[:, None] & (n[None, :] < N))
 
 
-@triton.jit(do_not_specialize=["blocks", "spans", "groups"])
+@jit(do_not_specialize=["blocks", "spans", "groups"])
 def _down_kernel(
     h, weights, pairs, experts, begins, ends, words, scales, zeros, out, N, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,

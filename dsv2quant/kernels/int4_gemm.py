@@ -20,6 +20,7 @@ import triton.language as tl
 from dsv2quant.kernels import int4_held, launch
 from dsv2quant.kernels.int4_held import MAGIC, Held, held_kernel, operand, zero_points
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, finish, output, wait
 
 HELD_WEIGHTS = 40_000_000  # of larger ones, loads that run ahead keep more under way
@@ -33,7 +34,7 @@ class Config(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "blocks", "spans"])
+@jit(do_not_specialize=["M", "blocks", "spans"])
 def _gemm_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, blocks, spans,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -76,7 +77,7 @@ def _gemm_kernel(
     finish(sums, at, stored, None, partial, arrivals, tile, split, ROWS, TOKENS, SPLIT)
 
 
-@triton.jit(do_not_specialize=["blocks", "spans"])
+@jit(do_not_specialize=["blocks", "spans"])
 def _dequantize_kernel(
     words, scales, zeros, out, N, K, blocks, spans,
     GROUPED: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.int4_layout import ROWS
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, finish, wait
 
 TOKENS = 16  # 8 would not be wgmma
@@ -50,7 +51,7 @@ def steps_of(share: Held, columns: int, block: int) -> tuple[int, int]:
     return part, triton.cdiv(part, triton.cdiv(part, min(share.held * 128 // block, MOST)))
 
 
-@triton.jit(do_not_specialize=["M", "spans"])
+@jit(do_not_specialize=["M", "spans"])
 def held_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, spans,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,

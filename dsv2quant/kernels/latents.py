@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 
@@ -30,7 +31,7 @@ class Share(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _per_head_kernel(
     x, w, out, T, x_t, x_h, w_h, w_k, w_c, out_t, out_h,
     K: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
@@ -133,7 +134,7 @@ def _rotated(x, turns):
     return tl.join(a * cosine - b * sine, a * sine + b * cosine).to(x.dtype)
 
 
-@triton.jit
+@jit
 def _latents_kernel(
     q, kv, weight, table, positions, cache, cache_scale, q_out, q_stride, kv_stride, heads, capacity, turns, eps,
     NOPE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, HALF: tl.constexpr,

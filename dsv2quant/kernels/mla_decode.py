@@ -27,6 +27,7 @@ from dsv2quant.kernels.decoding import (
     share_of,
     widened,
 )
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, wait
 
 
@@ -41,7 +42,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, heads, capacity, splits, scale,
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,

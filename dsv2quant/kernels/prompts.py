@@ -16,6 +16,7 @@ import triton.language as tl
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.activations import SPAN, outputs, quantize_row
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.latents import _rotated
 from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
 
@@ -31,7 +32,7 @@ class Prompt(NamedTuple):
     scales: torch.Tensor | None
 
 
-@triton.jit(do_not_specialize=["new", "first", "scale_stride"])
+@jit(do_not_specialize=["new", "first", "scale_stride"])
 def _prompt_kernel(
     q, kv, weight, table, cache, cache_scale, latents, keys, codes, scales, q_stride, kv_stride, scale_stride, heads,
     new, first, capacity, eps,
@@ -145,7 +146,7 @@ def append_prompt(
     return Prompt(latents, keys, codes, scales)
 
 
-@triton.jit
+@jit
 def _keys_kernel(
     values, keys, out, values_stride, heads,
     NOPE: tl.constexpr, HEAD: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,

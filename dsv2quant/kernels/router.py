@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, PDL, check_rows, wait
 
 DEPTH = 64  # columns of a step
@@ -28,7 +29,7 @@ def split(router: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _logits_kernel(
     x, parts, logits, T, EXPERTS, x_stride,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,

@@ -17,6 +17,7 @@ import triton.language as tl
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import router as many
 from dsv2quant.kernels import sorting
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 from dsv2quant.kernels.sorting import tiles_of
 
@@ -27,7 +28,7 @@ HELD = 24  # rows' pieces in a thread's registers before it computes
 FEW = 64  # tokens; with more of them products on the matrix units take less time
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _router_kernel(
     x, router, logits, T, EXPERTS, x_stride,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr,
@@ -156,7 +157,7 @@ def _sigmoid(x):
     return tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + tl.exp(-x))
 
 
-@triton.jit
+@jit
 def _route_kernel(
     logits, bias, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
     GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
@@ -239,7 +240,7 @@ def _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK: tl.
     tiles_of(tl.where(expert < EXPERTS, counts, 0), tile_experts, begins, ends, tiles, BLOCK, BINS)
 
 
-@triton.jit(do_not_specialize=["count", "EXPERTS", "tiles"])
+@jit(do_not_specialize=["count", "EXPERTS", "tiles"])
 def _sort_kernel(
     chosen, pairs, tile_experts, begins, ends, count, EXPERTS, tiles,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, wait
 
 PIECE = 512  # pairs counted at once: of a chunk, a multiple
@@ -40,7 +41,7 @@ def tiles_of(counts, tile_experts, begins, ends, tiles, BLOCK: tl.constexpr, BIN
         tl.store(ends + tile, 0, mask=idle)
 
 
-@triton.jit(do_not_specialize=["count", "chunk"])
+@jit(do_not_specialize=["count", "chunk"])
 def _count_kernel(chosen, counts, count, chunk, EXPERTS: tl.constexpr, BINS: tl.constexpr, PIECE: tl.constexpr):
     """counts [chunks, BINS]: pairs of each expert in a chunk."""
     wait()
@@ -52,7 +53,7 @@ def _count_kernel(chosen, counts, count, chunk, EXPERTS: tl.constexpr, BINS: tl.
     tl.store(counts + tl.program_id(0) * BINS + expert, tl.where(expert < EXPERTS, found, 0))
 
 
-@triton.jit(do_not_specialize=["count", "chunk", "chunks", "tiles"])
+@jit(do_not_specialize=["count", "chunk", "chunks", "tiles"])
 def _place_kernel(
     chosen, counts, pairs, tile_experts, begins, ends, count, chunk, chunks, tiles,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr,
