@@ -57,6 +57,27 @@ def test_splits_are_those_measured_as_best(heads: int, batch: int, longest: int,
     assert blocks_of(batch, heads, longest, 132).splits == splits <= MAX_SPLITS
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch", "longest", "stored", "splits"),
+    [
+        (16, 64, 4096, 1, 2), (16, 8, 32768, 1, 16), (16, 1, 131072, 1, 128), (16, 1, 4096, 1, 32), (10, 300, 64, 1, 1),
+        (128, 64, 4096, 2, 1), (128, 8, 32768, 2, 8), (128, 1, 131072, 2, 66), (64, 64, 4096, 2, 2),
+    ],
+)  # fmt: skip
+def test_specialized_kernels_serve_few_heads_of_float8_and_many_of_16_bits(
+    heads: int, batch: int, longest: int, stored: int, splits: int
+) -> None:
+    chosen = blocks_of(batch, heads, longest, 132, stored)
+    assert chosen.specialized
+    assert chosen.splits == splits <= MAX_SPLITS
+
+
+@pytest.mark.parametrize(("heads", "batch", "stored"), [(16, 64, 2), (128, 64, 1), (128, 1, 2), (128, 64, None)])
+def test_the_plain_kernel_serves_the_rest(heads: int, batch: int, stored: int | None) -> None:
+    """Few heads of 16 bits, many of float8, short shares, and what is no Hopper GPU or has other columns."""
+    assert blocks_of(batch, heads, 4096, 132, stored) == blocks_of(batch, heads, 4096, 132)
+
+
 def arguments() -> dict:
     return {
         "q": torch.zeros(2, 4, 40, dtype=torch.float16),
@@ -97,9 +118,17 @@ def test_what_does_not_fit_is_refused(changed: dict, said: str) -> None:
 def test_compiled_kernels_copy_asynchronously_and_use_the_matrix_unit(tmp_path: Path) -> None:
     """Stack is that of spilled registers. Triton 3.9 spills where a thread has bytes to widen as well, or a tile of 64
     heads, which alone fills half of its registers; so of these kernels nothing is asked."""
-    for name, used in printed("mla_compiled.py", TRITON_CACHE_DIR=str(tmp_path)).items():
+    compiled = printed("mla_compiled.py", TRITON_CACHE_DIR=str(tmp_path))
+    for name, used in compiled["plain"].items():
         assert used["local"] == 0, (name, used)
         assert used["stack"] == 0 or name != "16 heads, *bf16", (name, used)
         assert used["shared"] <= 232448, (name, used)  # of a block on sm_90
         assert used["cp.async"] > 0, (name, used)
         assert used["wgmma.mma_async" if name.startswith("128") else "mma.sync.aligned"] > 0, (name, used)
+    for name, used in compiled["specialized"].items():
+        assert used["local"] == 0, (name, used)
+        assert used["stack"] <= 256, (name, used)
+        assert used["shared"] <= 232448, (name, used)
+        assert used["cp.async.bulk"] > 0, (name, used)  # by the tensor memory accelerator
+        assert used["wgmma.mma_async"] > 0, (name, used)
+        assert used["setmaxnreg"] > 0, (name, used)  # warpgroups share registers out

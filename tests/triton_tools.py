@@ -46,10 +46,11 @@ def compile_for_hopper(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},

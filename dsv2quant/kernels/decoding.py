@@ -92,6 +92,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Of what `wgmma` and warpgroups need: compute capability 9.0, and no later one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def check_scale(dtype: torch.dtype, cache_scale: torch.Tensor | None, count: int) -> None:
     """Raises ValueError where a cache of `dtype` has not the scales it takes: `count` if it is float8, or none."""
     if (dtype in FLOATS_8) != (cache_scale is not None):

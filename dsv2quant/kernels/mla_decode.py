@@ -3,8 +3,10 @@
 Heads share one key per token, [latent | rotated key], whose latent part is the value, too, so a cache row is read once
 for both roles and all heads. Sequences are split over programs (flash decoding); a second kernel joins their parts.
 
-On an H200, 64 sequences of 4096 tokens and 16 heads take 85 µs from a BF16 cache, 0.82 of what its bandwidth allows. A
-float8 cache saves memory, not time: widening its bytes to float16 sets the speed, and the same takes 142 µs (0.25).
+On an H200, 64 sequences of 4096 tokens and 16 heads take 85 µs from a BF16 cache, 0.82 of what its bandwidth allows.
+What this kernel does slowly others do on Hopper in the models' shape: mla_decode_fp8.py few heads over a float8 cache,
+whose bytes it widens to float16 in 142 µs, and mla_decode_ws.py many heads over a 16-bit cache, of which 128 take 151
+µs instead of 272, 0.60 of what the arithmetic allows.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dsv2quant.kernels.decoding import (
     LOG2_E,
     MAX_SPLITS,
     check_call,
+    is_hopper,
     join,
     multiprocessors,
     padded,
@@ -29,17 +32,23 @@ from dsv2quant.kernels.decoding import (
 )
 from dsv2quant.kernels.jit import jit
 from dsv2quant.kernels.launch import PDL, wait
+from dsv2quant.kernels.mla_decode_fp8 import mla_decode_fp8
+from dsv2quant.kernels.mla_decode_ws import mla_decode_ws
+
+FEW_HEADS = 32  # in programs of 16; more go in programs of 64
 
 
 class Blocks(NamedTuple):
     """How the work is cut: a program takes `heads` heads and, of its share of a sequence, `tokens` tokens at a time (of
-    a float8 cache at least 32, see `padded`)."""
+    a float8 cache at least 32, see `padded`). `specialized`: by a kernel of mla_decode_fp8.py or mla_decode_ws.py,
+    whose blocks and warps are fixed."""
 
     heads: int
     tokens: int
     splits: int
     warps: int
     stages: int
+    specialized: bool = False
 
 
 @jit(do_not_specialize=["splits"])
@@ -123,30 +132,48 @@ def mla_decode(
     (batch, heads, width), capacity = q.shape, cache.shape[1]
     fp8 = cache.dtype in FLOATS_8
     if blocks is None:
-        blocks = blocks_of(batch, heads, longest or capacity, multiprocessors(q.device))
+        blocks = blocks_for(q, cache, rank, longest or capacity)
     out = q.new_empty(batch, heads, rank, dtype=dtype)
     parts = out if blocks.splits == 1 else q.new_empty(batch, blocks.splits, heads, rank, dtype=torch.float32)
     lse = q.new_empty(batch, blocks.splits, heads, dtype=torch.float32)
-    _split_kernel[(triton.cdiv(heads, blocks.heads), blocks.splits, batch)](
-        q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
-        RANK=rank, ROPE=width - rank, LATENTS=padded(rank), TURNED=padded(width - rank),
-        HEADS=blocks.heads, TOKENS=blocks.tokens, FP8=fp8,
-        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True, launch_pdl=PDL,
-    )  # fmt: skip
+    if blocks.specialized and cache_scale is not None:
+        mla_decode_fp8(q, cache, lengths, scale * LOG2_E, cache_scale, blocks.splits, parts, lse)
+    elif blocks.specialized:
+        mla_decode_ws(q, cache, lengths, scale * LOG2_E, blocks.splits, parts, lse)
+    else:
+        _split_kernel[(triton.cdiv(heads, blocks.heads), blocks.splits, batch)](
+            q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
+            RANK=rank, ROPE=width - rank, LATENTS=padded(rank), TURNED=padded(width - rank),
+            HEADS=blocks.heads, TOKENS=blocks.tokens, FP8=fp8,
+            num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True, launch_pdl=PDL,
+        )  # fmt: skip
     if blocks.splits > 1:
         join(parts, lse, lengths, out, blocks.tokens)
     return out
 
 
-def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int) -> Blocks:
+def blocks_for(q: torch.Tensor, cache: torch.Tensor, rank: int, longest: int) -> Blocks:
+    """`blocks_of` these arguments of `mla_decode`."""
+    (batch, heads, width), place = q.shape, q.device
+    served = is_hopper(place) and (rank, width) == (512, 576) and cache.data_ptr() % 16 == 0
+    return blocks_of(batch, heads, longest, multiprocessors(place), cache.dtype.itemsize if served else None)
+
+
+def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int, specialized_for: int | None = None) -> Blocks:
     """A choice for sequences of up to `longest` tokens. A multiprocessor's shared memory holds one program, and as many
-    splits as then run at once were the fastest on an H200, or within 1 % of it in calls of more than 12 µs."""
-    if heads > 32:
-        cut = Blocks(heads=64, tokens=64, splits=1, warps=8, stages=2)
-    else:
-        cut = Blocks(heads=16, tokens=64, splits=1, warps=4, stages=3)
+    splits as then run at once were the fastest on an H200, or within 1 % of it in calls of more than 12 µs.
+    `specialized_for`: the bytes of a column of the cache, where Hopper's specialized kernels serve its shape; two
+    warpgroups of theirs take turns with a program's steps, of which it should have two or more."""
+    many = heads > FEW_HEADS
+    cut = Blocks(64, 64, 1, warps=8, stages=2) if many else Blocks(16, 64, 1, warps=4, stages=3)
     fitting = multiprocessors // (batch * triton.cdiv(heads, cut.heads))
-    return cut._replace(splits=max(1, min(fitting, triton.cdiv(longest, cut.tokens), MAX_SPLITS)))
+    steps = triton.cdiv(longest, cut.tokens)
+    # Programs of two steps or fewer gain less from warpgroups' turns than these cost.
+    worth = many and steps > 2 * max(fitting, 1) if specialized_for == 2 else specialized_for == 1 and not many
+    if worth:
+        cut = cut._replace(warps=4, stages=2, specialized=True)
+        steps = triton.cdiv(steps, 2)
+    return cut._replace(splits=max(1, min(fitting, steps, MAX_SPLITS)))
 
 
 def _check(

@@ -23,6 +23,7 @@ from dsv2quant.kernels import (
 from dsv2quant.kernels import append_keys as keys
 from dsv2quant.kernels import gqa_decode as plain_attention
 from dsv2quant.kernels import mla_decode as latent_attention
+from dsv2quant.kernels import mla_prefill as prompt_attention
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,6 +54,7 @@ prompt_keys = _either(prompts.prompt_keys, reference_attention.prompt_keys)
 absorb_k = _either(latents.absorb_k, reference_attention.absorb_k)
 absorb_v = _either(latents.absorb_v, reference_attention.absorb_v)
 mla_decode = _either(latent_attention.mla_decode, reference_attention.mla_decode)
+mla_prefill = _either(prompt_attention.mla_prefill, reference_attention.mla_prefill)
 append_keys = _either(keys.append_keys, reference_attention.append_keys)
 gqa_decode = _either(plain_attention.gqa_decode, reference_attention.gqa_decode)
 

@@ -28,6 +28,29 @@ def mla_decode(
     return torch.einsum("bht,btr->bhr", weights, keys[..., :rank]).to(dtype or q.dtype)
 
 
+def mla_prefill(
+    q: torch.Tensor,
+    table: torch.Tensor,
+    kv: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    *,
+    halves: bool = False,
+) -> torch.Tensor:
+    """Causal attention of the last tokens' queries q [batch, new, heads · 192], of each head 128 columns and 64 that
+    `table` turns, to kv [batch, all, heads · 256], of each head keys of 128 columns and values, and to `keys` [batch,
+    all, 64], rotated → [batch, new, heads · 128]."""
+    (new, total), heads = (q.shape[1], kv.shape[1]), kv.shape[2] // 256
+    q_nope, q_pe = q.unflatten(2, (heads, 192)).split([128, 64], -1)  # [batch, new, heads, ·]
+    turns = torch.view_as_complex(table)[:, None]
+    k_nope, values = kv.unflatten(2, (heads, 256)).chunk(2, -1)
+    scores = torch.einsum("bqhn,bkhn->bhqk", q_nope, k_nope)
+    scores = (scores + torch.einsum("bqhr,bkr->bhqk", _rotated(q_pe, turns, halves), keys)) * scale
+    seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhv->bqhv", weights, values).flatten(2)
+
+
 def append_latents(
     q: torch.Tensor,
     kv: torch.Tensor,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mla_cases import inputs, off, poisoned
 
+from dsv2quant.kernels.decoding import is_hopper
 from dsv2quant.kernels.mla_decode import blocks_of, mla_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,6 +30,31 @@ def test_ragged_lengths(heads: int, rank: int, rope: int, stored: str) -> None:
     for splits in {1, 5, chosen.splits, 128}:
         got = mla_decode(*given, blocks=chosen._replace(splits=splits))
         assert off(got, given) <= TOLERANCE, splits
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and not is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("heads", "stored"), [(16, "e4m3"), (10, "e5m2"), (32, "e4m3"), (128, "bf16"), (40, "bf16")])
+def test_ragged_lengths_specialized(heads: int, stored: str) -> None:
+    given = inputs(10, heads, LENGTHS, 4100, 512, 64, torch.bfloat16, STORED[stored], "cuda")
+    # Of many sequences and few multiprocessors, so that it is worth it.
+    chosen = blocks_of(10, heads, 4096, 1, STORED[stored].itemsize)
+    assert chosen.specialized
+    for splits in (1, 5, 37, 128):
+        got = mla_decode(*given, blocks=chosen._replace(splits=splits))
+        assert off(got, given) <= TOLERANCE, splits
+    assert off(mla_decode(*given, dtype=torch.bfloat16), given) <= TOLERANCE + 2**-9
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and not is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
+def test_specialized_results_are_a_sequence_s_own() -> None:
+    """Bit for bit, whatever its neighbours are, where the splits are the same."""
+    for heads, stored in ((16, "e4m3"), (128, "bf16")):
+        given = inputs(4, heads, [700, 1, 400, 4000], 4000, 512, 64, torch.bfloat16, STORED[stored], "cuda")
+        q, cache, lengths, *rest = given
+        chosen = blocks_of(4, heads, 4000, 1, STORED[stored].itemsize)._replace(splits=3)
+        got = mla_decode(q, cache, lengths, *rest, blocks=chosen)
+        alone = mla_decode(q[2:3], cache[2:3], lengths[2:3], *rest, blocks=chosen)
+        assert torch.equal(got[2:3], alone)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
