@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
-from dsv2quant.kernels.jit import jit
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
@@ -130,8 +130,8 @@ def outputs(
         raise ValueError(f"no activations are quantized by {granularity!r}; need 'group128', 'token' or 'static'")
     if granularity == "token":
         return codes, torch.empty(tokens, 1, device=device)
-    groups = triton.cdiv(columns, BLOCK)
-    return codes, torch.empty(groups, triton.cdiv(tokens, 4) * 4, device=device).T[:tokens]
+    groups = cdiv(columns, BLOCK)
+    return codes, torch.empty(groups, cdiv(tokens, 4) * 4, device=device).T[:tokens]
 
 
 def quantize_activation(
@@ -152,13 +152,13 @@ def quantize_activation(
     tokens, columns = x.shape
     if granularity == "token" and columns > QUANTIZED_COLUMNS:
         raise ValueError(f"a token of {columns} columns; at most {QUANTIZED_COLUMNS} fit in registers")
-    width = triton.next_power_of_2(columns) if granularity == "token" else BLOCK
-    groups = triton.cdiv(columns, width)
+    width = power_of_2(columns) if granularity == "token" else BLOCK
+    groups = cdiv(columns, width)
     codes, scales = outputs(tokens, columns, granularity, scale, x.device)
-    rows = min(triton.next_power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
+    rows = min(power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
     warps = min(max(rows * width // 1024, 1), 16)
     if tokens:
-        _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
+        _quantize_kernel[(cdiv(tokens, rows), groups)](
             x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
             GIVEN=granularity == "static", ROUND=INTERPRETED, ROWS=rows, WIDTH=width,
             num_warps=warps, enable_fp_fusion=False, launch_pdl=PDL,
@@ -252,7 +252,7 @@ def add_norm(
         residual = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     codes, scales = (None, None) if quantize is None else outputs(tokens, columns, quantize, scale, x.device)
     if tokens:
-        groups = triton.next_power_of_2(triton.cdiv(columns, BLOCK))
+        groups = power_of_2(cdiv(columns, BLOCK))
         warps, at_once = share(tokens, groups)
         _add_norm_kernel[(tokens,)](
             x, addend, pairs, weight, residual, normed, codes, scales,
@@ -332,10 +332,10 @@ def _launch_silu_mul(
     scales: torch.Tensor | None, granularity: str | None,
 ) -> None:  # fmt: skip
     tokens, columns = gate.shape
-    groups = triton.cdiv(columns, BLOCK)
-    taken = triton.next_power_of_2(groups) if granularity == "token" else 1 if tokens * groups <= FEW else GROUPS
+    groups = cdiv(columns, BLOCK)
+    taken = power_of_2(groups) if granularity == "token" else 1 if tokens * groups <= FEW else GROUPS
     if tokens:
-        _silu_mul_kernel[(tokens, triton.cdiv(groups, taken))](
+        _silu_mul_kernel[(tokens, cdiv(groups, taken))](
             gate, up, out, codes, scales, gate.stride(0), up.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1),
             WIDTH=columns, GROUPS=taken, GRANULARITY=granularity, ROUND=INTERPRETED,

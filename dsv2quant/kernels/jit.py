@@ -1,8 +1,8 @@
 """How the kernels are launched: `jit` in place of triton.jit, and `gluon_jit` of gluon.jit.
 
-At every launch Triton binds the arguments, writes down as strings what compiled code may rely on, and looks it up: 45 µs
-on an H200's host, longer than most kernels of a short prompt take. A kernel of these keeps what Triton found under
-a key that is quick to make, and tells at least as much apart: the device, constants and options by name, and of each
+At every launch Triton binds the arguments, writes down as strings what compiled code may rely on, and looks it up: 45
+µs on an H200's host, longer than most kernels of a short prompt take. A kernel of these keeps what Triton found under a
+key that is quick to make, and tells at least as much apart: the device, constants and options by name, and of each
 other argument its type, what Triton specializes on of an int or an address, and the tile of a descriptor.
 """
 
@@ -24,11 +24,22 @@ HOOKS = triton.knobs.runtime
 INT32, INT64 = 1 << 31, 1 << 63
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. Triton's own may also be called by kernels, and takes 3 µs to find out that it is not."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is no less than n ≥ 1: likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 def specialized(arguments: Sequence[Any], exempt: Sequence[bool]) -> tuple[list[Any], list[Any]] | None:
     """What to compile for of these arguments, those that are `exempt` (do_not_specialize) by type alone; and the values
     to launch with: addresses for tensors on a GPU, which spares Triton to ask for each. None where one is of another
     type than kernels take here."""
-    key, values = [], []
+    key: list[Any] = []
+    values: list[Any] = []
     for x, is_exempt in zip(arguments, exempt, strict=True):
         kind = type(x)
         if kind is torch.Tensor:
@@ -51,7 +62,7 @@ def specialized(arguments: Sequence[Any], exempt: Sequence[bool]) -> tuple[list[
     return key, values
 
 
-class _Kernel(JITFunction):  # type: ignore[misc, type-arg]
+class _Kernel(JITFunction):
     """Parameters are those of a launch first, then constants, which a launch gives by name."""
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -86,7 +97,7 @@ class _Kernel(JITFunction):  # type: ignore[misc, type-arg]
         run(x, y, z, stream(device), function, metadata, None, None, None, *values, *constants)
 
 
-class _GluonKernel(_Kernel, GluonJITFunction):  # type: ignore[misc, type-arg]
+class _GluonKernel(_Kernel, GluonJITFunction):
     pass
 
 

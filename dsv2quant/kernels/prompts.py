@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.activations import SPAN, outputs, quantize_row
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
-from dsv2quant.kernels.jit import jit
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.latents import _rotated
 from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
 
@@ -131,15 +130,15 @@ def append_prompt(
     latents, keys = kv.new_empty(tokens, rank), kv.new_empty(tokens, rope)
     codes, scales = (None, None) if quantize is None else outputs(tokens, rank, quantize, scale, kv.device)
     if tokens:
-        groups = triton.next_power_of_2(triton.cdiv(rank, BLOCK))
+        groups = power_of_2(cdiv(rank, BLOCK))
         largest = torch.finfo(cache.dtype).max if cache is not None and cache.dtype in FLOATS_8 else None
-        heads_at_once = min(HEADS, triton.next_power_of_2(max(heads, 1)))
-        _prompt_kernel[(tokens, 1 if q is None else 1 + triton.cdiv(heads, HEADS))](
+        heads_at_once = min(HEADS, power_of_2(max(heads, 1)))
+        _prompt_kernel[(tokens, 1 if q is None else 1 + cdiv(heads, HEADS))](
             q, kv, norm_weight, table, cache, cache_scale if largest else None, latents, keys, codes, scales,
             0 if q is None else q.stride(0), kv.stride(0), 0 if scales is None or scales.ndim < 2 else scales.stride(1),
             heads, new, first, 0 if cache is None else cache.shape[1], eps,
             NOPE=width_of_q - rope, RANK=rank, ROPE=rope, GROUPS=groups,
-            HALF=triton.next_power_of_2(rope // 2), HALVES=halves, HEADS=heads_at_once,
+            HALF=power_of_2(rope // 2), HALVES=halves, HEADS=heads_at_once,
             GRANULARITY=quantize, LARGEST=largest, ROUND=INTERPRETED,
             num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
@@ -180,10 +179,10 @@ def prompt_keys(values: torch.Tensor, keys: torch.Tensor, heads: int, nope: int)
     tokens, rope = keys.shape
     out = values.new_empty(tokens, heads, nope + rope)
     if tokens:
-        at_once = min(HEADS, triton.next_power_of_2(heads))
-        _keys_kernel[(tokens, triton.cdiv(heads, at_once))](
+        at_once = min(HEADS, power_of_2(heads))
+        _keys_kernel[(tokens, cdiv(heads, at_once))](
             values, keys, out, values.stride(0), heads,
             NOPE=nope, HEAD=values.shape[1] // heads, ROPE=rope, HEADS=at_once,
-            WIDE=triton.next_power_of_2(nope), NARROW=triton.next_power_of_2(rope), num_warps=4, launch_pdl=PDL,
+            WIDE=power_of_2(nope), NARROW=power_of_2(rope), num_warps=4, launch_pdl=PDL,
         )  # fmt: skip
     return out

@@ -8,10 +8,9 @@ cut off what they add, and are given no more than 128 columns at a time, whose s
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from dsv2quant.kernels.jit import jit
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, PDL, check_rows, wait
 
 DEPTH = 64  # columns of a step
@@ -67,7 +66,7 @@ Share = tuple[int, int, int, int]  # a program's tokens, experts and warps, and 
 def choose(tokens: int, experts: int, parts: int) -> Share:
     """The share of a program."""
     stages = 3 if parts == 1 else 2
-    if triton.cdiv(tokens, 128) * triton.cdiv(experts, 64) >= MULTIPROCESSORS:
+    if cdiv(tokens, 128) * cdiv(experts, 64) >= MULTIPROCESSORS:
         return 128, 64, 4, stages
     return 64, 32, 4, stages
 
@@ -87,7 +86,7 @@ def many_logits(x: torch.Tensor, parts: torch.Tensor, share: Share | None = None
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:
         wide, rows, warps, stages = share or choose(tokens, experts, count)
-        _logits_kernel[(triton.cdiv(tokens, wide) * triton.cdiv(experts, rows),)](
+        _logits_kernel[(cdiv(tokens, wide) * cdiv(experts, rows),)](
             x, parts, logits, tokens, experts, x.stride(0),
             COLUMNS=columns, PARTS=count, TOKENS=wide, ROWS=rows, DEPTH=DEPTH, STEPS=STEPS,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True, launch_pdl=PDL,

@@ -17,7 +17,7 @@ import triton.language as tl
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import router as many
 from dsv2quant.kernels import sorting
-from dsv2quant.kernels.jit import jit
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 from dsv2quant.kernels.sorting import tiles_of
 
@@ -88,7 +88,7 @@ def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | N
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:
         rows, wide, held = share(tokens, columns)
-        _router_kernel[(triton.cdiv(experts, rows), triton.cdiv(tokens, wide))](
+        _router_kernel[(cdiv(experts, rows), cdiv(tokens, wide))](
             x, router, logits, tokens, experts, x.stride(0),
             COLUMNS=columns, ROWS=rows, TOKENS=wide, HELD=held, num_warps=WARPS, enable_fp_fusion=True,
             launch_pdl=PDL,
@@ -99,8 +99,8 @@ def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | N
 def share(tokens: int, columns: int) -> tuple[int, int, int]:
     """Experts and tokens of a program, and how often it asks for WIDE columns of them before it computes."""
     rows, wide = (1, 1) if tokens == 1 else (2, 2) if tokens <= 4 else (4, 4) if tokens <= 16 else (4, 8)
-    steps = triton.cdiv(columns, WIDE.value)
-    return rows, wide, triton.cdiv(steps, triton.cdiv(steps * (rows + wide), HELD))
+    steps = cdiv(columns, WIDE.value)
+    return rows, wide, cdiv(steps, cdiv(steps * (rows + wide), HELD))
 
 
 SLICE = 32  # pairs whose places one program finds
@@ -307,9 +307,9 @@ def _route(
     if tokens:
         _route_kernel[(tokens,)](
             logits, bias, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
-            GROUPS=groups, MANY_GROUPS=triton.next_power_of_2(groups),
-            WIDTH=triton.next_power_of_2(experts // groups), KEPT=router.topk_group, K=k,
-            MANY=triton.next_power_of_2(k), SIGMOID=router.score == "sigmoid", TOP2=router.group_score == "top2",
+            GROUPS=groups, MANY_GROUPS=power_of_2(groups),
+            WIDTH=power_of_2(experts // groups), KEPT=router.topk_group, K=k,
+            MANY=power_of_2(k), SIGMOID=router.score == "sigmoid", TOP2=router.group_score == "top2",
             NORM=router.normalise, SORTED=routes is not None,
             num_warps=1, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
@@ -320,7 +320,7 @@ def _empty(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     count = chosen.numel()
     pairs = torch.empty(count, dtype=torch.int32, device=chosen.device)
     tiles = tiles_needed(count, experts, block)
-    table = torch.empty(3, triton.cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
+    table = torch.empty(3, cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
     tile_experts, begins, ends = table[:, :tiles]
     return Routes(pairs, tile_experts, begins, ends, block)
 
@@ -337,10 +337,10 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     if count > COMPARED:
         sorting.place(chosen, *routes[:4], experts, block)
     elif count:
-        _sort_kernel[(1 + triton.cdiv(count, SLICE),)](
+        _sort_kernel[(1 + cdiv(count, SLICE),)](
             chosen, *routes[:4], count, experts, len(routes.experts),
-            BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
-            CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
+            BLOCK=block, BINS=power_of_2(experts + 1), SLICE=SLICE,
+            CHUNK=min(power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
             launch_pdl=PDL,
         )  # fmt: skip
     return routes

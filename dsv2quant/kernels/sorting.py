@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv2quant.kernels.jit import jit
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, wait
 
 PIECE = 512  # pairs counted at once: of a chunk, a multiple
@@ -95,11 +95,11 @@ def place(
     block: int,
 ) -> None:
     """Fills what routing.Routes consists of, for `chosen` [tokens, k], contiguous integers."""
-    count, bins = chosen.numel(), triton.next_power_of_2(experts + 1)
+    count, bins = chosen.numel(), power_of_2(experts + 1)
     chunk = PIECE
-    while chunk < LARGEST and triton.cdiv(count, chunk) > CHUNKS:
+    while chunk < LARGEST and cdiv(count, chunk) > CHUNKS:
         chunk *= 2
-    chunks = triton.cdiv(count, chunk)
+    chunks = cdiv(count, chunk)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=chosen.device)
     if count:
         _count_kernel[(chunks,)](

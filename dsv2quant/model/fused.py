@@ -17,6 +17,7 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.activations import Normed
+from dsv2quant.kernels.mla_prefill import is_served
 from dsv2quant.model.attention import grouped, softmax_scale, weighed
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import Stack
@@ -178,16 +179,19 @@ class FusedLatentAttention:
     def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         c, norm = self.config, self.kv_norm
         q, kv = self.queries(x)
+        # Where a kernel has this attention it turns the queries, and reads keys and values where they lie.
+        served = is_served(c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, q.dtype, q.device)
         granularity, scale = self.kv_b.quantization
         first = 0 if cache is None else cache.length
         end = first + len(rope) if cache is None else cache.room(len(rope))
+        table = torch.view_as_real(rope)
         made = ops.append_prompt(
             kv,
             norm.weight,
             norm.eps,
-            torch.view_as_real(rope),
-            q,
-            c.num_attention_heads,
+            table,
+            None if served else q,
+            0 if served else c.num_attention_heads,
             cache=None if cache is None else cache.store,
             cache_scale=None if cache is None else scale_of(cache),
             first=first,
@@ -205,12 +209,22 @@ class FusedLatentAttention:
                 latents, keys = (torch.cat(part, 1).flatten(0, 1) for part in parts)
                 codes = None
         values = self.kv_b(latents, codes)
+        if served:
+            q, values, keys = (rows.unflatten(0, (batch, -1)) for rows in (q, values, keys))
+            out = ops.mla_prefill(q, table, values, keys, softmax_scale(c), halves=c.rope_halves).flatten(0, 1)
+        else:
+            out = self._weighed(q, values, keys, batch)
+        (out,) = self.o(out)
+        return out
+
+    def _weighed(self, q: torch.Tensor, values: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
+        """By torch's attention, of turned queries: [T, heads · v_head_dim]."""
+        c = self.config
         k = ops.prompt_keys(values, keys, c.num_attention_heads, c.qk_nope_head_dim)
         q = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
         v = values.unflatten(1, (c.num_attention_heads, -1))[..., c.qk_nope_head_dim :]
         q, k, v = (y.unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, ·]
-        (out,) = self.o(weighed(q, k, v, softmax_scale(c)).flatten(2).flatten(0, 1))
-        return out
+        return weighed(q, k, v, softmax_scale(c)).flatten(2).flatten(0, 1)
 
 
 @dataclass
