@@ -268,7 +268,7 @@ def share(tokens: int, groups: int) -> tuple[int, int]:
     """A program's warps, and pairs in flight at once. Few tokens: as many as make one token fast; 32 warps leave a
     thread 64 registers. Many: so that several programs run on a multiprocessor."""
     if tokens > MANY:
-        return max(groups // 8, 1), 2
+        return max(groups // 16, 2), 2
     return min(max(groups // 2, 1), 32), 3 if groups > 32 else 8
 
 
