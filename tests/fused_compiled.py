@@ -14,7 +14,8 @@ from typing import Any
 
 from triton_tools import compile_for_hopper
 
-from dsv2quant.kernels.activations import GROUPS, _add_norm_kernel, _silu_mul_kernel, held
+from dsv2quant.kernels.activations import GROUPS, _add_norm_kernel, _silu_mul_kernel
+from dsv2quant.kernels.activations import share as norm_share
 from dsv2quant.kernels.latents import HEADS, _latents_kernel, _per_head_kernel, choose
 
 FOUND = (
@@ -30,7 +31,7 @@ def kernels() -> Iterator[tuple[str, Any, dict, dict, dict]]:
     for width, groups in ((2048, 16), (5120, 64)):
         for granularity in ("group128", "token"):
             constants = {
-                "WIDTH": width, "PAIRS": 6, "HELD": held(groups), "GROUPS": groups,
+                "WIDTH": width, "PAIRS": 6, "HELD": norm_share(1, groups)[1], "GROUPS": groups,
                 "GRANULARITY": granularity, "ROUND": False,
             }  # fmt: skip
             options = {"num_warps": groups // 2}

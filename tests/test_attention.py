@@ -34,10 +34,10 @@ def test_a_cpu_goes_by_blocks_where_nothing_is_trained(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(attention, "_by_blocks", lambda q, k, v, scale: asked.append(len(q)))
     q = torch.randn(1, 2, 5, 8)
-    attention._weighed(q, q, q, 1.0)  # gradients are asked for
-    attention._weighed(q.bfloat16(), q.bfloat16(), q.bfloat16(), 1.0)
+    attention.weighed(q, q, q, 1.0)  # gradients are asked for
+    attention.weighed(q.bfloat16(), q.bfloat16(), q.bfloat16(), 1.0)
     with torch.inference_mode():
-        attention._weighed(q[:, :, :1], q, q, 1.0)  # behind tokens that are known
+        attention.weighed(q[:, :, :1], q, q, 1.0)  # behind tokens that are known
         assert asked == []
-        attention._weighed(q, q, q, 1.0)
+        attention.weighed(q, q, q, 1.0)
     assert asked == [1]

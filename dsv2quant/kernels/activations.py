@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK, E4M3_MAX, MIN_SCALE
-from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
+from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 LARGEST: tl.constexpr = tl.constexpr(E4M3_MAX)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
@@ -24,6 +25,7 @@ QUANTIZED_COLUMNS = 65536  # of a token by one scale: its row lies whole in the 
 ELEMENTS = 4096  # of one program where groups are short
 FUSED_COLUMNS = 16384  # of a token that is summed or multiplied before it is quantized by one scale
 GROUPS = 8  # of one program of silu_mul, unless it takes a whole token, or there are few
+MANY = 8 * MULTIPROCESSORS  # tokens, from which on programs of add_norm wait for one another
 FEW = 528  # groups in all: 4 programs on each multiprocessor of an H200
 
 
@@ -54,15 +56,24 @@ def scale_of(bits):
 
 @triton.jit
 def encoded(values, scale, ROUND: tl.constexpr):
-    """Codes of values by scales of the same shape. ROUND: before the cast, since the interpreter's casts of what e4m3
-    does not hold are wrong."""
-    # 0 / scale is 0, but takes a division's slow path, and all other lanes of a warp wait: so did what is not inside.
-    zero = values == 0
-    ratio = tl.where(zero, values, tl.div_rn(tl.where(zero, scale, values), scale))
-    ratio = tl.clamp(ratio, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    """Codes of values by scales that broadcast to them. ROUND: before the cast, since the interpreter's casts of what
+    e4m3 does not hold are wrong."""
     if ROUND:
+        ratio = tl.clamp(tl.div_rn(values, tl.broadcast_to(scale, values.shape)), -LARGEST, LARGEST,
+                         propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
         ratio = nearest(ratio, False)
-    return ratio.to(tl.float8e4nv)
+    else:
+        # A division of its own for each would take most of the time. The product with the scale's reciprocal, and what
+        # that leaves added, is the quotient to its last bit (P. Markstein, Computation of elementary functions on the
+        # IBM RISC System/6000 processor, 1990). Where that leaves nothing exact the product has the same code.
+        unit = tl.where(scale < 2.0**-60, 2.0**64, 1.0)  # so that what is left is no denormal
+        inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale * unit)
+        wide = values * unit
+        ratio = wide * inverse
+        left = tl.fma(-ratio, tl.broadcast_to(scale * unit, values.shape), wide)
+        exact = tl.fma(left, tl.broadcast_to(inverse, values.shape), ratio)
+        ratio = tl.where((tl.abs(ratio) > 2.0**-100) & (tl.abs(ratio) < 2.0**20), exact, ratio)
+    return ratio.to(tl.float8e4nv)  # saturates
 
 
 @triton.jit
@@ -79,12 +90,13 @@ def quantize_row(
     elif GRANULARITY == "token":
         scale = scale_of(tl.max(tl.max(magnitudes(values), 1), 0))
         tl.store(scales, scale)
+        scale = tl.zeros([1, 1], tl.float32) + scale
     else:
-        scale = tl.load(scales)
-    tl.store(codes, encoded(values, tl.broadcast_to(scale, values.shape), ROUND), mask=inside)
+        scale = tl.zeros([1, 1], tl.float32) + tl.load(scales)
+    tl.store(codes, encoded(values, scale, ROUND), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "scale_stride"])
+@jit(do_not_specialize=["M", "scale_stride"])
 def _quantize_kernel(
     x, codes, scales, M, K, x_stride, scale_stride,
     GIVEN: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -101,8 +113,7 @@ def _quantize_kernel(
     else:
         scale = scale_of(tl.max(magnitudes(values), 1))
         tl.store(scales + group * scale_stride + row, scale, mask=row < M)
-    found = encoded(values, tl.broadcast_to(scale[:, None], [ROWS, WIDTH]), ROUND)
-    tl.store(codes + row[:, None] * K + column[None, :], found, mask=inside)
+    tl.store(codes + row[:, None] * K + column[None, :], encoded(values, scale[:, None], ROUND), mask=inside)
 
 
 def outputs(
@@ -119,8 +130,8 @@ def outputs(
         raise ValueError(f"no activations are quantized by {granularity!r}; need 'group128', 'token' or 'static'")
     if granularity == "token":
         return codes, torch.empty(tokens, 1, device=device)
-    groups = triton.cdiv(columns, BLOCK)
-    return codes, torch.empty(groups, triton.cdiv(tokens, 4) * 4, device=device).T[:tokens]
+    groups = cdiv(columns, BLOCK)
+    return codes, torch.empty(groups, cdiv(tokens, 4) * 4, device=device).T[:tokens]
 
 
 def quantize_activation(
@@ -141,13 +152,13 @@ def quantize_activation(
     tokens, columns = x.shape
     if granularity == "token" and columns > QUANTIZED_COLUMNS:
         raise ValueError(f"a token of {columns} columns; at most {QUANTIZED_COLUMNS} fit in registers")
-    width = triton.next_power_of_2(columns) if granularity == "token" else BLOCK
-    groups = triton.cdiv(columns, width)
+    width = power_of_2(columns) if granularity == "token" else BLOCK
+    groups = cdiv(columns, width)
     codes, scales = outputs(tokens, columns, granularity, scale, x.device)
-    rows = min(triton.next_power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
+    rows = min(power_of_2(max(tokens, 1)), max(ELEMENTS // width, 1))
     warps = min(max(rows * width // 1024, 1), 16)
     if tokens:
-        _quantize_kernel[(triton.cdiv(tokens, rows), groups)](
+        _quantize_kernel[(cdiv(tokens, rows), groups)](
             x, codes, scales, tokens, columns, x.stride(0), scales.stride(-1) if scales.ndim else 0,
             GIVEN=granularity == "static", ROUND=INTERPRETED, ROWS=rows, WIDTH=width,
             num_warps=warps, enable_fp_fusion=False, launch_pdl=PDL,
@@ -162,7 +173,7 @@ class Normed(NamedTuple):
     scales: torch.Tensor | None
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@jit(do_not_specialize=["scale_stride"])
 def _add_norm_kernel(
     x, addend, pairs, weight, residual, normed, codes, scales, x_stride, addend_stride, scale_stride, eps,
     WIDTH: tl.constexpr, PAIRS: tl.constexpr, HELD: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr,
@@ -241,24 +252,27 @@ def add_norm(
         residual = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     codes, scales = (None, None) if quantize is None else outputs(tokens, columns, quantize, scale, x.device)
     if tokens:
-        groups = triton.next_power_of_2(triton.cdiv(columns, BLOCK))
+        groups = power_of_2(cdiv(columns, BLOCK))
+        warps, at_once = share(tokens, groups)
         _add_norm_kernel[(tokens,)](
             x, addend, pairs, weight, residual, normed, codes, scales,
             x.stride(0), 0 if addend is None else addend.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1), eps,
-            WIDTH=columns, PAIRS=0 if pairs is None else pairs.shape[1], HELD=held(groups), GROUPS=groups,
-            GRANULARITY=quantize, ROUND=INTERPRETED, num_warps=min(max(groups // 2, 1), 32), enable_fp_fusion=False,
-            launch_pdl=PDL,
+            WIDTH=columns, PAIRS=0 if pairs is None else pairs.shape[1], HELD=at_once, GROUPS=groups,
+            GRANULARITY=quantize, ROUND=INTERPRETED, num_warps=warps, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
     return Normed(x if residual is None else residual, normed, codes, scales)
 
 
-def held(groups: int) -> int:
-    """Pairs in flight at once: 32 warps leave a thread 64 registers."""
-    return 3 if groups > 32 else 8
+def share(tokens: int, groups: int) -> tuple[int, int]:
+    """A program's warps, and pairs in flight at once. Few tokens: as many as make one token fast; 32 warps leave a
+    thread 64 registers. Many: so that several programs run on a multiprocessor."""
+    if tokens > MANY:
+        return max(groups // 16, 2), 2
+    return min(max(groups // 2, 1), 32), 3 if groups > 32 else 8
 
 
-@triton.jit(do_not_specialize=["scale_stride"])
+@jit(do_not_specialize=["scale_stride"])
 def _silu_mul_kernel(
     gate, up, out, codes, scales, gate_stride, up_stride, scale_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, GRANULARITY: tl.constexpr, ROUND: tl.constexpr,
@@ -318,10 +332,10 @@ def _launch_silu_mul(
     scales: torch.Tensor | None, granularity: str | None,
 ) -> None:  # fmt: skip
     tokens, columns = gate.shape
-    groups = triton.cdiv(columns, BLOCK)
-    taken = triton.next_power_of_2(groups) if granularity == "token" else 1 if tokens * groups <= FEW else GROUPS
+    groups = cdiv(columns, BLOCK)
+    taken = power_of_2(groups) if granularity == "token" else 1 if tokens * groups <= FEW else GROUPS
     if tokens:
-        _silu_mul_kernel[(tokens, triton.cdiv(groups, taken))](
+        _silu_mul_kernel[(tokens, cdiv(groups, taken))](
             gate, up, out, codes, scales, gate.stride(0), up.stride(0),
             0 if scales is None or scales.ndim < 2 else scales.stride(1),
             WIDTH=columns, GROUPS=taken, GRANULARITY=granularity, ROUND=INTERPRETED,

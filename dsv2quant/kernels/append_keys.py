@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import INTERPRETED, PDL, check_rows, wait
 
 HEADS = 8  # of one program
 
 
-@triton.jit
+@jit
 def _append_kernel(
     q, k, v, table, positions, cache, cache_scale, q_out, q_stride, k_stride, v_stride, heads, groups, capacity, turns,
     HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr,
@@ -100,10 +101,10 @@ def append_keys(
     heads, groups = q.shape[1] // width, k.shape[1] // width
     out = q.new_empty(tokens, heads, width)
     if tokens:
-        _append_kernel[(tokens, triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))](
+        _append_kernel[(tokens, cdiv(heads, HEADS) + cdiv(groups, HEADS))](
             q, k, v, table, positions, cache, cache_scale, out, q.stride(0), k.stride(0), v.stride(0),
             heads, groups, cache.shape[1], table.shape[0],
-            HALF=width // 2, PAIRS=triton.next_power_of_2(width // 2), HEADS=HEADS,
+            HALF=width // 2, PAIRS=power_of_2(width // 2), HEADS=HEADS,
             LARGEST=torch.finfo(cache.dtype).max if cache.dtype in FLOATS_8 else None, ROUND=INTERPRETED,
             num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip

@@ -3,11 +3,14 @@ caches in float8."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from dsv2quant.kernels.activations import nearest
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, wait
 
 FLOATS = (torch.bfloat16, torch.float16)
@@ -49,7 +52,7 @@ def as_stored(x, scale, STORED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.c
     return x.to(STORED)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _join_kernel(
     parts, lse, lengths, out, heads, splits,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,9 +77,9 @@ def join(parts: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, out: tor
     """out [batch, heads, width]: the mean of parts [batch, splits, heads, width], float32, weighted by 2 to the power
     of lse [batch, splits, heads]. Splits are of whole blocks of so many tokens; the empty ones are left out."""
     batch, splits, heads, width = parts.shape
-    _join_kernel[(triton.cdiv(width, COLUMNS), heads, batch)](
+    _join_kernel[(cdiv(width, COLUMNS), heads, batch)](
         parts, lse, lengths, out, heads, splits,
-        WIDTH=width, TOKENS=tokens, SPLITS=triton.next_power_of_2(splits), COLUMNS=COLUMNS,
+        WIDTH=width, TOKENS=tokens, SPLITS=power_of_2(splits), COLUMNS=COLUMNS,
         num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
     )  # fmt: skip
 
@@ -84,13 +87,14 @@ def join(parts: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, out: tor
 def padded(width: int) -> int:
     """Columns of a tile. Of bytes widened to float16 a thread takes 8 columns at once, four threads 32: Triton 3.6
     multiplies tiles of fewer wrongly and says nothing."""
-    return max(32, triton.next_power_of_2(width))
+    return max(32, power_of_2(width))
 
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Of what `wgmma` and warpgroups need: compute capability 9.0, and no later one."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -17,6 +17,7 @@ from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_experts_prefill
 from dsv2quant.kernels.activations import encoded, magnitudes, outputs, quantize_activation, scale_of
 from dsv2quant.kernels.fp8_layout import Fp8Experts
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 from dsv2quant.kernels.routing import Routes, choose_block, sort_pairs
 
@@ -76,7 +77,7 @@ def _places(pairs, begins, ends, tile, TOKENS: tl.constexpr):
     return tl.load(pairs + place, mask=live, other=0), live
 
 
-@triton.jit(do_not_specialize=["k", "bands", "blocks", "xs_m", "xs_k", "hs_k"])
+@jit(do_not_specialize=["k", "bands", "blocks", "xs_m", "xs_k", "hs_k"])
 def _gate_up_kernel(
     x, x_scale, w, w_scale, h, h_scale, pairs, experts, begins, ends, k, INNER, HIDDEN, bands, blocks, xs_m, xs_k, hs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
@@ -116,7 +117,7 @@ def _gate_up_kernel(
         tl.store(out, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["bands", "blocks", "xs_m", "xs_k"])
+@jit(do_not_specialize=["bands", "blocks", "xs_m", "xs_k"])
 def _down_kernel(
     x, x_scale, w, w_scale, routed, out, pairs, experts, begins, ends, INNER, HIDDEN, bands, blocks, xs_m, xs_k,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
@@ -203,7 +204,7 @@ def _gate_up(
     if h_scales is not None and share.rows != 2 * BLOCK:
         raise ValueError(f"{share.rows} rows in a program: need {2 * BLOCK}, of a whole group")
     if len(h):
-        _gate_up_kernel[(triton.cdiv(inner, share.rows // 2), len(routes.experts))](
+        _gate_up_kernel[(cdiv(inner, share.rows // 2), len(routes.experts))](
             x, x_scales, stack.gate_up, stack.gate_up_scales, h, h_scales, *routes[:4], k, inner, hidden,
             *stack.gate_up_scales.shape[2:], *_strides(x_scales), 0 if h_scales is None else h_scales.stride(1),
             GROUPED=grouped, WHOLE=hidden % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
@@ -244,7 +245,7 @@ def down(
     share = share or choose_down(routes.block)
     out = torch.empty(*weights.shape, hidden, dtype=torch.float32, device=h.device)
     if len(h):
-        _down_kernel[(triton.cdiv(hidden, share.rows), len(routes.experts))](
+        _down_kernel[(cdiv(hidden, share.rows), len(routes.experts))](
             h, h_scales, stack.down, stack.down_scales, weights, out, *routes[:4], inner, hidden,
             *stack.down_scales.shape[1:], *_strides(h_scales),
             GROUPED=grouped, WHOLE=inner % BLOCK == 0, ROWS=share.rows, TOKENS=routes.block, FEW=routes.block <= FEW,
@@ -291,9 +292,9 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
                              "need contiguous float8_e4m3fn of widths that are multiples of 16")  # fmt: skip
     if x_scales.dtype != torch.float32 or w_scales.dtype != torch.float32 or not w_scales.is_contiguous():
         raise ValueError(f"scales are {x_scales.dtype} and {w_scales.dtype}; need float32, of weights contiguous")
-    blocks = triton.cdiv(K, BLOCK)
+    blocks = cdiv(K, BLOCK)
     given = tuple(x_scales.shape), tuple(w_scales.shape)
-    if given == ((count, blocks), (*leading, triton.cdiv(N, BLOCK), blocks)):
+    if given == ((count, blocks), (*leading, cdiv(N, BLOCK), blocks)):
         return True
     if given[0] not in ((count, 1), (1,), ()) or given[1] not in ((*leading, N, 1), (*leading, 1, 1)):
         raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +25,7 @@ from dsv2quant.kernels.activations import LARGEST, SMALLEST_SCALE, magnitudes, o
 from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.gather import gather_tokens
 from dsv2quant.kernels.gating import gated, rounded
+from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
 
@@ -179,7 +179,7 @@ def _store_gated(out, out_scale, gate, up, begin, end, band, N, os_k, DTYPE: gl.
     gl.store(at, gl.convert_layout(codes, into), gl.expand_dims(place < end, 1) & gl.expand_dims(n < N, 0))
 
 
-@gluon.jit(do_not_specialize=["count", "bands", "k", "xs_m", "xs_k", "os_k"])
+@gluon_jit(do_not_specialize=["count", "bands", "k", "xs_m", "xs_k", "os_k"])
 def _kernel(
     x, x_scale, w, w_scale, out, out_scale, weights, pairs, experts, begins, ends, count, bands, N, K, k, xs_m, xs_k,
     os_k, DTYPE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -216,7 +216,7 @@ def choose(routes: Routes, stack: Fp8Experts) -> tuple[Share, Share] | None:
 def fits(stack: Fp8Experts) -> bool:
     """Whether scales are of blocks, on Hopper."""
     inner, hidden = stack.gate_up.shape[2:]
-    blocks = triton.cdiv(inner, DEPTH.value), triton.cdiv(hidden, DEPTH.value)
+    blocks = cdiv(inner, DEPTH.value), cdiv(hidden, DEPTH.value)
     return stack.gate_up_scales.shape[2:] == blocks and specialized()
 
 
@@ -246,7 +246,7 @@ def _launch(
     dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     gated, N = weights is None, out.shape[-1]
-    bands = triton.cdiv(N, ROWS.value if gated else ROWS.value * share.parts)
+    bands = cdiv(N, ROWS.value if gated else ROWS.value * share.parts)
     count = bands * len(routes.experts)
     _kernel[(min(count, MULTIPROCESSORS),)](
         _described(x, GROUP.value, 128), x_scales, _described(w, ROWS.value, 128), w_scales, out, out_scales, weights,

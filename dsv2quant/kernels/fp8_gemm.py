@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +21,7 @@ from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels import fp8_prefill, fp8_vector, launch
 from dsv2quant.kernels.activations import quantize_activation
 from dsv2quant.kernels.fp8_vector import Vector
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, check_rows, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)  # columns of K in one product
@@ -46,7 +46,7 @@ class Prefill(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n", "splits"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n", "splits"])
 def _decode_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k, splits,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -88,7 +88,7 @@ def _decode_kernel(
     tl.store(out, total.to(y.dtype.element_ty), mask=(row < N)[:, None] & (token < M)[None, :])
 
 
-@triton.jit
+@jit
 def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr):
     """y [count] = the sums of `sums` [SPLITS, count], added in order."""
     wait()
@@ -100,7 +100,7 @@ def _reduce_kernel(sums, y, count, SPLITS: tl.constexpr, ELEMENTS: tl.constexpr)
     tl.store(y + element, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _prefill_kernel(
     x, x_scale, w, w_scale, y, M, N, K, xs_m, xs_k, ws_n, ws_k,
     GROUPED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -160,13 +160,13 @@ def rule(M: int, N: int, K: int) -> Vector | Decode | Prefill:
     if M <= 2:
         return fp8_vector.rule(N, K)
     if M <= 64:
-        tokens = max(16, triton.next_power_of_2(M))
-        programs = triton.cdiv(N, 64)
+        tokens = max(16, power_of_2(M))
+        programs = cdiv(N, 64)
         if programs < 132 and K >= 2048:
             return Decode(64, tokens, 8 if tokens == 16 and K >= 4096 else 4, 4)
         return Decode(128 if programs >= 264 and tokens * K <= 32768 else 64, tokens, 1, 4)
     # 4 stages let two programs run on a multiprocessor, 3 stages three: better where all do not run at once anyway
-    programs = triton.cdiv(M, 64) * triton.cdiv(N, 128)
+    programs = cdiv(M, 64) * cdiv(N, 128)
     return Prefill(64, 128, 4 if programs <= 264 else 3)
 
 
@@ -214,7 +214,7 @@ def linear_into(
     _check_codes("w", w)
     N, K = w.shape
     grouped = granularity == "group128"
-    fitting = [(triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK))] if grouped else [(N, 1), (1,), ()]
+    fitting = [(cdiv(N, BLOCK), cdiv(K, BLOCK))] if grouped else [(N, 1), (1,), ()]
     if w_scales.dtype != torch.float32 or tuple(w_scales.shape) not in fitting:
         raise ValueError(f"scales {w_scales.dtype}, {tuple(w_scales.shape)} of w [{N}, {K}] don't fit {granularity}")
     if not grouped and share.columns < K:
@@ -247,18 +247,18 @@ def matmul_into(
         return out
     if isinstance(share, Decode):
         sums = out if share.splits == 1 else out.new_empty(share.splits, M, N, dtype=torch.float32)
-        _decode_kernel[(triton.cdiv(N, share.rows), share.splits, triton.cdiv(M, share.tokens))](
+        _decode_kernel[(cdiv(N, share.rows), share.splits, cdiv(M, share.tokens))](
             x, x_scales, w, w_scales, sums, M, N, K, *strides, share.splits,
             GROUPED=grouped, WHOLE=K % BLOCK == 0, ROWS=share.rows, TOKENS=share.tokens,
             num_warps=share.rows // 16, num_stages=share.stages, enable_fp_fusion=True, launch_pdl=PDL,
         )  # fmt: skip
         if share.splits > 1:
-            _reduce_kernel[(triton.cdiv(M * N, REDUCED),)](
+            _reduce_kernel[(cdiv(M * N, REDUCED),)](
                 sums, out, M * N, SPLITS=share.splits, ELEMENTS=REDUCED,
                 num_warps=4, enable_fp_fusion=True, launch_pdl=PDL,
             )  # fmt: skip
         return out
-    _prefill_kernel[(triton.cdiv(M, share.tokens) * triton.cdiv(N, share.rows),)](
+    _prefill_kernel[(cdiv(M, share.tokens) * cdiv(N, share.rows),)](
         TensorDescriptor.from_tensor(x, [share.tokens, BLOCK]), x_scales,
         TensorDescriptor.from_tensor(w, [share.rows, BLOCK]), w_scales,
         out, M, N, K, *strides,
@@ -277,9 +277,9 @@ def _check(x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: t
     _check_codes("w", w)
     if x_scales.dtype != torch.float32 or w_scales.dtype != torch.float32:
         raise ValueError(f"scales are {x_scales.dtype} and {w_scales.dtype}; need float32")
-    blocks = triton.cdiv(K, BLOCK)
+    blocks = cdiv(K, BLOCK)
     given = tuple(x_scales.shape), tuple(w_scales.shape)
-    if given == ((M, blocks), (triton.cdiv(N, BLOCK), blocks)):
+    if given == ((M, blocks), (cdiv(N, BLOCK), blocks)):
         return True
     if given[0] not in ((M, 1), (1,), ()) or given[1] not in ((N, 1), (1,), ()):
         raise ValueError(f"scales of shapes {given[0]} and {given[1]} fit no scheme of x [{M}, {K}] and w [{N}, {K}]")

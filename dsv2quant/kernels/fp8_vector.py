@@ -16,6 +16,7 @@ import triton.language as tl
 
 from dsv2quant.formats.e4m3 import BLOCK
 from dsv2quant.kernels.activations import encoded, magnitudes, scale_of
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, PDL, wait
 
 DEPTH: tl.constexpr = tl.constexpr(BLOCK)
@@ -42,8 +43,8 @@ class Vector(NamedTuple):
 def rule(rows: int, columns: int) -> Vector:
     """The share for one weight."""
     warps = min((4, 2, 1), key=lambda count: -(-columns // (512 * count)) * count)
-    steps = triton.cdiv(columns, 512 * warps)
-    return Vector(4, warps, triton.cdiv(steps, triton.cdiv(steps, 4)))
+    steps = cdiv(columns, 512 * warps)
+    return Vector(4, warps, cdiv(steps, cdiv(steps, 4)))
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def _added(totals, weights, of_rows, codes, scales, i: tl.constexpr, TOKENS: tl.
     return found
 
 
-@triton.jit(do_not_specialize=["M", "xs_k", "ws_n"])
+@jit(do_not_specialize=["M", "xs_k", "ws_n"])
 def _vector_kernel(
     x, x_scale, w, w_scale, y, M, N, x_m, xs_m, xs_k, ws_n, ws_k,
     K: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
@@ -190,7 +191,7 @@ def launch(
         # Triton 3.6 makes wrong numbers of FP8 loads that it finds to be masked altogether.
         raise ValueError(f"{share.held} times {wide} columns are held, of {K}")
     tokens = min(M, MOST_TOKENS)
-    _vector_kernel[(triton.cdiv(N, share.rows), triton.cdiv(M, tokens))](
+    _vector_kernel[(cdiv(N, share.rows), cdiv(M, tokens))](
         x, x_scales, w, w_scales, out, M, N, x.stride(0), *strides,
         K=K, GROUPED=grouped, ROWS=share.rows, TOKENS=tokens, WIDE=wide, HELD=share.held, ROUND=INTERPRETED,
         num_warps=share.warps, enable_fp_fusion=True, launch_pdl=PDL,

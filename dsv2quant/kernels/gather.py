@@ -7,15 +7,15 @@ that the bus is as busy as with one long copy.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, wait
 
 PIECE = 1024  # columns that a program has on their way at once, of each row
 
 
-@triton.jit
+@jit
 def _gather_kernel(source, index, out, columns, PIECE: tl.constexpr):
     """Program (row, piece)."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,12 +37,12 @@ def gather_rows(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"index is {index.dtype}, {tuple(index.shape)}; need int64, [n], contiguous")
     out = torch.empty(len(index), source.shape[1], dtype=source.dtype, device=index.device)
     if out.numel():
-        grid = len(index), triton.cdiv(source.shape[1], PIECE)
+        grid = len(index), cdiv(source.shape[1], PIECE)
         _gather_kernel[grid](source, index, out, source.shape[1], PIECE=PIECE, num_warps=4)
     return out
 
 
-@triton.jit(do_not_specialize=["k"])
+@jit(do_not_specialize=["k"])
 def _gather_tokens_kernel(x, pairs, out, k, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """Program: a pair."""
     wait()
@@ -59,7 +59,7 @@ def gather_tokens(x: torch.Tensor, pairs: torch.Tensor, k: int) -> torch.Tensor:
     out = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
     source, target = x.view(torch.int32), out.view(torch.int32)
     columns = source.shape[1]
-    width = triton.next_power_of_2(columns)
+    width = power_of_2(columns)
     if len(out):
         _gather_tokens_kernel[(len(out),)](
             source, pairs, target, k, COLUMNS=columns, WIDTH=width, num_warps=min(max(width // 256, 1), 8),

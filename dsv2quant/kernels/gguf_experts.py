@@ -6,16 +6,16 @@ The arithmetic and the layout are those of gguf_product.py; a program's tokens a
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from dsv2quant.kernels.gguf_gemm import Config, check_dtype, constants, partial_sums, product, split_of, strides
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, finish
 from dsv2quant.kernels.routing import Routes
 
 
-@triton.jit(do_not_specialize=["blocks", "choices"])
+@jit(do_not_specialize=["blocks", "choices"])
 def _experts_kernel(
     x, pairs, experts, begins, ends, weights, words, steps, multiples, lows, out, partial, arrivals,
     N, K, blocks, choices, matrix_words, matrix_steps, matrix_multiples,
@@ -79,7 +79,7 @@ def experts_product(
     check_dtype(x.dtype)
     config = config or choose(len(routes.experts), routes.block, stack)
     out = torch.empty(pairs, stack.rows, dtype=x.dtype if weights is None else torch.float32, device=x.device)
-    grid = (config.split, triton.cdiv(stack.rows, config.rows), len(routes.experts))
+    grid = (config.split, cdiv(stack.rows, config.rows), len(routes.experts))
     if pairs:
         _experts_kernel[grid](
             x.contiguous(), routes.pairs, routes.experts, routes.begins, routes.ends,
@@ -95,6 +95,6 @@ def experts_product(
 
 def choose(tiles: int, block: int, stack: GgufWeight) -> Config:
     """The configuration for so many tiles of pairs: K is split only where the stack has a counter for each."""
-    programs = triton.cdiv(stack.rows, ROWS) * tiles
+    programs = cdiv(stack.rows, ROWS) * tiles
     split = split_of(programs, stack.columns, block) if programs <= stack.arrivals.numel() else 1
     return Config(ROWS, block, split, 4 if block <= 64 else 8, 3)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from dsv2quant.formats.gguf.layouts import Spec
 from dsv2quant.kernels.gguf_layout import DEPTH, ROWS, SPECS, GgufWeight, held_bits
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, finish, output
 
 MANY = 128  # tokens, from which on the weight is dequantized
@@ -36,7 +37,7 @@ class Config(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "blocks"])
+@jit(do_not_specialize=["M", "blocks"])
 def _gemm_kernel(
     x, words, steps, multiples, lows, out, partial, arrivals, M, N, K, blocks,
     BITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EVEN: tl.constexpr,
@@ -60,7 +61,7 @@ def _gemm_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@jit(do_not_specialize=["blocks"])
 def _dequantize_kernel(
     words, steps, multiples, lows, out, N, K, blocks, matrix_words, matrix_steps, matrix_multiples,
     BITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,
@@ -113,7 +114,7 @@ def linear(
     config = config or choose(tokens, weight.rows, columns, SPECS[weight.type].group)
     if config is None:
         return torch.mm(x, dequantize(weight, x.dtype).T, out=out)
-    grid = (config.split, triton.cdiv(weight.rows, config.rows), triton.cdiv(tokens, config.tokens))
+    grid = (config.split, cdiv(weight.rows, config.rows), cdiv(tokens, config.tokens))
     if tokens:
         _gemm_kernel[grid](
             x.contiguous(), weight.words, weight.steps, weight.multiples, weight.lows, out,
@@ -150,7 +151,7 @@ def choose(tokens: int, rows: int, columns: int, group: int) -> Config | None:
     wide = 32 if tokens <= 32 or rows <= 2048 else 64  # few rows need the more programs
     if tokens <= 16:
         wide = 8 if tokens <= 8 and group == 32 else 16
-    programs = triton.cdiv(rows, ROWS) * triton.cdiv(tokens, wide)
+    programs = cdiv(rows, ROWS) * cdiv(tokens, wide)
     return Config(ROWS, wide, split_of(programs, columns, wide), 4, 3)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import (
@@ -25,6 +24,7 @@ from dsv2quant.kernels.decoding import (
     share_of,
     widened,
 )
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import PDL, wait
 
 MAX_GROUP, MAX_WIDTH = 16, 256  # heads of one key, which are the rows of a matrix product; a head's elements
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, groups, capacity, splits, scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -140,7 +140,7 @@ def blocks_of(batch: int, groups: int, width: int, longest: int, multiprocessors
     holds three programs."""
     cut = Blocks(tokens=64 if width <= 128 else 32, splits=1, warps=4, stages=3)
     fitting = 3 * multiprocessors // (batch * groups)
-    return cut._replace(splits=max(1, min(fitting, triton.cdiv(longest, cut.tokens), MAX_SPLITS)))
+    return cut._replace(splits=max(1, min(fitting, cdiv(longest, cut.tokens), MAX_SPLITS)))
 
 
 def _groups(q: torch.Tensor, cache: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ import triton.language as tl
 from dsv2quant.kernels import int4_prefill
 from dsv2quant.kernels.int4_held import MAGIC, integers, words_at
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack, depth
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, wait
 from dsv2quant.kernels.routing import Routes
 
@@ -121,7 +122,7 @@ def _place(pairs, begins, ends, tile, TOKENS: tl.constexpr):
     return tl.load(pairs + place, present, 0), present
 
 
-@triton.jit(do_not_specialize=["k", "blocks", "spans", "groups"])
+@jit(do_not_specialize=["k", "blocks", "spans", "groups"])
 def _gate_up_kernel(
     x, pairs, experts, begins, ends, words, scales, zeros, out, k, N, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -145,7 +146,7 @@ def _gate_up_kernel(
     tl.store(at, tl.trans(h).to(out.dtype.element_ty), present[:, None] & (n[None, :] < N))
 
 
-@triton.jit(do_not_specialize=["blocks", "spans", "groups"])
+@jit(do_not_specialize=["blocks", "spans", "groups"])
 def _down_kernel(
     h, weights, pairs, experts, begins, ends, words, scales, zeros, out, N, K, blocks, spans, groups,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -187,7 +188,7 @@ def gate_up(x: torch.Tensor, routes: Routes, k: int, stack: Int4Experts, config:
     out = x.new_empty(pairs, part.rows)
     arguments, constants, options = _launch(x, part, config, routes.block)
     if pairs:
-        _gate_up_kernel[triton.cdiv(2 * part.rows, config.rows), len(routes.experts)](
+        _gate_up_kernel[cdiv(2 * part.rows, config.rows), len(routes.experts)](
             x, *routes[:4], *arguments[:3], out, k, *arguments[3:], **constants, **options
         )
     return out
@@ -210,7 +211,7 @@ def down(
     out = torch.empty((tokens, k * config.split, part.rows), device=h.device)
     arguments, constants, options = _launch(h, part, config, routes.block)
     if tokens:
-        _down_kernel[config.split, triton.cdiv(part.rows, config.rows), len(routes.experts)](
+        _down_kernel[config.split, cdiv(part.rows, config.rows), len(routes.experts)](
             h, weights, *routes[:4], *arguments[:3], out, *arguments[3:], **constants, SPLIT=config.split, **options
         )
     return out
@@ -233,10 +234,10 @@ def choose(tiles: int, stack: Int4Experts, block: int) -> tuple[Config, Config]:
     tokens of DeepSeek-V2 and V2-Lite."""
     if block > 32:
         return Config(128, 1, 8, 3), Config(64, 1, 4, 3)
-    programs = tiles * triton.cdiv(2 * stack.gate_up.rows, ROWS)
+    programs = tiles * cdiv(2 * stack.gate_up.rows, ROWS)
     if programs > 5 * MULTIPROCESSORS:
         return Config(128, 1, 4, 4), Config(128, 1, 4, 4)
-    few = tiles * triton.cdiv(stack.down.rows, ROWS) <= 2 * MULTIPROCESSORS
+    few = tiles * cdiv(stack.down.rows, ROWS) <= 2 * MULTIPROCESSORS
     split = 2 if few and stack.down.columns > 128 else 1  # 128 columns may be one step
     held = 8 if programs <= 3 * MULTIPROCESSORS else 4
     return Config(64, 1, 4, 1, held), Config(64, split, 4, 1, 6 if stack.down.columns % 512 else 4)

@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from dsv2quant.kernels import int4_held, launch
 from dsv2quant.kernels.int4_held import MAGIC, Held, held_kernel, operand, zero_points
 from dsv2quant.kernels.int4_layout import ROWS, Int4Weight, depth
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, finish, output, wait
 
 HELD_WEIGHTS = 40_000_000  # of larger ones, loads that run ahead keep more under way
@@ -33,7 +33,7 @@ class Config(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["M", "blocks", "spans"])
+@jit(do_not_specialize=["M", "blocks", "spans"])
 def _gemm_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, blocks, spans,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -76,7 +76,7 @@ def _gemm_kernel(
     finish(sums, at, stored, None, partial, arrivals, tile, split, ROWS, TOKENS, SPLIT)
 
 
-@triton.jit(do_not_specialize=["blocks", "spans"])
+@jit(do_not_specialize=["blocks", "spans"])
 def _dequantize_kernel(
     words, scales, zeros, out, N, K, blocks, spans,
     GROUPED: tl.constexpr, TILES: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr,
@@ -151,7 +151,7 @@ def rule(tokens: int, rows: int, columns: int) -> Share | None:
         high, wide, warps, stages = 128, 64, 8, 3
     else:
         high, wide, warps, stages = 64, 64, 4, 3
-    programs = triton.cdiv(rows, high) * triton.cdiv(tokens, wide)
+    programs = cdiv(rows, high) * cdiv(tokens, wide)
     split = 1
     while split < 16 and programs * split < _enough(tokens, columns // (2 * split)):
         split *= 2
@@ -184,7 +184,7 @@ def _gemm(x: torch.Tensor, weight: Int4Weight, out: torch.Tensor, share: Share) 
     block = depth(weight.group)
     per_step = block // (16 * steps)
     tiles = share.rows // ROWS
-    grid = (share.split, triton.cdiv(blocks, tiles), triton.cdiv(tokens, share.tokens))
+    grid = (share.split, cdiv(blocks, tiles), cdiv(tokens, share.tokens))
     partial = None
     if share.split > 1:
         if grid[1] * grid[2] > len(weight.arrivals):

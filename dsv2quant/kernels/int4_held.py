@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.int4_layout import ROWS
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, finish, wait
 
 TOKENS = 16  # 8 would not be wgmma
@@ -38,19 +39,19 @@ class Held(NamedTuple):
 
 def rule(rows: int, columns: int) -> Held:
     """Programs that all run at once, four to a multiprocessor, each with 512 columns or more."""
-    steps = triton.cdiv(columns, 128)
-    split = max(1, min(4 * MULTIPROCESSORS // triton.cdiv(rows, ROWS), steps // 4))
-    part = triton.cdiv(steps, split)
-    return Held(split, triton.cdiv(part, triton.cdiv(part, 6)))
+    steps = cdiv(columns, 128)
+    split = max(1, min(4 * MULTIPROCESSORS // cdiv(rows, ROWS), steps // 4))
+    part = cdiv(steps, split)
+    return Held(split, cdiv(part, cdiv(part, 6)))
 
 
 def steps_of(share: Held, columns: int, block: int) -> tuple[int, int]:
     """The most steps of `block` columns that a part of all columns has, and how many of them are held."""
-    part = triton.cdiv(triton.cdiv(columns, block), share.split)
-    return part, triton.cdiv(part, triton.cdiv(part, min(share.held * 128 // block, MOST)))
+    part = cdiv(cdiv(columns, block), share.split)
+    return part, cdiv(part, cdiv(part, min(share.held * 128 // block, MOST)))
 
 
-@triton.jit(do_not_specialize=["M", "spans"])
+@jit(do_not_specialize=["M", "spans"])
 def held_kernel(
     x, words, scales, zeros, out, partial, arrivals, M, N, K, spans,
     GROUPED: tl.constexpr, EVEN: tl.constexpr, SPANS: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr,

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from dsv2quant.formats.int4 import (
     GROUP_INDEX,
@@ -32,6 +31,7 @@ from dsv2quant.formats.int4 import (
 )
 from dsv2quant.formats.integers import levels
 from dsv2quant.formats.transposed import ORDER
+from dsv2quant.kernels.jit import cdiv
 
 ROWS = 64  # of a block: the rows of one wgmma
 GROUPS = (32, 64, 128)
@@ -193,11 +193,11 @@ def empty(
     def stack(matrices: int, rows: int, columns: int) -> Stack:
         block = depth(group or columns)
         span = min(block, 64)
-        blocks, groups = matrices * triton.cdiv(rows, ROWS), columns // (group or columns)
+        blocks, groups = matrices * cdiv(rows, ROWS), columns // (group or columns)
         if group and columns % group:
             raise ValueError(f"{columns} columns are not whole groups of {group}")
         words = torch.empty(
-            (experts, blocks, triton.cdiv(columns, block) * block // span, 4, 8, 4, span // 16),
+            (experts, blocks, cdiv(columns, block) * block // span, 4, 8, 4, span // 16),
             dtype=torch.int32,
             device=device,
         )

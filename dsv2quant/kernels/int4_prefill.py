@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dsv2quant.kernels.gather import gather_tokens
 from dsv2quant.kernels.gating import gated
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack
+from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
 
@@ -205,7 +205,7 @@ def _store(out, total, weights, pairs, begin, end, block, N, TOKENS: gl.constexp
     gl.store(at, values, gl.expand_dims(present, 1) & gl.expand_dims(n < N, 0))
 
 
-@gluon.jit(do_not_specialize=["count", "bands", "blocks", "steps"])
+@gluon_jit(do_not_specialize=["count", "bands", "blocks", "steps"])
 def _kernel(
     x, words, scales, out, weights, pairs, experts, begins, ends, count, bands, blocks, steps, N,
     GATED: gl.constexpr, TOKENS: gl.constexpr, NARROW: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -280,7 +280,7 @@ def _launch(
     gated: bool,
 ) -> None:  # fmt: skip
     _, blocks, spans, *_ = stack.words.shape
-    bands = triton.cdiv(blocks, 2 * share.parts)
+    bands = cdiv(blocks, 2 * share.parts)
     count = bands * len(routes.experts)
     words, scales = stack.words.view(-1, 32), stack.scales.view(-1).view(torch.int32)
     _kernel[(min(count, MULTIPROCESSORS),)](

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import FLOATS_8, as_stored, check_scale
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 
@@ -30,7 +31,7 @@ class Share(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _per_head_kernel(
     x, w, out, T, x_t, x_h, w_h, w_k, w_c, out_t, out_h,
     K: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
@@ -101,13 +102,13 @@ def absorb_v(mixed: torch.Tensor, w_v: torch.Tensor, share: Share | None = None)
 def choose(tokens: int, heads: int, depth: int, columns: int) -> Share:
     """The shares for `columns` sums of `depth` terms a head: those that were fastest, or near it, for DeepSeek-V2's
     heads on an H200."""
-    whole = triton.next_power_of_2(depth)
+    whole = power_of_2(depth)
     if tokens == 1 and depth > columns:  # a column's weights lie side by side, and there are enough for its threads
         return Share(16, 1, min(whole, 256), 8, 1)
     wide = 128
-    while wide > 16 and heads * triton.cdiv(columns, wide) < MULTIPROCESSORS * 3 // 4:
+    while wide > 16 and heads * cdiv(columns, wide) < MULTIPROCESSORS * 3 // 4:
         wide //= 2
-    at_once = min(64, max(16, triton.next_power_of_2(tokens)))
+    at_once = min(64, max(16, power_of_2(tokens)))
     return Share(wide, at_once, max(16, min(whole, 128)), 8 if tokens == 1 and wide == 128 else 4, 3)
 
 
@@ -115,7 +116,7 @@ def _per_head(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, share: Share)
     heads, depth, columns = w.shape
     tokens = len(x)
     if tokens:
-        _per_head_kernel[(triton.cdiv(columns, share.columns), heads, triton.cdiv(tokens, share.tokens))](
+        _per_head_kernel[(cdiv(columns, share.columns), heads, cdiv(tokens, share.tokens))](
             x, w, out, tokens, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
             K=depth, C=columns, COLUMNS=share.columns, TOKENS=share.tokens, DEPTH=share.depth,
             num_warps=share.warps, num_stages=share.stages, enable_fp_fusion=True, launch_pdl=PDL,
@@ -133,7 +134,7 @@ def _rotated(x, turns):
     return tl.join(a * cosine - b * sine, a * sine + b * cosine).to(x.dtype)
 
 
-@triton.jit
+@jit
 def _latents_kernel(
     q, kv, weight, table, positions, cache, cache_scale, q_out, q_stride, kv_stride, heads, capacity, turns, eps,
     NOPE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, HALF: tl.constexpr,
@@ -216,11 +217,11 @@ def append_latents(
     if not (q_out.is_contiguous() and cache.is_contiguous() and table.is_contiguous()):
         raise ValueError("q_out, cache and table must be contiguous")
     if tokens:
-        _latents_kernel[(tokens, 1 + triton.cdiv(heads, HEADS))](
+        _latents_kernel[(tokens, 1 + cdiv(heads, HEADS))](
             q, kv, norm_weight, table, positions, cache, cache_scale, q_out, q.stride(0), kv.stride(0),
             heads, cache.shape[1], table.shape[0], eps,
-            NOPE=q.shape[1] // heads - rope, RANK=rank, ROPE=rope, LATENTS=triton.next_power_of_2(rank),
-            HALF=triton.next_power_of_2(rope // 2), HALVES=halves, HEADS=HEADS,
+            NOPE=q.shape[1] // heads - rope, RANK=rank, ROPE=rope, LATENTS=power_of_2(rank),
+            HALF=power_of_2(rope // 2), HALVES=halves, HEADS=HEADS,
             LARGEST=torch.finfo(cache.dtype).max if fp8 else None, ROUND=INTERPRETED,
             num_warps=4, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip

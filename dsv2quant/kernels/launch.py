@@ -52,9 +52,13 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 def check_rows(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
     """Raises ValueError where x is not of `shape`, whose None stand for any, and of `dtype`, by default a float that
     the kernels compute with; or where elements of a row do not lie side by side."""
-    if x.ndim != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
+    sizes = x.shape
+    fits = len(sizes) == len(shape)
+    for want, size in zip(shape, sizes, strict=False):
+        fits = fits and (want is None or want == size)
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; need ({wanted})")
+        raise ValueError(f"{name} has shape {tuple(sizes)}; need ({wanted})")
     if x.dtype not in ((dtype,) if dtype else FLOATS):
         raise ValueError(f"{name} is {x.dtype}; need {dtype or 'bfloat16, float16 or float32'}")
     if x.stride(-1) != 1:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from dsv2quant.kernels.decoding import (
@@ -30,6 +29,7 @@ from dsv2quant.kernels.decoding import (
     share_of,
     widened,
 )
+from dsv2quant.kernels.jit import cdiv, jit
 from dsv2quant.kernels.launch import PDL, wait
 from dsv2quant.kernels.mla_decode_fp8 import mla_decode_fp8
 from dsv2quant.kernels.mla_decode_ws import mla_decode_ws
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
     specialized: bool = False
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _split_kernel(
     q, cache, lengths, cache_scale, out, lse, heads, capacity, splits, scale,
     RANK: tl.constexpr, ROPE: tl.constexpr, LATENTS: tl.constexpr, TURNED: tl.constexpr,
@@ -140,7 +140,7 @@ def mla_decode(
     elif blocks.specialized:
         mla_decode_ws(q, cache, lengths, scale * LOG2_E, blocks.splits, parts, lse)
     else:
-        _split_kernel[(triton.cdiv(heads, blocks.heads), blocks.splits, batch)](
+        _split_kernel[(cdiv(heads, blocks.heads), blocks.splits, batch)](
             q, cache, lengths, cache_scale, parts, lse, heads, capacity, blocks.splits, scale * LOG2_E,
             RANK=rank, ROPE=width - rank, LATENTS=padded(rank), TURNED=padded(width - rank),
             HEADS=blocks.heads, TOKENS=blocks.tokens, FP8=fp8,
@@ -165,13 +165,13 @@ def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int, specia
     warpgroups of theirs take turns with a program's steps, of which it should have two or more."""
     many = heads > FEW_HEADS
     cut = Blocks(64, 64, 1, warps=8, stages=2) if many else Blocks(16, 64, 1, warps=4, stages=3)
-    fitting = multiprocessors // (batch * triton.cdiv(heads, cut.heads))
-    steps = triton.cdiv(longest, cut.tokens)
+    fitting = multiprocessors // (batch * cdiv(heads, cut.heads))
+    steps = cdiv(longest, cut.tokens)
     # Programs of two steps or fewer gain less from warpgroups' turns than these cost.
     worth = many and steps > 2 * max(fitting, 1) if specialized_for == 2 else specialized_for == 1 and not many
     if worth:
         cut = cut._replace(warps=4, stages=2, specialized=True)
-        steps = triton.cdiv(steps, 2)
+        steps = cdiv(steps, 2)
     return cut._replace(splits=max(1, min(fitting, steps, MAX_SPLITS)))
 
 

@@ -13,7 +13,6 @@ A third fetches bytes, by the tensor memory accelerator, as soon as those before
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dsv2quant.kernels.jit import cdiv, gluon_jit
 
 RANK, ROPE = 512, 64
 WIDTH: gl.constexpr = gl.constexpr(RANK + ROPE)
@@ -219,7 +220,7 @@ def _second(
     mbarrier.arrive(done, count=1)
 
 
-@gluon.jit(do_not_specialize=["splits"])
+@gluon_jit(do_not_specialize=["splits"])
 def fp8_kernel(words, cache, q, lengths, cache_scale, out, lse, heads, capacity, splits, scale):
     """As mla_decode._split_kernel, of 16 heads and, a time, of twice 64 tokens. `words` describes the cache as int32
     [batch · capacity, 144]; `cache` says which float8 it is."""
@@ -271,6 +272,6 @@ def mla_decode_fp8(
     """The parts of `splits` shares of each sequence and their log2-sums, as mla_decode's `join` takes them."""
     (batch, heads, _), capacity = q.shape, cache.shape[1]
     words = TensorDescriptor.from_tensor(cache.view(-1, RANK + ROPE).view(torch.int32), [64, 16], FETCHED.value)
-    fp8_kernel[(triton.cdiv(heads, 16), splits, batch)](
+    fp8_kernel[(cdiv(heads, 16), splits, batch)](
         words, cache, q, lengths, cache_scale, parts, lse, heads, capacity, splits, scale, num_warps=4, launch_pdl=True
     )

@@ -12,7 +12,6 @@ The running maxima go from one to the other: the second's, of both steps, scale 
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dsv2quant.kernels.jit import cdiv, gluon_jit
 
 WIDTH: gl.constexpr = gl.constexpr(576)
 HEADS: gl.constexpr = gl.constexpr(64)  # of a program
@@ -212,7 +213,7 @@ def _zeros(out, heads, place):
         gl.store(out + at, gl.zeros([HEADS, 64], out.dtype.element_ty, OWN), mask=(head < heads)[:, None])
 
 
-@gluon.jit(do_not_specialize=["splits"])
+@gluon_jit(do_not_specialize=["splits"])
 def ws_kernel(latents, turned, q, lengths, out, lse, heads, capacity, splits, scale):
     """As mla_decode._split_kernel, of 64 heads and, a time, of twice 64 tokens."""
     gdc_wait()
@@ -281,6 +282,6 @@ def mla_decode_ws(
         )
         for columns in (256, 64)
     )
-    ws_kernel[(triton.cdiv(heads, 64), splits, batch)](
+    ws_kernel[(cdiv(heads, 64), splits, batch)](
         latents, turned, q, lengths, parts, lse, heads, capacity, splits, scale, num_warps=4, launch_pdl=True
     )

@@ -8,8 +8,9 @@ values two steps ahead; a step's scores are weighed while the values of the step
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.decoding import FLOATS, LOG2_E, is_hopper
+from dsv2quant.kernels.jit import cdiv, gluon_jit
 
 NOPE, ROPE, VALUES = 128, 64, 128  # columns of a head's keys, of those that all share, of a head's values
 QUERIES = 128  # of a program
@@ -151,7 +153,7 @@ def _attend_second(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["heads", "new", "total"])
+@gluon_jit(do_not_specialize=["heads", "new", "total"])
 def prefill_kernel(
     keys, shared_keys, q, table, out, heads, new, total, q_batch, q_token, scale,
     HALVES: gl.constexpr, KEYS: gl.constexpr,
@@ -246,17 +248,23 @@ def mla_prefill(
     """
     heads = _heads(q, table, kv, keys)
     (batch, new, _), total = q.shape, kv.shape[1]
-    kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     described = [
-        TensorDescriptor.from_tensor(x, [KEYS, width], gl.NVMMASharedLayout.get_default_for([KEYS, width], kind))
+        TensorDescriptor.from_tensor(x, [KEYS, width], _layout(width, q.dtype))
         for x, width in ((kv.view(batch * total, -1), NOPE), (keys.view(batch * total, ROPE), ROPE))
     ]
     out = q.new_empty(batch, new, heads * VALUES)
-    prefill_kernel[(triton.cdiv(new, QUERIES) * heads, batch)](
+    prefill_kernel[(cdiv(new, QUERIES) * heads, batch)](
         *described, q, table, out, heads, new, total, q.stride(0), q.stride(1), scale * LOG2_E,
         HALVES=halves, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of KEYS rows of a tile."""
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([KEYS, width], kind)
 
 
 def _heads(q: torch.Tensor, table: torch.Tensor, kv: torch.Tensor, keys: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from dsv2quant.kernels import (
     int4_experts,
     int4_gemm,
     latents,
+    prompts,
     reference,
     reference_attention,
     routing,
@@ -48,6 +49,8 @@ add_norm = _either(activations.add_norm, reference.add_norm)
 silu_mul = _either(activations.silu_mul, reference.silu_mul)
 silu_mul_codes = _either(activations.silu_mul_codes, reference.silu_mul_codes)
 append_latents = _either(latents.append_latents, reference_attention.append_latents)
+append_prompt = _either(prompts.append_prompt, reference_attention.append_prompt)
+prompt_keys = _either(prompts.prompt_keys, reference_attention.prompt_keys)
 absorb_k = _either(latents.absorb_k, reference_attention.absorb_k)
 absorb_v = _either(latents.absorb_v, reference_attention.absorb_v)
 mla_decode = _either(latent_attention.mla_decode, reference_attention.mla_decode)

@@ -251,8 +251,8 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     return Routes(pairs.to(torch.int32), tile_experts, begins, ends, block)
 
 
-def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-    """x [T, H] · router [E, H]ᵀ in float32: [T, E]."""
+def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, H] · router [E, H]ᵀ in float32: [T, E]; `parts` are the same once more."""
     return F.linear(x.float(), router)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dsv2quant.kernels.reference import rms_norm
+from dsv2quant.kernels.prompts import Prompt
+from dsv2quant.kernels.reference import quantize_activation, rms_norm
 
 
 def mla_decode(
@@ -71,6 +72,46 @@ def append_latents(
     q_out[..., rank:] = _rotated(q.view(tokens, heads, -1)[..., -rope:], turns[:, None], halves)
     row = torch.cat([rms_norm(kv[:, :rank], norm_weight, eps), _rotated(kv[:, rank:], turns, halves)], -1)
     _store(row if cache_scale is None else row.float() / cache_scale, positions, cache)
+
+
+def append_prompt(
+    kv: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    table: torch.Tensor,
+    q: torch.Tensor | None = None,
+    heads: int = 0,
+    *,
+    cache: torch.Tensor | None = None,
+    cache_scale: torch.Tensor | None = None,
+    first: int = 0,
+    halves: bool = False,
+    quantize: str | None = None,
+    scale: torch.Tensor | None = None,
+) -> Prompt:
+    """Of each sequence's tokens: latents, normed, and rotated keys, also to cache[sequence, first …]; the queries' last
+    columns are rotated in place."""
+    rank, new = len(norm_weight), len(table)
+    turns = torch.view_as_complex(table).repeat(len(kv) // max(new, 1), 1)  # [T, rope / 2]
+    latents = rms_norm(kv[:, :rank], norm_weight, eps)
+    keys = _rotated(kv[:, rank:], turns, halves)
+    if q is not None:
+        rotated = q.unflatten(1, (heads, -1))[..., -keys.shape[1] :]
+        rotated.copy_(_rotated(rotated, turns[:, None], halves))
+    if cache is not None:
+        rows = torch.cat([latents, keys], 1)
+        if cache_scale is not None:
+            largest = torch.finfo(cache.dtype).max
+            rows = (rows.float() / cache_scale).clamp(-largest, largest)
+        cache[:, first : first + new] = rows.to(cache.dtype).unflatten(0, (len(cache), -1))
+    codes, scales = (None, None) if quantize is None else quantize_activation(latents, quantize, scale)
+    return Prompt(latents, keys, codes, scales)
+
+
+def prompt_keys(values: torch.Tensor, keys: torch.Tensor, heads: int, nope: int) -> torch.Tensor:
+    """The first `nope` columns of each head of `values` [T, heads · ·] beside the key [T, rope] that all share."""
+    own = values.unflatten(1, (heads, -1))[..., :nope]
+    return torch.cat([own, keys[:, None].expand(-1, heads, -1)], -1)
 
 
 def append_keys(

@@ -15,16 +15,20 @@ import triton
 import triton.language as tl
 
 from dsv2quant.arch.spec import Router
+from dsv2quant.kernels import router as many
+from dsv2quant.kernels import sorting
+from dsv2quant.kernels.jit import cdiv, jit, power_of_2
 from dsv2quant.kernels.launch import PDL, check_rows, wait
+from dsv2quant.kernels.sorting import tiles_of
 
 PIECE: tl.constexpr = tl.constexpr(4)  # columns that a thread loads of a row at once, also of x's narrower ones
 WARPS = 4
 WIDE: tl.constexpr = tl.constexpr(WARPS * 32 * 4)
 HELD = 24  # rows' pieces in a thread's registers before it computes
-FEW = 64  # tokens; the vendor's product takes more of them in less time
+FEW = 64  # tokens; with more of them products on the matrix units take less time
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _router_kernel(
     x, router, logits, T, EXPERTS, x_stride,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr,
@@ -64,9 +68,10 @@ def _router_kernel(
         tl.store(logits + token * EXPERTS + expert, tl.sum(totals[t], 1), mask=expert < tl.where(token < T, EXPERTS, 0))
 
 
-def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+def router_logits(x: torch.Tensor, router: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, H] (bfloat16, float16 or float32, in rows of any stride) · router [E, H]ᵀ, contiguous float32, with
-    products and sums in float32: float32 [T, E].
+    products and sums in float32: float32 [T, E]. Of many tokens by `parts`, router.split's, where they are of
+    x's dtype.
 
     Raises ValueError where shapes, dtypes or layouts are others.
     """
@@ -77,11 +82,13 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         raise ValueError("router must be contiguous")
     tokens = len(x)
     if tokens > FEW:
+        if parts is not None and parts.dtype == x.dtype:
+            return many.many_logits(x, parts)
         return F.linear(x.float(), router)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:
         rows, wide, held = share(tokens, columns)
-        _router_kernel[(triton.cdiv(experts, rows), triton.cdiv(tokens, wide))](
+        _router_kernel[(cdiv(experts, rows), cdiv(tokens, wide))](
             x, router, logits, tokens, experts, x.stride(0),
             COLUMNS=columns, ROWS=rows, TOKENS=wide, HELD=held, num_warps=WARPS, enable_fp_fusion=True,
             launch_pdl=PDL,
@@ -92,13 +99,13 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
 def share(tokens: int, columns: int) -> tuple[int, int, int]:
     """Experts and tokens of a program, and how often it asks for WIDE columns of them before it computes."""
     rows, wide = (1, 1) if tokens == 1 else (2, 2) if tokens <= 4 else (4, 4) if tokens <= 16 else (4, 8)
-    steps = triton.cdiv(columns, WIDE.value)
-    return rows, wide, triton.cdiv(steps, triton.cdiv(steps * (rows + wide), HELD))
+    steps = cdiv(columns, WIDE.value)
+    return rows, wide, cdiv(steps, cdiv(steps * (rows + wide), HELD))
 
 
 SLICE = 32  # pairs whose places one program finds
 CHUNK = 512  # pairs that it compares them to at once
-COMPARED = 8192  # pairs; with more of them a sort takes less time than comparisons
+COMPARED = 8192  # pairs; more of them are counted and placed
 
 
 class Routes(NamedTuple):
@@ -151,7 +158,7 @@ def _sigmoid(x):
     return tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + tl.exp(-x))
 
 
-@triton.jit
+@jit
 def _route_kernel(
     logits, bias, weights, chosen, pairs, tile_experts, begins, ends, EXPERTS, scale,
     GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
@@ -231,25 +238,10 @@ def _table(chosen, tile_experts, begins, ends, count, EXPERTS, tiles, BLOCK: tl.
     for first in range(0, count, CHUNK):
         pair = first + tl.arange(0, CHUNK)
         counts += tl.histogram(tl.load(chosen + pair, mask=pair < count, other=BINS - 1).to(tl.int32), BINS)
-    counts = tl.where(expert < EXPERTS, counts, 0)
-    needed = (counts + BLOCK - 1) // BLOCK
-    after = tl.cumsum(needed, 0)
-    end = tl.cumsum(counts, 0)
-    for i in range(tl.max(needed, 0)):
-        tile = after - needed + i
-        begin = end - counts + i * BLOCK
-        tl.store(tile_experts + tile, expert, mask=i < needed)
-        tl.store(begins + tile, begin, mask=i < needed)
-        tl.store(ends + tile, tl.minimum(begin + BLOCK, end), mask=i < needed)
-    for first in range(0, tiles, BINS):
-        tile = first + tl.arange(0, BINS)
-        idle = (tile >= tl.max(after, 0)) & (tile < tiles)
-        tl.store(tile_experts + tile, -1, mask=idle)
-        tl.store(begins + tile, 0, mask=idle)
-        tl.store(ends + tile, 0, mask=idle)
+    tiles_of(tl.where(expert < EXPERTS, counts, 0), tile_experts, begins, ends, tiles, BLOCK, BINS)
 
 
-@triton.jit(do_not_specialize=["count", "EXPERTS", "tiles"])
+@jit(do_not_specialize=["count", "EXPERTS", "tiles"])
 def _sort_kernel(
     chosen, pairs, tile_experts, begins, ends, count, EXPERTS, tiles,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
@@ -316,9 +308,9 @@ def _route(
     if tokens:
         _route_kernel[(tokens,)](
             logits, bias, weights, chosen, *(routes[:4] if routes else (None,) * 4), experts, router.scale,
-            GROUPS=groups, MANY_GROUPS=triton.next_power_of_2(groups),
-            WIDTH=triton.next_power_of_2(experts // groups), KEPT=router.topk_group, K=k,
-            MANY=triton.next_power_of_2(k), SIGMOID=router.score == "sigmoid", TOP2=router.group_score == "top2",
+            GROUPS=groups, MANY_GROUPS=power_of_2(groups),
+            WIDTH=power_of_2(experts // groups), KEPT=router.topk_group, K=k,
+            MANY=power_of_2(k), SIGMOID=router.score == "sigmoid", TOP2=router.group_score == "top2",
             NORM=router.normalise, SORTED=routes is not None,
             num_warps=1, enable_fp_fusion=False, launch_pdl=PDL,
         )  # fmt: skip
@@ -329,7 +321,7 @@ def _empty(chosen: torch.Tensor, experts: int, block: int) -> Routes:
     count = chosen.numel()
     pairs = torch.empty(count, dtype=torch.int32, device=chosen.device)
     tiles = tiles_needed(count, experts, block)
-    table = torch.empty(3, triton.cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
+    table = torch.empty(3, cdiv(tiles, 4) * 4, dtype=torch.int32, device=chosen.device)  # rows aligned to 16
     tile_experts, begins, ends = table[:, :tiles]
     return Routes(pairs, tile_experts, begins, ends, block)
 
@@ -343,15 +335,13 @@ def sort_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routes:
         raise ValueError(f"experts are {chosen.dtype}, {tuple(chosen.shape)}: need contiguous integers [tokens, k]")
     routes = _empty(chosen, experts, block)
     count = chosen.numel()
-    slices = triton.cdiv(count, SLICE)
     if count > COMPARED:
-        routes = routes._replace(pairs=chosen.flatten().to(torch.int16).sort(stable=True).indices.to(torch.int32))
-        slices = 0
-    if count:
-        _sort_kernel[(1 + slices,)](
+        sorting.place(chosen, *routes[:4], experts, block)
+    elif count:
+        _sort_kernel[(1 + cdiv(count, SLICE),)](
             chosen, *routes[:4], count, experts, len(routes.experts),
-            BLOCK=block, BINS=triton.next_power_of_2(experts + 1), SLICE=SLICE,
-            CHUNK=min(triton.next_power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
+            BLOCK=block, BINS=power_of_2(experts + 1), SLICE=SLICE,
+            CHUNK=min(power_of_2(count), CHUNK), num_warps=4 if count <= 64 else 8, enable_fp_fusion=False,
             launch_pdl=PDL,
         )  # fmt: skip
     return routes

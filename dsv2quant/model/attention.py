@@ -202,7 +202,7 @@ def grouped(
     if cache is not None:
         known = cache.append(*(x.transpose(1, 2).flatten(2) for x in (k, v)), as_stored=as_stored)
         k, v = (_by_head(x, c.v_head_dim) for x in known)  # [batch, kv heads, all, width]
-    return _weighed(q, k, v, softmax_scale(c)).flatten(2)
+    return weighed(q, k, v, softmax_scale(c)).flatten(2)
 
 
 def _by_head(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -219,7 +219,7 @@ def expanded(
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)  # [batch, heads, all, ·]
     k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)], -1)
     q = torch.cat([q_nope, q_pe], -1)
-    return _weighed(q, k, v, softmax_scale(c)).flatten(2)
+    return weighed(q, k, v, softmax_scale(c)).flatten(2)
 
 
 def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -227,8 +227,8 @@ def halves(c: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return kv_b.unflatten(0, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
 
 
-def _weighed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`_attend`, [batch, new, heads, values' width]."""
+def weighed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`_attend`, [batch, new, heads, values' width]: of values that may be narrower than keys."""
     if q.is_cpu and q.dtype == torch.float32 and q.shape[2] == k.shape[2] and not torch.is_grad_enabled():
         return _by_blocks(q, k, v, scale)
     return _at_once(q, k, v, scale)

@@ -55,9 +55,7 @@ class KVCache:
         Decoding reads all of it `as_stored`. Prefill sees the new tokens as they were computed and only earlier ones
         through the cache (vLLM v1/attention/backends/mla). Raises ValueError beyond the capacity.
         """
-        end = self.length + first.shape[1]
-        if end > self.store.shape[1]:
-            raise ValueError(f"the cache holds {self.store.shape[1]} tokens, {end} were asked for")
+        end = self.room(first.shape[1])
         known = []
         stores, scales = self.store.split(self._widths, -1), self.scale.expand(2)
         for store, new, scale in zip(stores, (first, second), scales, strict=True):
@@ -70,6 +68,18 @@ class KVCache:
                 known.append(torch.cat([self._decoded(store[:, : self.length], new.dtype, scale), new], 1))
         self.length = end
         return known[0], known[1]
+
+    def room(self, new: int) -> int:
+        """The length with so many more tokens. Raises ValueError beyond the capacity."""
+        end = self.length + new
+        if end > self.store.shape[1]:
+            raise ValueError(f"the cache holds {self.store.shape[1]} tokens, {end} were asked for")
+        return end
+
+    def known(self, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Both parts of the first tokens, [batch, count, ·], as they are read back."""
+        parts = self.store[:, :count].split(self._widths, -1)
+        return [self._decoded(part, dtype, scale) for part, scale in zip(parts, self.scale.expand(2), strict=True)]
 
     def _encoded(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         dtype = self.store.dtype

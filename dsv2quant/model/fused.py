@@ -17,7 +17,8 @@ from dsv2quant.arch.config import ModelConfig
 from dsv2quant.arch.spec import Router
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.activations import Normed
-from dsv2quant.model.attention import Rope, expanded, grouped, softmax_scale
+from dsv2quant.kernels.mla_prefill import is_served
+from dsv2quant.model.attention import grouped, softmax_scale, weighed
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import Stack
 from dsv2quant.model.layers import RMSNorm
@@ -70,11 +71,12 @@ class FusedFFN:
 
 @dataclass
 class FusedMoE:
-    """Routed experts and shared ones; `router` is float32 [experts, hidden], `router_bias` its correction bias, float32
-    [experts], if it has one."""
+    """Routed experts and shared ones; `router` is float32 [experts, hidden], `router_parts` the same as BF16's sum,
+    and `router_bias` its correction bias, float32 [experts], if it has one."""
 
     routing: Router
     router: torch.Tensor
+    router_parts: torch.Tensor
     router_bias: torch.Tensor | None
     experts: Stack
     shared: FusedFFN | None
@@ -89,7 +91,7 @@ class FusedMoE:
         return addend, pairs, chosen
 
     def _routed(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = ops.router_logits(x.normed, self.router)
+        logits = ops.router_logits(x.normed, self.router, self.router_parts)
         weights, chosen, routes = ops.route_and_sort(logits, self.routing, self.router_bias, self.experts.wide)
         shared = self.shared
         if shared is not None and shared.gate_up.quantization.granularity != self.experts.quantization.granularity:
@@ -175,20 +177,54 @@ class FusedLatentAttention:
         return out
 
     def prefill(self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        c = self.config
-        q, kv = (y.unflatten(0, (batch, -1)) for y in self.queries(x))  # [batch, new, ·]
-        q_nope, q_pe = (
-            q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
-            .transpose(1, 2)
-            .split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        c, norm = self.config, self.kv_norm
+        q, kv = self.queries(x)
+        # Where a kernel has this attention it turns the queries, and reads keys and values where they lie.
+        served = is_served(c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, q.dtype, q.device)
+        granularity, scale = self.kv_b.quantization
+        first = 0 if cache is None else cache.length
+        end = first + len(rope) if cache is None else cache.room(len(rope))
+        table = torch.view_as_real(rope)
+        made = ops.append_prompt(
+            kv,
+            norm.weight,
+            norm.eps,
+            table,
+            None if served else q,
+            0 if served else c.num_attention_heads,
+            cache=None if cache is None else cache.store,
+            cache_scale=None if cache is None else scale_of(cache),
+            first=first,
+            halves=c.rope_halves,
+            quantize=granularity,
+            scale=scale,
         )
-        latent, k_pe = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_norm(latent), Rope.rotate(k_pe, rope, c.rope_halves)
+        latents, keys = made.latents, made.keys
+        codes = None if made.codes is None or made.scales is None else (made.codes, made.scales)
         if cache is not None:
-            latent, k_pe = cache.append(latent, k_pe, as_stored=False)
-        values = self.kv_b(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
-        (out,) = self.o(expanded(c, values, q_nope, Rope.rotate(q_pe, rope, c.rope_halves), k_pe).flatten(0, 1))
+            cache.length = end
+            if first:  # behind what earlier prompts left
+                new = (part.unflatten(0, (batch, -1)) for part in (latents, keys))
+                parts = zip(cache.known(first, kv.dtype), new, strict=True)
+                latents, keys = (torch.cat(part, 1).flatten(0, 1) for part in parts)
+                codes = None
+        values = self.kv_b(latents, codes)
+        if served:
+            q, values, keys = (rows.unflatten(0, (batch, -1)) for rows in (q, values, keys))
+            out = ops.mla_prefill(q, table, values, keys, softmax_scale(c), halves=c.rope_halves).flatten(0, 1)
+        else:
+            out = self._weighed(q, values, keys, batch)
+        (out,) = self.o(out)
         return out
+
+    def _weighed(self, q: torch.Tensor, values: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
+        """By torch's attention, of turned queries: [T, heads · v_head_dim]."""
+        c = self.config
+        k = ops.prompt_keys(values, keys, c.num_attention_heads, c.qk_nope_head_dim)
+        q = q.unflatten(1, (c.num_attention_heads, c.qk_head_dim))
+        v = values.unflatten(1, (c.num_attention_heads, -1))[..., c.qk_nope_head_dim :]
+        q, k, v = (y.unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v))  # [batch, heads, tokens, ·]
+        return weighed(q, k, v, softmax_scale(c)).flatten(2).flatten(0, 1)
 
 
 @dataclass
@@ -233,17 +269,30 @@ class FusedLayer:
 
     def decode(self, stream: Stream, cache: KVCache, step: Step) -> tuple[Stream, torch.Tensor | None]:
         """One token of each sequence: (the stream behind this layer, chosen experts [T, k] or None)."""
-        x = normed(stream, self.input_norm, self.attention.quantization)
+        x = self.normed(stream)
         return self._feed_forward(x.residual, self.attention.decode(x, cache, step))
 
     def __call__(
         self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prefill, x [batch, new, hidden]: as DecoderLayer's."""
-        rows = normed(Stream(x.flatten(0, 1)), self.input_norm, self.attention.quantization)
-        attended = self.attention.prefill(rows, len(x), rope, cache)
-        stream, chosen = self._feed_forward(rows.residual, attended)
+        stream, chosen = self.prefill(self.normed(Stream(x.flatten(0, 1))), len(x), rope, cache)
         return stream.settled().view_as(x), chosen
+
+    def normed(self, stream: Stream) -> Normed:
+        """What the layer begins with. The stream, whose pairs are large, may be forgotten then."""
+        return normed(stream, self.input_norm, self.attention.quantization)
+
+    def prefill(
+        self, x: Normed, batch: int, rope: torch.Tensor, cache: KVCache | None, *, last: bool = False
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """`normed` of the tokens of `batch` sequences, one sequence's after the other: (the stream behind this layer,
+        chosen experts [T, k] or None); `last`: of each sequence's last token alone, which is all that the next one
+        needs where no layer follows."""
+        residual, attended = x.residual, self.attention.prefill(x, batch, rope, cache)
+        if last:
+            residual, attended = (rows.unflatten(0, (batch, -1))[:, -1] for rows in (residual, attended))
+        return self._feed_forward(residual, attended)
 
     def decoded(self, x: torch.Tensor, rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token by token: as DecoderLayer's."""

@@ -12,6 +12,7 @@ import torch
 from dsv2quant.arch.decoder import architecture
 from dsv2quant.kernels import ops
 from dsv2quant.kernels.gqa_decode import MAX_GROUP, MAX_WIDTH
+from dsv2quant.kernels.router import split
 from dsv2quant.model.attention import halves
 from dsv2quant.model.cache import KVCache
 from dsv2quant.model.experts import load_experts
@@ -101,6 +102,7 @@ class FusedLoader:
         return FusedMoE(
             routing=routing,
             router=router,
+            router_parts=split(router),
             router_bias=self.source.plain(f"{at}.gate.e_score_correction_bias", torch.float32),
             experts=load_experts(self.source, f"{at}.experts"),
             shared=self._ffn(f"{at}.shared_experts") if self.config.n_shared_experts else None,
@@ -138,11 +140,14 @@ class FusedModel(Runtime[FusedLayer]):
     @torch.inference_mode()
     def next_logits(self, tokens: torch.Tensor, caches: Sequence[KVCache]) -> torch.Tensor:
         """The last logits [batch, vocab] of a prompt, tokens [batch, new], which continues what the caches hold."""
-        x = self.ends.embed(tokens.to(self.options.device))
-        rope = self.rope(caches[0].length, tokens.shape[1])
-        for layer, cache in zip(self.layers(), caches, strict=True):
-            x, _ = layer(x, rope, cache)
-        return self.ends.logits(x[:, -1])
+        batch, new = tokens.shape
+        stream = Stream(self.ends.embed(tokens.to(self.options.device).flatten()))
+        rope = self.rope(caches[0].length, new)
+        for index, (layer, cache) in enumerate(zip(self.layers(), caches, strict=True), 1):
+            rows = layer.normed(stream)
+            del stream
+            stream, _ = layer.prefill(rows, batch, rope, cache, last=index == len(caches))
+        return self.ends.logits(stream.settled())
 
     def decoder(self, caches: Sequence[KVCache]) -> Decode:
         """As Model's."""
