@@ -34,7 +34,6 @@ from dsv2quant.storage.processors import processors
 logger = logging.getLogger(__name__)
 IN_FLIGHT, PER_WORKER = 192 << 20, 16 << 20  # bytes of jobs that are held: at least, and of each worker
 RECORD_EVERY = 64 << 20  # bytes of a file that come between two flushes
-BEHIND = 4  # flushes of a file that may wait for its disk and its hash while more comes: files take turns, unevenly
 _hashed = Scratch()
 
 
@@ -228,7 +227,7 @@ class _Begun:
         self._ahead: dict[int, int] = {}  # {first byte: end} of what came behind a gap
         self._mark = written.done  # the last one that was passed, and the hash up to there
         self._marked: Future[str] | None = None
-        self._flushing: deque[Future[None]] = deque()
+        self._flushing: Future[None] | None = None
         self._finishing: Future[None] | None = None
         with disk_errors(self._file.path):
             descriptor = open_own(self._file.partial) if written.done else create(self._file.partial)
@@ -285,10 +284,10 @@ class _Begun:
             for pool in (self._hasher, self._finisher):
                 pool.shutdown(wait=False)  # nothing more comes
         elif self._position - self._flushed >= RECORD_EVERY:
-            if len(self._flushing) == BEHIND:
-                self._flushing.popleft().result()  # a disk reports an error once: the last fsync may not repeat it
+            if self._flushing is not None:
+                self._flushing.result()  # a disk reports an error once: the last fsync may not repeat it
             self._flushed = self._position
-            self._flushing.append(self._finisher.submit(self._flush, self._mark, self._marked, hashed))
+            self._flushing = self._finisher.submit(self._flush, self._mark, self._marked, hashed)
 
     def _flush(self, mark: int, marked: Future[str] | None, hashed: Future[str]) -> None:
         with disk_errors(self._file.path):
@@ -298,8 +297,8 @@ class _Begun:
             self._keep(mark, marked.result())
 
     def _finish(self, hashed: Future[str]) -> None:
-        for flushed in self._flushing:
-            flushed.result()
+        if self._flushing is not None:
+            self._flushing.result()
         sha256 = hashed.result()
         self._check()
         with disk_errors(self._file.path):
