@@ -61,10 +61,11 @@ def test_splits_are_those_measured_as_best(heads: int, batch: int, longest: int,
     ("heads", "batch", "longest", "stored", "splits"),
     [
         (16, 64, 4096, 1, 2), (16, 8, 32768, 1, 16), (16, 1, 131072, 1, 128), (16, 1, 4096, 1, 32), (10, 300, 64, 1, 1),
+        (128, 64, 4096, 1, 1), (128, 8, 4096, 1, 2), (128, 1, 4096, 1, 16),
         (128, 64, 4096, 2, 1), (128, 8, 32768, 2, 8), (128, 1, 131072, 2, 66), (64, 64, 4096, 2, 2),
     ],
 )  # fmt: skip
-def test_specialized_kernels_serve_few_heads_of_float8_and_many_of_16_bits(
+def test_specialized_kernels_serve_float8_and_many_heads_of_16_bits(
     heads: int, batch: int, longest: int, stored: int, splits: int
 ) -> None:
     chosen = blocks_of(batch, heads, longest, 132, stored)
@@ -72,9 +73,9 @@ def test_specialized_kernels_serve_few_heads_of_float8_and_many_of_16_bits(
     assert chosen.splits == splits <= MAX_SPLITS
 
 
-@pytest.mark.parametrize(("heads", "batch", "stored"), [(16, 64, 2), (128, 64, 1), (128, 1, 2), (128, 64, None)])
+@pytest.mark.parametrize(("heads", "batch", "stored"), [(16, 64, 2), (128, 1, 2), (128, 64, None), (16, 64, None)])
 def test_the_plain_kernel_serves_the_rest(heads: int, batch: int, stored: int | None) -> None:
-    """Few heads of 16 bits, many of float8, short shares, and what is no Hopper GPU or has other columns."""
+    """Few heads of 16 bits, short shares, and what is no Hopper GPU or has other columns."""
     assert blocks_of(batch, heads, 4096, 132, stored) == blocks_of(batch, heads, 4096, 132)
 
 

@@ -4,9 +4,9 @@ Heads share one key per token, [latent | rotated key], whose latent part is the 
 for both roles and all heads. Sequences are split over programs (flash decoding); a second kernel joins their parts.
 
 On an H200, 64 sequences of 4096 tokens and 16 heads take 85 µs from a BF16 cache, 0.82 of what its bandwidth allows.
-What this kernel does slowly others do on Hopper in the models' shape: mla_decode_fp8.py few heads over a float8 cache,
-whose bytes it widens to float16 in 142 µs, and mla_decode_ws.py many heads over a 16-bit cache, of which 128 take 151
-µs instead of 272, 0.60 of what the arithmetic allows.
+What this kernel does slowly others do on Hopper in the models' shape: mla_decode_fp8.py a float8 cache, whose bytes it
+widens to float16 in 145 µs, in 64, and mla_decode_ws.py many heads over a 16-bit cache, of which 128 take 151 µs instead
+of 272, 0.60 of what the arithmetic allows.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def blocks_of(batch: int, heads: int, longest: int, multiprocessors: int, specia
     splits as then run at once were the fastest on an H200, or within 1 % of it in calls of more than 12 µs.
     `specialized_for`: the bytes of a column of the cache, where Hopper's specialized kernels serve its shape; two
     warpgroups of theirs take turns with a program's steps, of which it should have two or more."""
-    many = heads > FEW_HEADS
+    many = heads > FEW_HEADS and specialized_for != 1  # which takes 16 heads at a time
     cut = Blocks(64, 64, 1, warps=8, stages=2) if many else Blocks(16, 64, 1, warps=4, stages=3)
     fitting = multiprocessors // (batch * cdiv(heads, cut.heads))
     steps = cdiv(longest, cut.tokens)
     # Programs of two steps or fewer gain less from warpgroups' turns than these cost.
-    worth = many and steps > 2 * max(fitting, 1) if specialized_for == 2 else specialized_for == 1 and not many
+    worth = many and steps > 2 * max(fitting, 1) if specialized_for == 2 else specialized_for == 1
     if worth:
         cut = cut._replace(warps=4, stages=2, specialized=True)
         steps = cdiv(steps, 2)

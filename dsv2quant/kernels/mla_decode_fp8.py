@@ -1,4 +1,4 @@
-"""Absorbed MLA attention over a float8 cache for few heads, on Hopper: mla_decode.py's, whose interface it has.
+"""Absorbed MLA attention over a float8 cache, 16 heads a program, on Hopper: mla_decode.py's, whose interface it has.
 
 What a float8 cache costs is the widening of its bytes and their way through shared memory. Here a byte is widened once,
 in the registers of the thread that takes it, and these are at once an operand of the matrix unit: keys are its M side,
