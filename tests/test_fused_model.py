@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from dsv2quant.arch.deepseek_v2 import SEQUENCE_CLASSIFICATION
 from dsv2quant.checkpoint.open import open_checkpoint
 from dsv2quant.errors import UsageError
+from dsv2quant.model import fused
 from dsv2quant.model.cache import KV_DTYPES
 from dsv2quant.model.completion import open_model
 from dsv2quant.model.experts import Int4Stack
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 V2 = tiny.GROUPED_V2 | {"attention_bias": True, "norm_topk_prob": True}
 # What llama.cpp takes, with dsv2-mini's tokenizer; blocks fit both halves of kv_b_proj.
 BLOCKS = tiny.GROUPED_V2 | {"hidden_size": 256, "vocab_size": 4096, "qk_nope_head_dim": 32}
+HEADS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}  # of published models
 CONFIGS = {
     "lite": tiny.LITE, "v2": tiny.V2, "biases": V2, "tied": tiny.LITE | {"tie_word_embeddings": True},
     "awkward": tiny.AWKWARD | {"first_k_dense_replace": 1}, "grouped": tiny.GROUPED, "blocks": BLOCKS,
@@ -39,6 +41,8 @@ CONFIGS = {
     "llama's biases": tiny.LLAMA | {"attention_bias": True, "tie_word_embeddings": True},
     "deepseek-moe": tiny.DEEPSEEK_MOE, "plain v2": tiny.PLAIN_V2,
     "v3": tiny.V3, "glm4 turned by halves": tiny.GLM4 | {"rope_interleave": False},
+    "lite's heads": tiny.LITE | HEADS, "v2's heads": tiny.V2 | HEADS,
+    "heads turned by halves": tiny.GLM4 | {"rope_interleave": False} | HEADS,
 }  # fmt: skip
 INT4 = ("--method", "rtn", "--group-size", "32")
 # Float32 roundings, and sums in another order: see test_runtime.TOLERANCE.
@@ -130,6 +134,20 @@ def check_near(folder: Path, length: int = 9) -> tuple[Model, FusedModel]:
         want, got = (through(model, tokens, decoded)[0] for model in (theirs, ours))
         assert divergence(want, got) < TIES * divergence(want, plain)
     return theirs, ours
+
+
+@pytest.mark.parametrize("name", ["lite's heads", "v2's heads", "heads turned by halves"])
+def test_prompts_as_on_hopper(name, sources, monkeypatch):
+    """By the attention that takes heads of these widths there, behind none and behind earlier tokens."""
+    asked = []
+    monkeypatch.setattr(fused, "is_served", lambda *given: asked.append(given[:3]) or True)
+    model, ours = check_same(sources[name])
+    assert set(asked) == {(128, 64, 128)}
+    tokens = tokens_for(model)
+    caches = ours.caches(len(tokens), 16)
+    for part in tokens.split([4, 5], 1):
+        logits = ours.next_logits(part, caches)
+    assert error(logits, model.forward(tokens)[:, -1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -72,6 +72,7 @@ def prompt(**changed: torch.Tensor | int | str | None) -> None:
 
 
 HALF = torch.zeros(4, 72).half()
+PARTS = torch.zeros(1, 4, 72).bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -88,8 +89,12 @@ HALF = torch.zeros(4, 72).half()
         (lambda: prompt(quantize="group64"), "no activations are quantized by 'group64'"),
         (lambda: prompt_keys(HALF, HALF[:, :8].contiguous(), 3, 25), "need 3 heads of 25 or more"),
         (lambda: prompt_keys(HALF, HALF[:, :8], 3, 16), "contiguous keys"),
-        (lambda: router.many_logits(HALF, torch.zeros(1, 4, 72)), "x is torch.float16; need torch.float32"),
-        (lambda: router.many_logits(HALF, torch.zeros(1, 4, 72).half()), "parts must be contiguous, of bfloat16"),
+        (lambda: router.many_logits(HALF, PARTS), "x is torch.float16; need torch.bfloat16"),
+        (lambda: router.many_logits(HALF.bfloat16(), PARTS.float()), "parts is torch.float32; need torch.bfloat16"),
+        (
+            lambda: router.many_logits(HALF.bfloat16(), torch.zeros(2, 8, 72).bfloat16()[:, ::2]),
+            "parts must be contiguous",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
@@ -101,4 +106,4 @@ def test_no_tokens_give_no_rows() -> None:
     made = append_prompt(torch.zeros(0, 40), torch.zeros(32), 1e-6, torch.zeros(2, 4, 2), quantize="group128")
     assert (made.latents.shape, made.keys.shape, made.scales.shape) == ((0, 32), (0, 8), (0, 1))
     assert prompt_keys(torch.zeros(0, 72), torch.zeros(0, 8), 3, 16).shape == (0, 3, 24)
-    assert router.many_logits(torch.zeros(0, 72), torch.zeros(1, 4, 72)).shape == (0, 4)
+    assert router.many_logits(torch.zeros(0, 72).bfloat16(), PARTS).shape == (0, 4)

@@ -4,9 +4,9 @@ Heads share one key per token, [latent | rotated key], whose latent part is the 
 for both roles and all heads. Sequences are split over programs (flash decoding); a second kernel joins their parts.
 
 On an H200, 64 sequences of 4096 tokens and 16 heads take 85 µs from a BF16 cache, 0.82 of what its bandwidth allows.
-What this kernel does slowly others do on Hopper in the models' shape: mla_decode_fp8.py a float8 cache, whose bytes it
-widens to float16 in 145 µs, in 64, and mla_decode_ws.py many heads over a 16-bit cache, of which 128 take 151 µs instead
-of 272, 0.60 of what the arithmetic allows.
+What this kernel does slowly others do on Hopper in the models' shape: mla_decode_fp8.py a float8 cache, which takes 64
+µs instead of 145, and mla_decode_ws.py many heads over a 16-bit cache, of which 128 take 151 µs instead of 272, 0.60 of
+what the arithmetic allows.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 
 from dsv2quant.kernels.jit import cdiv, jit
-from dsv2quant.kernels.launch import MULTIPROCESSORS, PDL, check_rows, wait
+from dsv2quant.kernels.launch import INTERPRETED, MULTIPROCESSORS, PDL, check_rows, wait
 
 DEPTH = 64  # columns of a step
 STEPS = 2  # whose products the units add
@@ -76,14 +76,14 @@ def choose(tokens: int, experts: int, parts: int) -> Share:
 def many_logits(x: torch.Tensor, parts: torch.Tensor, share: Share | None = None) -> torch.Tensor:
     """x [T, H], in rows of any stride · the sum of parts [·, E, H]ᵀ, contiguous: float32 [T, E].
 
-    Both are bfloat16, or float32 whose parts hold what bfloat16 does. Raises ValueError where shapes, dtypes or layouts
-    are others.
+    Both are bfloat16; under Triton's interpreter, which has none, float32 that holds what bfloat16 does. Raises
+    ValueError where shapes, dtypes or layouts are others.
     """
-    check_rows("parts", parts, (None, None, None))
+    check_rows("parts", parts, (None, None, None), torch.float32 if INTERPRETED else torch.bfloat16)
     count, experts, columns = parts.shape
     check_rows("x", x, (None, columns), parts.dtype)
-    if not parts.is_contiguous() or parts.dtype == torch.float16:
-        raise ValueError("parts must be contiguous, of bfloat16 or float32")
+    if not parts.is_contiguous():
+        raise ValueError("parts must be contiguous")
     tokens = len(x)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     if tokens:

@@ -33,7 +33,9 @@ def test_ragged_lengths(heads: int, rank: int, rope: int, stored: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and not is_hopper(torch.device("cuda")), reason="needs a Hopper GPU")
-@pytest.mark.parametrize(("heads", "stored"), [(16, "e4m3"), (10, "e5m2"), (32, "e4m3"), (128, "e4m3"), (128, "bf16"), (40, "bf16")])
+@pytest.mark.parametrize(
+    ("heads", "stored"), [(16, "e4m3"), (10, "e5m2"), (32, "e4m3"), (128, "e4m3"), (128, "bf16"), (40, "bf16")]
+)
 def test_ragged_lengths_specialized(heads: int, stored: str) -> None:
     given = inputs(10, heads, LENGTHS, 4100, 512, 64, torch.bfloat16, STORED[stored], "cuda")
     # Of many sequences and few multiprocessors, so that it is worth it.
