@@ -74,8 +74,11 @@ def test_an_engine_that_computes_as_the_runtime_passes(artifact, wordy, verify):
 
 
 def test_in_float32_nothing_is_between_them(artifact, verify):
+    """But roundings, of sums in the order that a processor takes for so many rows. A logit of some 10 comes of some 50
+    of 2^-24 each, which norms enlarge as often as tenfold: 3e-4, of which KLD is half the square. BF16's are 2^16 as
+    large."""
     ran = verify(artifact, "--dtype", "float32", "--json")
-    assert (ran.code, json.loads(ran.out)["engine"]["kld"]["mean"] < 1e-9) == (0, True)
+    assert (ran.code, json.loads(ran.out)["engine"]["kld"]["mean"] < 1e-7) == (0, True)
 
 
 FAULTS = (faults.scales_permuted, faults.zero_point_dropped, faults.expert_swapped)
