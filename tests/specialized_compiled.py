@@ -8,7 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton_tools import Compiled, compile_for_hopper
 
-from dsv2quant.kernels import fp8_experts_prefill, fp8_prefill, int4_prefill
+from dsv2quant.kernels import fp8_experts_prefill, fp8_prefill, int4_prefill, tiles
 
 ROUTES = {"pairs": "*i32", "experts": "*i32", "begins": "*i32", "ends": "*i32", "weights": "*fp32"}
 
@@ -19,7 +19,7 @@ def _tile(kind: str, layout: object, *block: int) -> str:
 
 def fp8(share: fp8_prefill.Share, file: Path) -> Compiled:
     def tile(kind: str, dtype: torch.dtype, *block: int) -> str:
-        return _tile(kind, fp8_prefill.layout(dtype, *block), *block)
+        return _tile(kind, tiles.layout(dtype, *block), *block)
 
     e4m3 = "fp8e4nv", torch.float8_e4m3fn
     types = {
@@ -32,7 +32,7 @@ def fp8(share: fp8_prefill.Share, file: Path) -> Compiled:
 
 def fp8_experts(gated: bool, share: fp8_experts_prefill.Share, file: Path) -> Compiled:
     def tile(*block: int) -> str:
-        return _tile("fp8e4nv", fp8_experts_prefill.layout(*block), *block)
+        return _tile("fp8e4nv", tiles.layout(torch.float8_e4m3fn, *block), *block)
 
     types = {"x": tile(64, 128), "w": tile(128, 128), "x_scale": "*fp32", "w_scale": "*fp32", "out_scale": "*fp32"}
     constants = {"DTYPE": gl.bfloat16 if gated else None, "PARTS": share.parts, "STAGES": share.stages}
@@ -43,7 +43,7 @@ def fp8_experts(gated: bool, share: fp8_experts_prefill.Share, file: Path) -> Co
 
 def int4_experts(gated: bool, tokens: int, share: int4_prefill.Share, file: Path) -> Compiled:
     def tile(kind: str, dtype: torch.dtype, *block: int) -> str:
-        return _tile(kind, int4_prefill.layout(dtype, *block), *block)
+        return _tile(kind, tiles.layout(dtype, *block), *block)
 
     types = ROUTES | {
         "x": tile("bf16", torch.bfloat16, tokens, 128), "words": tile("i32", torch.int32, 32, 32),

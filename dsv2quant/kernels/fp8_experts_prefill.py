@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.activations import LARGEST, SMALLEST_SCALE, magnitudes, outputs
 from dsv2quant.kernels.fp8_layout import Fp8Experts
@@ -28,6 +27,7 @@ from dsv2quant.kernels.gating import gated, rounded
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
+from dsv2quant.kernels.tiles import described
 
 DEPTH: gl.constexpr = gl.constexpr(128)
 GROUP: gl.constexpr = gl.constexpr(64)  # pairs of a warp group
@@ -249,18 +249,9 @@ def _launch(
     bands = cdiv(N, ROWS.value if gated else ROWS.value * share.parts)
     count = bands * len(routes.experts)
     _kernel[(min(count, MULTIPROCESSORS),)](
-        _described(x, GROUP.value, 128), x_scales, _described(w, ROWS.value, 128), w_scales, out, out_scales, weights,
+        described(x, GROUP.value, 128), x_scales, described(w, ROWS.value, 128), w_scales, out, out_scales, weights,
         *routes[:4], count, bands, N, x.shape[1], k, *x_scales.stride(),
         0 if out_scales is None else out_scales.stride(1),
         DTYPE=dtype and getattr(gl, str(dtype).removeprefix("torch.")), PARTS=share.parts, STAGES=share.stages,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _described(matrix: torch.Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, list(block), layout(*block))
-
-
-def layout(*block: int) -> gl.NVMMASharedLayout:
-    """Of tiles of codes in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.float8e4nv)

@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
+from dsv2quant.kernels.tiles import described
 
 BAND: gl.constexpr = gl.constexpr(8)  # token tiles that share tiles of w in L2
 DEPTH: gl.constexpr = gl.constexpr(128)
@@ -168,22 +168,7 @@ def matmul_into(
     tiles = cdiv(M, GROUP.value * share.groups) * cdiv(N, ROWS.value)
     scales = x_scales.as_strided((x_scales.stride(1) * (x_scales.shape[1] - 1) + M,), (1,))
     _kernel[(min(tiles, MULTIPROCESSORS),)](
-        _described(x, GROUP.value, 128), _described(scales, GROUP.value), _described(w, ROWS.value, 128), w_scales,
-        _described(out, GROUP.value, 128), M, N, K, tiles, x_scales.stride(1), *w_scales.stride(),
+        described(x, GROUP.value, 128), described(scales, GROUP.value), described(w, ROWS.value, 128), w_scales,
+        described(out, GROUP.value, 128), M, N, K, tiles, x_scales.stride(1), *w_scales.stride(),
         GROUPS=share.groups, STAGES=share.stages, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _described(matrix: torch.Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, list(block), layout(matrix.dtype, *block))
-
-
-def layout(dtype: torch.dtype, *block: int) -> gl.NVMMASharedLayout:
-    """Of tiles in shared memory."""
-    kind = {
-        torch.float8_e4m3fn: gl.float8e4nv,
-        torch.float32: gl.float32,
-        torch.bfloat16: gl.bfloat16,
-        torch.float16: gl.float16,
-    }[dtype]
-    return gl.NVMMASharedLayout.get_default_for(list(block), kind)

@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.gather import gather_tokens
 from dsv2quant.kernels.gating import gated
@@ -28,6 +27,7 @@ from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
+from dsv2quant.kernels.tiles import described
 
 DEPTH: gl.constexpr = gl.constexpr(128)  # columns of a step, which are one group's
 BLOCK: gl.constexpr = gl.constexpr(ROWS)  # rows of a product
@@ -284,19 +284,8 @@ def _launch(
     count = bands * len(routes.experts)
     words, scales = stack.words.view(-1, 32), stack.scales.view(-1).view(torch.int32)
     _kernel[(min(count, MULTIPROCESSORS),)](
-        _described(x, routes.block, 128), _described(words, 32, 32), _described(scales, 32),
+        described(x, routes.block, 128), described(words, 32, 32), described(scales, 32),
         out, weights, *routes[:4], count, bands, blocks, spans // 2, stack.rows,
         GATED=gated, TOKENS=routes.block, NARROW=share.narrow, PARTS=share.parts, STAGES=share.stages,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _described(matrix: torch.Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, list(block), layout(matrix.dtype, *block))
-
-
-def layout(dtype: torch.dtype, *block: int) -> gl.NVMMASharedLayout:
-    """Of tiles in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(
-        list(block), {torch.int32: gl.int32, torch.bfloat16: gl.bfloat16}[dtype]
-    )

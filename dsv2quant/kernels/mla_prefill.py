@@ -8,8 +8,6 @@ values two steps ahead; a step's scores are weighed while the values of the step
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv2quant.kernels.decoding import FLOATS, LOG2_E, is_hopper
 from dsv2quant.kernels.jit import cdiv, gluon_jit
+from dsv2quant.kernels.tiles import described
 
 NOPE, ROPE, VALUES = 128, 64, 128  # columns of a head's keys, of those that all share, of a head's values
 QUERIES = 128  # of a program
@@ -248,23 +246,16 @@ def mla_prefill(
     """
     heads = _heads(q, table, kv, keys)
     (batch, new, _), total = q.shape, kv.shape[1]
-    described = [
-        TensorDescriptor.from_tensor(x, [KEYS, width], _layout(width, q.dtype))
+    tiles = [
+        described(x, KEYS, width)
         for x, width in ((kv.view(batch * total, -1), NOPE), (keys.view(batch * total, ROPE), ROPE))
     ]
     out = q.new_empty(batch, new, heads * VALUES)
     prefill_kernel[(cdiv(new, QUERIES) * heads, batch)](
-        *described, q, table, out, heads, new, total, q.stride(0), q.stride(1), scale * LOG2_E,
+        *tiles, q, table, out, heads, new, total, q.stride(0), q.stride(1), scale * LOG2_E,
         HALVES=halves, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def _layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of KEYS rows of a tile."""
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([KEYS, width], kind)
 
 
 def _heads(q: torch.Tensor, table: torch.Tensor, kv: torch.Tensor, keys: torch.Tensor) -> int:
