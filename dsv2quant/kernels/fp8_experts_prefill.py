@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dsv2quant.kernels.activations import LARGEST, SMALLEST_SCALE, magnitudes, outputs
 from dsv2quant.kernels.fp8_layout import Fp8Experts
 from dsv2quant.kernels.gather import gather_tokens
-from dsv2quant.kernels.gating import gated, rounded
+from dsv2quant.kernels.gating import computed_here, gated, rounded
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.kernels.tiles import described
+from dsv2quant.kernels.tiles import described, stage_barriers
 
 DEPTH: gl.constexpr = gl.constexpr(128)
 GROUP: gl.constexpr = gl.constexpr(64)  # pairs of a warp group
@@ -124,12 +124,7 @@ def _consume(shared, OWN: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr
                         product = warpgroup_mma_wait(0, deps=[product])
                         if part == PARTS - 1:
                             mbarrier.arrive(empty.index(stage), count=1)
-                        # As written here, not behind the next product, whose registers are these
-                        total = gl.inline_asm_elementwise(
-                            "mov.b32 $0, $1;", "=f,f", [totals[part] + product * gl.expand_dims(scale, 1)],
-                            gl.float32, is_pure=False, pack=1,
-                        )  # fmt: skip
-                        added = added + (total,)
+                        added = added + (computed_here(totals[part] + product * gl.expand_dims(scale, 1)),)
                     totals = added
                     step += 1
                 if DTYPE is not None:
@@ -188,11 +183,7 @@ def _kernel(
     of tokens, not of places."""
     a = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, GROUP, DEPTH], x.layout)
     b = gl.allocate_shared_memory(w.dtype, [PARTS * STAGES, ROWS, DEPTH], w.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
+    full, empty = stage_barriers(STAGES, GROUPS)
     fence_async_shared()
     buffers, outs = (a, b, full, empty), (out, out_scale, os_k)
     shared = (experts, begins, ends, count, bands, x_scale, w_scale, weights, pairs, outs, buffers, N, K, k, xs_m, xs_k)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
-from dsv2quant.kernels.tiles import described
+from dsv2quant.kernels.tiles import described, stage_barriers
 
 BAND: gl.constexpr = gl.constexpr(8)  # token tiles that share tiles of w in L2
 DEPTH: gl.constexpr = gl.constexpr(128)
@@ -113,11 +113,7 @@ def _kernel(
     a_scale = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, GROUP], x_scale.layout)
     b = gl.allocate_shared_memory(w.dtype, [STAGES, ROWS, DEPTH], w.layout)
     out = gl.allocate_shared_memory(y.dtype, [GROUPS, GROUP, ROWS], y.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
+    full, empty = stage_barriers(STAGES, GROUPS)
     fence_async_shared()
     sizes = (M, N, K, tiles)
     shared = (w_scale, y, a, a_scale, b, out, full, empty, sizes, ws_n, ws_k)

@@ -1,5 +1,5 @@
-"""What specialized kernels compute of gate's and up's products, in as few instructions as they can: no other product
-is made while both warp groups of a program store theirs."""
+"""What specialized kernels compute of experts' products. Of gate's and up's in as few instructions as they can: no
+other product is made while both warp groups of a program store theirs."""
 
 from __future__ import annotations
 
@@ -38,3 +38,9 @@ def rounded(values, DTYPE: gl.constexpr):
     if DTYPE.is_bf16():
         return gl.inline_asm_elementwise(_BF16, "=r,=r,r,r", [values], gl.float32, is_pure=True, pack=2)
     return values.to(DTYPE).to(gl.float32)
+
+
+@gluon.jit
+def computed_here(values):
+    """float32 values, made where this stands: not behind the next product, whose registers they are in."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [values], gl.float32, is_pure=False, pack=1)

@@ -22,12 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv2quant.kernels.gather import gather_tokens
-from dsv2quant.kernels.gating import gated
+from dsv2quant.kernels.gating import computed_here, gated
 from dsv2quant.kernels.int4_layout import ROWS, Int4Experts, Stack
 from dsv2quant.kernels.jit import cdiv, gluon_jit
 from dsv2quant.kernels.launch import MULTIPROCESSORS, specialized
 from dsv2quant.kernels.routing import Routes
-from dsv2quant.kernels.tiles import described
+from dsv2quant.kernels.tiles import described, stage_barriers
 
 DEPTH: gl.constexpr = gl.constexpr(128)  # columns of a step, which are one group's
 BLOCK: gl.constexpr = gl.constexpr(ROWS)  # rows of a product
@@ -162,12 +162,7 @@ def _tile(
             product = warpgroup_mma_wait(0, deps=[product])
             if part == PARTS - 1:
                 mbarrier.arrive(empty.index(stage), count=1)
-            # As written here, not behind the next product, whose registers are these
-            total = gl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=f,f", [totals[part] + product * gl.expand_dims(scale, 1)], gl.float32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
-            added = added + (total,)
+            added = added + (computed_here(totals[part] + product * gl.expand_dims(scale, 1)),)
         totals = added
         step += 1
     for part in gl.static_range(PARTS):
@@ -214,11 +209,7 @@ def _kernel(
     b = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, DEPTH], x.layout)
     a = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS * GROUPS, LINES, LINES], words.layout)
     a_scale = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS * GROUPS, HALF], scales.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
+    full, empty = stage_barriers(STAGES, GROUPS)
     fence_async_shared()
     shared = (experts, begins, ends, count, bands, out, weights, pairs, b, a, a_scale, full, empty, steps, N)
     produced = (x, words, scales, b, a, a_scale, full, empty, experts, begins, count, bands, blocks, steps)

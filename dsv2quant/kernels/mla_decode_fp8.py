@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv2quant.kernels.jit import cdiv, gluon_jit
+from dsv2quant.kernels.tiles import barrier
 
 RANK, ROPE = 512, 64
 WIDTH: gl.constexpr = gl.constexpr(RANK + ROPE)
@@ -55,7 +56,6 @@ STORED: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 LINE: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLAIN: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 OWN: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.7 has it by its new name
 
 
 @gluon.jit

@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv2quant.kernels.jit import cdiv, gluon_jit
+from dsv2quant.kernels.tiles import barrier, described
 
 WIDTH: gl.constexpr = gl.constexpr(576)
 HEADS: gl.constexpr = gl.constexpr(64)  # of a program
@@ -39,7 +39,6 @@ BY_HEAD: gl.constexpr = gl.constexpr(gl.SliceLayout(1, SUMS.value))
 STORED: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 LINE: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 OWN: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.7 has it by its new name
 
 
 @gluon.jit
@@ -275,13 +274,7 @@ def mla_decode_ws(
 ) -> None:  # fmt: skip
     """The parts of `splits` shares of each sequence and their log2-sums, as mla_decode's `join` takes them."""
     (batch, heads, _), capacity = q.shape, cache.shape[1]
-    kind = gl.bfloat16 if cache.dtype == torch.bfloat16 else gl.float16
-    latents, turned = (
-        TensorDescriptor.from_tensor(
-            cache.view(-1, 576), [64, columns], gl.NVMMASharedLayout.get_default_for([64, columns], kind)
-        )
-        for columns in (256, 64)
-    )
+    latents, turned = (described(cache.view(-1, 576), 64, columns) for columns in (256, 64))
     ws_kernel[(cdiv(heads, 64), splits, batch)](
         latents, turned, q, lengths, parts, lse, heads, capacity, splits, scale, num_warps=4, launch_pdl=True
     )

@@ -22,13 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsv2quant.kernels.decoding import FLOATS, LOG2_E, is_hopper
 from dsv2quant.kernels.jit import cdiv, gluon_jit
-from dsv2quant.kernels.tiles import described
+from dsv2quant.kernels.tiles import barrier, described
 
 NOPE, ROPE, VALUES = 128, 64, 128  # columns of a head's keys, of those that all share, of a head's values
 QUERIES = 128  # of a program
 KEYS = 128  # of a step
 TOGETHER: gl.constexpr = gl.constexpr(16)  # heads whose keys the L2 holds at once
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.7 has it by its new name
 
 
 @gluon.jit
